@@ -1,0 +1,111 @@
+// The arguments of one recurrent layer, forward and backward, as plain data: the same structs go to the CPU kernels and to
+// every CUDA family. This is the one place where memory layouts are documented. No torch, no CUDA include.
+//
+//   T time steps, B batch rows, N rows in memory, I input size, H hidden size, P output size (H, or proj_size for an LSTM),
+//   D directions, G gate blocks of the weights (RNN 1, GRU 3, LSTM 4), S slots of the gate buffers (RNN 1, GRU 4, LSTM 4).
+//
+// Gate order of the weights: LSTM i f g o, GRU r z n (torch.nn's).
+// Slot order of `gates`:     LSTM i f g o, GRU r z n hn, where hn = W_hn h + b_hn. Before the recurrence the first G slots
+//                            hold the input projection x W_ih^T + b_ih.
+// Slot order of `d_gates`:   LSTM i f g o, GRU n_x r z n_h: gradients of pre-activations. The last G slots are always the
+//                            gradient of the recurrent product, in weight order; GRU's slot 0 is that of the input part of n.
+//                            So the gradient of the input product is slots (1, 2, 0) for a GRU, all slots otherwise.
+#pragma once
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define FUSED_RNN_HD __host__ __device__ __forceinline__
+#else
+#define FUSED_RNN_HD inline
+#endif
+
+namespace fused_rnn {
+
+enum class CellKind : int { kRnnTanh = 0, kRnnRelu = 1, kRnnIdentity = 2, kLstm = 3, kGru = 4 };
+enum class DType : int { kFloat64 = 0, kFloat32 = 1, kFloat16 = 2, kBFloat16 = 3 };
+
+constexpr int gate_count(CellKind cell) { return cell == CellKind::kLstm ? 4 : cell == CellKind::kGru ? 3 : 1; }
+constexpr int slot_count(CellKind cell) { return cell == CellKind::kLstm || cell == CellKind::kGru ? 4 : 1; }
+constexpr int64_t dtype_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
+// Where the rows of a batch of sequences lie and which take part in a step. At most one of lengths and offsets is given.
+//   dense:            row (t, b) is t * B + b, always active
+//   dense + lengths:  the same place, active while t < lengths[b] (any order, 0 allowed); y is 0 at inactive rows
+//   packed (offsets): row (t, b) is offsets[t] + b, active while b < offsets[t + 1] - offsets[t] (never growing with t)
+struct Sequence {
+  int64_t T, B, N;
+  const int64_t* lengths;  // [B] or null
+  const int64_t* offsets;  // [T + 1] or null
+  const bool* resets;      // [N] or null; true: the state (h and c) is zero before this row's step, in scan order
+};
+
+FUSED_RNN_HD bool is_active(const Sequence& s, int64_t t, int64_t b) {
+  if (t < 0 || t >= s.T) return false;
+  if (s.lengths) return t < s.lengths[b];
+  if (s.offsets) return b < s.offsets[t + 1] - s.offsets[t];
+  return true;
+}
+FUSED_RNN_HD int64_t row_of(const Sequence& s, int64_t t, int64_t b) {
+  return s.offsets ? s.offsets[t] + b : t * s.B + b;
+}
+FUSED_RNN_HD bool is_reset(const Sequence& s, int64_t row) { return s.resets && s.resets[row]; }
+
+// The parameters of one direction. Everything contiguous.
+struct Weights {
+  const void* w_ih;  // [G, H, I]
+  const void* w_hh;  // [G, H, P]
+  const void* b_ih;  // [G, H] or null
+  const void* b_hh;  // [G, H] or null
+  const void* w_hr;  // [P, H] or null (no projection, P == H)
+};
+
+// One layer forward. Direction 0 scans t = 0 .. T-1, direction 1 scans t = T-1 .. 0; a row of a ragged batch keeps its initial
+// state until its first active step in scan order. Arithmetic is fp32 for 16-bit dtypes (fp64 for fp64), converted at loads and
+// stores; the running c is kept in that arithmetic type between steps.
+struct ForwardParams {
+  CellKind cell;
+  DType dtype;
+  bool allow_tf32;  // CUDA fp32 only: tensor cores in TF32 instead of strict fp32
+  int64_t I, H, P;
+  int D;
+  Sequence seq;
+  const void* x;   // [N, I]
+  const void* h0;  // [D, B, P] or null (zeros)
+  const void* c0;  // [D, B, H] or null (zeros); LSTM only
+  Weights weights[2];
+  void* y;          // [N, D * P]; inactive rows of a dense batch are written with 0
+  void* h_n;        // [D, B, P]: state after each row's last active step (its initial state if it has none)
+  void* c_n;        // [D, B, H]; LSTM only
+  void* gates;      // [D, N, S, H]: activated gates for backward. CUDA: holds the projection on entry, unless the family is
+                    // `cell`, which computes it. CPU: null unless training. Inactive rows: unspecified.
+  void* cs;         // [D, N, H]: c after each step, in dtype; LSTM only; null unless training
+  bool training;    // gates and cs are kept for backward (RNN cells keep neither: their derivative needs y alone)
+  void* workspace;  // *_workspace_bytes() of the backend, 256-byte aligned
+};
+
+// The recurrent part of one layer's backward: from gradients of the outputs to gradients of the pre-activations and of the
+// initial state. Weight and input gradients are matrix products of d_gates made by the caller.
+struct BackwardParams {
+  CellKind cell;
+  DType dtype;
+  bool allow_tf32;
+  int64_t H, P;
+  int D;
+  Sequence seq;
+  const void* h0;    // as in forward
+  const void* c0;    // as in forward
+  Weights weights[2];
+  const void* y;      // [N, D * P]: forward's output
+  const void* gates;  // [D, N, S, H]: forward's, activated; null for RNN cells
+  const void* cs;     // [D, N, H]; LSTM only
+  const void* dy;     // [N, D * P] or null (zeros)
+  const void* dh_n;   // [D, B, P] or null (zeros)
+  const void* dc_n;   // [D, B, H] or null (zeros); LSTM only
+  void* d_gates;      // [D, N, S, H] out; 0 at inactive rows
+  void* d_h;          // [D, N, P] out: total gradient of every h, 0 at inactive rows; projection only, else null
+  void* d_h0;         // [D, B, P] out
+  void* d_c0;         // [D, B, H] out; LSTM only
+  void* workspace;    // *_workspace_bytes() of the backend, 256-byte aligned
+};
+
+}  // namespace fused_rnn
