@@ -1,0 +1,119 @@
+"""Which implementation serves a tensor: the C++/CUDA extension or the pure-Python reference."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+BACKENDS = ("cuda", "cpu", "reference")
+
+_C = None
+import_error: str | None = None
+try:
+    from fused_rnn import _C  # type: ignore[attr-defined,no-redef]
+except ImportError as error:  # the package works without its extension, on the reference
+    import_error = str(error)
+
+
+def _checked(name: str, where: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{where}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_forced: str | None = None
+if os.environ.get("FUSED_RNN_BACKEND"):
+    _forced = _checked(os.environ["FUSED_RNN_BACKEND"], "FUSED_RNN_BACKEND")
+
+_warned: set[str] = set()
+
+
+def has_cpu_kernels() -> bool:
+    """Whether the compiled extension, which always has the CPU kernels, is there."""
+    return _C is not None
+
+
+def has_cuda_kernels() -> bool:
+    """Whether the compiled extension has the CUDA kernels."""
+    return _C is not None and bool(_C.build_info()["cuda"])
+
+
+# The backend of each device type when none is forced; built once, as it is looked up at every call.
+_native = {
+    "cpu": has_cpu_kernels(),
+    "cuda": has_cuda_kernels(),
+    # Shape inference goes through the ops' fake kernels wherever the ops exist.
+    "meta": has_cpu_kernels(),
+}
+
+
+def why_not_native(device_type: str) -> str | None:
+    """None if compiled kernels serve tensors of this device type, else the reason as a sentence."""
+    if _native.get(device_type, False):
+        return None
+    if _C is None:
+        return f"the compiled extension could not be imported ({import_error})"
+    if device_type == "cuda":
+        return "fused_rnn was built without CUDA kernels"
+    return f"fused_rnn has no kernels for {device_type!r} tensors"
+
+
+def uses_ops(device_type: str) -> bool:
+    """True if the compiled ops serve this device type now, False if the reference does.
+
+    Raises:
+        RuntimeError: a backend was forced that cannot serve the device type.
+    """
+    if _forced is None:
+        native = _native.get(device_type, False)
+        if not native:
+            _warn_once(device_type)
+        return native
+    if _forced == "reference":
+        return False
+    if _forced != device_type:
+        raise RuntimeError(f"backend {_forced!r} is forced but the input is on {device_type!r}")
+    reason = why_not_native(device_type)
+    if reason is not None:
+        raise RuntimeError(f"backend {_forced!r} is forced but {reason}; see python -m fused_rnn info")
+    return True
+
+
+def _warn_once(device_type: str) -> None:
+    if device_type in _warned:
+        return
+    _warned.add(device_type)
+    warnings.warn(
+        f"fused_rnn runs on its slow Python reference: {why_not_native(device_type)}; "
+        "python -m fused_rnn info says what is missing",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def forced_backend() -> str | None:
+    """The backend forced by FUSED_RNN_BACKEND or use_backend, or None."""
+    return _forced
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force a backend inside a ``with`` block, for the whole process.
+
+    Args:
+        name: ``"cuda"``, ``"cpu"``, ``"reference"``, or None for the automatic choice.
+
+    Raises:
+        ValueError: unknown name. A call inside the block raises RuntimeError if the backend cannot serve its tensors.
+    """
+    global _forced
+    previous = _forced
+    _forced = None if name is None else _checked(name, "use_backend")
+    try:
+        yield
+    finally:
+        _forced = previous
