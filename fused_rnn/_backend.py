@@ -7,16 +7,12 @@ import os
 import warnings
 from collections.abc import Iterator
 
-import torch
+from fused_rnn._build import load_extension
 
 BACKENDS = ("cuda", "cpu", "reference")
 
-_C = None
-import_error: str | None = None
-try:
-    from fused_rnn import _C  # type: ignore[attr-defined,no-redef]
-except ImportError as error:  # the package works without its extension, on the reference
-    import_error = str(error)
+# The package works without its extension, on the reference; import_error then says why it is not there.
+_C, import_error = load_extension()
 
 
 def _checked(name: str, where: str) -> str:
@@ -56,7 +52,7 @@ def why_not_native(device_type: str) -> str | None:
     if _native.get(device_type, False):
         return None
     if _C is None:
-        return f"the compiled extension could not be imported ({import_error})"
+        return import_error
     if device_type == "cuda":
         return "fused_rnn was built without CUDA kernels"
     return f"fused_rnn has no kernels for {device_type!r} tensors"

@@ -1,0 +1,47 @@
+"""Loads the compiled extension and tells what it was built from."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+
+def build_record() -> dict[str, Any] | None:
+    """What setup.py wrote beside the extension (torch, nvcc, architectures…), or None if nothing was built."""
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    path = Path(__file__).parent / ("_C" + suffix[: -len(".so")] + ".json")
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def load_extension() -> tuple[ModuleType | None, str | None]:
+    """(fused_rnn._C, None), or (None, the reason why it cannot be used as a clause).
+
+    torch's C++ interface changes between releases: an extension built against another one is not loaded, as it would fail
+    with an undefined symbol at best.
+    """
+    record = build_record()
+    if record is None:
+        return None, f"the extension was never compiled; compile it with: {rebuild_command()}"
+    if record["torch"] != torch.__version__:
+        return None, (
+            f"the extension was built against torch {record['torch']} and this is torch {torch.__version__}; "
+            f"rebuild it with: {rebuild_command()}"
+        )
+    try:
+        return importlib.import_module("fused_rnn._C"), None
+    except ImportError as error:
+        return None, f"the extension could not be imported ({error})"
+
+
+def rebuild_command() -> str:
+    """The command that compiles the extension for the installed torch: from the source tree if this is one."""
+    root = Path(__file__).parent.parent
+    if (root / "setup.py").exists() and (root / "csrc").is_dir():
+        return f"pip install -e {root}"
+    return "pip install --no-deps --force-reinstall . (in the source tree of fused_rnn)"

@@ -1,0 +1,83 @@
+"""Builds fused_rnn._C: the CPU kernels always, the CUDA kernels where torch has CUDA and a matching nvcc is found."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent.resolve()
+os.chdir(ROOT)
+sys.path.insert(0, str(ROOT / "build_support"))
+from cuda_env import cuda_plan  # noqa: E402
+from torch_env import import_torch  # noqa: E402
+
+
+def sources(*patterns):
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def extension(torch, cuda):
+    """The one extension module. No -std (torch passes the one it needs) and no -march (the instruction set is chosen at run
+    time). OpenMP is compiled in but not linked: its symbols come from the library that torch has loaded; so do CUDA's."""
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    cxx = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden"]
+    files = [name for name in sources("csrc/*.cpp", "csrc/cpu/*.cpp") if not name.endswith("_cuda.cpp")]
+    include_dirs = [str(ROOT / "csrc"), str(ROOT / "csrc" / "cuda")]
+    if "skipped" in cuda:
+        return CppExtension("fused_rnn._C", files, include_dirs=include_dirs, extra_compile_args={"cxx": cxx, "nvcc": []})
+    # torch's headers ask for CUDA libraries' headers that a small toolkit lacks: those of the nvidia wheels come last.
+    for folder in cuda["include_after"]:
+        cxx += ["-idirafter", folder]
+    undo = [
+        f"-U__CUDA_NO_{name}__" for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")
+    ]
+    result = CUDAExtension(
+        "fused_rnn._C",
+        files + sources("csrc/*_cuda.cpp", "csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
+        include_dirs=include_dirs,
+        define_macros=[("FUSED_RNN_WITH_CUDA", None)],
+        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", *undo]},
+    )
+    result.libraries.remove("cudart")
+    return result
+
+
+def build_options(torch):
+    cuda = cuda_plan(torch)
+    if "skipped" not in cuda:  # Both are read by torch.utils.cpp_extension: CUDA_HOME at its import.
+        os.environ["CUDA_HOME"] = cuda["home"]
+        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda["architectures"]
+    from torch.utils.cpp_extension import BuildExtension
+
+    record = {
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "python": sys.version.split()[0],
+        "nvcc": cuda.get("nvcc"),
+        "cuda_architectures": cuda.get("architectures", "").replace(" ", ";").split(";") if "nvcc" in cuda else [],
+        "cuda_skipped": cuda.get("skipped"),
+    }
+
+    class Build(BuildExtension):
+        """Always runs ninja, which knows every header and flag: an unchanged file is not compiled again. Writes what was
+        built next to the module, where it can be read without loading it."""
+
+        def finalize_options(self):
+            super().finalize_options()
+            self.force = True
+
+        def run(self):
+            super().run()
+            module = Path(self.get_ext_fullpath("fused_rnn._C"))
+            module.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+
+    return {"ext_modules": [extension(torch, cuda)], "cmdclass": {"build_ext": Build}}
+
+
+torch = import_torch()
+if torch is None and {"bdist_wheel", "editable_wheel", "build_ext", "develop", "install", "build"} & set(sys.argv):
+    raise SystemExit("fused_rnn is compiled against torch >= 2.11, which is not installed here. Run: pip install torch")
+setup(**(build_options(torch) if torch is not None else {}))
