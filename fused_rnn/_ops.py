@@ -2,16 +2,143 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fused_rnn import reference
 from fused_rnn._backend import _C
 
-if _C is not None:
-    import torch
+_STATES = {reference.LSTM: 4, reference.GRU: 4}  # slots of the saved gates (csrc/params.h); RNN cells save none
+_GATES = {reference.LSTM: 4, reference.GRU: 3}
 
+
+def _fake_layer(
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    lengths: Tensor | None,
+    offsets: Tensor | None,
+    resets: Tensor | None,
+    cell: int,
+    bidirectional: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Shapes of fused_rnn::layer's results."""
+    directions = 2 if bidirectional else 1
+    w_hh = params[1]
+    hidden, out = w_hh.shape[0] // _GATES.get(cell, 1), w_hh.shape[1]
+    rows = x.shape[0] if offsets is not None else x.shape[0] * x.shape[1]
+    batch = h0.shape[1] if offsets is not None and h0 is not None else x.shape[1]
+    lstm, slots = cell == reference.LSTM, _STATES.get(cell, 0)
+    return (
+        x.new_empty(*x.shape[:-1], directions * out),
+        x.new_empty(directions, batch, out),
+        x.new_empty(directions, batch, hidden) if lstm else x.new_empty(0),
+        x.new_empty(directions, rows, slots, hidden) if save and slots else x.new_empty(0),
+        x.new_empty(directions, rows, hidden) if save and lstm else x.new_empty(0),
+    )
+
+
+def _fake_layer_backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    lengths: Tensor | None,
+    offsets: Tensor | None,
+    resets: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    cs: Tensor,
+    cell: int,
+    bidirectional: bool,
+    mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Shapes of fused_rnn::layer_backward's results."""
+    return (
+        x.new_empty(x.shape) if mask[0] else x.new_empty(0),
+        h0.new_empty(h0.shape) if mask[1] and h0 is not None else x.new_empty(0),
+        c0.new_empty(c0.shape) if mask[1] and c0 is not None else x.new_empty(0),
+        [p.new_empty(p.shape) if mask[2] else p.new_empty(0) for p in params],
+    )
+
+
+def _layer_backward_differentiable(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    lengths: Tensor | None,
+    offsets: Tensor | None,
+    resets: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    cs: Tensor,
+    cell: int,
+    bidirectional: bool,
+    mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """The same gradients as fused_rnn::layer_backward, as a differentiable function of everything they depend on.
+
+    Runs the reference again and differentiates it; y, gates and cs are not read, since they follow from the other arguments.
+    """
+    with torch.enable_grad():
+        # An alias for every use, so that a tensor that comes in twice gets two gradients, not twice their sum.
+        def alias(t: Tensor) -> Tensor:
+            return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+
+        wanted: list[Tensor | None] = [
+            alias(x) if mask[0] else None,
+            alias(h0) if mask[1] and h0 is not None else None,
+            alias(c0) if mask[1] and c0 is not None else None,
+            *(alias(p) if mask[2] else None for p in params),
+        ]
+        given = [x, h0, c0, *params]
+        args = [new if new is not None else old for new, old in zip(wanted, given, strict=True)]
+        outputs = reference.layer(
+            args[0], args[1], args[2], args[3:], has_biases, lengths, offsets, resets, cell, bidirectional
+        )
+        pairs = [(out, grad) for out, grad in zip(outputs, (dy, dh_n, dc_n), strict=True) if grad is not None]
+        inputs = [t for t in wanted if t is not None]
+        found = iter(
+            torch.autograd.grad(
+                [out for out, _ in pairs],
+                inputs,
+                [grad for _, grad in pairs],
+                create_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            if inputs and pairs
+            else [torch.zeros_like(t) for t in inputs]
+        )
+    grads = [x.new_empty(0) if t is None else next(found) for t in wanted]
+    return grads[0], grads[1], grads[2], grads[3:]
+
+
+if _C is not None:
     rnn = torch.ops.fused_rnn.rnn.default
     cell = torch.ops.fused_rnn.cell.default
+    torch.library.register_fake("fused_rnn::layer", _fake_layer)
+    torch.library.register_fake("fused_rnn::layer_backward", _fake_layer_backward)
+    _library = torch.library.Library("fused_rnn", "IMPL")
+    _library.impl("layer_backward_differentiable", _layer_backward_differentiable, "CompositeImplicitAutograd")
 else:
 
     def rnn(*args):  # type: ignore[no-untyped-def]
-        raise RuntimeError("the compiled extension is missing")  # uses_ops() never lets a call come here
+        """Never called: _backend.uses_ops() is False without the extension."""
+        raise RuntimeError("the compiled extension is missing")
 
     cell = rnn

@@ -1,13 +1,14 @@
 """Recurrent layers and cells as functions of explicit weights.
 
-Units: T time steps, B batch rows, I input size, H hidden size, P output size (H, or the projection's), L layers, D directions,
-G gates (RNN 1, GRU 3, LSTM 4). Weights are lists in torch.nn's order, for every layer and direction
+Units: T time steps, B batch rows, I input size, H hidden size, P output size (H, or the projection's), L layers,
+D directions, G gates (RNN 1, GRU 3, LSTM 4). Weights are lists in torch.nn's order, for every layer and direction
 ``w_ih [G*H, I or D*P], w_hh [G*H, P]``, then ``b_ih [G*H], b_hh [G*H]`` with biases, then ``w_hr [P, H]`` with a projection.
 Gate order: LSTM i f g o, GRU r z n. Formulas: the documentation of torch.nn.RNN, LSTM and GRU.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -227,12 +228,11 @@ def _autocast(
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return input, h, c, weights
     dtype = torch.get_autocast_dtype(device_type)
-    return (
-        input.to(dtype),
-        None if h is None else h.to(dtype),
-        None if c is None else c.to(dtype),
-        [w.to(dtype) for w in weights],
-    )
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+    return cast(input), None if h is None else cast(h), None if c is None else cast(c), [cast(w) for w in weights]
 
 
 # --- checks ---
@@ -322,7 +322,7 @@ def _check_batch_sizes(batch_sizes: Tensor, input: Tensor) -> None:
             f"on {batch_sizes.device}"
         )
     sizes = batch_sizes.tolist()
-    if not sizes or sizes[-1] < 1 or any(a < b for a, b in zip(sizes, sizes[1:], strict=False)):
+    if not sizes or sizes[-1] < 1 or any(a < b for a, b in itertools.pairwise(sizes)):
         raise ValueError(f"batch_sizes: expected positive, never growing numbers, got {sizes}")
     if sum(sizes) != input.shape[0]:
         raise ValueError(f"batch_sizes: expected a sum of {input.shape[0]} (input's rows), got {sum(sizes)}")

@@ -1,7 +1,7 @@
 """The recurrent layers in plain PyTorch: the definition the kernels are tested against, and the fallback without them.
 
-Every function has the signature of the op of the same name in ``csrc/ops.cpp`` (less what only backward needs). Written to be
-read; never tuned. Differentiable any number of times, and by ``torch.func``, because every operation is torch's own.
+Every function has the signature of the op of the same name in ``csrc/ops.cpp`` (less what only backward needs). Written
+to be read; never tuned. Differentiable any number of times, and by ``torch.func``, because every operation is torch's own.
 """
 
 from __future__ import annotations
