@@ -1,0 +1,354 @@
+// Every hardware primitive the kernels use, by a small named wrapper: the only file with PTX, intrinsics or a CUDA include.
+// Kernels include it as <simt.cuh>; tests/simt/ has a host implementation of the same names, which comes first on the include
+// path when the kernels are compiled as C++ for the simulator. Beside the names below a kernel may use plain C++17,
+// __global__, __device__, __host__, __forceinline__, __launch_bounds__ and #pragma unroll.
+//
+// Memory order: sync_block, sync_named and sync_warp order earlier writes of the participating threads before their later
+// reads (shared and global memory). cp_async data is visible to the issuing thread after cp_async_wait, to others after a
+// barrier that follows it. Data of the preceding grid is visible after pdl_wait.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "device_info.h"
+
+namespace fused_rnn::simt {
+
+// ---------------------------------------------------------------------------------------------------- who and where am I
+
+// Architecture the code is being compiled for: 750, 800, 900, ...; 0 in the host pass. Only `if constexpr` inside device
+// functions may depend on it, never a kernel's template arguments.
+#ifdef __CUDA_ARCH__
+constexpr __host__ __device__ int arch() { return __CUDA_ARCH__; }
+#else
+constexpr __host__ __device__ int arch() { return 0; }
+#endif
+
+constexpr int kWarpSize = 32;
+
+__device__ __forceinline__ int thread_x() { return static_cast<int>(threadIdx.x); }
+__device__ __forceinline__ int block_dim_x() { return static_cast<int>(blockDim.x); }
+__device__ __forceinline__ int block_x() { return static_cast<int>(blockIdx.x); }
+__device__ __forceinline__ int block_y() { return static_cast<int>(blockIdx.y); }
+__device__ __forceinline__ int block_z() { return static_cast<int>(blockIdx.z); }
+__device__ __forceinline__ int lane_id() { return thread_x() % kWarpSize; }
+__device__ __forceinline__ int warp_id() { return thread_x() / kWarpSize; }
+
+// Base of the block's dynamic shared memory, 128-byte aligned. There is no other shared memory.
+__device__ __forceinline__ unsigned char* dynamic_smem() {
+  extern __shared__ __align__(128) unsigned char fused_rnn_smem[];
+  return fused_rnn_smem;
+}
+
+// -------------------------------------------------------------------------------------------------- barriers and shuffles
+
+// All threads of the block.
+__device__ __forceinline__ void sync_block() { __syncthreads(); }
+// The same; returns whether any thread's predicate held.
+__device__ __forceinline__ bool sync_block_or(bool predicate) { return __syncthreads_or(predicate) != 0; }
+// All 32 threads of the warp.
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+// `threads` threads (whole warps) of the block meet at barrier `id`, 1..15; 0 belongs to sync_block.
+__device__ __forceinline__ void sync_named(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Full-warp shuffles of a 32-bit value (int, unsigned, float).
+template <class T>
+__device__ __forceinline__ T shuffle(T value, int source_lane) {
+  static_assert(sizeof(T) == 4);
+  return __shfl_sync(0xffffffffu, value, source_lane);
+}
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T value, int mask) {
+  static_assert(sizeof(T) == 4);
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+__device__ __forceinline__ uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
+
+// --------------------------------------------------------------------------------------------- asynchronous copy to shared
+
+// Copies source_bytes (0..kBytes) bytes from global to shared memory and fills the rest of kBytes with zeros. Both addresses
+// are aligned to kBytes (4, 8 or 16); global is not read when source_bytes is 0. Synchronous below sm_80.
+template <int kBytes>
+__device__ __forceinline__ void cp_async(void* shared, const void* global, int source_bytes) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(source_bytes) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(global), "n"(kBytes), "r"(source_bytes)
+                 : "memory");
+  }
+#else
+  struct alignas(kBytes) Bytes {
+    uint32_t words[kBytes / 4];
+  };
+  Bytes value{};
+  if (source_bytes == kBytes) {
+    value = *static_cast<const Bytes*>(global);
+  } else {
+    for (int i = 0; i < source_bytes; ++i) {
+      reinterpret_cast<unsigned char*>(&value)[i] = static_cast<const unsigned char*>(global)[i];
+    }
+  }
+  *static_cast<Bytes*>(shared) = value;
+#endif
+}
+
+// Closes a group of the calling thread's copies (possibly empty).
+__device__ __forceinline__ void cp_async_commit() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most kPending of the calling thread's latest groups are under way.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------- storage types
+
+// IEEE binary16 and bfloat16 as stored in memory. Arithmetic is done in float.
+struct half_t {
+  uint16_t bits;
+};
+struct bfloat16_t {
+  uint16_t bits;
+};
+
+__device__ __forceinline__ double to_float(double value) { return value; }
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(half_t value) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+  return result;
+}
+__device__ __forceinline__ float to_float(bfloat16_t value) {
+  return __uint_as_float(static_cast<uint32_t>(value.bits) << 16);
+}
+
+// Rounds to nearest, ties to even; overflow gives infinity, NaN stays NaN.
+template <class T, class V>
+__device__ __forceinline__ T from_float(V value) {
+  if constexpr (sizeof(T) >= 4) {
+    return static_cast<T>(value);
+  } else {
+    T result;
+    if constexpr (__is_same(T, half_t)) {
+      asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+    } else {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+      asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+#else
+      const uint32_t bits = __float_as_uint(value);
+      const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+      result.bits = value != value ? uint16_t{0x7fff} : static_cast<uint16_t>(rounded);
+#endif
+    }
+    return result;
+  }
+}
+
+// N values loaded or stored at once; the address is aligned to the whole.
+template <class T, int kSize>
+struct alignas(sizeof(T) * kSize) Vec {
+  T v[kSize];
+};
+template <int kSize, class T>
+__device__ __forceinline__ Vec<T, kSize> load_vec(const T* address) {
+  return *reinterpret_cast<const Vec<T, kSize>*>(address);
+}
+template <class T, int kSize>
+__device__ __forceinline__ void store_vec(T* address, const Vec<T, kSize>& value) {
+  *reinterpret_cast<Vec<T, kSize>*>(address) = value;
+}
+
+// ----------------------------------------------------------------------------------------------------------- tensor cores
+
+// Loads kCount (1, 2, 4) 8x8 matrices of 16-bit elements. Lane 8 m + r gives the address of row r of matrix m (16 bytes,
+// aligned; lanes beyond 8 kCount are ignored). Register m of lane l receives elements (l / 4, 2 (l % 4)) and the next of
+// matrix m, or of its transpose.
+template <bool kTranspose, int kCount>
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[kCount], const void* row) {
+  static_assert(kCount == 1 || kCount == 2 || kCount == 4);
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (kCount == 1 && !kTranspose) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(address) : "memory");
+  } else if constexpr (kCount == 1) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(address) : "memory");
+  } else if constexpr (kCount == 2 && !kTranspose) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(address)
+                 : "memory");
+  } else if constexpr (kCount == 2) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(address)
+                 : "memory");
+  } else if constexpr (!kTranspose) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+  }
+}
+
+// mma.sync: d += a b with fp32 accumulation; a is 16 x K (row), b is K x 8 (col), fragments as in the PTX manual.
+__device__ __forceinline__ void mma_f16_m16n8k8(float (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1]) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+}
+
+// The next three need sm_80: code for older architectures must not reach them.
+__device__ __forceinline__ void mma_f16_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  __trap();
+#endif
+}
+__device__ __forceinline__ void mma_bf16_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  __trap();
+#endif
+}
+// a, b: fp32 bit patterns rounded by to_tf32.
+__device__ __forceinline__ void mma_tf32_m16n8k8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  __trap();
+#endif
+}
+// Rounds to 10 mantissa bits, nearest, ties away from zero. sm_80.
+__device__ __forceinline__ uint32_t to_tf32(float value) {
+  uint32_t result = __float_as_uint(value);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(value));
+#endif
+  return result;
+}
+
+// --------------------------------------------------------------------------------------------- programmatic dependent launch
+
+// Blocks until the grid before this one in the stream has ended and its writes are visible. Every thread calls it before it
+// touches memory that the earlier grid writes or reads. Nothing to do below sm_90, where launches do not overlap.
+__device__ __forceinline__ void pdl_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Allows the next grid to start as soon as every block has called this or ended.
+__device__ __forceinline__ void pdl_launch_dependents() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// --------------------------------------------------------------------------------------------------------- host: launching
+
+struct LaunchConfig {
+  const char* name;        // for error messages
+  int grid_x, grid_y, grid_z;
+  int threads;             // of a block (one-dimensional)
+  int smem_bytes;          // dynamic shared memory
+  int cluster;             // blocks of a cluster along x; 1: none
+  bool pdl;                // may start before the preceding grid of the stream has ended (it calls pdl_wait)
+};
+
+inline void check(cudaError_t status, const std::string& what) {
+  if (status == cudaSuccess) return;
+  (void)cudaGetLastError();
+  throw std::runtime_error("fused_rnn: " + what + ": " + cudaGetErrorString(status));
+}
+
+// To be called on the device that launches before a kernel's first launch with more than 48 KiB of shared memory; cheap enough
+// for once per layer. Returns whether the kernel may be launched with pdl: its code must have been compiled for sm_90 or newer
+// (a PTX of an older architecture, translated by the driver, has empty pdl_wait()).
+template <class Params>
+bool prepare(void (*kernel)(Params), const char* name, int smem_bytes) {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), std::string("kernel ") + name);
+  if (smem_bytes > attributes.maxDynamicSharedSizeBytes) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes),
+          std::string("kernel ") + name + ": " + std::to_string(smem_bytes) + " bytes of shared memory");
+  }
+  return attributes.ptxVersion >= 90;
+}
+
+template <class Params>
+void launch(void (*kernel)(Params), const LaunchConfig& config, void* stream, const Params& params) {
+  cudaLaunchConfig_t launch_config{};
+  launch_config.gridDim = dim3(config.grid_x, config.grid_y, config.grid_z);
+  launch_config.blockDim = dim3(config.threads);
+  launch_config.dynamicSmemBytes = config.smem_bytes;
+  launch_config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attributes[2];
+  launch_config.attrs = attributes;
+  if (config.pdl) {
+    cudaLaunchAttribute& attribute = attributes[launch_config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (config.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[launch_config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = config.cluster;
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
+  }
+  const cudaError_t status = cudaLaunchKernelEx(&launch_config, kernel, params);
+  if (status == cudaSuccess) return;
+  check(status, std::string("kernel ") + config.name + ", grid " + std::to_string(config.grid_x) + "x" +
+                    std::to_string(config.grid_y) + "x" + std::to_string(config.grid_z) + ", " +
+                    std::to_string(config.threads) + " threads, " + std::to_string(config.smem_bytes) +
+                    " bytes of shared memory");
+}
+
+// Properties of a device. Some ten attribute queries: callers keep the result.
+inline DeviceInfo query_device(int device) {
+  const auto get = [device](cudaDeviceAttr attribute) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, attribute, device), "device " + std::to_string(device));
+    return value;
+  };
+  DeviceInfo info{};
+  info.compute_capability = 10 * get(cudaDevAttrComputeCapabilityMajor) + get(cudaDevAttrComputeCapabilityMinor);
+  info.sm_count = get(cudaDevAttrMultiProcessorCount);
+  info.smem_per_block = get(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  info.smem_per_sm = get(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  info.registers_per_sm = get(cudaDevAttrMaxRegistersPerMultiprocessor);
+  info.threads_per_sm = get(cudaDevAttrMaxThreadsPerMultiProcessor);
+  info.l2_bytes = get(cudaDevAttrL2CacheSize);
+  info.max_cluster = !get(cudaDevAttrClusterLaunch) ? 1 : info.compute_capability >= 120 ? 8 : 16;
+  return info;
+}
+
+}  // namespace fused_rnn::simt
