@@ -76,9 +76,9 @@ struct ForwardParams {
   void* y;          // [N, D * P]; inactive rows of a dense batch are written with 0
   void* h_n;        // [D, B, P]: state after each row's last active step (its initial state if it has none)
   void* c_n;        // [D, B, H]; LSTM only
-  void* gates;      // [D, N, S, H]: activated gates for backward. CUDA: holds the projection on entry, unless the family is
-                    // `cell`, which computes it. CPU: null unless training. Inactive rows: unspecified.
-  void* cs;         // [D, N, H]: c after each step, in dtype; LSTM only; null unless training
+  void* gates;      // [D, N, S, H]: activated gates for backward, 0 at inactive rows when training. CUDA: holds the projection
+                    // on entry, unless the family is `cell`, which computes it. CPU: null unless training.
+  void* cs;         // [D, N, H]: c after each step, in dtype, 0 at inactive rows; LSTM only; null unless training
   bool training;    // gates and cs are kept for backward (RNN cells keep neither: their derivative needs y alone)
   void* workspace;  // *_workspace_bytes() of the backend, 256-byte aligned
 };

@@ -6,6 +6,9 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator
+from typing import Any
+
+import torch
 
 from fused_rnn._build import load_extension
 
@@ -28,6 +31,16 @@ if os.environ.get("FUSED_RNN_BACKEND"):
 _warned: set[str] = set()
 
 
+def build_info() -> dict[str, Any]:
+    """What the compiled extension holds; empty if it could not be imported.
+
+    Returns:
+        ``cuda`` (bool: CUDA kernels were built), ``cpu_instruction_set`` (the one in use), ``cpu_instruction_sets`` (those
+        that this machine can run).
+    """
+    return {} if _C is None else dict(_C.build_info())
+
+
 def has_cpu_kernels() -> bool:
     """Whether the compiled extension, which always has the CPU kernels, is there."""
     return _C is not None
@@ -35,7 +48,7 @@ def has_cpu_kernels() -> bool:
 
 def has_cuda_kernels() -> bool:
     """Whether the compiled extension has the CUDA kernels."""
-    return _C is not None and bool(_C.build_info()["cuda"])
+    return bool(build_info().get("cuda", False))
 
 
 # The backend of each device type when none is forced; built once, as it is looked up at every call.
@@ -62,12 +75,14 @@ def uses_ops(device_type: str) -> bool:
     """True if the compiled ops serve this device type now, False if the reference does.
 
     Raises:
-        RuntimeError: a backend was forced that cannot serve the device type.
+        RuntimeError: a backend was forced that cannot serve the device type, or torch.func's transforms.
     """
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return _uses_ops_in_functorch()
     if _forced is None:
         native = _native.get(device_type, False)
         if not native:
-            _warn_once(device_type)
+            _warn_once(device_type, f"{why_not_native(device_type)}; python -m fused_rnn info says what is missing")
         return native
     if _forced == "reference":
         return False
@@ -79,16 +94,19 @@ def uses_ops(device_type: str) -> bool:
     return True
 
 
-def _warn_once(device_type: str) -> None:
-    if device_type in _warned:
+def _uses_ops_in_functorch() -> bool:
+    if _forced not in (None, "reference"):
+        raise RuntimeError(f"backend {_forced!r} is forced but inside torch.func transforms only the reference runs")
+    if _forced is None:
+        _warn_once("torch.func", "torch.func transforms (vmap, grad, jvp) do not reach the compiled kernels")
+    return False
+
+
+def _warn_once(key: str, reason: str) -> None:
+    if key in _warned:
         return
-    _warned.add(device_type)
-    warnings.warn(
-        f"fused_rnn runs on its slow Python reference: {why_not_native(device_type)}; "
-        "python -m fused_rnn info says what is missing",
-        RuntimeWarning,
-        stacklevel=4,
-    )
+    _warned.add(key)
+    warnings.warn(f"fused_rnn runs on its slow Python reference: {reason}", RuntimeWarning, stacklevel=4)
 
 
 def forced_backend() -> str | None:

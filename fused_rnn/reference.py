@@ -102,6 +102,8 @@ def layer(
     """
     directions = 2 if bidirectional else 1
     per_direction = len(params) // directions
+    if lengths is not None:  # padding may hold anything, and NaN would come through the gradients of the masks below
+        x = torch.where((torch.arange(x.shape[0], device=x.device).unsqueeze(1) < lengths).unsqueeze(-1), x, 0)
     scans = []
     for d in range(directions):
         p = params[d * per_direction : (d + 1) * per_direction]
