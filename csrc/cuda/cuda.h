@@ -1,0 +1,28 @@
+// The CUDA backend without torch and without CUDA headers: what csrc/ops_cuda.cpp calls. The caller makes the device current,
+// owns all memory and names the stream (a cudaStream_t). Nothing here synchronises, allocates on the device or touches another
+// stream; every call can be captured in a CUDA graph. Errors are std::runtime_error with the kernel's name.
+#pragma once
+#include <optional>
+
+#include "params.h"
+#include "plan.h"
+
+namespace fused_rnn::cuda {
+
+// Queried once per device and kept.
+const DeviceInfo& device_info(int device);
+
+// The problem that params describe. Backward does not know I: it passes 0.
+Problem problem_of(const ForwardParams& params);
+Problem problem_of(const BackwardParams& params);
+
+// make_plan for a device, with the latest plans of the calling thread kept.
+const Plan& plan_for(const Problem& problem, int device, std::optional<Family> forced = std::nullopt);
+
+// params.workspace: plan.workspace_bytes bytes, 256-byte aligned, contents irrelevant.
+// Family kCell reads params.x and ignores what gates holds (null unless training); family kStep finds the projection
+// x W_ih^T + b_ih in the first G slots of gates and does not read params.x.
+void forward(const ForwardParams& params, const Plan& plan, void* stream);
+void backward(const BackwardParams& params, const Plan& plan, void* stream);
+
+}  // namespace fused_rnn::cuda

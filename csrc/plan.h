@@ -1,0 +1,72 @@
+// Which CUDA kernel family serves a layer, with which tiles: a pure function of the problem and the device, printable, and
+// testable without a GPU. No torch, no CUDA include.
+#pragma once
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cuda/tiles.h"
+#include "device_info.h"
+#include "params.h"
+
+namespace fused_rnn {
+
+// One layer, forward or backward.
+struct Problem {
+  CellKind cell;
+  DType dtype;
+  bool allow_tf32;  // fp32 only
+  int64_t T, B, I, H, P;
+  int D;
+  bool ragged;    // lengths or offsets are given
+  bool training;  // forward keeps what backward needs
+  bool backward;
+};
+
+inline bool operator==(const Problem& a, const Problem& b) {
+  return a.cell == b.cell && a.dtype == b.dtype && a.allow_tf32 == b.allow_tf32 && a.T == b.T && a.B == b.B && a.I == b.I &&
+         a.H == b.H && a.P == b.P && a.D == b.D && a.ragged == b.ragged && a.training == b.training &&
+         a.backward == b.backward;
+}
+
+// kCell: one step, input and recurrent product in one kernel. kStep: one launch per step, input projection made by the caller.
+enum class Family : int { kCell, kStep };
+
+const char* to_string(Family family);
+// "cell", "step"; throws std::invalid_argument with the list of names otherwise.
+Family parse_family(const std::string& name);
+
+// One kernel of the plan; the launches of a step follow the order of Plan::kernels.
+struct KernelPlan {
+  cuda::KernelRole role;
+  cuda::TileSize tile;
+  cuda::MathKind math;
+  int64_t grid_x, grid_y, grid_z;  // batch tiles, unit tiles, directions
+  int threads;
+  int stages;  // of the shared-memory ring
+  int smem_bytes;
+  double us;  // expected duration by the cost model of plan.cpp, whose constants are published figures, not measurements
+};
+
+struct Rejection {
+  Family family;
+  std::string reason;
+};
+
+struct Plan {
+  Family family;
+  std::vector<KernelPlan> kernels;
+  bool pdl;  // launches may overlap (sm_90 and newer)
+  int64_t workspace_bytes;
+  double us_per_step;  // sum over kernels
+  std::string reason;
+  std::vector<Rejection> rejected;
+};
+
+// Throws std::invalid_argument if no family (or not the forced one) can serve the problem on the device; the message has the
+// reasons.
+Plan make_plan(const Problem& problem, const DeviceInfo& device, std::optional<Family> forced = std::nullopt);
+
+std::string to_string(const Plan& plan);
+
+}  // namespace fused_rnn
