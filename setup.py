@@ -59,15 +59,17 @@ def build_options(torch):
         "nvcc": cuda.get("nvcc"),
         "cuda_architectures": cuda.get("architectures", "").replace(" ", ";").split(";") if "nvcc" in cuda else [],
         "cuda_skipped": cuda.get("skipped"),
+        "cuda_mend": cuda.get("mend"),
     }
 
     class Build(BuildExtension):
-        """Always runs ninja, which knows every header and flag: an unchanged file is not compiled again. Writes what was
-        built next to the module, where it can be read without loading it."""
+        """Always runs ninja, in one folder per torch: it knows every header and flag and compiles only what changed. Writes what
+        was built next to the module, where it can be read without loading it."""
 
         def finalize_options(self):
             super().finalize_options()
             self.force = True
+            self.build_temp = str(ROOT / "build" / f"temp.{sys.implementation.cache_tag}-torch{torch.__version__}")
 
         def run(self):
             super().run()

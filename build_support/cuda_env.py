@@ -30,7 +30,7 @@ def _nvcc_version(home):
 
 
 def _find_nvcc(cuda_major):
-    """(CUDA home, "major.minor") of the nvcc to use; (None, reason) where none fits."""
+    """(CUDA home, "major.minor") of the nvcc to use; (None, the reason) where none fits."""
     on_path = shutil.which("nvcc")
     homes = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     homes += [Path(on_path).resolve().parent.parent] if on_path else []
@@ -44,8 +44,17 @@ def _find_nvcc(cuda_major):
         return home, "{}.{}".format(*version)
     if found:
         listing = ", ".join("{} at {}".format(".".join(map(str, version)), home) for home, version in found)
-        return None, f"torch was built with CUDA {cuda_major} and nvcc is {listing}"
-    return None, f"no nvcc was found (install the CUDA {cuda_major} toolkit, or put its folder into CUDA_HOME)"
+        return None, f"torch was built with CUDA {cuda_major} but nvcc is {listing}"
+    return None, f"torch was built with CUDA {cuda_major} but no nvcc was found"
+
+
+def _nvcc_command(cuda_version):
+    """The command that installs an nvcc for this CUDA version. NVIDIA's wheels have it from CUDA 13 on."""
+    if int(cuda_version.split(".")[0]) < 13:
+        return f"export CUDA_HOME=<the folder of an installed CUDA {cuda_version} toolkit>"
+    parts = ("nvcc", "crt", "cccl")
+    names = [f"nvidia-cuda-{part}=={cuda_version}.*" for part in parts] + [f"nvidia-nvvm=={cuda_version}.*"]
+    return "pip install " + " ".join(f'"{name}"' for name in names)
 
 
 def _architectures(torch):
@@ -59,23 +68,24 @@ def _architectures(torch):
 
 
 def cuda_plan(torch):
-    """{"skipped": reason} or {"home", "nvcc", "architectures", "include_after"}.
+    """{"skipped": reason, "mend": what to do before a new build} or {"home", "nvcc", "architectures", "include_after"}.
 
     Raises where FUSED_RNN_CUDA=1 demands CUDA and a piece is missing."""
     wanted = os.environ.get("FUSED_RNN_CUDA", "")
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"FUSED_RNN_CUDA must be 0, 1 or unset, got {wanted!r}")
     if wanted == "0":
-        return {"skipped": "FUSED_RNN_CUDA=0 was set"}
-    home, reason = None, "torch was built without CUDA"
-    if torch.version.cuda:
-        major = int(torch.version.cuda.split(".")[0])
-        home, reason = _find_nvcc(major)
+        return {"skipped": "FUSED_RNN_CUDA=0 was set", "mend": "unset FUSED_RNN_CUDA"}
+    if torch.version.cuda is None:
+        home, reason, mend = None, "torch was built without CUDA", "pip install --force-reinstall torch  (its CUDA build)"
+    else:
+        home, reason = _find_nvcc(int(torch.version.cuda.split(".")[0]))
+        mend = _nvcc_command(torch.version.cuda)
     if home is None:
         if wanted == "1":
-            raise SystemExit(f"FUSED_RNN_CUDA=1, but {reason}")
-        return {"skipped": reason}
-    includes = [root / "include" for root in _wheel_roots(major)]
+            raise SystemExit(f"FUSED_RNN_CUDA=1, but {reason}. This may mend it: {mend}")
+        return {"skipped": reason, "mend": mend}
+    includes = [root / "include" for root in _wheel_roots(int(torch.version.cuda.split(".")[0]))]
     return {
         "home": str(home),
         "nvcc": reason,

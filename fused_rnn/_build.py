@@ -27,16 +27,24 @@ def load_extension() -> tuple[ModuleType | None, str | None]:
     """
     record = build_record()
     if record is None:
-        return None, f"the extension was never compiled; compile it with: {rebuild_command()}"
+        return None, "the extension was never compiled"
     if record["torch"] != torch.__version__:
-        return None, (
-            f"the extension was built against torch {record['torch']} and this is torch {torch.__version__}; "
-            f"rebuild it with: {rebuild_command()}"
-        )
+        return None, f"the extension was compiled for torch {record['torch']} and this is torch {torch.__version__}"
     try:
         return importlib.import_module("fused_rnn._C"), None
     except ImportError as error:
         return None, f"the extension could not be imported ({error})"
+
+
+def build_info() -> dict[str, Any]:
+    """What was built and what of it this machine can run; {} if the extension is missing or unusable.
+
+    Keys: ``torch``, ``torch_cuda``, ``python`` and ``nvcc`` (versions at build time), ``cuda`` (whether there are CUDA
+    kernels), ``cuda_architectures``, ``cuda_skipped`` (the reason for none), ``cuda_mend`` (what helps),
+    ``cpu_instruction_sets`` (those this machine runs), ``cpu_instruction_set`` (the one in use).
+    """
+    extension, _ = load_extension()
+    return {} if extension is None else {**(build_record() or {}), **extension.build_info()}
 
 
 def rebuild_command() -> str:
