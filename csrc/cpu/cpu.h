@@ -1,0 +1,26 @@
+// The CPU backend: one recurrent layer, forward and backward, for every cell and dtype. Layouts: params.h.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../params.h"
+
+namespace fused_rnn::cpu {
+
+// Size of ForwardParams::workspace / BackwardParams::workspace for these params (pointers are not read).
+int64_t forward_workspace_bytes(const ForwardParams& p);
+int64_t backward_workspace_bytes(const BackwardParams& p);
+
+// forward computes the input projection too. Both run on at most omp_get_max_threads() threads of the caller's OpenMP.
+void forward(const ForwardParams& p);
+void backward(const BackwardParams& p);
+
+// The instruction set in use: FUSED_RNN_CPU if set (std::invalid_argument if that one is not available), else the best
+// available.
+const char* instruction_set();
+// Instruction sets compiled in, best first, and those of them that this machine can run.
+std::vector<std::string> built_instruction_sets();
+std::vector<std::string> available_instruction_sets();
+
+}  // namespace fused_rnn::cpu
