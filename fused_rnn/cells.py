@@ -1,0 +1,136 @@
+"""Drop-in torch.nn.RNNCell, LSTMCell and GRUCell: one step of one layer as one functional call.
+
+Every class is a subclass of torch.nn's own and keeps its constructor. What differs from torch.nn: RNNCell has a third
+nonlinearity, "identity", and refuses an unknown one at construction; every class gives the autocast dtype under autocast;
+``torch.jit.script`` is not supported (``torch.jit.trace`` is).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_rnn.functional import CELLS, run_cell
+from fused_rnn.modules import _refuse_scripting, check_like, type_name
+
+__all__ = ["GRUCell", "LSTMCell", "RNNCell"]
+
+_LSTM, _GRU = CELLS["LSTM"], CELLS["GRU"]
+_RNN = {"tanh": CELLS["RNN_TANH"], "relu": CELLS["RNN_RELU"], "identity": CELLS["RNN_IDENTITY"]}
+_WITH_BIASES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+class _Cell(nn.RNNCellBase):
+    """What the three cells share: where the weights come from, the checks, and the call."""
+
+    __prepare_scriptable__ = _refuse_scripting
+
+    def _weights(self) -> list[Tensor]:
+        """[w_ih, w_hh] or [w_ih, w_hh, b_ih, b_hh] as they are now: parameters, or what replaces them by name."""
+        parameters = self.__dict__["_parameters"]
+        try:
+            weights = [parameters[name] for name in _WITH_BIASES]
+        except KeyError:
+            weights = [getattr(self, name) for name in _WITH_BIASES]
+        return weights[:2] if weights[2] is None else weights
+
+    def _check_state(self, input: Tensor, state: Tensor, index: int) -> None:
+        if state.size() != (input.size(0), self.hidden_size):
+            if state.size(0) != input.size(0):
+                raise RuntimeError(
+                    f"Input batch size {input.size(0)} doesn't match hidden{index} batch size {state.size(0)}"
+                )
+            got = state.size(1) if state.dim() > 1 and state.size(1) != self.hidden_size else list(state.size())
+            raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {got}, expected {self.hidden_size}")
+        if state.dtype != input.dtype or state.device != input.device:
+            check_like(input, state, "hidden")
+
+    def _run(self, cell: int, input: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One step of input [B, I] or [I], which has been checked to be one of them."""
+        unbatched = input.dim() == 1
+        if unbatched:
+            input = input.unsqueeze(0)
+            h = None if h is None else h.unsqueeze(0)
+            c = None if c is None else c.unsqueeze(0)
+        weights = self._weights()
+        first = weights[0]
+        if input.size(1) != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}")
+        if h is not None:
+            self._check_state(input, h, 0)
+        if c is not None:
+            self._check_state(input, c, 1)
+        if input.dtype != first.dtype and not torch._C._is_any_autocast_enabled():
+            raise RuntimeError(f"mat1 and mat2 must have the same dtype, but got {type_name(input)} and {type_name(first)}")
+        if input.device != first.device:
+            check_like(input, first, "parameter")
+        new_h, new_c = run_cell(cell, input, h, c, weights, len(weights) == 4)
+        if unbatched:
+            return new_h.squeeze(0), new_c.squeeze(0) if cell == _LSTM else new_c
+        return new_h, new_c
+
+    def _run_single_state(self, cell: int, input: Tensor, hx: Tensor | None) -> Tensor:
+        dim = input.dim()
+        if dim != 2 and dim != 1:
+            raise ValueError(f"{self._kind}: Expected input to be 1D or 2D, got {dim}D instead")
+        if hx is not None and hx.dim() not in (1, 2):
+            raise ValueError(f"{self._kind}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
+        return self._run(cell, input, hx, None)[0]
+
+    _kind = "RNNCell"
+
+
+class RNNCell(_Cell, nn.RNNCell):
+    """torch.nn.RNNCell in one kernel, with a third nonlinearity, "identity"; else as torch.nn.RNNCell."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        if nonlinearity not in _RNN:
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh', 'relu' or 'identity'.")
+        super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """input [B, I] or [I], hx [B, H] or [H] or None -> h' [B, H] or [H]."""
+        cell = _RNN.get(self.nonlinearity)
+        if cell is None:
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return self._run_single_state(cell, input, hx)
+
+
+class LSTMCell(_Cell, nn.LSTMCell):
+    """torch.nn.LSTMCell in one kernel."""
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """input [B, I] or [I], hx (h, c), each [B, H] or [H], or None -> (h', c')."""
+        dim = input.dim()
+        if dim != 2 and dim != 1:
+            raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {dim}D instead")
+        if hx is None:
+            return self._run(_LSTM, input, None, None)
+        for index, value in enumerate(hx):
+            if value.dim() not in (1, 2):
+                raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {value.dim()}D instead")
+        if isinstance(hx, Tensor):
+            raise TypeError("lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
+        if len(hx) != 2:
+            raise RuntimeError("lstm_cell expects two hidden states")
+        return self._run(_LSTM, input, hx[0], hx[1])
+
+
+class GRUCell(_Cell, nn.GRUCell):
+    """torch.nn.GRUCell in one kernel."""
+
+    _kind = "GRUCell"
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """input [B, I] or [I], hx [B, H] or [H] or None -> h' [B, H] or [H]."""
+        return self._run_single_state(_GRU, input, hx)

@@ -1,0 +1,304 @@
+"""Drop-in torch.nn.RNN, LSTM and GRU: the same constructors, parameters, state and errors; forward is one functional call.
+
+Every class is a subclass of torch.nn's own and keeps its constructor. What differs from torch.nn:
+
+* RNN has a third nonlinearity, "identity".
+* Weights are separate tensors, always: ``flatten_parameters`` does nothing, and ``_flat_weights`` is not a cache but is read
+  from the parameters at each use, so it is never stale and holds nothing alive.
+* A packed input with a wrong ``hx`` is an error in every class.
+* ``torch.jit.script`` is not supported (``torch.jit.trace`` is).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fused_rnn import functional
+from fused_rnn.functional import CELLS, run_rnn
+
+__all__ = ["GRU", "LSTM", "RNN"]
+
+_LSTM, _GRU = CELLS["LSTM"], CELLS["GRU"]
+
+
+def _refuse_scripting(module: nn.Module) -> nn.Module:
+    """``__prepare_scriptable__`` of every fused module: TorchScript compiles source and knows only torch.nn's layers.
+
+    Handing it a torch.nn twin is no way out: torch.jit.script would put the twin into the caller's model.
+    """
+    raise NotImplementedError(
+        f"torch.jit.script cannot compile fused_rnn.{type(module).__name__}: use torch.jit.trace or torch.export, or script "
+        "the model after fused_rnn.revert(model)"
+    )
+
+
+def type_name(tensor: Tensor) -> str:
+    """The dtype as torch's error messages spell it: Float, Double, BFloat16."""
+    return tensor.type().rsplit(".", 1)[-1].removesuffix("Tensor")
+
+
+def check_like(input: Tensor, tensor: Tensor, name: str) -> None:
+    """Raises RuntimeError, in torch's words, unless the tensor is on input's device and, outside autocast, of its dtype."""
+    if tensor.device != input.device:
+        raise RuntimeError(
+            f"Input and {name} tensors are not at the same device, found input tensor at {input.device} "
+            f"and {name} tensor at {tensor.device}"
+        )
+    if tensor.dtype != input.dtype and not torch._C._is_any_autocast_enabled():
+        raise RuntimeError(
+            f"Input and {name} tensors are not the same dtype, found input tensor with {type_name(input)} "
+            f"and {name} tensor with {type_name(tensor)}"
+        )
+
+
+class _FlatWeights(list[Any]):
+    """A snapshot of the weights in order. Writing another tensor into it would change nothing, so that is an error."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if self[index] is not value:
+            raise TypeError("_flat_weights is read from the parameters: assign the parameter itself by its name")
+
+
+class _Layer(nn.RNNBase):
+    """What RNN, LSTM and GRU share: where the weights come from, and the checks before the call."""
+
+    # --- weights ---
+
+    def _weights(self) -> list[Tensor]:
+        """The weights in _flat_weights_names' order, as they are now: parameters, or what replaces them by name
+        (parametrizations, weight_norm, prune, DataParallel replicas)."""
+        fields = self.__dict__
+        if "_weights_override" in fields:
+            return fields["_weights_override"]
+        parameters = fields["_parameters"]
+        try:
+            return [parameters[name] for name in fields["_flat_weights_names"]]
+        except KeyError:
+            return [getattr(self, name) for name in fields["_flat_weights_names"]]
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        if "_weights_override" in self.__dict__:
+            return self.__dict__["_weights_override"]
+        return _FlatWeights(getattr(self, name, None) for name in self._flat_weights_names)
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: list[Tensor | None]) -> None:
+        """Assigning other tensors than the named weights makes forward use them, until the named ones are assigned back."""
+        named = [getattr(self, name, None) for name in self._flat_weights_names]
+        self.__dict__.pop("_weights_override", None)
+        if len(value) == len(named) and any(new is not old for new, old in zip(value, named, strict=True)):
+            self.__dict__["_weights_override"] = list(value)
+
+    def __setattr__(self, attr: str, value: Any) -> None:
+        nn.Module.__setattr__(self, attr, value)
+
+    def _init_flat_weights(self) -> None:
+        self.__dict__.pop("_weights_override", None)
+
+    def _update_flat_weights(self) -> None:
+        pass
+
+    def _weights_have_changed(self) -> bool:
+        return False
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: weights are separate tensors and no layout of them is faster than another."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_flat_weight_refs", None)
+        state.pop("_weights_override", None)
+        return state
+
+    def __setstate__(self, d: dict[str, Any]) -> None:
+        state = {key: value for key, value in d.items() if key not in ("_flat_weights", "_flat_weight_refs")}
+        names = state.get("_all_weights")
+        if "_flat_weights_names" not in state and names and isinstance(names[0][0], str):
+            state["_flat_weights_names"] = [name for group in names for name in group]
+        super().__setstate__(state)
+        self.__dict__.pop("_flat_weight_refs", None)
+
+    __prepare_scriptable__ = _refuse_scripting
+
+    # --- checks ---
+
+    def _check(self, input: Tensor, weights: list[Tensor], batch_sizes: Tensor | None) -> int:
+        """Checks a batched or packed input; returns its batch size. Inline for speed: torch.nn's methods only to raise."""
+        first = weights[0]
+        if (
+            input.dtype != first.dtype
+            or input.size(-1) != self.input_size
+            or input.dim() != (3 if batch_sizes is None else 2)
+        ):
+            self.check_input(input, batch_sizes)
+        if first.device != input.device:
+            check_like(input, first, "parameter")
+        if batch_sizes is not None:
+            functional._check_batch_sizes(batch_sizes, input)
+            return int(batch_sizes[0])
+        return input.size(0 if self.batch_first else 1)
+
+    def _check_state(self, input: Tensor, state: Tensor, batch: int, size: int, message: str) -> None:
+        expected = (self.num_layers * (2 if self.bidirectional else 1), batch, size)
+        if state.size() != expected:
+            self.check_hidden_size(state, expected, message)
+        if state.dtype != input.dtype or state.device != input.device:
+            check_like(input, state, "hidden")
+
+    def _check_steps(self, input: Tensor) -> None:
+        if input.size(1 if self.batch_first else 0) == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+    def _run(
+        self,
+        cell: int,
+        input: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        weights: list[Tensor],
+        batch_sizes: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return run_rnn(
+            cell,
+            input,
+            h0,
+            c0,
+            weights,
+            self.num_layers,
+            self.bias,
+            self.bidirectional,
+            self.dropout,
+            self.training,
+            self.batch_first and batch_sizes is None,
+            batch_sizes,
+        )
+
+    def _forward_single_state(self, cell: int, input: Tensor | PackedSequence, hx: Tensor | None) -> tuple[Any, Tensor]:
+        """Forward of the cells with one state (RNN, GRU)."""
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(cell, input, hx)
+        dim = input.dim()
+        if dim == 2:
+            if hx is not None:
+                if hx.dim() != 2:
+                    raise RuntimeError(f"For unbatched 2-D input, hx should also be 2-D but got {hx.dim()}-D tensor")
+                hx = hx.unsqueeze(1)
+            input = input.unsqueeze(0 if self.batch_first else 1)
+        elif dim != 3:
+            noun = "D tensor instead" if cell != _GRU else "D instead"
+            raise ValueError(f"{'GRU' if cell == _GRU else 'RNN'}: Expected input to be 2D or 3D, got {dim}{noun}")
+        elif hx is not None and hx.dim() != 3:
+            raise RuntimeError(f"For batched 3-D input, hx should also be 3-D but got {hx.dim()}-D tensor")
+        weights = self._weights()
+        batch = self._check(input, weights, None)
+        if hx is not None:
+            self._check_state(input, hx, batch, self.hidden_size, "Expected hidden size {}, got {}")
+        self._check_steps(input)
+        output, h_n, _ = self._run(cell, input, hx, None, weights, None)
+        if dim == 2:
+            return output.squeeze(0 if self.batch_first else 1), h_n.squeeze(1)
+        return output, h_n
+
+    def _forward_packed(self, cell: int, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
+        """Forward of a packed sequence; hx and the returned state are in the caller's order of rows."""
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        weights = self._weights()
+        batch = self._check(data, weights, batch_sizes)
+        h0 = c0 = None
+        if hx is not None:
+            if cell == _LSTM:
+                h0, c0 = _pair(hx)
+                self._check_state(data, h0, batch, self.proj_size or self.hidden_size, "Expected hidden[0] size {}, got {}")
+                self._check_state(data, c0, batch, self.hidden_size, "Expected hidden[1] size {}, got {}")
+                h0, c0 = self.permute_hidden((h0, c0), sorted_indices)  # type: ignore[arg-type]
+            else:
+                self._check_state(data, hx, batch, self.hidden_size, "Expected hidden size {}, got {}")
+                h0 = self.permute_hidden(hx, sorted_indices)
+        output, h_n, c_n = self._run(cell, data, h0, c0, weights, batch_sizes)
+        hidden: Any = (h_n, c_n) if cell == _LSTM else h_n
+        return (
+            PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices),
+            self.permute_hidden(hidden, unsorted_indices),
+        )
+
+
+def _pair(hx: Any) -> tuple[Tensor, Tensor]:
+    if len(hx) < 2:
+        hx[1]  # torch.nn's IndexError
+    if len(hx) != 2:
+        raise RuntimeError("lstm expects two hidden states")
+    return hx[0], hx[1]
+
+
+class LSTM(_Layer, nn.LSTM):
+    """torch.nn.LSTM on fused kernels; constructor, arguments, results and errors are torch.nn.LSTM's."""
+
+    def forward(self, input, hx=None):  # type: ignore[no-untyped-def]
+        """input [T, B, I] ([B, T, I] with batch_first; [T, I]; PackedSequence), hx (h0 [L*D, B, P], c0 [L*D, B, H]) or None
+        -> output [T, B, D*P] in the input's form, (h_n [L*D, B, P], c_n [L*D, B, H])."""
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(_LSTM, input, hx)
+        dim = input.dim()
+        if dim != 3 and dim != 2:
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {dim}D instead")
+        h0: Any = None
+        c0: Any = None
+        if hx is not None:
+            h0, c0 = hx[0], hx[1]
+            if h0.dim() != dim or c0.dim() != dim:
+                raise RuntimeError(
+                    f"For {'batched 3' if dim == 3 else 'unbatched 2'}-D input, hx and cx should "
+                    f"also be {dim}-D but got ({h0.dim()}-D, {c0.dim()}-D) tensors"
+                )
+            h0, c0 = _pair(hx)
+        if dim == 2:
+            input = input.unsqueeze(0 if self.batch_first else 1)
+            if h0 is not None:
+                h0, c0 = h0.unsqueeze(1), c0.unsqueeze(1)
+        weights = self._weights()
+        batch = self._check(input, weights, None)
+        if h0 is not None:
+            self._check_state(input, h0, batch, self.proj_size or self.hidden_size, "Expected hidden[0] size {}, got {}")
+            self._check_state(input, c0, batch, self.hidden_size, "Expected hidden[1] size {}, got {}")
+        self._check_steps(input)
+        output, h_n, c_n = self._run(_LSTM, input, h0, c0, weights, None)
+        if dim == 2:
+            return output.squeeze(0 if self.batch_first else 1), (h_n.squeeze(1), c_n.squeeze(1))
+        return output, (h_n, c_n)
+
+
+class GRU(_Layer, nn.GRU):
+    """torch.nn.GRU on fused kernels; constructor, arguments, results and errors are torch.nn.GRU's."""
+
+    def forward(self, input, hx=None):  # type: ignore[no-untyped-def]
+        """input [T, B, I] ([B, T, I] with batch_first; [T, I]; PackedSequence), hx [L*D, B, H] or None
+        -> output [T, B, D*H] in the input's form, h_n [L*D, B, H]."""
+        return self._forward_single_state(_GRU, input, hx)
+
+
+class RNN(_Layer, nn.RNN):
+    """torch.nn.RNN on fused kernels, with a third nonlinearity, "identity" (a linear recurrence); else as torch.nn.RNN."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        nonlinearity = args[3] if len(args) > 3 else kwargs.get("nonlinearity", "tanh")
+        if nonlinearity not in ("tanh", "relu", "identity") and "proj_size" not in kwargs:
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh', 'relu' or 'identity'.")
+        if nonlinearity == "identity":  # torch.nn.RNN knows two: build as tanh, which has the same parameters
+            if len(args) > 3:
+                args = (*args[:3], "tanh", *args[4:])
+            else:
+                kwargs["nonlinearity"] = "tanh"
+        super().__init__(*args, **kwargs)
+        if nonlinearity == "identity":
+            self.nonlinearity = nonlinearity
+            self.mode = "RNN_IDENTITY"
+
+    def forward(self, input, hx=None):  # type: ignore[no-untyped-def]
+        """input [T, B, I] ([B, T, I] with batch_first; [T, I]; PackedSequence), hx [L*D, B, H] or None
+        -> output [T, B, D*H] in the input's form, h_n [L*D, B, H]."""
+        return self._forward_single_state(CELLS[self.mode], input, hx)
