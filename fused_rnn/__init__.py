@@ -2,7 +2,23 @@
 
 from fused_rnn import functional
 from fused_rnn._backend import build_info, use_backend
+from fused_rnn.cells import GRUCell, LSTMCell, RNNCell
+from fused_rnn.convert import convert, patched, revert
+from fused_rnn.modules import GRU, LSTM, RNN
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["build_info", "functional", "use_backend"]
+__all__ = [
+    "GRU",
+    "GRUCell",
+    "LSTM",
+    "LSTMCell",
+    "RNN",
+    "RNNCell",
+    "build_info",
+    "convert",
+    "functional",
+    "patched",
+    "revert",
+    "use_backend",
+]
