@@ -1,0 +1,332 @@
+#include "layer.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/searchsorted.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/tanh.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+
+namespace fused_rnn {
+namespace {
+
+DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kDouble: return DType::kFloat64;
+    case at::kFloat: return DType::kFloat32;
+    case at::kHalf: return DType::kFloat16;
+    case at::kBFloat16: return DType::kBFloat16;
+    default: TORCH_CHECK(false, "input: expected dtype float64, float32, float16 or bfloat16, got ", x.scalar_type());
+  }
+}
+
+struct Shapes {
+  int64_t T, B, N, I, H, P;
+  int D;
+  int64_t per_direction;  // parameters of one direction
+  bool projection;
+};
+
+void check_tensor(const char* name, const Tensor& t, at::IntArrayRef shape, const Tensor& x, at::ScalarType dtype) {
+  TORCH_CHECK(t.device() == x.device(), name, ": expected device ", x.device(), " (input's), got ", t.device());
+  TORCH_CHECK(t.scalar_type() == dtype, name, ": expected dtype ", dtype, ", got ", t.scalar_type());
+  TORCH_CHECK(t.sizes() == shape, name, ": expected shape ", shape, ", got ", t.sizes());
+}
+
+void check_optional(const char* name, const OptionalTensor& t, at::IntArrayRef shape, const Tensor& x,
+                    at::ScalarType dtype) {
+  if (t && t->defined()) check_tensor(name, *t, shape, x, dtype);
+}
+
+Shapes check_layer(const LayerInputs& in) {
+  dtype_of(in.x);
+  const int cell = static_cast<int>(in.cell);
+  TORCH_CHECK_VALUE(cell >= 0 && cell <= 4, "cell: expected 0 to 4, got ", cell);
+  const int64_t G = gate_count(in.cell);
+  Shapes s{};
+  s.D = in.bidirectional ? 2 : 1;
+  const int64_t count = static_cast<int64_t>(in.params.size());
+  const int64_t base = in.has_biases ? 4 : 2;
+  s.per_direction = count / s.D;
+  s.projection = in.cell == CellKind::kLstm && s.per_direction == base + 1;
+  TORCH_CHECK_VALUE(count % s.D == 0 && (s.per_direction == base || s.projection), "params: expected ", base * s.D,
+                    " tensors, got ", count);
+  const bool packed = in.offsets.has_value();
+  TORCH_CHECK(in.x.dim() == (packed ? 2 : 3), "input: expected ", packed ? 2 : 3, "-D, got ", in.x.dim(), "-D");
+  TORCH_CHECK(in.params[1].dim() == 2 && in.params[1].size(0) % G == 0, "w_hh: expected shape [", G, "*H, P], got ",
+              in.params[1].sizes());
+  s.I = in.x.size(-1);
+  s.H = in.params[1].size(0) / G;
+  s.P = in.params[1].size(1);
+  TORCH_CHECK(s.H > 0 && s.P > 0, "w_hh: expected H and P of at least 1, got ", in.params[1].sizes());
+  TORCH_CHECK(s.projection || s.P == s.H, "w_hh: expected shape [", G * s.H, ", ", s.H, "], got ",
+              in.params[1].sizes());
+  if (packed) {
+    TORCH_CHECK(in.h0.has_value(), "h0: expected a tensor with offsets (it gives the batch size), got None");
+    TORCH_CHECK(!in.lengths.has_value(), "lengths: expected None with offsets");
+    TORCH_CHECK(in.h0->dim() == 3, "h0: expected 3-D, got ", in.h0->dim(), "-D");
+    TORCH_CHECK(in.offsets->dim() == 1 && in.offsets->size(0) >= 2, "offsets: expected shape [T + 1], got ",
+                in.offsets->sizes());
+    s.T = in.offsets->size(0) - 1;
+    s.B = in.h0->size(1);
+    s.N = in.x.size(0);
+    check_tensor("offsets", *in.offsets, {s.T + 1}, in.x, at::kLong);
+  } else {
+    s.T = in.x.size(0);
+    s.B = in.x.size(1);
+    s.N = s.T * s.B;
+  }
+  TORCH_CHECK(s.T > 0, "input: expected at least 1 time step, got 0");
+  const auto dtype = in.x.scalar_type();
+  check_optional("h0", in.h0, {s.D, s.B, s.P}, in.x, dtype);
+  check_optional("c0", in.c0, {s.D, s.B, s.H}, in.x, dtype);
+  check_optional("lengths", in.lengths, {s.B}, in.x, at::kLong);
+  if (packed) {
+    check_optional("resets", in.resets, {s.N}, in.x, at::kBool);
+  } else {
+    check_optional("resets", in.resets, {s.T, s.B}, in.x, at::kBool);
+  }
+  for (int d = 0; d < s.D; ++d) {
+    const auto w = in.params.slice(d * s.per_direction, s.per_direction);
+    check_tensor("w_ih", w[0], {G * s.H, s.I}, in.x, dtype);
+    check_tensor("w_hh", w[1], {G * s.H, s.P}, in.x, dtype);
+    if (in.has_biases) {
+      check_tensor("b_ih", w[2], {G * s.H}, in.x, dtype);
+      check_tensor("b_hh", w[3], {G * s.H}, in.x, dtype);
+    }
+    if (s.projection) check_tensor("w_hr", w[s.per_direction - 1], {s.P, s.H}, in.x, dtype);
+  }
+  return s;
+}
+
+// A pointer to contiguous memory of t; a copy, if one must be made, is kept alive in `kept`.
+const void* contiguous(const Tensor& t, std::vector<Tensor>& kept) {
+  if (t.is_contiguous()) return t.const_data_ptr();
+  kept.push_back(t.contiguous());
+  return kept.back().const_data_ptr();
+}
+const void* contiguous(const OptionalTensor& t, std::vector<Tensor>& kept) {
+  return t && t->defined() ? contiguous(*t, kept) : nullptr;
+}
+
+void* data_or_null(const Tensor& t) { return t.defined() && t.numel() ? t.data_ptr() : nullptr; }
+
+Sequence sequence_of(const LayerInputs& in, const Shapes& s, std::vector<Tensor>& kept) {
+  return {s.T, s.B, s.N, static_cast<const int64_t*>(contiguous(in.lengths, kept)),
+          static_cast<const int64_t*>(contiguous(in.offsets, kept)), static_cast<const bool*>(contiguous(in.resets, kept))};
+}
+
+Weights weights_of(const LayerInputs& in, const Shapes& s, int d, std::vector<Tensor>& kept) {
+  const auto w = in.params.slice(d * s.per_direction, s.per_direction);
+  return {contiguous(w[0], kept), contiguous(w[1], kept), in.has_biases ? contiguous(w[2], kept) : nullptr,
+          in.has_biases ? contiguous(w[3], kept) : nullptr,
+          s.projection ? contiguous(w[s.per_direction - 1], kept) : nullptr};
+}
+
+// For every row of memory the row of cat(y, h0) that was its h before the step: [N].
+Tensor previous_rows(const LayerInputs& in, const Shapes& s, bool reverse) {
+  const auto options = in.x.options().dtype(at::kLong);
+  const Tensor row = at::arange(s.N, options);
+  if (in.offsets) {
+    const Tensor& offsets = *in.offsets;
+    const Tensor t = at::searchsorted(offsets, row, /*out_int32=*/false, /*right=*/true).sub_(1);
+    const Tensor b = row - offsets.index_select(0, t);
+    if (!reverse) {
+      const Tensor before = offsets.index_select(0, (t - 1).clamp_min_(0)) + b;
+      return at::where(t == 0, b + s.N, before);
+    }
+    const Tensor next = (t + 1).clamp_max_(s.T - 1);
+    const Tensor begin = offsets.index_select(0, next);
+    const Tensor active = (t + 1 < s.T).logical_and_(b < offsets.index_select(0, next + 1) - begin);
+    return at::where(active, begin + b, b + s.N);
+  }
+  const Tensor t = row.div(s.B, "floor");
+  const Tensor b = row - t * s.B;
+  if (!reverse) return at::where(t == 0, b + s.N, row - s.B);
+  const Tensor active = in.lengths ? t + 1 < in.lengths->index_select(0, b) : t + 1 < s.T;
+  return at::where(active, row + s.B, b + s.N);
+}
+
+// d_rg^T h_prev [G*H, P]: d_rg [N, G*H] and y [N, P] are strided views, h_prev is never stored for dense batches.
+Tensor recurrent_weight_gradient(const LayerInputs& in, const Shapes& s, const Tensor& d_rg, const Tensor& y, int d) {
+  const bool reverse = d == 1;
+  const bool has_h0 = in.h0 && in.h0->defined();
+  const bool shifted = !in.offsets && !in.resets && !(reverse && in.lengths && has_h0);
+  if (!shifted) {
+    const Tensor h0 = has_h0 ? in.h0->select(0, d) : at::zeros({s.B, s.P}, y.options());
+    Tensor h_prev = at::cat({y, h0}).index_select(0, previous_rows(in, s, reverse));
+    if (in.resets) h_prev.masked_fill_(in.resets->reshape({s.N, 1}), 0);
+    return at::mm(d_rg.t(), h_prev);
+  }
+  const Tensor later = reverse ? d_rg.slice(0, 0, s.N - s.B) : d_rg.slice(0, s.B, s.N);
+  const Tensor earlier = reverse ? y.slice(0, s.B, s.N) : y.slice(0, 0, s.N - s.B);
+  Tensor dw = at::mm(later.t(), earlier);
+  if (has_h0) {
+    const Tensor first = reverse ? d_rg.slice(0, s.N - s.B, s.N) : d_rg.slice(0, 0, s.B);
+    dw.addmm_(first.t(), in.h0->select(0, d));
+  }
+  return dw;
+}
+
+// [N, 1] bool, true at rows that take part; only for dense batches with lengths.
+Tensor active_rows(const LayerInputs& in, const Shapes& s) {
+  const Tensor t = at::arange(s.T, in.x.options().dtype(at::kLong)).unsqueeze(1);
+  return (t < in.lengths->unsqueeze(0)).reshape({s.N, 1});
+}
+
+}  // namespace
+
+ForwardCall prepare_forward(const LayerInputs& in, bool save) {
+  const Shapes s = check_layer(in);
+  ForwardCall call;
+  const auto options = in.x.options();
+  const bool lstm = in.cell == CellKind::kLstm;
+  call.y = at::empty(in.offsets ? at::DimVector{s.N, s.D * s.P} : at::DimVector{s.T, s.B, s.D * s.P}, options);
+  call.h_n = at::empty({s.D, s.B, s.P}, options);
+  call.c_n = lstm ? at::empty({s.D, s.B, s.H}, options) : at::empty({0}, options);
+  if (save && lstm) call.cs = at::empty({s.D, s.N, s.H}, options);
+
+  ForwardParams& p = call.params;
+  p = {};
+  p.cell = in.cell;
+  p.dtype = dtype_of(in.x);
+  p.I = s.I, p.H = s.H, p.P = s.P, p.D = s.D;
+  call.kept.reserve(16);
+  p.seq = sequence_of(in, s, call.kept);
+  p.x = contiguous(in.x, call.kept);
+  p.h0 = contiguous(in.h0, call.kept);
+  p.c0 = contiguous(in.c0, call.kept);
+  for (int d = 0; d < s.D; ++d) p.weights[d] = weights_of(in, s, d, call.kept);
+  p.y = data_or_null(call.y);
+  p.h_n = data_or_null(call.h_n);
+  p.c_n = data_or_null(call.c_n);
+  p.cs = data_or_null(call.cs);
+  p.training = save;
+  if (save && slot_count(in.cell) > 1) allocate_gates(call);
+  return call;
+}
+
+void allocate_gates(ForwardCall& call) {
+  if (call.gates.defined()) return;
+  ForwardParams& p = call.params;
+  call.gates = at::empty({p.D, p.seq.N, slot_count(p.cell), p.H}, call.y.options());
+  p.gates = data_or_null(call.gates);
+}
+
+LayerOutputs forward_outputs(const ForwardCall& call, bool save) {
+  const auto empty = [&] { return at::empty({0}, call.y.options()); };
+  const bool keep_gates = save && slot_count(call.params.cell) > 1;
+  return {call.y, call.h_n, call.c_n, keep_gates ? call.gates : empty(), call.cs.defined() ? call.cs : empty()};
+}
+
+BackwardCall prepare_backward(const LayerInputs& in, const BackwardInputs& grads) {
+  const Shapes s = check_layer(in);
+  const auto options = in.x.options();
+  const auto dtype = in.x.scalar_type();
+  const bool lstm = in.cell == CellKind::kLstm;
+  const int64_t S = slot_count(in.cell);
+  const auto y_shape = in.offsets ? at::DimVector{s.N, s.D * s.P} : at::DimVector{s.T, s.B, s.D * s.P};
+  check_tensor("y", grads.y, y_shape, in.x, dtype);
+  check_optional("dy", grads.dy, y_shape, in.x, dtype);
+  check_optional("dh_n", grads.dh_n, {s.D, s.B, s.P}, in.x, dtype);
+  if (lstm) check_optional("dc_n", grads.dc_n, {s.D, s.B, s.H}, in.x, dtype);
+  if (S > 1) check_tensor("gates", grads.gates, {s.D, s.N, S, s.H}, in.x, dtype);
+  if (lstm) check_tensor("cs", grads.cs, {s.D, s.N, s.H}, in.x, dtype);
+
+  BackwardCall call;
+  call.d_gates = at::empty({s.D, s.N, S, s.H}, options);
+  if (s.projection) call.d_h = at::empty({s.D, s.N, s.P}, options);
+  call.d_h0 = at::empty({s.D, s.B, s.P}, options);
+  call.d_c0 = lstm ? at::empty({s.D, s.B, s.H}, options) : at::empty({0}, options);
+  call.x = in.x.contiguous();
+
+  BackwardParams& p = call.params;
+  p = {};
+  p.cell = in.cell;
+  p.dtype = dtype_of(in.x);
+  p.H = s.H, p.P = s.P, p.D = s.D;
+  call.kept.reserve(20);
+  p.seq = sequence_of(in, s, call.kept);
+  p.h0 = contiguous(in.h0, call.kept);
+  p.c0 = contiguous(in.c0, call.kept);
+  for (int d = 0; d < s.D; ++d) p.weights[d] = weights_of(in, s, d, call.kept);
+  p.y = contiguous(grads.y, call.kept);
+  p.gates = S > 1 ? contiguous(grads.gates, call.kept) : nullptr;
+  p.cs = lstm ? contiguous(grads.cs, call.kept) : nullptr;
+  p.dy = contiguous(grads.dy, call.kept);
+  p.dh_n = contiguous(grads.dh_n, call.kept);
+  p.dc_n = lstm ? contiguous(grads.dc_n, call.kept) : nullptr;
+  p.d_gates = data_or_null(call.d_gates);
+  p.d_h = data_or_null(call.d_h);
+  p.d_h0 = data_or_null(call.d_h0);
+  p.d_c0 = data_or_null(call.d_c0);
+  return call;
+}
+
+LayerGradients gradients_of_layer(const LayerInputs& in, const BackwardInputs& grads, const BackwardCall& call,
+                                  GradientMask mask) {
+  const Shapes s = check_layer(in);
+  const int64_t G = gate_count(in.cell), S = slot_count(in.cell), H = s.H;
+  const bool gru = in.cell == CellKind::kGru;
+  const auto empty = [&] { return at::empty({0}, in.x.options()); };
+  Tensor x = call.x.view({s.N, s.I});
+  // The d_gates of padding are 0, but its x may hold anything, and 0 * NaN is not 0.
+  if (in.lengths && mask.weights) x = at::where(active_rows(in, s), x, 0);
+  const Tensor y = grads.y.reshape({s.N, s.D * s.P});
+
+  Tensor dx;
+  std::vector<Tensor> dparams;
+  for (int d = 0; d < s.D; ++d) {
+    const auto w = in.params.slice(d * s.per_direction, s.per_direction);
+    const Tensor dg = call.d_gates.select(0, d).view({s.N, S * H});
+    const Tensor d_rg = dg.slice(1, (S - G) * H, S * H);
+    // The input product's gradient in weight order: all of dg, or a GRU's r and z, then n_x (params.h).
+    std::vector<std::pair<Tensor, int64_t>> d_xg;  // (columns, first row in w_ih)
+    if (gru) {
+      d_xg = {{dg.slice(1, H, 3 * H), 0}, {dg.slice(1, 0, H), 2 * H}};
+    } else {
+      d_xg = {{dg, 0}};
+    }
+    if (mask.x) {
+      for (const auto& [columns, first] : d_xg) {
+        const Tensor rows = w[0].slice(0, first, first + columns.size(1));
+        dx = dx.defined() ? dx.addmm_(columns, rows) : at::mm(columns, rows);
+      }
+    }
+    if (!mask.weights) {
+      for (int64_t i = 0; i < s.per_direction; ++i) dparams.push_back(empty());
+      continue;
+    }
+    Tensor dw_ih = at::empty({G * H, s.I}, in.x.options());
+    Tensor db_ih = at::empty({G * H}, in.x.options());
+    for (const auto& [columns, first] : d_xg) {
+      Tensor rows = dw_ih.slice(0, first, first + columns.size(1));
+      at::mm_out(rows, columns.t(), x);
+      if (in.has_biases) {
+        Tensor part = db_ih.slice(0, first, first + columns.size(1));
+        at::sum_out(part, columns, {0});
+      }
+    }
+    dparams.push_back(dw_ih);
+    dparams.push_back(recurrent_weight_gradient(in, s, d_rg, y.slice(1, d * s.P, (d + 1) * s.P), d));
+    if (in.has_biases) {
+      dparams.push_back(db_ih);
+      dparams.push_back(gru ? at::sum(d_rg, {0}) : db_ih.clone());
+    }
+    if (s.projection) {
+      const Tensor m = at::mul(grads.gates.select(0, d).select(1, 3), at::tanh(grads.cs.select(0, d)));
+      dparams.push_back(at::mm(call.d_h.select(0, d).t(), m));
+    }
+  }
+  if (mask.x) dx = dx.view(in.x.sizes());
+  return {mask.x ? dx : empty(), mask.state && in.h0 ? call.d_h0 : empty(), mask.state && in.c0 ? call.d_c0 : empty(),
+          dparams};
+}
+
+}  // namespace fused_rnn

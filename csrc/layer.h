@@ -1,0 +1,78 @@
+// One recurrent layer on torch tensors: what the CPU and the CUDA op share. Checks, allocation, the parameter structs, and the
+// matrix products of the weight and input gradients. Layouts: params.h.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "params.h"
+
+namespace fused_rnn {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// (y, h_n, c_n, gates, cs); c_n, gates and cs are empty where params.h says that there are none.
+using LayerOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+// (dx, dh0, dc0, dparams...), empty tensors where the mask says that nobody asked and for states that were not given.
+using LayerGradients = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
+
+// The arguments of a layer in one place; references live as long as the op call.
+struct LayerInputs {
+  const Tensor& x;
+  const OptionalTensor& h0;
+  const OptionalTensor& c0;
+  at::TensorList params;
+  bool has_biases;
+  const OptionalTensor& lengths;
+  const OptionalTensor& offsets;
+  const OptionalTensor& resets;
+  CellKind cell;
+  bool bidirectional;
+};
+
+// A filled ForwardParams with the tensors that own its memory.
+struct ForwardCall {
+  ForwardParams params;
+  Tensor y, h_n, c_n, gates, cs;
+  std::vector<Tensor> kept;  // contiguous copies of inputs that were not
+};
+struct BackwardCall {
+  BackwardParams params;
+  Tensor x;  // contiguous
+  Tensor d_gates, d_h, d_h0, d_c0;
+  std::vector<Tensor> kept;
+};
+
+struct BackwardInputs {
+  const OptionalTensor& dy;
+  const OptionalTensor& dh_n;
+  const OptionalTensor& dc_n;
+  const Tensor& y;
+  const Tensor& gates;
+  const Tensor& cs;
+};
+
+// Which gradients a backward call makes.
+struct GradientMask {
+  bool x, state, weights;
+};
+
+// Checks everything that memory safety depends on; raises with the name of the argument.
+ForwardCall prepare_forward(const LayerInputs& in, bool save);
+BackwardCall prepare_backward(const LayerInputs& in, const BackwardInputs& grads);
+
+// Gives the call its gates buffer even when nothing is saved: room for the input projection.
+void allocate_gates(ForwardCall& call);
+
+// Results of a finished ForwardCall in the op's order.
+LayerOutputs forward_outputs(const ForwardCall& call, bool save);
+
+// dW and dx from call.d_gates by matrix products; dh0 and dc0 are taken from the call.
+LayerGradients gradients_of_layer(const LayerInputs& in, const BackwardInputs& grads, const BackwardCall& call,
+                                  GradientMask mask);
+
+}  // namespace fused_rnn

@@ -1,0 +1,243 @@
+// The ops of the library: schemas, the CPU kernels' registration, autograd, and the composites (stack, cell) above the layer.
+// CUDA kernels are registered in ops_cuda.cpp, autocast in ops_autocast.cpp, fake kernels and the differentiable form of
+// backward in fused_rnn/_ops.py.
+#include "ops.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/dropout.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "cpu/cpu.h"
+#include "layer.h"
+
+namespace fused_rnn {
+
+namespace {
+
+LayerOutputs layer_cpu(const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList params,
+                       bool has_biases, const OptionalTensor& lengths, const OptionalTensor& offsets,
+                       const OptionalTensor& resets, int64_t cell, bool bidirectional, bool save) {
+  const LayerInputs in{x, h0, c0, params, has_biases, lengths, offsets, resets, static_cast<CellKind>(cell), bidirectional};
+  ForwardCall call = prepare_forward(in, save);
+  if (call.params.seq.B > 0) {
+    const Tensor workspace = at::empty({cpu::forward_workspace_bytes(call.params)}, x.options().dtype(at::kByte));
+    call.params.workspace = workspace.data_ptr();
+    cpu::forward(call.params);
+  }
+  return forward_outputs(call, save);
+}
+
+LayerGradients layer_backward_cpu(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
+                                  const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                                  at::TensorList params, bool has_biases, const OptionalTensor& lengths,
+                                  const OptionalTensor& offsets, const OptionalTensor& resets, const Tensor& y,
+                                  const Tensor& gates, const Tensor& cs, int64_t cell, bool bidirectional,
+                                  std::array<bool, 3> mask) {
+  const LayerInputs in{x, h0, c0, params, has_biases, lengths, offsets, resets, static_cast<CellKind>(cell), bidirectional};
+  const BackwardInputs grads{dy, dh_n, dc_n, y, gates, cs};
+  BackwardCall call = prepare_backward(in, grads);
+  if (call.params.seq.B > 0) {
+    const Tensor workspace = at::empty({cpu::backward_workspace_bytes(call.params)}, x.options().dtype(at::kByte));
+    call.params.workspace = workspace.data_ptr();
+    cpu::backward(call.params);
+  }
+  return gradients_of_layer(in, grads, call, {mask[0], mask[1], mask[2]});
+}
+
+auto& layer_op() {
+  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fused_rnn::layer", "").typed<LayerSignature>();
+  return op;
+}
+auto& layer_backward_op() {
+  static auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("fused_rnn::layer_backward", "").typed<LayerBackwardSignature>();
+  return op;
+}
+auto& layer_backward_differentiable_op() {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("fused_rnn::layer_backward_differentiable", "")
+                       .typed<LayerBackwardSignature>();
+  return op;
+}
+
+// ---- autograd ----
+
+bool requires_grad(const OptionalTensor& t) { return t && t->defined() && t->requires_grad(); }
+
+bool any_requires_grad(at::TensorList tensors) {
+  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.requires_grad(); });
+}
+
+OptionalTensor optional_of(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+Tensor tensor_of(const OptionalTensor& t) { return t ? *t : Tensor(); }
+
+class LayerFunction : public torch::autograd::Function<LayerFunction> {
+ public:
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& x,
+                                                const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList params,
+                                                bool has_biases, const OptionalTensor& lengths,
+                                                const OptionalTensor& offsets, const OptionalTensor& resets, int64_t cell,
+                                                bool bidirectional) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [y, h_n, c_n, gates, cs] = layer_op().call(x, h0, c0, params, has_biases, lengths, offsets, resets, cell,
+                                                    bidirectional, /*save=*/true);
+    torch::autograd::variable_list saved{x,  tensor_of(h0), tensor_of(c0), tensor_of(lengths), tensor_of(offsets),
+                                         tensor_of(resets), y, gates, cs};
+    saved.insert(saved.end(), params.begin(), params.end());
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["has_biases"] = has_biases;
+    ctx->saved_data["cell"] = cell;
+    ctx->saved_data["bidirectional"] = bidirectional;
+    ctx->saved_data["need_x"] = x.requires_grad();
+    ctx->saved_data["need_state"] = requires_grad(h0) || requires_grad(c0);
+    ctx->saved_data["need_weights"] = any_requires_grad(params);
+    torch::autograd::variable_list constant{gates, cs};
+    if (static_cast<CellKind>(cell) != CellKind::kLstm) constant.push_back(c_n);
+    ctx->mark_non_differentiable(constant);
+    ctx->set_materialize_grads(false);
+    return {y, h_n, c_n, gates, cs};
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    constexpr size_t kFixed = 9;
+    const at::TensorList params = at::TensorList(saved).slice(kFixed);
+    const int64_t cell = ctx->saved_data["cell"].toInt();
+    const std::array<bool, 3> mask{ctx->saved_data["need_x"].toBool(), ctx->saved_data["need_state"].toBool(),
+                                   ctx->saved_data["need_weights"].toBool()};
+    torch::autograd::variable_list result(3 + params.size() + 6);  // one for every argument of forward
+    if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return result;
+    const bool lstm = static_cast<CellKind>(cell) == CellKind::kLstm;
+    auto [dx, dh0, dc0, dparams] = layer_backward_op().call(
+        optional_of(grads[0]), optional_of(grads[1]), lstm ? optional_of(grads[2]) : std::nullopt, saved[0],
+        optional_of(saved[1]), optional_of(saved[2]), params, ctx->saved_data["has_biases"].toBool(),
+        optional_of(saved[3]), optional_of(saved[4]), optional_of(saved[5]), saved[6], saved[7], saved[8], cell,
+        ctx->saved_data["bidirectional"].toBool(), mask);
+    if (mask[0]) result[0] = dx;
+    if (mask[1] && saved[1].defined()) result[1] = dh0;
+    if (mask[1] && lstm && saved[2].defined()) result[2] = dc0;
+    if (mask[2]) std::copy(dparams.begin(), dparams.end(), result.begin() + 3);
+    return result;
+  }
+};
+
+LayerOutputs layer_autograd(const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList params,
+                            bool has_biases, const OptionalTensor& lengths, const OptionalTensor& offsets,
+                            const OptionalTensor& resets, int64_t cell, bool bidirectional, bool save) {
+  const bool differentiate = at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(h0) || requires_grad(c0) ||
+                                                            any_requires_grad(params));
+  if (!differentiate) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return layer_op().call(x, h0, c0, params, has_biases, lengths, offsets, resets, cell, bidirectional, save);
+  }
+  auto out = LayerFunction::apply(x, h0, c0, params, has_biases, lengths, offsets, resets, cell, bidirectional);
+  if (save) return {out[0], out[1], out[2], out[3], out[4]};
+  const auto empty = at::empty({0}, x.options());
+  return {out[0], out[1], out[2], empty, empty.clone()};
+}
+
+// Inside backward with create_graph the gradients must be differentiable themselves: they are then made by the composite
+// in fused_rnn/_ops.py, which runs the reference once more under autograd.
+LayerGradients layer_backward_autograd(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
+                                       const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                                       at::TensorList params, bool has_biases, const OptionalTensor& lengths,
+                                       const OptionalTensor& offsets, const OptionalTensor& resets, const Tensor& y,
+                                       const Tensor& gates, const Tensor& cs, int64_t cell, bool bidirectional,
+                                       std::array<bool, 3> mask) {
+  const bool differentiate =
+      at::GradMode::is_enabled() && (requires_grad(dy) || requires_grad(dh_n) || requires_grad(dc_n) ||
+                                     x.requires_grad() || requires_grad(h0) || requires_grad(c0) || any_requires_grad(params));
+  if (differentiate) {
+    return layer_backward_differentiable_op().call(dy, dh_n, dc_n, x, h0, c0, params, has_biases, lengths, offsets, resets,
+                                                   y, gates, cs, cell, bidirectional, mask);
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return layer_backward_op().call(dy, dh_n, dc_n, x, h0, c0, params, has_biases, lengths, offsets, resets, y, gates, cs,
+                                  cell, bidirectional, mask);
+}
+
+// ---- composites ----
+
+OptionalTensor states_of_layer(const OptionalTensor& states, int64_t layer, int64_t directions, int64_t num_layers) {
+  if (!states || num_layers == 1) return states;
+  return states->slice(0, layer * directions, (layer + 1) * directions);
+}
+
+// A stack of layers, dropout between them. Shapes as torch.nn.LSTM's: input [T, B, I] or [B, T, I] or packed [N, I].
+std::tuple<Tensor, Tensor, Tensor> rnn(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
+                                       at::TensorList weights, const OptionalTensor& lengths,
+                                       const OptionalTensor& offsets, const OptionalTensor& resets, int64_t cell,
+                                       int64_t num_layers, bool has_biases, bool bidirectional, double dropout,
+                                       bool training, bool batch_first) {
+  TORCH_CHECK_VALUE(num_layers > 0 && weights.size() % num_layers == 0, "weights: expected a multiple of num_layers=",
+                    num_layers, " tensors, got ", weights.size());
+  const int64_t directions = bidirectional ? 2 : 1;
+  const int64_t per_layer = static_cast<int64_t>(weights.size()) / num_layers;
+  const OptionalTensor layer_resets = batch_first && resets ? OptionalTensor(resets->transpose(0, 1)) : resets;
+  Tensor y = batch_first ? input.transpose(0, 1) : input;
+  std::vector<Tensor> h_n, c_n;
+  for (int64_t l = 0; l < num_layers; ++l) {
+    auto [out, h, c, gates, cs] = layer_op().call(
+        y, states_of_layer(h0, l, directions, num_layers), states_of_layer(c0, l, directions, num_layers),
+        weights.slice(l * per_layer, per_layer), has_biases, lengths, offsets, layer_resets, cell, bidirectional,
+        /*save=*/false);
+    y = std::move(out);
+    h_n.push_back(std::move(h));
+    c_n.push_back(std::move(c));
+    if (dropout > 0 && training && l + 1 < num_layers) y = at::dropout(y, dropout, /*train=*/true);
+  }
+  return {batch_first ? y.transpose(0, 1) : y, num_layers == 1 ? h_n[0] : at::cat(h_n),
+          num_layers == 1 ? c_n[0] : at::cat(c_n)};
+}
+
+// One step: input [B, I], states [B, H] -> h' [B, H], c' [B, H] or empty. The same layer with T == 1.
+std::tuple<Tensor, Tensor> cell_step(const Tensor& input, const OptionalTensor& h, const OptionalTensor& c,
+                                     at::TensorList params, bool has_biases, int64_t cell) {
+  const auto lifted = [](const OptionalTensor& t) { return t ? OptionalTensor(t->unsqueeze(0)) : std::nullopt; };
+  auto [y, h_n, c_n, gates, cs] =
+      layer_op().call(input.unsqueeze(0), lifted(h), lifted(c), params, has_biases, std::nullopt, std::nullopt,
+                      std::nullopt, cell, /*bidirectional=*/false, /*save=*/false);
+  const bool lstm = static_cast<CellKind>(cell) == CellKind::kLstm;
+  return {y.squeeze(0), lstm ? c_n.squeeze(0) : c_n};
+}
+
+}  // namespace
+}  // namespace fused_rnn
+
+TORCH_LIBRARY(fused_rnn, m) {
+  m.def(
+      "layer(Tensor x, Tensor? h0, Tensor? c0, Tensor[] params, bool has_biases, Tensor? lengths, Tensor? offsets, "
+      "Tensor? resets, int cell, bool bidirectional, bool save) "
+      "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cs)");
+  m.def(
+      "layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, Tensor[] params, "
+      "bool has_biases, Tensor? lengths, Tensor? offsets, Tensor? resets, Tensor y, Tensor gates, Tensor cs, int cell, "
+      "bool bidirectional, bool[3] mask) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dparams)");
+  m.def(
+      "layer_backward_differentiable(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, "
+      "Tensor[] params, bool has_biases, Tensor? lengths, Tensor? offsets, Tensor? resets, Tensor y, Tensor gates, "
+      "Tensor cs, int cell, bool bidirectional, bool[3] mask) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dparams)");
+  m.def(
+      "rnn(Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? offsets, Tensor? resets, "
+      "int cell, int num_layers, bool has_biases, bool bidirectional, float dropout, bool training, bool batch_first) "
+      "-> (Tensor output, Tensor h_n, Tensor c_n)");
+  m.def(
+      "cell(Tensor input, Tensor? h, Tensor? c, Tensor[] params, bool has_biases, int cell) -> (Tensor h, Tensor c)");
+  m.impl("rnn", c10::DispatchKey::CompositeImplicitAutograd, fused_rnn::rnn);
+  m.impl("cell", c10::DispatchKey::CompositeImplicitAutograd, fused_rnn::cell_step);
+}
+
+TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
+  m.impl("layer", fused_rnn::layer_cpu);
+  m.impl("layer_backward", fused_rnn::layer_backward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(fused_rnn, Autograd, m) {
+  m.impl("layer", fused_rnn::layer_autograd);
+  m.impl("layer_backward", fused_rnn::layer_backward_autograd);
+}

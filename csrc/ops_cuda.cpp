@@ -1,0 +1,102 @@
+// The layer op on CUDA tensors: input projection and weight gradients by cuBLAS, the recurrence by the planned kernel family.
+#include <ATen/Context.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <cstdlib>
+
+#include "cuda/cuda.h"
+#include "ops.h"
+
+namespace fused_rnn {
+namespace {
+
+// torch's own switch for recurrent layers in fp32 (torch.backends.cudnn.rnn.fp32_precision, formerly allow_tf32).
+bool allows_tf32(const Tensor& x) {
+  return x.scalar_type() == at::kFloat && at::globalContext().allowTF32CuDNN(at::Float32Op::RNN);
+}
+
+// Matrix products around the recurrence may use TF32 only where the recurrence may; their own switch can still forbid it.
+struct MatmulPrecision {
+  std::optional<at::NoTF32Guard> strict;
+  explicit MatmulPrecision(bool allow_tf32) {
+    if (!allow_tf32) strict.emplace();
+  }
+};
+
+std::optional<Family> forced_family() {
+  const char* name = std::getenv("FUSED_RNN_PLAN");
+  return name && *name ? std::optional<Family>(parse_family(name)) : std::nullopt;
+}
+
+// x W_ih^T + b_ih of every row and direction into the first G slots of gates.
+void project_input(const LayerInputs& in, const ForwardCall& call) {
+  const ForwardParams& p = call.params;
+  const int64_t columns = gate_count(p.cell) * p.H;
+  const int64_t per_direction = static_cast<int64_t>(in.params.size()) / p.D;
+  const Tensor x = in.x.reshape({p.seq.N, p.I});
+  for (int64_t d = 0; d < p.D; ++d) {
+    const auto w = in.params.slice(d * per_direction, per_direction);
+    Tensor out = call.gates.select(0, d).view({p.seq.N, slot_count(p.cell) * p.H}).slice(1, 0, columns);
+    if (in.has_biases) {
+      at::addmm_out(out, w[2], x, w[0].t());
+    } else {
+      at::mm_out(out, x, w[0].t());
+    }
+  }
+}
+
+LayerOutputs layer_cuda(const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList params,
+                        bool has_biases, const OptionalTensor& lengths, const OptionalTensor& offsets,
+                        const OptionalTensor& resets, int64_t cell, bool bidirectional, bool save) {
+  const c10::cuda::CUDAGuard device_guard(x.device());
+  const LayerInputs in{x, h0, c0, params, has_biases, lengths, offsets, resets, static_cast<CellKind>(cell), bidirectional};
+  ForwardCall call = prepare_forward(in, save);
+  if (call.params.seq.B > 0) {
+    call.params.allow_tf32 = allows_tf32(x);
+    const MatmulPrecision precision(call.params.allow_tf32);
+    const Plan& plan = cuda::plan_for(cuda::problem_of(call.params), x.get_device(), forced_family());
+    if (plan.family != Family::kCell) {
+      allocate_gates(call);
+      project_input(in, call);
+    }
+    const Tensor workspace = at::empty({plan.workspace_bytes}, x.options().dtype(at::kByte));
+    call.params.workspace = workspace.data_ptr();
+    cuda::forward(call.params, plan, c10::cuda::getCurrentCUDAStream().stream());
+  }
+  return forward_outputs(call, save);
+}
+
+LayerGradients layer_backward_cuda(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
+                                   const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                                   at::TensorList params, bool has_biases, const OptionalTensor& lengths,
+                                   const OptionalTensor& offsets, const OptionalTensor& resets, const Tensor& y,
+                                   const Tensor& gates, const Tensor& cs, int64_t cell, bool bidirectional,
+                                   std::array<bool, 3> mask) {
+  const c10::cuda::CUDAGuard device_guard(x.device());
+  const LayerInputs in{x, h0, c0, params, has_biases, lengths, offsets, resets, static_cast<CellKind>(cell), bidirectional};
+  const BackwardInputs grads{dy, dh_n, dc_n, y, gates, cs};
+  BackwardCall call = prepare_backward(in, grads);
+  const bool allow_tf32 = allows_tf32(x);
+  const MatmulPrecision precision(allow_tf32);
+  if (call.params.seq.B > 0) {
+    call.params.allow_tf32 = allow_tf32;
+    const Plan& plan = cuda::plan_for(cuda::problem_of(call.params), x.get_device(), forced_family());
+    const Tensor workspace = at::empty({plan.workspace_bytes}, x.options().dtype(at::kByte));
+    call.params.workspace = workspace.data_ptr();
+    cuda::backward(call.params, plan, c10::cuda::getCurrentCUDAStream().stream());
+  }
+  return gradients_of_layer(in, grads, call, {mask[0], mask[1], mask[2]});
+}
+
+}  // namespace
+}  // namespace fused_rnn
+
+TORCH_LIBRARY_IMPL(fused_rnn, CUDA, m) {
+  m.impl("layer", fused_rnn::layer_cuda);
+  m.impl("layer_backward", fused_rnn::layer_backward_cuda);
+}
