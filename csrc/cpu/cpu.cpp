@@ -44,6 +44,9 @@ void forward_row(const ForwardParams& p, int d, int64_t b, Arithmetic<Storage>* 
     if (!is_active(p.seq, t, b)) {
       if (!p.seq.offsets) {
         for (int64_t k = 0; k < p.P; ++k) store<Storage>(p.y, row * p.D * p.P + d * p.P + k, 0);
+        const int64_t unit = (d * p.seq.N + row) * p.H;
+        for (int64_t u = 0; u < C::kSlots * p.H; ++u) store<Storage>(p.gates, C::kSlots * unit + u, 0);
+        for (int64_t u = 0; u < p.H; ++u) store<Storage>(p.cs, unit + u, 0);
       }
       continue;
     }
