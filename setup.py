@@ -63,8 +63,8 @@ def build_options(torch):
     }
 
     class Build(BuildExtension):
-        """Always runs ninja, in one folder per torch: it knows every header and flag and compiles only what changed. Writes what
-        was built next to the module, where it can be read without loading it."""
+        """Always runs ninja, in one folder per torch: it knows every header and flag and compiles only what changed. Writes
+        what was built next to the module, where it can be read without loading it."""
 
         def finalize_options(self):
             super().finalize_options()

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
+from collections.abc import Sequence
 
-USAGE = """usage: python -m fused_rnn COMMAND [options]
+from fused_rnn import bench, demo, info
 
-commands:
-  info   what was built, what serves CPU and CUDA tensors, what is missing and the command that mends it
-  demo   train a character language model and compare with torch.nn (options: demo --help)
-"""
+COMMANDS = {
+    "info": (info, "what was built, what serves CPU and CUDA tensors, what is missing and the command that mends it"),
+    "demo": (demo, "train a character language model and compare it with torch.nn"),
+    "bench": (bench, "time fused_rnn against torch.nn"),
+}
 
 
-def main(arguments: list[str]) -> int:
-    command, *rest = arguments or [""]
-    if command == "info":
-        from fused_rnn import info
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(prog="python -m fused_rnn", description="Recurrent layers on hand-written kernels.")
+    commands = result.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, text) in COMMANDS.items():
+        module.add_arguments(commands.add_parser(name, help=text, description=(module.__doc__ or "").splitlines()[0]))
+    return result
 
-        info.main(rest)
-    elif command == "demo":
-        from fused_rnn import demo
 
-        demo.main(rest)
-    elif command in ("-h", "--help"):
-        print(USAGE, end="")
-    else:
-        print(USAGE, end="", file=sys.stderr)
-        return 2
-    return 0
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    COMMANDS[options.command][0].main(options)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()

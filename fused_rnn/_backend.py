@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fused_rnn._build import load_extension
+from fused_rnn._build import build_record, load_extension
 
 BACKENDS = ("cuda", "cpu", "reference")
 
@@ -35,10 +35,11 @@ def build_info() -> dict[str, Any]:
     """What the compiled extension holds; empty if it could not be imported.
 
     Returns:
-        ``cuda`` (bool: CUDA kernels were built), ``cpu_instruction_set`` (the one in use), ``cpu_instruction_sets`` (those
-        that this machine can run).
+        ``cuda`` (bool: CUDA kernels were built), ``cuda_architectures``, ``cuda_skipped`` (why there are none),
+        ``cuda_mend`` (what to do about it), ``cpu_instruction_set`` (the one in use), ``cpu_instruction_sets`` (those that
+        this machine can run), ``torch``, ``torch_cuda``, ``python`` and ``nvcc`` (versions it was built with).
     """
-    return {} if _C is None else dict(_C.build_info())
+    return {} if _C is None else {**(build_record() or {}), **_C.build_info()}
 
 
 def has_cpu_kernels() -> bool:

@@ -36,17 +36,6 @@ def load_extension() -> tuple[ModuleType | None, str | None]:
         return None, f"the extension could not be imported ({error})"
 
 
-def build_info() -> dict[str, Any]:
-    """What was built and what of it this machine can run; {} if the extension is missing or unusable.
-
-    Keys: ``torch``, ``torch_cuda``, ``python`` and ``nvcc`` (versions at build time), ``cuda`` (whether there are CUDA
-    kernels), ``cuda_architectures``, ``cuda_skipped`` (the reason for none), ``cuda_mend`` (what helps),
-    ``cpu_instruction_sets`` (those this machine runs), ``cpu_instruction_set`` (the one in use).
-    """
-    extension, _ = load_extension()
-    return {} if extension is None else {**(build_record() or {}), **extension.build_info()}
-
-
 def rebuild_command() -> str:
     """The command that compiles the extension for the installed torch: from the source tree if this is one."""
     root = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -153,22 +153,20 @@ def generate(model: LanguageModel, characters: str, device: str, length: int, te
     return text
 
 
-def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(prog="python -m fused_rnn demo", description=(__doc__ or "").splitlines()[0])
-    result.add_argument("--cell", choices=CELLS, type=str.upper, default="LSTM")
-    result.add_argument("--hidden", type=int, default=256, help="hidden units of a layer (%(default)s)")
-    result.add_argument("--embedding", type=int, default=64, help="size of a character's embedding (%(default)s)")
-    result.add_argument("--layers", type=int, default=2, help="recurrent layers (%(default)s)")
-    result.add_argument("--batch", type=int, default=32, help="places of the text read at once (%(default)s)")
-    result.add_argument("--window", type=int, default=64, help="characters a step (%(default)s)")
-    result.add_argument("--steps", type=int, default=400, help="training steps (%(default)s)")
-    result.add_argument("--compare", type=int, default=60, help="steps that torch.nn takes too (%(default)s)")
-    result.add_argument("--learning-rate", type=float, default=0.004, help="of Adam (%(default)s)")
-    result.add_argument("--seed", type=int, default=0)
-    result.add_argument("--device", choices=("cpu", "cuda"), help="the GPU if there is one")
-    result.add_argument("--dtype", choices=DTYPES, default="float32", help="16 bit: autocast (%(default)s)")
-    result.add_argument("--sample", type=int, default=300, help="characters of generated text (%(default)s)")
-    return result
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cell", choices=CELLS, type=str.upper, default="LSTM")
+    parser.add_argument("--hidden", type=int, default=256, help="hidden units of a layer (%(default)s)")
+    parser.add_argument("--embedding", type=int, default=64, help="size of a character's embedding (%(default)s)")
+    parser.add_argument("--layers", type=int, default=2, help="recurrent layers (%(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="places of the text read at once (%(default)s)")
+    parser.add_argument("--window", type=int, default=64, help="characters a step (%(default)s)")
+    parser.add_argument("--steps", type=int, default=700, help="training steps (%(default)s)")
+    parser.add_argument("--compare", type=int, default=60, help="steps that torch.nn takes too (%(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=0.004, help="of Adam (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="the GPU if there is one")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="16 bit: autocast (%(default)s)")
+    parser.add_argument("--sample", type=int, default=300, help="characters of generated text (%(default)s)")
 
 
 def build_trainers(options: argparse.Namespace, vocabulary: int) -> tuple[Trainer, Trainer]:
@@ -218,19 +216,19 @@ def report(results: dict[str, Any], options: argparse.Namespace) -> None:
     print("sample               " + results["sample"].replace("\n", "\n                     "))
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+def main(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the demo and returns its numbers."""
-    options = parser().parse_args(arguments)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.compare = min(options.compare, options.steps)
+    if options.compare and (options.cell, options.device, options.dtype) == ("LSTM", "cpu", "float16"):
+        print("torch.nn's LSTM cannot train in float16 on a CPU: no comparison")
+        options.compare = 0
     corpus = Corpus.from_text(shipped_text(), options.device)
     fused, reference = build_trainers(options, len(corpus.characters))
     parameters = sum(parameter.numel() for parameter in fused.model.parameters())
-    print(
-        f"{options.layers}-layer {options.cell} of {options.hidden} units, {parameters:,} parameters, {options.dtype}",
-        end="",
-    )
-    print(f" on {options.device}; {len(corpus.train):,} characters to train on, {len(corpus.held_out):,} held out")
+    print(f"model                {options.layers}-layer {options.cell} of {options.hidden} units, {parameters:,} parameters")
+    print(f"runs on              {options.device} in {options.dtype}")
+    print(f"text                 {len(corpus.train):,} characters to train on, {len(corpus.held_out):,} held out")
     evaluated = (corpus.held_out, options.batch, options.window)
     results: dict[str, Any] = {"bits_before": fused.bits_per_character(*evaluated)}
     train(fused, reference, corpus, options)

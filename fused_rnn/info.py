@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ def serves(device_type: str) -> str:
     if forced is not None and forced != device_type:
         return f"nothing: backend {forced} is forced"
     if reason is None:
-        info = _build.build_info()
+        info = _backend.build_info()
         kind = info["cpu_instruction_set"] if device_type == "cpu" else "built for " + ";".join(info["cuda_architectures"])
         return f"{device_type} kernels ({kind})"
     if forced is not None:
@@ -38,26 +37,24 @@ def gpus() -> list[str]:
 
 
 def missing() -> list[tuple[str, str]]:
-    """(what is missing, the command that mends it)."""
+    """(what is missing, the commands that mend it, one a line)."""
     rebuild = _build.rebuild_command()
     record = _build.build_record()
     if not _backend.has_cpu_kernels():
         return [(f"compiled kernels: {_backend.import_error}", rebuild)]
     if record and record["cuda_skipped"]:
-        return [(f"CUDA kernels: {record['cuda_skipped']}", f"{record['cuda_mend']} && FUSED_RNN_CUDA=1 {rebuild}")]
+        needed = "" if gpus() else " (only a GPU needs them)"
+        return [(f"CUDA kernels{needed}: {record['cuda_skipped']}", f"{record['cuda_mend']}\nFUSED_RNN_CUDA=1 {rebuild}")]
     return []
 
 
 def rows() -> list[tuple[str, str]]:
     """The table that `python -m fused_rnn info` prints."""
-    info: dict[str, Any] = _build.build_info()
+    info: dict[str, Any] = _backend.build_info()
     result = [
         ("fused_rnn", fused_rnn.__version__),
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        (
-            "torch",
-            f"{torch.__version__}, CUDA {torch.version.cuda or 'not included'}, {torch.get_num_threads()} CPU threads",
-        ),
+        ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, {torch.get_num_threads()} CPU threads"),
         ("GPU", ", ".join(gpus()) or "none visible"),
     ]
     if info:
@@ -73,9 +70,12 @@ def rows() -> list[tuple[str, str]]:
     return result
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    argparse.ArgumentParser(prog="python -m fused_rnn info", description=__doc__).parse_args(arguments)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command has no options."""
+
+
+def main(_: argparse.Namespace) -> None:
     for name, value in rows():
         print(f"{name:18} {value}")
-    for what, command in missing():
-        print(f"\nmissing: {what}\n  mend it with: {command}")
+    for what, commands in missing():
+        print(f"\nMissing: {what}. To mend it:\n  " + commands.replace("\n", "\n  "))
