@@ -24,8 +24,8 @@ namespace fused_rnn {
 enum class CellKind : int { kRnnTanh = 0, kRnnRelu = 1, kRnnIdentity = 2, kLstm = 3, kGru = 4 };
 enum class DType : int { kFloat64 = 0, kFloat32 = 1, kFloat16 = 2, kBFloat16 = 3 };
 
-constexpr int gate_count(CellKind cell) { return cell == CellKind::kLstm ? 4 : cell == CellKind::kGru ? 3 : 1; }
-constexpr int slot_count(CellKind cell) { return cell == CellKind::kLstm || cell == CellKind::kGru ? 4 : 1; }
+constexpr FUSED_RNN_HD int gate_count(CellKind cell) { return cell == CellKind::kLstm ? 4 : cell == CellKind::kGru ? 3 : 1; }
+constexpr FUSED_RNN_HD int slot_count(CellKind cell) { return cell == CellKind::kLstm || cell == CellKind::kGru ? 4 : 1; }
 constexpr int64_t dtype_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 // Where the rows of a batch of sequences lie and which take part in a step. At most one of lengths and offsets is given.

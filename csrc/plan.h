@@ -33,6 +33,7 @@ inline bool operator==(const Problem& a, const Problem& b) {
 enum class Family : int { kCell, kStep };
 
 const char* to_string(Family family);
+const char* to_string(cuda::KernelRole role);
 // "cell", "step"; throws std::invalid_argument with the list of names otherwise.
 Family parse_family(const std::string& name);
 
@@ -47,6 +48,15 @@ struct KernelPlan {
   int smem_bytes;
   double us;  // expected duration by the cost model of plan.cpp, whose constants are published figures, not measurements
 };
+
+// Places in the workspace, 256-byte aligned, in bytes.
+struct WorkspaceLayout {
+  int64_t carry, carry_bytes;    // [D, B, H] in the arithmetic type: running c (LSTM forward), running dc (LSTM backward), the
+                                 // part of dh that bypasses the weights (GRU backward)
+  int64_t hidden, hidden_bytes;  // [D, B, H] in dtype: h before the projection (forward, P != H)
+  int64_t bytes;
+};
+WorkspaceLayout workspace_layout(const Problem& problem);
 
 struct Rejection {
   Family family;

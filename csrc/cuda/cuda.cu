@@ -1,0 +1,201 @@
+// Host side of the families `cell` and `step`: one or two launches per time step, back to back on the caller's stream.
+#include "cuda.h"
+
+#include <simt.cuh>
+
+#include <array>
+#include <cstdint>
+#include <initializer_list>
+#include <mutex>
+#include <stdexcept>
+#include <vector>
+
+#include "kernels.h"
+
+namespace fused_rnn::cuda {
+namespace {
+
+const KernelPlan* find_kernel(const Plan& plan, KernelRole role) {
+  for (const KernelPlan& kernel : plan.kernels) {
+    if (kernel.role == role) return &kernel;
+  }
+  return nullptr;
+}
+
+const KernelPlan& require_kernel(const Plan& plan, KernelRole role) {
+  const KernelPlan* kernel = find_kernel(plan, role);
+  if (!kernel) throw std::invalid_argument(std::string("the plan has no kernel ") + to_string(role));
+  return *kernel;
+}
+
+// The most bytes (16, 4 or one element) that may be copied at once from rows of row_bytes that start at these addresses.
+int copy_width(std::initializer_list<const void*> addresses, int64_t row_bytes, int element_bytes) {
+  uint64_t bits = static_cast<uint64_t>(row_bytes);
+  for (const void* address : addresses) bits |= reinterpret_cast<uintptr_t>(address);
+  if (bits % 16 == 0) return 16;
+  return bits % 4 == 0 && element_bytes < 4 ? 4 : element_bytes;
+}
+
+template <class F>
+auto dispatch_math(MathKind math, F&& f) {
+  switch (math) {
+    case MathKind::kFp64: return f(Kernels<MathKind::kFp64>{});
+    case MathKind::kFp32: return f(Kernels<MathKind::kFp32>{});
+    case MathKind::kTf32: return f(Kernels<MathKind::kTf32>{});
+    case MathKind::kFp16: return f(Kernels<MathKind::kFp16>{});
+    case MathKind::kBf16: return f(Kernels<MathKind::kBf16>{});
+  }
+  throw std::invalid_argument("unknown kind of arithmetic");
+}
+
+// A kernel of the plan, ready to be launched once per step.
+template <class Step>
+struct Launcher {
+  void (*kernel)(Step);
+  simt::LaunchConfig config;
+  int stages;
+  bool may_overlap;
+
+  Launcher(void (*kernel_address)(Step), const KernelPlan& plan, bool pdl) : kernel(kernel_address), stages(plan.stages) {
+    config = {to_string(plan.role),
+              static_cast<int>(plan.grid_x),
+              static_cast<int>(plan.grid_y),
+              static_cast<int>(plan.grid_z),
+              plan.threads,
+              plan.smem_bytes,
+              1,
+              false};
+    may_overlap = simt::prepare(kernel, config.name, plan.smem_bytes) && pdl;
+  }
+
+  // The first launch of a layer waits for everything before it in the stream, so that later ones may read weights early.
+  void operator()(Step& step, bool first, void* stream) {
+    config.pdl = may_overlap && !first;
+    step.stages = stages;
+    simt::launch(kernel, config, stream, step);
+  }
+};
+
+Launcher<ForwardStep> forward_launcher(const Plan& plan, const KernelPlan& kernel, CellKind cell) {
+  return {dispatch_math(kernel.math, [&](auto set) { return set.forward(kernel.role, cell, kernel.tile); }), kernel, plan.pdl};
+}
+Launcher<BackwardStep> backward_launcher(const Plan& plan, const KernelPlan& kernel, CellKind cell) {
+  return {dispatch_math(kernel.math, [&](auto set) { return set.backward(kernel.role, cell, kernel.tile); }), kernel, plan.pdl};
+}
+
+void check_sequence(const Sequence& seq) {
+  if (seq.T < 1) throw std::invalid_argument("expected at least one time step");
+  if (seq.lengths && seq.offsets) throw std::invalid_argument("at most one of lengths and offsets may be given");
+}
+
+void check_projection(const Weights& weights, int64_t H, int64_t P) {
+  if ((weights.w_hr != nullptr) != (P != H)) throw std::invalid_argument("w_hr must be given where P is not H, and only there");
+}
+
+}  // namespace
+
+const DeviceInfo& device_info(int device) {
+  static std::mutex mutex;
+  static std::array<std::optional<DeviceInfo>, 128> known;
+  if (device < 0 || device >= static_cast<int>(known.size())) {
+    throw std::invalid_argument("no CUDA device " + std::to_string(device));
+  }
+  std::lock_guard<std::mutex> lock(mutex);
+  if (!known[device]) known[device] = simt::query_device(device);
+  return *known[device];
+}
+
+Problem problem_of(const ForwardParams& p) {
+  return {p.cell, p.dtype, p.allow_tf32, p.seq.T, p.seq.B, p.I, p.H, p.P, p.D, p.seq.lengths || p.seq.offsets, p.training,
+          false};
+}
+
+Problem problem_of(const BackwardParams& p) {
+  return {p.cell, p.dtype, p.allow_tf32, p.seq.T, p.seq.B, 0, p.H, p.P, p.D, p.seq.lengths || p.seq.offsets, true, true};
+}
+
+const Plan& plan_for(const Problem& problem, int device, std::optional<Family> forced) {
+  struct Entry {
+    Problem problem;
+    int device;
+    std::optional<Family> forced;
+    Plan plan;
+  };
+  constexpr size_t kKept = 16;
+  // A layer's forward and backward ask in turn, so a short list is searched; the oldest entry makes room.
+  static thread_local std::array<std::optional<Entry>, kKept> kept;
+  static thread_local size_t oldest = 0;
+  for (const auto& entry : kept) {
+    if (entry && entry->device == device && entry->forced == forced && entry->problem == problem) return entry->plan;
+  }
+  auto& entry = kept[oldest];
+  entry = Entry{problem, device, forced, make_plan(problem, device_info(device), forced)};
+  oldest = (oldest + 1) % kKept;
+  return entry->plan;
+}
+
+void forward(const ForwardParams& p, const Plan& plan, void* stream) {
+  check_sequence(p.seq);
+  check_projection(p.weights[0], p.H, p.P);
+  if (p.seq.B == 0) return;
+  const bool projected = p.weights[0].w_hr != nullptr, input = plan.family == Family::kCell;
+  const int bytes = static_cast<int>(dtype_size(p.dtype));
+  const WorkspaceLayout layout = workspace_layout(problem_of(p));
+  auto* workspace = static_cast<unsigned char*>(p.workspace);
+
+  ForwardStep step{p, 0, 0, 0, 0, nullptr, nullptr};
+  if (layout.carry_bytes) step.c = workspace + layout.carry;
+  if (projected) step.hidden = workspace + layout.hidden;
+  const Weights &w0 = p.weights[0], &w1 = p.weights[p.D - 1];
+  step.copy_state = copy_width({w0.w_hh, w1.w_hh, p.y, p.h0}, p.P * bytes, bytes);
+  if (input) step.copy_input = copy_width({w0.w_ih, w1.w_ih, p.x}, p.I * bytes, bytes);
+  ForwardStep project_step = step;
+  project_step.copy_state = copy_width({w0.w_hr, w1.w_hr, step.hidden}, p.H * bytes, bytes);
+
+  auto launch = forward_launcher(
+      plan, require_kernel(plan, input ? KernelRole::kForwardInput : KernelRole::kForward), p.cell);
+  std::optional<Launcher<ForwardStep>> project;
+  if (projected) project = forward_launcher(plan, require_kernel(plan, KernelRole::kProject), p.cell);
+  for (int64_t s = 0; s < p.seq.T; ++s) {
+    step.step = project_step.step = s;
+    launch(step, s == 0, stream);
+    if (project) (*project)(project_step, false, stream);
+  }
+}
+
+void backward(const BackwardParams& p, const Plan& plan, void* stream) {
+  check_sequence(p.seq);
+  check_projection(p.weights[0], p.H, p.P);
+  if (p.seq.B == 0) return;
+  const bool projected = p.weights[0].w_hr != nullptr;
+  if (projected && !p.d_h) throw std::invalid_argument("backward of a projected LSTM needs d_h");
+  const int bytes = static_cast<int>(dtype_size(p.dtype));
+  const WorkspaceLayout layout = workspace_layout(problem_of(p));
+
+  BackwardStep step{p, 0, 0, 0, nullptr};
+  if (!projected) step.p.d_h = nullptr;
+  if (layout.carry_bytes) step.carry = static_cast<unsigned char*>(p.workspace) + layout.carry;
+  // A product with W_hh copies rows of W_hh and of d_gates; one with W_hr rows of W_hr and of d_h.
+  const Weights &w0 = p.weights[0], &w1 = p.weights[p.D - 1];
+  const int recurrent_width = copy_width({w0.w_hh, w1.w_hh, p.d_gates}, (p.P | p.H) * bytes, bytes);
+  BackwardStep state_step = step;
+  state_step.copy_bytes = recurrent_width;
+  step.copy_bytes = projected ? copy_width({w0.w_hr, w1.w_hr, p.d_h}, (p.P | p.H) * bytes, bytes) : recurrent_width;
+
+  auto launch = backward_launcher(plan, require_kernel(plan, KernelRole::kBackward), p.cell);
+  auto state_grad = backward_launcher(plan, require_kernel(plan, KernelRole::kStateGrad), p.cell);
+  bool first = true;
+  for (int64_t s = p.seq.T - 1; s >= 0; --s) {
+    step.step = state_step.step = s;
+    if (projected) {
+      state_grad(state_step, first, stream);
+      first = false;
+    }
+    launch(step, first, stream);
+    first = false;
+  }
+  state_step.step = -1;
+  state_grad(state_step, first, stream);
+}
+
+}  // namespace fused_rnn::cuda
