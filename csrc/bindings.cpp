@@ -1,10 +1,18 @@
-// Python's view of what was built. The ops themselves are reached through torch.ops.fused_rnn.
+// Python's view of the extension: what was built, and the two composites as plain functions. torch.ops.fused_rnn.rnn and .cell
+// are the same ops; their generic call converts every argument through a boxed value, which takes longer than a small step.
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
 
 #include "cpu/cpu.h"
+#include "ops.h"
 
 namespace {
+
+using at::Tensor;
+using fused_rnn::OptionalTensor;
 
 pybind11::dict build_info() {
   pybind11::dict info;
@@ -18,10 +26,101 @@ pybind11::dict build_info() {
   return info;
 }
 
+// Positional arguments of a METH_FASTCALL function.
+class Arguments {
+ public:
+  Arguments(const char* function, PyObject* const* args, Py_ssize_t count, Py_ssize_t expected) : args_(args) {
+    TORCH_CHECK_TYPE(count == expected, function, ": expected ", expected, " arguments, got ", count);
+  }
+  const Tensor& tensor(int i) const {
+    TORCH_CHECK_TYPE(THPVariable_Check(args_[i]), "argument ", i, ": expected a Tensor, got ", Py_TYPE(args_[i])->tp_name);
+    return THPVariable_Unpack(args_[i]);
+  }
+  OptionalTensor optional(int i) const { return args_[i] == Py_None ? std::nullopt : OptionalTensor(tensor(i)); }
+  std::vector<Tensor> tensors(int i) const {
+    TORCH_CHECK_TYPE(PyList_Check(args_[i]), "argument ", i, ": expected a list, got ", Py_TYPE(args_[i])->tp_name);
+    std::vector<Tensor> result;
+    const Py_ssize_t count = PyList_GET_SIZE(args_[i]);
+    result.reserve(count);
+    for (Py_ssize_t k = 0; k < count; ++k) {
+      PyObject* item = PyList_GET_ITEM(args_[i], k);
+      TORCH_CHECK_TYPE(THPVariable_Check(item), "argument ", i, "[", k, "]: expected a Tensor, got ", Py_TYPE(item)->tp_name);
+      result.push_back(THPVariable_Unpack(item));
+    }
+    return result;
+  }
+  bool boolean(int i) const { return args_[i] == Py_True; }
+  int64_t integer(int i) const {
+    const int64_t value = PyLong_AsLongLong(args_[i]);
+    if (value == -1 && PyErr_Occurred()) throw python_error();
+    return value;
+  }
+  double number(int i) const {
+    const double value = PyFloat_AsDouble(args_[i]);
+    if (value == -1.0 && PyErr_Occurred()) throw python_error();
+    return value;
+  }
+
+ private:
+  PyObject* const* args_;
+};
+
+template <class... Tensors>
+PyObject* tuple_of(Tensors&&... tensors) {
+  PyObject* result = PyTuple_New(sizeof...(tensors));
+  Py_ssize_t i = 0;
+  (PyTuple_SET_ITEM(result, i++, THPVariable_Wrap(std::forward<Tensors>(tensors))), ...);
+  return result;
+}
+
+// rnn(input, h0, c0, weights, lengths, offsets, resets, cell, num_layers, has_biases, bidirectional, dropout, training,
+//     batch_first) -> (output, h_n, c_n)
+PyObject* rnn(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fused_rnn::rnn", "").typed<fused_rnn::RnnSignature>();
+  const Arguments a("rnn", args, count, 14);
+  const auto weights = a.tensors(3);
+  const OptionalTensor h0 = a.optional(1), c0 = a.optional(2), lengths = a.optional(4), offsets = a.optional(5),
+                       resets = a.optional(6);
+  const Tensor& input = a.tensor(0);
+  const int64_t cell = a.integer(7), num_layers = a.integer(8);
+  const double dropout = a.number(11);
+  auto [y, h_n, c_n] = [&] {
+    const pybind11::gil_scoped_release no_gil;
+    return op.call(input, h0, c0, weights, lengths, offsets, resets, cell, num_layers, a.boolean(9), a.boolean(10), dropout,
+                   a.boolean(12), a.boolean(13));
+  }();
+  return tuple_of(std::move(y), std::move(h_n), std::move(c_n));
+  END_HANDLE_TH_ERRORS
+}
+
+// cell(input, h, c, params, has_biases, cell) -> (h, c)
+PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fused_rnn::cell", "").typed<fused_rnn::CellSignature>();
+  const Arguments a("cell", args, count, 6);
+  const auto params = a.tensors(3);
+  const OptionalTensor h = a.optional(1), c = a.optional(2);
+  const Tensor& input = a.tensor(0);
+  const int64_t kind = a.integer(5);
+  auto [new_h, new_c] = [&] {
+    const pybind11::gil_scoped_release no_gil;
+    return op.call(input, h, c, params, a.boolean(4), kind);
+  }();
+  return tuple_of(std::move(new_h), std::move(new_c));
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef fast_calls[] = {
+    {"rnn", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(rnn)), METH_FASTCALL, "torch.ops.fused_rnn.rnn"},
+    {"cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(cell)), METH_FASTCALL, "torch.ops.fused_rnn.cell"},
+    {nullptr, nullptr, 0, nullptr}};
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info,
         "cuda: whether CUDA kernels were built; cpu_instruction_set: the one in use; cpu_instruction_sets: those that this "
         "machine can run.");
+  if (PyModule_AddFunctions(m.ptr(), fast_calls) != 0) throw pybind11::error_already_set();
 }

@@ -131,14 +131,11 @@ def _layer_backward_differentiable(
 if _C is not None:
     rnn = torch.ops.fused_rnn.rnn.default
     cell = torch.ops.fused_rnn.cell.default
+    # The same ops with less conversion of arguments: a torch.ops call takes longer than a small step. Not for tensor
+    # subclasses, whose __torch_function__ they pass by, nor for Dynamo, which cannot trace them.
+    eager_rnn = _C.rnn
+    eager_cell = _C.cell
     torch.library.register_fake("fused_rnn::layer", _fake_layer)
     torch.library.register_fake("fused_rnn::layer_backward", _fake_layer_backward)
     _library = torch.library.Library("fused_rnn", "IMPL")
     _library.impl("layer_backward_differentiable", _layer_backward_differentiable, "CompositeImplicitAutograd")
-else:
-
-    def rnn(*args):  # type: ignore[no-untyped-def]
-        """Never called: _backend.uses_ops() is False without the extension."""
-        raise RuntimeError("the compiled extension is missing")
-
-    cell = rnn

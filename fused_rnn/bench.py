@@ -74,7 +74,7 @@ class BenchCase:
         bytes_each = self.T * self.B * self.I * DTYPES[self.dtype].itemsize
         count = 1 if device == "cpu" else max(1, min(8, -(-128_000_000 // max(1, bytes_each))))
         generator = torch.Generator().manual_seed(1)
-        made = []
+        made: list[Any] = []
         for _ in range(count):
             x = torch.randn(self.T, self.B, self.I, generator=generator).to(device=device, dtype=DTYPES[self.dtype])
             x.requires_grad_(self.mode != "inference")

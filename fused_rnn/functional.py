@@ -177,7 +177,7 @@ def run_rnn(
     input: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
-    weights: Sequence[Tensor],
+    weights: list[Tensor],
     num_layers: int,
     has_biases: bool,
     bidirectional: bool,
@@ -199,7 +199,8 @@ def run_rnn(
             h0 = input.new_zeros(num_layers * (1 + bidirectional), int(batch_sizes[0]), size)
     device_type = input.device.type
     if uses_ops(device_type):
-        return _ops.rnn(
+        op = _ops.rnn if torch.compiler.is_compiling() or type(input) is not Tensor else _ops.eager_rnn
+        return op(
             input, h0, c0, weights, lengths, offsets, resets, cell, num_layers, has_biases, bidirectional, dropout,
             training, batch_first,
         )  # fmt: skip
@@ -211,19 +212,20 @@ def run_rnn(
 
 
 def run_cell(
-    cell: int, input: Tensor, h: Tensor | None, c: Tensor | None, params: Sequence[Tensor], has_biases: bool
+    cell: int, input: Tensor, h: Tensor | None, c: Tensor | None, params: list[Tensor], has_biases: bool
 ) -> tuple[Tensor, Tensor]:
     """One step of a cell on the selected backend: (h', c'), c' empty without c. Batched input only."""
     device_type = input.device.type
     if uses_ops(device_type):
-        return _ops.cell(input, h, c, params, has_biases, cell)
+        op = _ops.cell if torch.compiler.is_compiling() or type(input) is not Tensor else _ops.eager_cell
+        return op(input, h, c, params, has_biases, cell)
     input, h, c, params = _autocast(device_type, input, h, c, params)
     return reference.cell(input, h, c, params, has_biases, cell)
 
 
 def _autocast(
-    device_type: str, input: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor]
-) -> tuple[Tensor, Tensor | None, Tensor | None, Sequence[Tensor]]:
+    device_type: str, input: Tensor, h: Tensor | None, c: Tensor | None, weights: list[Tensor]
+) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor]]:
     """What the ops' Autocast kernels do, for the reference."""
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return input, h, c, weights
