@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,7 +106,7 @@ def _layer_backward_differentiable(
             alias(c0) if mask[1] and c0 is not None else None,
             *(alias(p) if mask[2] else None for p in params),
         ]
-        given = [x, h0, c0, *params]
+        given: list[Any] = [x, h0, c0, *params]
         args = [new if new is not None else old for new, old in zip(wanted, given, strict=True)]
         outputs = reference.layer(
             args[0], args[1], args[2], args[3:], has_biases, lengths, offsets, resets, cell, bidirectional

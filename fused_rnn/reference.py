@@ -26,6 +26,7 @@ def step(
     gi = torch.nn.functional.linear(x, w_ih, b_ih)
     gh = torch.nn.functional.linear(h, w_hh, b_hh)
     if cell == LSTM:
+        assert c is not None
         i, f, g, o = (gi + gh).chunk(4, dim=-1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
