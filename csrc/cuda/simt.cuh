@@ -272,6 +272,120 @@ __device__ __forceinline__ void pdl_launch_dependents() {
 #endif
 }
 
+// ------------------------------------------------------------------------------------- exchange between blocks of one grid
+
+// A word that tells when it was written: value and tag are always seen together. Whoever finds the tag of the step it waits
+// for has the value of that step; no barrier, fence or flag is involved. Only for blocks that run at the same time (cooperative
+// launch), in global memory that no plain access touches during the launch.
+struct alignas(8) TaggedWord {
+  uint32_t value, tag;
+};
+// Relaxed at the scope of the device.
+__device__ __forceinline__ void store_tagged(TaggedWord* to, TaggedWord word) {
+  const uint64_t bits = static_cast<uint64_t>(word.tag) << 32 | word.value;
+  asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(bits) : "memory");
+}
+// Two neighbours, aligned to 16 bytes; each of the two is whole. To be repeated until the tags are there.
+__device__ __forceinline__ void load_tagged(TaggedWord (&words)[2], const TaggedWord* from) {
+  uint64_t first, second;
+  asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];" : "=l"(first), "=l"(second) : "l"(from) : "memory");
+  words[0] = {static_cast<uint32_t>(first), static_cast<uint32_t>(first >> 32)};
+  words[1] = {static_cast<uint32_t>(second), static_cast<uint32_t>(second >> 32)};
+}
+
+// -------------------------------------------------------------------------- clusters: pushes into the shared memory of peers
+
+// All below needs sm_90: code for older architectures must not reach it.
+
+// Number of the block in its cluster.
+__device__ __forceinline__ int cluster_rank() {
+  uint32_t rank = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return static_cast<int>(rank);
+}
+// All threads of all blocks of the cluster; orders memory like sync_block. A block may not end while peers still write to it.
+__device__ __forceinline__ void sync_cluster() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+
+// An address in the shared memory of a block of the cluster; adding to it counts bytes.
+using ClusterAddress = uint32_t;
+// Where the caller's shared-memory address lies in the block of that rank.
+__device__ __forceinline__ ClusterAddress map_to_rank(const void* shared, int rank) {
+  ClusterAddress result = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address), "r"(rank));
+#endif
+  return result;
+}
+
+// A barrier in shared memory. Its phase ends when one thread of the block has arrived in it and as many bytes have come in by
+// store_async as were expected; bytes may come before the arrival. Phases are numbered 0, 1, ...
+using MBarrier = uint64_t;
+// By one thread, before a sync_cluster and any use.
+__device__ __forceinline__ void mbarrier_init(MBarrier* barrier) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(address) : "memory");
+#else
+  __trap();
+#endif
+}
+// The arrival of the current phase, by one thread, with the bytes that the phase awaits.
+__device__ __forceinline__ void mbarrier_expect(MBarrier* barrier, int bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory");
+#else
+  __trap();
+#endif
+}
+// Until the phase of that parity (phase number % 2) has ended, which is the current phase or the one before it. What came in by
+// store_async is then visible to the caller.
+__device__ __forceinline__ void mbarrier_wait(MBarrier* barrier, int parity) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(address), "r"(parity)
+        : "memory");
+  } while (!done);
+#else
+  __trap();
+#endif
+}
+// Writes 4, 8 or 16 bytes (aligned to the whole) to a block of the cluster and counts them at that block's barrier.
+template <int kCount>
+__device__ __forceinline__ void store_async(ClusterAddress to, const uint32_t (&v)[kCount], ClusterAddress barrier) {
+  static_assert(kCount == 1 || kCount == 2 || kCount == 4);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if constexpr (kCount == 1) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to), "r"(v[0]), "r"(barrier)
+                 : "memory");
+  } else if constexpr (kCount == 2) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(to), "r"(v[0]),
+                 "r"(v[1]), "r"(barrier)
+                 : "memory");
+  } else {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+                 "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(barrier)
+                 : "memory");
+  }
+#else
+  __trap();
+#endif
+}
+
 // --------------------------------------------------------------------------------------------------------- host: launching
 
 struct LaunchConfig {
@@ -281,6 +395,7 @@ struct LaunchConfig {
   int smem_bytes;          // dynamic shared memory
   int cluster;             // blocks of a cluster along x; 1: none
   bool pdl;                // may start before the preceding grid of the stream has ended (it calls pdl_wait)
+  bool cooperative;        // all blocks run at the same time, or the launch fails
 };
 
 inline void check(cudaError_t status, const std::string& what) {
@@ -303,6 +418,13 @@ bool prepare(void (*kernel)(Params), const char* name, int smem_bytes) {
   return attributes.ptxVersion >= 90;
 }
 
+// Before the first launch of a kernel in clusters of more than 8 blocks.
+template <class Params>
+void allow_large_clusters(void (*kernel)(Params), const char* name) {
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+        std::string("kernel ") + name + ": clusters of more than 8 blocks");
+}
+
 template <class Params>
 void launch(void (*kernel)(Params), const LaunchConfig& config, void* stream, const Params& params) {
   cudaLaunchConfig_t launch_config{};
@@ -310,12 +432,17 @@ void launch(void (*kernel)(Params), const LaunchConfig& config, void* stream, co
   launch_config.blockDim = dim3(config.threads);
   launch_config.dynamicSmemBytes = config.smem_bytes;
   launch_config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   launch_config.attrs = attributes;
   if (config.pdl) {
     cudaLaunchAttribute& attribute = attributes[launch_config.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (config.cooperative) {
+    cudaLaunchAttribute& attribute = attributes[launch_config.numAttrs++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
   }
   if (config.cluster > 1) {
     cudaLaunchAttribute& attribute = attributes[launch_config.numAttrs++];
