@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -140,3 +141,100 @@ def test_padding_may_hold_anything(cell: str, backend: str) -> None:
         results, grads = results_and_gradients(case, dirty)
     for one, other in zip([*results, *grads[1:]], [*expected, *expected_grads[1:]], strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("cell", ["RNN_TANH", "GRU", "LSTM"])
+def test_gradients_of_some_inputs_only(cell: str, backend: str) -> None:
+    """Frozen weights, input gradients alone, one state alone: the same values as when everything is differentiated."""
+    case = Case(cell, dtype=torch.float64, bidirectional=True)
+    device = "cuda" if backend == "cuda" else "cpu"
+    with use_backend(backend):
+        _, everything = results_and_gradients(case, make_data(case, device))
+        count = len(everything)
+        for index in range(count):
+            data = make_data(case, device)
+            data.differentiable()[index].requires_grad_()
+            results = call(case, data)
+            grads = [data.dy, data.dh_n, data.dc_n][: len(results)]
+            (grad,) = torch.autograd.grad(results, [data.differentiable()[index]], grads)
+            torch.testing.assert_close(grad, everything[index])
+
+
+@pytest.mark.parametrize(
+    ("cell", "used"),
+    [(c, u) for c in ("RNN_TANH", "GRU", "LSTM") for u in ("output", "h_n", "c_n") if u != "c_n" or c == "LSTM"],
+)
+def test_gradients_from_some_outputs_only(cell: str, used: str, backend: str) -> None:
+    case = Case(cell, dtype=torch.float64, bidirectional=True, ragged="lengths")
+    index = ["output", "h_n", "c_n"].index(used)
+    grads = []
+    for name in (backend, "reference"):
+        data = make_data(case, "cuda" if backend == "cuda" else "cpu")
+        for t in data.differentiable():
+            t.requires_grad_()
+        with use_backend(name):
+            result = call(case, data)[index]
+            grads.append(torch.autograd.grad(result, data.differentiable(), [data.dy, data.dh_n, data.dc_n][index]))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("cell", ["RNN_TANH", "GRU", "LSTM"])
+def test_strides_do_not_matter(cell: str, backend: str) -> None:
+    case = Case(cell, layers=2, bidirectional=True, resets=True, dtype=torch.float64)
+    device = "cuda" if backend == "cuda" else "cpu"
+
+    def strided(t: Tensor | None) -> Tensor | None:
+        if t is None:
+            return None
+        wide = t.new_zeros(*t.shape[:-1], 2 * t.shape[-1] + 1)
+        wide[..., 1::2] = t
+        return wide[..., 1::2]
+
+    with use_backend(backend):
+        data = make_data(case, device)
+        expected, expected_grads = results_and_gradients(case, data)
+        spread = make_data(case, device)
+        for name in ("input", "h0", "c0", "resets", "dy", "dh_n", "dc_n"):
+            setattr(spread, name, strided(getattr(spread, name)))
+        spread.weights = [strided(w) for w in spread.weights]
+        results, grads = results_and_gradients(case, spread)
+    for one, other in zip([*results, *grads], [*expected, *expected_grads], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_more_steps_than_65535(backend: str) -> None:
+    """More than cuDNN takes. The reference needs a minute for so many steps and defines nothing new here."""
+    if backend == "reference":
+        pytest.skip("a Python loop over 70000 steps shows nothing")
+    case = Case("RNN_TANH", steps=70_000, batch=1, input_size=1, hidden=2, dtype=torch.float64)
+    data = make_data(case, "cuda" if backend == "cuda" else "cpu")
+    with use_backend(backend):
+        results, grads = results_and_gradients(case, data)
+    module = case.module(torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for parameter, weight in zip(module._flat_weights, data.weights, strict=True):
+            parameter.copy_(weight)
+    y, h_n = module(data.input.cpu(), data.h0.cpu())
+    weights = torch.autograd.grad([y, h_n], module._flat_weights, [data.dy.cpu(), data.dh_n.cpu()])
+    assert_near("output", results[0], y, 1e-12)
+    for actual, want in zip(grads[2:], weights, strict=True):
+        assert_near("gradient", actual, want, 1e-10)
+
+
+@pytest.mark.parametrize("cell", ["RNN_TANH", "GRU", "LSTM"])
+def test_inference_mode_and_threads(cell: str, backend: str) -> None:
+    """Calls from several Python threads at once, in inference mode, give what one call gives."""
+    case = Case(cell, steps=30, batch=9, hidden=40, bidirectional=True)
+    data = make_data(case, "cuda" if backend == "cuda" else "cpu")
+    with use_backend(backend):
+        with torch.no_grad():
+            expected = call(case, data)
+
+        def work(_: int) -> list[Tensor]:
+            with torch.inference_mode():
+                return call(case, data)
+
+        with ThreadPoolExecutor(4) as pool:
+            for results in pool.map(work, range(16)):
+                assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
