@@ -117,7 +117,7 @@ class _Layer(nn.RNNBase):
 
     def __setstate__(self, d: dict[str, Any]) -> None:
         state = {key: value for key, value in d.items() if key not in ("_flat_weights", "_flat_weight_refs")}
-        names = state.get("_all_weights")
+        names = state.get("_all_weights", state.get("all_weights"))
         if "_flat_weights_names" not in state and names and isinstance(names[0][0], str):
             state["_flat_weights_names"] = [name for group in names for name in group]
         super().__setstate__(state)
