@@ -13,19 +13,20 @@ from fused_rnn._backend import has_cpu_kernels, has_cuda_kernels
 torch.set_num_threads(int(os.environ.get("FUSED_RNN_TEST_THREADS", "1")))
 
 
-def available_backends() -> list[str]:
-    """Backends that can run here; every case runs on each of them."""
-    names = ["reference"]
-    if has_cpu_kernels():
-        names.append("cpu")
-    if has_cuda_kernels() and torch.cuda.is_available():
-        names.append("cuda")
-    return names
+BACKENDS = (
+    "reference",
+    pytest.param("cpu", marks=pytest.mark.skipif(not has_cpu_kernels(), reason="needs the compiled extension")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+)
+DEVICES = BACKENDS[1:]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every test that asks for a `backend` (or, for tests of the ops, a `device`) runs on each of them."""
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", available_backends())
+        metafunc.parametrize("backend", BACKENDS)
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", DEVICES)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

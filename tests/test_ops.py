@@ -10,20 +10,13 @@ from cases import CELLS, Case, make_data
 
 import fused_rnn
 from fused_rnn import functional, use_backend
-from fused_rnn._backend import has_cpu_kernels, has_cuda_kernels
+from fused_rnn._backend import has_cpu_kernels
 
 KINDS = functional.CELLS
 RAGGED = ("dense", "lengths", "packed")
 
 if not has_cpu_kernels():
     pytest.skip("needs the compiled extension", allow_module_level=True)
-
-DEVICES = ["cpu"] + (["cuda"] if has_cuda_kernels() and torch.cuda.is_available() else [])
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 def layer_args(case: Case, device: str, requires_grad: bool = True) -> list:
