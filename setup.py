@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -82,4 +83,7 @@ def build_options(torch):
 torch = import_torch()
 if torch is None and {"bdist_wheel", "editable_wheel", "build_ext", "develop", "install", "build"} & set(sys.argv):
     raise SystemExit("fused_rnn is compiled against torch >= 2.11, which is not installed here. Run: pip install torch")
+if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None and os.environ.get("FUSED_RNN_CUDA") != "1":
+    print("fused_rnn: no C++ compiler was found, so nothing is compiled: the Python reference will run", file=sys.stderr)
+    torch = None
 setup(**(build_options(torch) if torch is not None else {}))

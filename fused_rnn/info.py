@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import shutil
 from typing import Any
 
 import torch
@@ -41,7 +42,9 @@ def missing() -> list[tuple[str, str]]:
     rebuild = _build.rebuild_command()
     record = _build.build_record()
     if not _backend.has_cpu_kernels():
-        return [(f"compiled kernels: {_backend.import_error}", rebuild)]
+        compiler = os.environ.get("CXX", "c++").split()[0]
+        first = "" if shutil.which(compiler) else f"install a C++ compiler ({compiler}), e.g. apt-get install g++\n"
+        return [(f"compiled kernels: {_backend.import_error}", first + rebuild)]
     if record and record["cuda_skipped"]:
         needed = "" if gpus() else " (only a GPU needs them)"
         return [(f"CUDA kernels{needed}: {record['cuda_skipped']}", f"{record['cuda_mend']}\nFUSED_RNN_CUDA=1 {rebuild}")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,11 +82,14 @@ def test_cuda_build(installed, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Missing" not in out
 
 
-def test_nothing_built(installed, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_built(installed, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", sys.executable)
     installed(None, None, "the extension was never compiled")
     out = printed(capsys)
     assert out.count("served by the Python reference: the extension was never compiled") == 2
     assert "Missing: compiled kernels: the extension was never compiled. To mend it:\n  pip install" in out
+    monkeypatch.setenv("CXX", "no-such-compiler -O3")
+    assert "To mend it:\n  install a C++ compiler (no-such-compiler)" in printed(capsys)
 
 
 @pytest.mark.parametrize(("forced", "cpu"), [("cuda", "nothing: backend cuda is forced"), ("reference", "(forced)")])

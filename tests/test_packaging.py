@@ -172,3 +172,20 @@ def test_sdist_is_complete(tmp_path: Path) -> None:
     assert not missing
     assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "fused_rnn/py.typed"} <= packed
     assert not {name for name in packed if name.endswith((".so", ".o", ".pyc")) or "/_C." in name}
+
+
+def test_code_of_the_readme_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    weights = [torch.randn(24, 8), torch.randn(24, 8), torch.randn(24), torch.randn(24)]
+    names: dict[str, object] = {
+        "model": torch.nn.Sequential(torch.nn.LSTM(8, 8)),
+        "SomeoneElsesModel": lambda: torch.nn.GRU(8, 8),
+        "weights": weights,
+        "starts": torch.zeros(35, 3, dtype=torch.bool),
+    }
+    names |= dict(zip(("w_ih", "w_hh", "b_ih", "b_hh"), weights, strict=True))
+    for block in blocks:
+        names["x"] = torch.randn(35, 3, 28 if "use_backend" in block else 8)
+        exec(block, names)
+    assert type(names["model"]).__module__ == "fused_rnn.modules"
