@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize, prune
 import fused_rnn
 from fused_rnn import use_backend
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated", "ignore:`torch.jit")
 
 
 def example(module: nn.Module, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[torch.Tensor, Any]:
