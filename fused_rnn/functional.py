@@ -223,11 +223,16 @@ def run_cell(
     return reference.cell(input, h, c, params, has_biases, cell)
 
 
+def _autocast_on(device_type: str) -> bool:
+    # torch.is_autocast_enabled raises for device types without autocast, such as meta.
+    return device_type in ("cpu", "cuda", "mps", "xpu") and torch.is_autocast_enabled(device_type)
+
+
 def _autocast(
     device_type: str, input: Tensor, h: Tensor | None, c: Tensor | None, weights: list[Tensor]
 ) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor]]:
     """What the ops' Autocast kernels do, for the reference."""
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if not _autocast_on(device_type):
         return input, h, c, weights
     dtype = torch.get_autocast_dtype(device_type)
 
@@ -267,8 +272,7 @@ def _check_input(input: Tensor) -> bool:
         raise TypeError(f"input: expected a Tensor, got {type(input).__name__}")
     if input.dtype not in _DTYPES:
         raise ValueError(f"input: expected dtype float64, float32, float16 or bfloat16, got {input.dtype}")
-    kind = input.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return _autocast_on(input.device.type)
 
 
 def _states(cell: int, hx: object) -> tuple[Tensor | None, Tensor | None]:
