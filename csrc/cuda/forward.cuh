@@ -156,10 +156,13 @@ struct ForwardElements {
       }
       if constexpr (C::kHasC) store_c(e, info, c);
       if constexpr (C::kSaved > 0) {
-        if (s.p.training && info.flags & kActive) {
+        if (s.p.training && (info.flags & kActive || !s.p.seq.offsets)) {
           auto* gates = static_cast<Storage*>(s.p.gates) + gate_index(e, info.row);
+          const bool active = info.flags & kActive;
 #pragma unroll
-          for (int slot = 0; slot < C::kSaved; ++slot) gates[slot * s.p.H] = simt::from_float<Storage>(a[e][slot]);
+          for (int slot = 0; slot < C::kSaved; ++slot) {
+            gates[slot * s.p.H] = simt::from_float<Storage>(active ? a[e][slot] : Acc(0));
+          }
         }
       }
     }
@@ -171,13 +174,14 @@ struct ForwardElements {
     if (info.flags & kNever) {
       c_n[state] = s.p.c0 ? static_cast<const Storage*>(s.p.c0)[state] : simt::from_float<Storage>(Acc(0));
     }
-    if (!(info.flags & kActive)) return;
+    const bool active = info.flags & kActive;
+    if (s.p.training && (active || !s.p.seq.offsets)) {
+      static_cast<Storage*>(s.p.cs)[(dir * s.p.seq.N + info.row) * s.p.H + first_unit + unit_of(e)] =
+          simt::from_float<Storage>(active ? c : Acc(0));
+    }
+    if (!active) return;
     static_cast<Acc*>(s.c)[state] = c;
     if (!(info.flags & kHasNext)) c_n[state] = simt::from_float<Storage>(c);
-    if (s.p.training) {
-      static_cast<Storage*>(s.p.cs)[(dir * s.p.seq.N + info.row) * s.p.H + first_unit + unit_of(e)] =
-          simt::from_float<Storage>(c);
-    }
   }
 };
 
