@@ -7,12 +7,12 @@ namespace fused_rnn {
 struct DeviceInfo {
   int compute_capability;  // 10 * major + minor: 75, 80, 86, 89, 90, 100, 120
   int sm_count;
-  int smem_per_block;     // bytes of dynamic shared memory a block may opt in to
-  int smem_per_sm;        // bytes
-  int registers_per_sm;   // 32-bit
-  int threads_per_sm;     // resident threads
+  int smem_per_block;    // bytes of dynamic shared memory a block may opt in to
+  int smem_per_sm;       // bytes
+  int registers_per_sm;  // 32-bit
+  int threads_per_sm;    // resident threads
   int64_t l2_bytes;
-  int max_cluster;        // blocks in a cluster, non-portable sizes included; 1: no clusters
+  int max_cluster;  // blocks in a cluster, non-portable sizes included; 1: no clusters
 };
 
 }  // namespace fused_rnn

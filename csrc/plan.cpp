@@ -15,14 +15,14 @@ using cuda::TileSize;
 
 namespace {
 
-constexpr double kClockGhz = 1.7;           // of the SMs, all generations
-constexpr double kL2BytesPerClock = 64;     // into one SM
-constexpr double kL2Share = 0.4;            // of that, when all SMs read at once (5.5 TB/s on an H100)
-constexpr double kL2LatencyUs = 0.6;        // under load
-constexpr double kLaunchUs = 2.1;           // from one launch in a stream to the next
-constexpr double kOverlappedLaunchUs = 1.3; // with programmatic dependent launch
-constexpr double kBlockUs = 0.5;            // table, partial sums, pointwise part
-constexpr int kReservedSmem = 1024;         // the system's share of a block's shared memory
+constexpr double kClockGhz = 1.7;            // of the SMs, all generations
+constexpr double kL2BytesPerClock = 64;      // into one SM
+constexpr double kL2Share = 0.4;             // of that, when all SMs read at once (5.5 TB/s on an H100)
+constexpr double kL2LatencyUs = 0.6;         // under load
+constexpr double kLaunchUs = 2.1;            // from one launch in a stream to the next
+constexpr double kOverlappedLaunchUs = 1.3;  // with programmatic dependent launch
+constexpr double kBlockUs = 0.5;             // table, partial sums, pointwise part
+constexpr int kReservedSmem = 1024;          // the system's share of a block's shared memory
 
 constexpr KernelRole kAllForward[] = {KernelRole::kForward, KernelRole::kProject};
 constexpr TileSize kAllTiles[] = {TileSize::kSmall, TileSize::kMedium, TileSize::kLarge};
@@ -93,7 +93,8 @@ double kernel_us(const Problem& problem, const DeviceInfo& device, MathKind math
 }
 
 // The cheapest tile of a kernel; throws if none fits the device.
-KernelPlan plan_kernel(const Problem& problem, const DeviceInfo& device, MathKind math, KernelRole role, std::string& notes) {
+KernelPlan plan_kernel(const Problem& problem, const DeviceInfo& device, MathKind math, KernelRole role,
+                       std::string& notes) {
   const Product product = product_of(problem, role);
   const int64_t chunk = cuda::chunk_size(math), chunks = ceil_div(product.k[0], chunk) + ceil_div(product.k[1], chunk);
   KernelPlan best{};
@@ -237,11 +238,11 @@ std::string to_string(const Plan& plan) {
   std::string text = line;
   for (const KernelPlan& k : plan.kernels) {
     const TileShape tile = cuda::tile_shape(k.role, k.math, k.tile);
-    std::snprintf(line, sizeof line,
-                  "  %s: %s, tile %d units x %d rows, grid %lld x %lld x %lld, %d threads, %d stages, %d bytes of shared memory\n",
-                  to_string(k.role), kMathNames[static_cast<int>(k.math)], tile.units, tile.batch,
-                  static_cast<long long>(k.grid_x), static_cast<long long>(k.grid_y), static_cast<long long>(k.grid_z),
-                  k.threads, k.stages, k.smem_bytes);
+    std::snprintf(
+        line, sizeof line,
+        "  %s: %s, tile %d units x %d rows, grid %lld x %lld x %lld, %d threads, %d stages, %d bytes of shared memory\n",
+        to_string(k.role), kMathNames[static_cast<int>(k.math)], tile.units, tile.batch, static_cast<long long>(k.grid_x),
+        static_cast<long long>(k.grid_y), static_cast<long long>(k.grid_z), k.threads, k.stages, k.smem_bytes);
     text += line;
   }
   text += "  because " + plan.reason + "\n";

@@ -51,8 +51,8 @@ struct KernelPlan {
 
 // Places in the workspace, 256-byte aligned, in bytes.
 struct WorkspaceLayout {
-  int64_t carry, carry_bytes;    // [D, B, H] in the arithmetic type: running c (LSTM forward), running dc (LSTM backward), the
-                                 // part of dh that bypasses the weights (GRU backward)
+  int64_t carry, carry_bytes;  // [D, B, H] in the arithmetic type: running c (LSTM forward), running dc (LSTM backward), the
+                               // part of dh that bypasses the weights (GRU backward)
   int64_t hidden, hidden_bytes;  // [D, B, H] in dtype: h before the projection (forward, P != H)
   int64_t bytes;
 };

@@ -16,8 +16,8 @@ struct DeviceCell : Cell<kCell> {
     Cell<kCell>::forward(a, h_prev, c_prev, h, c);
   }
   template <class V>
-  static FUSED_RNN_HD void backward(CellKind, const V (&a)[Cell<kCell>::kSlots], const V& h_prev, const V& c_prev, const V& c,
-                                    const V& h, const V& dh, V& dc, V (&d)[Cell<kCell>::kSlots], V& dh_prev) {
+  static FUSED_RNN_HD void backward(CellKind, const V (&a)[Cell<kCell>::kSlots], const V& h_prev, const V& c_prev,
+                                    const V& c, const V& h, const V& dh, V& dc, V (&d)[Cell<kCell>::kSlots], V& dh_prev) {
     Cell<kCell>::backward(a, h_prev, c_prev, c, h, dh, dc, d, dh_prev);
   }
 };

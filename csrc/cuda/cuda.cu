@@ -1,15 +1,13 @@
 // Host side of the families `cell` and `step`: one or two launches per time step, back to back on the caller's stream.
-#include "cuda.h"
-
-#include <simt.cuh>
-
 #include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <mutex>
+#include <simt.cuh>
 #include <stdexcept>
 #include <vector>
 
+#include "cuda.h"
 #include "kernels.h"
 
 namespace fused_rnn::cuda {
@@ -77,10 +75,12 @@ struct Launcher {
 };
 
 Launcher<ForwardStep> forward_launcher(const Plan& plan, const KernelPlan& kernel, CellKind cell) {
-  return {dispatch_math(kernel.math, [&](auto set) { return set.forward(kernel.role, cell, kernel.tile); }), kernel, plan.pdl};
+  return {dispatch_math(kernel.math, [&](auto set) { return set.forward(kernel.role, cell, kernel.tile); }), kernel,
+          plan.pdl};
 }
 Launcher<BackwardStep> backward_launcher(const Plan& plan, const KernelPlan& kernel, CellKind cell) {
-  return {dispatch_math(kernel.math, [&](auto set) { return set.backward(kernel.role, cell, kernel.tile); }), kernel, plan.pdl};
+  return {dispatch_math(kernel.math, [&](auto set) { return set.backward(kernel.role, cell, kernel.tile); }), kernel,
+          plan.pdl};
 }
 
 void check_sequence(const Sequence& seq) {
@@ -89,7 +89,8 @@ void check_sequence(const Sequence& seq) {
 }
 
 void check_projection(const Weights& weights, int64_t H, int64_t P) {
-  if ((weights.w_hr != nullptr) != (P != H)) throw std::invalid_argument("w_hr must be given where P is not H, and only there");
+  if ((weights.w_hr != nullptr) != (P != H))
+    throw std::invalid_argument("w_hr must be given where P is not H, and only there");
 }
 
 }  // namespace
@@ -106,8 +107,8 @@ const DeviceInfo& device_info(int device) {
 }
 
 Problem problem_of(const ForwardParams& p) {
-  return {p.cell, p.dtype, p.allow_tf32, p.seq.T, p.seq.B, p.I, p.H, p.P, p.D, p.seq.lengths || p.seq.offsets, p.training,
-          false};
+  return {p.cell,     p.dtype, p.allow_tf32, p.seq.T, p.seq.B, p.I, p.H, p.P, p.D, p.seq.lengths || p.seq.offsets,
+          p.training, false};
 }
 
 Problem problem_of(const BackwardParams& p) {
@@ -152,8 +153,8 @@ void forward(const ForwardParams& p, const Plan& plan, void* stream) {
   ForwardStep project_step = step;
   project_step.copy_state = copy_width({w0.w_hr, w1.w_hr, step.hidden}, p.H * bytes, bytes);
 
-  auto launch = forward_launcher(
-      plan, require_kernel(plan, input ? KernelRole::kForwardInput : KernelRole::kForward), p.cell);
+  auto launch =
+      forward_launcher(plan, require_kernel(plan, input ? KernelRole::kForwardInput : KernelRole::kForward), p.cell);
   std::optional<Launcher<ForwardStep>> project;
   if (projected) project = forward_launcher(plan, require_kernel(plan, KernelRole::kProject), p.cell);
   for (int64_t s = 0; s < p.seq.T; ++s) {

@@ -59,7 +59,8 @@ __device__ __forceinline__ void store_output(const ForwardParams& p, int dir, in
   }
   if (active && !(info.flags & kHasNext)) static_cast<Storage*>(p.h_n)[state] = simt::from_float<Storage>(h);
   if (info.flags & kNever) {
-    static_cast<Storage*>(p.h_n)[state] = p.h0 ? static_cast<const Storage*>(p.h0)[state] : simt::from_float<Storage>(Acc(0));
+    static_cast<Storage*>(p.h_n)[state] =
+        p.h0 ? static_cast<const Storage*>(p.h0)[state] : simt::from_float<Storage>(Acc(0));
   }
 }
 

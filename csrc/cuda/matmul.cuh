@@ -209,9 +209,7 @@ class Matmul {
   }
 
  private:
-  static __device__ __forceinline__ Acc* sum_base() {
-    return reinterpret_cast<Acc*>(simt::dynamic_smem() + G::kTableBytes);
-  }
+  static __device__ __forceinline__ Acc* sum_base() { return reinterpret_cast<Acc*>(simt::dynamic_smem() + G::kTableBytes); }
   static __device__ __forceinline__ int unit_base(int warp) { return warp / G::kTile.warps_b * G::kAtomsU * 16; }
   static __device__ __forceinline__ int batch_base(int warp) { return warp % G::kTile.warps_b * G::kAtomsB * 8; }
 

@@ -370,7 +370,8 @@ __device__ __forceinline__ void store_async(ClusterAddress to, const uint32_t (&
   static_assert(kCount == 1 || kCount == 2 || kCount == 4);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if constexpr (kCount == 1) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to), "r"(v[0]), "r"(barrier)
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to), "r"(v[0]),
+                 "r"(barrier)
                  : "memory");
   } else if constexpr (kCount == 2) {
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(to), "r"(v[0]),
@@ -389,13 +390,13 @@ __device__ __forceinline__ void store_async(ClusterAddress to, const uint32_t (&
 // --------------------------------------------------------------------------------------------------------- host: launching
 
 struct LaunchConfig {
-  const char* name;        // for error messages
+  const char* name;  // for error messages
   int grid_x, grid_y, grid_z;
-  int threads;             // of a block (one-dimensional)
-  int smem_bytes;          // dynamic shared memory
-  int cluster;             // blocks of a cluster along x; 1: none
-  bool pdl;                // may start before the preceding grid of the stream has ended (it calls pdl_wait)
-  bool cooperative;        // all blocks run at the same time, or the launch fails
+  int threads;       // of a block (one-dimensional)
+  int smem_bytes;    // dynamic shared memory
+  int cluster;       // blocks of a cluster along x; 1: none
+  bool pdl;          // may start before the preceding grid of the stream has ended (it calls pdl_wait)
+  bool cooperative;  // all blocks run at the same time, or the launch fails
 };
 
 inline void check(cudaError_t status, const std::string& what) {
@@ -412,8 +413,9 @@ bool prepare(void (*kernel)(Params), const char* name, int smem_bytes) {
   cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), std::string("kernel ") + name);
   if (smem_bytes > attributes.maxDynamicSharedSizeBytes) {
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes),
-          std::string("kernel ") + name + ": " + std::to_string(smem_bytes) + " bytes of shared memory");
+    check(
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes),
+        std::string("kernel ") + name + ": " + std::to_string(smem_bytes) + " bytes of shared memory");
   }
   return attributes.ptxVersion >= 90;
 }

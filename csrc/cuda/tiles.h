@@ -24,8 +24,8 @@ constexpr int storage_bytes(MathKind math) { return math == MathKind::kFp64 ? 8 
 constexpr int accumulator_bytes(MathKind math) { return math == MathKind::kFp64 ? 8 : 4; }
 
 constexpr MathKind math_kind(DType dtype, bool allow_tf32) {
-  return dtype == DType::kFloat64   ? MathKind::kFp64
-         : dtype == DType::kFloat16 ? MathKind::kFp16
+  return dtype == DType::kFloat64    ? MathKind::kFp64
+         : dtype == DType::kFloat16  ? MathKind::kFp16
          : dtype == DType::kBFloat16 ? MathKind::kBf16
          : allow_tf32                ? MathKind::kTf32
                                      : MathKind::kFp32;
