@@ -1,0 +1,400 @@
+// Forward of one layer: the input projection of a chunk of steps, then those steps, for the rows and units of one thread.
+//
+//   gates[t] = x[t] W_ih^T + b  (chunk by chunk, while it stays in cache)  + h[t-1] W_hh^T   (tile by tile, then cells.h on the tile)
+//
+// h is kept twice per row: a step reads one copy and writes the other, so that a team meets once per step.
+#include <cstring>
+#include <stdexcept>
+
+#include "../cells.h"
+#include "../dispatch.h"
+#include "cpu.h"
+#include "scan.h"
+
+namespace fused_rnn::cpu {
+namespace {
+
+// Projection kept at a time. Half of the smallest L2 in use (1 MiB); tried 128 KiB .. 1 MiB on Zen 4 (DESIGN section 9).
+constexpr int64_t kChunkBytes = 512 * 1024;
+
+int recurrent_slot_of(CellKind cell, int gate) {
+  return dispatch_cell(cell, [&](auto tag) { return Cell<decltype(tag)::value>::recurrent_slot(gate); });
+}
+
+struct PackedHeader {
+  int64_t width, bytes;
+};
+
+// One direction's weights, packed.
+template <class A>
+struct PackedLayer {
+  PackedHeader* header;
+  A* x;       // W_ih
+  A* h;       // W_hh
+  A* r;       // W_hr
+  A* bias_x;  // b_ih + b_hh, for GRU's n b_ih alone
+  A* bias_h;  // GRU: 0 0 b_hn
+};
+
+template <class A>
+class ForwardScan {
+ public:
+  ForwardScan(const ForwardParams& p, const Kernels<A>& kernels, int max_threads);
+  int64_t packed_bytes() const {
+    Arena arena(nullptr);
+    layout_packed(arena);
+    return arena.used();
+  }
+  int64_t workspace_bytes() { return layout(nullptr); }
+  void pack(int d, void* out) {
+    Arena arena(out);
+    const PackedLayer<A> packed = layout_packed(arena);
+    *packed.header = {kernels_.width, packed_bytes()};
+    pack_share(packed, d, 0, 1);
+  }
+  bool run();
+
+ private:
+  // What one thread works with in one direction.
+  struct Worker {
+    int d, rank;
+    Team* team;
+    int64_t n;                 // rows of the team
+    int64_t first, last;       // panels of units
+    int64_t r_first, r_last;   // panels of the output projection
+    int64_t columns;           // of its projection rows
+    A* h[2];                   // [n, P padded], of the team
+    A* c;                      // [n, H padded]
+    A* u;                      // [n, H padded], o tanh(c) before the output projection
+    A* xg;                     // [chunk rows, columns]
+    A* x;                      // [chunk rows, I], 16-bit dtypes
+    const A** pointers;        // [max(chunk rows, n)]
+    ForwardRow<A>* rows;       // [n]
+    StoreRow<A>* store_rows;   // [n]
+    A* tile;
+    PackedLayer<A> packed;
+  };
+
+  PackedLayer<A> layout_packed(Arena& arena) const;
+  int64_t layout(void* base);
+  void pack_share(const PackedLayer<A>& packed, int d, int part, int parts) const;
+  Worker make_worker(int thread, int d, Teams& teams) const;
+  void scan(Worker& w) const;
+  void start(Worker& w) const;
+  void project(Worker& w, int64_t begin, int64_t end) const;
+  int64_t step(Worker& w, int64_t step, int64_t first_xg) const;
+  void project_output(Worker& w, int64_t t, int64_t active) const;
+  void zero_inactive(const Worker& w, int64_t row) const;
+  void finish(Worker& w) const;
+  int64_t time_of(const Worker& w, int64_t step) const { return w.d == 0 ? step : p_.seq.T - 1 - step; }
+
+  const ForwardParams& p_;
+  const Kernels<A>& kernels_;
+  const int storage_, cell_;
+  const int64_t size_;  // of a stored element
+  const Shape x_shape_, h_shape_, r_shape_;
+  const int64_t h_padded_, p_padded_;
+  Plan plan_;
+  int64_t team_rows_, chunk_steps_, max_columns_;
+  // Workspace.
+  PackedLayer<A> packed_[2];
+  A* zeros_;
+  A* team_state_;
+  int64_t team_state_size_;
+  char* threads_;
+  int64_t thread_bytes_;
+};
+
+template <class A>
+ForwardScan<A>::ForwardScan(const ForwardParams& p, const Kernels<A>& kernels, int max_threads)
+    : p_(p),
+      kernels_(kernels),
+      storage_(storage_index(p.dtype)),
+      cell_(static_cast<int>(p.cell)),
+      size_(dtype_size(p.dtype)),
+      x_shape_(p.I, p.H, gate_count(p.cell), kernels.width),
+      h_shape_(p.P, p.H, gate_count(p.cell), kernels.width),
+      r_shape_(p.weights[0].w_hr ? Shape(p.H, p.P, 1, kernels.width) : Shape()),
+      h_padded_(round_up(p.H, kernels.width)),
+      p_padded_(round_up(p.P, kernels.width)) {
+  plan_ = choose_plan({p.seq.T, p.seq.B, p.D, p.P, p.I, h_shape_.columns(), h_shape_.panels,
+                       kernels.max_rows[h_shape_.vectors], r_shape_.panels ? 2 : 1, sizeof(A), max_threads});
+  team_rows_ = rows_of_team(plan_, p.seq.B);
+  max_columns_ = (h_shape_.panels + plan_.split - 1) / plan_.split * h_shape_.vectors * h_shape_.width;
+  const int64_t step_bytes = std::max<int64_t>(team_rows_ * max_columns_ * sizeof(A), 1);
+  chunk_steps_ = std::min(std::max<int64_t>(kChunkBytes / step_bytes, 1), p.seq.T);
+}
+
+template <class A>
+PackedLayer<A> ForwardScan<A>::layout_packed(Arena& arena) const {
+  PackedLayer<A> packed;
+  packed.header = arena.take<PackedHeader>(1);
+  packed.x = arena.take<A>(x_shape_.elements());
+  packed.h = arena.take<A>(h_shape_.elements());
+  packed.r = arena.take<A>(r_shape_.elements());
+  packed.bias_x = arena.take<A>(h_shape_.columns());
+  packed.bias_h = arena.take<A>(h_shape_.columns());
+  return packed;
+}
+
+template <class A>
+int64_t ForwardScan<A>::layout(void* base) {
+  Arena arena(base);
+  for (int d = 0; d < p_.D; ++d) {
+    if (!p_.packed[d]) packed_[d] = layout_packed(arena);
+  }
+  zeros_ = arena.take<A>(std::max(h_padded_, p_padded_));
+  team_state_size_ = team_rows_ * (2 * p_padded_ + (p_.weights[0].w_hr ? 2 : 1) * h_padded_);
+  team_state_ = arena.take<A>(team_state_size_ * plan_.direction_teams * plan_.batch_teams);
+  thread_bytes_ = 0;
+  const int64_t chunk_rows = chunk_steps_ * team_rows_;
+  Arena thread(nullptr);
+  thread.take<A>(chunk_rows * max_columns_);
+  thread.take<A>(sizeof(A) == static_cast<size_t>(size_) ? 0 : chunk_rows * p_.I);
+  thread.take<const A*>(chunk_rows);
+  thread.take<ForwardRow<A>>(team_rows_);
+  thread.take<StoreRow<A>>(team_rows_);
+  thread.take<char>(kTileBytes);
+  thread_bytes_ = thread.used();
+  threads_ = arena.take<char>(thread_bytes_ * plan_.threads());
+  return arena.used();
+}
+
+template <class A>
+void ForwardScan<A>::pack_share(const PackedLayer<A>& packed, int d, int part, int parts) const {
+  const Weights& w = p_.weights[d];
+  const int64_t first = share_begin(h_shape_.panels, parts, part), last = share_begin(h_shape_.panels, parts, part + 1);
+  pack_transposed<A>(x_shape_, p_.dtype, w.w_ih, first, last, packed.x);
+  pack_transposed<A>(h_shape_, p_.dtype, w.w_hh, first, last, packed.h);
+  if (r_shape_.panels) {
+    pack_transposed<A>(r_shape_, p_.dtype, w.w_hr, share_begin(r_shape_.panels, parts, part),
+                       share_begin(r_shape_.panels, parts, part + 1), packed.r);
+  }
+  // A bias is a matrix of depth 1.
+  Shape bias = h_shape_;
+  bias.depth = 1;
+  const int64_t begin = h_shape_.columns_before(first), end = h_shape_.columns_before(last);
+  std::fill(packed.bias_x + begin, packed.bias_x + end, A(0));
+  std::fill(packed.bias_h + begin, packed.bias_h + end, A(0));
+  if (w.b_ih) pack_transposed<A>(bias, p_.dtype, w.b_ih, first, last, packed.bias_x);
+  if (w.b_hh) pack_transposed<A>(bias, p_.dtype, w.b_hh, first, last, packed.bias_h);
+  for (int64_t i = begin; i < end; ++i) {
+    const int gate = static_cast<int>(i / h_shape_.width % h_shape_.gates);
+    if (recurrent_slot_of(p_.cell, gate) != gate) continue;
+    packed.bias_x[i] += packed.bias_h[i];
+    packed.bias_h[i] = 0;
+  }
+}
+
+template <class A>
+typename ForwardScan<A>::Worker ForwardScan<A>::make_worker(int thread, int d, Teams& teams) const {
+  Worker w;
+  const int team = thread / plan_.split;
+  w.d = d;
+  w.rank = thread % plan_.split;
+  w.team = &teams.teams[team];
+  w.n = static_cast<int64_t>(w.team->rows.size());
+  w.first = share_begin(h_shape_.panels, plan_.split, w.rank);
+  w.last = share_begin(h_shape_.panels, plan_.split, w.rank + 1);
+  w.r_first = share_begin(r_shape_.panels, plan_.split, w.rank);
+  w.r_last = share_begin(r_shape_.panels, plan_.split, w.rank + 1);
+  w.columns = h_shape_.columns_before(w.last) - h_shape_.columns_before(w.first);
+  A* state = team_state_ + team * team_state_size_;
+  w.h[0] = state;
+  w.h[1] = w.h[0] + team_rows_ * p_padded_;
+  w.c = w.h[1] + team_rows_ * p_padded_;
+  w.u = w.c + team_rows_ * h_padded_;
+  const int64_t chunk_rows = chunk_steps_ * team_rows_;
+  Arena arena(threads_ + thread * thread_bytes_);
+  w.xg = arena.take<A>(chunk_rows * max_columns_);
+  w.x = arena.take<A>(sizeof(A) == static_cast<size_t>(size_) ? 0 : chunk_rows * p_.I);
+  w.pointers = arena.take<const A*>(chunk_rows);
+  w.rows = arena.take<ForwardRow<A>>(team_rows_);
+  w.store_rows = arena.take<StoreRow<A>>(team_rows_);
+  w.tile = reinterpret_cast<A*>(arena.take<char>(kTileBytes));
+  w.packed = packed_[d];
+  return w;
+}
+
+// The rank's share of the rows gets its initial state.
+template <class A>
+void ForwardScan<A>::start(Worker& w) const {
+  for (int64_t i = share_begin(w.n, plan_.split, w.rank); i < share_begin(w.n, plan_.split, w.rank + 1); ++i) {
+    const int64_t state = w.d * p_.seq.B + w.team->rows[i].b;
+    for (int copy = 0; copy < 2; ++copy) std::fill_n(w.h[copy] + i * p_padded_, p_padded_, A(0));
+    std::fill_n(w.c + i * h_padded_, h_padded_, A(0));
+    if (p_.h0) kernels_.load[storage_](stored_at(p_.h0, state * p_.P, size_), w.h[0] + i * p_padded_, p_.P);
+    if (p_.c0) kernels_.load[storage_](stored_at(p_.c0, state * p_.H, size_), w.c + i * h_padded_, p_.H);
+  }
+}
+
+// Input projection of the active rows of steps [begin, end), in scan order, into w.xg.
+template <class A>
+void ForwardScan<A>::project(Worker& w, int64_t begin, int64_t end) const {
+  int64_t count = 0;
+  for (int64_t step = begin; step < end; ++step) {
+    const int64_t t = time_of(w, step);
+    for (const TeamRow& row : w.team->rows) {
+      if (t >= row.length) continue;
+      const void* x = stored_at(p_.x, row_of(p_.seq, t, row.b) * p_.I, size_);
+      if (sizeof(A) != static_cast<size_t>(size_)) {
+        A* converted = w.x + count * p_.I;
+        kernels_.load[storage_](x, converted, p_.I);
+        x = converted;
+      }
+      w.pointers[count++] = static_cast<const A*>(x);
+    }
+  }
+  multiply(kernels_, x_shape_, w.packed.x, w.packed.bias_x, w.pointers, count, w.first, w.last, w.xg, w.columns);
+}
+
+template <class A>
+void ForwardScan<A>::zero_inactive(const Worker& w, int64_t row) const {
+  if (p_.seq.offsets || w.rank != 0) return;
+  std::memset(stored_at(p_.y, (row * p_.D + w.d) * p_.P, size_), 0, p_.P * size_);
+  if (!p_.training) return;
+  const int64_t saved = (w.d * p_.seq.N + row) * p_.H;
+  if (p_.gates) std::memset(stored_at(p_.gates, saved * slot_count(p_.cell), size_), 0, slot_count(p_.cell) * p_.H * size_);
+  if (p_.cs) std::memset(stored_at(p_.cs, saved, size_), 0, p_.H * size_);
+}
+
+// One step of the team's active rows for this rank's units; first_xg: its first projection row. Returns the number of active rows.
+template <class A>
+int64_t ForwardScan<A>::step(Worker& w, int64_t step, int64_t first_xg) const {
+  const int64_t t = time_of(w, step);
+  const int64_t width = p_.D * p_.P;
+  int64_t active = 0;
+  for (int64_t i = 0; i < w.n; ++i) {
+    const TeamRow& team_row = w.team->rows[i];
+    const int64_t row = row_of(p_.seq, t, team_row.b);
+    if (t >= team_row.length) {
+      zero_inactive(w, row);
+      continue;
+    }
+    const int64_t copy = team_row.steps_before(t, w.d) & 1;
+    const bool reset = is_reset(p_.seq, row);
+    const int64_t saved = w.d * p_.seq.N + row;
+    ForwardRow<A>& out = w.rows[active];
+    out.xg = w.xg + (first_xg + active) * w.columns;
+    out.h_prev = reset ? zeros_ : w.h[copy] + i * p_padded_;
+    out.c_prev = reset ? zeros_ : w.c + i * h_padded_;
+    out.h = r_shape_.panels ? w.u + i * h_padded_ : w.h[1 - copy] + i * p_padded_;
+    out.c = w.c + i * h_padded_;
+    out.y = r_shape_.panels ? nullptr : stored_at(p_.y, row * width + w.d * p_.P, size_);
+    out.gates = p_.training ? stored_at(p_.gates, saved * slot_count(p_.cell) * p_.H, size_) : nullptr;
+    out.cs = p_.training ? stored_at(p_.cs, saved * p_.H, size_) : nullptr;
+    w.store_rows[active] = {nullptr, nullptr, stored_at(p_.y, row * width + w.d * p_.P, size_), w.h[1 - copy] + i * p_padded_};
+    w.pointers[active++] = out.h_prev;
+  }
+  const int64_t xg_first = h_shape_.unit_vector(w.first);
+  const A* init = p_.cell == CellKind::kGru ? w.packed.bias_h : nullptr;
+  for_tiles(kernels_, h_shape_, w.packed.h, init, w.pointers, active, w.first, w.last, w.tile,
+            [&](int64_t begin, int count, int64_t first, int64_t last, const A* tile, int64_t stride) {
+              kernels_.forward[cell_][storage_]({tile, stride, w.rows + begin, count, p_.H, h_shape_.unit_vector(first),
+                                                 h_shape_.unit_vector(last), xg_first});
+            });
+  return active;
+}
+
+// y = h W_hr^T, this rank's columns.
+template <class A>
+void ForwardScan<A>::project_output(Worker& w, int64_t, int64_t active) const {
+  for (int64_t i = 0; i < active; ++i) w.pointers[i] = w.rows[i].h;
+  for_tiles(kernels_, r_shape_, w.packed.r, static_cast<const A*>(nullptr), w.pointers, active, w.r_first, w.r_last, w.tile,
+            [&](int64_t begin, int count, int64_t first, int64_t last, const A* tile, int64_t stride) {
+              kernels_.store[storage_]({tile, stride, w.store_rows + begin, count, p_.P, r_shape_.unit_vector(first),
+                                        r_shape_.unit_vector(last), true});
+            });
+}
+
+template <class A>
+void ForwardScan<A>::finish(Worker& w) const {
+  for (int64_t i = share_begin(w.n, plan_.split, w.rank); i < share_begin(w.n, plan_.split, w.rank + 1); ++i) {
+    const TeamRow& row = w.team->rows[i];
+    const int64_t state = w.d * p_.seq.B + row.b;
+    kernels_.save[storage_](w.h[row.length & 1] + i * p_padded_, stored_at(p_.h_n, state * p_.P, size_), p_.P);
+    if (p_.c_n) kernels_.save[storage_](w.c + i * h_padded_, stored_at(p_.c_n, state * p_.H, size_), p_.H);
+  }
+}
+
+template <class A>
+void ForwardScan<A>::scan(Worker& w) const {
+  start(w);
+  w.team->barrier.wait();
+  for (int64_t begin = 0; begin < p_.seq.T; begin += chunk_steps_) {
+    const int64_t end = std::min(begin + chunk_steps_, p_.seq.T);
+    project(w, begin, end);
+    int64_t first_xg = 0;
+    for (int64_t s = begin; s < end; ++s) {
+      const int64_t active = step(w, s, first_xg);
+      first_xg += active;
+      w.team->barrier.wait();
+      if (r_shape_.panels) {
+        project_output(w, s, active);
+        w.team->barrier.wait();
+      }
+    }
+  }
+  finish(w);
+  w.team->barrier.wait();
+}
+
+template <class A>
+bool ForwardScan<A>::run() {
+  layout(p_.workspace);
+  for (int d = 0; d < p_.D; ++d) {
+    if (!p_.packed[d]) continue;
+    Arena arena(const_cast<void*>(p_.packed[d]));  // read only
+    packed_[d] = layout_packed(arena);
+    if (packed_[d].header->width != kernels_.width || packed_[d].header->bytes != packed_bytes()) {
+      throw std::invalid_argument("packed weights are of another instruction set, size or dtype");
+    }
+  }
+  std::fill_n(zeros_, std::max(h_padded_, p_padded_), A(0));
+  Teams teams(plan_, p_.seq, p_.D);
+  return run_threads(plan_.threads(), [&](int thread) {
+    for (int d = 0; d < p_.D; ++d) {
+      if (!p_.packed[d]) pack_share(packed_[d], d, thread, plan_.threads());
+    }
+    teams.all.wait();
+    const Team& team = teams.teams[thread / plan_.split];
+    for (int d = team.first_direction; d < team.last_direction; ++d) {
+      Worker w = make_worker(thread, d, teams);
+      scan(w);
+    }
+  });
+}
+
+}  // namespace
+
+int64_t packed_weights_bytes(const ForwardParams& p) {
+  return with_arithmetic(p.dtype, [&](auto a) {
+    return ForwardScan<decltype(a)>(p, kernels_of<decltype(a)>(selected_kernels()), 1).packed_bytes();
+  });
+}
+
+void pack_weights(const ForwardParams& p, int direction, void* out) {
+  with_arithmetic(p.dtype, [&](auto a) {
+    ForwardScan<decltype(a)>(p, kernels_of<decltype(a)>(selected_kernels()), 1).pack(direction, out);
+    return 0;
+  });
+}
+
+int64_t forward_workspace_bytes(const ForwardParams& p) {
+  return with_arithmetic(p.dtype, [&](auto a) {
+    using A = decltype(a);
+    const Kernels<A>& kernels = kernels_of<A>(selected_kernels());
+    return std::max(ForwardScan<A>(p, kernels, thread_limit()).workspace_bytes(), ForwardScan<A>(p, kernels, 1).workspace_bytes());
+  });
+}
+
+void forward(const ForwardParams& p) {
+  with_arithmetic(p.dtype, [&](auto a) {
+    using A = decltype(a);
+    const Kernels<A>& kernels = kernels_of<A>(selected_kernels());
+    if (!ForwardScan<A>(p, kernels, thread_limit()).run()) ForwardScan<A>(p, kernels, 1).run();
+    return 0;
+  });
+}
+
+}  // namespace fused_rnn::cpu

@@ -1,0 +1,36 @@
+// How the threads of one call divide the work: a pure function of the sizes.
+//
+// A team of `split` threads owns a set of batch rows of one direction (or of each in turn) for the whole sequence, and each of its
+// threads a range of hidden units: they meet at a barrier at every step. Teams never wait for each other. Results do not depend on
+// the plan: every sum is made by one thread, in one order.
+#pragma once
+#include <cstdint>
+
+namespace fused_rnn::cpu {
+
+struct Plan {
+  int direction_teams;  // 1: a team does both directions, one after the other; 2: one each
+  int batch_teams;
+  int split;
+  int threads() const { return direction_teams * batch_teams * split; }
+};
+
+struct PlanInput {
+  int64_t T, B;
+  int D;
+  int64_t step_depth;      // multiply-adds of one row, unit and gate inside the recurrence: K
+  int64_t outside_depth;   // the same for what is done in large chunks (the input projection)
+  int64_t columns;         // gate matrix columns, padded to panels
+  int64_t panels;          // what a split can divide
+  int max_rows;            // of a tile
+  int barriers;            // per step
+  int64_t element_size;
+  int max_threads;
+};
+
+Plan choose_plan(const PlanInput& in);
+
+// `count` things over `parts`, as evenly as possible: part i has [share_begin(i), share_begin(i + 1)).
+constexpr int64_t share_begin(int64_t count, int64_t parts, int64_t i) { return count * i / parts; }
+
+}  // namespace fused_rnn::cpu

@@ -1,0 +1,159 @@
+// The pointwise half of a step on the sums of a tile: cells.h applied to vectors of units, storage converted at loads and stores.
+#pragma once
+#include "../cells.h"
+#include "kernels.h"
+
+namespace fused_rnn::cpu {
+
+// One vector of a storage array, lanes past n read as zero and not written.
+template <class V, class Storage>
+inline V load_stored(const void* base, int64_t index, int n) {
+  const Storage* from = static_cast<const Storage*>(base) + index;
+  return n >= V::kWidth ? V::load(from) : V::load_partial(from, n);
+}
+template <class V, class Storage>
+inline void store_stored(V value, void* base, int64_t index, int n) {
+  Storage* to = static_cast<Storage*>(base) + index;
+  if (n >= V::kWidth) {
+    value.store(to);
+  } else {
+    value.store_partial(to, n);
+  }
+}
+template <class V>
+inline int lanes_left(int64_t size, int64_t at) {
+  return static_cast<int>(size - at < V::kWidth ? size - at : V::kWidth);
+}
+
+template <class V, class C, class Storage>
+[[gnu::flatten]] void forward_pointwise(const ForwardCall<typename V::Scalar>& call) {
+  using A = typename V::Scalar;
+  constexpr int kWidth = V::kWidth;
+  for (int r = 0; r < call.n_rows; ++r) {
+    const ForwardRow<A>& row = call.rows[r];
+    for (int64_t v = call.first; v < call.last; ++v) {
+      const A* rec = call.rec + r * call.rec_stride + (v - call.first) * C::kGates * kWidth;
+      const A* xg = row.xg + (v - call.xg_first) * C::kGates * kWidth;
+      const int64_t unit = v * kWidth;
+      const int n = lanes_left<V>(call.H, unit);
+      V a[C::kSlots], h, c = V(0), c_prev = V(0), h_prev = V(0);
+      for (int g = 0; g < C::kGates; ++g) {
+        const V sum = V::load(rec + g * kWidth);
+        const V projection = V::load(xg + g * kWidth);
+        if (C::recurrent_slot(g) == g) {
+          a[g] = projection + sum;
+        } else {
+          a[g] = projection;
+          a[C::recurrent_slot(g)] = sum;
+        }
+      }
+      if constexpr (C::kHasC) c_prev = V::load(row.c_prev + unit);
+      if constexpr (C::kSlots != C::kGates) h_prev = V::load(row.h_prev + unit);
+      C::forward(a, h_prev, c_prev, h, c);
+      if constexpr (C::kHasC) c.store(row.c + unit);
+      if (row.y) {
+        store_stored<V, Storage>(h, row.y, unit, n);
+        if constexpr (sizeof(Storage) < sizeof(A)) h = load_stored<V, Storage>(row.y, unit, n);
+      }
+      h.store(row.h + unit);
+      if constexpr (C::kSaved > 0) {
+        if (row.gates) {
+          for (int s = 0; s < C::kSlots; ++s) store_stored<V, Storage>(a[s], row.gates, s * call.H + unit, n);
+        }
+      }
+      if constexpr (C::kHasC) {
+        if (row.cs) store_stored<V, Storage>(c, row.cs, unit, n);
+      }
+    }
+  }
+}
+
+template <class V, class C, class Storage>
+[[gnu::flatten]] void backward_pointwise(const BackwardCall<typename V::Scalar>& call) {
+  using A = typename V::Scalar;
+  constexpr int kWidth = V::kWidth;
+  constexpr int kFirst = C::kSlots - C::kGates;
+  for (int r = 0; r < call.n_rows; ++r) {
+    const BackwardRow<A>& row = call.rows[r];
+    for (int64_t v = call.first; v < call.last; ++v) {
+      const int64_t unit = v * kWidth;
+      const int n = lanes_left<V>(call.H, unit);
+      V dh = V::load(call.rec + r * call.rec_stride + (v - call.first) * kWidth) + V::load(row.carry + unit) +
+             load_stored<V, Storage>(row.dy, unit, n);
+      V a[C::kSlots], d[C::kSlots], h_prev = V(0), c_prev = V(0), c = V(0), h = V(0), dc = V(0), direct;
+      if constexpr (C::kSaved > 0) {
+        for (int s = 0; s < C::kSlots; ++s) a[s] = load_stored<V, Storage>(row.gates, s * call.H + unit, n);
+      } else {
+        a[0] = V(0);
+        h = load_stored<V, Storage>(row.y, unit, n);
+      }
+      if constexpr (C::kSlots != C::kGates) h_prev = load_stored<V, Storage>(row.h_prev, unit, n);
+      if constexpr (C::kHasC) {
+        c_prev = load_stored<V, Storage>(row.c_prev, unit, n);
+        c = load_stored<V, Storage>(row.c, unit, n);
+        dc = V::load(row.dc + unit);
+      }
+      C::backward(a, h_prev, c_prev, c, h, dh, dc, d, direct);
+      for (int s = 0; s < C::kSlots; ++s) store_stored<V, Storage>(d[s], row.d_gates, s * call.H + unit, n);
+      if (row.d_rec) {
+        for (int g = 0; g < C::kGates; ++g) store_stored<V, A>(d[kFirst + g], row.d_rec, g * call.H + unit, n);
+      }
+      if (row.carry_out) (row.reset ? V(0) : direct).store(row.carry_out + unit);
+      if constexpr (C::kHasC) (row.reset ? V(0) : dc).store(row.dc + unit);
+    }
+  }
+}
+
+template <class V, class Storage>
+[[gnu::flatten]] void store_rows(const StoreCall<typename V::Scalar>& call) {
+  constexpr int kWidth = V::kWidth;
+  for (int r = 0; r < call.n_rows; ++r) {
+    const StoreRow<typename V::Scalar>& row = call.rows[r];
+    for (int64_t v = call.first; v < call.last; ++v) {
+      const int64_t at = v * kWidth;
+      const int n = lanes_left<V>(call.size, at);
+      V value = V::load(call.rec + r * call.rec_stride + (v - call.first) * kWidth);
+      if (row.add) value = value + V::load(row.add + at);
+      if (row.add_stored) value = value + load_stored<V, Storage>(row.add_stored, at, n);
+      if (row.out) {
+        store_stored<V, Storage>(value, row.out, at, n);
+        if (call.rounded) value = load_stored<V, Storage>(row.out, at, n);
+      }
+      if (row.out_arithmetic) value.store(row.out_arithmetic + at);
+    }
+  }
+}
+
+template <class V, class Storage>
+[[gnu::flatten]] void load_array(const void* from, typename V::Scalar* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += V::kWidth) {
+    const int lanes = lanes_left<V>(n, i);
+    store_stored<V, typename V::Scalar>(load_stored<V, Storage>(from, i, lanes), to, i, lanes);
+  }
+}
+template <class V, class Storage>
+[[gnu::flatten]] void save_array(const typename V::Scalar* from, void* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += V::kWidth) {
+    const int lanes = lanes_left<V>(n, i);
+    store_stored<V, Storage>(load_stored<V, typename V::Scalar>(from, i, lanes), to, i, lanes);
+  }
+}
+
+template <class V, class Storage>
+void fill_storage(Kernels<typename V::Scalar>& table, int at) {
+  table.forward[0][at] = forward_pointwise<V, Cell<CellKind::kRnnTanh>, Storage>;
+  table.forward[1][at] = forward_pointwise<V, Cell<CellKind::kRnnRelu>, Storage>;
+  table.forward[2][at] = forward_pointwise<V, Cell<CellKind::kRnnIdentity>, Storage>;
+  table.forward[3][at] = forward_pointwise<V, Cell<CellKind::kLstm>, Storage>;
+  table.forward[4][at] = forward_pointwise<V, Cell<CellKind::kGru>, Storage>;
+  table.backward[0][at] = backward_pointwise<V, Cell<CellKind::kRnnTanh>, Storage>;
+  table.backward[1][at] = backward_pointwise<V, Cell<CellKind::kRnnRelu>, Storage>;
+  table.backward[2][at] = backward_pointwise<V, Cell<CellKind::kRnnIdentity>, Storage>;
+  table.backward[3][at] = backward_pointwise<V, Cell<CellKind::kLstm>, Storage>;
+  table.backward[4][at] = backward_pointwise<V, Cell<CellKind::kGru>, Storage>;
+  table.store[at] = store_rows<V, Storage>;
+  table.load[at] = load_array<V, Storage>;
+  table.save[at] = save_array<V, Storage>;
+}
+
+}  // namespace fused_rnn::cpu

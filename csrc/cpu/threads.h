@@ -1,0 +1,31 @@
+// Threads: one parallel region of the caller's OpenMP for a whole call, and the barrier that a team meets at.
+#pragma once
+#include <atomic>
+#include <functional>
+
+namespace fused_rnn::cpu {
+
+// The most threads that a call made here and now may use: omp_get_max_threads(); 1 inside a parallel region, without OpenMP, and in
+// a forked child (whose copy of the parent's thread pool has no threads behind it).
+int thread_limit();
+
+// Runs work(thread) for thread = 0 .. threads - 1, all at once. False, with nothing run, if fewer threads were to be had.
+bool run_threads(int threads, const std::function<void(int)>& work);
+
+// Spins for a few microseconds, then yields the core: another process may hold the one that a late thread needs.
+class Barrier {
+ public:
+  void reset(int threads) {
+    threads_ = threads;
+    waiting_.store(0, std::memory_order_relaxed);
+    round_.store(0, std::memory_order_relaxed);
+  }
+  void wait();
+
+ private:
+  int threads_ = 1;
+  alignas(64) std::atomic<int> waiting_{0};
+  alignas(64) std::atomic<unsigned> round_{0};
+};
+
+}  // namespace fused_rnn::cpu

@@ -1,0 +1,72 @@
+// The matrix tile: kRows rows times kPanels panels of kVectors vectors, sums in registers. Every sum runs over k in order, one
+// fused (or not) multiply-add at a time, whatever the tile: results do not depend on how rows are grouped.
+#pragma once
+#include "kernels.h"
+
+namespace fused_rnn::cpu {
+
+template <class V, int kRows, int kVectors, int kPanels>
+void gemm_tile(const GemmCall<typename V::Scalar>& call) {
+  using A = typename V::Scalar;
+  constexpr int kWidth = V::kWidth;
+  constexpr int kStep = kVectors * kWidth;
+  V sum[kPanels][kRows][kVectors];
+  for (int p = 0; p < kPanels; ++p) {
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVectors; ++v) {
+        sum[p][r][v] = call.init ? V::load(call.init + (p * kVectors + v) * kWidth) : V(0);
+      }
+    }
+  }
+  const A* rows[kRows];
+  for (int r = 0; r < kRows; ++r) rows[r] = call.rows[r];
+  const A* panel = call.panels;
+  const int64_t stride = call.depth * kStep;
+  for (int64_t k = 0; k < call.depth; ++k, panel += kStep) {
+    V a[kRows];
+    for (int r = 0; r < kRows; ++r) a[r] = V::broadcast(rows[r] + k);
+    for (int p = 0; p < kPanels; ++p) {
+      for (int v = 0; v < kVectors; ++v) {
+        const V w = V::load_pinned(panel + p * stride + v * kWidth);
+        for (int r = 0; r < kRows; ++r) sum[p][r][v] = multiply_add(a[r], w, sum[p][r][v]);
+      }
+    }
+  }
+  for (int p = 0; p < kPanels; ++p) {
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVectors; ++v) sum[p][r][v].store(call.out + r * call.out_stride + p * kStep + v * kWidth);
+    }
+  }
+}
+
+template <class V, int kVectors>
+void gemm_panels(const GemmCall<typename V::Scalar>& call) {
+  constexpr int kMax = V::kMaxRows[kVectors];
+  static_assert(kMax >= 3 && kMax <= kMaxTileRows);
+  switch (call.n_rows) {
+    case 1:
+      if (call.n_panels == 1) return gemm_tile<V, 1, kVectors, 1>(call);
+      if (call.n_panels == 2) return gemm_tile<V, 1, kVectors, 2>(call);
+      if (call.n_panels == 3) return gemm_tile<V, 1, kVectors, 3>(call);
+      return gemm_tile<V, 1, kVectors, 4>(call);
+    case 2: return call.n_panels == 1 ? gemm_tile<V, 2, kVectors, 1>(call) : gemm_tile<V, 2, kVectors, 2>(call);
+    case 3: return gemm_tile<V, 3, kVectors, 1>(call);
+    case 4: return gemm_tile<V, kMax < 4 ? 3 : 4, kVectors, 1>(call);
+    case 5: return gemm_tile<V, kMax < 5 ? 3 : 5, kVectors, 1>(call);
+    case 6: return gemm_tile<V, kMax < 6 ? 3 : 6, kVectors, 1>(call);
+    case 7: return gemm_tile<V, kMax < 7 ? 3 : 7, kVectors, 1>(call);
+    default: return gemm_tile<V, kMax < 8 ? 3 : 8, kVectors, 1>(call);
+  }
+}
+
+template <class V>
+void gemm(const GemmCall<typename V::Scalar>& call) {
+  switch (call.vectors) {
+    case 1: return gemm_panels<V, 1>(call);
+    case 2: return gemm_panels<V, 2>(call);
+    case 3: return gemm_panels<V, 3>(call);
+    default: return gemm_panels<V, 4>(call);
+  }
+}
+
+}  // namespace fused_rnn::cpu

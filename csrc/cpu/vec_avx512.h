@@ -1,0 +1,122 @@
+// SIMD vectors of AVX-512 (F, BW, DQ, VL) with F16C. Include inside a target region.
+#pragma once
+#include "simd_math.h"
+
+namespace fused_rnn::cpu::avx512 {
+
+#define FUSED_RNN_INLINE [[gnu::always_inline]] inline
+
+struct VecF : simd::VectorBase {
+  using Scalar = float;
+  static constexpr int kWidth = 16;
+  static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 8, 8, 6};
+  __m512 v;
+  FUSED_RNN_INLINE VecF() {}
+  FUSED_RNN_INLINE VecF(__m512 value) : v(value) {}
+  FUSED_RNN_INLINE explicit VecF(float value) : v(_mm512_set1_ps(value)) {}
+  FUSED_RNN_INLINE static __mmask16 mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+  FUSED_RNN_INLINE static VecF broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  FUSED_RNN_INLINE static VecF load(const float* p) { return _mm512_loadu_ps(p); }
+  // Kept out of memory operands, which would cost one load for each row of a tile.
+  FUSED_RNN_INLINE static VecF load_pinned(const float* p) {
+    __m512 value = _mm512_loadu_ps(p);
+    asm("" : "+v"(value));
+    return value;
+  }
+  FUSED_RNN_INLINE static VecF load_partial(const float* p, int n) { return _mm512_maskz_loadu_ps(mask(n), p); }
+  FUSED_RNN_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+  FUSED_RNN_INLINE void store_partial(float* p, int n) const { _mm512_mask_storeu_ps(p, mask(n), v); }
+
+  FUSED_RNN_INLINE static VecF from_bits(__m256i bits, Half) { return _mm512_cvtph_ps(bits); }
+  FUSED_RNN_INLINE static VecF from_bits(__m256i bits, BFloat16) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  FUSED_RNN_INLINE __m256i to_bits(Half) const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+  FUSED_RNN_INLINE __m256i to_bits(BFloat16) const {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+  }
+  template <class Storage>
+  FUSED_RNN_INLINE static VecF load(const Storage* p) {
+    return from_bits(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), Storage{});
+  }
+  template <class Storage>
+  FUSED_RNN_INLINE static VecF load_partial(const Storage* p, int n) {
+    return from_bits(_mm256_maskz_loadu_epi16(mask(n), p), Storage{});
+  }
+  template <class Storage>
+  FUSED_RNN_INLINE void store(Storage* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bits(Storage{}));
+  }
+  template <class Storage>
+  FUSED_RNN_INLINE void store_partial(Storage* p, int n) const {
+    _mm256_mask_storeu_epi16(p, mask(n), to_bits(Storage{}));
+  }
+
+  FUSED_RNN_INLINE friend VecF operator+(VecF a, VecF b) { return _mm512_add_ps(a.v, b.v); }
+  FUSED_RNN_INLINE friend VecF operator-(VecF a, VecF b) { return _mm512_sub_ps(a.v, b.v); }
+  FUSED_RNN_INLINE friend VecF operator*(VecF a, VecF b) { return _mm512_mul_ps(a.v, b.v); }
+  FUSED_RNN_INLINE friend VecF multiply_add(VecF a, VecF b, VecF c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+  FUSED_RNN_INLINE friend VecF clamp(VecF x, VecF low, VecF high) {
+    return _mm512_min_ps(high.v, _mm512_max_ps(low.v, x.v));  // the second operand where one is NaN
+  }
+  FUSED_RNN_INLINE friend VecF round_to_integer(VecF x) { return _mm512_roundscale_ps(x.v, 8); }
+  FUSED_RNN_INLINE friend VecF power_of_two(VecF n) { return _mm512_scalef_ps(_mm512_set1_ps(1), n.v); }
+  FUSED_RNN_INLINE friend VecF select_less(VecF a, VecF b, VecF x, VecF y) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v);
+  }
+  // One Newton step on the 14-bit estimate.
+  FUSED_RNN_INLINE friend VecF reciprocal(VecF x) {
+    const __m512 r = _mm512_rcp14_ps(x.v);
+    return _mm512_fmadd_ps(_mm512_fnmadd_ps(x.v, r, _mm512_set1_ps(1)), r, r);
+  }
+  FUSED_RNN_INLINE friend VecF divide(VecF n, VecF d) {
+    const VecF r = reciprocal(d);
+    const __m512 q = _mm512_mul_ps(n.v, r.v);
+    return _mm512_fmadd_ps(_mm512_fnmadd_ps(q, d.v, n.v), r.v, q);
+  }
+};
+
+struct VecD : simd::VectorBase {
+  using Scalar = double;
+  static constexpr int kWidth = 8;
+  static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 8, 8, 6};
+  __m512d v;
+  FUSED_RNN_INLINE VecD() {}
+  FUSED_RNN_INLINE VecD(__m512d value) : v(value) {}
+  FUSED_RNN_INLINE explicit VecD(double value) : v(_mm512_set1_pd(value)) {}
+  FUSED_RNN_INLINE static __mmask8 mask(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
+  FUSED_RNN_INLINE static VecD broadcast(const double* p) { return _mm512_set1_pd(*p); }
+  FUSED_RNN_INLINE static VecD load(const double* p) { return _mm512_loadu_pd(p); }
+  FUSED_RNN_INLINE static VecD load_pinned(const double* p) {
+    __m512d value = _mm512_loadu_pd(p);
+    asm("" : "+v"(value));
+    return value;
+  }
+  FUSED_RNN_INLINE static VecD load_partial(const double* p, int n) { return _mm512_maskz_loadu_pd(mask(n), p); }
+  FUSED_RNN_INLINE void store(double* p) const { _mm512_storeu_pd(p, v); }
+  FUSED_RNN_INLINE void store_partial(double* p, int n) const { _mm512_mask_storeu_pd(p, mask(n), v); }
+
+  FUSED_RNN_INLINE friend VecD operator+(VecD a, VecD b) { return _mm512_add_pd(a.v, b.v); }
+  FUSED_RNN_INLINE friend VecD operator-(VecD a, VecD b) { return _mm512_sub_pd(a.v, b.v); }
+  FUSED_RNN_INLINE friend VecD operator*(VecD a, VecD b) { return _mm512_mul_pd(a.v, b.v); }
+  FUSED_RNN_INLINE friend VecD multiply_add(VecD a, VecD b, VecD c) { return _mm512_fmadd_pd(a.v, b.v, c.v); }
+  FUSED_RNN_INLINE friend VecD clamp(VecD x, VecD low, VecD high) {
+    return _mm512_min_pd(high.v, _mm512_max_pd(low.v, x.v));
+  }
+  FUSED_RNN_INLINE friend VecD round_to_integer(VecD x) { return _mm512_roundscale_pd(x.v, 8); }
+  FUSED_RNN_INLINE friend VecD power_of_two(VecD n) { return _mm512_scalef_pd(_mm512_set1_pd(1), n.v); }
+  FUSED_RNN_INLINE friend VecD select_less(VecD a, VecD b, VecD x, VecD y) {
+    return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v);
+  }
+  FUSED_RNN_INLINE friend VecD reciprocal(VecD x) { return _mm512_div_pd(_mm512_set1_pd(1), x.v); }
+  FUSED_RNN_INLINE friend VecD divide(VecD n, VecD d) { return _mm512_div_pd(n.v, d.v); }
+};
+
+#undef FUSED_RNN_INLINE
+
+}  // namespace fused_rnn::cpu::avx512
