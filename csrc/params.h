@@ -73,7 +73,7 @@ struct ForwardParams {
   const void* h0;  // [D, B, P] or null (zeros)
   const void* c0;  // [D, B, H] or null (zeros); LSTM only
   Weights weights[2];
-  const void* packed[2];  // CPU only: cpu::pack_weights() of each direction, or null
+  const void* packed[2] = {nullptr, nullptr};  // CPU only: cpu::pack_weights() of each direction, or null
   void* y;          // [N, D * P]; inactive rows of a dense batch are written with 0
   void* h_n;        // [D, B, P]: state after each row's last active step (its initial state if it has none)
   void* c_n;        // [D, B, H]; LSTM only

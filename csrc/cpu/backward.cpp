@@ -1,10 +1,11 @@
 // Backward of one layer's recurrence, the scan of forward.cpp the other way round:
 //
-//   dh[t] = dy[t] + d_rec[t+1] W_hh (tile by tile) + what goes past the weights (GRU's z)   then cells.h on the tile -> d_gates[t]
+//   dh[t] = dy[t] + d_rec[t+1] W_hh (tile by tile) + what goes past the weights (GRU's z)   then cells.h on the tile ->
+//   d_gates[t]
 //
-// d_rec, the gradient of the recurrent product, is the last G slots of d_gates: for float and double it is read back from there, 16-bit
-// dtypes keep a copy of two steps that is not rounded. With an output projection dh[t] is completed first, and its product
-// with W_hr is the tile that the cell works on.
+// d_rec, the gradient of the recurrent product, is the last G slots of d_gates: for float and double it is read back from
+// there, 16-bit dtypes keep a copy of two steps that is not rounded. With an output projection dh[t] is completed first, and
+// its product with W_hr is the tile that the cell works on.
 #include <cstring>
 
 #include "cpu.h"
@@ -158,7 +159,8 @@ void BackwardScan<A>::zero_inactive(const Worker& w, int64_t row) const {
   if (p_.d_h) std::memset(stored_at(p_.d_h, (w.d * p_.seq.N + row) * p_.P, size_), 0, p_.P * size_);
 }
 
-// The active rows of step t: w.pointers their d_rec of the step done before, w.rows and w.store_rows their places. Returns their number.
+// The active rows of step t: w.pointers their d_rec of the step done before, w.rows and w.store_rows their places. Returns
+// their number.
 template <class A>
 int64_t BackwardScan<A>::gather(Worker& w, int64_t t) const {
   int64_t active = 0;
@@ -231,10 +233,10 @@ void BackwardScan<A>::step(Worker& w, int64_t active) const {
   }
   const int64_t first = share_begin(shape.panels, plan_.split, w.rank);
   const int64_t last = share_begin(shape.panels, plan_.split, w.rank + 1);
-  for_tiles(kernels_, shape, projected ? w.packed_r : w.packed_h, static_cast<const A*>(nullptr), w.pointers, active, first, last,
-            w.tile, [&](int64_t begin, int count, int64_t p, int64_t end, const A* tile, int64_t stride) {
-              kernels_.backward[cell_][storage_]({tile, stride, w.rows + begin, count, p_.H, shape.unit_vector(p),
-                                                  shape.unit_vector(end)});
+  for_tiles(kernels_, shape, projected ? w.packed_r : w.packed_h, static_cast<const A*>(nullptr), w.pointers, active, first,
+            last, w.tile, [&](int64_t begin, int count, int64_t p, int64_t end, const A* tile, int64_t stride) {
+              kernels_.backward[cell_][storage_](
+                  {tile, stride, w.rows + begin, count, p_.H, shape.unit_vector(p), shape.unit_vector(end)});
             });
 }
 
@@ -246,7 +248,8 @@ void BackwardScan<A>::finish(Worker& w) const {
     const int64_t state = w.d * p_.seq.B + row.b;
     w.pointers[i] = w.next[i];
     // With an output projection carry is the gradient of the last state, and used up by the row's last step.
-    w.store_rows[i] = {r_shape_.panels && row.length > 0 ? zeros_ : w.carry + i * p_padded_, nullptr, stored_at(p_.d_h0, state * p_.P, size_), nullptr};
+    w.store_rows[i] = {r_shape_.panels && row.length > 0 ? zeros_ : w.carry + i * p_padded_, nullptr,
+                       stored_at(p_.d_h0, state * p_.P, size_), nullptr};
     if (p_.d_c0 && i % plan_.split == w.rank) {
       kernels_.save[storage_](w.dc + i * h_padded_, stored_at(p_.d_c0, state * p_.H, size_), p_.H);
     }
@@ -296,7 +299,8 @@ int64_t backward_workspace_bytes(const BackwardParams& p) {
   return with_arithmetic(p.dtype, [&](auto a) {
     using A = decltype(a);
     const Kernels<A>& kernels = kernels_of<A>(selected_kernels());
-    return std::max(BackwardScan<A>(p, kernels, thread_limit()).workspace_bytes(), BackwardScan<A>(p, kernels, 1).workspace_bytes());
+    return std::max(BackwardScan<A>(p, kernels, thread_limit()).workspace_bytes(),
+                    BackwardScan<A>(p, kernels, 1).workspace_bytes());
   });
 }
 

@@ -1,6 +1,7 @@
 // Forward of one layer: the input projection of a chunk of steps, then those steps, for the rows and units of one thread.
 //
-//   gates[t] = x[t] W_ih^T + b  (chunk by chunk, while it stays in cache)  + h[t-1] W_hh^T   (tile by tile, then cells.h on the tile)
+//   gates[t] = x[t] W_ih^T + b  (chunk by chunk, while it stays in cache)  + h[t-1] W_hh^T   (tile by tile, then cells.h on
+//   the tile)
 //
 // h is kept twice per row: a step reads one copy and writes the other, so that a team meets once per step.
 #include <cstring>
@@ -59,18 +60,18 @@ class ForwardScan {
   struct Worker {
     int d, rank;
     Team* team;
-    int64_t n;                 // rows of the team
-    int64_t first, last;       // panels of units
-    int64_t r_first, r_last;   // panels of the output projection
-    int64_t columns;           // of its projection rows
-    A* h[2];                   // [n, P padded], of the team
-    A* c;                      // [n, H padded]
-    A* u;                      // [n, H padded], o tanh(c) before the output projection
-    A* xg;                     // [chunk rows, columns]
-    A* x;                      // [chunk rows, I], 16-bit dtypes
-    const A** pointers;        // [max(chunk rows, n)]
-    ForwardRow<A>* rows;       // [n]
-    StoreRow<A>* store_rows;   // [n]
+    int64_t n;                // rows of the team
+    int64_t first, last;      // panels of units
+    int64_t r_first, r_last;  // panels of the output projection
+    int64_t columns;          // of its projection rows
+    A* h[2];                  // [n, P padded], of the team
+    A* c;                     // [n, H padded]
+    A* u;                     // [n, H padded], o tanh(c) before the output projection
+    A* xg;                    // [chunk rows, columns]
+    A* x;                     // [chunk rows, I], 16-bit dtypes
+    const A** pointers;       // [max(chunk rows, n)]
+    ForwardRow<A>* rows;      // [n]
+    StoreRow<A>* store_rows;  // [n]
     A* tile;
     PackedLayer<A> packed;
   };
@@ -258,7 +259,8 @@ void ForwardScan<A>::zero_inactive(const Worker& w, int64_t row) const {
   if (p_.cs) std::memset(stored_at(p_.cs, saved, size_), 0, p_.H * size_);
 }
 
-// One step of the team's active rows for this rank's units; first_xg: its first projection row. Returns the number of active rows.
+// One step of the team's active rows for this rank's units; first_xg: its first projection row. Returns the number of active
+// rows.
 template <class A>
 int64_t ForwardScan<A>::step(Worker& w, int64_t step, int64_t first_xg) const {
   const int64_t t = time_of(w, step);
@@ -283,7 +285,8 @@ int64_t ForwardScan<A>::step(Worker& w, int64_t step, int64_t first_xg) const {
     out.y = r_shape_.panels ? nullptr : stored_at(p_.y, row * width + w.d * p_.P, size_);
     out.gates = p_.training ? stored_at(p_.gates, saved * slot_count(p_.cell) * p_.H, size_) : nullptr;
     out.cs = p_.training ? stored_at(p_.cs, saved * p_.H, size_) : nullptr;
-    w.store_rows[active] = {nullptr, nullptr, stored_at(p_.y, row * width + w.d * p_.P, size_), w.h[1 - copy] + i * p_padded_};
+    w.store_rows[active] = {nullptr, nullptr, stored_at(p_.y, row * width + w.d * p_.P, size_),
+                            w.h[1 - copy] + i * p_padded_};
     w.pointers[active++] = out.h_prev;
   }
   const int64_t xg_first = h_shape_.unit_vector(w.first);
@@ -384,7 +387,8 @@ int64_t forward_workspace_bytes(const ForwardParams& p) {
   return with_arithmetic(p.dtype, [&](auto a) {
     using A = decltype(a);
     const Kernels<A>& kernels = kernels_of<A>(selected_kernels());
-    return std::max(ForwardScan<A>(p, kernels, thread_limit()).workspace_bytes(), ForwardScan<A>(p, kernels, 1).workspace_bytes());
+    return std::max(ForwardScan<A>(p, kernels, thread_limit()).workspace_bytes(),
+                    ForwardScan<A>(p, kernels, 1).workspace_bytes());
   });
 }
 

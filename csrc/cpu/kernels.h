@@ -1,9 +1,9 @@
-// What an instruction set provides: a table of functions for one arithmetic type A (float or double). The scans (forward.cpp,
-// backward.cpp) are written once on top of it.
+// What an instruction set provides: a table of functions for one arithmetic type A (float or double). The scans
+// (forward.cpp, backward.cpp) are written once on top of it.
 //
-// W is the number of A in a vector. A packed matrix [K, columns] is a row of panels; a panel is [K][vectors][W], so that a tile
-// of kMaxTileRows rows and one panel keeps its sums in registers. Columns of a gate matrix are ordered [unit / W][gate][unit % W]:
-// the gates of W units are neighbours.
+// W is the number of A in a vector. A packed matrix [K, columns] is a row of panels; a panel is [K][vectors][W], so that a
+// tile of kMaxTileRows rows and one panel keeps its sums in registers. Columns of a gate matrix are ordered [unit /
+// W][gate][unit % W]: the gates of W units are neighbours.
 #pragma once
 #include <cstdint>
 
@@ -110,8 +110,8 @@ struct Kernels {
   void (*forward[kCells][kStorages])(const ForwardCall<A>&);
   void (*backward[kCells][kStorages])(const BackwardCall<A>&);
   void (*store[kStorages])(const StoreCall<A>&);
-  void (*load[kStorages])(const void* from, A* to, int64_t n);        // storage to arithmetic
-  void (*save[kStorages])(const A* from, void* to, int64_t n);        // arithmetic to storage
+  void (*load[kStorages])(const void* from, A* to, int64_t n);  // storage to arithmetic
+  void (*save[kStorages])(const A* from, void* to, int64_t n);  // arithmetic to storage
 };
 
 // Panels that one gemm call takes: few rows need several panels in flight to hide the latency of the FMA.

@@ -1,5 +1,6 @@
-// The AVX2+FMA kernels. Everything between the pragmas is compiled for that instruction set: only templates over its vector types
-// may be instantiated there, so that no function of another file can be replaced by one this machine lacks the instructions for.
+// The AVX2+FMA kernels. Everything between the pragmas is compiled for that instruction set: only templates over its vector
+// types may be instantiated there, so that no function of another file can be replaced by one this machine lacks the
+// instructions for.
 #include "kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

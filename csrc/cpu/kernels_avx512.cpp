@@ -1,5 +1,6 @@
-// The AVX-512 kernels. Everything between the pragmas is compiled for that instruction set: only templates over its vector types
-// may be instantiated there, so that no function of another file can be replaced by one this machine lacks the instructions for.
+// The AVX-512 kernels. Everything between the pragmas is compiled for that instruction set: only templates over its vector
+// types may be instantiated there, so that no function of another file can be replaced by one this machine lacks the
+// instructions for.
 #include "kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -24,7 +25,8 @@ Kernels<double> make_f64() { return make_kernels<VecD>(); }
 namespace fused_rnn::cpu {
 namespace {
 bool available() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 }  // namespace
 

@@ -81,8 +81,8 @@ void for_panel_groups(const Shape& shape, int64_t n, int64_t first, int64_t last
 // f(first_row, rows, first_panel, last_panel, tile, tile_stride).
 constexpr int64_t kTileBytes = int64_t{kMaxTileRows} * kMaxTilePanels * kMaxTileVectors * kMaxVectorBytes;
 template <class A, class F>
-void for_tiles(const Kernels<A>& kernels, const Shape& shape, const A* packed, const A* init, const A* const* rows, int64_t n,
-               int64_t first, int64_t last, A* tile, F&& f) {
+void for_tiles(const Kernels<A>& kernels, const Shape& shape, const A* packed, const A* init, const A* const* rows,
+               int64_t n, int64_t first, int64_t last, A* tile, F&& f) {
   if (n == 0) return;
   for_panel_groups(shape, n, first, last, [&](int64_t p, int64_t end, int vectors) {
     const int64_t start = shape.columns_before(p);

@@ -5,13 +5,13 @@
 namespace fused_rnn::cpu {
 namespace {
 
-// In units of one vector multiply-add of a tile column (2 per cycle), per vector-sized column group; rough figures of a core with two
-// 512-bit FMA units: what matters is the order of the candidates.
+// In units of one vector multiply-add of a tile column (2 per cycle), per vector-sized column group; rough figures of a core
+// with two 512-bit FMA units: what matters is the order of the candidates.
 constexpr double kFmaPerByteL2 = 1.0 / 20;  // weights streamed from L2 at about 40 bytes a cycle
 constexpr double kFmaPerByteL3 = 1.0 / 5;   // from L3 or memory at about 10
 constexpr double kL2Bytes = 1.5e6;
-constexpr double kBarrier = 4000;    // 2000 cycles
-constexpr double kRegion = 12000;    // entering a parallel region
+constexpr double kBarrier = 4000;  // 2000 cycles
+constexpr double kRegion = 12000;  // entering a parallel region
 constexpr int kVectorColumns = 16;
 
 double cost(const PlanInput& in, const Plan& plan) {

@@ -1,8 +1,8 @@
 // How the threads of one call divide the work: a pure function of the sizes.
 //
-// A team of `split` threads owns a set of batch rows of one direction (or of each in turn) for the whole sequence, and each of its
-// threads a range of hidden units: they meet at a barrier at every step. Teams never wait for each other. Results do not depend on
-// the plan: every sum is made by one thread, in one order.
+// A team of `split` threads owns a set of batch rows of one direction (or of each in turn) for the whole sequence, and each
+// of its threads a range of hidden units: they meet at a barrier at every step. Teams never wait for each other. Results do
+// not depend on the plan: every sum is made by one thread, in one order.
 #pragma once
 #include <cstdint>
 
@@ -18,12 +18,12 @@ struct Plan {
 struct PlanInput {
   int64_t T, B;
   int D;
-  int64_t step_depth;      // multiply-adds of one row, unit and gate inside the recurrence: K
-  int64_t outside_depth;   // the same for what is done in large chunks (the input projection)
-  int64_t columns;         // gate matrix columns, padded to panels
-  int64_t panels;          // what a split can divide
-  int max_rows;            // of a tile
-  int barriers;            // per step
+  int64_t step_depth;     // multiply-adds of one row, unit and gate inside the recurrence: K
+  int64_t outside_depth;  // the same for what is done in large chunks (the input projection)
+  int64_t columns;        // gate matrix columns, padded to panels
+  int64_t panels;         // what a split can divide
+  int max_rows;           // of a tile
+  int barriers;           // per step
   int64_t element_size;
   int max_threads;
 };

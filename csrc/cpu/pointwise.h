@@ -1,4 +1,5 @@
-// The pointwise half of a step on the sums of a tile: cells.h applied to vectors of units, storage converted at loads and stores.
+// The pointwise half of a step on the sums of a tile: cells.h applied to vectors of units, storage converted at loads and
+// stores.
 #pragma once
 #include "../cells.h"
 #include "kernels.h"

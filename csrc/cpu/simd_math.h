@@ -1,8 +1,8 @@
 // sigmoid, tanh and relu of SIMD vectors, found by argument-dependent lookup through the base class VectorBase.
 //
-// With y = n ln 2 + r, |r| <= ln 2 / 2:  expm1(y) = 2^n expm1(r) + (2^n - 1), expm1(r) = r + r^2 q(r), q a polynomial fitted on
-// Chebyshev nodes. tanh(x) = e / (e + 2) with e = expm1(2x) keeps its relative accuracy near 0; sigmoid(x) = 1 / (2 + expm1(-x)).
-// tests/test_cpu.py bounds the errors: 3 ulp for float, 4 for double. Infinities saturate, NaN stays NaN.
+// With y = n ln 2 + r, |r| <= ln 2 / 2:  expm1(y) = 2^n expm1(r) + (2^n - 1), expm1(r) = r + r^2 q(r), q a polynomial fitted
+// on Chebyshev nodes. tanh(x) = e / (e + 2) with e = expm1(2x) keeps its relative accuracy near 0; sigmoid(x) = 1 / (2 +
+// expm1(-x)). tests/test_cpu.py bounds the errors: 3 ulp for float, 4 for double. Infinities saturate, NaN stays NaN.
 #pragma once
 #include "kernels.h"
 
@@ -22,7 +22,17 @@ struct Polynomial<float> {
 template <>
 struct Polynomial<double> {
   static constexpr int kTerms = 11;
-  static constexpr double kQ[kTerms] = {0.5, 0.16666666666666671, 0.0416666666666666698, 0.00833333333332608312, 0.00138888888888837112, 0.000198412698750022788, 0.0000248015873256774619, 2.75572551700008874e-6, 2.75572734787185805e-7, 2.51053127296221018e-8, 2.09147553258932022e-9};
+  static constexpr double kQ[kTerms] = {0.5,
+                                        0.16666666666666671,
+                                        0.0416666666666666698,
+                                        0.00833333333332608312,
+                                        0.00138888888888837112,
+                                        0.000198412698750022788,
+                                        0.0000248015873256774619,
+                                        2.75572551700008874e-6,
+                                        2.75572734787185805e-7,
+                                        2.51053127296221018e-8,
+                                        2.09147553258932022e-9};
   static constexpr double kLog2e = 1.44269504088896340736, kLn2High = 6.93147180369123816490e-01,
                           kLn2Low = 1.90821492927058770002e-10;
   static constexpr double kExpLimit = 708.0, kTanhLimit = 40.0;

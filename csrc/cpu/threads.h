@@ -5,8 +5,8 @@
 
 namespace fused_rnn::cpu {
 
-// The most threads that a call made here and now may use: omp_get_max_threads(); 1 inside a parallel region, without OpenMP, and in
-// a forked child (whose copy of the parent's thread pool has no threads behind it).
+// The most threads that a call made here and now may use: omp_get_max_threads(); 1 inside a parallel region, without OpenMP,
+// and in a forked child (whose copy of the parent's thread pool has no threads behind it).
 int thread_limit();
 
 // Runs work(thread) for thread = 0 .. threads - 1, all at once. False, with nothing run, if fewer threads were to be had.

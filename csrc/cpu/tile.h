@@ -1,5 +1,5 @@
-// The matrix tile: kRows rows times kPanels panels of kVectors vectors, sums in registers. Every sum runs over k in order, one
-// fused (or not) multiply-add at a time, whatever the tile: results do not depend on how rows are grouped.
+// The matrix tile: kRows rows times kPanels panels of kVectors vectors, sums in registers. Every sum runs over k in order,
+// one fused (or not) multiply-add at a time, whatever the tile: results do not depend on how rows are grouped.
 #pragma once
 #include "kernels.h"
 
@@ -51,11 +51,11 @@ void gemm_panels(const GemmCall<typename V::Scalar>& call) {
       return gemm_tile<V, 1, kVectors, 4>(call);
     case 2: return call.n_panels == 1 ? gemm_tile<V, 2, kVectors, 1>(call) : gemm_tile<V, 2, kVectors, 2>(call);
     case 3: return gemm_tile<V, 3, kVectors, 1>(call);
-    case 4: return gemm_tile<V, kMax < 4 ? 3 : 4, kVectors, 1>(call);
-    case 5: return gemm_tile<V, kMax < 5 ? 3 : 5, kVectors, 1>(call);
-    case 6: return gemm_tile<V, kMax < 6 ? 3 : 6, kVectors, 1>(call);
-    case 7: return gemm_tile<V, kMax < 7 ? 3 : 7, kVectors, 1>(call);
-    default: return gemm_tile<V, kMax < 8 ? 3 : 8, kVectors, 1>(call);
+    case 4: return gemm_tile < V, kMax<4 ? 3 : 4, kVectors, 1>(call);
+    case 5: return gemm_tile < V, kMax<5 ? 3 : 5, kVectors, 1>(call);
+    case 6: return gemm_tile < V, kMax<6 ? 3 : 6, kVectors, 1>(call);
+    case 7: return gemm_tile < V, kMax<7 ? 3 : 7, kVectors, 1>(call);
+    default: return gemm_tile < V, kMax<8 ? 3 : 8, kVectors, 1>(call);
   }
 }
 
