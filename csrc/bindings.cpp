@@ -9,6 +9,10 @@
 #include "cpu/cpu.h"
 #include "ops.h"
 
+namespace fused_rnn {
+void bind_plan(pybind11::module_& module);  // plan_bindings.cpp
+}
+
 namespace {
 
 using at::Tensor;
@@ -44,7 +48,8 @@ class Arguments {
     result.reserve(count);
     for (Py_ssize_t k = 0; k < count; ++k) {
       PyObject* item = PyList_GET_ITEM(args_[i], k);
-      TORCH_CHECK_TYPE(THPVariable_Check(item), "argument ", i, "[", k, "]: expected a Tensor, got ", Py_TYPE(item)->tp_name);
+      TORCH_CHECK_TYPE(THPVariable_Check(item), "argument ", i, "[", k, "]: expected a Tensor, got ",
+                       Py_TYPE(item)->tp_name);
       result.push_back(THPVariable_Unpack(item));
     }
     return result;
@@ -122,5 +127,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info,
         "cuda: whether CUDA kernels were built; cpu_instruction_set: the one in use; cpu_instruction_sets: those that this "
         "machine can run.");
+  fused_rnn::bind_plan(m);
   if (PyModule_AddFunctions(m.ptr(), fast_calls) != 0) throw pybind11::error_already_set();
 }

@@ -74,7 +74,7 @@ __device__ __forceinline__ void copy_pieces(F&& piece) {
       simt::cp_async<kBytes>(target, source, valid ? kBytes : 0);
     }
   } else {
-    constexpr int kBatchSize = kPieces < 4 ? kPieces : 4;
+    constexpr int kBatchSize = kPieces % 4 == 0 ? 4 : kPieces % 3 == 0 ? 3 : kPieces % 2 == 0 ? 2 : 1;
     static_assert(kPieces % kBatchSize == 0);
     using Bytes = simt::Vec<Storage, kBytes / static_cast<int>(sizeof(Storage))>;
 #pragma unroll 1

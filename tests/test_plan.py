@@ -1,0 +1,181 @@
+"""The planner on device descriptions: no GPU is needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+C = pytest.importorskip("fused_rnn._C", reason="the extension is not built")
+
+KIB = 1024
+
+
+def device(cc: int, sms: int, block: int, sm: int, threads: int, l2: int, cluster: int) -> dict[str, int]:
+    return {
+        "compute_capability": cc, "sm_count": sms, "smem_per_block": block * KIB, "smem_per_sm": sm * KIB,
+        "registers_per_sm": 65536, "threads_per_sm": threads, "l2_bytes": l2 << 20, "max_cluster": cluster,
+    }  # fmt: skip
+
+
+# CUDA programming guide, "Technical specifications per compute capability", and the vendors' data sheets.
+DEVICES = {
+    "T4": device(75, 40, 64, 64, 1024, 4, 1),
+    "A100": device(80, 108, 163, 164, 2048, 40, 1),
+    "RTX 3090": device(86, 82, 99, 100, 1536, 6, 1),
+    "RTX 4090": device(89, 128, 99, 100, 1536, 72, 1),
+    "H100": device(90, 132, 227, 228, 2048, 50, 16),
+    "H200": device(90, 132, 227, 228, 2048, 50, 16),
+    "B200": device(100, 148, 227, 228, 2048, 126, 16),
+    "RTX 5090": device(120, 170, 99, 100, 1536, 96, 8),
+}
+CELLS = ("rnn_tanh", "rnn_relu", "rnn_identity", "lstm", "gru")
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+SIZES = ((1, 1), (1, 7), (3, 33), (8, 129), (16, 768), (32, 1134), (64, 1024), (512, 256), (4096, 2048))
+
+
+def plan(name: str = "H100", **kwargs: Any) -> dict[str, Any]:
+    problem = {"cell": "lstm", "dtype": "float16", "T": 10, "B": 8, "I": 32, "H": 64}
+    return C.plan(device=DEVICES[name], **{**problem, **kwargs})
+
+
+def kernel(result: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(k for k in result["kernels"] if k["name"] == name)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_plan_fits_its_device(name: str) -> None:
+    limits = DEVICES[name]
+    for cell in CELLS:
+        for dtype in DTYPES:
+            for batch, hidden in SIZES:
+                for backward in (False, True):
+                    for steps, tf32, directions in ((1, True, 1), (100, False, 2), (100, True, 1)):
+                        result = plan(
+                            name, cell=cell, dtype=dtype, T=steps, B=batch, H=hidden, D=directions, allow_tf32=tf32,
+                            backward=backward, training=True,
+                        )  # fmt: skip
+                        assert result["us_per_step"] > 0
+                        for k in result["kernels"]:
+                            assert 0 < k["smem_bytes"] <= limits["smem_per_block"], (result["text"], k)
+                            assert k["threads"] <= 1024 and 2 <= k["stages"] <= 8
+                            x, y, z = k["grid"]
+                            assert (x - 1) * k["batch"] < batch <= x * k["batch"] and z == directions
+                            assert (y - 1) * k["units"] < hidden <= y * k["units"] and y <= 65535
+
+
+def test_family() -> None:
+    assert plan(T=1)["family"] == "cell"
+    assert plan(T=2)["family"] == "step"
+    assert plan(T=2)["rejected"] == {"cell": "serves one time step, not 2"}
+    assert "step" in plan(T=1)["rejected"]
+
+
+def test_forced_family() -> None:
+    assert plan(T=1, forced="step")["family"] == "step"
+    assert plan(T=1, forced="step")["rejected"] == {"cell": "step is forced"}
+    with pytest.raises(ValueError, match="kernel family cell cannot serve this layer: cell serves one time step, not 9"):
+        plan(T=9, forced="cell")
+    with pytest.raises(ValueError, match="unknown kernel family 'fast'; known are: cell, step"):
+        plan(forced="fast")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "names"),
+    [
+        ({}, ["forward"]),
+        ({"T": 1}, ["forward_input"]),
+        ({"P": 16}, ["forward", "project"]),
+        ({"T": 1, "P": 16}, ["forward_input", "project"]),
+        ({"backward": True}, ["state_grad", "backward"]),
+    ],
+)
+def test_kernels(kwargs: dict[str, Any], names: list[str]) -> None:
+    assert [k["name"] for k in plan(**kwargs)["kernels"]] == names
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tf32", "math"),
+    [
+        ("H100", "float32", True, "tf32"),
+        ("H100", "float32", False, "fp32"),
+        ("H100", "float64", True, "fp64"),
+        ("H100", "bfloat16", False, "bf16"),
+        ("H100", "float16", True, "fp16"),
+        ("T4", "float32", True, "fp32"),  # no TF32 before sm_80
+        ("A100", "float32", True, "tf32"),
+    ],
+)
+def test_arithmetic(name: str, dtype: str, tf32: bool, math: str) -> None:
+    for k in plan(name, dtype=dtype, allow_tf32=tf32, backward=True)["kernels"]:
+        assert k["math"] == math
+
+
+def test_tiles_follow_the_batch() -> None:
+    """Few rows: no tile with more of them than needed. Many: larger tiles, which read the weights less often."""
+    assert kernel(plan(B=1, H=1024), "forward")["batch"] == 8
+    assert kernel(plan(B=8, H=1024), "forward")["batch"] == 8
+    assert kernel(plan(B=4096, H=1024), "forward")["tile"] == "large"
+    # The large tile is for tensor cores only.
+    assert kernel(plan(B=4096, H=1024, dtype="float32"), "forward")["tile"] == "medium"
+
+
+def test_small_shared_memory_excludes_tiles() -> None:
+    """On sm_75 a block has 64 KiB: two stages, and what does not fit is named."""
+    for k in plan("T4", B=4096, H=1024)["kernels"]:
+        assert k["stages"] == 2
+    tiny = {**DEVICES["T4"], "smem_per_block": 40 * KIB}
+    text = C.plan(cell="lstm", dtype="float16", T=2, B=4096, I=8, H=64, device=tiny)["reason"]
+    assert "needs" in text and "bytes of shared memory" in text
+    nothing = {**DEVICES["T4"], "smem_per_block": 4 * KIB}
+    with pytest.raises(ValueError, match="forward: .*needs .* bytes of shared memory"):
+        C.plan(cell="lstm", dtype="float16", T=2, B=8, I=8, H=64, device=nothing)
+
+
+def test_overlapped_launches_from_hopper_on() -> None:
+    for name, limits in DEVICES.items():
+        assert plan(name)["overlapped_launches"] == (limits["compute_capability"] >= 90)
+    # Two blocks of a kernel, of this step and of the next, share an SM.
+    deep = kernel(plan("H100", H=1024), "forward")
+    assert deep["stages"] > 3 and 2 * (deep["smem_bytes"] + KIB) <= DEVICES["H100"]["smem_per_sm"]
+
+
+def test_workspace() -> None:
+    rows = 2 * 5 * 33  # D, B, H
+    padded = -(-rows * 4 // 256) * 256
+    sizes = {"B": 5, "H": 33, "D": 2}
+    assert plan(**sizes)["workspace_bytes"] == padded  # running c
+    assert plan(**sizes, P=7)["workspace_bytes"] == padded + -(-rows * 2 // 256) * 256  # and h before the projection
+    assert plan(**sizes, cell="gru")["workspace_bytes"] == 0
+    assert plan(**sizes, cell="gru", backward=True)["workspace_bytes"] == padded
+    assert plan(**sizes, cell="rnn_relu", backward=True)["workspace_bytes"] == 0
+    assert plan(**sizes, dtype="float64")["workspace_bytes"] == -(-rows * 8 // 256) * 256
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"T": 0}, "needs T, B, H, P >= 1"),
+        ({"B": 0}, "needs T, B, H, P >= 1"),
+        ({"D": 3}, "1 or 2 directions"),
+        ({"cell": "gru", "P": 3}, "only an LSTM can have a projection"),
+        ({"P": 65}, "smaller than the hidden size"),
+        ({"cell": "elman"}, "unknown cell 'elman'"),
+        ({"dtype": "int8"}, "unknown dtype 'int8'"),
+    ],
+)
+def test_bad_problems(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(**kwargs)
+
+
+def test_old_device() -> None:
+    old = {**DEVICES["T4"], "compute_capability": 70}
+    with pytest.raises(ValueError, match=r"compute capability 7\.0 is older than 7\.5"):
+        C.plan(cell="lstm", dtype="float16", T=2, B=8, I=8, H=64, device=old)
+
+
+def test_text() -> None:
+    text = plan(P=16, H=128)["text"]
+    for part in ("family step", "model, not measured", "forward: fp16", "project: fp16", "because", "not cell"):
+        assert part in text
