@@ -36,40 +36,49 @@ class _Cell(nn.RNNCellBase):
             weights = [getattr(self, name) for name in _WITH_BIASES]
         return weights[:2] if weights[2] is None else weights
 
-    def _check_state(self, input: Tensor, state: Tensor, index: int) -> None:
-        if state.size() != (input.size(0), self.hidden_size):
-            if state.size(0) != input.size(0):
-                raise RuntimeError(
-                    f"Input batch size {input.size(0)} doesn't match hidden{index} batch size {state.size(0)}"
-                )
-            got = state.size(1) if state.dim() > 1 and state.size(1) != self.hidden_size else list(state.size())
-            raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {got}, expected {self.hidden_size}")
-        if state.dtype != input.dtype or state.device != input.device:
-            check_like(input, state, "hidden")
-
     def _run(self, cell: int, input: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor]:
-        """One step of input [B, I] or [I], which has been checked to be one of them."""
+        """Checks and runs one step of input [B, I] or [I], which has been checked to be one of them: (h', c').
+
+        All is tested in one expression; only if it fails are the checks made one by one, in torch.nn's order, to raise.
+        """
         unbatched = input.dim() == 1
         if unbatched:
             input = input.unsqueeze(0)
             h = None if h is None else h.unsqueeze(0)
             c = None if c is None else c.unsqueeze(0)
+        fields = self.__dict__
         weights = self._weights()
-        first = weights[0]
-        if input.size(1) != self.input_size:
-            raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}")
-        if h is not None:
-            self._check_state(input, h, 0)
-        if c is not None:
-            self._check_state(input, c, 1)
-        if input.dtype != first.dtype and not torch._C._is_any_autocast_enabled():
-            raise RuntimeError(f"mat1 and mat2 must have the same dtype, but got {type_name(input)} and {type_name(first)}")
-        if input.device != first.device:
-            check_like(input, first, "parameter")
+        first, size, dtype, device = weights[0], input.shape, input.dtype, input.device
+        state_size = (size[0], fields["hidden_size"])
+        if not (
+            size[1] == fields["input_size"]
+            and dtype == first.dtype
+            and device == first.device
+            and (h is None or (h.shape == state_size and h.dtype == dtype and h.device == device))
+            and (c is None or (c.shape == state_size and c.dtype == dtype and c.device == device))
+        ):
+            self._raise_torchs_error(input, first, h, c)
         new_h, new_c = run_cell(cell, input, h, c, weights, len(weights) == 4)
         if unbatched:
             return new_h.squeeze(0), new_c.squeeze(0) if cell == _LSTM else new_c
         return new_h, new_c
+
+    def _raise_torchs_error(self, input: Tensor, first: Tensor, h: Tensor | None, c: Tensor | None) -> None:
+        """Raises what torch.nn raises first; returns where nothing is wrong (dtypes that differ under autocast)."""
+        batch, hidden = input.size(0), self.hidden_size
+        if input.size(1) != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}")
+        for index, state in enumerate((h, c)):
+            if state is not None and state.size() != (batch, hidden):
+                if state.size(0) != batch:
+                    raise RuntimeError(f"Input batch size {batch} doesn't match hidden{index} batch size {state.size(0)}")
+                got = state.size(1) if state.dim() > 1 and state.size(1) != hidden else list(state.size())
+                raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {got}, expected {hidden}")
+        if input.dtype != first.dtype and not torch._C._is_any_autocast_enabled():
+            raise RuntimeError(f"mat1 and mat2 must have the same dtype, but got {type_name(input)} and {type_name(first)}")
+        for tensor, name in ((first, "parameter"), (h, "hidden"), (c, "hidden")):
+            if tensor is not None:
+                check_like(input, tensor, name)
 
     def _run_single_state(self, cell: int, input: Tensor, hx: Tensor | None) -> Tensor:
         dim = input.dim()

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from fused_rnn import cells, modules
+from fused_rnn.functional import _DTYPES
 
 __all__ = ["convert", "patched", "revert"]
 
@@ -39,8 +40,8 @@ def convert(model: _Model) -> _Model:
 
     Exact types only. A warning names the recurrent modules left as they are: subclasses (their forward may differ),
     parametrized ones (their class is made at run time: convert first, then parametrize), ones whose forward was replaced on
-    the instance, and TorchScript's, which cannot be changed. Modules that torch does not know as submodules (kept in a plain
-    list) are not reached.
+    the instance, ones of a dtype without kernels (complex), and TorchScript's, which cannot be changed. Modules that torch
+    does not know as submodules (kept in a plain list) are not reached.
 
     Returns:
         The same model.
@@ -83,6 +84,9 @@ def _why_not(module: nn.Module, target: type[nn.Module] | None, caller: str) -> 
             return "its forward was replaced on the instance"
         if getattr(module, "nonlinearity", None) == "identity":
             return "torch.nn has no nonlinearity 'identity'"
+        dtype = next((p.dtype for p in module.parameters(recurse=False)), None)
+        if caller == "convert" and dtype is not None and dtype not in _DTYPES:
+            return f"no kernels for {dtype}"
         return None
     if isinstance(module, torch.jit.ScriptModule):
         original = getattr(module, "original_name", "")

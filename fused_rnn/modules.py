@@ -125,34 +125,7 @@ class _Layer(nn.RNNBase):
 
     __prepare_scriptable__ = _refuse_scripting
 
-    # --- checks ---
-
-    def _check(self, input: Tensor, weights: list[Tensor], batch_sizes: Tensor | None) -> int:
-        """Checks a batched or packed input; returns its batch size. Inline for speed: torch.nn's methods only to raise."""
-        first = weights[0]
-        if (
-            input.dtype != first.dtype
-            or input.size(-1) != self.input_size
-            or input.dim() != (3 if batch_sizes is None else 2)
-        ):
-            self.check_input(input, batch_sizes)
-        if first.device != input.device:
-            check_like(input, first, "parameter")
-        if batch_sizes is not None:
-            functional._check_batch_sizes(batch_sizes, input)
-            return int(batch_sizes[0])
-        return input.size(0 if self.batch_first else 1)
-
-    def _check_state(self, input: Tensor, state: Tensor, batch: int, size: int, message: str) -> None:
-        expected = (self.num_layers * (2 if self.bidirectional else 1), batch, size)
-        if state.size() != expected:
-            self.check_hidden_size(state, expected, message)
-        if state.dtype != input.dtype or state.device != input.device:
-            check_like(input, state, "hidden")
-
-    def _check_steps(self, input: Tensor) -> None:
-        if input.size(1 if self.batch_first else 0) == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    # --- checks and the call ---
 
     def _run(
         self,
@@ -160,23 +133,78 @@ class _Layer(nn.RNNBase):
         input: Tensor,
         h0: Tensor | None,
         c0: Tensor | None,
-        weights: list[Tensor],
-        batch_sizes: Tensor | None,
+        batch_sizes: Tensor | None = None,
+        sorted_indices: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Checks a batched or packed input and runs the layers on it: (output, h_n, c_n).
+
+        All is tested in one expression; only if it fails are torch.nn's methods called, in torch.nn's order, to raise. Reads
+        the instance's fields from its __dict__: an attribute of an nn.Module takes three times as long.
+        """
+        fields = self.__dict__
+        weights = self._weights()
+        first, num_layers, bidirectional = weights[0], fields["num_layers"], bool(fields["bidirectional"])
+        batch_first = fields["batch_first"] and batch_sizes is None
+        size, dtype, device = input.shape, input.dtype, input.device
+        if batch_sizes is not None:
+            functional._check_batch_sizes(batch_sizes, input)
+            batch, steps = int(batch_sizes[0]), 1
+        else:
+            batch, steps = (size[0], size[1]) if batch_first else (size[1], size[0])
+        hidden, rows = fields["hidden_size"], num_layers * 2 if bidirectional else num_layers
+        if not (
+            steps > 0
+            and dtype == first.dtype
+            and device == first.device
+            and size[-1] == fields["input_size"]
+            and len(size) == (3 if batch_sizes is None else 2)
+            and (
+                h0 is None
+                or (h0.shape == (rows, batch, fields["proj_size"] or hidden) and h0.dtype == dtype and h0.device == device)
+            )
+            and (c0 is None or (c0.shape == (rows, batch, hidden) and c0.dtype == dtype and c0.device == device))
+        ):
+            self._raise_torchs_error(input, first, h0, c0, batch_sizes, (rows, batch, hidden), steps)
+        if sorted_indices is not None and h0 is not None:
+            h0 = h0.index_select(1, sorted_indices)
+            c0 = None if c0 is None else c0.index_select(1, sorted_indices)
         return run_rnn(
             cell,
             input,
             h0,
             c0,
             weights,
-            self.num_layers,
-            self.bias,
-            self.bidirectional,
-            self.dropout,
-            self.training,
-            self.batch_first and batch_sizes is None,
+            num_layers,
+            fields["bias"],
+            bidirectional,
+            fields["dropout"],
+            bool(fields["training"]),
+            batch_first,
             batch_sizes,
         )
+
+    def _raise_torchs_error(
+        self,
+        input: Tensor,
+        first: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        batch_sizes: Tensor | None,
+        expected: tuple[int, int, int],
+        steps: int,
+    ) -> None:
+        """Raises what torch.nn raises first; returns where nothing is wrong (dtypes that differ under autocast)."""
+        self.check_input(input, batch_sizes)
+        if h0 is not None:
+            size = (*expected[:2], self.proj_size or self.hidden_size)
+            self.check_hidden_size(h0, size, f"Expected hidden{'' if c0 is None else '[0]'} size {{}}, got {{}}")
+        if c0 is not None:
+            self.check_hidden_size(c0, expected, "Expected hidden[1] size {}, got {}")
+        if steps == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        for tensor, name in ((first, "parameter"), (h0, "hidden"), (c0, "hidden")):
+            if tensor is not None:
+                check_like(input, tensor, name)
 
     def _forward_single_state(self, cell: int, input: Tensor | PackedSequence, hx: Tensor | None) -> tuple[Any, Tensor]:
         """Forward of the cells with one state (RNN, GRU)."""
@@ -194,12 +222,7 @@ class _Layer(nn.RNNBase):
             raise ValueError(f"{'GRU' if cell == _GRU else 'RNN'}: Expected input to be 2D or 3D, got {dim}{noun}")
         elif hx is not None and hx.dim() != 3:
             raise RuntimeError(f"For batched 3-D input, hx should also be 3-D but got {hx.dim()}-D tensor")
-        weights = self._weights()
-        batch = self._check(input, weights, None)
-        if hx is not None:
-            self._check_state(input, hx, batch, self.hidden_size, "Expected hidden size {}, got {}")
-        self._check_steps(input)
-        output, h_n, _ = self._run(cell, input, hx, None, weights, None)
+        output, h_n, _ = self._run(cell, input, hx, None)
         if dim == 2:
             return output.squeeze(0 if self.batch_first else 1), h_n.squeeze(1)
         return output, h_n
@@ -207,19 +230,8 @@ class _Layer(nn.RNNBase):
     def _forward_packed(self, cell: int, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
         """Forward of a packed sequence; hx and the returned state are in the caller's order of rows."""
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        weights = self._weights()
-        batch = self._check(data, weights, batch_sizes)
-        h0 = c0 = None
-        if hx is not None:
-            if cell == _LSTM:
-                h0, c0 = _pair(hx)
-                self._check_state(data, h0, batch, self.proj_size or self.hidden_size, "Expected hidden[0] size {}, got {}")
-                self._check_state(data, c0, batch, self.hidden_size, "Expected hidden[1] size {}, got {}")
-                h0, c0 = self.permute_hidden((h0, c0), sorted_indices)  # type: ignore[arg-type]
-            else:
-                self._check_state(data, hx, batch, self.hidden_size, "Expected hidden size {}, got {}")
-                h0 = self.permute_hidden(hx, sorted_indices)
-        output, h_n, c_n = self._run(cell, data, h0, c0, weights, batch_sizes)
+        h0, c0 = (None, None) if hx is None else _pair(hx) if cell == _LSTM else (hx, None)
+        output, h_n, c_n = self._run(cell, data, h0, c0, batch_sizes, sorted_indices)
         hidden: Any = (h_n, c_n) if cell == _LSTM else h_n
         return (
             PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices),
@@ -260,13 +272,7 @@ class LSTM(_Layer, nn.LSTM):
             input = input.unsqueeze(0 if self.batch_first else 1)
             if h0 is not None:
                 h0, c0 = h0.unsqueeze(1), c0.unsqueeze(1)
-        weights = self._weights()
-        batch = self._check(input, weights, None)
-        if h0 is not None:
-            self._check_state(input, h0, batch, self.proj_size or self.hidden_size, "Expected hidden[0] size {}, got {}")
-            self._check_state(input, c0, batch, self.hidden_size, "Expected hidden[1] size {}, got {}")
-        self._check_steps(input)
-        output, h_n, c_n = self._run(_LSTM, input, h0, c0, weights, None)
+        output, h_n, c_n = self._run(_LSTM, input, h0, c0)
         if dim == 2:
             return output.squeeze(0 if self.batch_first else 1), (h_n.squeeze(1), c_n.squeeze(1))
         return output, (h_n, c_n)

@@ -159,10 +159,19 @@ def test_exact_types_only() -> None:
     replaced = nn.LSTM(4, 6)
     replaced.forward = lambda x: x
     scripted = torch.jit.script(nn.LSTMCell(4, 6))
-    model = nn.ModuleDict({"a": Sub(4, 6), "b": parametrized, "c": replaced, "d": scripted, "e": nn.LSTM(4, 6)})
+    model = nn.ModuleDict(
+        {
+            "a": Sub(4, 6),
+            "b": parametrized,
+            "c": replaced,
+            "d": scripted,
+            "e": nn.RNN(4, 6, dtype=torch.complex64),
+            "f": nn.LSTM(4, 6),
+        }
+    )
     types = [type(m) for m in model.values()]
     found = warned(lambda: fused_rnn.convert(model))
-    assert [type(m) for m in model.values()] == [*types[:4], fused_rnn.LSTM]
+    assert [type(m) for m in model.values()] == [*types[:5], fused_rnn.LSTM]
     assert len(found) == 1 and found[0][0] is UserWarning
     text = found[0][1]
     assert text.startswith("fused_rnn.convert left unchanged: ")
@@ -171,6 +180,7 @@ def test_exact_types_only() -> None:
         "b (ParametrizedGRU: parametrized; convert first, then parametrize)",
         "c (LSTM: its forward was replaced on the instance)",
         "d (RecursiveScriptModule: a TorchScript module cannot be changed)",
+        "e (RNN: no kernels for torch.complex64)",
     ):
         assert part in text, text
     ours = nn.ModuleDict(

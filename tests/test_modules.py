@@ -208,6 +208,21 @@ def _data(output: Any) -> torch.Tensor:
     return output.data if isinstance(output, nn.utils.rnn.PackedSequence) else output
 
 
+def test_integers_for_booleans(backend: str) -> None:
+    """torch.nn's constructor takes any truth value for bidirectional; its forward then fails. Ours means what it says."""
+    device = device_of(backend)
+    with use_backend(backend):
+        ours, theirs = fused_rnn.LSTM(3, 4, bidirectional=1, device=device), nn.LSTM(3, 4, bidirectional=True, device=device)
+        theirs.load_state_dict(ours.state_dict())
+        x = torch.randn(5, 2, 3, device=device)
+        assert_close(ours(x), theirs(x))
+        module = fused_rnn.GRU(3, 4, 2, dropout=1.0, device=device)
+        module.training = 1
+        dropped = module(x)[0]
+        module.eval()
+        assert not torch.equal(dropped, module(x)[0])
+
+
 def test_identity_is_linear(backend: str) -> None:
     device = device_of(backend)
     with use_backend(backend):
