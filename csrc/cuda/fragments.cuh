@@ -1,6 +1,7 @@
 // Register fragments of a 16 (units) x 8 (batch) x kStep (K) product, one policy per kind of arithmetic. All have
 //   Storage, Acc           element type in memory, accumulator type
 //   kStep                  elements of K consumed at once
+//   kUnroll                steps that are unrolled: as many as the registers of the largest tile allow
 //   load_a(tile, row, k)   16 weight rows from `row`, from a stage that is K-major (rows of kChunkBytes, swizzled) or
 //                          unit-major ([k][units], rows of kPitch bytes)
 //   load_b(tile, row, k)   8 batch rows from `row`, always K-major
@@ -28,7 +29,8 @@ template <class StorageT, class AccT, bool kUnitMajor, int kPitch>
 struct ScalarFragments {
   using Storage = StorageT;
   using Acc = AccT;
-  static constexpr int kStep = 16 / sizeof(Storage);
+  static constexpr int kStep = sizeof(Storage) == 2 ? 4 : 16 / sizeof(Storage);
+  static constexpr int kUnroll = sizeof(Storage) == 2 ? 1 : 2;
   struct A {
     Storage v[2][kStep];
   };
@@ -95,7 +97,7 @@ template <bool kUnitMajor, int kPitch>
 struct Tf32Fragments : MmaLayout {
   using Storage = float;
   using Acc = float;
-  static constexpr int kStep = 8;
+  static constexpr int kStep = 8, kUnroll = 4;
   struct A {
     uint32_t v[4];
   };
@@ -126,7 +128,7 @@ template <class StorageT, bool kUnitMajor, int kPitch>
 struct HalfFragments : MmaLayout {
   using Storage = StorageT;
   using Acc = float;
-  static constexpr int kStep = 16;
+  static constexpr int kStep = 16, kUnroll = 4;
   struct A {
     uint32_t v[4];
   };

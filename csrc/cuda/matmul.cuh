@@ -338,7 +338,7 @@ class Matmul {
     const unsigned char* weights = ring_ + stage * G::kStageBytes;
     const unsigned char* states = weights + G::kWeightBytes;
     const int warp = team_thread_ / 32;
-#pragma unroll(G::kMath <= MathKind::kFp32 ? 2 : G::kChunk)
+#pragma unroll(Fragments::kUnroll)
     for (int k = 0; k < G::kChunk; k += Fragments::kStep) {
       typename Fragments::B b[G::kAtomsB];
 #pragma unroll
