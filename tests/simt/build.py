@@ -1,0 +1,124 @@
+"""Builds the simulator: the CUDA sources, unchanged, by g++ against the host implementation of simt.cuh.
+
+Objects are kept in build/simt/ by the hash of what goes into them; only what changed is compiled again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+CACHE = ROOT / "build" / "simt"
+CXX = os.environ.get("CXX", "g++")
+
+COMMON = ["-std=c++17", "-g", "-fPIC", "-Wall", "-Wextra"]
+# -fsanitize=thread only instruments memory accesses; the library is not linked with libtsan, runtime/hooks.cpp takes its place.
+KERNEL = [
+    *("-x", "c++", "-O1", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"),
+    *("-ftrivial-auto-var-init=pattern", "-ffp-contract=off", "-Wno-unknown-pragmas"),
+]
+SANITIZE = {
+    "plain": [],
+    "ubsan": ["-fsanitize=undefined", "-fno-sanitize-recover=undefined"],
+    "asan": ["-fsanitize=address", "-fno-omit-frame-pointer"],
+}
+
+
+class BuildError(RuntimeError):
+    """The sources do not compile; the message says what to add for an unknown primitive."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    source: Path
+    flags: tuple[str, ...]
+
+
+def _hash(*parts: bytes | str) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()[:20]
+
+
+def _headers(folders: Sequence[Path]) -> str:
+    files = sorted(f for folder in folders for f in folder.rglob("*") if f.suffix in (".h", ".cuh"))
+    return _hash(*(f.name.encode() + f.read_bytes() for f in files))
+
+
+def explain(errors: str) -> str:
+    """The compiler's errors, and for each unknown primitive what to add and where."""
+    hints = []
+    known = (ROOT / "csrc" / "cuda" / "simt.cuh").read_text()
+    names = re.findall(r"‘(\w+)’ is not a member of ‘fused_rnn::simt’", errors)
+    for name in dict.fromkeys(names):
+        where = (
+            "It is in csrc/cuda/simt.cuh: add its host twin"
+            if re.search(rf"\b{name}\b", known)
+            else "Add its PTX wrapper to csrc/cuda/simt.cuh and its host twin"
+        )
+        hints.append(f"simt::{name} is unknown to the simulator. {where} to tests/simt/include/simt.cuh.")
+    names = re.findall(r"‘(__\w+|cuda\w+|atomic\w+|threadIdx|blockIdx|blockDim|gridDim)’ was not declared", errors)
+    for name in dict.fromkeys(names):
+        hints.append(
+            f"{name} is a CUDA name: kernels reach the hardware only through csrc/cuda/simt.cuh. Add a named wrapper there and "
+            "its host twin to tests/simt/include/simt.cuh."
+        )
+    for name in dict.fromkeys(re.findall(r"fatal error: (cuda\w*\.h|mma\.h|cooperative_groups\.h)", errors)):
+        hints.append(f"{name}: kernel files include <simt.cuh> only; what it gives belongs into a wrapper there.")
+    return "\n".join([*hints, errors])
+
+
+def _compile(unit: Unit, includes: Sequence[Path], headers: str) -> Path:
+    command = [CXX, *unit.flags, *(f"-I{folder}" for folder in includes), "-c", str(unit.source)]
+    shown = [part.replace(str(ROOT), ".") for part in command]
+    target = CACHE / f"{unit.source.stem}-{_hash(unit.source.read_bytes(), headers, *shown)}.o"
+    if not target.exists():
+        partial = target.with_suffix(f".{os.getpid()}.tmp")
+        result = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True, env={**os.environ, "LC_ALL": "C.UTF-8"})
+        if result.returncode:
+            raise BuildError(explain(result.stderr))
+        partial.rename(target)
+    return target
+
+
+def build(
+    kernels: Sequence[Path] | None = None, csrc: Path = ROOT / "csrc", arch: int = 900, sanitize: str = "plain", jobs: int = 2
+) -> Path:
+    """The shared library of the runtime and `kernels` (default: the CUDA backend of `csrc`, host code included)."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    includes = [HERE / "include", csrc]
+    headers = _headers([HERE / "include", HERE / "runtime", csrc])
+    extra = SANITIZE[sanitize]
+    host = [*COMMON, "-O2", *(["-fsanitize=address"] if sanitize == "asan" else [])]
+    # g++ does not combine -fsanitize=thread with address: that variant has no race detection.
+    kernel_flags = [f for f in KERNEL if sanitize != "asan" or f != "-fsanitize=thread"]
+    kernel_flags = [*COMMON, f"-DSIMT_ARCH={arch}", *kernel_flags, *extra]
+    runtime = sorted((HERE / "runtime").glob("*.cpp"))
+    backend = kernels is None
+    if kernels is None:
+        kernels = sorted((csrc / "cuda").glob("*.cu"))
+    units = [Unit(f, tuple(kernel_flags)) for f in kernels]
+    units += [Unit(f, tuple(host)) for f in runtime if backend or f.name != "fused_rnn_capi.cpp"]
+    if backend:
+        units += [Unit(f, tuple(host)) for f in [csrc / "plan.cpp", *sorted((csrc / "cuda").glob("*.cpp"))]]
+    with ThreadPoolExecutor(jobs) as pool:
+        objects = list(pool.map(lambda unit: _compile(unit, includes, headers), units))
+    target = CACHE / f"simt-{_hash(sanitize, *(o.name for o in objects))}.so"
+    if not target.exists():
+        partial = target.with_suffix(f".{os.getpid()}.tmp")
+        link = [CXX, "-shared", "-o", str(partial), *map(str, objects), *extra]
+        result = subprocess.run(link, capture_output=True, text=True)
+        if result.returncode:
+            raise BuildError(result.stderr)
+        partial.rename(target)
+    return target

@@ -1,0 +1,27 @@
+"""The simulator's libraries, built once per run of the tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import build
+import pytest
+from simulator import Simulator
+
+
+@pytest.fixture(scope="session")
+def sim() -> Simulator:
+    """The CUDA backend as compiled for sm_90."""
+    return Simulator(build.build())
+
+
+@pytest.fixture(scope="session")
+def sim_sm75() -> Simulator:
+    """The same for sm_75: no asynchronous copies, no TF32, smaller tensor-core shapes."""
+    return Simulator(build.build(arch=750))
+
+
+@pytest.fixture(scope="session")
+def small() -> Simulator:
+    """Little kernels with known answers."""
+    return Simulator(build.build([Path(__file__).parent / "kernels" / "small.cu"]))

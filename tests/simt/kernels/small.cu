@@ -1,0 +1,203 @@
+// Little kernels with known answers for the simulator's own tests: each is right, or wrong in the one way that its name says.
+#include <simt.cuh>
+
+#include "../runtime/capi.h"
+
+namespace fused_rnn {
+namespace {
+
+struct Small {
+  const float* in;
+  float* out;
+  float* scratch;
+  int n;
+};
+
+__device__ __forceinline__ float* tile() { return reinterpret_cast<float*>(simt::dynamic_smem()); }
+__device__ __forceinline__ int global_index() { return simt::block_x() * simt::block_dim_x() + simt::thread_x(); }
+
+// out: in, reversed in each block, through shared memory.
+template <bool kSync, int kOffset>
+__global__ void reverse_kernel(const Small p) {
+  const int i = simt::thread_x(), n = simt::block_dim_x();
+  tile()[i] = p.in[global_index()];
+  if (kSync) simt::sync_block();
+  p.out[global_index()] = tile()[n - 1 - i + kOffset];
+}
+
+__global__ void partial_barrier_kernel(const Small p) {
+  if (simt::thread_x() < 32) return;
+  simt::sync_block();
+  p.out[global_index()] = 0;
+}
+
+__global__ void divergent_barrier_kernel(const Small p) {
+  if (simt::thread_x() < 32) {
+    p.out[global_index()] = 1;
+    simt::sync_block();
+  } else {
+    p.out[global_index()] = 2;
+    simt::sync_block();
+  }
+}
+
+// Warp 0 waits at barrier 1 for 64 threads; warp 1 waits at barrier 2.
+__global__ void deadlock_kernel(const Small p) {
+  simt::sync_named(simt::warp_id() == 0 ? 1 : 2, 64);
+  p.out[global_index()] = 0;
+}
+
+__global__ void divergent_warp_kernel(const Small p) {
+  float v = p.in[global_index()];
+  if (simt::lane_id() < 16) {
+    v += simt::shuffle_xor(v, 1);
+  } else {
+    simt::sync_warp();
+  }
+  p.out[global_index()] = v;
+}
+
+__global__ void write_past_end_kernel(const Small p) { p.out[global_index() + 1] = 0; }
+__global__ void write_input_kernel(const Small p) { const_cast<float*>(p.in)[global_index()] = p.out[0] = 1; }
+__global__ void misaligned_kernel(const Small p) {
+  p.out[global_index()] = simt::load_vec<2>(p.in + simt::thread_x()).v[0];
+}
+__global__ void hole_kernel(const Small p) {
+  if (simt::thread_x() != 5) p.out[global_index()] = 0;
+}
+__global__ void poison_kernel(const Small p) { p.out[global_index()] = tile()[simt::thread_x()] * 2; }
+
+// Every block adds its number to out[0], without order.
+__global__ void block_race_kernel(const Small p) {
+  if (simt::thread_x() == 0) p.out[0] = p.in[0] + simt::block_x();
+}
+
+// out[i] = in[reversed i] through an asynchronous copy. kWait: how many groups may be pending at the wait, -1: no wait.
+template <int kWait, bool kSync>
+__global__ void copy_kernel(const Small p) {
+  const int i = simt::thread_x(), n = simt::block_dim_x();
+  simt::cp_async<4>(tile() + i, p.in + global_index(), 4);
+  simt::cp_async_commit();
+  if constexpr (kWait >= 0) simt::cp_async_wait<(kWait >= 0 ? kWait : 0)>();
+  if (kSync) simt::sync_block();
+  p.out[global_index()] = tile()[kSync ? n - 1 - i : i ^ 1];
+}
+// Reads its own copy, which needs a wait and no barrier.
+template <bool kWait>
+__global__ void own_copy_kernel(const Small p) {
+  const int i = simt::thread_x();
+  simt::cp_async<4>(tile() + i, p.in + global_index(), i % 2 ? 4 : 0);
+  simt::cp_async_commit();
+  if (kWait) simt::cp_async_wait<0>();
+  p.out[global_index()] = tile()[i];
+}
+
+// Two grids in a row: scratch = 2 in, then out = scratch + 1.
+__global__ void first_kernel(const Small p) {
+  simt::pdl_launch_dependents();
+  p.scratch[global_index()] = 2 * p.in[global_index()];
+}
+template <bool kWait>
+__global__ void second_kernel(const Small p) {
+  if (kWait) simt::pdl_wait();
+  p.out[global_index()] = p.scratch[global_index()] + 1;
+}
+
+// out [16, 8] = A [16, 8] B [8, 8] with A = in, B = in + 128 (rows of k); kSwapped loads A's fragments in the wrong order.
+template <bool kSwapped>
+__global__ void tf32_kernel(const Small p) {
+  const int group = simt::lane_id() / 4, quad = simt::lane_id() % 4;
+  const auto a_at = [&](int row, int k) { return simt::to_tf32(p.in[row * 8 + k]); };
+  const auto b_at = [&](int k, int column) { return simt::to_tf32(p.in[128 + k * 8 + column]); };
+  const uint32_t a[4] = {a_at(group, quad), a_at(group + (kSwapped ? 0 : 8), quad + (kSwapped ? 4 : 0)),
+                         a_at(group + (kSwapped ? 8 : 0), quad + (kSwapped ? 0 : 4)), a_at(group + 8, quad + 4)};
+  const uint32_t b[2] = {b_at(quad, group), b_at(quad + 4, group)};
+  float d[4] = {};
+  simt::mma_tf32_m16n8k8(d, a, b);
+  for (int i = 0; i < 4; ++i) p.out[(group + i / 2 * 8) * 8 + quad * 2 + i % 2] = d[i];
+}
+
+// The same with 16-bit elements, K = 16: A [16, 16] and B^T [8, 16] go through shared memory and ldmatrix.
+template <class T>
+__global__ void half_kernel(const Small p) {
+  auto* a_tile = reinterpret_cast<T*>(simt::dynamic_smem());
+  T* b_tile = a_tile + 256;
+  for (int i = simt::thread_x(); i < 384; i += 32) a_tile[i] = simt::from_float<T>(p.in[i]);
+  simt::sync_warp();
+  const int lane = simt::lane_id();
+  uint32_t a[4], b[2];
+  simt::ldmatrix<false>(a, a_tile + lane % 16 * 16 + lane / 16 * 8);
+  simt::ldmatrix<false>(b, b_tile + lane % 8 * 16 + lane / 8 % 2 * 8);
+  float d[4] = {};
+  if constexpr (std::is_same_v<T, simt::half_t>) {
+    simt::mma_f16_m16n8k16(d, a, b);
+  } else {
+    simt::mma_bf16_m16n8k16(d, a, b);
+  }
+  for (int i = 0; i < 4; ++i) p.out[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = d[i];
+}
+
+// out[i] = the number of the first element of in that is greater than 0, by shuffles and votes.
+__global__ void vote_kernel(const Small p) {
+  const uint32_t votes = simt::ballot(p.in[simt::thread_x()] > 0);
+  const int first = __builtin_ctz(votes);
+  p.out[simt::thread_x()] = simt::shuffle(simt::lane_id() == first ? static_cast<float>(first) : -1.0f, first);
+}
+
+__global__ void overflow_kernel(const Small p) { p.out[global_index()] = static_cast<float>(p.n + 0x7fffffff); }
+
+struct Entry {
+  const char* name;
+  void (*kernel)(Small);
+  void (*second)(Small);
+};
+constexpr Entry kEntries[] = {
+    {"reverse", reverse_kernel<true, 0>, nullptr},
+    {"missing_sync", reverse_kernel<false, 0>, nullptr},
+    {"shared_past_end", reverse_kernel<true, 1>, nullptr},
+    {"partial_barrier", partial_barrier_kernel, nullptr},
+    {"divergent_barrier", divergent_barrier_kernel, nullptr},
+    {"deadlock", deadlock_kernel, nullptr},
+    {"divergent_warp", divergent_warp_kernel, nullptr},
+    {"write_past_end", write_past_end_kernel, nullptr},
+    {"write_input", write_input_kernel, nullptr},
+    {"misaligned", misaligned_kernel, nullptr},
+    {"hole", hole_kernel, nullptr},
+    {"poison", poison_kernel, nullptr},
+    {"block_race", block_race_kernel, nullptr},
+    {"copy", copy_kernel<0, true>, nullptr},
+    {"copy_no_wait", copy_kernel<-1, true>, nullptr},
+    {"copy_late_wait", copy_kernel<1, true>, nullptr},
+    {"copy_no_sync", copy_kernel<0, false>, nullptr},
+    {"own_copy", own_copy_kernel<true>, nullptr},
+    {"own_copy_no_wait", own_copy_kernel<false>, nullptr},
+    {"chain", first_kernel, second_kernel<true>},
+    {"chain_no_wait", first_kernel, second_kernel<false>},
+    {"tf32", tf32_kernel<false>, nullptr},
+    {"tf32_swapped", tf32_kernel<true>, nullptr},
+    {"half", half_kernel<simt::half_t>, nullptr},
+    {"bfloat16", half_kernel<simt::bfloat16_t>, nullptr},
+    {"vote", vote_kernel, nullptr},
+    {"overflow", overflow_kernel, nullptr},
+};
+
+}  // namespace
+}  // namespace fused_rnn
+
+// shape: blocks, threads, bytes of shared memory, cluster, whether to call prepare.
+extern "C" int simt_run_small(const char* name, const int* shape, const float* in, float* out, float* scratch) {
+  using namespace fused_rnn;
+  return simt_host::run_guarded([&] {
+    for (const Entry& e : kEntries) {
+      if (std::string(e.name) != name) continue;
+      const Small params{in, out, scratch, shape[0] * shape[1]};
+      simt::LaunchConfig config{name, shape[0], 1, 1, shape[1], shape[2], shape[3], false};
+      if (shape[4]) simt::prepare(e.kernel, name, shape[2]);
+      simt::launch(e.kernel, config, nullptr, params);
+      config.pdl = true;
+      if (e.second) simt::launch(e.second, config, nullptr, params);
+      return;
+    }
+    throw std::runtime_error(std::string("no such kernel: ") + name);
+  });
+}

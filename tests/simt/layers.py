@@ -1,0 +1,311 @@
+"""Runs one recurrent layer of tests/cases.py through the CUDA backend's host code on the simulated device."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from ctypes import c_bool, c_int, c_int64, c_void_p
+
+import torch
+from cases import CELLS, GATES, Case, Data
+from simulator import H100, DeviceInfo, Simulator
+from torch import Tensor
+
+from fused_rnn import reference
+
+CELL_NUMBER = {"RNN_TANH": 0, "RNN_RELU": 1, "RNN_IDENTITY": 2, "LSTM": 3, "GRU": 4}  # csrc/params.h
+DTYPE_NUMBER = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+FAMILIES = ("cell", "step")
+assert set(CELLS) == set(CELL_NUMBER)
+
+
+class Sequence(ctypes.Structure):
+    _fields_ = [*((n, c_int64) for n in "TBN"), *((n, c_void_p) for n in ("lengths", "offsets", "resets"))]
+
+
+class Weights(ctypes.Structure):
+    _fields_ = [(n, c_void_p) for n in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")]
+
+
+class ForwardParams(ctypes.Structure):
+    _fields_ = [
+        *(("cell", c_int), ("dtype", c_int), ("allow_tf32", c_bool), ("I", c_int64), ("H", c_int64), ("P", c_int64)),
+        *(("D", c_int), ("seq", Sequence), ("x", c_void_p), ("h0", c_void_p), ("c0", c_void_p), ("weights", Weights * 2)),
+        *((n, c_void_p) for n in ("y", "h_n", "c_n", "gates", "cs")),
+        *(("training", c_bool), ("workspace", c_void_p)),
+    ]
+
+
+class BackwardParams(ctypes.Structure):
+    _fields_ = [
+        *(("cell", c_int), ("dtype", c_int), ("allow_tf32", c_bool), ("H", c_int64), ("P", c_int64)),
+        *(("D", c_int), ("seq", Sequence), ("h0", c_void_p), ("c0", c_void_p), ("weights", Weights * 2)),
+        *((n, c_void_p) for n in ("y", "gates", "cs", "dy", "dh_n", "dc_n", "d_gates", "d_h", "d_h0", "d_c0", "workspace")),
+    ]
+
+
+class Problem(ctypes.Structure):
+    _fields_ = [
+        *(("cell", c_int), ("dtype", c_int), ("allow_tf32", c_bool)),
+        *((n, c_int64) for n in ("T", "B", "I", "H", "P")),
+        *(("D", c_int), ("ragged", c_bool), ("training", c_bool), ("backward", c_bool)),
+    ]
+
+
+class NoPlan(ValueError):
+    """make_plan refused; the message is its reason."""
+
+
+@dataclasses.dataclass
+class Layer:
+    """A case of one layer with its data, and the steps' rows."""
+
+    case: Case
+    data: Data
+    offsets: Tensor | None
+    rows: int
+    active: Tensor  # [N] bool
+    step_of_row: Tensor  # [N]
+    batch_of_row: Tensor  # [N]
+
+    @staticmethod
+    def of(case: Case, data: Data) -> Layer:
+        offsets = None
+        t, b = torch.meshgrid(torch.arange(case.steps), torch.arange(case.batch), indexing="ij")
+        if data.batch_sizes is not None:
+            offsets = torch.cat([torch.zeros(1, dtype=torch.int64), data.batch_sizes.cumsum(0)])
+            keep = b < data.batch_sizes[:, None]
+            t, b = t[keep], b[keep]
+        t, b = t.flatten(), b.flatten()
+        active = torch.ones_like(t, dtype=torch.bool) if data.lengths is None else t < data.lengths[b]
+        return Layer(case, data, offsets, t.numel(), active, t, b)
+
+    @property
+    def gates(self) -> int:
+        return GATES.get(self.case.cell, 1)
+
+    @property
+    def slots(self) -> int:
+        return 1 if self.case.cell.startswith("RNN") else 4
+
+    def direction(self, d: int) -> list[Tensor]:
+        n = len(self.data.weights) // self.case.directions
+        return self.data.weights[d * n : (d + 1) * n]
+
+    def row_before(self, d: int) -> Tensor:
+        """[N]: the row of the state before each row's step, -1 for the initial state."""
+        place = {(t, b): r for r, (t, b) in enumerate(zip(self.step_of_row.tolist(), self.batch_of_row.tolist()))}
+        step = 1 if d else -1
+        rows = []
+        for r, (t, b) in enumerate(zip(self.step_of_row.tolist(), self.batch_of_row.tolist())):
+            before = place.get((t + step, b), -1)
+            rows.append(before if before >= 0 and self.active[before] and self.active[r] else -1)
+        return torch.tensor(rows, dtype=torch.int64)
+
+
+class LayerRun:
+    """One layer on one simulator: forward(), then backward() if it was training."""
+
+    def __init__(
+        self, sim: Simulator, layer: Layer, *, seed: int = 0, device: DeviceInfo = H100, family: str | None = None,
+        tf32: bool = False, training: bool = True
+    ) -> None:
+        self.sim, self.layer, self.seed, self.device, self.training = sim, layer, seed, device, training
+        self.family = -1 if family is None else FAMILIES.index(family)
+        self.tf32 = tf32
+        lib = sim.lib
+        lib.simt_make_plan.restype = lib.simt_plan_text.restype = c_void_p
+        lib.simt_plan_text.restype = ctypes.c_char_p
+        lib.simt_plan_workspace.restype = c_int64
+        for name in ("simt_plan_workspace", "simt_plan_family", "simt_free_plan"):
+            getattr(lib, name).argtypes = [c_void_p]
+        for name in ("simt_forward", "simt_backward"):
+            getattr(lib, name).argtypes = [c_void_p, c_void_p]
+        self.plan_text = ""
+
+    def _plan(self, problem: Problem) -> int:
+        plan = self.sim.lib.simt_make_plan(ctypes.byref(problem), ctypes.byref(self.device), self.family)
+        self.plan_text = self.sim.lib.simt_plan_text().decode()
+        if not plan:
+            raise NoPlan(self.plan_text)
+        return plan
+
+    def _weights(self, params: ForwardParams | BackwardParams) -> None:
+        case, put = self.layer.case, self.sim.put
+        for d in range(case.directions):
+            weights = self.layer.direction(d)
+            biases = weights[2:4] if case.has_biases else [None, None]
+            w_hr = weights[-1] if case.proj else None
+            names = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+            addresses = [put(f"{n}[{d}]", t) for n, t in zip(names, [*weights[:2], *biases, w_hr], strict=True)]
+            params.weights[d] = Weights(*addresses)
+
+    def _common(self, params: ForwardParams | BackwardParams) -> None:
+        case, data, put = self.layer.case, self.layer.data, self.sim.put
+        params.cell, params.dtype, params.allow_tf32 = CELL_NUMBER[case.cell], DTYPE_NUMBER[case.dtype], self.tf32
+        params.H, params.P, params.D = case.hidden, case.output, case.directions
+        params.seq = Sequence(
+            case.steps, case.batch, self.layer.rows, put("lengths", data.lengths), put("offsets", self.layer.offsets),
+            put("resets", data.resets)
+        )
+        params.h0, params.c0 = put("h0", data.h0), put("c0", data.c0)
+        self._weights(params)
+
+    def _finish(self, call: str, params: ForwardParams | BackwardParams, problem: Problem) -> None:
+        plan = self._plan(problem)
+        try:
+            params.workspace = self.sim.out("workspace", self.sim.lib.simt_plan_workspace(plan))
+            self.sim.check(getattr(self.sim.lib, call)(ctypes.byref(params), plan))
+        finally:
+            self.sim.lib.simt_free_plan(plan)
+
+    def _outputs(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+        size = self.layer.case.dtype.itemsize
+        return {name: self.sim.out(name, size * int(torch.tensor(shape).prod())) for name, shape in shapes.items()}
+
+    def forward(self) -> dict[str, Tensor]:
+        """y [N, D*P], h_n, c_n, and when training gates [D, N, S, H] and cs [D, N, H]."""
+        case, layer = self.layer.case, self.layer
+        sim, n, d, h = self.sim, self.layer.rows, case.directions, case.hidden
+        sim.reset(self.seed, self.device)
+        params = ForwardParams(I=case.input_size, training=self.training)
+        self._common(params)
+        params.x = sim.put("x", layer.data.input)
+        shapes = {"y": (n, d * case.output), "h_n": (d, case.batch, case.output)}
+        if case.cell == "LSTM":
+            shapes["c_n"] = (d, case.batch, h)
+            if self.training:
+                shapes["cs"] = (d, n, h)
+        places = self._outputs(shapes)
+        problem = Problem()
+        sim.lib.simt_problem_forward(ctypes.byref(params), ctypes.byref(problem))
+        plan = self._plan(problem)
+        is_step = sim.lib.simt_plan_family(plan) != FAMILIES.index("cell")
+        sim.lib.simt_free_plan(plan)
+        gates = (d, n, layer.slots, h)
+        if is_step or (self.training and layer.slots > 1):
+            buffer = torch.full(gates, float("nan"), dtype=case.dtype)
+            if is_step:
+                buffer[:, :, : layer.gates] = self._projection()
+            places["gates"] = sim.inout("gates", buffer)
+        for name, address in places.items():
+            setattr(params, name, address)
+        self._finish("simt_forward", params, problem)
+        results = {name: sim.get(places[name], shape, case.dtype) for name, shape in shapes.items()}
+        for name, tensor in results.items():
+            sim.check_output(name, places[name], tensor, self._row_mask(tensor) if name == "cs" else None)
+        if self.training and layer.slots > 1:
+            results["gates"] = sim.get(places["gates"], gates, case.dtype)
+            sim.check_output("gates", places["gates"], results["gates"], self._row_mask(results["gates"]))
+        return results
+
+    def _row_mask(self, tensor: Tensor) -> Tensor:
+        """The active rows of [D, N, ...]."""
+        mask = self.layer.active.reshape(1, -1, *([1] * (tensor.dim() - 2)))
+        return mask.expand(tensor.shape)
+
+    def _projection(self) -> Tensor:
+        """x W_ih^T + b_ih, [D, N, G, H], rounded once, with NaN at inactive rows (they may hold anything)."""
+        case, layer = self.layer.case, self.layer
+        parts = []
+        for d in range(case.directions):
+            weights = [w.double() for w in layer.direction(d)]
+            x = layer.data.input.double().reshape(layer.rows, -1)
+            part = torch.nn.functional.linear(x, weights[0], weights[2] if case.has_biases else None)
+            part[~layer.active] = float("nan")
+            parts.append(part.reshape(layer.rows, layer.gates, case.hidden))
+        return torch.stack(parts).to(case.dtype)
+
+    def backward(self, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+        """d_gates [D, N, S, H], d_h0, d_c0, and with a projection d_h [D, N, P]."""
+        case, data, layer, sim = self.layer.case, self.layer.data, self.layer, self.sim
+        sim.reset(self.seed, self.device)
+        n, d, h = layer.rows, case.directions, case.hidden
+        params = BackwardParams()
+        self._common(params)
+        params.y = sim.put("y", saved["y"])
+        params.gates, params.cs = sim.put("gates", saved.get("gates")), sim.put("cs", saved.get("cs"))
+        params.dy, params.dh_n = sim.put("dy", data.dy), sim.put("dh_n", data.dh_n)
+        shapes = {"d_gates": (d, n, layer.slots, h), "d_h0": (d, case.batch, case.output)}
+        if case.cell == "LSTM":
+            params.dc_n = sim.put("dc_n", data.dc_n)
+            shapes["d_c0"] = (d, case.batch, h)
+        if case.proj:
+            shapes["d_h"] = (d, n, case.output)
+        places = self._outputs(shapes)
+        for name, address in places.items():
+            setattr(params, name, address)
+        problem = Problem()
+        sim.lib.simt_problem_backward(ctypes.byref(params), ctypes.byref(problem))
+        self._finish("simt_backward", params, problem)
+        results = {name: sim.get(places[name], shape, case.dtype) for name, shape in shapes.items()}
+        for name, tensor in results.items():
+            sim.check_output(name, places[name], tensor)
+        return results
+
+
+def gradients(layer: Layer, saved: dict[str, Tensor], grads: dict[str, Tensor]) -> list[Tensor]:
+    """The matrix products that the caller of backward makes, in float64: gradients of (x, h0, c0, *weights)."""
+    case, data = layer.case, layer.data
+    x = data.input.double().reshape(layer.rows, -1).masked_fill(~layer.active[:, None], 0)
+    dx = torch.zeros_like(x)
+    weight_grads: list[Tensor] = []
+    for d in range(case.directions):
+        d_gates = grads["d_gates"][d].double()
+        assert not d_gates[~layer.active].any(), "d_gates is not 0 at an inactive row"
+        input_slots = [1, 2, 0] if case.cell == "GRU" else list(range(layer.slots))
+        d_in = d_gates[:, input_slots].reshape(layer.rows, -1)
+        d_rec = d_gates[:, layer.slots - layer.gates :].reshape(layer.rows, -1)
+        before = layer.row_before(d)
+        y = saved["y"].double()[:, d * case.output : (d + 1) * case.output]
+        h0 = torch.zeros(case.batch, case.output, dtype=torch.float64) if data.h0 is None else data.h0[d].double()
+        h = torch.where((before >= 0)[:, None], y[before.clamp(min=0)], h0[layer.batch_of_row])
+        if data.resets is not None:
+            h = h.masked_fill(data.resets.reshape(-1, 1), 0)
+        weights = layer.direction(d)
+        dx += d_in @ weights[0].double()
+        weight_grads += [d_in.T @ x, d_rec.T @ h]
+        if case.has_biases:
+            weight_grads += [d_in.sum(0), d_rec.sum(0)]
+        if case.proj:
+            # The hidden state before the projection is o tanh(c), recomputed from what forward saved.
+            full = saved["gates"][d, :, 3].double() * saved["cs"][d].double().tanh()
+            full = full.masked_fill(~layer.active[:, None], 0)
+            d_h = grads["d_h"][d].double()
+            assert not d_h[~layer.active].any(), "d_h is not 0 at an inactive row"
+            weight_grads.append(d_h.T @ full)
+    results = [dx.reshape(data.input.shape)]
+    if data.h0 is not None:
+        results.append(grads["d_h0"])
+    if data.c0 is not None:
+        results.append(grads["d_c0"])
+    return results + weight_grads
+
+
+def expected(layer: Layer) -> tuple[list[Tensor], list[Tensor]]:
+    """(y, h_n, c_n?) and the gradients of (x, h0, c0, *weights), by the fp64 reference on upcast inputs."""
+    case = layer.case
+    data = layer.data.to(torch.float64)
+    inputs = data.differentiable()
+    for t in inputs:
+        t.requires_grad_()
+    h0 = data.h0
+    if h0 is None and layer.offsets is not None:
+        h0 = torch.zeros(case.directions, case.batch, case.output, dtype=torch.float64)
+    results = reference.layer(
+        data.input, h0, data.c0, data.weights, case.has_biases, data.lengths, layer.offsets, data.resets,
+        CELL_OF_REFERENCE[case.cell], case.bidirectional
+    )
+    used = [t for t in results if t.numel()]
+    outer = [data.dy, data.dh_n, data.dc_n][: len(used)]
+    grads = torch.autograd.grad(used, inputs, outer, allow_unused=True, materialize_grads=True)
+    return [t.detach() for t in used], list(grads)
+
+
+CELL_OF_REFERENCE = {
+    "RNN_TANH": reference.RNN_TANH,
+    "RNN_RELU": reference.RNN_RELU,
+    "RNN_IDENTITY": reference.RNN_IDENTITY,
+    "LSTM": reference.LSTM,
+    "GRU": reference.GRU,
+}

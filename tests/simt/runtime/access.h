@@ -1,0 +1,65 @@
+// The simulated device's memory: one reserved address range that holds global buffers and every block's shared memory, with a
+// state for each byte and a record of the last accesses for each pair of bytes.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace simt_host {
+
+struct Thread;
+struct Grid;
+
+enum ByteState : uint8_t { kUnmapped = 0, kPoison = 1, kDefined = 2 };
+constexpr int kPoisonByte = 0xff;  // NaN in every floating-point format, -1 as an integer
+
+// One access. grid 0: none. tid counts the threads of the grid, then their copy engines (see Thread::agent).
+struct Access {
+  uint32_t grid;
+  uint32_t tid : 30;
+  uint32_t atomic : 1;
+  uint32_t async : 1;
+  uint32_t clock;
+  uint32_t site;  // offset of the instruction in the library
+};
+// Two bytes of memory: the last write and some of the reads since then. Reads that another recorded read is ordered after are
+// dropped; when there are still more than fit, a random one goes (another seed drops another).
+struct Cell {
+  Access write;
+  Access reads[3];
+};
+
+enum AccessKind : unsigned {
+  kRead = 0,
+  kWrite = 1,
+  kAtomic = 2,
+  kAsync = 4,     // by the thread's copy engine, some time after now
+  kUnaligned = 8  // the C++ type promises no alignment
+};
+
+void memory_init();
+// Global buffers, 256-byte aligned, with unmapped gaps between them. Filled with poison.
+void* global_alloc(size_t bytes, const std::string& name);
+void mark(void* address, size_t bytes, ByteState state);
+void global_free_all();
+// Shared memory of a block. `live` end addresses are the caller's business: the range is a ring.
+unsigned char* shared_alloc(size_t bytes, const std::string& name);
+void shared_free(unsigned char* base, size_t bytes);
+size_t count_state(const void* address, size_t bytes, ByteState state);
+bool in_arena(const void* address);
+bool in_shared(const void* address);
+
+// Checks and records an access of the running thread; reports a fault instead of returning when it is not allowed.
+void check_access(const void* address, size_t bytes, unsigned kind, uintptr_t pc);
+// The same by a given thread.
+void check_access_of(Thread& thread, const void* address, size_t bytes, unsigned kind, uintptr_t pc);
+
+// Reads of poison since the launch sequence began, for the report when an output turns out bad.
+std::string poison_reads();
+void forget_poison_reads();
+
+uint32_t site_of(uintptr_t pc);
+std::string where(uintptr_t pc);       // "{pc:1234}", to be replaced by a source line
+std::string where_site(uint32_t site);
+
+}  // namespace simt_host

@@ -1,0 +1,61 @@
+#include "capi.h"
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "device.h"
+
+using namespace simt_host;
+
+namespace {
+std::string kind, message, answer;
+}
+
+namespace simt_host {
+int run_guarded(const std::function<void()>& host_code) {
+  clear_stream();
+  forget_poison_reads();
+  forget_meetings();
+  stats = {};
+  kind.clear();
+  message.clear();
+  try {
+    host_code();
+  } catch (const std::exception& e) {
+    clear_stream();
+    kind = "host";
+    message = e.what();
+    return 2;
+  }
+  if (run_stream()) return 0;
+  kind = fault_kind();
+  message = fault_text();
+  clear_stream();
+  return 1;
+}
+}  // namespace simt_host
+
+extern "C" {
+void simt_reset() {
+  clear_stream();
+  forget_prepared();
+  global_free_all();
+}
+void simt_seed(uint64_t seed) { set_seed(seed); }
+void simt_device(const int* fields) { std::memcpy(&limits, fields, sizeof limits); }
+void* simt_alloc(size_t bytes, const char* name, const void* contents) {
+  void* p = global_alloc(bytes, name);
+  if (p && contents) {
+    std::memcpy(p, contents, bytes);
+    mark(p, bytes, kDefined);
+  }
+  return p;
+}
+size_t simt_unwritten(const void* address, size_t bytes) { return count_state(address, bytes, kPoison); }
+const char* simt_kind() { return kind.c_str(); }
+const char* simt_message() { return message.c_str(); }
+const char* simt_poison_reads() { return (answer = poison_reads()).c_str(); }
+const char* simt_meetings() { return (answer = meetings_text()).c_str(); }
+void simt_stats(uint64_t* out) { std::memcpy(out, &stats, sizeof stats); }
+}

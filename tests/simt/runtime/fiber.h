@@ -1,0 +1,33 @@
+// Fibres: a stack each, switched by hand. x86-64 has a few lines of assembly, other architectures use ucontext.
+#pragma once
+#include <cstddef>
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace simt_host {
+
+struct Fiber {
+  void* stack = nullptr;  // lowest usable byte
+  size_t stack_bytes = 0;
+#if defined(__x86_64__)
+  void* stack_pointer = nullptr;
+#else
+  ucontext_t context;
+#endif
+  void* asan_fake_stack = nullptr;
+};
+
+// A stack with a guard page below it, taken from a pool.
+void* acquire_stack(size_t* bytes);
+void release_stack(void* stack);
+
+// Makes `fiber` start entry() at its first switch. entry never returns: its last act is a switch with `last`.
+void prepare_fiber(Fiber& fiber, void (*entry)());
+// Saves the running context in `from` and continues `to`. `last`: `from` will not run again.
+void switch_fiber(Fiber& from, Fiber& to, bool last = false);
+// To be called first in entry().
+void enter_fiber(Fiber& previous);
+
+}  // namespace simt_host

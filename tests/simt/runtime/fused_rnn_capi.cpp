@@ -1,0 +1,38 @@
+// The CUDA backend's own host code on the simulated device.
+#include <optional>
+#include <string>
+
+#include "capi.h"
+#include "cuda/cuda.h"
+#include "device.h"
+
+using namespace fused_rnn;
+
+namespace {
+std::string text;
+}
+
+// A plan on the heap; null with simt_plan_text() saying why there is none. forced: -1 or a Family.
+extern "C" Plan* simt_make_plan(const Problem* problem, const DeviceInfo* device, int forced) {
+  try {
+    const auto family = forced < 0 ? std::nullopt : std::optional<Family>(static_cast<Family>(forced));
+    auto* plan = new Plan(make_plan(*problem, *device, family));
+    text = to_string(*plan);
+    return plan;
+  } catch (const std::exception& e) {
+    text = e.what();
+    return nullptr;
+  }
+}
+extern "C" const char* simt_plan_text() { return text.c_str(); }
+extern "C" int64_t simt_plan_workspace(const Plan* plan) { return plan->workspace_bytes; }
+extern "C" int simt_plan_family(const Plan* plan) { return static_cast<int>(plan->family); }
+extern "C" void simt_free_plan(Plan* plan) { delete plan; }
+extern "C" void simt_problem_forward(const ForwardParams* params, Problem* problem) { *problem = cuda::problem_of(*params); }
+extern "C" void simt_problem_backward(const BackwardParams* params, Problem* problem) { *problem = cuda::problem_of(*params); }
+extern "C" int simt_forward(const ForwardParams* params, const Plan* plan) {
+  return simt_host::run_guarded([&] { cuda::forward(*params, *plan, nullptr); });
+}
+extern "C" int simt_backward(const BackwardParams* params, const Plan* plan) {
+  return simt_host::run_guarded([&] { cuda::backward(*params, *plan, nullptr); });
+}
