@@ -23,7 +23,7 @@ COMMON = ["-std=c++17", "-g", "-fPIC", "-Wall", "-Wextra"]
 # -fsanitize=thread only instruments memory accesses; the library is not linked with libtsan, runtime/hooks.cpp takes its place.
 KERNEL = [
     *("-x", "c++", "-O1", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"),
-    *("-ftrivial-auto-var-init=pattern", "-ffp-contract=off", "-Wno-unknown-pragmas"),
+    *("-ffp-contract=off", "-Wno-unknown-pragmas"),
 ]
 SANITIZE = {
     "plain": [],
