@@ -19,10 +19,12 @@ ROOT = HERE.parent.parent
 CACHE = ROOT / "build" / "simt"
 CXX = os.environ.get("CXX", "g++")
 
-COMMON = ["-std=c++17", "-g", "-fPIC", "-Wall", "-Wextra"]
+# FUSED_RNN_SIMT_DEBUG=1: for stepping through a kernel in gdb.
+DEBUG = bool(int(os.environ.get("FUSED_RNN_SIMT_DEBUG", "0")))
+COMMON = ["-std=c++17", "-g" if DEBUG else "-g1", "-fPIC", "-Wall", "-Wextra"]
 # -fsanitize=thread only instruments memory accesses; the library is not linked with libtsan, runtime/hooks.cpp takes its place.
 KERNEL = [
-    *("-x", "c++", "-O1", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"),
+    *("-x", "c++", "-O0" if DEBUG else "-O1", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"),
     *("-ffp-contract=off", "-Wno-unknown-pragmas"),
 ]
 SANITIZE = {
@@ -92,9 +94,17 @@ def _compile(unit: Unit, includes: Sequence[Path], headers: str) -> Path:
 
 
 def build(
-    kernels: Sequence[Path] | None = None, csrc: Path = ROOT / "csrc", arch: int = 900, sanitize: str = "plain", jobs: int = 2
+    kernels: Sequence[Path] | None = None,
+    csrc: Path = ROOT / "csrc",
+    arch: int = 900,
+    older: Sequence[str] = (),
+    sanitize: str = "plain",
+    jobs: int = 2,
 ) -> Path:
-    """The shared library of the runtime and `kernels` (default: the CUDA backend of `csrc`, host code included)."""
+    """The shared library of the runtime and `kernels` (default: the CUDA backend of `csrc`, host code included).
+
+    Kernels are compiled as for architecture `arch`, those of the files named in `older` as for sm_75.
+    """
     CACHE.mkdir(parents=True, exist_ok=True)
     includes = [HERE / "include", csrc]
     headers = _headers([HERE / "include", HERE / "runtime", csrc])
@@ -102,12 +112,12 @@ def build(
     host = [*COMMON, "-O2", *(["-fsanitize=address"] if sanitize == "asan" else [])]
     # g++ does not combine -fsanitize=thread with address: that variant has no race detection.
     kernel_flags = [f for f in KERNEL if sanitize != "asan" or f != "-fsanitize=thread"]
-    kernel_flags = [*COMMON, f"-DSIMT_ARCH={arch}", *kernel_flags, *extra]
+    kernel_flags = [*COMMON, *kernel_flags, *extra]
     runtime = sorted((HERE / "runtime").glob("*.cpp"))
     backend = kernels is None
     if kernels is None:
         kernels = sorted((csrc / "cuda").glob("*.cu"))
-    units = [Unit(f, tuple(kernel_flags)) for f in kernels]
+    units = [Unit(f, (*kernel_flags, f"-DSIMT_ARCH={750 if f.stem in older else arch}")) for f in kernels]
     units += [Unit(f, tuple(host)) for f in runtime if backend or f.name != "fused_rnn_capi.cpp"]
     if backend:
         units += [Unit(f, tuple(host)) for f in [csrc / "plan.cpp", *sorted((csrc / "cuda").glob("*.cpp"))]]

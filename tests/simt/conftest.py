@@ -17,8 +17,8 @@ def sim() -> Simulator:
 
 @pytest.fixture(scope="session")
 def sim_sm75() -> Simulator:
-    """The same for sm_75: no asynchronous copies, no TF32, smaller tensor-core shapes."""
-    return Simulator(build.build(arch=750))
+    """The same with the fp16 kernels as compiled for sm_75: no asynchronous copies, smaller tensor-core shapes."""
+    return Simulator(build.build(older=["kernels_fp16"]))
 
 
 @pytest.fixture(scope="session")

@@ -104,21 +104,26 @@ class Layer:
 
 
 class LayerRun:
-    """One layer on one simulator: forward(), then backward() if it was training."""
+    """One layer on one simulator: forward(), then backward() if it was training.
+
+    tile: (size, stages) in the place of the plan's choice.
+    """
 
     def __init__(
         self, sim: Simulator, layer: Layer, *, seed: int = 0, device: DeviceInfo = H100, family: str | None = None,
-        tf32: bool = False, training: bool = True
+        tf32: bool = False, training: bool = True, tile: tuple[int, int] | None = None
     ) -> None:
         self.sim, self.layer, self.seed, self.device, self.training = sim, layer, seed, device, training
         self.family = -1 if family is None else FAMILIES.index(family)
-        self.tf32 = tf32
+        self.tf32, self.tile = tf32, tile
         lib = sim.lib
         lib.simt_make_plan.restype = lib.simt_plan_text.restype = c_void_p
         lib.simt_plan_text.restype = ctypes.c_char_p
         lib.simt_plan_workspace.restype = c_int64
         for name in ("simt_plan_workspace", "simt_plan_family", "simt_free_plan"):
             getattr(lib, name).argtypes = [c_void_p]
+        lib.simt_force_tile.argtypes = [c_void_p, c_void_p, c_int, c_int]
+        lib.simt_force_tile.restype = c_bool
         for name in ("simt_forward", "simt_backward"):
             getattr(lib, name).argtypes = [c_void_p, c_void_p]
         self.plan_text = ""
@@ -128,6 +133,11 @@ class LayerRun:
         self.plan_text = self.sim.lib.simt_plan_text().decode()
         if not plan:
             raise NoPlan(self.plan_text)
+        if self.tile is not None:
+            if not self.sim.lib.simt_force_tile(plan, ctypes.byref(problem), *self.tile):
+                self.sim.lib.simt_free_plan(plan)
+                raise NoPlan("no such tile")
+            self.plan_text = self.sim.lib.simt_plan_text().decode()
         return plan
 
     def _weights(self, params: ForwardParams | BackwardParams) -> None:

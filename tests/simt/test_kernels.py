@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import CELLS, DTYPES, GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, Case, make_data
-from layers import Layer, LayerRun, expected, gradients
+from cases import CELLS, DTYPES, GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, Case, layer_cases, make_data
+from layers import Layer, LayerRun, NoPlan, expected, gradients
 from simulator import A100, H100, T4, TINY, DeviceInfo, Simulator
 from torch import Tensor
 
@@ -27,26 +28,46 @@ def assert_near(name: str, actual: Tensor, want: Tensor, tolerance: float, norm:
     assert error <= tolerance, f"{name}: error {error:.3g}, tolerance {tolerance:.3g}"
 
 
-def run(
-    sim: Simulator, case: Case, seeds: int = 1, device: DeviceInfo = H100, family: str | None = None, tf32: bool = False
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Simulated:
+    """One simulated case: a configuration, how it is carried out, and under how many seeds."""
+
+    case: Case
+    seeds: int = 2
+    family: str | None = None
+    device: str = "H100"
+    tf32: bool = False
+    tile: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        flags = [self.device * (self.device != "H100"), self.family or "", "tf32" * self.tf32]
+        tile = "" if self.tile is None else f"tile{self.tile[0]}x{self.tile[1]}"
+        return "-".join([str(self.case), *filter(None, [*flags, tile]), f"{self.seeds}seeds"])
+
+
+DEVICES = {"H100": H100, "A100": A100, "T4": T4, "TINY": TINY}
+
+
+def run(sim: Simulator, s: Simulated) -> None:
     """Forward (training and not) and backward under every seed: near the reference, and bitwise the same."""
+    case = s.case
     layer = Layer.of(case, make_data(case))
     want, want_grads = expected(layer)
     output_tolerance, gradient_tolerance = OUTPUT_TOLERANCE[case.dtype], GRADIENT_TOLERANCE[case.dtype]
-    if tf32:
+    if s.tf32:
         output_tolerance, gradient_tolerance = TF32_TOLERANCE
     growth = max(1.0, math.sqrt(max(case.hidden, case.input_size) / 32))
-    norm = 2 if case.cell == "RNN_RELU" and (tf32 or case.dtype.itemsize == 2) else math.inf
+    norm = 2 if case.cell == "RNN_RELU" and (s.tf32 or case.dtype.itemsize == 2) else math.inf
     first: dict[str, Tensor] = {}
-    for seed in range(seeds):
-        options = {"seed": seed, "device": device, "family": family, "tf32": tf32}
-        inference = LayerRun(sim, layer, training=False, **options).forward()
-        trainer = LayerRun(sim, layer, training=True, **options)
+    for seed in range(s.seeds):
+        options = {"seed": seed, "device": DEVICES[s.device], "tf32": s.tf32, "tile": s.tile}
+        trainer = LayerRun(sim, layer, training=True, family=s.family, **options)
         saved = trainer.forward()
+        if seed < 2:
+            inference = LayerRun(sim, layer, training=False, family=s.family, **options).forward()
+            for name in inference:
+                assert torch.equal(inference[name], saved[name]), f"{name} depends on training, seed {seed}"
         grads = trainer.backward(saved)
-        for name in inference:
-            assert torch.equal(inference[name], saved[name]), f"{name} depends on training, seed {seed}"
         results = saved | grads
         if seed == 0:
             first = results
@@ -57,3 +78,95 @@ def run(
                 assert_near(f"gradient {next(names)}", actual, wanted, gradient_tolerance * growth, norm)
         for name, tensor in results.items():
             assert torch.equal(tensor.view(torch.uint8), first[name].view(torch.uint8)), f"{name} of seed {seed}"
+
+
+F32 = torch.float32
+ARITHMETIC = [*((dtype, False) for dtype in DTYPES), (F32, True)]
+
+
+def many_seeds() -> Iterator[Simulated]:
+    """Every cell, arithmetic and family, with all options on, under 20 seeds."""
+    for cell, (dtype, tf32) in itertools.product(CELLS, ARITHMETIC):
+        options = {"bidirectional": True, "resets": True, "ragged": "lengths", "dtype": dtype}
+        yield Simulated(Case(cell, steps=3, batch=3, hidden=9, **options), 20, "step", tf32=tf32)
+        yield Simulated(Case(cell, steps=1, batch=3, hidden=9, input_size=5, **options), 20, "cell", tf32=tf32)
+    for dtype, tf32 in ARITHMETIC:
+        case = Case("LSTM", steps=3, proj=5, hidden=9, bidirectional=True, resets=True, ragged="packed", dtype=dtype)
+        yield Simulated(case, 20, tf32=tf32)
+
+
+def tiles() -> Iterator[Simulated]:
+    """Every kernel that is compiled: each cell, arithmetic and tile, with few and with many stages, more than one tile."""
+    for cell, (dtype, tf32), tile in itertools.product(("RNN_TANH", "GRU", "LSTM"), ARITHMETIC, range(3)):
+        if tile == 2 and not (tf32 or dtype.itemsize == 2):
+            continue
+        stages = 2 + (tile + len(cell)) % 3
+        case = Case(cell, steps=2, hidden=37, batch=(11, 35, 67)[tile], input_size=19, ragged="lengths", dtype=dtype)
+        yield Simulated(case, 1, "step", tf32=tf32, tile=(tile, stages))
+        yield Simulated(dataclasses.replace(case, steps=1), 1, "cell", tf32=tf32, tile=(tile, stages))
+        if cell == "LSTM":
+            yield Simulated(dataclasses.replace(case, proj=18), 1, tf32=tf32, tile=(tile, 4 - tile))
+    for dtype, tf32 in ARITHMETIC:
+        yield Simulated(Case("LSTM", steps=2, hidden=64, batch=8, dtype=dtype), 2, tf32=tf32, tile=(0, 8))
+
+
+def _largest_product(case: Case) -> int:
+    return case.steps * case.batch * case.hidden * max(case.hidden, case.input_size)
+
+
+def generated() -> Iterator[Simulated]:
+    """The cases of tests/cases.py, one layer each, in the plan's own choice of family and tiles."""
+    seen = set()
+    for index, case in enumerate(layer_cases()):
+        case = dataclasses.replace(case, layers=1, batch_first=False)
+        if case in seen or case.batch == 0:
+            continue
+        seen.add(case)
+        seeds = 2 if _largest_product(case) < 20000 else 1
+        yield Simulated(case, seeds, device=("H100", "A100", "TINY")[index % 3])
+        if case.dtype == F32 and _largest_product(case) < 20000:
+            yield Simulated(case, seeds, tf32=True)
+
+
+ALL = [*many_seeds(), *tiles(), *generated()]
+HEAVY = 1_000_000
+DEFAULT = [s for s in ALL if _largest_product(s.case) < HEAVY]
+
+
+@pytest.mark.parametrize("simulated", DEFAULT, ids=str)
+def test_kernels(sim: Simulator, simulated: Simulated) -> None:
+    run(sim, simulated)
+
+
+OLDER = [
+    Simulated(Case(cell, steps=steps, hidden=19, batch=batch, ragged="lengths", resets=True, dtype=torch.float16), 3, device="T4")
+    for cell, steps, batch in itertools.product(CELLS, (1, 3), (3, 33))
+]
+
+
+@pytest.mark.parametrize("simulated", OLDER, ids=str)
+def test_kernels_of_sm75(sim_sm75: Simulator, simulated: Simulated) -> None:
+    run(sim_sm75, simulated)
+
+
+def test_default_run_is_large_enough() -> None:
+    assert len(DEFAULT) + len(OLDER) >= 300
+
+
+def test_empty_batch(sim: Simulator) -> None:
+    case = Case("LSTM", batch=0)
+    run = LayerRun(sim, Layer.of(case, make_data(case)))
+    with pytest.raises(NoPlan, match="needs T, B, H, P >= 1"):
+        run.forward()
+
+
+SWEEP = [
+    dataclasses.replace(s, seeds=50 if _largest_product(s.case) < 20000 else 2, device=device)
+    for s, device in itertools.product(ALL, ("H100", "A100", "TINY"))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("simulated", SWEEP, ids=str)
+def test_sweep(sim: Simulator, simulated: Simulated) -> None:
+    run(sim, simulated)

@@ -24,6 +24,23 @@ extern "C" Plan* simt_make_plan(const Problem* problem, const DeviceInfo* device
     return nullptr;
   }
 }
+// Gives every kernel of the plan another tile and number of stages; returns whether all have that tile.
+extern "C" bool simt_force_tile(Plan* plan, const Problem* problem, int tile_size, int stages) {
+  const auto size = static_cast<cuda::TileSize>(tile_size);
+  for (KernelPlan& k : plan->kernels) {
+    if (!cuda::has_tile(k.math, size)) return false;
+    const cuda::TileShape tile = cuda::tile_shape(k.role, k.math, size);
+    const bool outputs = k.role == cuda::KernelRole::kProject || k.role == cuda::KernelRole::kStateGrad;
+    k.tile = size;
+    k.grid_x = (problem->B + tile.batch - 1) / tile.batch;
+    k.grid_y = ((outputs ? problem->P : problem->H) + tile.units - 1) / tile.units;
+    k.threads = cuda::tile_threads(tile);
+    k.stages = stages;
+    k.smem_bytes = cuda::smem_bytes(k.role, problem->cell, k.math, tile, stages);
+  }
+  text = to_string(*plan);
+  return true;
+}
 extern "C" const char* simt_plan_text() { return text.c_str(); }
 extern "C" int64_t simt_plan_workspace(const Plan* plan) { return plan->workspace_bytes; }
 extern "C" int simt_plan_family(const Plan* plan) { return static_cast<int>(plan->family); }
