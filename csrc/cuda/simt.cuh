@@ -293,6 +293,17 @@ __device__ __forceinline__ void load_tagged(TaggedWord (&words)[2], const Tagged
   words[1] = {static_cast<uint32_t>(second), static_cast<uint32_t>(second >> 32)};
 }
 
+// A flag: whoever finds the value of a store_release by load_acquire sees all that the storing thread had written, or had been
+// shown by a barrier, before it. Scope of the device; only between blocks that run at the same time.
+__device__ __forceinline__ void store_release(uint32_t* flag, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* flag) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+
 // -------------------------------------------------------------------------- clusters: pushes into the shared memory of peers
 
 // All below needs sm_90: code for older architectures must not reach it.

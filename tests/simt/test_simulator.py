@@ -37,7 +37,7 @@ def launch(
     data = torch.arange(n, dtype=torch.float32) if data is None else data
     outputs = n if outputs is None else outputs
     sim.reset(seed, device)
-    source, out, scratch = sim.put("in", data), sim.out("out", outputs * 4), sim.out("scratch", n * 4)
+    source, out, scratch = sim.put("in", data), sim.out("out", outputs * 4), sim.out("scratch", n * 16)
     shape = (ctypes.c_int * 5)(blocks, threads, smem, cluster, prepare)
     pointers = [ctypes.c_void_p(p) for p in (source, out, scratch)]
     sim.check(sim.lib.simt_run_small(name.encode(), shape, *pointers))
@@ -62,6 +62,11 @@ def test_right_kernels(small: Simulator, seed: int) -> None:
     assert torch.equal(launch(small, "own_copy", seed=seed), data * (data % 2))
     votes = torch.zeros(32)
     votes[[7, 9]] = 1
+    assert torch.equal(launch(small, "flag", seed=seed), (data[:64] + 1).flip(0).repeat(2))
+    words = 2 * torch.arange(64) + torch.arange(3)[:, None]
+    assert torch.equal(launch(small, "tagged", blocks=3, seed=seed), words.flatten().float())
+    pushed = launch(small, "push", blocks=8, threads=32, cluster=4, seed=seed)
+    assert torch.equal(pushed, torch.full((256,), 16.0))
     assert torch.equal(launch(small, "vote", votes, blocks=1, threads=32, seed=seed), torch.full((32,), 7.0))
 
 
@@ -102,15 +107,25 @@ WRONG = [
     ("own_copy_no_wait", "data race", [r"asynchronous write by own_copy_no_wait block \((\d),0,0\) thread (\d+) at"]),
     ("chain_no_wait", "data race", [r"of scratch", r"of launch 0"]),
     ("write_input", "data race", [r"of out"]),
+    ("flag_relaxed", "data race", [r"of scratch", line_of("= p.scratch[n - 1 - i]")]),
+    ("flag_early", "data race", [r"of scratch", line_of("= p.scratch[n - 1 - i]"), line_of("p.scratch[i] = p.in[i] + 1")]),
+    ("flag_never", "deadlock", [r"\(1,0,0\): threads 0 wait at a flag that it polls", line_of("simt::load_acquire")]),
+    ("tagged_never", "deadlock", [r"a flag that it polls", line_of("simt::load_tagged")]),
+    ("push_no_wait", "data race", [r"asynchronous write", line_of("sum += slots[r]")]),
+    ("push_wrong_bytes", "deadlock", [r"wait at an mbarrier's phase", line_of("simt::mbarrier_wait")]),
+    ("push_no_init_sync", "data race|bad mbarrier|block ended", [r"push_no_init_sync block"]),
+    ("push_block_ends", "partial barrier|block ended|deadlock|out of bounds", [r"push_block_ends block"]),
+    ("push_no_slot_sync", "data race|bad mbarrier", [line_of("simt::store_async")]),
 ]
+SHAPES = {"push": {"blocks": 8, "threads": 32, "cluster": 4}}
 
 
 @pytest.mark.parametrize(("name", "kind", "words"), WRONG, ids=[w[0] for w in WRONG])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_wrong_kernels(small: Simulator, name: str, kind: str, words: list[str], seed: int) -> None:
     with pytest.raises(Fault) as caught:
-        launch(small, name, seed=seed)
-    assert caught.value.kind == kind, str(caught.value)
+        launch(small, name, seed=seed, **SHAPES.get(name.split("_")[0], {}))
+    assert re.fullmatch(kind, caught.value.kind), str(caught.value)
     for word in words:
         assert re.search(word, str(caught.value)), f"{word!r} is not in {caught.value}"
 

@@ -68,13 +68,13 @@ __forceinline__ unsigned char* dynamic_smem() { return simt_host::context.smem; 
 
 // -------------------------------------------------------------------------------------------------- barriers and shuffles
 
-__forceinline__ void sync_block() { simt_host::barrier(0, 0, true, nullptr, SIMT_HERE); }
+__forceinline__ void sync_block() { simt_host::barrier(0, 0, nullptr, SIMT_HERE); }
 __forceinline__ bool sync_block_or(bool predicate) {
-  simt_host::barrier(0, 0, true, &predicate, SIMT_HERE);
+  simt_host::barrier(0, 0, &predicate, SIMT_HERE);
   return predicate;
 }
 __forceinline__ void sync_warp() { simt_host::warp_collective("sync_warp", ~0u, nullptr, nullptr, true, SIMT_HERE); }
-__forceinline__ void sync_named(int id, int threads) { simt_host::barrier(id, threads, true, nullptr, SIMT_HERE); }
+__forceinline__ void sync_named(int id, int threads) { simt_host::barrier(id, threads, nullptr, SIMT_HERE); }
 
 namespace detail {
 struct Shuffle {
@@ -215,6 +215,49 @@ __forceinline__ void pdl_launch_dependents() {
   if constexpr (arch() >= 900) simt_host::grid_launch_dependents();
 }
 
+// ------------------------------------------------------------------------------------- exchange between blocks of one grid
+
+struct alignas(8) TaggedWord {
+  uint32_t value, tag;
+};
+__forceinline__ void store_tagged(TaggedWord* to, TaggedWord word) {
+  simt_host::store_flag(to, &word, sizeof word, false, SIMT_HERE);
+}
+__forceinline__ void load_tagged(TaggedWord (&words)[2], const TaggedWord* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) {
+    simt_host::check_access(from, 16, simt_host::kRead | simt_host::kAtomic, SIMT_HERE);  // reports it
+  }
+  simt_host::load_flag(&words[0], from, sizeof words[0], false, SIMT_HERE);
+  simt_host::load_flag(&words[1], from + 1, sizeof words[1], false, SIMT_HERE);
+}
+
+__forceinline__ void store_release(uint32_t* flag, uint32_t value) {
+  simt_host::store_flag(flag, &value, sizeof value, true, SIMT_HERE);
+}
+__forceinline__ uint32_t load_acquire(const uint32_t* flag) {
+  uint32_t value;
+  simt_host::load_flag(&value, flag, sizeof value, true, SIMT_HERE);
+  return value;
+}
+
+// -------------------------------------------------------------------------- clusters: pushes into the shared memory of peers
+
+__forceinline__ int cluster_rank() { return simt_host::cluster_rank(); }
+__forceinline__ void sync_cluster() { simt_host::sync_cluster(SIMT_HERE); }
+using ClusterAddress = uint32_t;
+__forceinline__ ClusterAddress map_to_rank(const void* shared, int rank) {
+  return simt_host::map_to_rank(shared, rank, SIMT_HERE);
+}
+using MBarrier = uint64_t;
+__forceinline__ void mbarrier_init(MBarrier* barrier) { simt_host::mbarrier_init(barrier, SIMT_HERE); }
+__forceinline__ void mbarrier_expect(MBarrier* barrier, int bytes) { simt_host::mbarrier_expect(barrier, bytes, SIMT_HERE); }
+__forceinline__ void mbarrier_wait(MBarrier* barrier, int parity) { simt_host::mbarrier_wait(barrier, parity, SIMT_HERE); }
+template <int kCount>
+__forceinline__ void store_async(ClusterAddress to, const uint32_t (&v)[kCount], ClusterAddress barrier) {
+  static_assert(kCount == 1 || kCount == 2 || kCount == 4);
+  simt_host::store_async(to, v, 4 * kCount, barrier, SIMT_HERE);
+}
+
 // --------------------------------------------------------------------------------------------------------- host: launching
 
 struct LaunchConfig {
@@ -224,12 +267,18 @@ struct LaunchConfig {
   int smem_bytes;
   int cluster;
   bool pdl;
+  bool cooperative;
 };
 
 template <class Params>
 bool prepare(void (*kernel)(Params), const char* name, int smem_bytes) {
   simt_host::prepare_kernel(reinterpret_cast<const void*>(kernel), name, smem_bytes);
   return arch() >= 900;
+}
+
+template <class Params>
+void allow_large_clusters(void (*kernel)(Params), const char*) {
+  simt_host::allow_large_clusters(reinterpret_cast<const void*>(kernel));
 }
 
 template <class Params>
@@ -241,6 +290,7 @@ void launch(void (*kernel)(Params), const LaunchConfig& config, void*, const Par
   spec.smem_bytes = config.smem_bytes;
   spec.cluster = config.cluster;
   spec.pdl = config.pdl;
+  spec.cooperative = config.cooperative;
   spec.kernel = reinterpret_cast<const void*>(kernel);
   spec.body = [kernel, params] { kernel(params); };
   simt_host::enqueue(std::move(spec));

@@ -146,10 +146,78 @@ __global__ void vote_kernel(const Small p) {
 
 __global__ void overflow_kernel(const Small p) { p.out[global_index()] = static_cast<float>(p.n + 0x7fffffff); }
 
+// Block 0 writes scratch, the others wait for a flag in scratch[n] and read it. Cooperative.
+enum class Flag { kRelease, kRelaxed, kEarly, kNever };
+template <Flag kFlag>
+__global__ void flag_kernel(const Small p) {
+  auto* flag = reinterpret_cast<uint32_t*>(p.scratch + p.n);
+  const int i = simt::thread_x(), n = simt::block_dim_x();
+  if (simt::block_x() == 0) {
+    if (kFlag == Flag::kEarly && i == 0) simt::store_release(flag, 1);
+    p.scratch[i] = p.in[i] + 1;
+    simt::sync_block();
+    if (kFlag == Flag::kRelease && i == 0) simt::store_release(flag, 1);
+    if (kFlag == Flag::kRelaxed && i == 0) simt::store_tagged(reinterpret_cast<simt::TaggedWord*>(flag), {1, 1});
+  } else {
+    if (i == 0) {
+      while (simt::load_acquire(flag) != 1) {
+      }
+    }
+    simt::sync_block();
+  }
+  p.out[global_index()] = p.scratch[n - 1 - i];
+}
+
+// Every block takes what the block before it left in tagged words, adds 1 and passes it on. Cooperative.
+template <bool kPass>
+__global__ void tagged_kernel(const Small p) {
+  auto* words = reinterpret_cast<simt::TaggedWord*>(p.scratch);  // [blocks][2 * threads]
+  const int block = simt::block_x(), i = 2 * simt::thread_x(), n = 2 * simt::block_dim_x();
+  uint32_t value = static_cast<uint32_t>(i);
+  if (block > 0) {
+    simt::TaggedWord pair[2];
+    do {
+      simt::load_tagged(pair, words + (block - 1) * n + i);
+    } while (pair[0].tag != 7u || pair[1].tag != 7u);
+    value = pair[0].value + pair[1].value;
+  }
+  if (kPass) {
+    simt::store_tagged(words + block * n + i, {value, 7});
+    simt::store_tagged(words + block * n + i + 1, {1, 7});
+  }
+  p.out[global_index()] = static_cast<float>(value);
+}
+
+// Every block of a cluster pushes its rank to all, through two phases of a transaction barrier, and adds up what came.
+enum class Push { kRight, kNoWait, kWrongBytes, kNoInitSync, kEnds, kNoSlotSync };
+template <Push kPush>
+__global__ void push_kernel(const Small p) {
+  auto* barrier = reinterpret_cast<simt::MBarrier*>(simt::dynamic_smem());
+  auto* slots = reinterpret_cast<uint32_t*>(simt::dynamic_smem() + 16);  // [16]
+  const int rank = simt::cluster_rank(), i = simt::thread_x(), size = p.n;
+  if (i == 0) simt::mbarrier_init(barrier);
+  if (kPush != Push::kNoInitSync) simt::sync_cluster();
+  uint32_t sum = 0;
+  for (int phase = 0; phase < 2; ++phase) {
+    if (i == 0) simt::mbarrier_expect(barrier, 4 * size + (kPush == Push::kWrongBytes ? 4 : 0));
+    if (i < size) {
+      const uint32_t value[1] = {static_cast<uint32_t>(rank + phase)};
+      simt::store_async(simt::map_to_rank(slots + rank, i), value, simt::map_to_rank(barrier, i));
+    }
+    if (kPush == Push::kEnds && rank == 0) return;
+    if (kPush != Push::kNoWait) simt::mbarrier_wait(barrier, phase);
+    for (int r = 0; r < size; ++r) sum += slots[r];
+    if (kPush != Push::kNoSlotSync) simt::sync_cluster();
+  }
+  p.out[global_index()] = static_cast<float>(sum);
+  simt::sync_cluster();
+}
+
 struct Entry {
   const char* name;
   void (*kernel)(Small);
   void (*second)(Small);
+  bool cooperative = false;
 };
 constexpr Entry kEntries[] = {
     {"reverse", reverse_kernel<true, 0>, nullptr},
@@ -179,6 +247,18 @@ constexpr Entry kEntries[] = {
     {"bfloat16", half_kernel<simt::bfloat16_t>, nullptr},
     {"vote", vote_kernel, nullptr},
     {"overflow", overflow_kernel, nullptr},
+    {"flag", flag_kernel<Flag::kRelease>, nullptr, true},
+    {"flag_relaxed", flag_kernel<Flag::kRelaxed>, nullptr, true},
+    {"flag_early", flag_kernel<Flag::kEarly>, nullptr, true},
+    {"flag_never", flag_kernel<Flag::kNever>, nullptr, true},
+    {"tagged", tagged_kernel<true>, nullptr, true},
+    {"tagged_never", tagged_kernel<false>, nullptr, true},
+    {"push", push_kernel<Push::kRight>, nullptr},
+    {"push_no_wait", push_kernel<Push::kNoWait>, nullptr},
+    {"push_wrong_bytes", push_kernel<Push::kWrongBytes>, nullptr},
+    {"push_no_init_sync", push_kernel<Push::kNoInitSync>, nullptr},
+    {"push_block_ends", push_kernel<Push::kEnds>, nullptr},
+    {"push_no_slot_sync", push_kernel<Push::kNoSlotSync>, nullptr},
 };
 
 }  // namespace
@@ -190,8 +270,8 @@ extern "C" int simt_run_small(const char* name, const int* shape, const float* i
   return simt_host::run_guarded([&] {
     for (const Entry& e : kEntries) {
       if (std::string(e.name) != name) continue;
-      const Small params{in, out, scratch, shape[0] * shape[1]};
-      simt::LaunchConfig config{name, shape[0], 1, 1, shape[1], shape[2], shape[3], false};
+      const Small params{in, out, scratch, shape[3] > 1 ? shape[3] : shape[0] * shape[1]};
+      simt::LaunchConfig config{name, shape[0], 1, 1, shape[1], shape[2], shape[3], false, e.cooperative};
       if (shape[4]) simt::prepare(e.kernel, name, shape[2]);
       simt::launch(e.kernel, config, nullptr, params);
       config.pdl = true;

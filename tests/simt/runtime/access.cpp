@@ -73,7 +73,8 @@ std::string describe(const void* address) {
   const size_t into = offset - it->first;
   const std::string& name = it->second.name;
   if (into < it->second.bytes) {
-    return "byte " + std::to_string(into) + " of " + name + " (" + std::to_string(it->second.bytes) + " bytes)";
+    return "byte " + std::to_string(into) + " of " + name + " (" + std::to_string(it->second.bytes) + " bytes)" +
+           (states[offset] == kUnmapped ? ", a block that has ended" : "");
   }
   std::string text = std::to_string(into - it->second.bytes) + " bytes past the end of " + name + " (" +
                      std::to_string(it->second.bytes) + " bytes)";
@@ -102,7 +103,7 @@ std::string access_name(unsigned kind, size_t bytes) {
 inline bool ordered(const Thread& thread, const Access& other) {
   if (other.grid != thread.grid_number) return other.grid <= thread.visible_grid;
   if (other.tid == thread.tid) return true;
-  if (other.tid == thread.agent) return other.clock <= thread.agent_seen;
+  if (other.tid == thread.agent && other.clock <= thread.agent_seen) return true;
   return thread.base && other.clock <= (*thread.base)[other.tid];
 }
 
@@ -198,6 +199,12 @@ bool in_arena(const void* address) {
   return reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(arena) < kArenaBytes;
 }
 bool in_shared(const void* address) { return in_arena(address) && offset_of(address) >= kGlobalBytes; }
+
+uint32_t shared_window(const void* address) { return static_cast<uint32_t>(offset_of(address) - kGlobalBytes); }
+unsigned char* from_window(uint32_t address) { return arena + kGlobalBytes + address; }
+bool is_mapped(const void* address, size_t bytes) {
+  return in_arena(address) && std::memchr(states + offset_of(address), kUnmapped, bytes) == nullptr;
+}
 
 uint32_t site_of(uintptr_t pc) { return static_cast<uint32_t>(pc - library_base); }
 std::string where_site(uint32_t site) {

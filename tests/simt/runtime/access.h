@@ -48,6 +48,10 @@ void shared_free(unsigned char* base, size_t bytes);
 size_t count_state(const void* address, size_t bytes, ByteState state);
 bool in_arena(const void* address);
 bool in_shared(const void* address);
+// 32-bit addresses of the shared memory of all blocks.
+uint32_t shared_window(const void* address);
+unsigned char* from_window(uint32_t address);
+bool is_mapped(const void* address, size_t bytes);
 
 // Checks and records an access of the running thread; reports a fault instead of returning when it is not allowed.
 void check_access(const void* address, size_t bytes, unsigned kind, uintptr_t pc);

@@ -7,16 +7,24 @@
 namespace simt_host {
 
 namespace {
-std::vector<Copy> copies;  // issued, not landed
-std::vector<Thread*> pollers;
-bool polled = false;
+std::vector<Copy> copies;  // issued, not landed, oldest first
 
 void land(size_t at) {
+  for (size_t i = 0; i < at; ++i) {  // writes to one address stay in order
+    if (copies[i].to == copies[at].to) at = i;
+  }
   const Copy copy = copies[at];
-  copies[at] = copies.back();
-  copies.pop_back();
+  copies.erase(copies.begin() + at);
+  note_progress();
+  if (!is_mapped(copy.to, copy.bytes)) {
+    report("out of bounds", "an asynchronous write by " + copy.thread->name() + " lands in memory of a block that has ended");
+    return;
+  }
+  const auto* from = copy.from ? copy.from : copy.data;
   std::memset(copy.to, 0, copy.bytes);
-  if (copy.source_bytes) std::memcpy(copy.to, copy.from, copy.source_bytes);
+  if (copy.source_bytes) std::memcpy(copy.to, from, copy.source_bytes);
+  if (copy.mbarrier) complete_bytes(copy.mbarrier, copy.bytes, *copy.snapshot);
+  if (copy.release) publish(copy.to, copy.snapshot);
 }
 }  // namespace
 
@@ -45,13 +53,38 @@ void join_clocks(const std::vector<Thread*>& threads) {
   }
 }
 
-void barrier(int id, int threads, bool wait, bool* predicate, uintptr_t pc) {
+void meet(Barrier& b, int expected, bool* predicate, Wait wait, const char* what, int id, uintptr_t pc) {
+  Thread* me = current_thread();
+  if (b.arrived == 0) {
+    b.expected = expected;
+    b.any = false;
+    b.pc = pc;
+  }
+  note_meeting(b.pc, pc, *me);
+  if (predicate) b.any |= *predicate;
+  b.participants.push_back(me);
+  if (++b.arrived < expected) {
+    block_current(wait, what, id, pc);
+  } else {
+    join_clocks(b.participants);
+    for (Thread* t : b.participants) {
+      t->barrier_result = b.any;
+      if (t != me) wake(t);
+    }
+    b.participants.clear();
+    b.arrived = 0;
+    if (next_random() % 4 == 0) yield_current();
+  }
+  if (predicate) *predicate = me->barrier_result;
+}
+
+void barrier(int id, int threads, bool* predicate, uintptr_t pc) {
   Thread* me = current_thread();
   Block& block = *me->block;
   const int all = block.grid->spec.threads;
   Barrier& b = block.barriers[id & 15];
   const int expected = threads ? threads : all;
-  if (id < 0 || id > 15 || expected % 32 != 0 || expected > all) {
+  if (id < 0 || id > 15 || (threads && threads % 32 != 0) || expected > all) {
     fault("bad barrier", me->name() + " at " + where(pc) + ": barrier " + std::to_string(id) + " for " +
                              std::to_string(expected) + " threads in a block of " + std::to_string(all),
           pc);
@@ -70,31 +103,7 @@ void barrier(int id, int threads, bool wait, bool* predicate, uintptr_t pc) {
       }
     }
   }
-  if (b.arrived == 0) {
-    b.expected = expected;
-    b.any = false;
-    b.pc = pc;
-  }
-  note_meeting(b.pc, pc, *me);
-  if (predicate) b.any |= *predicate;
-  b.participants.push_back(me);
-  if (++b.arrived < expected) {
-    if (!wait) return;
-    b.waiting.push_back(me);
-    block_current(Wait::kBlock, "barrier", id, pc);
-  } else {
-    join_clocks(b.participants);
-    for (Thread* t : b.waiting) {
-      t->barrier_result = b.any;
-      wake(t);
-    }
-    me->barrier_result = b.any;
-    b.waiting.clear();
-    b.participants.clear();
-    b.arrived = 0;
-    if (next_random() % 4 == 0) yield_current();
-  }
-  if (predicate) *predicate = me->barrier_result;
+  meet(b, expected, predicate, Wait::kBlock, "barrier", id, pc);
 }
 
 void warp_collective(const char* kind, uint32_t mask, void* payload, void (*complete)(void** payload), bool order_memory,
@@ -169,8 +178,15 @@ void copy_async(void* to, const void* from, int bytes, int source_bytes, uintptr
   if (!in_shared(to)) fault("out of bounds", me->name() + " at " + where(pc) + ": cp_async to memory that is not shared", pc);
   if (source_bytes) check_access_of(*me, from, source_bytes, kRead | kAsync | kUnaligned, pc);
   check_access_of(*me, to, bytes, kWrite | kAsync, pc);
-  copies.push_back({me, me->agent_clock, static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes,
-                    source_bytes});
+  static const unsigned char kNothing = 0;
+  Copy copy{};
+  copy.thread = me;
+  copy.clock = me->agent_clock;
+  copy.to = static_cast<unsigned char*>(to);
+  copy.from = source_bytes ? static_cast<const unsigned char*>(from) : &kNothing;
+  copy.bytes = bytes;
+  copy.source_bytes = source_bytes;
+  add_copy(copy);
 }
 
 void copy_commit() {
@@ -184,8 +200,12 @@ void copy_wait(int pending, uintptr_t) {
     me->agent_seen = me->groups.front();
     me->groups.pop_front();
   }
-  for (size_t i = copies.size(); i > 0; --i) {
-    if (i <= copies.size() && copies[i - 1].thread == me && copies[i - 1].clock <= me->agent_seen) land(i - 1);
+  for (size_t i = 0; i < copies.size();) {
+    if (copies[i].thread == me && copies[i].from && copies[i].clock <= me->agent_seen) {
+      land(i);
+    } else {
+      ++i;
+    }
   }
 }
 
@@ -194,36 +214,38 @@ void land_some_copies() {
 }
 bool land_all_copies() {
   const bool any = !copies.empty();
-  while (!copies.empty()) land(copies.size() - 1);
+  while (!copies.empty()) land(next_random() % copies.size());
   return any;
 }
 void forget_copies(const Block& block) {
-  copies.erase(std::remove_if(copies.begin(), copies.end(), [&](const Copy& c) { return c.thread->block == &block; }),
-               copies.end());
+  for (size_t i = 0; i < copies.size();) {
+    if (copies[i].thread->block != &block) {
+      ++i;
+    } else if (copies[i].from) {  // into its own shared memory, which ends with it
+      copies.erase(copies.begin() + i);
+    } else {
+      land(i);
+      i = 0;
+    }
+  }
 }
 void drop_copies() { copies.clear(); }
 
-void poll(const void* address, uint64_t value, uintptr_t pc) {
-  Thread* me = current_thread();
-  const bool again = me->poll_address == address && me->poll_value == value;
-  me->poll_address = address;
-  me->poll_value = value;
-  if (!again) return;
-  polled = true;
-  pollers.push_back(me);
-  block_current(Wait::kPoll, "a flag it polls", 0, pc);
+void add_copy(Copy copy) { copies.push_back(std::move(copy)); }
+void land_own_copies(Thread* thread, const void* to) {
+  for (size_t i = 0; i < copies.size();) {
+    if (copies[i].thread == thread && copies[i].to == to) {
+      land(i);
+    } else {
+      ++i;
+    }
+  }
 }
-bool wake_pollers(int idle_rounds) {
-  if (pollers.empty() || idle_rounds > 3) return false;
-  for (Thread* t : pollers) wake(t);
-  pollers.clear();
-  return true;
+const char* pending_into(const unsigned char* base, size_t bytes) {
+  for (const Copy& copy : copies) {
+    if (copy.to >= base && copy.to < base + bytes && copy.mbarrier) return "a push of another block into";
+  }
+  return nullptr;
 }
-bool thread_polled() {
-  const bool was = polled;
-  polled = false;
-  return was;
-}
-void drop_pollers() { pollers.clear(); }
 
 }  // namespace simt_host

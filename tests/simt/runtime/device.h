@@ -23,7 +23,6 @@ struct LaunchSpec {
   int cluster;
   bool pdl;
   bool cooperative;
-  bool nonportable_cluster;
   const void* kernel;
   std::function<void()> body;
 };
@@ -34,13 +33,24 @@ struct Block;
 
 enum class Wait { kNone, kBlock, kWarp, kGrid, kPoll, kCluster, kMbarrier };
 
-// An asynchronous copy that has been issued and has not landed.
+// What a thread knew when it released something: itself up to `clock`, its copy engine up to `agent_clock`, others by `base`.
+struct Snapshot {
+  Clock base;
+  uint32_t tid, clock, agent, agent_clock, visible_grid;
+};
+
+// A write that has been issued and has not landed: a copy from global memory (cp.async), a push (st.async) or a store whose
+// visibility to others nothing has ordered yet.
 struct Copy {
   Thread* thread;
   uint32_t clock;  // of the thread's copy engine
   unsigned char* to;
-  const unsigned char* from;
+  const unsigned char* from;  // null: data
   int bytes, source_bytes;
+  unsigned char data[16];
+  uint64_t* mbarrier;           // counts the bytes when they land
+  std::shared_ptr<Snapshot> snapshot;  // what the landing releases
+  bool release;                 // by a flag's store
 };
 
 struct Thread {
@@ -61,9 +71,6 @@ struct Thread {
   uintptr_t wait_pc = 0;
   bool done = false;
   bool barrier_result = false;
-  // Spinning: the last polled address and value
-  const void* poll_address = nullptr;
-  uint64_t poll_value = 0;
   // cp.async: engine times at which the committed groups end
   std::deque<uint32_t> groups;
   bool open_group = false;
@@ -90,15 +97,8 @@ struct Barrier {
   int expected = 0;  // 0: unused since the last completion
   int arrived = 0;
   bool any = false;
-  bool red = false;
   uintptr_t pc = 0;
-  std::vector<Thread*> waiting, participants;
-};
-
-struct Cluster {
-  int rank0;  // linear index of its first block
-  std::vector<Block*> blocks;
-  int alive = 0;
+  std::vector<Thread*> participants;
 };
 
 struct Block {
@@ -125,6 +125,7 @@ struct Grid {
   uint32_t start_visible = 0;  // newest grid that is complete, with all before it, when this one starts
   std::vector<Thread*> pdl_waiters;
   std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<Barrier> cluster_barriers;  // one a cluster
   bool complete() const { return finished == block_count; }
 };
 
@@ -166,7 +167,7 @@ void wake(Thread* thread);
 // The running thread lets others run.
 void yield_current();
 
-void barrier(int id, int threads, bool wait, bool* predicate, uintptr_t pc);
+void barrier(int id, int threads, bool* predicate, uintptr_t pc);
 void warp_collective(const char* kind, uint32_t mask, void* payload, void (*complete)(void** payload), bool order_memory,
                      uintptr_t pc);
 void grid_wait(uintptr_t pc);
@@ -180,17 +181,43 @@ bool land_all_copies();  // whether there were any
 void forget_copies(const Block& block);
 void drop_copies();
 
-// A load in a spin loop: when the value is the one this thread saw there last, others run first.
-void poll(const void* address, uint64_t value, uintptr_t pc);
-bool wake_pollers(int idle_rounds);
-bool thread_polled();  // since the last call, by the thread that just ran, in vain
-void drop_pollers();
+// A load in a spin loop: others run first. Counts towards a deadlock while nothing else happens.
+void poll(uintptr_t pc);
+void note_progress();
+
+// Exchange between blocks.
+void sync_cluster(uintptr_t pc);
+int cluster_rank();
+uint32_t map_to_rank(const void* shared, int rank, uintptr_t pc);
+void mbarrier_init(uint64_t* barrier, uintptr_t pc);
+void mbarrier_expect(uint64_t* barrier, int bytes, uintptr_t pc);
+void mbarrier_wait(uint64_t* barrier, int parity, uintptr_t pc);
+void store_async(uint32_t to, const void* data, int bytes, uint32_t barrier, uintptr_t pc);
+// Stores that others see later, at a time that the seed chooses; stores of one thread to one address stay in order.
+void store_flag(void* to, const void* data, int bytes, bool release, uintptr_t pc);
+void load_flag(void* result, const void* from, int bytes, bool acquire, uintptr_t pc);
+void drop_exchange();
+// Called when a push has landed, and when a flag's store has.
+void complete_bytes(uint64_t* barrier, int bytes, const Snapshot& snapshot);
+void publish(const void* flag, const std::shared_ptr<Snapshot>& snapshot);
+void add_copy(Copy copy);
+void land_own_copies(Thread* thread, const void* to);
+const char* pending_into(const unsigned char* base, size_t bytes);  // null: nothing is on its way there
+
+Snapshot snapshot_of(Thread& thread);
+void acquire(Thread& thread, const Snapshot& snapshot);
+// Meets `expected` threads at `barrier`.
+void meet(Barrier& barrier, int expected, bool* predicate, Wait wait, const char* what, int id, uintptr_t pc);
+// A fault found outside any thread, such as when a copy lands.
+void report(const std::string& kind, const std::string& text);
+
 
 // Throws std::runtime_error with CUDA's condition when the device refuses the launch.
 void check_launch(const LaunchSpec& spec);
 
 // The dynamic shared memory that `kernel` has been allowed to use (the function attribute of CUDA).
 void prepare_kernel(const void* kernel, const std::string& name, int smem_bytes);
+void allow_large_clusters(const void* kernel);
 int prepared_smem(const void* kernel);
 void forget_prepared();
 

@@ -12,6 +12,7 @@ namespace {
 std::set<std::pair<uint32_t, uint32_t>> meetings;
 std::string first_meeting;
 std::map<const void*, int> prepared;
+std::set<const void*> large_clusters;
 }  // namespace
 
 void check_launch(const LaunchSpec& s) {
@@ -37,7 +38,7 @@ void check_launch(const LaunchSpec& s) {
     if (s.cluster > limits.max_cluster) {
       refuse("invalid cluster size", "the device has clusters of at most " + std::to_string(limits.max_cluster));
     }
-    if (s.cluster > 8 && !s.nonportable_cluster) {
+    if (s.cluster > 8 && !large_clusters.count(s.kernel)) {
       refuse("invalid cluster size", "more than 8 blocks need cudaFuncAttributeNonPortableClusterSizeAllowed");
     }
   }
@@ -65,7 +66,11 @@ int prepared_smem(const void* kernel) {
   const auto it = prepared.find(kernel);
   return it == prepared.end() ? 48 * 1024 : it->second;
 }
-void forget_prepared() { prepared.clear(); }
+void allow_large_clusters(const void* kernel) { large_clusters.insert(kernel); }
+void forget_prepared() {
+  prepared.clear();
+  large_clusters.clear();
+}
 
 void note_meeting(uintptr_t a, uintptr_t b, const Thread& thread) {
   if (a == b) return;

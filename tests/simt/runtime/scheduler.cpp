@@ -21,6 +21,9 @@ uint64_t policy = 0;
 Fiber scheduler;
 Thread* current = nullptr;
 std::vector<Thread*> runnable;
+std::vector<Thread*> spinning;  // runnable, but they only poll
+size_t idle_polls = 0;          // since anything else happened
+constexpr size_t kMaxIdlePolls = 1000;
 std::deque<std::unique_ptr<Grid>> stream;  // oldest first; the active ones are a prefix
 size_t active = 0;
 std::vector<GridName> grid_names;  // of every grid since clear_stream, for reports
@@ -96,6 +99,9 @@ void start_block(Grid& grid, int linear) {
 
 void finish_block(Block& block) {
   Grid& grid = *block.grid;
+  if (const char* what = pending_into(block.smem, grid.spec.smem_bytes)) {
+    record_fault("block ended", block.name() + " ended while " + what + " its shared memory is on the way");
+  }
   forget_copies(block);
   for (auto& thread : block.threads) release_stack(thread->fiber.stack);
   shared_free(block.smem, grid.spec.smem_bytes);
@@ -110,6 +116,7 @@ void start_grid(Grid& grid) {
   grid.start_visible =
       !grid.spec.pdl || active == 0 ? grid.number - 1 : stream[active - 1]->start_visible;
   grid.blocks.resize(grid.block_count);
+  grid.cluster_barriers.resize(grid.block_count / std::max(1, grid.spec.cluster));
   grid.order.resize(grid.block_count / std::max(1, grid.spec.cluster));
   for (size_t i = 0; i < grid.order.size(); ++i) grid.order[i] = static_cast<int>(i);
   for (size_t i = grid.order.size(); i > 1; --i) std::swap(grid.order[i - 1], grid.order[next_random() % i]);
@@ -190,7 +197,16 @@ std::string who_waits() {
 
 void after_switch(Thread* thread) {
   if (!thread->done) return;
+  note_progress();
   Block& block = *thread->block;
+  Grid& grid = *block.grid;
+  if (grid.spec.cluster > 1) {
+    const Barrier& b = grid.cluster_barriers[block.linear / grid.spec.cluster];
+    if (b.arrived && !faulted) {
+      record_fault("partial barrier", "threads of the cluster of " + block.name() + " wait at its barrier at " + where(b.pc) +
+                                          " and " + thread->name() + " ended without reaching it:" + who_waits());
+    }
+  }
   for (Barrier& b : block.barriers) {
     if (b.arrived && b.expected == block.grid->spec.threads && !faulted) {
       record_fault("partial barrier", "threads of " + block.name() + " wait at the block's barrier at " + where(b.pc) +
@@ -257,6 +273,8 @@ void set_seed(uint64_t seed) {
 const std::string& fault_kind() { return last_kind; }
 const std::string& fault_text() { return last_text; }
 
+void report(const std::string& kind, const std::string& text) { record_fault(kind, text); }
+
 void fault(const std::string& kind, const std::string& text, uintptr_t) {
   record_fault(kind, text);
   Thread* me = current;
@@ -275,8 +293,10 @@ void clear_stream() {
   }
   stream.clear();
   runnable.clear();
+  spinning.clear();
+  idle_polls = 0;
   drop_copies();
-  drop_pollers();
+  drop_exchange();
   active = 0;
   grid_names.clear();
   first_number = next_number;
@@ -296,13 +316,13 @@ void enqueue(LaunchSpec spec) {
 }
 
 bool run_stream() {
-  int idle = 0;
   while (!faulted) {
     admit();
     if (runnable.empty() && stream.empty()) break;
     if (runnable.empty()) {
-      if (land_all_copies() || wake_pollers(idle)) {
-        ++idle;
+      if (land_all_copies()) continue;
+      if (!spinning.empty()) {
+        runnable.swap(spinning);
         continue;
       }
       if (active > 0 && stream[0]->complete()) continue;
@@ -310,6 +330,10 @@ bool run_stream() {
       break;
     }
     land_some_copies();
+    if (!spinning.empty() && next_random() % 16 == 0) {
+      runnable.insert(runnable.end(), spinning.begin(), spinning.end());
+      spinning.clear();
+    }
     Thread* thread = pick();
     current = thread;
     thread->wait = Wait::kNone;
@@ -318,7 +342,9 @@ bool run_stream() {
     switch_fiber(scheduler, thread->fiber);
     current = nullptr;
     if (!faulted) after_switch(thread);
-    if (!thread_polled()) idle = 0;
+    if (idle_polls > kMaxIdlePolls * (runnable.size() + spinning.size() + 1)) {
+      record_fault("deadlock", "threads poll for what never comes:" + who_waits());
+    }
   }
   return !faulted;
 }
@@ -332,7 +358,16 @@ void block_current(Wait wait, const char* what, int id, uintptr_t pc) {
   current = nullptr;
   switch_fiber(me->fiber, scheduler);
 }
-void wake(Thread* thread) { runnable.push_back(thread); }
+void wake(Thread* thread) {
+  runnable.push_back(thread);
+  note_progress();
+}
+void note_progress() { idle_polls = 0; }
+void poll(uintptr_t pc) {
+  ++idle_polls;
+  spinning.push_back(current);
+  block_current(Wait::kPoll, "a flag that it polls", 0, pc);
+}
 void yield_current() {
   runnable.push_back(current);
   block_current(Wait::kNone, "a scheduling point", 0, 0);
