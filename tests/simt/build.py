@@ -42,6 +42,7 @@ class BuildError(RuntimeError):
 class Unit:
     source: Path
     flags: tuple[str, ...]
+    headers: str  # hash of those that it may include
 
 
 def _hash(*parts: bytes | str) -> str:
@@ -52,8 +53,10 @@ def _hash(*parts: bytes | str) -> str:
     return digest.hexdigest()[:20]
 
 
-def _headers(folders: Sequence[Path]) -> str:
-    files = sorted(f for folder in folders for f in folder.rglob("*") if f.suffix in (".h", ".cuh"))
+def _headers(*places: Path) -> str:
+    """Hash of header files, and of those in folders."""
+    files = [f for place in places for f in ([place] if place.is_file() else sorted(place.rglob("*")))]
+    files = [f for f in files if f.suffix in (".h", ".cuh")]
     return _hash(*(f.name.encode() + f.read_bytes() for f in files))
 
 
@@ -80,10 +83,10 @@ def explain(errors: str) -> str:
     return "\n".join([*hints, errors])
 
 
-def _compile(unit: Unit, includes: Sequence[Path], headers: str) -> Path:
+def _compile(unit: Unit, includes: Sequence[Path]) -> Path:
     command = [CXX, *unit.flags, *(f"-I{folder}" for folder in includes), "-c", str(unit.source)]
     shown = [part.replace(str(ROOT), ".") for part in command]
-    target = CACHE / f"{unit.source.stem}-{_hash(unit.source.read_bytes(), headers, *shown)}.o"
+    target = CACHE / f"{unit.source.stem}-{_hash(unit.source.read_bytes(), unit.headers, *shown)}.o"
     if not target.exists():
         partial = target.with_suffix(f".{os.getpid()}.tmp")
         result = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True, env={**os.environ, "LC_ALL": "C.UTF-8"})
@@ -107,22 +110,26 @@ def build(
     """
     CACHE.mkdir(parents=True, exist_ok=True)
     includes = [HERE / "include", csrc]
-    headers = _headers([HERE / "include", HERE / "runtime", csrc])
+    internal = HERE / "runtime"
+    for_kernels = _headers(HERE / "include", internal / "api.h", internal / "tensor.h", internal / "capi.h", csrc)
+    for_runtime = _headers(internal)
+    for_host = _headers(internal, HERE / "include", csrc)
     extra = SANITIZE[sanitize]
     host = [*COMMON, "-O2", *(["-fsanitize=address"] if sanitize == "asan" else [])]
     # g++ does not combine -fsanitize=thread with address: that variant has no race detection.
     kernel_flags = [f for f in KERNEL if sanitize != "asan" or f != "-fsanitize=thread"]
     kernel_flags = [*COMMON, *kernel_flags, *extra]
-    runtime = sorted((HERE / "runtime").glob("*.cpp"))
+    runtime = sorted(internal.glob("*.cpp"))
     backend = kernels is None
     if kernels is None:
         kernels = sorted((csrc / "cuda").glob("*.cu"))
-    units = [Unit(f, (*kernel_flags, f"-DSIMT_ARCH={750 if f.stem in older else arch}")) for f in kernels]
-    units += [Unit(f, tuple(host)) for f in runtime if backend or f.name != "fused_rnn_capi.cpp"]
+    units = [Unit(f, (*kernel_flags, f"-DSIMT_ARCH={750 if f.stem in older else arch}"), for_kernels) for f in kernels]
+    api = internal / "fused_rnn_capi.cpp"
+    units += [Unit(f, tuple(host), for_runtime) for f in runtime if f != api]
     if backend:
-        units += [Unit(f, tuple(host)) for f in [csrc / "plan.cpp", *sorted((csrc / "cuda").glob("*.cpp"))]]
+        units += [Unit(f, tuple(host), for_host) for f in [api, *sorted(csrc.glob("plan*.cpp")), *sorted((csrc / "cuda").glob("*.cpp"))]]
     with ThreadPoolExecutor(jobs) as pool:
-        objects = list(pool.map(lambda unit: _compile(unit, includes, headers), units))
+        objects = list(pool.map(lambda unit: _compile(unit, includes), units))
     target = CACHE / f"simt-{_hash(sanitize, *(o.name for o in objects))}.so"
     if not target.exists():
         partial = target.with_suffix(f".{os.getpid()}.tmp")

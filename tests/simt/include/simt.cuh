@@ -19,7 +19,7 @@
 #include <utility>
 #include <vector>
 
-#include "../runtime/device.h"
+#include "../runtime/api.h"
 #include "../runtime/tensor.h"
 #include "device_info.h"
 

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <string>
 
+#include "api.h"
+
 namespace simt_host {
 
 struct Thread;
@@ -29,14 +31,6 @@ struct Cell {
   Access reads[3];
 };
 
-enum AccessKind : unsigned {
-  kRead = 0,
-  kWrite = 1,
-  kAtomic = 2,
-  kAsync = 4,     // by the thread's copy engine, some time after now
-  kUnaligned = 8  // the C++ type promises no alignment
-};
-
 void memory_init();
 // Global buffers, 256-byte aligned, with unmapped gaps between them. Filled with poison.
 void* global_alloc(size_t bytes, const std::string& name);
@@ -53,9 +47,7 @@ uint32_t shared_window(const void* address);
 unsigned char* from_window(uint32_t address);
 bool is_mapped(const void* address, size_t bytes);
 
-// Checks and records an access of the running thread; reports a fault instead of returning when it is not allowed.
-void check_access(const void* address, size_t bytes, unsigned kind, uintptr_t pc);
-// The same by a given thread.
+// check_access by a given thread.
 void check_access_of(Thread& thread, const void* address, size_t bytes, unsigned kind, uintptr_t pc);
 
 // Reads of poison since the launch sequence began, for the report when an output turns out bad.

@@ -7,24 +7,11 @@
 namespace simt_host {
 
 namespace {
-std::vector<Copy> copies;  // issued, not landed, oldest first
+std::vector<Thread*> copiers;  // threads with copies under way
 
-void land(size_t at) {
-  for (size_t i = 0; i < at; ++i) {  // writes to one address stay in order
-    if (copies[i].to == copies[at].to) at = i;
-  }
-  const Copy copy = copies[at];
-  copies.erase(copies.begin() + at);
-  note_progress();
-  if (!is_mapped(copy.to, copy.bytes)) {
-    report("out of bounds", "an asynchronous write by " + copy.thread->name() + " lands in memory of a block that has ended");
-    return;
-  }
-  const auto* from = copy.from ? copy.from : copy.data;
+void land(const Copy& copy) {
   std::memset(copy.to, 0, copy.bytes);
-  if (copy.source_bytes) std::memcpy(copy.to, from, copy.source_bytes);
-  if (copy.mbarrier) complete_bytes(copy.mbarrier, copy.bytes, *copy.snapshot);
-  if (copy.release) publish(copy.to, copy.snapshot);
+  if (copy.source_bytes) std::memcpy(copy.to, copy.from, copy.source_bytes);
 }
 }  // namespace
 
@@ -178,15 +165,12 @@ void copy_async(void* to, const void* from, int bytes, int source_bytes, uintptr
   if (!in_shared(to)) fault("out of bounds", me->name() + " at " + where(pc) + ": cp_async to memory that is not shared", pc);
   if (source_bytes) check_access_of(*me, from, source_bytes, kRead | kAsync | kUnaligned, pc);
   check_access_of(*me, to, bytes, kWrite | kAsync, pc);
-  static const unsigned char kNothing = 0;
-  Copy copy{};
-  copy.thread = me;
-  copy.clock = me->agent_clock;
-  copy.to = static_cast<unsigned char*>(to);
-  copy.from = source_bytes ? static_cast<const unsigned char*>(from) : &kNothing;
-  copy.bytes = bytes;
-  copy.source_bytes = source_bytes;
-  add_copy(copy);
+  me->copies.push_back({me->agent_clock, static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes,
+                        source_bytes});
+  if (!me->copier) {
+    me->copier = true;
+    copiers.push_back(me);
+  }
 }
 
 void copy_commit() {
@@ -200,52 +184,39 @@ void copy_wait(int pending, uintptr_t) {
     me->agent_seen = me->groups.front();
     me->groups.pop_front();
   }
-  for (size_t i = 0; i < copies.size();) {
-    if (copies[i].thread == me && copies[i].from && copies[i].clock <= me->agent_seen) {
-      land(i);
+  size_t kept = 0;
+  for (const Copy& copy : me->copies) {
+    if (copy.clock <= me->agent_seen) {
+      land(copy);
     } else {
-      ++i;
+      me->copies[kept++] = copy;
     }
   }
+  me->copies.resize(kept);
 }
 
+// Now and then one copy of one thread lands before anyone waits for it.
 void land_some_copies() {
-  if (!copies.empty() && next_random() % 8 == 0) land(next_random() % copies.size());
+  if (copiers.empty() || next_random() % 4 != 0) return;
+  const size_t at = next_random() % copiers.size();
+  Thread* thread = copiers[at];
+  if (!thread->copies.empty()) {
+    Copy& copy = thread->copies[next_random() % thread->copies.size()];
+    land(copy);
+    copy = thread->copies.back();
+    thread->copies.pop_back();
+  }
+  if (thread->copies.empty()) {
+    thread->copier = false;
+    copiers[at] = copiers.back();
+    copiers.pop_back();
+  }
 }
-bool land_all_copies() {
-  const bool any = !copies.empty();
-  while (!copies.empty()) land(next_random() % copies.size());
-  return any;
-}
+// Copies go into the block's own shared memory, which ends with it.
 void forget_copies(const Block& block) {
-  for (size_t i = 0; i < copies.size();) {
-    if (copies[i].thread->block != &block) {
-      ++i;
-    } else if (copies[i].from) {  // into its own shared memory, which ends with it
-      copies.erase(copies.begin() + i);
-    } else {
-      land(i);
-      i = 0;
-    }
-  }
+  copiers.erase(std::remove_if(copiers.begin(), copiers.end(), [&](const Thread* t) { return t->block == &block; }),
+                copiers.end());
 }
-void drop_copies() { copies.clear(); }
-
-void add_copy(Copy copy) { copies.push_back(std::move(copy)); }
-void land_own_copies(Thread* thread, const void* to) {
-  for (size_t i = 0; i < copies.size();) {
-    if (copies[i].thread == thread && copies[i].to == to) {
-      land(i);
-    } else {
-      ++i;
-    }
-  }
-}
-const char* pending_into(const unsigned char* base, size_t bytes) {
-  for (const Copy& copy : copies) {
-    if (copy.to >= base && copy.to < base + bytes && copy.mbarrier) return "a push of another block into";
-  }
-  return nullptr;
-}
+void drop_copies() { copiers.clear(); }
 
 }  // namespace simt_host

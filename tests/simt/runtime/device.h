@@ -7,25 +7,11 @@
 #include <string>
 #include <vector>
 
-#include "fiber.h"
 #include "access.h"
+#include "api.h"
+#include "fiber.h"
 
 namespace simt_host {
-
-struct Dim {
-  int x, y, z;
-};
-struct LaunchSpec {
-  std::string name;
-  Dim grid;
-  int threads;
-  int smem_bytes;
-  int cluster;
-  bool pdl;
-  bool cooperative;
-  const void* kernel;
-  std::function<void()> body;
-};
 
 using Clock = std::shared_ptr<const std::vector<uint32_t>>;
 struct Warp;
@@ -39,18 +25,22 @@ struct Snapshot {
   uint32_t tid, clock, agent, agent_clock, visible_grid;
 };
 
-// A write that has been issued and has not landed: a copy from global memory (cp.async), a push (st.async) or a store whose
-// visibility to others nothing has ordered yet.
+// A cp.async that has been issued and has not landed.
 struct Copy {
-  Thread* thread;
   uint32_t clock;  // of the thread's copy engine
   unsigned char* to;
-  const unsigned char* from;  // null: data
+  const unsigned char* from;
   int bytes, source_bytes;
+};
+// A push (st.async) or a flag's store that has been issued and has not landed.
+struct Store {
+  Thread* thread;
+  unsigned char* to;
+  int bytes;
   unsigned char data[16];
-  uint64_t* mbarrier;           // counts the bytes when they land
-  std::shared_ptr<Snapshot> snapshot;  // what the landing releases
-  bool release;                 // by a flag's store
+  uint64_t* mbarrier;                  // counts the bytes of a push
+  bool release;                        // by a flag
+  std::shared_ptr<Snapshot> snapshot;  // what it makes known
 };
 
 struct Thread {
@@ -73,7 +63,8 @@ struct Thread {
   bool barrier_result = false;
   // cp.async: engine times at which the committed groups end
   std::deque<uint32_t> groups;
-  bool open_group = false;
+  std::vector<Copy> copies;
+  bool copier = false;  // is in the list of threads with copies under way
 
   std::string name() const;
 };
@@ -129,25 +120,10 @@ struct Grid {
   bool complete() const { return finished == block_count; }
 };
 
-// What the kernel asks about itself; switched with the fibres.
-struct Context {
-  int thread_x, block_dim_x;
-  Dim block;
-  unsigned char* smem;
-};
-extern Context context;
-
-struct Limits {
-  int compute_capability, sm_count, smem_per_block, smem_per_sm, registers_per_sm, threads_per_sm, max_cluster;
-};
-extern Limits limits;
-
 Thread* current_thread();
 uint32_t next_random();
 void set_seed(uint64_t seed);
 
-// Appends a grid to the stream. Throws std::runtime_error with CUDA's condition when the device would refuse the launch.
-void enqueue(LaunchSpec spec);
 // Runs the stream to its end or to the first fault; returns false and empties the stream after a fault.
 bool run_stream();
 void clear_stream();
@@ -167,42 +143,18 @@ void wake(Thread* thread);
 // The running thread lets others run.
 void yield_current();
 
-void barrier(int id, int threads, bool* predicate, uintptr_t pc);
-void warp_collective(const char* kind, uint32_t mask, void* payload, void (*complete)(void** payload), bool order_memory,
-                     uintptr_t pc);
-void grid_wait(uintptr_t pc);
-void grid_launch_dependents();
-
-void copy_async(void* to, const void* from, int bytes, int source_bytes, uintptr_t pc);
-void copy_commit();
-void copy_wait(int pending, uintptr_t pc);
 void land_some_copies();
-bool land_all_copies();  // whether there were any
 void forget_copies(const Block& block);
 void drop_copies();
+void land_some_stores();
+bool land_all_stores();  // whether there were any
+void land_stores_of(const Block& block);
 
 // A load in a spin loop: others run first. Counts towards a deadlock while nothing else happens.
 void poll(uintptr_t pc);
 void note_progress();
 
-// Exchange between blocks.
-void sync_cluster(uintptr_t pc);
-int cluster_rank();
-uint32_t map_to_rank(const void* shared, int rank, uintptr_t pc);
-void mbarrier_init(uint64_t* barrier, uintptr_t pc);
-void mbarrier_expect(uint64_t* barrier, int bytes, uintptr_t pc);
-void mbarrier_wait(uint64_t* barrier, int parity, uintptr_t pc);
-void store_async(uint32_t to, const void* data, int bytes, uint32_t barrier, uintptr_t pc);
-// Stores that others see later, at a time that the seed chooses; stores of one thread to one address stay in order.
-void store_flag(void* to, const void* data, int bytes, bool release, uintptr_t pc);
-void load_flag(void* result, const void* from, int bytes, bool acquire, uintptr_t pc);
 void drop_exchange();
-// Called when a push has landed, and when a flag's store has.
-void complete_bytes(uint64_t* barrier, int bytes, const Snapshot& snapshot);
-void publish(const void* flag, const std::shared_ptr<Snapshot>& snapshot);
-void add_copy(Copy copy);
-void land_own_copies(Thread* thread, const void* to);
-const char* pending_into(const unsigned char* base, size_t bytes);  // null: nothing is on its way there
 
 Snapshot snapshot_of(Thread& thread);
 void acquire(Thread& thread, const Snapshot& snapshot);
@@ -214,12 +166,6 @@ void report(const std::string& kind, const std::string& text);
 
 // Throws std::runtime_error with CUDA's condition when the device refuses the launch.
 void check_launch(const LaunchSpec& spec);
-
-// The dynamic shared memory that `kernel` has been allowed to use (the function attribute of CUDA).
-void prepare_kernel(const void* kernel, const std::string& name, int smem_bytes);
-void allow_large_clusters(const void* kernel);
-int prepared_smem(const void* kernel);
-void forget_prepared();
 
 // Two threads met at a barrier from different instructions: the caller compares the source lines.
 void note_meeting(uintptr_t a, uintptr_t b, const Thread& thread);

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 #include <unordered_map>
+#include <unordered_set>
 
 #include "device.h"
 
@@ -17,6 +18,8 @@ struct TransactionBarrier {
 };
 std::unordered_map<const uint64_t*, TransactionBarrier> barriers;
 std::unordered_map<const void*, std::shared_ptr<Snapshot>> flags;
+
+std::vector<Store> stores;  // under way, oldest first
 
 void maybe_complete(TransactionBarrier& b) {
   if (b.pending || b.awaited) return;
@@ -35,6 +38,45 @@ TransactionBarrier& find(uint64_t* barrier, unsigned kind, uintptr_t pc) {
   const auto it = barriers.find(barrier);
   if (it == barriers.end()) fault("bad mbarrier", me->name() + " at " + where(pc) + ": it was never initialised", pc);
   return it->second;
+}
+
+void complete_bytes(const Store& store) {
+  const auto it = barriers.find(store.mbarrier);
+  if (it == barriers.end() || !is_mapped(store.mbarrier, 8)) {
+    report("bad mbarrier", "a push by " + store.thread->name() + " counts its bytes at an mbarrier that is not there");
+    return;
+  }
+  it->second.awaited -= store.bytes;
+  it->second.current.push_back(*store.snapshot);
+  maybe_complete(it->second);
+}
+
+void land(const Store& store) {
+  note_progress();
+  if (!is_mapped(store.to, store.bytes)) {
+    report("out of bounds", "a push by " + store.thread->name() + " lands in memory of a block that has ended");
+    return;
+  }
+  std::memcpy(store.to, store.data, store.bytes);
+  if (store.mbarrier) complete_bytes(store);
+  if (store.release) flags[store.to] = store.snapshot;
+}
+
+// Lands the stores that `choose` picks, but none before an older one to the same address.
+template <class F>
+void land_where(F&& choose) {
+  std::vector<Store> kept, chosen;
+  std::unordered_set<const void*> held;
+  for (Store& store : stores) {
+    if (!held.count(store.to) && choose(store)) {
+      chosen.push_back(std::move(store));
+    } else {
+      held.insert(store.to);
+      kept.push_back(std::move(store));
+    }
+  }
+  stores.swap(kept);
+  for (const Store& store : chosen) land(store);
 }
 }  // namespace
 
@@ -132,47 +174,32 @@ void mbarrier_wait(uint64_t* barrier, int parity, uintptr_t pc) {
   if (b.completed.size() > 4096) b.completed.erase(b.completed.begin(), b.completed.end() - 2048);
 }
 
-void complete_bytes(uint64_t* barrier, int bytes, const Snapshot& snapshot) {
-  const auto it = barriers.find(barrier);
-  if (it == barriers.end() || !is_mapped(barrier, 8)) {
-    report("bad mbarrier", "a push counts its bytes at an mbarrier that is not there");
-    return;
-  }
-  it->second.awaited -= bytes;
-  it->second.current.push_back(snapshot);
-  maybe_complete(it->second);
-}
-
 void store_async(uint32_t to, const void* data, int bytes, uint32_t barrier, uintptr_t pc) {
   Thread* me = current_thread();
-  unsigned char* address = from_window(to);
-  auto* counted = reinterpret_cast<uint64_t*>(from_window(barrier));
-  check_access_of(*me, counted, 8, kWrite | kAtomic, pc);
-  Copy copy{};
-  copy.thread = me;
-  copy.snapshot = std::make_shared<Snapshot>(snapshot_of(*me));
-  check_access_of(*me, address, bytes, kWrite | kAsync, pc);
-  copy.clock = copy.snapshot->agent_clock = me->agent_clock++;
-  copy.to = address;
-  copy.bytes = copy.source_bytes = bytes;
-  std::memcpy(copy.data, data, bytes);
-  copy.mbarrier = counted;
-  add_copy(std::move(copy));
+  Store store{};
+  store.thread = me;
+  store.to = from_window(to);
+  store.bytes = bytes;
+  std::memcpy(store.data, data, bytes);
+  store.mbarrier = reinterpret_cast<uint64_t*>(from_window(barrier));
+  check_access_of(*me, store.mbarrier, 8, kWrite | kAtomic, pc);
+  check_access_of(*me, store.to, bytes, kWrite | kAsync, pc);
+  store.snapshot = std::make_shared<Snapshot>(snapshot_of(*me));
+  store.snapshot->agent_clock = me->agent_clock++;
+  stores.push_back(std::move(store));
 }
-
-void publish(const void* flag, const std::shared_ptr<Snapshot>& snapshot) { flags[flag] = snapshot; }
 
 void store_flag(void* to, const void* data, int bytes, bool release, uintptr_t pc) {
   Thread* me = current_thread();
   check_access_of(*me, to, bytes, kWrite | kAtomic, pc);
-  Copy copy{};
-  copy.thread = me;
-  if (release) copy.snapshot = std::make_shared<Snapshot>(snapshot_of(*me));
-  copy.release = release;
-  copy.to = static_cast<unsigned char*>(to);
-  copy.bytes = copy.source_bytes = bytes;
-  std::memcpy(copy.data, data, bytes);
-  add_copy(std::move(copy));
+  Store store{};
+  store.thread = me;
+  store.to = static_cast<unsigned char*>(to);
+  store.bytes = bytes;
+  std::memcpy(store.data, data, bytes);
+  store.release = release;
+  if (release) store.snapshot = std::make_shared<Snapshot>(snapshot_of(*me));
+  stores.push_back(std::move(store));
   note_progress();
 }
 
@@ -180,16 +207,38 @@ void load_flag(void* result, const void* from, int bytes, bool acquire_it, uintp
   Thread* me = current_thread();
   check_access_of(*me, from, bytes, kRead | kAtomic, pc);
   poll(pc);
-  land_own_copies(me, from);
+  const auto own = [&](const Store& store) { return store.thread == me && store.to == from; };
+  if (std::any_of(stores.begin(), stores.end(), own)) land_where(own);
   std::memcpy(result, from, bytes);
   if (!acquire_it) return;
   const auto it = flags.find(from);
   if (it != flags.end()) acquire(*me, *it->second);
 }
 
+void land_some_stores() {
+  if (stores.empty() || next_random() % 8 != 0) return;
+  const uint32_t share = next_random() % 3;  // few, half or all
+  land_where([&](const Store&) { return share == 2 || next_random() % (share == 0 ? 16 : 2) == 0; });
+}
+bool land_all_stores() {
+  const bool any = !stores.empty();
+  land_where([](const Store&) { return true; });
+  return any;
+}
+void land_stores_of(const Block& block) {
+  const auto* end = block.smem + block.grid->spec.smem_bytes;
+  for (const Store& store : stores) {
+    if (store.to >= block.smem && store.to < end) {
+      report("block ended", block.name() + " ended while a push by " + store.thread->name() + " into it is under way");
+    }
+  }
+  land_where([&](const Store& store) { return store.thread->block == &block; });
+}
+
 void drop_exchange() {
   barriers.clear();
   flags.clear();
+  stores.clear();
 }
 
 }  // namespace simt_host

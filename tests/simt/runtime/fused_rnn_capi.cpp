@@ -44,6 +44,12 @@ extern "C" bool simt_force_tile(Plan* plan, const Problem* problem, int tile_siz
 extern "C" const char* simt_plan_text() { return text.c_str(); }
 extern "C" int64_t simt_plan_workspace(const Plan* plan) { return plan->workspace_bytes; }
 extern "C" int simt_plan_family(const Plan* plan) { return static_cast<int>(plan->family); }
+extern "C" void simt_sizes(int* sizes) {
+  sizes[0] = sizeof(ForwardParams);
+  sizes[1] = sizeof(BackwardParams);
+  sizes[2] = sizeof(Problem);
+  sizes[3] = sizeof(DeviceInfo);
+}
 extern "C" void simt_free_plan(Plan* plan) { delete plan; }
 extern "C" void simt_problem_forward(const ForwardParams* params, Problem* problem) { *problem = cuda::problem_of(*params); }
 extern "C" void simt_problem_backward(const BackwardParams* params, Problem* problem) { *problem = cuda::problem_of(*params); }

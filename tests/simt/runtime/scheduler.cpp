@@ -99,9 +99,7 @@ void start_block(Grid& grid, int linear) {
 
 void finish_block(Block& block) {
   Grid& grid = *block.grid;
-  if (const char* what = pending_into(block.smem, grid.spec.smem_bytes)) {
-    record_fault("block ended", block.name() + " ended while " + what + " its shared memory is on the way");
-  }
+  land_stores_of(block);
   forget_copies(block);
   for (auto& thread : block.threads) release_stack(thread->fiber.stack);
   shared_free(block.smem, grid.spec.smem_bytes);
@@ -320,7 +318,7 @@ bool run_stream() {
     admit();
     if (runnable.empty() && stream.empty()) break;
     if (runnable.empty()) {
-      if (land_all_copies()) continue;
+      if (land_all_stores()) continue;
       if (!spinning.empty()) {
         runnable.swap(spinning);
         continue;
@@ -330,6 +328,7 @@ bool run_stream() {
       break;
     }
     land_some_copies();
+    land_some_stores();
     if (!spinning.empty() && next_random() % 16 == 0) {
       runnable.insert(runnable.end(), spinning.begin(), spinning.end());
       spinning.clear();

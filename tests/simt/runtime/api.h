@@ -1,0 +1,80 @@
+// What the host implementation of simt.cuh needs of the simulated device. Kept apart from device.h so that the kernels need
+// not be compiled again when the simulator changes inside. pc is the instruction of the kernel, for reports.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+
+namespace simt_host {
+
+struct Dim {
+  int x, y, z;
+};
+struct LaunchSpec {
+  std::string name;
+  Dim grid;
+  int threads;
+  int smem_bytes;
+  int cluster;
+  bool pdl;
+  bool cooperative;
+  const void* kernel;
+  std::function<void()> body;
+};
+
+// What the kernel asks about itself; switched with the fibres.
+struct Context {
+  int thread_x, block_dim_x;
+  Dim block;
+  unsigned char* smem;
+};
+extern Context context;
+
+struct Limits {
+  int compute_capability, sm_count, smem_per_block, smem_per_sm, registers_per_sm, threads_per_sm, max_cluster;
+};
+extern Limits limits;
+
+enum AccessKind : unsigned {
+  kRead = 0,
+  kWrite = 1,
+  kAtomic = 2,
+  kAsync = 4,     // by the thread's copy engine, some time after now
+  kUnaligned = 8  // the C++ type promises no alignment
+};
+// Checks and records an access of the running thread; reports a fault instead of returning when it is not allowed.
+void check_access(const void* address, size_t bytes, unsigned kind, uintptr_t pc);
+
+// Appends a grid to the stream. Throws std::runtime_error with CUDA's condition when the device would refuse the launch.
+void enqueue(LaunchSpec spec);
+
+// The dynamic shared memory that `kernel` has been allowed to use (the function attribute of CUDA).
+void prepare_kernel(const void* kernel, const std::string& name, int smem_bytes);
+void allow_large_clusters(const void* kernel);
+int prepared_smem(const void* kernel);
+void forget_prepared();
+
+// What threads do together. A warp collective calls complete() with the payloads of all lanes once all have come.
+void barrier(int id, int threads, bool* predicate, uintptr_t pc);
+void warp_collective(const char* kind, uint32_t mask, void* payload, void (*complete)(void** payload), bool order_memory,
+                     uintptr_t pc);
+void grid_wait(uintptr_t pc);
+void grid_launch_dependents();
+
+void copy_async(void* to, const void* from, int bytes, int source_bytes, uintptr_t pc);
+void copy_commit();
+void copy_wait(int pending, uintptr_t pc);
+// Exchange between blocks.
+void sync_cluster(uintptr_t pc);
+int cluster_rank();
+uint32_t map_to_rank(const void* shared, int rank, uintptr_t pc);
+void mbarrier_init(uint64_t* barrier, uintptr_t pc);
+void mbarrier_expect(uint64_t* barrier, int bytes, uintptr_t pc);
+void mbarrier_wait(uint64_t* barrier, int parity, uintptr_t pc);
+void store_async(uint32_t to, const void* data, int bytes, uint32_t barrier, uintptr_t pc);
+// Stores that others see later, at a time that the seed chooses; stores of one thread to one address stay in order.
+void store_flag(void* to, const void* data, int bytes, bool release, uintptr_t pc);
+void load_flag(void* result, const void* from, int bytes, bool acquire, uintptr_t pc);
+
+}  // namespace simt_host
