@@ -127,7 +127,8 @@ def build(
     api = internal / "fused_rnn_capi.cpp"
     units += [Unit(f, tuple(host), for_runtime) for f in runtime if f != api]
     if backend:
-        units += [Unit(f, tuple(host), for_host) for f in [api, *sorted(csrc.glob("plan*.cpp")), *sorted((csrc / "cuda").glob("*.cpp"))]]
+        planner = sorted(f for f in csrc.glob("plan*.cpp") if not f.stem.endswith("_bindings"))
+        units += [Unit(f, tuple(host), for_host) for f in [api, *planner, *sorted((csrc / "cuda").glob("*.cpp"))]]
     with ThreadPoolExecutor(jobs) as pool:
         objects = list(pool.map(lambda unit: _compile(unit, includes), units))
     target = CACHE / f"simt-{_hash(sanitize, *(o.name for o in objects))}.so"
