@@ -89,7 +89,9 @@ def _compile(unit: Unit, includes: Sequence[Path]) -> Path:
     target = CACHE / f"{unit.source.stem}-{_hash(unit.source.read_bytes(), unit.headers, *shown)}.o"
     if not target.exists():
         partial = target.with_suffix(f".{os.getpid()}.tmp")
-        result = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True, env={**os.environ, "LC_ALL": "C.UTF-8"})
+        result = subprocess.run(
+            [*command, "-o", str(partial)], capture_output=True, text=True, env={**os.environ, "LC_ALL": "C.UTF-8"}
+        )
         if result.returncode:
             raise BuildError(explain(result.stderr))
         partial.rename(target)

@@ -111,8 +111,16 @@ class LayerRun:
     """
 
     def __init__(
-        self, sim: Simulator, layer: Layer, *, seed: int = 0, device: DeviceInfo = H100, family: str | None = None,
-        tf32: bool = False, training: bool = True, tile: tuple[int, int] | None = None
+        self,
+        sim: Simulator,
+        layer: Layer,
+        *,
+        seed: int = 0,
+        device: DeviceInfo = H100,
+        family: str | None = None,
+        tf32: bool = False,
+        training: bool = True,
+        tile: tuple[int, int] | None = None,
     ) -> None:
         self.sim, self.layer, self.seed, self.device, self.training = sim, layer, seed, device, training
         self.family = -1 if family is None else FAMILIES.index(family)
@@ -131,7 +139,9 @@ class LayerRun:
         sizes = (c_int * 4)()
         lib.simt_sizes(sizes)
         here = [ctypes.sizeof(t) for t in (ForwardParams, BackwardParams, Problem, DeviceInfo)]
-        assert list(sizes) == here, "csrc/params.h, plan.h or device_info.h changed: change the structures of tests/simt with them"
+        assert list(sizes) == here, (
+            "csrc/params.h, plan.h or device_info.h changed: change the structures of tests/simt with them"
+        )
 
     def _plan(self, problem: Problem) -> int:
         plan = self.sim.lib.simt_make_plan(ctypes.byref(problem), ctypes.byref(self.device), self.family)
@@ -160,8 +170,12 @@ class LayerRun:
         params.cell, params.dtype, params.allow_tf32 = CELL_NUMBER[case.cell], DTYPE_NUMBER[case.dtype], self.tf32
         params.H, params.P, params.D = case.hidden, case.output, case.directions
         params.seq = Sequence(
-            case.steps, case.batch, self.layer.rows, put("lengths", data.lengths), put("offsets", self.layer.offsets),
-            put("resets", data.resets)
+            case.steps,
+            case.batch,
+            self.layer.rows,
+            put("lengths", data.lengths),
+            put("offsets", self.layer.offsets),
+            put("resets", data.resets),
         )
         params.h0, params.c0 = put("h0", data.h0), put("c0", data.c0)
         self._weights(params)
@@ -306,8 +320,16 @@ def expected(layer: Layer) -> tuple[list[Tensor], list[Tensor]]:
     if h0 is None and layer.offsets is not None:
         h0 = torch.zeros(case.directions, case.batch, case.output, dtype=torch.float64)
     results = reference.layer(
-        data.input, h0, data.c0, data.weights, case.has_biases, data.lengths, layer.offsets, data.resets,
-        CELL_OF_REFERENCE[case.cell], case.bidirectional
+        data.input,
+        h0,
+        data.c0,
+        data.weights,
+        case.has_biases,
+        data.lengths,
+        layer.offsets,
+        data.resets,
+        CELL_OF_REFERENCE[case.cell],
+        case.bidirectional,
     )
     used = [t for t in results if t.numel()]
     outer = [data.dy, data.dh_n, data.dc_n][: len(used)]

@@ -142,7 +142,9 @@ class Simulator:
             return
         index = (~good).nonzero()[:1].flatten().tolist()
         reads = self.text("simt_poison_reads")
-        raise Fault("poison in output", f"{name}{index} was not written or is not a number; poison was read by: {reads or 'none'}")
+        raise Fault(
+            "poison in output", f"{name}{index} was not written or is not a number; poison was read by: {reads or 'none'}"
+        )
 
     @lru_cache(maxsize=None)  # noqa: B019 (one simulator a library)
     def lines(self, pc: str) -> list[str]:

@@ -139,7 +139,9 @@ def test_kernels(sim: Simulator, simulated: Simulated) -> None:
 
 
 OLDER = [
-    Simulated(Case(cell, steps=steps, hidden=19, batch=batch, ragged="lengths", resets=True, dtype=torch.float16), 3, device="T4")
+    Simulated(
+        Case(cell, steps=steps, hidden=19, batch=batch, ragged="lengths", resets=True, dtype=torch.float16), 3, device="T4"
+    )
     for cell, steps, batch in itertools.product(CELLS, (1, 3), (3, 33))
 ]
 

@@ -186,9 +186,16 @@ print(launch(sim, {name!r})[:2].tolist())
 
 def run_sanitized(sanitize: str, name: str) -> subprocess.CompletedProcess[str]:
     library = build.build([KERNELS / "small.cu"], sanitize=sanitize)
-    code = SANITIZED.format(paths=[str(Path(__file__).parent), str(Path(__file__).parent.parent)], library=str(library), name=name)
+    code = SANITIZED.format(
+        paths=[str(Path(__file__).parent), str(Path(__file__).parent.parent)], library=str(library), name=name
+    )
     preload = subprocess.run([build.CXX, f"-print-file-name=lib{sanitize}.so"], capture_output=True, text=True, check=True)
-    env = {**os.environ, "LD_PRELOAD": preload.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=0"}
+    env = {
+        **os.environ,
+        "LD_PRELOAD": preload.stdout.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=0",
+    }
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
 
 
