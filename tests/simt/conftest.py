@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import build
+import builder
 import pytest
 from simulator import Simulator
 
@@ -12,16 +12,16 @@ from simulator import Simulator
 @pytest.fixture(scope="session")
 def sim() -> Simulator:
     """The CUDA backend as compiled for sm_90."""
-    return Simulator(build.build())
+    return Simulator(builder.build())
 
 
 @pytest.fixture(scope="session")
 def sim_sm75() -> Simulator:
     """The same with the fp16 kernels as compiled for sm_75: no asynchronous copies, smaller tensor-core shapes."""
-    return Simulator(build.build(older=["kernels_fp16"]))
+    return Simulator(builder.build(older=["kernels_fp16"]))
 
 
 @pytest.fixture(scope="session")
 def small() -> Simulator:
     """Little kernels with known answers."""
-    return Simulator(build.build([Path(__file__).parent / "kernels" / "small.cu"]))
+    return Simulator(builder.build([Path(__file__).parent / "kernels" / "small.cu"]))

@@ -95,10 +95,12 @@ class Layer:
 
     def row_before(self, d: int) -> Tensor:
         """[N]: the row of the state before each row's step, -1 for the initial state."""
-        place = {(t, b): r for r, (t, b) in enumerate(zip(self.step_of_row.tolist(), self.batch_of_row.tolist()))}
+        place = {
+            (t, b): r for r, (t, b) in enumerate(zip(self.step_of_row.tolist(), self.batch_of_row.tolist(), strict=True))
+        }
         step = 1 if d else -1
         rows = []
-        for r, (t, b) in enumerate(zip(self.step_of_row.tolist(), self.batch_of_row.tolist())):
+        for r, (t, b) in enumerate(rows_in_order):
             before = place.get((t + step, b), -1)
             rows.append(before if before >= 0 and self.active[before] and self.active[r] else -1)
         return torch.tensor(rows, dtype=torch.int64)
@@ -139,9 +141,7 @@ class LayerRun:
         sizes = (c_int * 4)()
         lib.simt_sizes(sizes)
         here = [ctypes.sizeof(t) for t in (ForwardParams, BackwardParams, Problem, DeviceInfo)]
-        assert list(sizes) == here, (
-            "csrc/params.h, plan.h or device_info.h changed: change the structures of tests/simt with them"
-        )
+        assert list(sizes) == here, "params.h, plan.h or device_info.h changed: change the structures here with them"
 
     def _plan(self, problem: Problem) -> int:
         plan = self.sim.lib.simt_make_plan(ctypes.byref(problem), ctypes.byref(self.device), self.family)

@@ -7,7 +7,7 @@ import dataclasses
 import re
 import subprocess
 from ctypes import c_char_p, c_int, c_int64, c_size_t, c_uint64, c_void_p
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -52,7 +52,7 @@ class Stats:
 
 
 class Simulator:
-    """One library built by build.build(), and the memory of its device. Not for use by two threads."""
+    """One library built by builder.build(), and the memory of its device. Not for use by two threads."""
 
     def __init__(self, library: Path) -> None:
         self.library = library
@@ -142,11 +142,10 @@ class Simulator:
             return
         index = (~good).nonzero()[:1].flatten().tolist()
         reads = self.text("simt_poison_reads")
-        raise Fault(
-            "poison in output", f"{name}{index} was not written or is not a number; poison was read by: {reads or 'none'}"
-        )
+        where = f"poison was read by: {reads or 'none'}"
+        raise Fault("poison in output", f"{name}{index} was not written or is not a number; {where}")
 
-    @lru_cache(maxsize=None)  # noqa: B019 (one simulator a library)
+    @cache  # noqa: B019 (one simulator a library)
     def lines(self, pc: str) -> list[str]:
         """Source lines of an instruction, innermost inlined function first, without those of the simulator itself."""
         command = ["addr2line", "-e", str(self.library), "-f", "-C", "-i", "-p", pc]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import CELLS, DTYPES, GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, Case, layer_cases, make_data
 from layers import Layer, LayerRun, NoPlan, expected, gradients
-from simulator import A100, H100, T4, TINY, DeviceInfo, Simulator
+from simulator import A100, H100, T4, TINY, Simulator
 from torch import Tensor
 
 # TF32 has the mantissa of fp16: products of operands rounded to 11 bits.
@@ -139,9 +139,7 @@ def test_kernels(sim: Simulator, simulated: Simulated) -> None:
 
 
 OLDER = [
-    Simulated(
-        Case(cell, steps=steps, hidden=19, batch=batch, ragged="lengths", resets=True, dtype=torch.float16), 3, device="T4"
-    )
+    Simulated(Case(cell, steps, batch, hidden=19, ragged="lengths", resets=True, dtype=torch.float16), 3, device="T4")
     for cell, steps, batch in itertools.product(CELLS, (1, 3), (3, 33))
 ]
 

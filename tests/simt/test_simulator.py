@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import build
+import builder
 import pytest
 import torch
 from simulator import A100, H100, DeviceInfo, Fault, Simulator
@@ -169,34 +169,20 @@ def test_large_shared_memory_after_prepare(small: Simulator) -> None:
 def test_unknown_primitive(tmp_path: Path, body: str, hint: str) -> None:
     source = tmp_path / "unknown.cu"
     source.write_text(f"#include <simt.cuh>\nnamespace fused_rnn {{\n__global__ void kernel() {{\n  {body}\n}}\n}}\n")
-    with pytest.raises(build.BuildError, match=hint):
-        build.build([source])
+    with pytest.raises(builder.BuildError, match=hint):
+        builder.build([source])
 
 
 SANITIZED = """
 import sys
 sys.path[:0] = {paths!r}
+from pathlib import Path
 from simulator import Simulator
 from test_simulator import launch
-from pathlib import Path
 sim = Simulator(Path({library!r}))
-print(launch(sim, {name!r})[:2].tolist())
+print(launch(sim, "reverse")[:2].tolist(), flush=True)
+launch(sim, {name!r})
 """
-
-
-def run_sanitized(sanitize: str, name: str) -> subprocess.CompletedProcess[str]:
-    library = build.build([KERNELS / "small.cu"], sanitize=sanitize)
-    code = SANITIZED.format(
-        paths=[str(Path(__file__).parent), str(Path(__file__).parent.parent)], library=str(library), name=name
-    )
-    preload = subprocess.run([build.CXX, f"-print-file-name=lib{sanitize}.so"], capture_output=True, text=True, check=True)
-    env = {
-        **os.environ,
-        "LD_PRELOAD": preload.stdout.strip(),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "UBSAN_OPTIONS": "print_stacktrace=0",
-    }
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
 
 
 @pytest.mark.parametrize(
@@ -208,8 +194,13 @@ def run_sanitized(sanitize: str, name: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_sanitized_builds(sanitize: str, name: str, report: str) -> None:
-    right = run_sanitized(sanitize, "reverse")
-    assert right.returncode == 0 and "[63.0, 62.0]" in right.stdout, right.stderr
-    wrong = run_sanitized(sanitize, name)
-    assert wrong.returncode != 0
-    assert re.search(report, wrong.stderr), wrong.stderr
+    library = builder.build([KERNELS / "small.cu"], sanitize=sanitize)
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    code = SANITIZED.format(paths=paths, library=str(library), name=name)
+    find = [builder.CXX, f"-print-file-name=lib{sanitize}.so"]
+    preload = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
+    env = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert "[63.0, 62.0]" in result.stdout, result.stderr
+    assert result.returncode != 0
+    assert re.search(report, result.stderr), result.stderr

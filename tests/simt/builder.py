@@ -22,7 +22,7 @@ CXX = os.environ.get("CXX", "g++")
 # FUSED_RNN_SIMT_DEBUG=1: for stepping through a kernel in gdb.
 DEBUG = bool(int(os.environ.get("FUSED_RNN_SIMT_DEBUG", "0")))
 COMMON = ["-std=c++17", "-g" if DEBUG else "-g1", "-fPIC", "-Wall", "-Wextra"]
-# -fsanitize=thread only instruments memory accesses; the library is not linked with libtsan, runtime/hooks.cpp takes its place.
+# -fsanitize=thread only instruments memory accesses: runtime/hooks.cpp takes the place of libtsan.
 KERNEL = [
     *("-x", "c++", "-O0" if DEBUG else "-O1", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"),
     *("-ffp-contract=off", "-Wno-unknown-pragmas"),
@@ -75,8 +75,8 @@ def explain(errors: str) -> str:
     names = re.findall(r"‘(__\w+|cuda\w+|atomic\w+|threadIdx|blockIdx|blockDim|gridDim)’ was not declared", errors)
     for name in dict.fromkeys(names):
         hints.append(
-            f"{name} is a CUDA name: kernels reach the hardware only through csrc/cuda/simt.cuh. Add a named wrapper there and "
-            "its host twin to tests/simt/include/simt.cuh."
+            f"{name} is a CUDA name: kernels reach the hardware only through csrc/cuda/simt.cuh. Add a named wrapper there "
+            "and its host twin to tests/simt/include/simt.cuh."
         )
     for name in dict.fromkeys(re.findall(r"fatal error: (cuda\w*\.h|mma\.h|cooperative_groups\.h)", errors)):
         hints.append(f"{name}: kernel files include <simt.cuh> only; what it gives belongs into a wrapper there.")
@@ -89,9 +89,8 @@ def _compile(unit: Unit, includes: Sequence[Path]) -> Path:
     target = CACHE / f"{unit.source.stem}-{_hash(unit.source.read_bytes(), unit.headers, *shown)}.o"
     if not target.exists():
         partial = target.with_suffix(f".{os.getpid()}.tmp")
-        result = subprocess.run(
-            [*command, "-o", str(partial)], capture_output=True, text=True, env={**os.environ, "LC_ALL": "C.UTF-8"}
-        )
+        env = {**os.environ, "LC_ALL": "C.UTF-8"}
+        result = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True, env=env)
         if result.returncode:
             raise BuildError(explain(result.stderr))
         partial.rename(target)
