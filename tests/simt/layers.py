@@ -95,9 +95,8 @@ class Layer:
 
     def row_before(self, d: int) -> Tensor:
         """[N]: the row of the state before each row's step, -1 for the initial state."""
-        place = {
-            (t, b): r for r, (t, b) in enumerate(zip(self.step_of_row.tolist(), self.batch_of_row.tolist(), strict=True))
-        }
+        rows_in_order = list(zip(self.step_of_row.tolist(), self.batch_of_row.tolist(), strict=True))
+        place = {row: r for r, row in enumerate(rows_in_order)}
         step = 1 if d else -1
         rows = []
         for r, (t, b) in enumerate(rows_in_order):
