@@ -126,11 +126,14 @@ const Plan& plan_for(const Problem& problem, int device, std::optional<Family> f
   // A layer's forward and backward ask in turn, so a short list is searched; the oldest entry makes room.
   static thread_local std::array<std::optional<Entry>, kKept> kept;
   static thread_local size_t oldest = 0;
+  // Families tell one step from several, not how many.
+  Problem key = problem;
+  key.T = problem.T > 1 ? 2 : problem.T;
   for (const auto& entry : kept) {
-    if (entry && entry->device == device && entry->forced == forced && entry->problem == problem) return entry->plan;
+    if (entry && entry->device == device && entry->forced == forced && entry->problem == key) return entry->plan;
   }
   auto& entry = kept[oldest];
-  entry = Entry{problem, device, forced, make_plan(problem, device_info(device), forced)};
+  entry = Entry{key, device, forced, make_plan(problem, device_info(device), forced)};
   oldest = (oldest + 1) % kKept;
   return entry->plan;
 }

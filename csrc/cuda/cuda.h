@@ -16,7 +16,8 @@ const DeviceInfo& device_info(int device);
 Problem problem_of(const ForwardParams& params);
 Problem problem_of(const BackwardParams& params);
 
-// make_plan for a device, with the latest plans of the calling thread kept.
+// make_plan for a device, with the latest plans of the calling thread kept; the kept one may come from a layer that differs in
+// the number of steps beyond the first, which no family asks for.
 const Plan& plan_for(const Problem& problem, int device, std::optional<Family> forced = std::nullopt);
 
 // params.workspace: plan.workspace_bytes bytes, 256-byte aligned, contents irrelevant.
