@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "device_info.h"
 
@@ -421,6 +422,17 @@ inline void check(cudaError_t status, const std::string& what) {
 // (a PTX of an older architecture, translated by the driver, has empty pdl_wait()).
 template <class Params>
 bool prepare(void (*kernel)(Params), const char* name, int smem_bytes) {
+  struct Prepared {
+    void (*kernel)(Params);
+    int device, smem_bytes;
+    bool may_overlap;
+  };
+  static thread_local std::vector<Prepared> prepared;
+  int device = 0;
+  check(cudaGetDevice(&device), "current device");
+  for (const Prepared& p : prepared) {
+    if (p.kernel == kernel && p.device == device && p.smem_bytes >= smem_bytes) return p.may_overlap;
+  }
   cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), std::string("kernel ") + name);
   if (smem_bytes > attributes.maxDynamicSharedSizeBytes) {
@@ -428,6 +440,7 @@ bool prepare(void (*kernel)(Params), const char* name, int smem_bytes) {
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes),
         std::string("kernel ") + name + ": " + std::to_string(smem_bytes) + " bytes of shared memory");
   }
+  prepared.push_back({kernel, device, smem_bytes, attributes.ptxVersion >= 90});
   return attributes.ptxVersion >= 90;
 }
 
