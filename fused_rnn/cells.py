@@ -64,16 +64,18 @@ class _Cell(nn.RNNCellBase):
         return new_h, new_c
 
     def _raise_torchs_error(self, input: Tensor, first: Tensor, h: Tensor | None, c: Tensor | None) -> None:
-        """Raises what torch.nn raises first; returns where nothing is wrong (dtypes that differ under autocast)."""
+        """Raises what torch.nn (2.15) raises first; returns where nothing is wrong (dtypes that differ under autocast)."""
         batch, hidden = input.size(0), self.hidden_size
         if input.size(1) != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}")
         for index, state in enumerate((h, c)):
-            if state is not None and state.size() != (batch, hidden):
-                if state.size(0) != batch:
-                    raise RuntimeError(f"Input batch size {batch} doesn't match hidden{index} batch size {state.size(0)}")
-                got = state.size(1) if state.dim() > 1 and state.size(1) != hidden else list(state.size())
-                raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {got}, expected {hidden}")
+            if state is None or state.size() == (batch, hidden):
+                continue
+            if state.dim() != 2:
+                raise RuntimeError(f"Expected 2D hidden{index} (batch x hidden_size), but got {state.dim()}D tensor")
+            if state.size(0) != batch:
+                raise RuntimeError(f"Input batch size {batch} doesn't match hidden{index} batch size {state.size(0)}")
+            raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {hidden}")
         if input.dtype != first.dtype and not torch._C._is_any_autocast_enabled():
             raise RuntimeError(f"mat1 and mat2 must have the same dtype, but got {type_name(input)} and {type_name(first)}")
         for tensor, name in ((first, "parameter"), (h, "hidden"), (c, "hidden")):
