@@ -36,8 +36,6 @@ class BackwardScan {
     BackwardRow<A>* rows;     // [n]
     StoreRow<A>* store_rows;  // [n]
     A* tile;
-    const A* packed_h;
-    const A* packed_r;
   };
 
   int64_t layout(void* base);
@@ -64,7 +62,9 @@ class BackwardScan {
   Plan plan_;
   int64_t team_rows_;
   // Workspace.
-  A *packed_h_[2], *packed_r_[2];
+  struct {
+    Matrix<A> h, r;  // W_hh, W_hr
+  } matrices_[2];
   A* zeros_;
   int64_t zeros_size_;
   A* team_state_;
@@ -96,8 +96,8 @@ template <class A>
 int64_t BackwardScan<A>::layout(void* base) {
   Arena arena(base);
   for (int d = 0; d < p_.D; ++d) {
-    packed_h_[d] = arena.take<A>(h_shape_.elements());
-    packed_r_[d] = arena.take<A>(r_shape_.elements());
+    matrices_[d].h = {h_shape_, arena.take<A>(h_shape_.elements()), nullptr, 0};
+    matrices_[d].r = {r_shape_, arena.take<A>(r_shape_.elements()), nullptr, 0};
   }
   zeros_size_ = std::max(gates_ * p_.H, p_.P) + kernels_.width;
   zeros_ = arena.take<A>(zeros_size_);
@@ -134,8 +134,6 @@ typename BackwardScan<A>::Worker BackwardScan<A>::make_worker(int thread, int d,
   w.rows = arena.take<BackwardRow<A>>(team_rows_);
   w.store_rows = arena.take<StoreRow<A>>(team_rows_);
   w.tile = reinterpret_cast<A*>(arena.take<char>(kTileBytes));
-  w.packed_h = packed_h_[d];
-  w.packed_r = packed_r_[d];
   return w;
 }
 
@@ -214,11 +212,11 @@ template <class A>
 void BackwardScan<A>::store_sums(Worker& w, int64_t active) const {
   const int64_t first = share_begin(h_shape_.panels, plan_.split, w.rank);
   const int64_t last = share_begin(h_shape_.panels, plan_.split, w.rank + 1);
-  for_tiles(kernels_, h_shape_, w.packed_h, static_cast<const A*>(nullptr), w.pointers, active, first, last, w.tile,
-            [&](int64_t begin, int count, int64_t p, int64_t end, const A* tile, int64_t stride) {
-              kernels_.store[storage_]({tile, stride, w.store_rows + begin, count, p_.P, h_shape_.unit_vector(p),
-                                        h_shape_.unit_vector(end), false});
-            });
+  for_tiles<A>(kernels_, matrices_[w.d].h, nullptr, w.pointers, active, first, last, w.tile,
+               [&](int64_t begin, int count, int64_t p, int64_t end, const A* tile, int64_t stride) {
+                 kernels_.store[storage_]({tile, stride, w.store_rows + begin, count, p_.P, h_shape_.unit_vector(p),
+                                           h_shape_.unit_vector(end), false});
+               });
 }
 
 // This rank's units of a step.
@@ -233,11 +231,11 @@ void BackwardScan<A>::step(Worker& w, int64_t active) const {
   }
   const int64_t first = share_begin(shape.panels, plan_.split, w.rank);
   const int64_t last = share_begin(shape.panels, plan_.split, w.rank + 1);
-  for_tiles(kernels_, shape, projected ? w.packed_r : w.packed_h, static_cast<const A*>(nullptr), w.pointers, active, first,
-            last, w.tile, [&](int64_t begin, int count, int64_t p, int64_t end, const A* tile, int64_t stride) {
-              kernels_.backward[cell_][storage_](
-                  {tile, stride, w.rows + begin, count, p_.H, shape.unit_vector(p), shape.unit_vector(end)});
-            });
+  for_tiles<A>(kernels_, projected ? matrices_[w.d].r : matrices_[w.d].h, nullptr, w.pointers, active, first, last, w.tile,
+               [&](int64_t begin, int count, int64_t p, int64_t end, const A* tile, int64_t stride) {
+                 kernels_.backward[cell_][storage_](
+                     {tile, stride, w.rows + begin, count, p_.H, shape.unit_vector(p), shape.unit_vector(end)});
+               });
 }
 
 // Gradients of the initial state.
@@ -271,7 +269,8 @@ void BackwardScan<A>::scan(Worker& w) const {
 
 template <class A>
 bool BackwardScan<A>::run() {
-  layout(p_.workspace);
+  prefer_huge_pages(p_.workspace, layout(p_.workspace));
+  prefer_huge_pages(p_.d_gates, p_.D * p_.seq.N * slots_ * p_.H * size_);
   std::fill_n(zeros_, zeros_size_, A(0));
   Teams teams(plan_, p_.seq, p_.D);
   return run_threads(plan_.threads(), [&](int thread) {
@@ -279,10 +278,10 @@ bool BackwardScan<A>::run() {
     for (int d = 0; d < p_.D; ++d) {
       const Weights& w = p_.weights[d];
       pack_straight<A>(h_shape_, p_.dtype, w.w_hh, share_begin(h_shape_.panels, parts, thread),
-                       share_begin(h_shape_.panels, parts, thread + 1), packed_h_[d]);
+                       share_begin(h_shape_.panels, parts, thread + 1), matrices_[d].h.packed);
       if (!r_shape_.panels) continue;
       pack_straight<A>(r_shape_, p_.dtype, w.w_hr, share_begin(r_shape_.panels, parts, thread),
-                       share_begin(r_shape_.panels, parts, thread + 1), packed_r_[d]);
+                       share_begin(r_shape_.panels, parts, thread + 1), matrices_[d].r.packed);
     }
     teams.all.wait();
     const Team& team = teams.teams[thread / plan_.split];

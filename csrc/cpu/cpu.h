@@ -16,12 +16,6 @@ int64_t backward_workspace_bytes(const BackwardParams& p);
 void forward(const ForwardParams& p);
 void backward(const BackwardParams& p);
 
-// Weights packed ahead, for callers that use the same ones again and again: one buffer per direction, 64-byte aligned, given
-// to forward as ForwardParams::packed. It holds copies of all weights and biases (weights[d] is not read then), for one
-// instruction set.
-int64_t packed_weights_bytes(const ForwardParams& p);
-void pack_weights(const ForwardParams& p, int direction, void* out);
-
 // The instruction set in use: FUSED_RNN_CPU if set (std::invalid_argument if that one is not available), else the best
 // available.
 const char* instruction_set();

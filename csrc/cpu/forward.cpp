@@ -5,7 +5,6 @@
 //
 // h is kept twice per row: a step reads one copy and writes the other, so that a team meets once per step.
 #include <cstring>
-#include <stdexcept>
 
 #include "../cells.h"
 #include "../dispatch.h"
@@ -22,37 +21,24 @@ int recurrent_slot_of(CellKind cell, int gate) {
   return dispatch_cell(cell, [&](auto tag) { return Cell<decltype(tag)::value>::recurrent_slot(gate); });
 }
 
-struct PackedHeader {
-  int64_t width, bytes;
-};
+// Below this many rows in all the weights are used as they lie: packing them costs about as much as ten products with one row.
+constexpr int64_t kDirectRows = 8;
 
-// One direction's weights, packed.
+// One direction's weights.
 template <class A>
-struct PackedLayer {
-  PackedHeader* header;
-  A* x;       // W_ih
-  A* h;       // W_hh
-  A* r;       // W_hr
-  A* bias_x;  // b_ih + b_hh, for GRU's n b_ih alone
-  A* bias_h;  // GRU: 0 0 b_hn
+struct LayerWeights {
+  Matrix<A> x;  // W_ih
+  Matrix<A> h;  // W_hh
+  Matrix<A> r;  // W_hr
+  A* bias_x;    // b_ih + b_hh, for GRU's n b_ih alone; gate matrix order
+  A* bias_h;    // GRU: 0 0 b_hn
 };
 
 template <class A>
 class ForwardScan {
  public:
   ForwardScan(const ForwardParams& p, const Kernels<A>& kernels, int max_threads);
-  int64_t packed_bytes() const {
-    Arena arena(nullptr);
-    layout_packed(arena);
-    return arena.used();
-  }
   int64_t workspace_bytes() { return layout(nullptr); }
-  void pack(int d, void* out) {
-    Arena arena(out);
-    const PackedLayer<A> packed = layout_packed(arena);
-    *packed.header = {kernels_.width, packed_bytes()};
-    pack_share(packed, d, 0, 1);
-  }
   bool run();
 
  private:
@@ -73,12 +59,12 @@ class ForwardScan {
     ForwardRow<A>* rows;      // [n]
     StoreRow<A>* store_rows;  // [n]
     A* tile;
-    PackedLayer<A> packed;
+    LayerWeights<A> weights;
   };
 
-  PackedLayer<A> layout_packed(Arena& arena) const;
+  LayerWeights<A> layout_weights(Arena& arena, const Weights& w) const;
   int64_t layout(void* base);
-  void pack_share(const PackedLayer<A>& packed, int d, int part, int parts) const;
+  void pack_share(const LayerWeights<A>& packed, const Weights& w, int part, int parts) const;
   Worker make_worker(int thread, int d, Teams& teams) const;
   void scan(Worker& w) const;
   void start(Worker& w) const;
@@ -98,7 +84,7 @@ class ForwardScan {
   Plan plan_;
   int64_t team_rows_, chunk_steps_, max_columns_;
   // Workspace.
-  PackedLayer<A> packed_[2];
+  LayerWeights<A> weights_[2];
   A* zeros_;
   A* team_state_;
   int64_t team_state_size_;
@@ -127,23 +113,31 @@ ForwardScan<A>::ForwardScan(const ForwardParams& p, const Kernels<A>& kernels, i
 }
 
 template <class A>
-PackedLayer<A> ForwardScan<A>::layout_packed(Arena& arena) const {
-  PackedLayer<A> packed;
-  packed.header = arena.take<PackedHeader>(1);
-  packed.x = arena.take<A>(x_shape_.elements());
-  packed.h = arena.take<A>(h_shape_.elements());
-  packed.r = arena.take<A>(r_shape_.elements());
-  packed.bias_x = arena.take<A>(h_shape_.columns());
-  packed.bias_h = arena.take<A>(h_shape_.columns());
-  return packed;
+LayerWeights<A> ForwardScan<A>::layout_weights(Arena& arena, const Weights& w) const {
+  const bool direct = p_.seq.T * p_.seq.B <= kDirectRows;
+  const auto layout_matrix = [&](const Shape& shape, const void* from) {
+    Matrix<A> m{shape};
+    if (direct) {
+      m.direct = from;
+      m.storage = storage_;
+    } else {
+      m.packed = arena.take<A>(shape.elements());
+    }
+    return m;
+  };
+  LayerWeights<A> weights;
+  weights.x = layout_matrix(x_shape_, w.w_ih);
+  weights.h = layout_matrix(h_shape_, w.w_hh);
+  weights.r = layout_matrix(r_shape_, w.w_hr);
+  weights.bias_x = arena.take<A>(h_shape_.columns());
+  weights.bias_h = arena.take<A>(h_shape_.columns());
+  return weights;
 }
 
 template <class A>
 int64_t ForwardScan<A>::layout(void* base) {
   Arena arena(base);
-  for (int d = 0; d < p_.D; ++d) {
-    if (!p_.packed[d]) packed_[d] = layout_packed(arena);
-  }
+  for (int d = 0; d < p_.D; ++d) weights_[d] = layout_weights(arena, p_.weights[d]);
   zeros_ = arena.take<A>(std::max(h_padded_, p_padded_));
   team_state_size_ = team_rows_ * (2 * p_padded_ + (p_.weights[0].w_hr ? 2 : 1) * h_padded_);
   team_state_ = arena.take<A>(team_state_size_ * plan_.direction_teams * plan_.batch_teams);
@@ -162,14 +156,13 @@ int64_t ForwardScan<A>::layout(void* base) {
 }
 
 template <class A>
-void ForwardScan<A>::pack_share(const PackedLayer<A>& packed, int d, int part, int parts) const {
-  const Weights& w = p_.weights[d];
+void ForwardScan<A>::pack_share(const LayerWeights<A>& packed, const Weights& w, int part, int parts) const {
   const int64_t first = share_begin(h_shape_.panels, parts, part), last = share_begin(h_shape_.panels, parts, part + 1);
-  pack_transposed<A>(x_shape_, p_.dtype, w.w_ih, first, last, packed.x);
-  pack_transposed<A>(h_shape_, p_.dtype, w.w_hh, first, last, packed.h);
-  if (r_shape_.panels) {
+  if (packed.x.packed) pack_transposed<A>(x_shape_, p_.dtype, w.w_ih, first, last, packed.x.packed);
+  if (packed.h.packed) pack_transposed<A>(h_shape_, p_.dtype, w.w_hh, first, last, packed.h.packed);
+  if (packed.r.packed && w.w_hr) {
     pack_transposed<A>(r_shape_, p_.dtype, w.w_hr, share_begin(r_shape_.panels, parts, part),
-                       share_begin(r_shape_.panels, parts, part + 1), packed.r);
+                       share_begin(r_shape_.panels, parts, part + 1), packed.r.packed);
   }
   // A bias is a matrix of depth 1.
   Shape bias = h_shape_;
@@ -213,7 +206,7 @@ typename ForwardScan<A>::Worker ForwardScan<A>::make_worker(int thread, int d, T
   w.rows = arena.take<ForwardRow<A>>(team_rows_);
   w.store_rows = arena.take<StoreRow<A>>(team_rows_);
   w.tile = reinterpret_cast<A*>(arena.take<char>(kTileBytes));
-  w.packed = packed_[d];
+  w.weights = weights_[d];
   return w;
 }
 
@@ -246,7 +239,7 @@ void ForwardScan<A>::project(Worker& w, int64_t begin, int64_t end) const {
       w.pointers[count++] = static_cast<const A*>(x);
     }
   }
-  multiply(kernels_, x_shape_, w.packed.x, w.packed.bias_x, w.pointers, count, w.first, w.last, w.xg, w.columns);
+  multiply<A>(kernels_, w.weights.x, w.weights.bias_x, w.pointers, count, w.first, w.last, w.xg, w.columns);
 }
 
 template <class A>
@@ -290,12 +283,12 @@ int64_t ForwardScan<A>::step(Worker& w, int64_t step, int64_t first_xg) const {
     w.pointers[active++] = out.h_prev;
   }
   const int64_t xg_first = h_shape_.unit_vector(w.first);
-  const A* init = p_.cell == CellKind::kGru ? w.packed.bias_h : nullptr;
-  for_tiles(kernels_, h_shape_, w.packed.h, init, w.pointers, active, w.first, w.last, w.tile,
-            [&](int64_t begin, int count, int64_t first, int64_t last, const A* tile, int64_t stride) {
-              kernels_.forward[cell_][storage_]({tile, stride, w.rows + begin, count, p_.H, h_shape_.unit_vector(first),
-                                                 h_shape_.unit_vector(last), xg_first});
-            });
+  const A* init = p_.cell == CellKind::kGru ? w.weights.bias_h : nullptr;
+  for_tiles<A>(kernels_, w.weights.h, init, w.pointers, active, w.first, w.last, w.tile,
+               [&](int64_t begin, int count, int64_t first, int64_t last, const A* tile, int64_t stride) {
+                 kernels_.forward[cell_][storage_]({tile, stride, w.rows + begin, count, p_.H, h_shape_.unit_vector(first),
+                                                    h_shape_.unit_vector(last), xg_first});
+               });
   return active;
 }
 
@@ -303,11 +296,11 @@ int64_t ForwardScan<A>::step(Worker& w, int64_t step, int64_t first_xg) const {
 template <class A>
 void ForwardScan<A>::project_output(Worker& w, int64_t, int64_t active) const {
   for (int64_t i = 0; i < active; ++i) w.pointers[i] = w.rows[i].h;
-  for_tiles(kernels_, r_shape_, w.packed.r, static_cast<const A*>(nullptr), w.pointers, active, w.r_first, w.r_last, w.tile,
-            [&](int64_t begin, int count, int64_t first, int64_t last, const A* tile, int64_t stride) {
-              kernels_.store[storage_]({tile, stride, w.store_rows + begin, count, p_.P, r_shape_.unit_vector(first),
-                                        r_shape_.unit_vector(last), true});
-            });
+  for_tiles<A>(kernels_, w.weights.r, nullptr, w.pointers, active, w.r_first, w.r_last, w.tile,
+               [&](int64_t begin, int count, int64_t first, int64_t last, const A* tile, int64_t stride) {
+                 kernels_.store[storage_]({tile, stride, w.store_rows + begin, count, p_.P, r_shape_.unit_vector(first),
+                                           r_shape_.unit_vector(last), true});
+               });
 }
 
 template <class A>
@@ -344,21 +337,14 @@ void ForwardScan<A>::scan(Worker& w) const {
 
 template <class A>
 bool ForwardScan<A>::run() {
-  layout(p_.workspace);
-  for (int d = 0; d < p_.D; ++d) {
-    if (!p_.packed[d]) continue;
-    Arena arena(const_cast<void*>(p_.packed[d]));  // read only
-    packed_[d] = layout_packed(arena);
-    if (packed_[d].header->width != kernels_.width || packed_[d].header->bytes != packed_bytes()) {
-      throw std::invalid_argument("packed weights are of another instruction set, size or dtype");
-    }
-  }
+  prefer_huge_pages(p_.workspace, layout(p_.workspace));
+  prefer_huge_pages(p_.y, p_.seq.N * p_.D * p_.P * size_);
+  if (p_.training) prefer_huge_pages(p_.gates, p_.D * p_.seq.N * slot_count(p_.cell) * p_.H * size_);
+  if (p_.training) prefer_huge_pages(p_.cs, p_.D * p_.seq.N * p_.H * size_);
   std::fill_n(zeros_, std::max(h_padded_, p_padded_), A(0));
   Teams teams(plan_, p_.seq, p_.D);
   return run_threads(plan_.threads(), [&](int thread) {
-    for (int d = 0; d < p_.D; ++d) {
-      if (!p_.packed[d]) pack_share(packed_[d], d, thread, plan_.threads());
-    }
+    for (int d = 0; d < p_.D; ++d) pack_share(weights_[d], p_.weights[d], thread, plan_.threads());
     teams.all.wait();
     const Team& team = teams.teams[thread / plan_.split];
     for (int d = team.first_direction; d < team.last_direction; ++d) {
@@ -369,19 +355,6 @@ bool ForwardScan<A>::run() {
 }
 
 }  // namespace
-
-int64_t packed_weights_bytes(const ForwardParams& p) {
-  return with_arithmetic(p.dtype, [&](auto a) {
-    return ForwardScan<decltype(a)>(p, kernels_of<decltype(a)>(selected_kernels()), 1).packed_bytes();
-  });
-}
-
-void pack_weights(const ForwardParams& p, int direction, void* out) {
-  with_arithmetic(p.dtype, [&](auto a) {
-    ForwardScan<decltype(a)>(p, kernels_of<decltype(a)>(selected_kernels()), 1).pack(direction, out);
-    return 0;
-  });
-}
 
 int64_t forward_workspace_bytes(const ForwardParams& p) {
   return with_arithmetic(p.dtype, [&](auto a) {

@@ -35,6 +35,22 @@ struct GemmCall {
   int64_t out_stride;    // from row to row
 };
 
+// The same product with a matrix as torch keeps it, [gates, units, K] row-major in storage type Storage: worth it for few rows, which
+// would not pay for packing. out is in gate matrix order.
+template <class A>
+struct DirectCall {
+  int64_t depth;         // K
+  const A* const* rows;  // [n_rows] pointers to [K]
+  int n_rows;
+  const void* weights;
+  int64_t units;
+  int gates;
+  int64_t first, last;  // columns, in vectors
+  const A* init;        // of column `first` on, or null
+  A* out;
+  int64_t out_stride;
+};
+
 // The places of one active row at one step. A arrays are padded to a whole vector, storage arrays are not.
 template <class A>
 struct ForwardRow {
@@ -107,6 +123,7 @@ struct Kernels {
   int width;                          // W
   int max_rows[kMaxTileVectors + 1];  // rows of a tile by vectors of its panel
   void (*gemm)(const GemmCall<A>&);
+  void (*direct[kStorages])(const DirectCall<A>&);
   void (*forward[kCells][kStorages])(const ForwardCall<A>&);
   void (*backward[kCells][kStorages])(const BackwardCall<A>&);
   void (*store[kStorages])(const StoreCall<A>&);

@@ -77,35 +77,57 @@ void for_panel_groups(const Shape& shape, int64_t n, int64_t first, int64_t last
   }
 }
 
+// A matrix to multiply rows with: packed, or as torch keeps it.
+template <class A>
+struct Matrix {
+  Shape shape;
+  A* packed = nullptr;           // [panels][K][vectors][W]
+  const void* direct = nullptr;  // [gates, units, K] storage; used where not null
+  int storage = 0;
+};
+
+// Columns of panels [p, end) for up to max_rows rows.
+template <class A>
+void multiply_tile(const Kernels<A>& kernels, const Matrix<A>& m, const A* init, const A* const* rows, int n_rows, int64_t p,
+                   int64_t end, A* out, int64_t out_stride) {
+  const int64_t start = m.shape.columns_before(p);
+  const A* start_init = init ? init + start : nullptr;
+  if (m.direct) {
+    const int64_t last = m.shape.columns_before(end) / m.shape.width;
+    kernels.direct[m.storage]({m.shape.depth, rows, n_rows, m.direct, m.shape.units, m.shape.gates, start / m.shape.width,
+                               last, start_init, out, out_stride});
+  } else {
+    kernels.gemm({m.shape.depth, rows, n_rows, static_cast<int>(end - p), m.shape.vectors_of(p),
+                  m.packed + start * m.shape.depth, start_init, out, out_stride});
+  }
+}
+
 // For panels [first, last), panel group by panel group, then row block by row block: fills a tile (kTileBytes) and calls
 // f(first_row, rows, first_panel, last_panel, tile, tile_stride).
 constexpr int64_t kTileBytes = int64_t{kMaxTileRows} * kMaxTilePanels * kMaxTileVectors * kMaxVectorBytes;
 template <class A, class F>
-void for_tiles(const Kernels<A>& kernels, const Shape& shape, const A* packed, const A* init, const A* const* rows,
-               int64_t n, int64_t first, int64_t last, A* tile, F&& f) {
+void for_tiles(const Kernels<A>& kernels, const Matrix<A>& m, const A* init, const A* const* rows, int64_t n, int64_t first,
+               int64_t last, A* tile, F&& f) {
   if (n == 0) return;
-  for_panel_groups(shape, n, first, last, [&](int64_t p, int64_t end, int vectors) {
-    const int64_t start = shape.columns_before(p);
-    const int64_t stride = shape.columns_before(end) - start;
+  for_panel_groups(m.shape, n, first, last, [&](int64_t p, int64_t end, int vectors) {
+    const int64_t stride = m.shape.columns_before(end) - m.shape.columns_before(p);
     for_row_blocks(n, kernels.max_rows[vectors], [&](int64_t begin, int count) {
-      kernels.gemm({shape.depth, rows + begin, count, static_cast<int>(end - p), vectors, packed + start * shape.depth,
-                    init ? init + start : nullptr, tile, stride});
+      multiply_tile(kernels, m, init, rows + begin, count, p, end, tile, stride);
       f(begin, count, p, end, tile, stride);
     });
   });
 }
 
-// out[row][columns of the panels] = init + rows * packed, written straight to out.
+// out[row][columns of the panels] = init + rows * matrix, written straight to out.
 template <class A>
-void multiply(const Kernels<A>& kernels, const Shape& shape, const A* packed, const A* init, const A* const* rows, int64_t n,
-              int64_t first, int64_t last, A* out, int64_t out_stride) {
+void multiply(const Kernels<A>& kernels, const Matrix<A>& m, const A* init, const A* const* rows, int64_t n, int64_t first,
+              int64_t last, A* out, int64_t out_stride) {
   if (n == 0) return;
-  const int64_t begin_column = shape.columns_before(first);
-  for_panel_groups(shape, n, first, last, [&](int64_t p, int64_t end, int vectors) {
-    const int64_t start = shape.columns_before(p);
+  const int64_t begin_column = m.shape.columns_before(first);
+  for_panel_groups(m.shape, n, first, last, [&](int64_t p, int64_t end, int vectors) {
+    A* columns = out + m.shape.columns_before(p) - begin_column;
     for_row_blocks(n, kernels.max_rows[vectors], [&](int64_t begin, int count) {
-      kernels.gemm({shape.depth, rows + begin, count, static_cast<int>(end - p), vectors, packed + start * shape.depth,
-                    init ? init + start : nullptr, out + begin * out_stride + start - begin_column, out_stride});
+      multiply_tile(kernels, m, init, rows + begin, count, p, end, columns + begin * out_stride, out_stride);
     });
   });
 }

@@ -3,6 +3,7 @@
 #pragma once
 #include "../cells.h"
 #include "kernels.h"
+#include "tile.h"
 
 namespace fused_rnn::cpu {
 
@@ -152,6 +153,7 @@ void fill_storage(Kernels<typename V::Scalar>& table, int at) {
   table.backward[2][at] = backward_pointwise<V, Cell<CellKind::kRnnIdentity>, Storage>;
   table.backward[3][at] = backward_pointwise<V, Cell<CellKind::kLstm>, Storage>;
   table.backward[4][at] = backward_pointwise<V, Cell<CellKind::kGru>, Storage>;
+  table.direct[at] = direct_product<V, Storage>;
   table.store[at] = store_rows<V, Storage>;
   table.load[at] = load_array<V, Storage>;
   table.save[at] = save_array<V, Storage>;

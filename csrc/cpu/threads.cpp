@@ -6,6 +6,7 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #include <sched.h>
+#include <sys/mman.h>
 #endif
 
 namespace fused_rnn::cpu {
@@ -56,6 +57,15 @@ bool run_threads(int threads, const std::function<void(int)>& work) {
   return complete;
 #else
   return false;
+#endif
+}
+
+void prefer_huge_pages([[maybe_unused]] void* array, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHuge = 2 * 1024 * 1024;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(array) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(array) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
+  if (array && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
 

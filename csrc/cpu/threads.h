@@ -1,6 +1,7 @@
 // Threads: one parallel region of the caller's OpenMP for a whole call, and the barrier that a team meets at.
 #pragma once
 #include <atomic>
+#include <cstdint>
 #include <functional>
 
 namespace fused_rnn::cpu {
@@ -11,6 +12,10 @@ int thread_limit();
 
 // Runs work(thread) for thread = 0 .. threads - 1, all at once. False, with nothing run, if fewer threads were to be had.
 bool run_threads(int threads, const std::function<void(int)>& work);
+
+// Asks for huge pages behind a large array that is about to be written for the first time: page faults are otherwise a fifth of a
+// large training forward. A hint; does nothing where the system does not know it or the array is small.
+void prefer_huge_pages(void* array, int64_t bytes);
 
 // Spins for a few microseconds, then yields the core: another process may hold the one that a late thread needs.
 class Barrier {

@@ -69,4 +69,51 @@ void gemm(const GemmCall<typename V::Scalar>& call) {
   }
 }
 
+// Lane l of the result is the sum of the lanes of v[l].
+template <class V>
+inline V sum_lanes(const V (&v)[V::kWidth]) {
+  typename V::Scalar sums[V::kWidth];
+  for (int l = 0; l < V::kWidth; ++l) {
+    typename V::Scalar lanes[V::kWidth];
+    v[l].store(lanes);
+    for (int half = V::kWidth / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    }
+    sums[l] = lanes[0];
+  }
+  return V::load(sums);
+}
+
+// kWidth dot products of length K at a time, summed over lanes at the end.
+template <class V, class Storage>
+[[gnu::flatten]] void direct_product(const DirectCall<typename V::Scalar>& call) {
+  using A = typename V::Scalar;
+  constexpr int kWidth = V::kWidth;
+  const int64_t depth = call.depth;
+  for (int64_t v = call.first; v < call.last; ++v) {
+    const int64_t unit = v / call.gates * kWidth;
+    const Storage* block = static_cast<const Storage*>(call.weights) + (v % call.gates * call.units + unit) * depth;
+    const Storage* lanes[kWidth];
+    for (int l = 0; l < kWidth; ++l) lanes[l] = block + (unit + l < call.units ? l : 0) * depth;
+    for (int r = 0; r < call.n_rows; ++r) {
+      const A* row = call.rows[r];
+      V sum[kWidth];
+      for (int l = 0; l < kWidth; ++l) sum[l] = V(0);
+      int64_t k = 0;
+      for (; k + kWidth <= depth; k += kWidth) {
+        const V a = V::load(row + k);
+        for (int l = 0; l < kWidth; ++l) sum[l] = multiply_add(a, V::load(lanes[l] + k), sum[l]);
+      }
+      if (k < depth) {
+        const int n = static_cast<int>(depth - k);
+        const V a = V::load_partial(row + k, n);
+        for (int l = 0; l < kWidth; ++l) sum[l] = multiply_add(a, V::load_partial(lanes[l] + k, n), sum[l]);
+      }
+      const int64_t column = (v - call.first) * kWidth;
+      const V init = call.init ? V::load(call.init + column) : V(0);
+      (init + sum_lanes(sum)).store(call.out + r * call.out_stride + column);
+    }
+  }
+}
+
 }  // namespace fused_rnn::cpu

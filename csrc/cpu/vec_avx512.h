@@ -79,6 +79,22 @@ struct VecF : simd::VectorBase {
     const __m512 q = _mm512_mul_ps(n.v, r.v);
     return _mm512_fmadd_ps(_mm512_fnmadd_ps(q, d.v, n.v), r.v, q);
   }
+  // Lane l of the result is the sum of the lanes of v[l]: pairs of rows are interleaved and added, four times.
+  FUSED_RNN_INLINE friend VecF sum_lanes(const VecF (&v)[16]) {
+    __m512 quads[4];
+    for (int q = 0; q < 4; ++q) {
+      const VecF* row = v + 4 * q;
+      const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(row[0].v, row[1].v), _mm512_unpackhi_ps(row[0].v, row[1].v));
+      const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(row[2].v, row[3].v), _mm512_unpackhi_ps(row[2].v, row[3].v));
+      const __m512d a2 = _mm512_castps_pd(a), b2 = _mm512_castps_pd(b);
+      quads[q] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a2, b2)), _mm512_castpd_ps(_mm512_unpackhi_pd(a2, b2)));
+    }
+    const __m512 low =
+        _mm512_add_ps(_mm512_shuffle_f32x4(quads[0], quads[1], 0x88), _mm512_shuffle_f32x4(quads[0], quads[1], 0xdd));
+    const __m512 high =
+        _mm512_add_ps(_mm512_shuffle_f32x4(quads[2], quads[3], 0x88), _mm512_shuffle_f32x4(quads[2], quads[3], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+  }
 };
 
 struct VecD : simd::VectorBase {
