@@ -1,0 +1,220 @@
+"""The CPU kernels: every instruction set against fp64, the accuracy of their functions, threads, forked workers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from cases import CELLS, DTYPES, GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, Case, make_data
+from test_layers import assert_near, call, results_and_gradients
+from torch import Tensor
+
+import fused_rnn
+from fused_rnn import use_backend
+from fused_rnn._backend import has_cpu_kernels
+
+pytestmark = pytest.mark.skipif(not has_cpu_kernels(), reason="needs the compiled extension")
+
+LSTM = 3  # CellKind of csrc/params.h
+AVAILABLE = fused_rnn.build_info()["cpu_instruction_sets"] if has_cpu_kernels() else []
+INSTRUCTION_SETS = [
+    pytest.param(name, marks=pytest.mark.skipif(name not in AVAILABLE, reason=f"needs a CPU with {name}"))
+    for name in ("avx512", "avx2", "portable")
+]
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("FUSED_RNN_CPU", request.param)
+    assert fused_rnn.build_info()["cpu_instruction_set"] == request.param
+    return request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def tile_cases() -> Iterator[Case]:
+    """Row counts around every tile height, units around every panel, few rows (weights not packed) and many."""
+    for cell, dtype in itertools.product(CELLS, DTYPES):
+        yield Case(cell, steps=3, batch=13, hidden=70, input_size=19, dtype=dtype, ragged="lengths", resets=True)
+        yield Case(cell, steps=2, batch=2, hidden=21, input_size=33, dtype=dtype, bidirectional=True)
+    for cell, batch in itertools.product(("LSTM", "GRU", "RNN_TANH"), (1, 2, 3, 4, 5, 6, 7, 8, 9)):
+        yield Case(cell, steps=9, batch=batch, hidden=15 + batch, input_size=17)
+    for cell, hidden in itertools.product(("LSTM", "GRU", "RNN_TANH"), (1, 16, 31, 32, 48, 49, 64, 65, 113, 128)):
+        yield Case(cell, steps=2, batch=5, hidden=hidden, input_size=3)
+    yield Case("LSTM", steps=3, batch=7, hidden=70, proj=37, bidirectional=True, ragged="packed", resets=True)
+    yield Case("LSTM", steps=1, batch=2, hidden=70, proj=37)
+
+
+@pytest.mark.parametrize("case", list(tile_cases()), ids=str)
+def test_instruction_set_against_fp64(case: Case, instruction_set: str) -> None:
+    data = make_data(case)
+    with use_backend("reference"):
+        expected, expected_grads = results_and_gradients(case, data.to(torch.float64))
+    with use_backend("cpu"):
+        results, grads = results_and_gradients(case, data)
+    growth = max(1.0, math.sqrt(max(case.hidden, case.input_size) / 32))
+    for i, (actual, want) in enumerate(zip(results, expected, strict=True)):
+        assert_near(f"result {i}", actual, want, growth * OUTPUT_TOLERANCE[case.dtype])
+    for i, (actual, want) in enumerate(zip(grads, expected_grads, strict=True)):
+        # relu's derivative jumps: in 16 bits a unit near 0 falls on the other side. Its gradients are held to fp32's test.
+        if case.cell == "RNN_RELU" and case.dtype in (torch.float16, torch.bfloat16):
+            continue
+        assert_near(f"gradient {i}", actual, want, growth * GRADIENT_TOLERANCE[case.dtype])
+
+
+def test_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_RNN_CPU", "mmx")
+    message = r"FUSED_RNN_CPU=mmx: expected one of .*" + " ".join(AVAILABLE)
+    with pytest.raises(ValueError, match=message):
+        fused_rnn.build_info()
+    # torch turns what a kernel throws into RuntimeError.
+    with pytest.raises(RuntimeError, match=message), use_backend("cpu"):
+        fused_rnn.LSTM(2, 3)(torch.zeros(1, 1, 2))
+
+
+def gate_values(cell_input: Tensor) -> tuple[Tensor, Tensor]:
+    """(sigmoid, tanh) of the values, as the kernels compute them: gates i and g of an LSTM of one unit and no recurrence."""
+    weights = [torch.ones(4, 1), torch.zeros(4, 1)]
+    gates = torch.ops.fused_rnn.layer(
+        cell_input.view(1, -1, 1),
+        None,
+        None,
+        [w.to(cell_input.dtype) for w in weights],
+        False,
+        None,
+        None,
+        None,
+        LSTM,
+        False,
+        True,
+    )[3]
+    gates = gates.view(-1, 4)
+    return gates[:, 0], gates[:, 2]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_accuracy_of_sigmoid_and_tanh(dtype: torch.dtype, instruction_set: str) -> None:
+    magnitude = torch.logspace(-30, 2, 100_000, base=10, dtype=torch.float64)
+    x = torch.cat(
+        [magnitude, -magnitude, torch.linspace(-12, 12, 100_000, dtype=torch.float64), torch.zeros(1).double()]
+    ).to(dtype)
+    # Beyond it sigmoid(-x) nears the smallest normal number, where exp is cut off.
+    x = x[x.abs() < (86 if dtype == torch.float32 else 700)]
+    sigmoid, tanh = gate_values(x)
+    # Both are compared in fp64; torch's fp64 functions are within an ulp, which counts for dtype float64 only.
+    ulp = torch.finfo(dtype).eps
+    for name, actual, want in (("sigmoid", sigmoid, x.double().sigmoid()), ("tanh", tanh, x.double().tanh())):
+        error = ((actual.double() - want).abs() / want.abs().clamp_min(1e-300)).nan_to_num(0)
+        worst = error.max().item() / ulp
+        assert worst <= 4, f"{name}: {worst:.2f} ulp at {x[error.argmax()].item()}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_saturation_and_nan(dtype: torch.dtype, instruction_set: str) -> None:
+    x = torch.tensor([math.inf, -math.inf, 6e4, -6e4, math.nan, 0.0], dtype=dtype).repeat(3)
+    sigmoid, tanh = gate_values(x)
+    # exp is cut off, so sigmoid(-inf) is a number below the smallest normal half, not 0.
+    assert torch.allclose(
+        sigmoid[:6].double(), torch.tensor([1, 0, 1, 0, math.nan, 0.5]).double(), atol=1e-37, equal_nan=True
+    )
+    assert torch.equal(tanh[:4], torch.tensor([1, -1, 1, -1], dtype=dtype))
+    assert tanh[4].isnan() and tanh[5] == 0
+
+
+@pytest.mark.parametrize("cell", ("LSTM", "GRU", "RNN_TANH"))
+@pytest.mark.parametrize("case", [
+    Case("LSTM", steps=150, batch=1, hidden=200, input_size=20),
+    Case("LSTM", steps=40, batch=3, hidden=260, input_size=20, bidirectional=True),
+    Case("LSTM", steps=40, batch=25, hidden=100, input_size=30, ragged="packed"),
+    Case("LSTM", steps=60, batch=3, hidden=130, input_size=30, ragged="lengths", resets=True, dtype=torch.bfloat16),
+], ids=str)  # fmt: skip
+def test_number_of_threads_changes_nothing(case: Case, cell: str, threads: None) -> None:
+    """Large enough to be split; bitwise equal, and near fp64."""
+    case = Case(**{**case.__dict__, "cell": cell})
+    seen = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        data = make_data(case)
+        with use_backend("cpu"):
+            results, grads = results_and_gradients(case, data)
+        # Weight gradients are matrix products of torch's, which may differ; the first state's gradient went through every step.
+        seen.append([*results, *grads[1 : 3 if cell == "LSTM" else 2]])
+    for other in seen[1:]:
+        for a, b in zip(seen[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_threads_with_projection(threads: None) -> None:
+    case = Case("LSTM", steps=80, batch=2, hidden=300, proj=150, input_size=9)
+    seen = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        data = make_data(case)
+        with use_backend("cpu"):
+            results, grads = results_and_gradients(case, data)
+        seen.append([*results, *grads[1:3]])
+    for a, b in zip(*seen, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_rows_do_not_depend_on_their_batch() -> None:
+    """A row's sums are made in the same order whatever tile it is in."""
+    data = make_data(Case("GRU", steps=12, batch=20, hidden=50, input_size=8))
+    alone = make_data(Case("GRU", steps=12, batch=20, hidden=50, input_size=8))
+    alone.input, alone.h0 = alone.input[:, 3:10].contiguous(), alone.h0[:, 3:10].contiguous()
+    with use_backend("cpu"):
+        together = call(Case("GRU"), data)[0]
+        assert torch.equal(together[:, 3:10], call(Case("GRU"), alone)[0])
+
+
+def test_several_python_threads(threads: None) -> None:
+    torch.set_num_threads(2)
+    case = Case("LSTM", steps=100, batch=2, hidden=150, input_size=20)
+    data = make_data(case)
+    with use_backend("cpu"):
+        expected = call(case, data)[0]
+
+    def work(_: int) -> Tensor:
+        torch.set_num_threads(2)
+        with use_backend("cpu"), torch.no_grad():
+            return call(case, data)[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        for result in pool.map(work, range(12)):
+            assert torch.equal(result, expected)
+
+
+def _forked(queue: multiprocessing.Queue, data: object, case: Case) -> None:
+    with use_backend("cpu"), torch.no_grad():
+        queue.put(call(case, data)[0][-1, 0].tolist())  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_worker(threads: None) -> None:
+    """A child forked after the parent has used its thread pool computes without it."""
+    torch.set_num_threads(2)
+    case = Case("LSTM", steps=200, batch=1, hidden=200, input_size=20)
+    data = make_data(case)
+    with use_backend("cpu"):
+        expected = call(case, data)[0][-1, 0].tolist()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_forked, args=(queue, data, case))
+    child.start()
+    try:
+        assert queue.get(timeout=60) == expected
+    finally:
+        child.join(timeout=10)
+        if child.is_alive():
+            child.kill()
