@@ -102,15 +102,14 @@ __device__ __forceinline__ void dispatch_copy(int copy_bytes, F&& f) {
   f(std::integral_constant<int, static_cast<int>(sizeof(Storage))>{});
 }
 
+// Waits until at most `groups` (or one fewer) of the thread's latest copies are under way. Few branches: this is in the loop.
 __device__ __forceinline__ void wait_pending(int groups) {
-  switch (groups) {
-    case 0: return simt::cp_async_wait<0>();
-    case 1: return simt::cp_async_wait<1>();
-    case 2: return simt::cp_async_wait<2>();
-    case 3: return simt::cp_async_wait<3>();
-    case 4: return simt::cp_async_wait<4>();
-    case 5: return simt::cp_async_wait<5>();
-    default: return simt::cp_async_wait<6>();
+  if (groups >= 4) {
+    groups >= 6 ? simt::cp_async_wait<6>() : simt::cp_async_wait<4>();
+  } else if (groups >= 2) {
+    simt::cp_async_wait<2>();
+  } else {
+    groups == 1 ? simt::cp_async_wait<1>() : simt::cp_async_wait<0>();
   }
 }
 static_assert(kMaxStages - 2 == 6, "wait_pending counts to kMaxStages - 2");
