@@ -31,7 +31,6 @@ class ForwardParams(ctypes.Structure):
     _fields_ = [
         *(("cell", c_int), ("dtype", c_int), ("allow_tf32", c_bool), ("I", c_int64), ("H", c_int64), ("P", c_int64)),
         *(("D", c_int), ("seq", Sequence), ("x", c_void_p), ("h0", c_void_p), ("c0", c_void_p), ("weights", Weights * 2)),
-        ("packed", c_void_p * 2),
         *((n, c_void_p) for n in ("y", "h_n", "c_n", "gates", "cs")),
         *(("training", c_bool), ("workspace", c_void_p)),
     ]
