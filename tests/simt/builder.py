@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,6 +43,7 @@ class Unit:
     source: Path
     flags: tuple[str, ...]
     headers: str  # hash of those that it may include
+    csrc: Path = ROOT / "csrc"
 
 
 def _hash(*parts: bytes | str) -> str:
@@ -83,8 +84,8 @@ def explain(errors: str) -> str:
     return "\n".join([*hints, errors])
 
 
-def _compile(unit: Unit, includes: Sequence[Path]) -> Path:
-    command = [CXX, *unit.flags, *(f"-I{folder}" for folder in includes), "-c", str(unit.source)]
+def _compile(unit: Unit) -> Path:
+    command = [CXX, *unit.flags, f"-I{HERE / 'include'}", f"-I{unit.csrc}", "-c", str(unit.source)]
     shown = [part.replace(str(ROOT), ".") for part in command]
     target = CACHE / f"{unit.source.stem}-{_hash(unit.source.read_bytes(), unit.headers, *shown)}.o"
     if not target.exists():
@@ -99,22 +100,23 @@ def _compile(unit: Unit, includes: Sequence[Path]) -> Path:
 
 def build(
     kernels: Sequence[Path] | None = None,
-    csrc: Path = ROOT / "csrc",
-    arch: int = 900,
     older: Sequence[str] = (),
+    replace: Mapping[str, tuple[Path, Path]] | None = None,
     sanitize: str = "plain",
     jobs: int = 2,
 ) -> Path:
-    """The shared library of the runtime and `kernels` (default: the CUDA backend of `csrc`, host code included).
+    """The shared library of the runtime and `kernels` (default: the CUDA backend, host code included).
 
-    Kernels are compiled as for architecture `arch`, those of the files named in `older` as for sm_75.
+    Kernels are compiled as for sm_90, those of the files named in `older` as for sm_75. `replace` has, by the name of a kernel
+    file, another file to take its place and the folder to be taken for csrc when it is compiled.
     """
     CACHE.mkdir(parents=True, exist_ok=True)
-    includes = [HERE / "include", csrc]
+    csrc = ROOT / "csrc"
     internal = HERE / "runtime"
-    for_kernels = _headers(HERE / "include", internal / "api.h", internal / "tensor.h", internal / "capi.h", csrc)
+    device = [HERE / "include", *(internal / name for name in ("api.h", "tensor.h", "capi.h"))]
+    for_kernels = _headers(*device, *sorted(csrc.glob("*.h")), csrc / "cuda")
     for_runtime = _headers(internal)
-    for_host = _headers(internal, HERE / "include", csrc)
+    for_host = _headers(internal, *sorted(csrc.glob("*.h")), csrc / "cuda")
     extra = SANITIZE[sanitize]
     host = [*COMMON, "-O2", *(["-fsanitize=address"] if sanitize == "asan" else [])]
     # g++ does not combine -fsanitize=thread with address: that variant has no race detection.
@@ -124,14 +126,19 @@ def build(
     backend = kernels is None
     if kernels is None:
         kernels = sorted((csrc / "cuda").glob("*.cu"))
-    units = [Unit(f, (*kernel_flags, f"-DSIMT_ARCH={750 if f.stem in older else arch}"), for_kernels) for f in kernels]
+    units = []
+    for source in kernels:
+        file, folder = (replace or {}).get(source.stem, (source, csrc))
+        headers = for_kernels if folder == csrc else _headers(*device, folder)
+        flags = (*kernel_flags, f"-DSIMT_ARCH={750 if source.stem in older else 900}")
+        units.append(Unit(file, flags, headers, folder))
     api = internal / "fused_rnn_capi.cpp"
     units += [Unit(f, tuple(host), for_runtime) for f in runtime if f != api]
     if backend:
         planner = sorted(f for f in csrc.glob("plan*.cpp") if not f.stem.endswith("_bindings"))
         units += [Unit(f, tuple(host), for_host) for f in [api, *planner, *sorted((csrc / "cuda").glob("*.cpp"))]]
     with ThreadPoolExecutor(jobs) as pool:
-        objects = list(pool.map(lambda unit: _compile(unit, includes), units))
+        objects = list(pool.map(_compile, units))
     target = CACHE / f"simt-{_hash(sanitize, *(o.name for o in objects))}.so"
     if not target.exists():
         partial = target.with_suffix(f".{os.getpid()}.tmp")

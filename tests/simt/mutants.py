@@ -1,0 +1,171 @@
+"""Mutants of the kernels of the families cell and step: each barrier, wait and mask taken away in turn."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+from builder import CACHE, ROOT
+
+CUDA = ROOT / "csrc" / "cuda"
+FILES = ("matmul.cuh", "forward.cuh", "backward.cuh", "fragments.cuh")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    name: str  # file, what was done, and a number if that can be done in several places
+    file: str
+    line: int
+    text: str  # the whole file, changed
+
+
+# Barriers and waits, wherever they are called: what stays in their place.
+SYNCHRONISATION = [
+    (r"(?<!void )\bsimt::sync_block\(\);", ";", "no sync_block"),
+    (r"\bsimt::sync_block_or\((\w+)\);", r"\1;", "no sync_block_or"),
+    (r"(?<!void )\bsimt::sync_warp\(\);", ";", "no sync_warp"),
+    (r"(?<!void )\bsimt::sync_named\([^;]*\);", ";", "no sync_named"),
+    (r"(?<!void )\bsync_team\(\);", ";", "no sync_team"),
+    (r"(?<!void )\bsimt::cp_async_wait<\d>\(\);\n    simt::sync", "simt::sync", "no cp_async_wait"),
+    (r"return simt::cp_async_wait<0>\(\);", "return simt::cp_async_wait<1>();", "wait<0> waits for one group less"),
+    (r"return simt::cp_async_wait<1>\(\);", "return simt::cp_async_wait<2>();", "wait<1> waits for one group less"),
+    (r"(?<!void )\bsimt::cp_async_commit\(\);", ";", "no cp_async_commit"),
+    (r"(?<!void )\bwait_pending\(stages_ - 2\);", ";", "no wait_pending"),
+    (r"(?<!void )\bsimt::pdl_wait\(\);", ";", "no pdl_wait"),
+]
+
+# Masks: conditions that keep a thread from what it must not touch or add. Every occurrence is a mutant of its own.
+MASKS = [
+    (r"valid \? kBytes : 0", "kBytes"),
+    (r"k >= operand\.k \? 0 : ", ""),
+    (r"left < G::kUnits \? static_cast<int>\(left\) : G::kUnits", "static_cast<int>(left)"),
+    (r"return skip < units;", "return true;"),
+    (r"return skip < left_k && ", "return "),
+    (r"skip < left_k && .* < left_units;", "skip < left_k;"),
+    (r"state != nullptr && k < operand\.k", "k < operand.k"),
+    (r"state != nullptr && k < operand\.k", "state != nullptr"),
+    (r"if \(i < chunks_\) fill_weights", "fill_weights"),
+    (r"if \(i < chunks\) fill_states", "fill_states"),
+    (r"if \(next < chunks\) \{", "{"),
+    (r"any_row \? chunks_ : 0", "chunks_"),
+    (r"if \(simt::thread_x\(\) < G::kBatch\)", "if (true)"),
+    (r"if \(b >= seq\.B\) return info;", ""),
+    (r"if \(!is_active\(seq, t, b\)\) return info;", ""),
+    (r"if \(is_active\(seq, next, b\)\)", "if (true)"),
+    (r"if \(is_active\(seq, previous, b\)\)", "if (true)"),
+    (r"if \(is_reset\(seq, info\.row\)\) info", "info"),
+    (r"if \(step == 0 && !is_active\(seq, 0, b\)\) info", "if (step == 0) info"),
+    (r"if \(step == 0 && !is_active\(seq, 0, b\)\) info", "if (!is_active(seq, 0, b)) info"),
+    (r"!\(info\.flags & kActive\) \|\| info\.flags & kReset", "info.flags & kReset"),
+    (r"!\(info\.flags & kActive\) \|\| info\.flags & kReset", "!(info.flags & kActive)"),
+    (r"batch_of\(e\) < G::kBatch && first_unit", "first_unit"),
+    (r"first_unit \+ unit_of\(e\) < s\.p\.H && ", ""),
+    (r"s\.p\.H && table\[batch_of\(e\)\]\.flags & kExists", "s.p.H"),
+    (r"if \(!exists\(e\)\) (continue|return);", ""),
+    (r"if \(!exists\(e\) \|\| !\(table\[batch_of\(e\)\]\.flags & kActive\)\)", "if (!exists(e))"),
+    (r"if \(!exists\(e\) \|\| !\(table\[batch_of\(e\)\]\.flags & kActive\)\)", "if (!(table[batch_of(e)].flags & kActive))"),
+    (r"batch >= G::kBatch \|\| ", ""),
+    (r"first_unit \+ unit >= s\.p\.P \|\| ", ""),
+    (r" \|\| !\(table\[batch\]\.flags & kExists\)", ""),
+    (r"active \|\| !(s\.)?p\.seq\.offsets", "true"),
+    (r"info\.flags & kActive \|\| !s\.p\.seq\.offsets", "true"),
+    (r"active \? (h|c|dh|a\[e\]\[slot\]) : Acc\(0\)", r"\1"),
+    (r"if \(active && !\(info\.flags & kHasNext\)\)", "if (active)"),
+    (r"if \(active && !\(info\.flags & kHasNext\)\)", "if (!(info.flags & kHasNext))"),
+    (r"if \(!\(info\.flags & kHasNext\)\) (c_n|x\.dh)", r"\1"),
+    (r"if \(!active\) return;", ""),
+    (r"if \(info\.flags & kActive\) ", ""),
+    (r"if \(info\.flags & kHasPrevious\)", "if (true)"),
+    (r"if \(!\(info\.flags & kActive\) && s\.p\.seq\.offsets\) return;", ""),
+    (r"if \(!start_is_zero\) ", ""),
+    (r"info\.flags & kHasPrevious \? output\(s\.p\.y", "true ? output(s.p.y"),
+    (r"info\.flags & kHasPrevious \? Acc", "true ? Acc"),
+    (r"info\.flags & kReset \? Acc\(0\) : ", ""),
+    (r"C::kHasC && !\(info\.flags & kHasPrevious\)", "C::kHasC"),
+    (r"if \(table\[batch_of\(e\)\]\.flags & kHasNext\) return static_cast", "return static_cast"),
+    (r"!\(info\.flags & kHasNext\) \|\| next_reset", "!(info.flags & kHasNext)"),
+    (r"!\(info\.flags & kHasNext\) \|\| next_reset", "next_reset"),
+    (r"if \(s\.step < 0 \|\| info\.flags & kActive\)", "if (true)"),
+    (r"if \(s\.p\.dy\) ", ""),
+    (r"if \(active && s\.p\.dy\)", "if (s.p.dy)"),
+    (r"if \(state\) h_prev", "h_prev"),
+    (r"if \(b_hh\) ", ""),
+]
+
+
+def all_mutants() -> list[Mutant]:
+    mutants = []
+    for file in FILES:
+        source = (CUDA / file).read_text()
+        rules = [*SYNCHRONISATION, *((old, new, None) for old, new in MASKS)]
+        for pattern, replacement, what in rules:
+            for count, match in enumerate(re.finditer(pattern, source), 1):
+                changed = match.expand(replacement)
+                line = source.count("\n", 0, match.start()) + 1
+                said = what or f"`{match[0].strip()}` -> `{changed.strip()}`"
+                text = source[: match.start()] + changed + source[match.end() :]
+                mutants.append(Mutant(f"{file} {said}" + f" #{count}" * (count > 1), file, line, text))
+    return mutants
+
+
+# The kernels that the mutants are compiled in: a few instances of each role in place of all.
+INSTANCES = """
+#include "backward.cuh"
+#include "forward.cuh"
+namespace fused_rnn::cuda {
+template <KernelRole kRole, CellKind kCell, TileSize kSize>
+using G = Geometry<kRole, kCell, MathKind::kFp16, kSize>;
+constexpr auto kRnn = CellKind::kRnnTanh, kLstm = CellKind::kLstm, kGru = CellKind::kGru;
+constexpr auto kSmall = TileSize::kSmall, kLarge = TileSize::kLarge;
+
+template <>
+ForwardKernel Kernels<MathKind::kFp16>::forward(KernelRole role, CellKind cell, TileSize size) {
+  const CellKind kind = kernel_cell(cell);
+  const bool small = size == kSmall;
+  if (role == KernelRole::kProject) {
+    return small ? &project_kernel<G<KernelRole::kProject, kLstm, kSmall>> : &project_kernel<G<KernelRole::kProject, kLstm, kLarge>>;
+  }
+  if (role == KernelRole::kForwardInput && small) {
+    return kind == kGru ? &forward_kernel<G<KernelRole::kForwardInput, kGru, kSmall>>
+                        : &forward_kernel<G<KernelRole::kForwardInput, kLstm, kSmall>>;
+  }
+  if (role == KernelRole::kForward && small) {
+    return kind == kGru ? &forward_kernel<G<KernelRole::kForward, kGru, kSmall>>
+           : kind == kLstm ? &forward_kernel<G<KernelRole::kForward, kLstm, kSmall>>
+                           : &forward_kernel<G<KernelRole::kForward, kRnn, kSmall>>;
+  }
+  if (role == KernelRole::kForward && kind == kLstm) return &forward_kernel<G<KernelRole::kForward, kLstm, kLarge>>;
+  throw std::invalid_argument("this kernel is not among the mutants");
+}
+template <>
+BackwardKernel Kernels<MathKind::kFp16>::backward(KernelRole role, CellKind cell, TileSize size) {
+  const CellKind kind = kernel_cell(cell);
+  const bool small = size == kSmall;
+  if (role == KernelRole::kStateGrad) {
+    return small ? &state_grad_kernel<G<KernelRole::kStateGrad, kLstm, kSmall>>
+                 : &state_grad_kernel<G<KernelRole::kStateGrad, kLstm, kLarge>>;
+  }
+  if (small) {
+    return kind == kGru ? &backward_kernel<G<KernelRole::kBackward, kGru, kSmall>>
+           : kind == kLstm ? &backward_kernel<G<KernelRole::kBackward, kLstm, kSmall>>
+                           : &backward_kernel<G<KernelRole::kBackward, kRnn, kSmall>>;
+  }
+  if (kind == kLstm) return &backward_kernel<G<KernelRole::kBackward, kLstm, kLarge>>;
+  throw std::invalid_argument("this kernel is not among the mutants");
+}
+}  // namespace fused_rnn::cuda
+"""
+
+
+def write(mutant: Mutant | None) -> dict[str, tuple[Path, Path]]:
+    """A copy of csrc with the mutant in it, as builder.build(replace=...) wants it; None: unchanged."""
+    folder = CACHE / "mutants" / re.sub(r"\W+", "_", mutant.name if mutant else "unchanged")[:120]
+    for source in [*(ROOT / "csrc").glob("*.h"), *CUDA.glob("*.h"), *CUDA.glob("*.cuh")]:
+        target = folder / source.relative_to(ROOT / "csrc")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        text = mutant.text if mutant and source.name == mutant.file and source.parent == CUDA else source.read_text()
+        target.write_text(text)
+    instances = folder / "kernels_fp16.cu"
+    instances.write_text('#include "cuda/kernels.h"\n#include <stdexcept>\n' + INSTANCES.replace('#include "', '#include "cuda/'))
+    return {"kernels_fp16": (instances, folder)}

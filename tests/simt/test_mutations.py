@@ -1,0 +1,98 @@
+"""Proof that the simulated tests find faults: every mutant of the kernels is reported, or gives a wrong result.
+
+The table of all mutants is written to build/simt/mutants.txt.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import builder
+import pytest
+import torch
+from cases import Case
+from mutants import Mutant, all_mutants, write
+from simulator import Simulator
+from test_kernels import Simulated, run
+
+F16 = torch.float16
+SMALL, LARGE = (0, 3), (2, 2)
+CASES = [
+    Simulated(Case("LSTM", 3, 11, 5, 37, ragged="lengths", resets=True, bidirectional=True, dtype=F16), 3, "step", tile=SMALL),
+    Simulated(Case("GRU", 3, 11, 5, 37, ragged="packed", resets=True, bidirectional=True, dtype=F16), 3, "step", tile=SMALL),
+    Simulated(Case("RNN_TANH", 3, 11, 5, 136, ragged="lengths", dtype=F16), 2, "step", tile=(0, 2)),
+    Simulated(Case("LSTM", 2, 11, 37, 37, ragged="lengths", proj=18, dtype=F16), 2, "step", tile=SMALL),
+    Simulated(Case("LSTM", 2, 67, 5, 72, ragged="packed", proj=40, resets=True, dtype=F16), 2, "step", tile=LARGE),
+    Simulated(Case("LSTM", 1, 11, 37, 140, ragged="lengths", dtype=F16), 3, "cell", tile=SMALL),
+    Simulated(Case("GRU", 1, 11, 37, 37, has_biases=False, states=False, resets=True, dtype=F16), 2, "cell", tile=SMALL),
+    Simulated(Case("LSTM", 2, 67, 5, 72, ragged="lengths", dtype=F16), 1, "step", tile=LARGE),
+    Simulated(Case("LSTM", 2, 3, 5, 40, states=False, has_biases=False, dtype=F16), 1, "step", tile=(0, 2)),
+]
+
+# Mutants that no test can catch, because the program means the same without the line, and why.
+EQUIVALENT: dict[str, str] = {}
+
+
+def outcome(library: Path) -> str:
+    """What the simulator says of the library; "" when all is well. In a process of its own: a mutant may crash it."""
+    receive, send = multiprocessing.Pipe(duplex=False)
+
+    def work() -> None:
+        try:
+            sim = Simulator(library)
+            for case in CASES:
+                run(sim, case)
+            send.send("")
+        except (AssertionError, RuntimeError) as error:
+            send.send(f"{type(error).__name__}: {error}".splitlines()[0][:200])
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    send.close()
+    try:
+        answer = receive.recv() if receive.poll(300) else "hang: no end after 300 s"
+    except EOFError:
+        process.join()
+        answer = f"crash: exit code {process.exitcode}"
+    process.kill()
+    process.join()
+    return answer
+
+
+def survey(mutants: list[Mutant]) -> dict[str, str]:
+    """Name of each mutant and its outcome."""
+
+    def one(mutant: Mutant) -> tuple[str, str]:
+        try:
+            library = builder.build(replace=write(mutant), jobs=1)
+        except builder.BuildError as error:
+            return mutant.name, "does not compile: " + str(error).splitlines()[0]
+        return mutant.name, outcome(library)
+
+    with ThreadPoolExecutor(int(os.environ.get("FUSED_RNN_TEST_JOBS", "2"))) as pool:
+        return dict(pool.map(one, mutants))
+
+
+def table(results: dict[str, str]) -> str:
+    caught = sum(1 for answer in results.values() if answer)
+    lines = [f"{len(results)} mutants, {caught} caught ({100 * caught / len(results):.1f}%)", ""]
+    for name, answer in results.items():
+        lines.append(f"{'caught  ' if answer else 'SURVIVED'} {name}\n         {answer or EQUIVALENT.get(name, 'unexplained')}")
+    return "\n".join(lines) + "\n"
+
+
+def test_unchanged_kernels_pass() -> None:
+    assert outcome(builder.build(replace=write(None))) == ""
+
+
+@pytest.mark.slow
+def test_mutants_are_caught() -> None:
+    results = survey(all_mutants())
+    text = table(results)
+    (builder.CACHE / "mutants.txt").write_text(text)
+    survivors = {name for name, answer in results.items() if not answer}
+    assert survivors <= set(EQUIVALENT), text
+    assert len(survivors) <= 0.05 * len(results), text
