@@ -107,8 +107,8 @@ def build(
 ) -> Path:
     """The shared library of the runtime and `kernels` (default: the CUDA backend, host code included).
 
-    Kernels are compiled as for sm_90, those of the files named in `older` as for sm_75. `replace` has, by the name of a kernel
-    file, another file to take its place and the folder to be taken for csrc when it is compiled.
+    Kernels are compiled as for sm_90, those of the files named in `older` as for sm_75. `replace` has, by the name of a
+    kernel file, another file to take its place and the folder to be taken for csrc when it is compiled.
     """
     CACHE.mkdir(parents=True, exist_ok=True)
     csrc = ROOT / "csrc"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import re
 from ctypes import c_bool, c_int, c_int64, c_void_p
+from typing import Any
 
 import torch
+from builder import ROOT
 from cases import CELLS, GATES, Case, Data
 from simulator import H100, DeviceInfo, Simulator
 from torch import Tensor
@@ -19,37 +22,32 @@ FAMILIES = ("cell", "step")
 assert set(CELLS) == set(CELL_NUMBER)
 
 
-class Sequence(ctypes.Structure):
-    _fields_ = [*((n, c_int64) for n in "TBN"), *((n, c_void_p) for n in ("lengths", "offsets", "resets"))]
+SCALARS = {"bool": c_bool, "int": c_int, "int64_t": c_int64, "CellKind": c_int, "DType": c_int}
 
 
-class Weights(ctypes.Structure):
-    _fields_ = [(n, c_void_p) for n in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")]
+def structure(name: str, header: str, **known: type[ctypes.Structure]) -> type[ctypes.Structure]:
+    """The struct `name` of a header in csrc, as a ctypes.Structure; known: structs among its fields."""
+    text = re.sub(r"//.*", "", (ROOT / "csrc" / header).read_text())
+    body = re.search(rf"^struct {name} \{{(.*?)^\}};", text, re.DOTALL | re.MULTILINE)
+    assert body, f"no struct {name} in {header}"
+    types = {**SCALARS, **known}
+    fields: list[tuple[str, Any]] = []
+    for declaration in filter(None, (d.strip() for d in body[1].split(";"))):
+        match = re.fullmatch(r"(?:const )?(\w+)\s*(\*?)\s*(.*)", declaration, re.DOTALL)
+        assert match, declaration
+        kind: Any = c_void_p if match[2] else types[match[1]]
+        for field in match[3].split(","):
+            parts = re.fullmatch(r"\s*(\w+)(?:\[(\d+)\])?\s*(?:=.*)?", field, re.DOTALL)
+            assert parts, declaration
+            fields.append((parts[1], kind * int(parts[2]) if parts[2] else kind))
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
-class ForwardParams(ctypes.Structure):
-    _fields_ = [
-        *(("cell", c_int), ("dtype", c_int), ("allow_tf32", c_bool), ("I", c_int64), ("H", c_int64), ("P", c_int64)),
-        *(("D", c_int), ("seq", Sequence), ("x", c_void_p), ("h0", c_void_p), ("c0", c_void_p), ("weights", Weights * 2)),
-        *((n, c_void_p) for n in ("y", "h_n", "c_n", "gates", "cs")),
-        *(("training", c_bool), ("workspace", c_void_p)),
-    ]
-
-
-class BackwardParams(ctypes.Structure):
-    _fields_ = [
-        *(("cell", c_int), ("dtype", c_int), ("allow_tf32", c_bool), ("H", c_int64), ("P", c_int64)),
-        *(("D", c_int), ("seq", Sequence), ("h0", c_void_p), ("c0", c_void_p), ("weights", Weights * 2)),
-        *((n, c_void_p) for n in ("y", "gates", "cs", "dy", "dh_n", "dc_n", "d_gates", "d_h", "d_h0", "d_c0", "workspace")),
-    ]
-
-
-class Problem(ctypes.Structure):
-    _fields_ = [
-        *(("cell", c_int), ("dtype", c_int), ("allow_tf32", c_bool)),
-        *((n, c_int64) for n in ("T", "B", "I", "H", "P")),
-        *(("D", c_int), ("ragged", c_bool), ("training", c_bool), ("backward", c_bool)),
-    ]
+Sequence = structure("Sequence", "params.h")
+Weights = structure("Weights", "params.h")
+ForwardParams = structure("ForwardParams", "params.h", Sequence=Sequence, Weights=Weights)
+BackwardParams = structure("BackwardParams", "params.h", Sequence=Sequence, Weights=Weights)
+Problem = structure("Problem", "plan.h")
 
 
 class NoPlan(ValueError):
@@ -139,9 +137,9 @@ class LayerRun:
         sizes = (c_int * 4)()
         lib.simt_sizes(sizes)
         here = [ctypes.sizeof(t) for t in (ForwardParams, BackwardParams, Problem, DeviceInfo)]
-        assert list(sizes) == here, "params.h, plan.h or device_info.h changed: change the structures here with them"
+        assert list(sizes) == here, "the structures here differ from those of csrc"
 
-    def _plan(self, problem: Problem) -> int:
+    def _plan(self, problem: Any) -> int:
         plan = self.sim.lib.simt_make_plan(ctypes.byref(problem), ctypes.byref(self.device), self.family)
         self.plan_text = self.sim.lib.simt_plan_text().decode()
         if not plan:
@@ -153,7 +151,7 @@ class LayerRun:
             self.plan_text = self.sim.lib.simt_plan_text().decode()
         return plan
 
-    def _weights(self, params: ForwardParams | BackwardParams) -> None:
+    def _weights(self, params: Any) -> None:
         case, put = self.layer.case, self.sim.put
         for d in range(case.directions):
             weights = self.layer.direction(d)
@@ -163,7 +161,7 @@ class LayerRun:
             addresses = [put(f"{n}[{d}]", t) for n, t in zip(names, [*weights[:2], *biases, w_hr], strict=True)]
             params.weights[d] = Weights(*addresses)
 
-    def _common(self, params: ForwardParams | BackwardParams) -> None:
+    def _common(self, params: Any) -> None:
         case, data, put = self.layer.case, self.layer.data, self.sim.put
         params.cell, params.dtype, params.allow_tf32 = CELL_NUMBER[case.cell], DTYPE_NUMBER[case.dtype], self.tf32
         params.H, params.P, params.D = case.hidden, case.output, case.directions
@@ -178,7 +176,7 @@ class LayerRun:
         params.h0, params.c0 = put("h0", data.h0), put("c0", data.c0)
         self._weights(params)
 
-    def _finish(self, call: str, params: ForwardParams | BackwardParams, problem: Problem) -> None:
+    def _finish(self, call: str, params: Any, problem: Any) -> None:
         plan = self._plan(problem)
         try:
             params.workspace = self.sim.out("workspace", self.sim.lib.simt_plan_workspace(plan))

@@ -111,8 +111,10 @@ def all_mutants() -> list[Mutant]:
 
 # The kernels that the mutants are compiled in: a few instances of each role in place of all.
 INSTANCES = """
-#include "backward.cuh"
-#include "forward.cuh"
+#include <stdexcept>
+#include "cuda/backward.cuh"
+#include "cuda/forward.cuh"
+#include "cuda/kernels.h"
 namespace fused_rnn::cuda {
 template <KernelRole kRole, CellKind kCell, TileSize kSize>
 using G = Geometry<kRole, kCell, MathKind::kFp16, kSize>;
@@ -124,7 +126,8 @@ ForwardKernel Kernels<MathKind::kFp16>::forward(KernelRole role, CellKind cell, 
   const CellKind kind = kernel_cell(cell);
   const bool small = size == kSmall;
   if (role == KernelRole::kProject) {
-    return small ? &project_kernel<G<KernelRole::kProject, kLstm, kSmall>> : &project_kernel<G<KernelRole::kProject, kLstm, kLarge>>;
+    return small ? &project_kernel<G<KernelRole::kProject, kLstm, kSmall>>
+                 : &project_kernel<G<KernelRole::kProject, kLstm, kLarge>>;
   }
   if (role == KernelRole::kForwardInput && small) {
     return kind == kGru ? &forward_kernel<G<KernelRole::kForwardInput, kGru, kSmall>>
@@ -167,5 +170,5 @@ def write(mutant: Mutant | None) -> dict[str, tuple[Path, Path]]:
         text = mutant.text if mutant and source.name == mutant.file and source.parent == CUDA else source.read_text()
         target.write_text(text)
     instances = folder / "kernels_fp16.cu"
-    instances.write_text('#include "cuda/kernels.h"\n#include <stdexcept>\n' + INSTANCES.replace('#include "', '#include "cuda/'))
+    instances.write_text(INSTANCES)
     return {"kernels_fp16": (instances, folder)}

@@ -1,5 +1,6 @@
 #include "capi.h"
 
+#include <cstdio>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -37,6 +38,12 @@ int run_guarded(const std::function<void()>& host_code) {
 }  // namespace simt_host
 
 extern "C" {
+// For gdb: call (void)simt_print_waiting()
+void simt_print_waiting() {
+  std::puts(waiting_text().c_str());
+  std::puts("({pc:N} is an offset in this library: info line *((char*)simt_base() + 0xN))");
+}
+const void* simt_base() { return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(&simt_base) - site_of(reinterpret_cast<uintptr_t>(&simt_base))); }
 void simt_reset() {
   clear_stream();
   forget_prepared();

@@ -129,6 +129,8 @@ bool run_stream();
 void clear_stream();
 
 // Reports a fault and abandons the stream; on a fibre it does not return.
+// For each block that runs: which threads wait where, and for what.
+std::string waiting_text();
 [[noreturn]] void fault(const std::string& kind, const std::string& text, uintptr_t pc);
 const std::string& fault_kind();
 const std::string& fault_text();

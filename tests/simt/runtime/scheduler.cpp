@@ -271,6 +271,7 @@ void set_seed(uint64_t seed) {
 const std::string& fault_kind() { return last_kind; }
 const std::string& fault_text() { return last_text; }
 
+std::string waiting_text() { return who_waits(); }
 void report(const std::string& kind, const std::string& text) { record_fault(kind, text); }
 
 void fault(const std::string& kind, const std::string& text, uintptr_t) {
