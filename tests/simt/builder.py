@@ -101,14 +101,14 @@ def _compile(unit: Unit) -> Path:
 def build(
     kernels: Sequence[Path] | None = None,
     older: Sequence[str] = (),
-    replace: Mapping[str, tuple[Path, Path]] | None = None,
+    replace: Mapping[str, Sequence[tuple[Path, Path]]] | None = None,
     sanitize: str = "plain",
     jobs: int = 2,
 ) -> Path:
     """The shared library of the runtime and `kernels` (default: the CUDA backend, host code included).
 
     Kernels are compiled as for sm_90, those of the files named in `older` as for sm_75. `replace` has, by the name of a
-    kernel file, another file to take its place and the folder to be taken for csrc when it is compiled.
+    kernel file, other files to take its place, each with the folder to be taken for csrc when it is compiled.
     """
     CACHE.mkdir(parents=True, exist_ok=True)
     csrc = ROOT / "csrc"
@@ -128,10 +128,10 @@ def build(
         kernels = sorted((csrc / "cuda").glob("*.cu"))
     units = []
     for source in kernels:
-        file, folder = (replace or {}).get(source.stem, (source, csrc))
-        headers = for_kernels if folder == csrc else _headers(*device, folder)
         flags = (*kernel_flags, f"-DSIMT_ARCH={750 if source.stem in older else 900}")
-        units.append(Unit(file, flags, headers, folder))
+        for file, folder in (replace or {}).get(source.stem, [(source, csrc)]):
+            headers = for_kernels if folder == csrc else _headers(*device, folder)
+            units.append(Unit(file, flags, headers, folder))
     api = internal / "fused_rnn_capi.cpp"
     units += [Unit(f, tuple(host), for_runtime) for f in runtime if f != api]
     if backend:

@@ -109,18 +109,18 @@ def all_mutants() -> list[Mutant]:
     return mutants
 
 
-# The kernels that the mutants are compiled in: a few instances of each role in place of all.
-INSTANCES = """
+# The kernels that the mutants are compiled in: a few instances of each role in place of all, forward and backward apart.
+HEAD = """
 #include <stdexcept>
-#include "cuda/backward.cuh"
-#include "cuda/forward.cuh"
+#include "cuda/HEADER"
 #include "cuda/kernels.h"
 namespace fused_rnn::cuda {
 template <KernelRole kRole, CellKind kCell, TileSize kSize>
 using G = Geometry<kRole, kCell, MathKind::kFp16, kSize>;
 constexpr auto kRnn = CellKind::kRnnTanh, kLstm = CellKind::kLstm, kGru = CellKind::kGru;
 constexpr auto kSmall = TileSize::kSmall, kLarge = TileSize::kLarge;
-
+"""
+FORWARD = """
 template <>
 ForwardKernel Kernels<MathKind::kFp16>::forward(KernelRole role, CellKind cell, TileSize size) {
   const CellKind kind = kernel_cell(cell);
@@ -141,6 +141,9 @@ ForwardKernel Kernels<MathKind::kFp16>::forward(KernelRole role, CellKind cell, 
   if (role == KernelRole::kForward && kind == kLstm) return &forward_kernel<G<KernelRole::kForward, kLstm, kLarge>>;
   throw std::invalid_argument("this kernel is not among the mutants");
 }
+}  // namespace fused_rnn::cuda
+"""
+BACKWARD = """
 template <>
 BackwardKernel Kernels<MathKind::kFp16>::backward(KernelRole role, CellKind cell, TileSize size) {
   const CellKind kind = kernel_cell(cell);
@@ -161,14 +164,29 @@ BackwardKernel Kernels<MathKind::kFp16>::backward(KernelRole role, CellKind cell
 """
 
 
-def write(mutant: Mutant | None) -> dict[str, tuple[Path, Path]]:
-    """A copy of csrc with the mutant in it, as builder.build(replace=...) wants it; None: unchanged."""
+def _write_if_changed(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def _folder(mutant: Mutant | None) -> Path:
+    """A copy of the headers with the mutant among them."""
     folder = CACHE / "mutants" / re.sub(r"\W+", "_", mutant.name if mutant else "unchanged")[:120]
     for source in [*(ROOT / "csrc").glob("*.h"), *CUDA.glob("*.h"), *CUDA.glob("*.cuh")]:
-        target = folder / source.relative_to(ROOT / "csrc")
-        target.parent.mkdir(parents=True, exist_ok=True)
         text = mutant.text if mutant and source.name == mutant.file and source.parent == CUDA else source.read_text()
-        target.write_text(text)
-    instances = folder / "kernels_fp16.cu"
-    instances.write_text(INSTANCES)
-    return {"kernels_fp16": (instances, folder)}
+        _write_if_changed(folder / source.relative_to(ROOT / "csrc"), text)
+    for name, body in (("forward", FORWARD), ("backward", BACKWARD)):
+        _write_if_changed(folder / f"{name}_instances.cu", HEAD.replace("HEADER", f"{name}.cuh") + body)
+    return folder
+
+
+def replacement(mutant: Mutant | None) -> dict[str, list[tuple[Path, Path]]]:
+    """The mutant as builder.build(replace=...) wants it; None: unchanged. Only what the mutant touches is compiled again."""
+    folder, unchanged = _folder(mutant), _folder(None)
+    parts = []
+    for name in ("forward", "backward"):
+        other = {"forward": "backward.cuh", "backward": "forward.cuh"}[name]
+        place = unchanged if mutant and mutant.file == other else folder
+        parts.append((place / f"{name}_instances.cu", place))
+    return {"kernels_fp16": parts}

@@ -14,7 +14,7 @@ import builder
 import pytest
 import torch
 from cases import Case
-from mutants import Mutant, all_mutants, write
+from mutants import Mutant, all_mutants, replacement
 from simulator import Simulator
 from test_kernels import Simulated, run
 
@@ -68,10 +68,12 @@ def survey(mutants: list[Mutant]) -> dict[str, str]:
 
     def one(mutant: Mutant) -> tuple[str, str]:
         try:
-            library = builder.build(replace=write(mutant), jobs=1)
+            answer = outcome(builder.build(replace=replacement(mutant), jobs=1))
         except builder.BuildError as error:
-            return mutant.name, "does not compile: " + str(error).splitlines()[0]
-        return mutant.name, outcome(library)
+            answer = "does not compile: " + str(error).splitlines()[0]
+        with (builder.CACHE / "mutants-progress.txt").open("a") as progress:
+            progress.write(f"{mutant.name}: {answer or 'SURVIVED'}\n")
+        return mutant.name, answer
 
     with ThreadPoolExecutor(int(os.environ.get("FUSED_RNN_TEST_JOBS", "2"))) as pool:
         return dict(pool.map(one, mutants))
@@ -87,7 +89,7 @@ def table(results: dict[str, str]) -> str:
 
 
 def test_unchanged_kernels_pass() -> None:
-    assert outcome(builder.build(replace=write(None))) == ""
+    assert outcome(builder.build(replace=replacement(None))) == ""
 
 
 @pytest.mark.slow
