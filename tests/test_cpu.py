@@ -148,7 +148,7 @@ def test_number_of_threads_changes_nothing(case: Case, cell: str, threads: None)
         data = make_data(case)
         with use_backend("cpu"):
             results, grads = results_and_gradients(case, data)
-        # Weight gradients are matrix products of torch's, which may differ; the first state's gradient went through every step.
+        # Weight gradients are matrix products of torch's, which may differ; the first state's went through all steps.
         seen.append([*results, *grads[1 : 3 if cell == "LSTM" else 2]])
     for other in seen[1:]:
         for a, b in zip(seen[0], other, strict=True):
