@@ -54,7 +54,11 @@ class Arguments {
     }
     return result;
   }
-  bool boolean(int i) const { return args_[i] == Py_True; }
+  bool boolean(int i) const {
+    const int value = PyObject_IsTrue(args_[i]);
+    if (value < 0) throw python_error();
+    return value;
+  }
   int64_t integer(int i) const {
     const int64_t value = PyLong_AsLongLong(args_[i]);
     if (value == -1 && PyErr_Occurred()) throw python_error();
@@ -90,10 +94,11 @@ PyObject* rnn(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Tensor& input = a.tensor(0);
   const int64_t cell = a.integer(7), num_layers = a.integer(8);
   const double dropout = a.number(11);
+  const bool has_biases = a.boolean(9), bidirectional = a.boolean(10), training = a.boolean(12), batch_first = a.boolean(13);
   auto [y, h_n, c_n] = [&] {
     const pybind11::gil_scoped_release no_gil;
-    return op.call(input, h0, c0, weights, lengths, offsets, resets, cell, num_layers, a.boolean(9), a.boolean(10), dropout,
-                   a.boolean(12), a.boolean(13));
+    return op.call(input, h0, c0, weights, lengths, offsets, resets, cell, num_layers, has_biases, bidirectional, dropout,
+                   training, batch_first);
   }();
   return tuple_of(std::move(y), std::move(h_n), std::move(c_n));
   END_HANDLE_TH_ERRORS
@@ -107,10 +112,11 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const auto params = a.tensors(3);
   const OptionalTensor h = a.optional(1), c = a.optional(2);
   const Tensor& input = a.tensor(0);
+  const bool has_biases = a.boolean(4);
   const int64_t kind = a.integer(5);
   auto [new_h, new_c] = [&] {
     const pybind11::gil_scoped_release no_gil;
-    return op.call(input, h, c, params, a.boolean(4), kind);
+    return op.call(input, h, c, params, has_biases, kind);
   }();
   return tuple_of(std::move(new_h), std::move(new_c));
   END_HANDLE_TH_ERRORS
