@@ -171,8 +171,9 @@ std::string who_waits() {
       if (!block) continue;
       std::vector<std::pair<std::string, std::vector<int>>> groups;
       for (const auto& t : block->threads) {
-        std::string what = t->done ? "ended" : std::string("wait at ") + t->wait_what + " ";
-        if (!t->done) what += (t->wait == Wait::kBlock ? std::to_string(t->wait_id) + " " : "") + where(t->wait_pc);
+        const bool waits = !t->done && t->wait != Wait::kNone;
+        std::string what = t->done ? "ended" : waits ? std::string("wait at ") + t->wait_what + " " : "can run";
+        if (waits) what += (t->wait == Wait::kBlock ? std::to_string(t->wait_id) + " " : "") + where(t->wait_pc);
         auto it = std::find_if(groups.begin(), groups.end(), [&](const auto& e) { return e.first == what; });
         if (it == groups.end()) it = groups.insert(groups.end(), {what, {}});
         it->second.push_back(t->index);
