@@ -6,6 +6,8 @@
 #include <cstdio>
 #include <stdexcept>
 
+#include "plan_persistent.h"
+
 namespace fused_rnn {
 
 using cuda::KernelRole;
@@ -141,7 +143,8 @@ std::vector<KernelRole> roles_of(const Problem& problem, Family family) {
 }
 
 // Why a family cannot serve the problem; empty if it can.
-std::string obstacle(const Problem& problem, Family family) {
+std::string obstacle(const Problem& problem, const DeviceInfo& device, Family family) {
+  if (is_persistent(family)) return persistent_obstacle(problem, device, family);
   if (family == Family::kCell && problem.T != 1) return "serves one time step, not " + std::to_string(problem.T);
   return "";
 }
@@ -160,7 +163,15 @@ void check_problem(const Problem& p, const DeviceInfo& device) {
 
 }  // namespace
 
-const char* to_string(Family family) { return family == Family::kCell ? "cell" : "step"; }
+const char* to_string(Family family) {
+  switch (family) {
+    case Family::kCell: return "cell";
+    case Family::kStep: return "step";
+    case Family::kGrid: return "grid";
+    case Family::kCluster: return "cluster";
+  }
+  return "?";
+}
 
 const char* to_string(KernelRole role) {
   switch (role) {
@@ -174,9 +185,10 @@ const char* to_string(KernelRole role) {
 }
 
 Family parse_family(const std::string& name) {
-  if (name == "cell") return Family::kCell;
-  if (name == "step") return Family::kStep;
-  throw std::invalid_argument("unknown kernel family '" + name + "'; known are: cell, step");
+  for (Family family : {Family::kCell, Family::kStep, Family::kGrid, Family::kCluster}) {
+    if (name == to_string(family)) return family;
+  }
+  throw std::invalid_argument("unknown kernel family '" + name + "'; known are: cell, step, grid, cluster");
 }
 
 WorkspaceLayout workspace_layout(const Problem& p) {
@@ -198,9 +210,13 @@ Plan make_plan(const Problem& problem, const DeviceInfo& device, std::optional<F
   const MathKind math = cuda::math_kind(problem.dtype, problem.allow_tf32 && device.compute_capability >= 80);
   Plan plan{};
   std::optional<Family> chosen;
-  for (Family family : {Family::kCell, Family::kStep}) {
-    std::string reason = obstacle(problem, family);
+  for (Family family : {Family::kCell, Family::kStep, Family::kGrid, Family::kCluster}) {
+    std::string reason = obstacle(problem, device, family);
     if (reason.empty() && forced && *forced != family) reason = std::string(to_string(*forced)) + " is forced";
+    if (reason.empty() && !forced && is_persistent(family)) {
+      reason =
+          std::string("never run on a GPU yet, so it is taken only when forced (FUSED_RNN_PLAN=") + to_string(family) + ")";
+    }
     if (reason.empty() && chosen) reason = std::string(to_string(*chosen)) + " serves it with one launch less";
     if (reason.empty()) {
       chosen = family;
@@ -218,6 +234,10 @@ Plan make_plan(const Problem& problem, const DeviceInfo& device, std::optional<F
     throw std::invalid_argument(message);
   }
   plan.family = *chosen;
+  if (is_persistent(plan.family)) {
+    plan_persistent(problem, device, plan);
+    return plan;
+  }
   plan.pdl = device.compute_capability >= 90;
   plan.workspace_bytes = workspace_layout(problem).bytes;
   const bool projected = problem.P != problem.H;
@@ -245,6 +265,7 @@ std::string to_string(const Plan& plan) {
         static_cast<long long>(k.grid_y), static_cast<long long>(k.grid_z), k.threads, k.stages, k.smem_bytes);
     text += line;
   }
+  if (plan.persistent) text += to_string(*plan.persistent);
   text += "  because " + plan.reason + "\n";
   for (const Rejection& r : plan.rejected) text += std::string("  not ") + to_string(r.family) + ": " + r.reason + "\n";
   return text;

@@ -30,11 +30,13 @@ inline bool operator==(const Problem& a, const Problem& b) {
 }
 
 // kCell: one step, input and recurrent product in one kernel. kStep: one launch per step, input projection made by the caller.
-enum class Family : int { kCell, kStep };
+// kGrid, kCluster: one launch per layer, weights held on the chip (cuda/persistent.h). These two have never run on a GPU, only
+// in the simulator: no plan chooses them by itself, they must be forced.
+enum class Family : int { kCell, kStep, kGrid, kCluster };
 
 const char* to_string(Family family);
 const char* to_string(cuda::KernelRole role);
-// "cell", "step"; throws std::invalid_argument with the list of names otherwise.
+// "cell", "step", "grid", "cluster"; throws std::invalid_argument with the list of names otherwise.
 Family parse_family(const std::string& name);
 
 // One kernel of the plan; the launches of a step follow the order of Plan::kernels.
@@ -58,6 +60,19 @@ struct WorkspaceLayout {
 };
 WorkspaceLayout workspace_layout(const Problem& problem);
 
+// How a persistent family serves a layer.
+struct PersistentPlan {
+  cuda::MathKind math;
+  int unit_tiles;  // of 16 hidden units, of a block
+  int slices;      // blocks of a group (the size of the cluster)
+  int tiles;       // of 8 batch rows, of a group
+  int groups;      // of one direction in one launch
+  int directions;  // in one launch
+  int launches;
+  int chunks, register_chunks, smem_chunks;  // of the weights, of one warp
+  int smem_bytes;
+};
+
 struct Rejection {
   Family family;
   std::string reason;
@@ -65,8 +80,9 @@ struct Rejection {
 
 struct Plan {
   Family family;
-  std::vector<KernelPlan> kernels;
-  bool pdl;  // launches may overlap (sm_90 and newer)
+  std::vector<KernelPlan> kernels;           // of the families kCell and kStep
+  std::optional<PersistentPlan> persistent;  // of the others
+  bool pdl;                                  // launches may overlap (sm_90 and newer)
   int64_t workspace_bytes;
   double us_per_step;  // sum over kernels
   std::string reason;

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/persistent.h"
 #include "plan.h"
 
 namespace fused_rnn {
@@ -43,6 +44,21 @@ py::dict to_dict(const Problem& problem, const KernelPlan& kernel) {
   return result;
 }
 
+py::dict to_dict(const PersistentPlan& plan) {
+  py::dict result;
+  result["math"] = kMaths[static_cast<int>(plan.math)];
+  result["units"] = plan.unit_tiles * cuda::kTileUnits;
+  result["blocks"] = plan.slices;
+  result["tiles"] = plan.tiles;
+  result["groups"] = plan.groups;
+  result["directions"] = plan.directions;
+  result["launches"] = plan.launches;
+  result["register_chunks"] = plan.register_chunks;
+  result["smem_chunks"] = plan.smem_chunks;
+  result["smem_bytes"] = plan.smem_bytes;
+  return result;
+}
+
 py::dict plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
               const py::dict& device, std::optional<int64_t> P, int D, bool allow_tf32, bool ragged, bool training,
               bool backward, const std::optional<std::string>& forced) {
@@ -75,6 +91,7 @@ py::dict plan(const std::string& cell, const std::string& dtype, int64_t T, int6
   py::dict result;
   result["family"] = to_string(made.family);
   result["kernels"] = kernels;
+  if (made.persistent) result["persistent"] = to_dict(*made.persistent);
   result["overlapped_launches"] = made.pdl;
   result["workspace_bytes"] = made.workspace_bytes;
   result["us_per_step"] = made.us_per_step;

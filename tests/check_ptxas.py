@@ -49,10 +49,19 @@ def kernel_name(mangled: str) -> str:
     """Readable name of an instantiation."""
     found = re.search(r"KernelRoleE(\d).*?CellKindE(\d).*?MathKindE(\d).*?TileSizeE(\d)", mangled)
     if not found:
-        return mangled
+        return persistent_kernel_name(mangled)
     role, cell, math, tile = (int(digit) for digit in found.groups())
     shown = "any" if ROLES[role] in ("project", "state_grad") else CELLS[cell]
     return f"{ROLES[role]} {shown} {MATHS[math]} {TILES[tile]}"
+
+
+def persistent_kernel_name(mangled: str) -> str:
+    """The same for the families that hold the weights on the chip."""
+    found = re.search(r"CellKindE(\d)E.*?MathKindE(\d)ELi(\d)ELb(\d)E.*?(Grid|Cluster)Exchange", mangled)
+    if not found:
+        return mangled
+    cell, math, tiles, backward = (int(digit) for digit in found.groups()[:4])
+    return f"{found[5].lower()} {'backward' if backward else 'forward'} {CELLS[cell]} {MATHS[math]} {16 * tiles} units"
 
 
 def compile_one(nvcc: str, includes: list[str], source: Path, arch: str) -> tuple[Path, str, float, int, str]:

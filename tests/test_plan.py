@@ -67,16 +67,16 @@ def test_every_plan_fits_its_device(name: str) -> None:
 def test_family() -> None:
     assert plan(T=1)["family"] == "cell"
     assert plan(T=2)["family"] == "step"
-    assert plan(T=2)["rejected"] == {"cell": "serves one time step, not 2"}
+    assert plan(T=2)["rejected"]["cell"] == "serves one time step, not 2"
     assert "step" in plan(T=1)["rejected"]
 
 
 def test_forced_family() -> None:
     assert plan(T=1, forced="step")["family"] == "step"
-    assert plan(T=1, forced="step")["rejected"] == {"cell": "step is forced"}
+    assert plan(T=1, forced="step")["rejected"] == dict.fromkeys(["cell", "grid", "cluster"], "step is forced")
     with pytest.raises(ValueError, match="kernel family cell cannot serve this layer: cell serves one time step, not 9"):
         plan(T=9, forced="cell")
-    with pytest.raises(ValueError, match="unknown kernel family 'fast'; known are: cell, step"):
+    with pytest.raises(ValueError, match="unknown kernel family 'fast'; known are: cell, step, grid, cluster"):
         plan(forced="fast")
 
 

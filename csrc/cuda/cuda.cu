@@ -9,6 +9,7 @@
 
 #include "cuda.h"
 #include "kernels.h"
+#include "persistent_launch.h"
 
 namespace fused_rnn::cuda {
 namespace {
@@ -142,6 +143,7 @@ void forward(const ForwardParams& p, const Plan& plan, void* stream) {
   check_sequence(p.seq);
   check_projection(p.weights[0], p.H, p.P);
   if (p.seq.B == 0) return;
+  if (plan.persistent) return persistent_forward(p, plan, stream);
   const bool projected = p.weights[0].w_hr != nullptr, input = plan.family == Family::kCell;
   const int bytes = static_cast<int>(dtype_size(p.dtype));
   const WorkspaceLayout layout = workspace_layout(problem_of(p));
@@ -171,6 +173,7 @@ void backward(const BackwardParams& p, const Plan& plan, void* stream) {
   check_sequence(p.seq);
   check_projection(p.weights[0], p.H, p.P);
   if (p.seq.B == 0) return;
+  if (plan.persistent) return persistent_backward(p, plan, stream);
   const bool projected = p.weights[0].w_hr != nullptr;
   if (projected && !p.d_h) throw std::invalid_argument("backward of a projected LSTM needs d_h");
   const int bytes = static_cast<int>(dtype_size(p.dtype));

@@ -159,6 +159,9 @@ __device__ __forceinline__ T from_float(V value) {
   }
 }
 
+__device__ __forceinline__ uint32_t float_bits(float value) { return __float_as_uint(value); }
+__device__ __forceinline__ float bits_float(uint32_t bits) { return __uint_as_float(bits); }
+
 // N values loaded or stored at once; the address is aligned to the whole.
 template <class T, int kSize>
 struct alignas(sizeof(T) * kSize) Vec {

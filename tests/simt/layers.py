@@ -18,7 +18,7 @@ from fused_rnn import reference
 
 CELL_NUMBER = {"RNN_TANH": 0, "RNN_RELU": 1, "RNN_IDENTITY": 2, "LSTM": 3, "GRU": 4}  # csrc/params.h
 DTYPE_NUMBER = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
-FAMILIES = ("cell", "step")
+FAMILIES = ("cell", "step", "grid", "cluster")
 assert set(CELLS) == set(CELL_NUMBER)
 
 

@@ -162,6 +162,17 @@ __forceinline__ T from_float(V value) {
   }
 }
 
+__forceinline__ uint32_t float_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+__forceinline__ float bits_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
 template <class T, int kSize>
 struct alignas(sizeof(T) * kSize) Vec {
   T v[kSize];

@@ -1,0 +1,83 @@
+// The exchange of family `cluster`; exchange_grid.cuh says what an exchange is.
+#pragma once
+#include "persistent_math.cuh"
+
+namespace fused_rnn::cuda {
+
+// Into the shared memory of all blocks of a cluster, by pushes that a barrier of the receiver counts.
+// Memory: barriers [2][tile]; states [2][tile][chunk][word][lane], in which 16 bytes belong to one row and consecutive units.
+template <class Chunk>
+struct ClusterExchange {
+  static constexpr bool kCluster = true;
+  struct Packet {
+    uint32_t word[2];
+  };
+
+  simt::MBarrier* barriers;
+  uint32_t* states;
+  int tiles, chunks, ranks;
+
+  __device__ __forceinline__ ClusterExchange(const PersistentLaunch& l, PersistentShape shape, int) {
+    const PersistentSmem smem = persistent_smem(shape, l.slices, l.tiles, true);
+    barriers = reinterpret_cast<simt::MBarrier*>(simt::dynamic_smem() + smem.barriers);
+    states = reinterpret_cast<uint32_t*>(simt::dynamic_smem() + smem.exchange);
+    tiles = l.tiles;
+    chunks = chunk_count(shape, l.slices);
+    ranks = l.slices;
+  }
+
+  __device__ __forceinline__ int bytes() const { return chunks * 256; }
+  __device__ __forceinline__ simt::MBarrier* barrier(int tile, int64_t step) const {
+    return barriers + static_cast<int>(step & 1) * tiles + tile;
+  }
+  __device__ __forceinline__ uint32_t* fragment(int tile, int chunk, int64_t step) const {
+    return states + ((static_cast<int>(step & 1) * tiles + tile) * chunks + chunk) * 64;
+  }
+
+  // Nobody may push before all barriers of the cluster are ready, nor end while others may still push to it.
+  __device__ __forceinline__ void start() {
+    if (simt::thread_x() == 0) {
+      for (int i = 0; i < 2 * tiles; ++i) {
+        simt::mbarrier_init(barriers + i);
+        simt::mbarrier_expect(barriers + i, bytes());
+      }
+    }
+    simt::sync_cluster();
+  }
+  __device__ __forceinline__ void finish() { simt::sync_cluster(); }
+
+  // The thread that saw the end of a phase announces the next phase of the same barrier.
+  __device__ __forceinline__ void begin(int tile, int64_t step) {
+    simt::mbarrier_wait(barrier(tile, step), static_cast<int>(step >> 1 & 1));
+    if (simt::thread_x() == 0) simt::mbarrier_expect(barrier(tile, step), bytes());
+  }
+  __device__ __forceinline__ void request(Packet& packet, int tile, int chunk, int64_t step) const {
+    const uint32_t* words = fragment(tile, chunk, step) + simt::lane_id();
+    packet.word[0] = words[0];
+    packet.word[1] = words[32];
+  }
+  __device__ __forceinline__ void await(Packet&, int, int, int64_t) const {}
+  static __device__ __forceinline__ void words(const Packet& packet, uint32_t (&x)[2]) {
+    x[0] = packet.word[0];
+    x[1] = packet.word[1];
+  }
+
+  // The state of one unit. Lanes whose units fill 16 bytes gather them and push them to all blocks, each lane to its share.
+  __device__ __forceinline__ void publish(float value, int unit, int b, int tile, int chunk0, int64_t step) const {
+    constexpr int kLanes = Chunk::kStep == 16 ? 8 : 4, kPerWord = kLanes / 4;
+    const float other = kPerWord == 2 ? simt::shuffle_xor(value, 1) : 0.0f;
+    const uint32_t word = Chunk::pack(value, other);
+    const int first = simt::lane_id() / kLanes * kLanes;
+    uint32_t piece[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) piece[i] = simt::shuffle(word, first + i * kPerWord);
+    const int unit0 = unit / kLanes * kLanes;
+    const FragmentPlace place = Chunk::place(unit0 % Chunk::kStep, b);
+    uint32_t* target = fragment(tile, chunk0 + unit0 / Chunk::kStep, step) + place.word * 32 + place.lane;
+    for (int rank = simt::lane_id() % kLanes; rank < ranks; rank += kLanes) {
+      simt::store_async(simt::map_to_rank(target, rank), piece, simt::map_to_rank(barrier(tile, step), rank));
+    }
+  }
+};
+
+}  // namespace fused_rnn::cuda

@@ -1,0 +1,91 @@
+// Elements of a block: hidden units of its slice times batch rows of its group, and which thread finishes each.
+#pragma once
+#include "cell_device.cuh"
+#include "persistent_product.cuh"
+
+namespace fused_rnn::cuda {
+
+// Number of steps at which row b is active: they are t = 0 .. count - 1.
+__device__ __forceinline__ int64_t count_active(const Sequence& seq, int64_t b) {
+  if (b >= seq.B) return 0;
+  if (seq.lengths) return seq.lengths[b] < 0 ? 0 : seq.lengths[b] < seq.T ? seq.lengths[b] : seq.T;
+  if (!seq.offsets) return seq.T;
+  int64_t low = 0, high = seq.T;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (b < seq.offsets[middle + 1] - seq.offsets[middle]) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// One element of a batch tile: where it is, and whether the calling thread has it. Tiles alternate between the two halves of
+// the threads where half of them suffice.
+template <class G>
+struct ElementPlace {
+  static constexpr int kElements = G::kUnits * kTileRows;
+  static constexpr int kPerThread = (kElements + kPersistentThreads - 1) / kPersistentThreads;
+  static_assert(kElements % 32 == 0, "whole warps take part");
+  int unit, b;
+  bool mine;
+
+  __device__ __forceinline__ ElementPlace(int tile, int e) {
+    const int shift = 2 * kElements <= kPersistentThreads && tile % 2 ? kPersistentThreads / 2 : 0;
+    const int index = (simt::thread_x() + shift) % kPersistentThreads + e * kPersistentThreads;
+    unit = index % G::kUnits;
+    b = index / G::kUnits;
+    mine = index < kElements;
+  }
+};
+
+// What forward and backward ask about elements. A thread keeps two fp32 values of each of its elements in shared memory.
+template <class G>
+struct BlockElements {
+  using Storage = typename G::Storage;
+  using C = DeviceCell<G::kCell>;
+  using Place = ElementPlace<G>;
+
+  const Sequence& seq;
+  int64_t H;
+  const BlockPlace& block;
+  PersistentProduct<G>& product;
+  int tiles;  // of the memory for states
+
+  __device__ __forceinline__ int64_t unit_of(const Place& e) const { return block.slice * G::kUnits + e.unit; }
+  __device__ __forceinline__ int64_t row_of_batch(const Place& e, int tile) const {
+    return block.first_row + tile * kTileRows + e.b;
+  }
+  __device__ __forceinline__ bool exists(const Place& e, int tile) const {
+    return e.mine && unit_of(e) < H && row_of_batch(e, tile) < seq.B;
+  }
+  __device__ __forceinline__ bool active(const Place& e, int tile, int64_t t) const {
+    return t >= 0 && t < product.lengths()[tile * kTileRows + e.b];
+  }
+  // Indices: of a state [D, B, H], of a row of memory at time t, of slot 0 of `gates` [D, N, S, H] in a row.
+  __device__ __forceinline__ int64_t state_index(const Place& e, int tile) const {
+    return (block.dir * seq.B + row_of_batch(e, tile)) * H + unit_of(e);
+  }
+  __device__ __forceinline__ int64_t memory_row(const Place& e, int tile, int64_t t) const {
+    return row_of(seq, t, row_of_batch(e, tile));
+  }
+  __device__ __forceinline__ int64_t gate_index(const Place& e, int64_t row) const {
+    return (block.dir * seq.N + row) * C::kSlots * H + unit_of(e);
+  }
+  // An element of [D, B, H], zero if there is no tensor.
+  __device__ __forceinline__ float state(const void* tensor, const Place& e, int tile) const {
+    return tensor ? simt::to_float(static_cast<const Storage*>(tensor)[state_index(e, tile)]) : 0.0f;
+  }
+  __device__ __forceinline__ float& kept(int which, const Place& e, int tile) const {
+    return product.state(which, tile, e.unit, e.b, tiles);
+  }
+  // The value of gate `gate` (0 forward) for exchange `step`; by all threads.
+  __device__ __forceinline__ void publish(const Place& e, int tile, int64_t step, int gate, float value) const {
+    const int per_gate = product.exchange.chunks / published(G::shape()), per_slice = G::kUnits / G::Chunk::kStep;
+    if (e.mine) product.exchange.publish(value, e.unit, e.b, tile, gate * per_gate + block.slice * per_slice, step);
+  }
+};
+
+}  // namespace fused_rnn::cuda

@@ -1,0 +1,186 @@
+// Capacity of the persistent families: do the weights of a layer fit the registers and the shared memory of the blocks of one
+// group, and how many groups run at once. The times are a model from published figures; nothing here has been measured.
+#include "plan_persistent.h"
+
+#include <algorithm>
+#include <cstdio>
+
+#include "cuda/persistent.h"
+
+namespace fused_rnn {
+
+using cuda::MathKind;
+using cuda::PersistentShape;
+
+namespace {
+
+constexpr double kClockGhz = 1.7;
+constexpr double kL2HandOffUs = 0.75;       // a store and the load that sees it: 160 ns one way, 600 ns under load
+constexpr double kClusterHandOffUs = 0.25;  // a push and the barrier that counts it
+constexpr double kL2BytesPerClock = 25;     // into one SM while all SMs read (5.5 TB/s on an H100)
+constexpr double kSmemBytesPerClock = 128;
+constexpr double kStepUs = 0.2;       // partial sums, block barrier, pointwise part
+constexpr int kLargestUnitTiles = 3;  // that kernels are compiled for
+constexpr int kRegisters = 256 * cuda::kPersistentThreads;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A fit of the problem: unit_tiles == 0 if there is none, and then `reason`.
+struct Fit {
+  PersistentPlan plan;
+  std::string reason;
+};
+
+// Multiply-adds per clock and SM.
+double math_rate(MathKind math) { return math == MathKind::kFp32 ? 128 : math == MathKind::kTf32 ? 256 : 512; }
+
+double step_us(const PersistentShape& shape, const PersistentPlan& plan, Family family) {
+  const bool grid = family == Family::kGrid;
+  const double state_bytes = cuda::exchange_words(shape, plan.slices) * (grid ? 8.0 : 4.0);
+  const double exchange = state_bytes / (grid ? kL2BytesPerClock : kSmemBytesPerClock);
+  const double weights =
+      double(plan.smem_chunks) * cuda::kPersistentWarps * cuda::m_tiles(shape) * cuda::kFragmentBytes / kSmemBytesPerClock;
+  const double products = double(cuda::chunk_count(shape, plan.slices)) * cuda::chunk_step(shape.math) *
+                          cuda::m_tiles(shape) * cuda::kTileUnits * cuda::kTileRows / math_rate(shape.math);
+  const double clocks = std::max(exchange, weights + products);
+  return plan.launches * plan.tiles * (kStepUs + clocks / (kClockGhz * 1e3)) +
+         plan.launches * (grid ? kL2HandOffUs : kClusterHandOffUs);
+}
+
+// The largest number of batch tiles of a group, up to `wanted`, whose states fit the shared memory; 0: not even one.
+int fitting_tiles(const PersistentShape& shape, const DeviceInfo& device, int slices, int64_t wanted, bool cluster) {
+  int tiles = static_cast<int>(std::min<int64_t>(wanted, cuda::kMaxBatchTiles));
+  while (tiles > 0 && cuda::persistent_smem(shape, slices, tiles, cluster).total > device.smem_per_block) --tiles;
+  return tiles;
+}
+
+// Weights of one slice: registers and shared memory of the block are what a slice may use.
+std::string capacity_text(const PersistentShape& shape, const DeviceInfo& device, int slices, bool cluster) {
+  char text[200];
+  std::snprintf(text, sizeof text,
+                "%d blocks of %d units need %d bytes of shared memory each beside the registers, the device has %d", slices,
+                cuda::slice_units(shape), cuda::persistent_smem(shape, slices, 1, cluster).total, device.smem_per_block);
+  return text;
+}
+
+void fill(PersistentPlan& plan, const PersistentShape& shape, bool cluster) {
+  plan.math = shape.math;
+  plan.unit_tiles = shape.unit_tiles;
+  plan.chunks = cuda::chunks_per_warp(shape, plan.slices);
+  plan.smem_chunks = cuda::smem_chunks(shape, plan.slices);
+  plan.register_chunks = plan.chunks - plan.smem_chunks;
+  plan.smem_bytes = cuda::persistent_smem(shape, plan.slices, plan.tiles, cluster).total;
+}
+
+// All blocks of a launch run at once, one on each SM; what does not fit takes further launches.
+Fit fit_grid(const Problem& problem, const DeviceInfo& device, MathKind math) {
+  const PersistentShape shape{problem.cell, math, 1, problem.backward};
+  Fit fit{};
+  const int64_t slices = ceil_div(problem.H, cuda::slice_units(shape));
+  if (slices > device.sm_count) {
+    fit.reason = "needs " + std::to_string(slices) + " SMs at once, one for every 16 hidden units; the device has " +
+                 std::to_string(device.sm_count);
+    return fit;
+  }
+  const int64_t at_once = device.sm_count / slices, batch_tiles = ceil_div(problem.B, cuda::kTileRows);
+  fit.plan.slices = static_cast<int>(slices);
+  fit.plan.directions = at_once >= problem.D ? problem.D : 1;
+  const int64_t most_groups = at_once / fit.plan.directions;
+  fit.plan.tiles = fitting_tiles(shape, device, fit.plan.slices, ceil_div(batch_tiles, most_groups), false);
+  if (fit.plan.tiles == 0) {
+    fit.reason = capacity_text(shape, device, fit.plan.slices, false);
+    return fit;
+  }
+  const int64_t groups = ceil_div(batch_tiles, fit.plan.tiles);
+  fit.plan.groups = static_cast<int>(std::min(groups, most_groups));
+  fit.plan.launches = static_cast<int>(ceil_div(groups, fit.plan.groups) * (problem.D / fit.plan.directions));
+  fill(fit.plan, shape, false);
+  return fit;
+}
+
+// Clusters are independent: more than fit at once wait for their turn inside one launch.
+Fit fit_cluster(const Problem& problem, const DeviceInfo& device, MathKind math) {
+  Fit fit{};
+  for (int unit_tiles = 1; unit_tiles <= kLargestUnitTiles; ++unit_tiles) {
+    const PersistentShape shape{problem.cell, math, unit_tiles, problem.backward};
+    const int64_t slices = ceil_div(problem.H, cuda::slice_units(shape));
+    if (slices > device.max_cluster) {
+      fit.reason = "needs a cluster of " + std::to_string(slices) + " blocks of " +
+                   std::to_string(cuda::slice_units(shape)) + " units, the device has clusters of " +
+                   std::to_string(device.max_cluster);
+      continue;
+    }
+    const int64_t at_once = std::max<int64_t>(1, device.sm_count / slices),
+                  batch_tiles = ceil_div(problem.B, cuda::kTileRows);
+    const int64_t wanted = ceil_div(batch_tiles * problem.D, at_once);
+    const int tiles = fitting_tiles(shape, device, static_cast<int>(slices), wanted, true);
+    if (tiles == 0) {
+      fit.reason = capacity_text(shape, device, static_cast<int>(slices), true);
+      continue;
+    }
+    fit.plan.slices = static_cast<int>(slices);
+    fit.plan.tiles = tiles;
+    fit.plan.groups = static_cast<int>(ceil_div(batch_tiles, tiles));
+    fit.plan.directions = problem.D;
+    fit.plan.launches = 1;
+    fill(fit.plan, shape, true);
+    return fit;
+  }
+  return fit;
+}
+
+Fit fit_family(const Problem& problem, const DeviceInfo& device, Family family) {
+  const int needed = family == Family::kGrid ? 80 : 90;
+  Fit fit{};
+  if (device.compute_capability < needed) {
+    fit.reason = "needs compute capability " + std::to_string(needed / 10) + ".0";
+  } else if (problem.dtype == DType::kFloat64) {
+    fit.reason = "has no fp64 kernels";
+  } else if (problem.P != problem.H) {
+    fit.reason = "has no projection";
+  } else if (problem.T >= (int64_t{1} << 31)) {
+    fit.reason = "numbers the steps with 32 bits";
+  } else if (device.registers_per_sm < kRegisters) {
+    fit.reason = "needs " + std::to_string(kRegisters) + " registers of an SM";
+  } else {
+    const MathKind math = cuda::math_kind(problem.dtype, problem.allow_tf32);
+    fit = family == Family::kGrid ? fit_grid(problem, device, math) : fit_cluster(problem, device, math);
+  }
+  return fit;
+}
+
+}  // namespace
+
+std::string persistent_obstacle(const Problem& problem, const DeviceInfo& device, Family family) {
+  const Fit fit = fit_family(problem, device, family);
+  return fit.plan.unit_tiles ? "" : fit.reason;
+}
+
+void plan_persistent(const Problem& problem, const DeviceInfo& device, Plan& plan) {
+  const Fit fit = fit_family(problem, device, plan.family);
+  const PersistentShape shape{problem.cell, fit.plan.math, fit.plan.unit_tiles, problem.backward};
+  plan.persistent = fit.plan;
+  plan.pdl = false;
+  plan.workspace_bytes = 0;
+  if (plan.family == Family::kGrid) {
+    plan.workspace_bytes =
+        fit.plan.groups * fit.plan.directions * cuda::grid_exchange_bytes(shape, fit.plan.slices, fit.plan.tiles);
+  }
+  plan.us_per_step = step_us(shape, fit.plan, plan.family);
+  plan.reason = std::string(to_string(plan.family)) + " is forced; it has run in the simulator only, never on a GPU";
+}
+
+std::string to_string(const PersistentPlan& p) {
+  static constexpr const char* kMathNames[] = {"fp64", "fp32", "tf32", "fp16", "bf16"};
+  char text[400];
+  std::snprintf(
+      text, sizeof text,
+      "  persistent: %s, %d launch%s of %d direction%s x %d group%s x %d blocks, each of %d units and %d tile%s of 8 "
+      "rows; of %d chunks of weights per warp %d in registers, %d in shared memory; %d bytes of shared memory\n",
+      kMathNames[static_cast<int>(p.math)], p.launches, p.launches == 1 ? "" : "es", p.directions,
+      p.directions == 1 ? "" : "s", p.groups, p.groups == 1 ? "" : "s", p.slices, p.unit_tiles * cuda::kTileUnits, p.tiles,
+      p.tiles == 1 ? "" : "s", p.chunks, p.register_chunks, p.smem_chunks, p.smem_bytes);
+  return text;
+}
+
+}  // namespace fused_rnn

@@ -1,0 +1,17 @@
+// The part of the planner (plan.h) that knows the persistent families.
+#pragma once
+#include "plan.h"
+
+namespace fused_rnn {
+
+inline bool is_persistent(Family family) { return family == Family::kGrid || family == Family::kCluster; }
+
+// Why the family cannot serve the problem on the device; empty if it can.
+std::string persistent_obstacle(const Problem& problem, const DeviceInfo& device, Family family);
+
+// Fills in plan for plan.family, which has no obstacle.
+void plan_persistent(const Problem& problem, const DeviceInfo& device, Plan& plan);
+
+std::string to_string(const PersistentPlan& plan);
+
+}  // namespace fused_rnn

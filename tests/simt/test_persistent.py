@@ -1,0 +1,91 @@
+"""The persistent families `grid` and `cluster`, forced, on the simulated device: results as for the other families."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import test_kernels
+import torch
+from cases import CELLS, Case
+from simulator import DeviceInfo, Simulator
+from test_kernels import Simulated, run
+
+KIB = 1024
+# Devices that never were: 4 SMs, on which groups of 2 blocks take turns; little shared memory, which limits a group's rows.
+test_kernels.DEVICES["FOUR"] = DeviceInfo(90, 4, 227 * KIB, 228 * KIB, 65536, 2048, 50 << 20, 16)
+test_kernels.DEVICES["SMALL"] = DeviceInfo(90, 40, 100 * KIB, 101 * KIB, 65536, 2048, 50 << 20, 4)
+test_kernels.DEVICES["CLUSTERS_OF_4"] = DeviceInfo(90, 40, 227 * KIB, 228 * KIB, 65536, 2048, 50 << 20, 4)
+
+F32 = torch.float32
+ARITHMETIC = [(F32, False), (F32, True), (torch.float16, False), (torch.bfloat16, False)]
+FAMILIES = ("grid", "cluster")
+
+
+def many_seeds() -> Iterator[Simulated]:
+    """Every cell, arithmetic and family with all options on, more than one block, under 20 seeds."""
+    for family, cell, (dtype, tf32) in itertools.product(FAMILIES, CELLS, ARITHMETIC):
+        both = cell == "LSTM" and family == "grid"
+        case = Case(cell, steps=3, batch=3, hidden=21, ragged="lengths", bidirectional=both, resets=True, dtype=dtype)
+        yield Simulated(case, 20, family, tf32=tf32)
+
+
+def options() -> Iterator[Simulated]:
+    """Ragged or not, biases, initial states, sizes around a tile; one step; many steps."""
+    for index, (family, cell, ragged) in enumerate(itertools.product(FAMILIES, CELLS, ("dense", "lengths", "packed"))):
+        dtype, tf32 = ARITHMETIC[index % 4]
+        for hidden, batch in ((1, 1), (16, 8), (33, 17 if family == "grid" else 10)):
+            case = Case(
+                cell,
+                steps=3,
+                batch=batch,
+                hidden=hidden,
+                ragged=ragged,
+                states=hidden != 16,
+                has_biases=hidden != 33,
+                bidirectional=batch == 1,
+                resets=hidden == 33,
+                dtype=dtype,
+            )
+            yield Simulated(case, 2, family, tf32=tf32)
+        yield Simulated(Case(cell, steps=1, batch=3, hidden=18, ragged=ragged, dtype=dtype), 2, family, tf32=tf32)
+        steps = 25 if family == "grid" else 7
+        yield Simulated(Case(cell, steps=steps, batch=2, hidden=18, ragged=ragged, dtype=dtype), 2, family, tf32=tf32)
+
+
+def groups() -> Iterator[Simulated]:
+    """Several groups in a launch, several launches over the same workspace, groups of several tiles."""
+    for family, cell, device in itertools.product(FAMILIES, ("LSTM", "GRU", "RNN_TANH"), ("FOUR", "SMALL")):
+        for batch, bidirectional in ((20, False), (75, True)):
+            if family == "cluster" and batch == 75 and cell != "GRU":
+                continue
+            case = Case(
+                cell, steps=3, batch=batch, hidden=20, ragged="lengths", bidirectional=bidirectional, dtype=torch.float16
+            )
+            yield Simulated(case, 2, family, device)
+    # More directions than SMs hold at once.
+    yield Simulated(Case("LSTM", steps=3, batch=9, hidden=50, bidirectional=True), 2, "grid", "FOUR")
+
+
+def wide_blocks() -> Iterator[Simulated]:
+    """Clusters whose blocks have 32 and 48 units."""
+    for cell, (dtype, tf32), hidden in itertools.product(("LSTM", "GRU", "RNN_TANH"), ARITHMETIC, (70, 130)):
+        case = Case(cell, steps=3, batch=3, hidden=hidden, ragged="lengths", resets=True, dtype=dtype)
+        yield Simulated(case, 1, "cluster", "CLUSTERS_OF_4", tf32=tf32)
+
+
+def shared_weights() -> Iterator[Simulated]:
+    """Weights beyond the registers."""
+    yield Simulated(Case("LSTM", steps=2, batch=3, hidden=267), 1, "grid")
+    yield Simulated(Case("GRU", steps=2, batch=3, hidden=267), 1, "grid")
+    yield Simulated(Case("LSTM", steps=2, batch=3, hidden=517), 1, "grid", tf32=True)
+    yield Simulated(Case("LSTM", steps=2, batch=3, hidden=190), 1, "cluster", "CLUSTERS_OF_4", tf32=True)
+
+
+ALL = [*many_seeds(), *options(), *groups(), *wide_blocks(), *shared_weights()]
+
+
+@pytest.mark.parametrize("simulated", ALL, ids=str)
+def test_persistent(sim: Simulator, simulated: Simulated) -> None:
+    run(sim, simulated)

@@ -1,0 +1,109 @@
+"""Plans of the persistent families on device descriptions: no GPU is needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from test_plan import DEVICES, C, plan
+
+F16, BF16, F32, F64 = "float16", "bfloat16", "float32", "float64"
+
+
+# device, family, cell, batch, hidden, dtype, backward: launches, groups, blocks of a group, units of a block, tiles
+FITS = [
+    ("H100", "grid", "lstm", 8, 512, BF16, False, (1, 1, 32, 16, 1)),
+    ("H100", "grid", "lstm", 64, 512, BF16, False, (1, 4, 32, 16, 2)),
+    ("H100", "grid", "lstm", 8, 2048, BF16, False, (1, 1, 128, 16, 1)),
+    ("H100", "grid", "lstm", 8, 1024, F32, False, (1, 1, 64, 16, 1)),
+    ("H100", "grid", "gru", 8, 768, BF16, True, (1, 1, 48, 16, 1)),
+    ("H100", "grid", "lstm", 4096, 1024, BF16, False, (32, 2, 64, 16, 8)),
+    ("A100", "grid", "lstm", 8, 1024, BF16, True, (1, 1, 64, 16, 1)),
+    ("A100", "grid", "lstm", 8, 1024, BF16, False, (1, 1, 64, 16, 1)),
+    ("RTX 4090", "grid", "lstm", 8, 1024, BF16, False, (1, 1, 64, 16, 1)),
+    ("H200", "cluster", "lstm", 8, 256, BF16, False, (1, 1, 16, 16, 1)),
+    ("H100", "cluster", "lstm", 128, 256, BF16, False, (1, 8, 16, 16, 2)),
+    ("H100", "cluster", "lstm", 8, 512, BF16, False, (1, 1, 16, 32, 1)),
+    ("H100", "cluster", "lstm", 8, 512, BF16, True, (1, 1, 16, 32, 1)),
+    ("H100", "cluster", "rnn_tanh", 8, 768, BF16, False, (1, 1, 16, 48, 1)),
+    ("B200", "cluster", "gru", 8, 100, BF16, False, (1, 1, 7, 16, 1)),
+    ("B200", "grid", "gru", 8, 2048, BF16, False, (1, 1, 128, 16, 1)),
+]
+
+
+@pytest.mark.parametrize("row", FITS, ids=lambda row: "-".join(map(str, row[:7])))
+def test_fits(row: tuple[Any, ...]) -> None:
+    name, family, cell, batch, hidden, dtype, backward, expected = row
+    result = plan(name, cell=cell, B=batch, H=hidden, dtype=dtype, backward=backward, allow_tf32=True, forced=family)
+    p = result["persistent"]
+    assert tuple(p[key] for key in ("launches", "groups", "blocks", "units", "tiles")) == expected, result["text"]
+    assert p["smem_bytes"] <= DEVICES[name]["smem_per_block"]
+    assert f"{family} is forced; it has run in the simulator only, never on a GPU" in result["text"]
+
+
+# device, family, hidden, dtype, further arguments: what the reason says
+REFUSED = [
+    ("H100", "grid", 64, F64, {}, "grid has no fp64 kernels"),
+    ("H100", "cluster", 64, F64, {}, "cluster has no fp64 kernels"),
+    ("H100", "grid", 64, BF16, {"P": 32}, "grid has no projection"),
+    ("H100", "cluster", 64, BF16, {"P": 32}, "cluster has no projection"),
+    ("H100", "grid", 2128, BF16, {}, "needs 133 SMs at once, one for every 16 hidden units; the device has 132"),
+    ("H100", "grid", 2048, F32, {}, "bytes of shared memory each beside the registers, the device has 232448"),
+    ("T4", "grid", 64, F16, {}, "grid needs compute capability 8.0"),
+    ("A100", "cluster", 64, BF16, {}, "cluster needs compute capability 9.0"),
+    ("RTX 4090", "cluster", 64, BF16, {}, "cluster needs compute capability 9.0"),
+    ("RTX 4090", "grid", 2048, BF16, {}, "bytes of shared memory each beside the registers, the device has 101376"),
+    ("H200", "cluster", 1024, BF16, {}, "needs a cluster of 22 blocks of 48 units, the device has clusters of 16"),
+]
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=lambda row: "-".join(map(str, row[:5])))
+def test_refused(row: tuple[Any, ...]) -> None:
+    name, family, hidden, dtype, more, reason = row
+    with pytest.raises(ValueError, match=f"kernel family {family} cannot serve this layer: ") as error:
+        plan(name, H=hidden, dtype=dtype, forced=family, **more)
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("backward", [False, True])
+def test_never_chosen_unforced(name: str, backward: bool) -> None:
+    result = plan(name, B=8, H=256, dtype=F16, backward=backward, training=True)
+    assert result["family"] == "step"
+    for family, since in (("grid", 80), ("cluster", 90)):
+        if DEVICES[name]["compute_capability"] < since:
+            assert "needs compute capability" in result["rejected"][family]
+        else:
+            assert result["rejected"][family] == (
+                f"never run on a GPU yet, so it is taken only when forced (FUSED_RNN_PLAN={family})"
+            )
+
+
+def test_both_directions_in_one_launch() -> None:
+    both = plan(H=1024, D=2, forced="grid")["persistent"]
+    assert (both["launches"], both["directions"]) == (1, 2)
+    in_turn = plan(H=2048, D=2, forced="grid")["persistent"]
+    assert (in_turn["launches"], in_turn["directions"]) == (2, 1)
+
+
+def test_every_plan_fits_its_device() -> None:
+    """All blocks of a `grid` launch run at once; every block's shared memory fits; all rows are covered."""
+    for name, limits in DEVICES.items():
+        for family in ("grid", "cluster"):
+            for cell in ("rnn_tanh", "lstm", "gru"):
+                for dtype, tf32 in ((F16, False), (F32, False), (F32, True)):
+                    for batch, hidden in ((1, 1), (3, 33), (16, 768), (64, 1024), (512, 256), (4096, 512)):
+                        for backward in (False, True):
+                            problem = {"cell": cell, "dtype": dtype, "allow_tf32": tf32, "B": batch, "H": hidden, "D": 2}
+                            try:
+                                p = plan(name, **problem, backward=backward, training=True, forced=family)["persistent"]
+                            except ValueError:
+                                continue
+                            blocks = p["blocks"] * p["groups"] * p["directions"]
+                            assert family == "cluster" or blocks <= limits["sm_count"]
+                            assert family == "grid" or p["blocks"] <= limits["max_cluster"]
+                            assert p["smem_bytes"] <= limits["smem_per_block"]
+                            assert (p["blocks"] - 1) * p["units"] < hidden <= p["blocks"] * p["units"]
+                            launched = p["launches"] * p["directions"] // 2 * p["groups"] * p["tiles"] * 8
+                            assert launched >= batch
+    assert C
