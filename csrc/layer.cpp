@@ -65,8 +65,7 @@ Shapes check_layer(const LayerInputs& in) {
   s.H = in.params[1].size(0) / G;
   s.P = in.params[1].size(1);
   TORCH_CHECK(s.H > 0 && s.P > 0, "w_hh: expected H and P of at least 1, got ", in.params[1].sizes());
-  TORCH_CHECK(s.projection || s.P == s.H, "w_hh: expected shape [", G * s.H, ", ", s.H, "], got ",
-              in.params[1].sizes());
+  TORCH_CHECK(s.projection || s.P == s.H, "w_hh: expected shape [", G * s.H, ", ", s.H, "], got ", in.params[1].sizes());
   if (packed) {
     TORCH_CHECK(in.h0.has_value(), "h0: expected a tensor with offsets (it gives the batch size), got None");
     TORCH_CHECK(!in.lengths.has_value(), "lengths: expected None with offsets");
@@ -118,8 +117,12 @@ const void* contiguous(const OptionalTensor& t, std::vector<Tensor>& kept) {
 void* data_or_null(const Tensor& t) { return t.defined() && t.numel() ? t.data_ptr() : nullptr; }
 
 Sequence sequence_of(const LayerInputs& in, const Shapes& s, std::vector<Tensor>& kept) {
-  return {s.T, s.B, s.N, static_cast<const int64_t*>(contiguous(in.lengths, kept)),
-          static_cast<const int64_t*>(contiguous(in.offsets, kept)), static_cast<const bool*>(contiguous(in.resets, kept))};
+  return {s.T,
+          s.B,
+          s.N,
+          static_cast<const int64_t*>(contiguous(in.lengths, kept)),
+          static_cast<const int64_t*>(contiguous(in.offsets, kept)),
+          static_cast<const bool*>(contiguous(in.resets, kept))};
 }
 
 Weights weights_of(const LayerInputs& in, const Shapes& s, int d, std::vector<Tensor>& kept) {

@@ -32,11 +32,10 @@ LayerOutputs layer_cpu(const Tensor& x, const OptionalTensor& h0, const Optional
 }
 
 LayerGradients layer_backward_cpu(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
-                                  const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                                  at::TensorList params, bool has_biases, const OptionalTensor& lengths,
-                                  const OptionalTensor& offsets, const OptionalTensor& resets, const Tensor& y,
-                                  const Tensor& gates, const Tensor& cs, int64_t cell, bool bidirectional,
-                                  std::array<bool, 3> mask) {
+                                  const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList params,
+                                  bool has_biases, const OptionalTensor& lengths, const OptionalTensor& offsets,
+                                  const OptionalTensor& resets, const Tensor& y, const Tensor& gates, const Tensor& cs,
+                                  int64_t cell, bool bidirectional, std::array<bool, 3> mask) {
   const LayerInputs in{x, h0, c0, params, has_biases, lengths, offsets, resets, static_cast<CellKind>(cell), bidirectional};
   const BackwardInputs grads{dy, dh_n, dc_n, y, gates, cs};
   BackwardCall call = prepare_backward(in, grads);
@@ -83,10 +82,10 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
                                                 const OptionalTensor& offsets, const OptionalTensor& resets, int64_t cell,
                                                 bool bidirectional) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, h_n, c_n, gates, cs] = layer_op().call(x, h0, c0, params, has_biases, lengths, offsets, resets, cell,
-                                                    bidirectional, /*save=*/true);
-    torch::autograd::variable_list saved{x,  tensor_of(h0), tensor_of(c0), tensor_of(lengths), tensor_of(offsets),
-                                         tensor_of(resets), y, gates, cs};
+    auto [y, h_n, c_n, gates, cs] =
+        layer_op().call(x, h0, c0, params, has_biases, lengths, offsets, resets, cell, bidirectional, /*save=*/true);
+    torch::autograd::variable_list saved{
+        x, tensor_of(h0), tensor_of(c0), tensor_of(lengths), tensor_of(offsets), tensor_of(resets), y, gates, cs};
     saved.insert(saved.end(), params.begin(), params.end());
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["has_biases"] = has_biases;
@@ -115,8 +114,8 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     const bool lstm = static_cast<CellKind>(cell) == CellKind::kLstm;
     auto [dx, dh0, dc0, dparams] = layer_backward_op().call(
         optional_of(grads[0]), optional_of(grads[1]), lstm ? optional_of(grads[2]) : std::nullopt, saved[0],
-        optional_of(saved[1]), optional_of(saved[2]), params, ctx->saved_data["has_biases"].toBool(),
-        optional_of(saved[3]), optional_of(saved[4]), optional_of(saved[5]), saved[6], saved[7], saved[8], cell,
+        optional_of(saved[1]), optional_of(saved[2]), params, ctx->saved_data["has_biases"].toBool(), optional_of(saved[3]),
+        optional_of(saved[4]), optional_of(saved[5]), saved[6], saved[7], saved[8], cell,
         ctx->saved_data["bidirectional"].toBool(), mask);
     if (mask[0]) result[0] = dx;
     if (mask[1] && saved[1].defined()) result[1] = dh0;
@@ -129,8 +128,8 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
 LayerOutputs layer_autograd(const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList params,
                             bool has_biases, const OptionalTensor& lengths, const OptionalTensor& offsets,
                             const OptionalTensor& resets, int64_t cell, bool bidirectional, bool save) {
-  const bool differentiate = at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(h0) || requires_grad(c0) ||
-                                                            any_requires_grad(params));
+  const bool differentiate = at::GradMode::is_enabled() &&
+                             (x.requires_grad() || requires_grad(h0) || requires_grad(c0) || any_requires_grad(params));
   if (!differentiate) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return layer_op().call(x, h0, c0, params, has_biases, lengths, offsets, resets, cell, bidirectional, save);
@@ -150,8 +149,8 @@ LayerGradients layer_backward_autograd(const OptionalTensor& dy, const OptionalT
                                        const Tensor& gates, const Tensor& cs, int64_t cell, bool bidirectional,
                                        std::array<bool, 3> mask) {
   const bool differentiate =
-      at::GradMode::is_enabled() && (requires_grad(dy) || requires_grad(dh_n) || requires_grad(dc_n) ||
-                                     x.requires_grad() || requires_grad(h0) || requires_grad(c0) || any_requires_grad(params));
+      at::GradMode::is_enabled() && (requires_grad(dy) || requires_grad(dh_n) || requires_grad(dc_n) || x.requires_grad() ||
+                                     requires_grad(h0) || requires_grad(c0) || any_requires_grad(params));
   if (differentiate) {
     return layer_backward_differentiable_op().call(dy, dh_n, dc_n, x, h0, c0, params, has_biases, lengths, offsets, resets,
                                                    y, gates, cs, cell, bidirectional, mask);
@@ -170,12 +169,11 @@ OptionalTensor states_of_layer(const OptionalTensor& states, int64_t layer, int6
 
 // A stack of layers, dropout between them. Shapes as torch.nn.LSTM's: input [T, B, I] or [B, T, I] or packed [N, I].
 std::tuple<Tensor, Tensor, Tensor> rnn(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
-                                       at::TensorList weights, const OptionalTensor& lengths,
-                                       const OptionalTensor& offsets, const OptionalTensor& resets, int64_t cell,
-                                       int64_t num_layers, bool has_biases, bool bidirectional, double dropout,
-                                       bool training, bool batch_first) {
-  TORCH_CHECK_VALUE(num_layers > 0 && weights.size() % num_layers == 0, "weights: expected a multiple of num_layers=",
-                    num_layers, " tensors, got ", weights.size());
+                                       at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& offsets,
+                                       const OptionalTensor& resets, int64_t cell, int64_t num_layers, bool has_biases,
+                                       bool bidirectional, double dropout, bool training, bool batch_first) {
+  TORCH_CHECK_VALUE(num_layers > 0 && weights.size() % num_layers == 0,
+                    "weights: expected a multiple of num_layers=", num_layers, " tensors, got ", weights.size());
   const int64_t directions = bidirectional ? 2 : 1;
   const int64_t per_layer = static_cast<int64_t>(weights.size()) / num_layers;
   const OptionalTensor layer_resets = batch_first && resets ? OptionalTensor(resets->transpose(0, 1)) : resets;
@@ -199,9 +197,8 @@ std::tuple<Tensor, Tensor, Tensor> rnn(const Tensor& input, const OptionalTensor
 std::tuple<Tensor, Tensor> cell_step(const Tensor& input, const OptionalTensor& h, const OptionalTensor& c,
                                      at::TensorList params, bool has_biases, int64_t cell) {
   const auto lifted = [](const OptionalTensor& t) { return t ? OptionalTensor(t->unsqueeze(0)) : std::nullopt; };
-  auto [y, h_n, c_n, gates, cs] =
-      layer_op().call(input.unsqueeze(0), lifted(h), lifted(c), params, has_biases, std::nullopt, std::nullopt,
-                      std::nullopt, cell, /*bidirectional=*/false, /*save=*/false);
+  auto [y, h_n, c_n, gates, cs] = layer_op().call(input.unsqueeze(0), lifted(h), lifted(c), params, has_biases, std::nullopt,
+                                                  std::nullopt, std::nullopt, cell, /*bidirectional=*/false, /*save=*/false);
   const bool lstm = static_cast<CellKind>(cell) == CellKind::kLstm;
   return {y.squeeze(0), lstm ? c_n.squeeze(0) : c_n};
 }
@@ -226,8 +223,7 @@ TORCH_LIBRARY(fused_rnn, m) {
       "rnn(Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? offsets, Tensor? resets, "
       "int cell, int num_layers, bool has_biases, bool bidirectional, float dropout, bool training, bool batch_first) "
       "-> (Tensor output, Tensor h_n, Tensor c_n)");
-  m.def(
-      "cell(Tensor input, Tensor? h, Tensor? c, Tensor[] params, bool has_biases, int cell) -> (Tensor h, Tensor c)");
+  m.def("cell(Tensor input, Tensor? h, Tensor? c, Tensor[] params, bool has_biases, int cell) -> (Tensor h, Tensor c)");
   m.impl("rnn", c10::DispatchKey::CompositeImplicitAutograd, fused_rnn::rnn);
   m.impl("cell", c10::DispatchKey::CompositeImplicitAutograd, fused_rnn::cell_step);
 }

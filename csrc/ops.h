@@ -16,15 +16,14 @@ using LayerBackwardSignature = LayerGradients(const OptionalTensor& dy, const Op
                                               const OptionalTensor& c0, at::TensorList params, bool has_biases,
                                               const OptionalTensor& lengths, const OptionalTensor& offsets,
                                               const OptionalTensor& resets, const Tensor& y, const Tensor& gates,
-                                              const Tensor& cs, int64_t cell, bool bidirectional,
-                                              std::array<bool, 3> mask);
+                                              const Tensor& cs, int64_t cell, bool bidirectional, std::array<bool, 3> mask);
 
 using RnnSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor& input, const OptionalTensor& h0,
                                                         const OptionalTensor& c0, at::TensorList weights,
                                                         const OptionalTensor& lengths, const OptionalTensor& offsets,
                                                         const OptionalTensor& resets, int64_t cell, int64_t num_layers,
-                                                        bool has_biases, bool bidirectional, double dropout,
-                                                        bool training, bool batch_first);
+                                                        bool has_biases, bool bidirectional, double dropout, bool training,
+                                                        bool batch_first);
 
 using CellSignature = std::tuple<Tensor, Tensor>(const Tensor& input, const OptionalTensor& h, const OptionalTensor& c,
                                                  at::TensorList params, bool has_biases, int64_t cell);

@@ -45,9 +45,7 @@ FUSED_RNN_HD bool is_active(const Sequence& s, int64_t t, int64_t b) {
   if (s.offsets) return b < s.offsets[t + 1] - s.offsets[t];
   return true;
 }
-FUSED_RNN_HD int64_t row_of(const Sequence& s, int64_t t, int64_t b) {
-  return s.offsets ? s.offsets[t] + b : t * s.B + b;
-}
+FUSED_RNN_HD int64_t row_of(const Sequence& s, int64_t t, int64_t b) { return s.offsets ? s.offsets[t] + b : t * s.B + b; }
 FUSED_RNN_HD bool is_reset(const Sequence& s, int64_t row) { return s.resets && s.resets[row]; }
 
 // The parameters of one direction. Everything contiguous.
@@ -73,13 +71,13 @@ struct ForwardParams {
   const void* h0;  // [D, B, P] or null (zeros)
   const void* c0;  // [D, B, H] or null (zeros); LSTM only
   Weights weights[2];
-  void* y;          // [N, D * P]; inactive rows of a dense batch are written with 0
-  void* h_n;        // [D, B, P]: state after each row's last active step (its initial state if it has none)
-  void* c_n;        // [D, B, H]; LSTM only
-  void* gates;      // [D, N, S, H]: activated gates for backward, 0 at inactive rows when training. CUDA: holds the projection
-                    // on entry, unless the family is `cell`, which computes it. CPU: null unless training.
-  void* cs;         // [D, N, H]: c after each step, in dtype, 0 at inactive rows; LSTM only; null unless training
-  bool training;    // gates and cs are kept for backward (RNN cells keep neither: their derivative needs y alone)
+  void* y;        // [N, D * P]; inactive rows of a dense batch are written with 0
+  void* h_n;      // [D, B, P]: state after each row's last active step (its initial state if it has none)
+  void* c_n;      // [D, B, H]; LSTM only
+  void* gates;    // [D, N, S, H]: activated gates for backward, 0 at inactive rows when training. CUDA: holds the projection
+                  // on entry, unless the family is `cell`, which computes it. CPU: null unless training.
+  void* cs;       // [D, N, H]: c after each step, in dtype, 0 at inactive rows; LSTM only; null unless training
+  bool training;  // gates and cs are kept for backward (RNN cells keep neither: their derivative needs y alone)
   void* workspace;  // *_workspace_bytes() of the backend, 256-byte aligned
 };
 
@@ -92,8 +90,8 @@ struct BackwardParams {
   int64_t H, P;
   int D;
   Sequence seq;
-  const void* h0;    // as in forward
-  const void* c0;    // as in forward
+  const void* h0;  // as in forward
+  const void* c0;  // as in forward
   Weights weights[2];
   const void* y;      // [N, D * P]: forward's output
   const void* gates;  // [D, N, S, H]: forward's, activated; null for RNN cells

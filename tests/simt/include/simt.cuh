@@ -30,16 +30,17 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 // PTX has no place in a kernel file.
-#define asm static_assert(false, "PTX belongs into a wrapper in csrc/cuda/simt.cuh with a host twin in tests/simt/include/simt.cuh")
+#define asm \
+  static_assert(false, "PTX belongs into a wrapper in csrc/cuda/simt.cuh with a host twin in tests/simt/include/simt.cuh")
 
 namespace fused_rnn::simt {
 
 // The instruction that called the wrapper, for reports. Wrappers are always inlined, so this is a line of the kernel.
-#define SIMT_HERE \
-  ({              \
-    uintptr_t pc; \
+#define SIMT_HERE                              \
+  ({                                           \
+    uintptr_t pc;                              \
     __asm__ volatile(SIMT_READ_PC : "=r"(pc)); \
-    pc;           \
+    pc;                                        \
   })
 #if defined(__x86_64__)
 #define SIMT_READ_PC "leaq 0(%%rip), %0"
@@ -309,8 +310,8 @@ void launch(void (*kernel)(Params), const LaunchConfig& config, void*, const Par
 
 inline DeviceInfo query_device(int) {
   const simt_host::Limits& l = simt_host::limits;
-  return {l.compute_capability, l.sm_count,        l.smem_per_block, l.smem_per_sm, l.registers_per_sm,
-          l.threads_per_sm,     int64_t{50} << 20, l.max_cluster};
+  return {l.compute_capability, l.sm_count,       l.smem_per_block,  l.smem_per_sm,
+          l.registers_per_sm,   l.threads_per_sm, int64_t{50} << 20, l.max_cluster};
 }
 
 }  // namespace fused_rnn::simt

@@ -59,9 +59,7 @@ __global__ void divergent_warp_kernel(const Small p) {
 
 __global__ void write_past_end_kernel(const Small p) { p.out[global_index() + 1] = 0; }
 __global__ void write_input_kernel(const Small p) { const_cast<float*>(p.in)[global_index()] = p.out[0] = 1; }
-__global__ void misaligned_kernel(const Small p) {
-  p.out[global_index()] = simt::load_vec<2>(p.in + simt::thread_x()).v[0];
-}
+__global__ void misaligned_kernel(const Small p) { p.out[global_index()] = simt::load_vec<2>(p.in + simt::thread_x()).v[0]; }
 __global__ void hole_kernel(const Small p) {
   if (simt::thread_x() != 5) p.out[global_index()] = 0;
 }

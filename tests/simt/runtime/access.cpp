@@ -93,9 +93,11 @@ std::string access_name(unsigned kind, size_t bytes) {
 [[noreturn]] void race(Thread& thread, const Access& other, bool other_writes, const void* address, size_t bytes,
                        unsigned kind, uintptr_t pc) {
   std::string text = access_name(kind, bytes) + " by " + thread.name() + " at " + where(pc) + " and " +
-                     (other.async ? "asynchronous " : other.atomic ? "atomic " : "") + (other_writes ? "write" : "read") +
-                     " by " + access_thread_name(other) + " at " + where_site(other.site) + " are unordered, at " +
-                     describe(address);
+                     (other.async    ? "asynchronous "
+                      : other.atomic ? "atomic "
+                                     : "") +
+                     (other_writes ? "write" : "read") + " by " + access_thread_name(other) + " at " +
+                     where_site(other.site) + " are unordered, at " + describe(address);
   fault("data race", text, pc);
 }
 
@@ -222,8 +224,8 @@ void check_access_of(Thread& thread, const void* address, size_t bytes, unsigned
   if (!in_arena(address)) {
     // A small address is a null pointer plus an offset. Others are the kernel's own locals and constants.
     if (reinterpret_cast<uintptr_t>(address) < 65536) {
-      fault("out of bounds", access_name(kind, bytes) + " by " + thread.name() + " at " + where(pc) + " through a null pointer",
-            pc);
+      fault("out of bounds",
+            access_name(kind, bytes) + " by " + thread.name() + " at " + where(pc) + " through a null pointer", pc);
     }
     return;
   }
@@ -236,8 +238,9 @@ void check_access_of(Thread& thread, const void* address, size_t bytes, unsigned
   bool poisoned = false;
   for (size_t i = 0; i < bytes; ++i) {
     if (state[i] == kUnmapped) {
-      fault("out of bounds", access_name(kind, bytes) + " by " + thread.name() + " at " + where(pc) + ": " +
-                                 describe(static_cast<const unsigned char*>(address) + i),
+      fault("out of bounds",
+            access_name(kind, bytes) + " by " + thread.name() + " at " + where(pc) + ": " +
+                describe(static_cast<const unsigned char*>(address) + i),
             pc);
     }
     poisoned |= state[i] == kPoison;

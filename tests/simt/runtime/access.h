@@ -55,7 +55,7 @@ std::string poison_reads();
 void forget_poison_reads();
 
 uint32_t site_of(uintptr_t pc);
-std::string where(uintptr_t pc);       // "{pc:1234}", to be replaced by a source line
+std::string where(uintptr_t pc);  // "{pc:1234}", to be replaced by a source line
 std::string where_site(uint32_t site);
 
 }  // namespace simt_host

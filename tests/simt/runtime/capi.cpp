@@ -43,7 +43,10 @@ void simt_print_waiting() {
   std::puts(waiting_text().c_str());
   std::puts("({pc:N} is an offset in this library: info line *((char*)simt_base() + 0xN))");
 }
-const void* simt_base() { return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(&simt_base) - site_of(reinterpret_cast<uintptr_t>(&simt_base))); }
+const void* simt_base() {
+  return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(&simt_base) -
+                                       site_of(reinterpret_cast<uintptr_t>(&simt_base)));
+}
 void simt_reset() {
   clear_stream();
   forget_prepared();

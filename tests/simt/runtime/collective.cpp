@@ -72,21 +72,24 @@ void barrier(int id, int threads, bool* predicate, uintptr_t pc) {
   Barrier& b = block.barriers[id & 15];
   const int expected = threads ? threads : all;
   if (id < 0 || id > 15 || (threads && threads % 32 != 0) || expected > all) {
-    fault("bad barrier", me->name() + " at " + where(pc) + ": barrier " + std::to_string(id) + " for " +
-                             std::to_string(expected) + " threads in a block of " + std::to_string(all),
+    fault("bad barrier",
+          me->name() + " at " + where(pc) + ": barrier " + std::to_string(id) + " for " + std::to_string(expected) +
+              " threads in a block of " + std::to_string(all),
           pc);
   }
   if (b.arrived && b.expected != expected) {
-    fault("bad barrier", me->name() + " at " + where(pc) + " expects " + std::to_string(expected) + " threads at barrier " +
-                             std::to_string(id) + ", others at " + where(b.pc) + " expect " + std::to_string(b.expected),
+    fault("bad barrier",
+          me->name() + " at " + where(pc) + " expects " + std::to_string(expected) + " threads at barrier " +
+              std::to_string(id) + ", others at " + where(b.pc) + " expect " + std::to_string(b.expected),
           pc);
   }
   if (expected == all) {
     for (const auto& t : block.threads) {
       if (t->done) {
-        fault("partial barrier", me->name() + " reached the block's barrier at " + where(pc) + " and " + t->name() +
-                                     " ended without reaching it",
-              pc);
+        fault(
+            "partial barrier",
+            me->name() + " reached the block's barrier at " + where(pc) + " and " + t->name() + " ended without reaching it",
+            pc);
       }
     }
   }
@@ -152,21 +155,24 @@ void warp_collective(const char* kind, uint32_t mask, void* payload, void (*comp
 void copy_async(void* to, const void* from, int bytes, int source_bytes, uintptr_t pc) {
   Thread* me = current_thread();
   if (source_bytes < 0 || source_bytes > bytes) {
-    fault("bad copy", me->name() + " at " + where(pc) + ": " + std::to_string(source_bytes) + " source bytes of " +
-                          std::to_string(bytes),
-          pc);
+    fault(
+        "bad copy",
+        me->name() + " at " + where(pc) + ": " + std::to_string(source_bytes) + " source bytes of " + std::to_string(bytes),
+        pc);
   }
   const auto aligned = [bytes](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
   if (!aligned(to) || (source_bytes && !aligned(from))) {
-    fault("misaligned access", me->name() + " at " + where(pc) + ": asynchronous copy of " + std::to_string(bytes) +
-                                   " bytes between addresses that are not multiples of it",
+    fault("misaligned access",
+          me->name() + " at " + where(pc) + ": asynchronous copy of " + std::to_string(bytes) +
+              " bytes between addresses that are not multiples of it",
           pc);
   }
-  if (!in_shared(to)) fault("out of bounds", me->name() + " at " + where(pc) + ": cp_async to memory that is not shared", pc);
+  if (!in_shared(to))
+    fault("out of bounds", me->name() + " at " + where(pc) + ": cp_async to memory that is not shared", pc);
   if (source_bytes) check_access_of(*me, from, source_bytes, kRead | kAsync | kUnaligned, pc);
   check_access_of(*me, to, bytes, kWrite | kAsync, pc);
-  me->copies.push_back({me->agent_clock, static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes,
-                        source_bytes});
+  me->copies.push_back(
+      {me->agent_clock, static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes, source_bytes});
   if (!me->copier) {
     me->copier = true;
     copiers.push_back(me);

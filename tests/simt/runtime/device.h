@@ -165,7 +165,6 @@ void meet(Barrier& barrier, int expected, bool* predicate, Wait wait, const char
 // A fault found outside any thread, such as when a copy lands.
 void report(const std::string& kind, const std::string& text);
 
-
 // Throws std::runtime_error with CUDA's condition when the device refuses the launch.
 void check_launch(const LaunchSpec& spec);
 

@@ -11,8 +11,8 @@ namespace simt_host {
 namespace {
 struct TransactionBarrier {
   uint32_t phase = 0;
-  int pending = 1;        // arrivals
-  int64_t awaited = 0;    // bytes expected less bytes come
+  int pending = 1;      // arrivals
+  int64_t awaited = 0;  // bytes expected less bytes come
   std::vector<Snapshot> current, completed;
   std::vector<Thread*> waiting;
 };
@@ -113,13 +113,14 @@ void sync_cluster(uintptr_t pc) {
   for (int rank = 0; rank < size; ++rank) {
     const Block* peer = grid.blocks[first + rank].get();
     if (!peer || peer->alive < grid.spec.threads) {
-      fault("partial barrier", current_thread()->name() + " reached the cluster's barrier at " + where(pc) +
-                                   " and threads of its block of rank " + std::to_string(rank) + " ended without reaching it",
+      fault("partial barrier",
+            current_thread()->name() + " reached the cluster's barrier at " + where(pc) +
+                " and threads of its block of rank " + std::to_string(rank) + " ended without reaching it",
             pc);
     }
   }
-  meet(grid.cluster_barriers[block.linear / size], size * grid.spec.threads, nullptr, Wait::kCluster, "the cluster's barrier", 0,
-       pc);
+  meet(grid.cluster_barriers[block.linear / size], size * grid.spec.threads, nullptr, Wait::kCluster,
+       "the cluster's barrier", 0, pc);
 }
 
 uint32_t map_to_rank(const void* shared, int rank, uintptr_t pc) {
@@ -128,11 +129,12 @@ uint32_t map_to_rank(const void* shared, int rank, uintptr_t pc) {
   const int size = std::max(1, block.grid->spec.cluster);
   const auto* address = static_cast<const unsigned char*>(shared);
   if (address < block.smem || address >= block.smem + block.grid->spec.smem_bytes) {
-    fault("out of bounds", me->name() + " at " + where(pc) + ": map_to_rank of an address outside the block's shared memory", pc);
+    fault("out of bounds", me->name() + " at " + where(pc) + ": map_to_rank of an address outside the block's shared memory",
+          pc);
   }
   if (rank < 0 || rank >= size) {
-    fault("out of bounds", me->name() + " at " + where(pc) + ": rank " + std::to_string(rank) + " of a cluster of " +
-                               std::to_string(size),
+    fault("out of bounds",
+          me->name() + " at " + where(pc) + ": rank " + std::to_string(rank) + " of a cluster of " + std::to_string(size),
           pc);
   }
   const Block* peer = block.grid->blocks[block.linear / size * size + rank].get();

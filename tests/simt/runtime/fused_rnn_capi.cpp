@@ -52,7 +52,9 @@ extern "C" void simt_sizes(int* sizes) {
 }
 extern "C" void simt_free_plan(Plan* plan) { delete plan; }
 extern "C" void simt_problem_forward(const ForwardParams* params, Problem* problem) { *problem = cuda::problem_of(*params); }
-extern "C" void simt_problem_backward(const BackwardParams* params, Problem* problem) { *problem = cuda::problem_of(*params); }
+extern "C" void simt_problem_backward(const BackwardParams* params, Problem* problem) {
+  *problem = cuda::problem_of(*params);
+}
 extern "C" int simt_forward(const ForwardParams* params, const Plan* plan) {
   return simt_host::run_guarded([&] { cuda::forward(*params, *plan, nullptr); });
 }

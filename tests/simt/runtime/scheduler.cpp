@@ -1,7 +1,7 @@
-#include "device.h"
-
 #include <algorithm>
 #include <stdexcept>
+
+#include "device.h"
 
 namespace simt_host {
 
@@ -111,8 +111,7 @@ void finish_block(Block& block) {
 }
 
 void start_grid(Grid& grid) {
-  grid.start_visible =
-      !grid.spec.pdl || active == 0 ? grid.number - 1 : stream[active - 1]->start_visible;
+  grid.start_visible = !grid.spec.pdl || active == 0 ? grid.number - 1 : stream[active - 1]->start_visible;
   grid.blocks.resize(grid.block_count);
   grid.cluster_barriers.resize(grid.block_count / std::max(1, grid.spec.cluster));
   grid.order.resize(grid.block_count / std::max(1, grid.spec.cluster));
@@ -189,7 +188,8 @@ std::string who_waits() {
       }
     }
     const size_t waiting = stream[g]->order.size() - stream[g]->next;
-    if (waiting) text += "\n  " + std::to_string(waiting) + " blocks (or clusters) of " + stream[g]->spec.name + " not started";
+    if (waiting)
+      text += "\n  " + std::to_string(waiting) + " blocks (or clusters) of " + stream[g]->spec.name + " not started";
   }
   return text;
 }
@@ -202,8 +202,9 @@ void after_switch(Thread* thread) {
   if (grid.spec.cluster > 1) {
     const Barrier& b = grid.cluster_barriers[block.linear / grid.spec.cluster];
     if (b.arrived && !faulted) {
-      record_fault("partial barrier", "threads of the cluster of " + block.name() + " wait at its barrier at " + where(b.pc) +
-                                          " and " + thread->name() + " ended without reaching it:" + who_waits());
+      record_fault("partial barrier", "threads of the cluster of " + block.name() + " wait at its barrier at " +
+                                          where(b.pc) + " and " + thread->name() +
+                                          " ended without reaching it:" + who_waits());
     }
   }
   for (Barrier& b : block.barriers) {

@@ -122,8 +122,10 @@ void complete_ldmatrix(void** payload) {
 
 void mma(MmaType type, int k, float* d, const uint32_t* a, const uint32_t* b, uintptr_t pc) {
   MmaArgs args{type, k, d, a, b};
-  warp_collective(type == MmaType::kF16 ? "mma f16" : type == MmaType::kBf16 ? "mma bf16" : "mma tf32", 0xffffffffu, &args,
-                  complete_mma, false, pc);
+  warp_collective(type == MmaType::kF16    ? "mma f16"
+                  : type == MmaType::kBf16 ? "mma bf16"
+                                           : "mma tf32",
+                  0xffffffffu, &args, complete_mma, false, pc);
 }
 
 void ldmatrix(bool transpose, int count, uint32_t* r, const void* row, uintptr_t pc) {

@@ -6,7 +6,7 @@
 namespace simt_host {
 
 float half_to_float(uint16_t bits);
-uint16_t float_to_half(float value);      // nearest, ties to even
+uint16_t float_to_half(float value);  // nearest, ties to even
 float bfloat16_to_float(uint16_t bits);
 uint16_t float_to_bfloat16(float value);  // nearest, ties to even
 uint32_t float_to_tf32(float value);      // nearest, ties away from zero, 10 bits
