@@ -164,6 +164,26 @@ BackwardKernel Kernels<MathKind::kFp16>::backward(KernelRole role, CellKind cell
 """
 
 
+# Other kinds of arithmetic have no kernels here.
+STUBS = """
+#include <stdexcept>
+#include "cuda/kernels.h"
+namespace fused_rnn::cuda {
+HERE
+}  // namespace fused_rnn::cuda
+"""
+STUB = """
+template <>
+ForwardKernel Kernels<MathKind::MATH>::forward(KernelRole, CellKind, TileSize) {
+  throw std::invalid_argument("not among the mutants");
+}
+template <>
+BackwardKernel Kernels<MathKind::MATH>::backward(KernelRole, CellKind, TileSize) {
+  throw std::invalid_argument("not among the mutants");
+}
+"""
+
+
 def _write_if_changed(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_text() != text:
@@ -178,6 +198,8 @@ def _folder(mutant: Mutant | None) -> Path:
         _write_if_changed(folder / source.relative_to(ROOT / "csrc"), text)
     for name, body in (("forward", FORWARD), ("backward", BACKWARD)):
         _write_if_changed(folder / f"{name}_instances.cu", HEAD.replace("HEADER", f"{name}.cuh") + body)
+    stubs = "".join(STUB.replace("MATH", math) for math in ("kFp64", "kFp32", "kTf32", "kBf16"))
+    _write_if_changed(folder / "stubs.cu", STUBS.replace("HERE", stubs))
     return folder
 
 
@@ -189,4 +211,5 @@ def replacement(mutant: Mutant | None) -> dict[str, list[tuple[Path, Path]]]:
         other = {"forward": "backward.cuh", "backward": "forward.cuh"}[name]
         place = unchanged if mutant and mutant.file == other else folder
         parts.append((place / f"{name}_instances.cu", place))
-    return {"kernels_fp16": parts}
+    empty: dict[str, list[tuple[Path, Path]]] = {f"kernels_{math}": [] for math in ("fp64", "fp32", "tf32", "bf16")}
+    return {**empty, "kernels_fp16": [*parts, (unchanged / "stubs.cu", unchanged)]}
