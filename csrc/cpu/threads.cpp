@@ -12,7 +12,7 @@
 namespace fused_rnn::cpu {
 namespace {
 
-constexpr int kSpins = 4000;  // pauses before the first yield: above 100 us on current x86 cores
+constexpr int kSpins = 4000;  // pauses before the first yield
 
 std::atomic<bool> forked{false};
 #if defined(__unix__) || defined(__APPLE__)
