@@ -67,10 +67,9 @@ def test_instruction_set_against_fp64(case: Case, instruction_set: str) -> None:
     for i, (actual, want) in enumerate(zip(results, expected, strict=True)):
         assert_near(f"result {i}", actual, want, growth * OUTPUT_TOLERANCE[case.dtype])
     for i, (actual, want) in enumerate(zip(grads, expected_grads, strict=True)):
-        # relu's derivative jumps: in 16 bits a unit near 0 falls on the other side. Its gradients are held to fp32's test.
-        if case.cell == "RNN_RELU" and case.dtype in (torch.float16, torch.bfloat16):
-            continue
-        assert_near(f"gradient {i}", actual, want, growth * GRADIENT_TOLERANCE[case.dtype])
+        # relu's derivative jumps: in 16 bits a unit near 0 may fall on the other side, so only the whole can be compared.
+        norm = 2 if case.cell == "RNN_RELU" and case.dtype.itemsize == 2 else math.inf
+        assert_near(f"gradient {i}", actual, want, growth * GRADIENT_TOLERANCE[case.dtype], norm)
 
 
 def test_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
