@@ -35,6 +35,7 @@ CASES = [
 
 # Mutants that no test can catch, because the program means the same without the line, and why.
 _UNUSED = "what an inactive row starts from or receives is computed and not used"
+_LAST = "saves stores only: every active step writes the final state, and the last one is right"
 _SPEED = "saves work only: beyond the last chunk zeros are copied into a stage that nobody reads"
 _ACTIVE_LOAD = "`if (!exists(e) || !(table[batch_of(e)].flags & kActive))` -> `if (!exists(e))`"
 _NEVER = "`if (step == 0 && !is_active(seq, 0, b)) info` -> `if (!is_active(seq, 0, b)) info`"
@@ -53,6 +54,8 @@ EQUIVALENT: dict[str, str] = {
     "forward.cuh `batch_of(e) < G::kBatch && first_unit` -> `first_unit`": (
         "the elements of a forward tile divide evenly among its threads, so no thread is beyond the tile"
     ),
+    "forward.cuh `if (active && !(info.flags & kHasNext))` -> `if (active)`": _LAST,
+    "forward.cuh `if (!(info.flags & kHasNext)) c_n` -> `c_n`": _LAST,
     "forward.cuh `if (info.flags & kActive)` -> ``": _UNUSED,
     "forward.cuh `if (info.flags & kActive)` -> `` #2": _UNUSED,
     f"backward.cuh {_ACTIVE_LOAD} #2": _UNUSED,
