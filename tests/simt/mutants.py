@@ -28,8 +28,10 @@ SYNCHRONISATION = [
     (r"(?<!void )\bsimt::sync_named\([^;]*\);", ";", "no sync_named"),
     (r"(?<!void )\bsync_team\(\);", ";", "no sync_team"),
     (r"(?<!void )\bsimt::cp_async_wait<\d>\(\);\n    simt::sync", "simt::sync", "no cp_async_wait"),
-    (r"return simt::cp_async_wait<0>\(\);", "return simt::cp_async_wait<1>();", "wait<0> waits for one group less"),
-    (r"return simt::cp_async_wait<1>\(\);", "return simt::cp_async_wait<2>();", "wait<1> waits for one group less"),
+    *(
+        (rf"(?<=simt::cp_async_wait<){n}(?=>\(\)( :|;\n  \}}))", str(n + 1), f"wait<{n}> waits for one group less")
+        for n in range(7)
+    ),
     (r"(?<!void )\bsimt::cp_async_commit\(\);", ";", "no cp_async_commit"),
     (r"(?<!void )\bwait_pending\(stages_ - 2\);", ";", "no wait_pending"),
     (r"(?<!void )\bsimt::pdl_wait\(\);", ";", "no pdl_wait"),

@@ -82,6 +82,18 @@ def run(sim: Simulator, s: Simulated) -> None:
             assert torch.equal(tensor.view(torch.uint8), first[name].view(torch.uint8)), f"{name} of seed {seed}"
 
 
+def run_without_gradients(sim: Simulator, s: Simulated) -> None:
+    """Null gradients of the results mean zeros."""
+    data = make_data(s.case)
+    data.dy, data.dh_n, data.dc_n = (torch.zeros_like(t) for t in (data.dy, data.dh_n, data.dc_n))
+    layer_run = LayerRun(sim, Layer.of(s.case, data), family=s.family, device=DEVICES[s.device], tile=s.tile)
+    saved = layer_run.forward()
+    zeros = layer_run.backward(saved)
+    layer_run.given_gradients = False
+    for name, tensor in layer_run.backward(saved).items():
+        assert torch.equal(tensor, zeros[name]), name
+
+
 F32 = torch.float32
 ARITHMETIC = [*((dtype, False) for dtype in DTYPES), (F32, True)]
 
@@ -149,6 +161,11 @@ OLDER = [
 @pytest.mark.parametrize("simulated", OLDER, ids=str)
 def test_kernels_of_sm75(sim_sm75: Simulator, simulated: Simulated) -> None:
     run(sim_sm75, simulated)
+
+
+@pytest.mark.parametrize(("cell", "proj"), [*((cell, 0) for cell in CELLS), ("LSTM", 4)])
+def test_null_gradients(sim: Simulator, cell: str, proj: int) -> None:
+    run_without_gradients(sim, Simulated(Case(cell, steps=2, proj=proj, ragged="lengths")))
 
 
 def test_default_run_is_large_enough() -> None:

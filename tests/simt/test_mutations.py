@@ -16,7 +16,7 @@ import torch
 from cases import Case
 from mutants import Mutant, all_mutants, replacement
 from simulator import Simulator
-from test_kernels import Simulated, run
+from test_kernels import Simulated, run, run_without_gradients
 
 F16 = torch.float16
 SMALL, LARGE = (0, 3), (2, 2)
@@ -25,6 +25,7 @@ CASES = [
     Simulated(Case("LSTM", 3, 11, 5, 37, ragged="lengths", **BOTH), 3, "step", tile=SMALL),
     Simulated(Case("GRU", 3, 11, 5, 37, ragged="packed", **BOTH), 3, "step", tile=SMALL),
     Simulated(Case("RNN_TANH", 3, 11, 5, 136, ragged="lengths", dtype=F16), 2, "step", tile=(0, 2)),
+    *(Simulated(Case("RNN_TANH", 2, 3, 5, 40, dtype=F16), 1, "step", tile=(0, stages)) for stages in (4, 6, 8)),
     Simulated(Case("LSTM", 2, 11, 37, 37, ragged="lengths", proj=18, dtype=F16), 2, "step", tile=SMALL),
     Simulated(Case("LSTM", 2, 67, 5, 72, ragged="packed", proj=40, resets=True, dtype=F16), 2, "step", tile=LARGE),
     Simulated(Case("LSTM", 1, 11, 37, 140, ragged="lengths", dtype=F16), 3, "cell", tile=SMALL),
@@ -36,6 +37,7 @@ CASES = [
 # Mutants that no test can catch, because the program means the same without the line, and why.
 _UNUSED = "what an inactive row starts from or receives is computed and not used"
 _LAST = "saves stores only: every active step writes the final state, and the last one is right"
+_ZERO = "an inactive row's operands are all zero, and every cell makes zero states of them"
 _SPEED = "saves work only: beyond the last chunk zeros are copied into a stage that nobody reads"
 _ACTIVE_LOAD = "`if (!exists(e) || !(table[batch_of(e)].flags & kActive))` -> `if (!exists(e))`"
 _NEVER = "`if (step == 0 && !is_active(seq, 0, b)) info` -> `if (!is_active(seq, 0, b)) info`"
@@ -56,6 +58,9 @@ EQUIVALENT: dict[str, str] = {
     ),
     "forward.cuh `if (active && !(info.flags & kHasNext))` -> `if (active)`": _LAST,
     "forward.cuh `if (!(info.flags & kHasNext)) c_n` -> `c_n`": _LAST,
+    "forward.cuh `active ? h : Acc(0)` -> `h`": _ZERO,
+    "forward.cuh `active ? c : Acc(0)` -> `c` #3": _ZERO,
+    "backward.cuh `C::kHasC && !(info.flags & kHasPrevious)` -> `C::kHasC`": _LAST,
     "forward.cuh `if (info.flags & kActive)` -> ``": _UNUSED,
     "forward.cuh `if (info.flags & kActive)` -> `` #2": _UNUSED,
     f"backward.cuh {_ACTIVE_LOAD} #2": _UNUSED,
@@ -73,6 +78,7 @@ def outcome(library: Path) -> str:
             sim = Simulator(library)
             for case in CASES:
                 run(sim, case)
+            run_without_gradients(sim, CASES[0])
             send.send("")
         except (AssertionError, RuntimeError) as error:
             send.send(f"{type(error).__name__}: {error}".splitlines()[0][:200])
