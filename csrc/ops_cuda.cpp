@@ -9,7 +9,7 @@
 
 #include <cstdlib>
 
-#include "cuda/cuda.h"
+#include "cuda/backend.h"
 #include "ops.h"
 
 namespace fused_rnn {

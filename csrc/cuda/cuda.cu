@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "cuda.h"
+#include "backend.h"
 #include "kernels.h"
 #include "persistent_launch.h"
 

@@ -3,7 +3,7 @@
 #include <string>
 
 #include "capi.h"
-#include "cuda/cuda.h"
+#include "cuda/backend.h"
 #include "device.h"
 
 using namespace fused_rnn;
