@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +28,10 @@ def _checked(name: str, where: str) -> str:
 _forced: str | None = None
 if os.environ.get("FUSED_RNN_BACKEND"):
     _forced = _checked(os.environ["FUSED_RNN_BACKEND"], "FUSED_RNN_BACKEND")
+
+_forced_by_environment = _forced
+_blocks: list[list[str | None]] = []  # the use_backend blocks that are open now, in the order in which they were entered
+_blocks_lock = threading.Lock()
 
 _warned: set[str] = set()
 
@@ -119,16 +124,27 @@ def forced_backend() -> str | None:
 def use_backend(name: str | None) -> Iterator[None]:
     """Force a backend inside a ``with`` block, for the whole process.
 
+    Blocks may nest and may overlap between threads: the one entered last decides, and when all have ended, the choice is
+    what it was before the first.
+
     Args:
         name: ``"cuda"``, ``"cpu"``, ``"reference"``, or None for the automatic choice.
 
     Raises:
         ValueError: unknown name. A call inside the block raises RuntimeError if the backend cannot serve its tensors.
     """
-    global _forced
-    previous = _forced
-    _forced = None if name is None else _checked(name, "use_backend")
+    entry = [None if name is None else _checked(name, "use_backend")]
+    with _blocks_lock:
+        _blocks.append(entry)
+        _set_forced()
     try:
         yield
     finally:
-        _forced = previous
+        with _blocks_lock:
+            _blocks[:] = [other for other in _blocks if other is not entry]
+            _set_forced()
+
+
+def _set_forced() -> None:
+    global _forced
+    _forced = _blocks[-1][0] if _blocks else _forced_by_environment

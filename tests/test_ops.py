@@ -10,7 +10,7 @@ from cases import CELLS, Case, make_data
 
 import fused_rnn
 from fused_rnn import functional, use_backend
-from fused_rnn._backend import has_cpu_kernels
+from fused_rnn._backend import forced_backend, has_cpu_kernels
 
 KINDS = functional.CELLS
 RAGGED = ("dense", "lengths", "packed")
@@ -227,3 +227,15 @@ def test_backend_choice(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(functional.gru(data.input, data.weights)[0], by_kernel, rtol=0, atol=0)
     torch.testing.assert_close(by_reference, by_kernel)
     assert fused_rnn.build_info()["cpu_instruction_set"]
+
+
+def test_overlapping_backend_blocks() -> None:
+    """Blocks of two threads that end in the order in which they began leave nothing behind."""
+    first, second = use_backend("reference"), use_backend("cpu")
+    before = forced_backend()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert forced_backend() == "cpu"
+    second.__exit__(None, None, None)
+    assert forced_backend() == before
