@@ -1,4 +1,5 @@
-// The planner for Python: plan(...) takes a problem and a device as plain values and gives a dict.
+// The planners for Python, all plain values and dicts: plan(...) of a layer on a CUDA device that is given by its properties,
+// cuda_device(index) those of a device that is there, cpu_plan(...) of a layer on this machine's CPU.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -6,8 +7,12 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/cpu.h"
 #include "cuda/persistent.h"
 #include "plan.h"
+#ifdef FUSED_RNN_WITH_CUDA
+#include "cuda/backend.h"
+#endif
 
 namespace fused_rnn {
 namespace {
@@ -44,7 +49,7 @@ py::dict to_dict(const Problem& problem, const KernelPlan& kernel) {
   return result;
 }
 
-py::dict to_dict(const PersistentPlan& plan) {
+py::dict to_dict(const Problem& problem, const PersistentPlan& plan) {
   py::dict result;
   result["math"] = kMaths[static_cast<int>(plan.math)];
   result["units"] = plan.unit_tiles * cuda::kTileUnits;
@@ -53,6 +58,8 @@ py::dict to_dict(const PersistentPlan& plan) {
   result["groups"] = plan.groups;
   result["directions"] = plan.directions;
   result["launches"] = plan.launches;
+  const cuda::PersistentShape shape{problem.cell, plan.math, plan.unit_tiles, problem.backward};
+  result["weight_registers"] = plan.register_chunks * cuda::m_tiles(shape) * 4;  // of a thread
   result["register_chunks"] = plan.register_chunks;
   result["smem_chunks"] = plan.smem_chunks;
   result["smem_bytes"] = plan.smem_bytes;
@@ -91,13 +98,56 @@ py::dict plan(const std::string& cell, const std::string& dtype, int64_t T, int6
   py::dict result;
   result["family"] = to_string(made.family);
   result["kernels"] = kernels;
-  if (made.persistent) result["persistent"] = to_dict(*made.persistent);
+  if (made.persistent) result["persistent"] = to_dict(problem, *made.persistent);
   result["overlapped_launches"] = made.pdl;
   result["workspace_bytes"] = made.workspace_bytes;
   result["us_per_step"] = made.us_per_step;
   result["reason"] = made.reason;
   result["rejected"] = rejected;
   result["text"] = to_string(made);
+  return result;
+}
+
+#ifdef FUSED_RNN_WITH_CUDA
+py::dict cuda_device(int index) {
+  const DeviceInfo& info = cuda::device_info(index);
+  py::dict result;
+  result["compute_capability"] = info.compute_capability;
+  result["sm_count"] = info.sm_count;
+  result["smem_per_block"] = info.smem_per_block;
+  result["smem_per_sm"] = info.smem_per_sm;
+  result["registers_per_sm"] = info.registers_per_sm;
+  result["threads_per_sm"] = info.threads_per_sm;
+  result["l2_bytes"] = info.l2_bytes;
+  result["max_cluster"] = info.max_cluster;
+  return result;
+}
+#endif
+
+py::dict cpu_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
+                  std::optional<int64_t> P, int D, bool training, bool backward) {
+  const CellKind kind = parse<CellKind>("cell", cell, kCells);
+  const DType type = parse<DType>("dtype", dtype, kDTypes);
+  const Sequence sequence{T, B, T * B, nullptr, nullptr, nullptr};
+  static constexpr char kProjection = 0;  // any address: the plan asks only whether there is one
+  const Weights weights{nullptr, nullptr, nullptr, nullptr, P.value_or(H) == H ? nullptr : &kProjection};
+  cpu::Plan made{};
+  if (backward) {
+    BackwardParams p{};
+    p.cell = kind, p.dtype = type, p.H = H, p.P = P.value_or(H), p.D = D, p.seq = sequence;
+    p.weights[0] = p.weights[1] = weights;
+    made = cpu::backward_plan(p);
+  } else {
+    ForwardParams p{};
+    p.cell = kind, p.dtype = type, p.I = I, p.H = H, p.P = P.value_or(H), p.D = D, p.seq = sequence, p.training = training;
+    p.weights[0] = p.weights[1] = weights;
+    made = cpu::forward_plan(p);
+  }
+  py::dict result;
+  result["threads"] = made.threads();
+  result["direction_teams"] = made.direction_teams;
+  result["batch_teams"] = made.batch_teams;
+  result["split"] = made.split;
   return result;
 }
 
@@ -109,6 +159,13 @@ void bind_plan(py::module_& module) {
              py::arg("ragged") = false, py::arg("training") = false, py::arg("backward") = false,
              py::arg("forced") = py::none(),
              "The CUDA kernels that would serve one layer on a device given by its properties. No GPU is needed.");
+#ifdef FUSED_RNN_WITH_CUDA
+  module.def("cuda_device", &cuda_device, "The properties of a visible device that plan() asks for.");
+#endif
+  module.def("cpu_plan", &cpu_plan, py::kw_only(), py::arg("cell"), py::arg("dtype"), py::arg("T"), py::arg("B"),
+             py::arg("I"), py::arg("H"), py::arg("P") = py::none(), py::arg("D") = 1, py::arg("training") = false,
+             py::arg("backward") = false,
+             "How the threads of a call on this machine's CPU, made now, would divide the work of one layer.");
 }
 
 }  // namespace fused_rnn

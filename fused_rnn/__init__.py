@@ -2,6 +2,7 @@
 
 from fused_rnn import functional
 from fused_rnn._backend import build_info, use_backend
+from fused_rnn._explain import explain
 from fused_rnn.cells import GRUCell, LSTMCell, RNNCell
 from fused_rnn.convert import convert, patched, revert
 from fused_rnn.modules import GRU, LSTM, RNN
@@ -17,6 +18,7 @@ __all__ = [
     "RNNCell",
     "build_info",
     "convert",
+    "explain",
     "functional",
     "patched",
     "revert",

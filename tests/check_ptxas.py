@@ -1,15 +1,19 @@
 """Compiles every CUDA source alone, without torch, and demands that no kernel spills registers.
 
-    python tests/check_ptxas.py [--arch sm_80 sm_90a] [--jobs 2] [--files csrc/cuda/kernels_fp16.cu ...]
+    python tests/check_ptxas.py [--arch sm_80 sm_90a] [--jobs 2] [--files csrc/cuda/kernels_fp16.cu ...] [--table FILE]
 
 Prints a table of each kernel's registers, barriers, static shared memory, stack and spilled bytes for each architecture
-(dynamic shared memory is the plan's: tests/test_plan.py). nvcc is $NVCC, or the one on PATH, in $CUDA_HOME, or in the
-nvidia-cuda-nvcc wheel of the running Python.
+(dynamic shared memory is the plan's: tests/test_plan.py). --table writes it as Markdown; --logs keeps what ptxas said in a
+folder and compiles only what has changed since. Families that an architecture lacks (grid before sm_80, cluster before
+sm_90) are left out for it. nvcc is $NVCC, or the one on PATH, in $CUDA_HOME, or in the nvidia-cuda-nvcc wheel of the
+running Python.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import hashlib
 import os
 import re
 import shutil
@@ -26,6 +30,7 @@ ROLES = ("forward", "forward_input", "project", "backward", "state_grad")
 CELLS = ("rnn", "rnn_relu", "rnn_identity", "lstm", "gru")
 MATHS = ("fp64", "fp32", "tf32", "fp16", "bf16")
 TILES = ("small", "medium", "large")
+Table = dict[str, dict[str, tuple[int, ...]]]  # kernel -> architecture -> registers, barriers, static smem, stack, spills
 
 
 def find_nvcc() -> tuple[str, list[str]]:
@@ -64,15 +69,40 @@ def persistent_kernel_name(mangled: str) -> str:
     return f"{found[5].lower()} {'backward' if backward else 'forward'} {CELLS[cell]} {MATHS[math]} {16 * tiles} units"
 
 
-def compile_one(nvcc: str, includes: list[str], source: Path, arch: str) -> tuple[Path, str, float, int, str]:
+def served(source: Path, arch: str) -> bool:
+    """Whether the kernels of a source can run on an architecture; on others they compile to nothing."""
+    number = int(re.sub(r"\D", "", arch))
+    return number >= (90 if source.name.startswith("cluster_") else 80 if source.name.startswith("grid_") else 75)
+
+
+def digest(command: list[str]) -> str:
+    """Of the text of every file of the repository that a compilation reads, and of its options."""
+    rule = subprocess.run([*command, "-M"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    paths = sorted({path for path in rule.split() if path.startswith(str(ROOT)) and Path(path).is_file()})
+    options = [part.replace(str(ROOT), "") for part in command[1:]]
+    return hashlib.sha256("\0".join([*options, *(Path(path).read_text() for path in paths)]).encode()).hexdigest()[:16]
+
+
+def compile_one(
+    nvcc: str, includes: list[str], source: Path, arch: str, logs: Path | None
+) -> tuple[Path, str, float, int, str]:
+    """(source, arch, seconds, exit status, what ptxas said); the latter from the folder `logs` if nothing has changed."""
+    command = [
+        *(nvcc, "-std=c++17", "-O3", f"-arch={arch}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"),
+        *(*includes, str(source)),
+    ]
+    start = time.monotonic()
+    kept = logs / f"{source.stem}.{arch}.{digest(command)}.log" if logs else None
+    if kept and kept.exists():
+        return source, arch, 0.0, 0, kept.read_text()
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            *(nvcc, "-std=c++17", "-O3", "-c", f"-arch={arch}", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"),
-            *(f"-I{ROOT / 'csrc' / 'cuda'}", *includes, str(source), "-o", f"{folder}/out.o"),
-        ]
-        start = time.monotonic()
-        result = subprocess.run(command, capture_output=True, text=True)
-        return source, arch, time.monotonic() - start, result.returncode, result.stdout + result.stderr
+        options = ["-c", "-Xptxas", "-v", "-o", f"{folder}/out.o"]
+        result = subprocess.run([*command, *options], capture_output=True, text=True)
+    log = result.stdout + result.stderr
+    if kept and result.returncode == 0:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(log)
+    return source, arch, time.monotonic() - start, result.returncode, log
 
 
 def parse(log: str) -> list[tuple[str, int, int, int, int, int]]:
@@ -91,15 +121,45 @@ def parse(log: str) -> list[tuple[str, int, int, int, int, int]]:
     return rows
 
 
+def markdown(table: Table, archs: list[str], nvcc: str) -> str:
+    """The table of registers for a file of results."""
+    release = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout.split("release ")[1]
+    source = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False)
+    dirty = subprocess.run(["git", "status", "--porcelain", "csrc"], capture_output=True, text=True, cwd=ROOT, check=False)
+    commit = (source.stdout.strip() or "unknown") + (" with changes" if dirty.stdout.strip() else "")
+    spilled = sum(numbers[-1] for columns in table.values() for numbers in columns.values())
+    count = sum(len(columns) for columns in table.values())
+    lines = [
+        "# Registers of every CUDA kernel, as ptxas reports them\n",
+        f"`tests/check_ptxas.py --table`, {datetime.date.today().isoformat()}, nvcc {release.split(',')[0]}, commit "
+        f"{commit}: {len(table)} kernels, {count} compilations, {spilled} bytes spilled, "
+        f"{max((n[0] for c in table.values() for n in c.values()), default=0)} registers at most. [bytes] is a stack, `s` "
+        "static shared memory, where there is any; dynamic shared memory is the plan's. `-`: there is no such family.\n",
+        "| kernel | " + " | ".join(archs) + " |",
+        "|---" * (len(archs) + 1) + "|",
+    ]
+    for name, columns in sorted(table.items()):
+        cells = []
+        for arch in archs:
+            registers, _, static, stack, spills = columns.get(arch, (0, 0, 0, 0, 0))
+            text = f"{registers}" + f" [{stack}]" * (stack > 0) + f" s{static}" * (static > 0)
+            cells.append(text + f" **spills {spills}**" * (spills > 0) if arch in columns else "-")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90a"])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--files", nargs="+", type=Path, default=sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+    parser.add_argument("--table", type=Path, help="write the table to this file, in Markdown")
+    parser.add_argument("--logs", type=Path, help="folder for what ptxas said, to go on after an interruption")
     args = parser.parse_args()
     nvcc, includes = find_nvcc()
-    failures, table = [], {}
-    jobs = [(source, arch) for arch in args.arch for source in args.files]
+    failures: list[str] = []
+    table: Table = {}
+    jobs = [(source, arch, args.logs) for arch in args.arch for source in args.files if served(source, arch)]
     with ThreadPoolExecutor(args.jobs) as pool:
         for source, arch, seconds, code, log in pool.map(lambda job: compile_one(nvcc, includes, *job), jobs):
             print(f"{source.name} {arch}: {seconds:.1f} s", flush=True)
@@ -107,7 +167,7 @@ def main() -> int:
                 failures.append(f"{source.name} {arch} does not compile:\n{log}")
                 continue
             for name, *numbers in parse(log):
-                table.setdefault(name, {})[arch] = numbers
+                table.setdefault(name, {})[arch] = tuple(numbers)
                 spilled = numbers[-1]
                 if spilled:
                     failures.append(f"{name} {arch}: {spilled} bytes spilled")
@@ -119,6 +179,9 @@ def main() -> int:
         print(f"{name:{width}}  " + "  ".join(f"{cell:>14}" for cell in cells))
     if not table:
         failures.append("no kernel was compiled")
+    if args.table:
+        args.table.parent.mkdir(parents=True, exist_ok=True)
+        args.table.write_text(markdown(table, args.arch, nvcc))
     print(f"\n{len(table)} kernels, {len(args.arch)} architectures, {len(failures)} failures")
     print("\n".join(failures))
     return 1 if failures else 0

@@ -6,29 +6,12 @@ from typing import Any
 
 import pytest
 
+from fused_rnn._explain import DEVICES
+
 C = pytest.importorskip("fused_rnn._C", reason="the extension is not built")
 
 KIB = 1024
 
-
-def device(cc: int, sms: int, block: int, sm: int, threads: int, l2: int, cluster: int) -> dict[str, int]:
-    return {
-        "compute_capability": cc, "sm_count": sms, "smem_per_block": block * KIB, "smem_per_sm": sm * KIB,
-        "registers_per_sm": 65536, "threads_per_sm": threads, "l2_bytes": l2 << 20, "max_cluster": cluster,
-    }  # fmt: skip
-
-
-# CUDA programming guide, "Technical specifications per compute capability", and the vendors' data sheets.
-DEVICES = {
-    "T4": device(75, 40, 64, 64, 1024, 4, 1),
-    "A100": device(80, 108, 163, 164, 2048, 40, 1),
-    "RTX 3090": device(86, 82, 99, 100, 1536, 6, 1),
-    "RTX 4090": device(89, 128, 99, 100, 1536, 72, 1),
-    "H100": device(90, 132, 227, 228, 2048, 50, 16),
-    "H200": device(90, 132, 227, 228, 2048, 50, 16),
-    "B200": device(100, 148, 227, 228, 2048, 126, 16),
-    "RTX 5090": device(120, 170, 99, 100, 1536, 96, 8),
-}
 CELLS = ("rnn_tanh", "rnn_relu", "rnn_identity", "lstm", "gru")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 SIZES = ((1, 1), (1, 7), (3, 33), (8, 129), (16, 768), (32, 1134), (64, 1024), (512, 256), (4096, 2048))

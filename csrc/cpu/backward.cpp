@@ -19,6 +19,7 @@ class BackwardScan {
  public:
   BackwardScan(const BackwardParams& p, const Kernels<A>& kernels, int max_threads);
   int64_t workspace_bytes() { return layout(nullptr); }
+  const Plan& plan() const { return plan_; }
   bool run();
 
  private:
@@ -300,6 +301,13 @@ int64_t backward_workspace_bytes(const BackwardParams& p) {
     const Kernels<A>& kernels = kernels_of<A>(selected_kernels());
     return std::max(BackwardScan<A>(p, kernels, thread_limit()).workspace_bytes(),
                     BackwardScan<A>(p, kernels, 1).workspace_bytes());
+  });
+}
+
+Plan backward_plan(const BackwardParams& p) {
+  return with_arithmetic(p.dtype, [&](auto a) {
+    using A = decltype(a);
+    return BackwardScan<A>(p, kernels_of<A>(selected_kernels()), thread_limit()).plan();
   });
 }
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../params.h"
+#include "plan.h"
 
 namespace fused_rnn::cpu {
 
@@ -15,6 +16,10 @@ int64_t backward_workspace_bytes(const BackwardParams& p);
 // forward computes the input projection too. Both run on at most omp_get_max_threads() threads of the caller's OpenMP.
 void forward(const ForwardParams& p);
 void backward(const BackwardParams& p);
+
+// How the threads of a call made here and now would divide the work (pointers are not read).
+Plan forward_plan(const ForwardParams& p);
+Plan backward_plan(const BackwardParams& p);
 
 // The instruction set in use: FUSED_RNN_CPU if set (std::invalid_argument if that one is not available), else the best
 // available.

@@ -40,6 +40,7 @@ class ForwardScan {
  public:
   ForwardScan(const ForwardParams& p, const Kernels<A>& kernels, int max_threads);
   int64_t workspace_bytes() { return layout(nullptr); }
+  const Plan& plan() const { return plan_; }
   bool run();
 
  private:
@@ -363,6 +364,13 @@ int64_t forward_workspace_bytes(const ForwardParams& p) {
     const Kernels<A>& kernels = kernels_of<A>(selected_kernels());
     return std::max(ForwardScan<A>(p, kernels, thread_limit()).workspace_bytes(),
                     ForwardScan<A>(p, kernels, 1).workspace_bytes());
+  });
+}
+
+Plan forward_plan(const ForwardParams& p) {
+  return with_arithmetic(p.dtype, [&](auto a) {
+    using A = decltype(a);
+    return ForwardScan<A>(p, kernels_of<A>(selected_kernels()), thread_limit()).plan();
   });
 }
 

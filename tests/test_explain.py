@@ -1,0 +1,234 @@
+"""fused_rnn.explain: tables per device, agreement with what a call does, and its errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pack_sequence
+
+import fused_rnn
+from fused_rnn import _backend
+from fused_rnn._explain import DEVICES, Explanation
+
+needs_extension = pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the compiled extension")
+FAMILIES = {"cell", "step", "grid", "cluster"}
+
+
+def explain(module: torch.nn.Module, input: Any, **kwargs: Any) -> Explanation:
+    return fused_rnn.explain(module, input, show=False, **kwargs)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def large_lstm(dtype: torch.dtype = torch.float16, **kwargs: Any) -> torch.nn.Module:
+    return fused_rnn.LSTM(768, 768, dtype=dtype, device="meta", **kwargs)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("gpu", "grid", "cluster"),
+    [
+        ("T4", "needs compute capability 8.0", "needs compute capability 9.0"),
+        ("A100", None, "needs compute capability 9.0"),
+        ("RTX 4090", None, "needs compute capability 9.0"),
+        ("H100", None, None),
+        ("h200", None, None),
+        ("B200", None, None),
+    ],
+)
+def test_table_of_devices(gpu: str, grid: str | None, cluster: str | None) -> None:
+    """Which persistent families a device can hold for an LSTM of 256 units; every other family has its reason."""
+    lstm = fused_rnn.LSTM(64, 256, dtype=torch.float16, device="meta")
+    result = explain(lstm, meta(100, 16, 64, dtype=torch.float16), device=gpu)
+    assert result.backend == "cuda" and result.device == gpu
+    (layer,) = result.layers
+    assert layer.backward is not None
+    for plan in (layer.forward, layer.backward):
+        assert set(plan["rejected"]) | {plan["family"]} == FAMILIES
+        assert plan["rejected"]["cell"] == "serves one time step, not 100"
+        for family, reason in (("grid", grid), ("cluster", cluster)):
+            if reason is not None:
+                assert plan["rejected"][family] == reason
+        assert plan["us_per_step"] > 0 and plan["ctas"] > 0
+        assert ("persistent" in plan) == (plan["family"] in ("grid", "cluster"))
+        for kernel in plan["kernels"]:
+            assert 0 < kernel["smem_bytes"] <= DEVICES[gpu.upper()]["smem_per_block"]
+
+
+@needs_extension
+@pytest.mark.parametrize("family", ["step", "grid", "cluster"])
+def test_forced_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_RNN_PLAN", family)
+    lstm = fused_rnn.LSTM(64, 256, dtype=torch.float16, device="meta")
+    x = meta(100, 16, 64, dtype=torch.float16)
+    result = explain(lstm, x, device="H100")
+    plan = result.layers[0].forward
+    assert plan["family"] == family and f"FUSED_RNN_PLAN={family}\n" in str(result)
+    if family != "step":
+        held = plan["persistent"]
+        assert plan["ctas"] == held["blocks"] * held["groups"] * held["directions"]
+        # The registers and the shared memory of all blocks of a group hold the weights: 4 gates, 256 x 256, 2 bytes.
+        in_registers = held["blocks"] * 256 * held["weight_registers"] * 4
+        in_smem = held["blocks"] * 8 * held["smem_chunks"] * held["units"] // 16 * 4 * 512
+        assert in_registers + in_smem >= 4 * 256 * 256 * 2
+        with pytest.raises(ValueError, match=f"kernel family {family} cannot serve this layer: {family} needs compute"):
+            explain(lstm, x, device="T4")
+    monkeypatch.setenv("FUSED_RNN_PLAN", "fast")
+    with pytest.raises(ValueError, match="unknown kernel family 'fast'"):
+        explain(lstm, x, device="H100")
+
+
+@needs_extension
+def test_every_layer_has_its_sizes() -> None:
+    lstm = fused_rnn.LSTM(12, 40, num_layers=3, bidirectional=True, proj_size=7, batch_first=True)
+    result = explain(lstm, torch.zeros(5, 9, 12), device="A100")
+    sizes = [(y.T, y.B, y.N, y.I, y.H, y.P, y.D) for y in result.layers]
+    assert sizes == [(9, 5, 45, 12, 40, 7, 2), (9, 5, 45, 14, 40, 7, 2), (9, 5, 45, 14, 40, 7, 2)]
+    assert [k["name"] for k in result.layers[0].forward["kernels"]] == ["forward", "project"]
+    text = str(result)
+    assert "layer 1: I=12 H=40 P=7, 2 directions" in text and "layers 2 to 3, each: I=14" in text
+    assert "not grid: has no projection" in text
+
+
+@needs_extension
+def test_saved_bytes_are_those_of_autograd() -> None:
+    """What the layer op keeps for backward beside its inputs and outputs: the gates and the cell states."""
+    for kind in (fused_rnn.LSTM, fused_rnn.GRU, fused_rnn.RNN):
+        module = kind(6, 10, bidirectional=True)
+        x = torch.randn(4, 3, 6)
+        saved: dict[int, int] = {}
+
+        def keep(t: torch.Tensor, saved: dict[int, int] = saved) -> torch.Tensor:
+            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            y = module(x)[0]
+        known = [x, y, *module.parameters()]
+        extra = sum(n for p, n in saved.items() if p not in {t.untyped_storage().data_ptr() for t in known})
+        assert extra == explain(module, x).layers[0].saved_bytes, kind
+        with torch.no_grad():
+            assert explain(module, x).layers[0].saved_bytes == 0
+            assert explain(module, x).layers[0].backward is None
+
+
+@needs_extension
+def test_inputs_that_the_modules_take() -> None:
+    gru = fused_rnn.GRU(4, 5)
+    unbatched = explain(gru, torch.zeros(7, 4), device="H100").layers[0]
+    assert (unbatched.T, unbatched.B) == (7, 1)
+    for lengths in ((3, 1, 2), (2, 2)):
+        packed = explain(gru, pack_sequence([torch.zeros(n, 4) for n in lengths], enforce_sorted=False), device="H100")
+        layer = packed.layers[0]
+        assert (layer.T, layer.B, layer.N, packed.packed) == (max(lengths), len(lengths), sum(lengths), True)
+        assert f"packed into {sum(lengths)} rows" in str(packed)
+    for kind, module in (("cell", fused_rnn.GRUCell(4, 5)), ("cell", fused_rnn.RNNCell(4, 5, nonlinearity="relu"))):
+        for x, batch in ((torch.zeros(3, 4), 3), (torch.zeros(4), 1)):
+            result = explain(module, x, device="A100")
+            assert result.layers[0].forward["family"] == kind and result.layers[0].B == batch
+    assert explain(fused_rnn.RNN(4, 5, nonlinearity="identity"), torch.zeros(2, 1, 4), device="T4").cell == "rnn_identity"
+    empty = explain(gru, torch.zeros(7, 0, 4), device="H100")
+    assert empty.layers[0].forward == {} and "the batch is empty" in str(empty)
+
+
+@needs_extension
+def test_arithmetic_follows_torchs_switch() -> None:
+    x = meta(10, 4, 768)
+    lstm = large_lstm(torch.float32)
+    before = torch.backends.cudnn.rnn.fp32_precision
+    try:
+        for precision, math in (("ieee", "fp32"), ("tf32", "tf32")):
+            torch.backends.cudnn.rnn.fp32_precision = precision
+            assert explain(lstm, x, device="H100").layers[0].forward["kernels"][0]["math"] == math
+    finally:
+        torch.backends.cudnn.rnn.fp32_precision = before
+
+
+@needs_extension
+def test_autocast_decides_the_dtype() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert explain(fused_rnn.LSTM(4, 5), torch.zeros(3, 2, 4)).dtype == "bfloat16"
+        assert explain(fused_rnn.LSTM(4, 5).double(), torch.zeros(3, 2, 4).double()).dtype == "float64"
+
+
+@needs_extension
+def test_on_this_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        result = explain(fused_rnn.LSTM(32, 512), torch.zeros(50, 1, 32))
+        assert result.layers[0].forward["threads"] in (1, 2)
+        torch.set_num_threads(1)
+        layer = explain(fused_rnn.LSTM(32, 512), torch.zeros(50, 1, 32)).layers[0]
+        assert layer.backward is not None and layer.forward["threads"] == layer.backward["threads"] == 1
+    finally:
+        torch.set_num_threads(threads)
+    assert result.backend == "cpu" and fused_rnn.build_info()["cpu_instruction_set"] in str(result)
+    for plan in (result.layers[0].forward, result.layers[0].backward or {}):
+        assert plan["threads"] == plan["direction_teams"] * plan["batch_teams"] * plan["split"]
+    assert "2 threads: 1 of directions x " in str(result) or "1 thread: 1 of directions x " in str(result)
+    monkeypatch.setenv("FUSED_RNN_CPU", "portable")
+    assert "portable" in explain(fused_rnn.LSTM(3, 4), torch.zeros(2, 1, 3)).why
+
+
+def test_on_the_reference(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    gru, x = fused_rnn.GRU(3, 4), torch.zeros(2, 1, 3)
+    with fused_rnn.use_backend("reference"):
+        result = fused_rnn.explain(gru, x)
+        assert capsys.readouterr().out == f"{result}\n"
+        assert result.backend == "reference" and "it is forced" in str(result)
+    monkeypatch.setattr(_backend, "_C", None)
+    monkeypatch.setattr(_backend, "import_error", "the extension was never compiled")
+    monkeypatch.setattr(_backend, "_native", {})
+    monkeypatch.setattr(_backend, "_forced", None)
+    assert "reference backend (the extension was never compiled)" in str(explain(gru, x))
+    with pytest.raises(RuntimeError, match="there is no planner: the extension was never compiled"):
+        explain(gru, x, device="H100")
+    with fused_rnn.use_backend("cpu"), pytest.raises(RuntimeError, match="'cpu' is forced but the extension was never"):
+        explain(gru, x)
+    with fused_rnn.use_backend("cuda"), pytest.raises(RuntimeError, match="'cuda' is forced but the input is on 'cpu'"):
+        explain(gru, x)
+
+
+@pytest.mark.parametrize(
+    ("module", "input", "error", "message"),
+    [
+        (torch.nn.LSTM(3, 4), torch.zeros(2, 1, 3), TypeError, "got torch.nn.modules.rnn.LSTM; fused_rnn.convert makes"),
+        (torch.nn.Linear(3, 4), torch.zeros(2, 3), TypeError, "module: expected fused_rnn's RNN, LSTM, GRU or one of its"),
+        (fused_rnn.GRU(3, 4), [1.0], TypeError, "input: expected a Tensor or a PackedSequence, got list"),
+        (fused_rnn.GRUCell(3, 4), pack_sequence([torch.zeros(2, 3)]), TypeError, "expected a Tensor, got PackedSequence"),
+        (fused_rnn.GRU(3, 4), torch.zeros(3), ValueError, "input: expected 2-D or 3-D, got 1-D"),
+        (fused_rnn.GRUCell(3, 4), torch.zeros(2, 1, 3), ValueError, "input: expected 1-D or 2-D, got 3-D"),
+        (fused_rnn.GRU(3, 4), torch.zeros(2, 1, 5), ValueError, r"input: expected 3 features \(input_size\), got 5"),
+        (fused_rnn.GRU(3, 4), torch.zeros(0, 1, 3), ValueError, "at least 1 time step, got 0"),
+        (fused_rnn.GRU(3, 4), torch.zeros(2, 1, 3).double(), ValueError, "expected dtype torch.float32 .*got torch.float64"),
+        (fused_rnn.GRU(3, 4), meta(2, 1, 3), ValueError, "device: expected one of T4, A100"),
+    ],
+)
+def test_errors(module: torch.nn.Module, input: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        explain(module, input)
+
+
+def test_errors_of_device() -> None:
+    gru, x = fused_rnn.GRU(3, 4), torch.zeros(2, 1, 3)
+    with pytest.raises(ValueError, match="device: expected one of T4, A100, .*, got 'H900'"):
+        explain(gru, x, device="H900")
+    with pytest.raises(ValueError, match="got none of sm_count"):
+        explain(gru, x, device={key: value for key, value in DEVICES["H100"].items() if key != "sm_count"})
+    with pytest.raises(TypeError, match="device: expected a name, a mapping or None, got int"):
+        explain(gru, x, device=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_that_is_there() -> None:
+    lstm = fused_rnn.LSTM(64, 64, device="cuda")
+    result = explain(lstm, torch.zeros(10, 4, 64, device="cuda"))
+    capability = torch.cuda.get_device_capability()
+    assert (
+        result.backend == "cuda" and _backend._C.cuda_device(0)["compute_capability"] == capability[0] * 10 + capability[1]
+    )
