@@ -1,7 +1,9 @@
 """Tables and plots from result lines: ``python benchmarks/compare.py benchmarks/results/FILE.jsonl [--plots FOLDER]``.
 
-A table a mode, in Markdown (ratio > 1: fused_rnn is faster than torch.nn), and with --plots (needs matplotlib) two pictures:
-the ratio of every case, and microseconds per step against H.
+For every device, thread count, mode and baseline a table in Markdown (ratio > 1: fused_rnn is faster), then what is below 1.
+With --plots (needs matplotlib) two pictures for each device and thread count: the ratio of every case to torch.nn, and
+microseconds per step against H, with the floor where there is one. Of a case that was measured more than once the last
+counts.
 """
 
 from __future__ import annotations
@@ -14,11 +16,30 @@ from pathlib import Path
 from typing import Any
 
 Line = dict[str, Any]
+CELLS = ("LSTM", "GRU", "RNN")
+COLOURS = {"LSTM": "tab:blue", "GRU": "tab:orange", "RNN": "tab:green"}
 
 
 def read(paths: list[Path]) -> list[Line]:
-    """All result lines of the files, in order."""
-    return [json.loads(text) for path in paths for text in path.read_text().splitlines() if text.strip()]
+    """The result lines of the files, in order; of a case that comes again only the last."""
+    latest: dict[tuple, Line] = {}
+    for path in paths:
+        for number, text in enumerate(path.read_text().splitlines(), 1):
+            if not text.strip():
+                continue
+            try:
+                line = json.loads(text)
+                key = (*place(line), line["mode"], line["baseline"], line["cell"], name_of(line))
+            except (json.JSONDecodeError, KeyError) as error:
+                raise SystemExit(f"{path}:{number}: not a result line ({error!r})") from error
+            latest.pop(key, None)
+            latest[key] = line
+    return list(latest.values())
+
+
+def place(line: Line) -> tuple:
+    """Where a line was measured: device, threads, versions. What lies at different places is never mixed."""
+    return tuple(line.get(field) for field in ("device", "threads", "driver", "torch", "cuda", "cudnn", "tf32", "commit"))
 
 
 def name_of(line: Line) -> str:
@@ -28,19 +49,25 @@ def name_of(line: Line) -> str:
     return name + " ragged" * (line["lengths"] == "ragged")
 
 
+def describe(line: Line) -> str:
+    threads, cudnn = line.get("threads"), line.get("cudnn")
+    parts = [line["device"], f"{threads} thread(s)" if threads else "", f"torch {line['torch']}"]
+    parts += [f"cuDNN {cudnn}" if cudnn else "", line["date"], line["commit"]]
+    return ", ".join(part for part in parts if part)
+
+
 def tables(lines: list[Line]) -> str:
-    """Markdown: for every device, thread count and mode a table of cases by cells, and the geometric means."""
+    """Markdown: a table of cases by cells for every place, mode and baseline, the geometric means, and what is below 1."""
     groups: dict[tuple, list[Line]] = defaultdict(list)
     for line in lines:
-        groups[line["device"], line.get("threads"), line["mode"], line["torch"], line["commit"], line["date"]].append(line)
+        groups[(*place(line), line["mode"], line["baseline"])].append(line)
     parts = []
-    for (device, threads, mode, torch, commit, date), group in groups.items():
-        cells = [cell for cell in ("LSTM", "GRU", "RNN") if any(line["cell"] == cell for line in group)]
+    for group in groups.values():
+        cells = [cell for cell in CELLS if any(line["cell"] == cell for line in group)]
         rows: dict[str, dict[str, Line]] = defaultdict(dict)
         for line in group:
             rows[name_of(line)][line["cell"]] = line
-        where = f"{device}{f', {threads} thread(s)' if threads else ''}, torch {torch}, {date}, {commit}"
-        parts.append(f"### {mode}: {where}\n")
+        parts.append(f"### {group[0]['mode']} against {group[0]['baseline']}: {describe(group[0])}\n")
         parts.append("| T x B x I x H | " + " | ".join(cells) + " |")
         parts.append("|---" * (len(cells) + 1) + "|")
         for name, by_cell in rows.items():
@@ -51,61 +78,101 @@ def tables(lines: list[Line]) -> str:
             parts.append(f"| {name} | " + " | ".join(texts) + " |")
         means = [statistics.geometric_mean(line["ratio"] for line in group if line["cell"] == cell) for cell in cells]
         parts.append("| **geometric mean** | " + " | ".join(f"**{mean:.2f}**" for mean in means) + " |\n")
+        memory = [line["peak_bytes"] / line["baseline_peak_bytes"] for line in group if line.get("baseline_peak_bytes")]
+        if memory:
+            worst = max(memory)
+            parts.append(f"Memory, share of the baseline's: median {statistics.median(memory):.0%}, most {worst:.0%}.\n")
+        below = sorted((line["ratio"], f"{line['cell']} {name_of(line)}") for line in group if line["ratio"] < 1)
+        if below:
+            parts.append("Below 1: " + ", ".join(f"{name} {ratio:.2f}" for ratio, name in below) + ".\n")
     return "\n".join(parts)
 
 
 def plots(lines: list[Line], folder: Path, stem: str) -> list[Path]:
-    """Writes STEM_ratio.png and STEM_us_per_step.png; returns their paths."""
+    """Writes STEM_ratio.png and STEM_us_per_step.png for each place (numbered from the second on); returns their paths."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
-    ordered = sorted(lines, key=lambda line: line["ratio"])
-    figure, axes = plt.subplots(figsize=(10, 5))
-    colours = {"LSTM": "tab:blue", "GRU": "tab:orange", "RNN": "tab:green"}
-    axes.bar(range(len(ordered)), [line["ratio"] for line in ordered], color=[colours[line["cell"]] for line in ordered])
-    axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set_yscale("log")
-    axes.set_ylabel("times faster than torch.nn")
-    axes.set_xlabel(f"{len(ordered)} cases, slowest first")
-    axes.legend(handles=[plt.Rectangle((0, 0), 1, 1, color=c, label=cell) for cell, c in colours.items()])
-    figure.suptitle(ordered[0]["device"])
-    paths = [folder / f"{stem}_ratio.png", folder / f"{stem}_us_per_step.png"]
-    figure.savefig(paths[0], dpi=110, bbox_inches="tight")
-
-    figure, axes = plt.subplots(figsize=(10, 5))
-    for side, marker, time in (("fused_rnn", "o", "ms"), ("torch.nn", "x", "baseline_ms")):
-        for cell, colour in colours.items():
-            chosen = [line for line in lines if line["cell"] == cell and line["T"] > 1]
-            axes.scatter(
-                [line["H"] for line in chosen],
-                [line[time] * 1e3 / (line["T"] * line["layers"]) for line in chosen],
-                marker=marker,
-                color=colour,
-                alpha=0.6,
-                label=f"{cell}, {side}",
-            )
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("hidden size H")
-    axes.set_ylabel("microseconds per time step")
-    axes.legend()
-    figure.suptitle(ordered[0]["device"])
-    figure.savefig(paths[1], dpi=110, bbox_inches="tight")
+    places: dict[tuple, list[Line]] = defaultdict(list)
+    for line in lines:
+        if line["baseline"] == "torch.nn":
+            places[place(line)].append(line)
+    paths = []
+    for number, group in enumerate(places.values(), 1):
+        for kind, draw in (("ratio", draw_ratios), ("us_per_step", draw_steps)):
+            figure = draw(plt, group)
+            figure.suptitle(describe(group[0]))
+            paths.append(folder / f"{stem}{f'_{number}' if number > 1 else ''}_{kind}.png")
+            figure.savefig(paths[-1], dpi=110, bbox_inches="tight")
+            plt.close(figure)
     return paths
 
 
-def main() -> None:
+def modes_of(lines: list[Line]) -> list[str]:
+    return list(dict.fromkeys(line["mode"] for line in lines))
+
+
+def draw_ratios(plt: Any, lines: list[Line]) -> Any:
+    """A panel a mode: a bar a case, smallest first, with the quartiles."""
+    figure, panels = plt.subplots(1, len(modes_of(lines)), figsize=(6 * len(modes_of(lines)), 4.5), squeeze=False)
+    for axes, mode in zip(panels[0], modes_of(lines), strict=True):
+        ordered = sorted((line for line in lines if line["mode"] == mode), key=lambda line: line["ratio"])
+        ratios = [line["ratio"] for line in ordered]
+        spread = [[max(0.0, line["ratio"] - line["ratio_p25"]) for line in ordered]]
+        spread.append([max(0.0, line["ratio_p75"] - line["ratio"]) for line in ordered])
+        axes.bar(range(len(ordered)), ratios, color=[COLOURS[line["cell"]] for line in ordered])
+        axes.errorbar(range(len(ordered)), ratios, yerr=spread, fmt="none", ecolor="black", elinewidth=0.6)
+        axes.axhline(1.0, color="black", linewidth=0.8)
+        axes.set_yscale("log")
+        axes.set_ylabel("times faster than torch.nn")
+        axes.set_xlabel(f"{len(ordered)} cases")
+        axes.set_title(f"{mode}: geometric mean {statistics.geometric_mean(ratios):.2f}")
+        axes.legend(handles=[plt.Rectangle((0, 0), 1, 1, color=c, label=cell) for cell, c in COLOURS.items()])
+    return figure
+
+
+def draw_steps(plt: Any, lines: list[Line]) -> Any:
+    """A panel a mode: microseconds of a step against H, both sides, and the floor of the same cases."""
+    figure, panels = plt.subplots(1, len(modes_of(lines)), figsize=(6 * len(modes_of(lines)), 4.5), squeeze=False)
+    for axes, mode in zip(panels[0], modes_of(lines), strict=True):
+        chosen = [line for line in lines if line["mode"] == mode and line["T"] > 1]
+        for cell, colour in COLOURS.items():
+            mine = [line for line in chosen if line["cell"] == cell]
+            if not mine:
+                continue
+            sizes = [line["H"] for line in mine]
+            theirs = [line["baseline_ms"] * 1e3 / (line["T"] * line["layers"]) for line in mine]
+            axes.scatter(sizes, [line["us_per_step"] for line in mine], marker="o", color=colour, alpha=0.6, label=cell)
+            axes.scatter(sizes, theirs, marker="x", color=colour, alpha=0.6, label=f"{cell}, torch.nn")
+            floors: dict[int, float] = {}
+            for line in mine:
+                if line["floor_us_per_step"] is not None:
+                    floors[line["H"]] = min(line["floor_us_per_step"], floors.get(line["H"], float("inf")))
+            if floors:
+                points = sorted(floors.items())
+                axes.plot([h for h, _ in points], [us for _, us in points], color=colour, label=f"{cell}, least possible")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("hidden size H")
+        axes.set_ylabel("microseconds per step and layer")
+        axes.set_title(mode)
+        if chosen:
+            axes.legend(fontsize="small")
+    return figure
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", help="result files, a JSON object a line")
     parser.add_argument("--plots", type=Path, help="write pictures into this folder")
-    arguments = parser.parse_args()
-    lines = read(arguments.files)
+    options = parser.parse_args(arguments)
+    lines = read(options.files)
     print(tables(lines))
-    if arguments.plots:
-        for path in plots(lines, arguments.plots, arguments.files[0].stem):
+    if options.plots:
+        for path in plots(lines, options.plots, options.files[0].stem):
             print(f"wrote {path}")
 
 

@@ -1,0 +1,229 @@
+"""Time fused_rnn against torch.nn (cuDNN on a GPU, oneDNN and MKL on a CPU) and other implementations.
+
+All sides of a case run in one process on the same weights and inputs, turn by turn (timing.py). A case's figure is the
+median over rounds, with the quartiles; one line of JSON for each case and baseline goes to a file. Its fields:
+
+    date commit device driver torch cuda cudnn cell dtype mode T B I H layers bidirectional lengths plan ms ms_p25 ms_p75
+    baseline baseline_ms us_per_step floor_us_per_step
+
+and beside these: ratio, ratio_p25, ratio_p75 (baseline over ours, round by round), baseline_ms_p25, baseline_ms_p75, rounds,
+peak_bytes and baseline_peak_bytes (of one call, beside weights and input: device memory on a GPU, resident memory for
+training on a CPU), tf32, threads, instruction_set. us_per_step is for one step of one layer, both directions;
+floor_us_per_step is what floor.py knows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import itertools
+import json
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fused_rnn
+from fused_rnn.bench.cases import CELLS, DTYPES, MODES, BenchCase, cpu_cases, gpu_cases
+from fused_rnn.bench.floor import floor_us_per_step
+from fused_rnn.bench.memory import Prober
+from fused_rnn.bench.sides import BASELINES, make_sides, missing
+from fused_rnn.bench.timing import driver, measure, peak_bytes_cuda, summary
+
+FIELDS = (
+    "date", "commit", "device", "driver", "torch", "cuda", "cudnn", "cell", "dtype", "mode", "T", "B", "I", "H", "layers",
+    "bidirectional", "lengths", "plan", "ms", "ms_p25", "ms_p75", "baseline", "baseline_ms", "us_per_step",
+    "floor_us_per_step",
+)  # fmt: skip
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What a result depends on besides the case."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    with contextlib.suppress(FileNotFoundError):
+        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
+    label = (commit.stdout.strip() + "+changes" * bool(changed.stdout.strip())) if commit.stdout else fused_rnn.__version__
+    on_gpu = device == "cuda"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": label,
+        "device": torch.cuda.get_device_properties(0).name if on_gpu else _cpu_name(),
+        "driver": driver() if on_gpu else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
+        "tf32": torch.backends.cudnn.allow_tf32 if on_gpu else None,
+        "threads": None if on_gpu else torch.get_num_threads(),
+        "instruction_set": None if on_gpu else fused_rnn.build_info().get("cpu_instruction_set"),
+    }
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def plan_of(module: torch.nn.Module, x: Any, mode: str) -> dict[str, Any]:
+    """Family and main figures of the first layer's plan, forward and (training) backward."""
+    explained = fused_rnn.explain(module, x, training=mode != "inference", show=False)
+    layer = explained.layers[0]
+    result: dict[str, Any] = {"backend": explained.backend}
+    for name, plan in (("forward", layer.forward), ("backward", layer.backward if mode == "training" else None)):
+        if not plan:
+            continue
+        if explained.backend == "cpu":
+            result[name] = plan
+            continue
+        held = plan.get("persistent")
+        kept = ("units", "blocks", "tiles", "groups", "directions", "launches", "weight_registers", "smem_bytes", "math")
+        figures = {key: held[key] for key in kept} if held else {}
+        if not held:
+            kernel = plan["kernels"][-1]
+            figures = {key: kernel[key] for key in ("units", "batch", "grid", "threads", "stages", "smem_bytes", "math")}
+        result[name] = {"family": plan["family"], "expected_us_per_step": round(plan["us_per_step"], 3), **figures}
+    return result
+
+
+def result_lines(
+    case: BenchCase, about: dict[str, Any], device: str, baselines: list[str], seconds: float, prober: Prober | None
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """(a result line for every baseline that has the case, why the others have not)."""
+    start = time.monotonic()
+    threads = torch.get_num_threads()
+    sides, refused, (module, x) = make_sides(case, device, baselines, threads)
+    plan = plan_of(module, x, case.mode)
+    families = {figures["family"] for figures in plan.values() if isinstance(figures, dict) and "family" in figures}
+    if families == {"step"} and any(side.plan == "step" for side in sides):
+        sides = [side for side in sides if side.plan != "step"]
+        refused["step"] = "it is our own plan"
+    peaks: dict[str, int] = {}
+    if device == "cuda":
+        peaks = {side.name: peak_bytes_cuda(side) for side in sides}
+    elif prober is not None and case.mode == "training":
+        peaks = prober.peaks(case)
+    timings = measure(sides, device, seconds - (time.monotonic() - start))
+    ours = timings[0]
+    capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
+    lines = []
+    for side, timing in zip(sides[1:], timings[1:], strict=True):
+        line = about | dataclasses.asdict(case) | {"plan": plan} | summary(ours, "") | {"baseline": side.name}
+        line |= summary(timing, "baseline_")
+        line |= dict(zip(("ratio_p25", "ratio", "ratio_p75"), timing.ratios(ours), strict=True))
+        line["us_per_step"] = line["ms"] * 1e3 / (case.T * case.layers)
+        line["floor_us_per_step"] = floor_us_per_step(case, 10 * capability[0] + capability[1], bool(about["tf32"]))
+        line |= {"rounds": len(ours.samples)}
+        line |= {"peak_bytes": peaks.get(sides[0].name), "baseline_peak_bytes": peaks.get(side.name)}
+        lines.append({key: line[key] for key in (*FIELDS, *sorted(line.keys() - set(FIELDS)))})
+    return lines, refused
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the bench command."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cell", choices=CELLS, nargs="+", help="only these cells")
+    parser.add_argument("--mode", choices=MODES, nargs="+", help="only these modes")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), nargs="+", help="only these dtypes")
+    parser.add_argument("--hidden", type=int, nargs="+", help="only these hidden sizes")
+    known = tuple(dict.fromkeys(itertools.chain(*BASELINES.values())))
+    parser.add_argument("--baseline", choices=known, nargs="+", help="only these; default: all of the device's installed")
+    parser.add_argument("--threads", type=int, nargs="+", help="CPU: everything with each of these numbers of threads")
+    parser.add_argument("--budget", type=float, default=480.0, help="seconds for the whole run (480)")
+    parser.add_argument("--no-memory", action="store_true", help="CPU: do not measure memory")
+    parser.add_argument("--output", type=Path, help="append a line of JSON for each case and baseline to this file")
+
+
+def selected(args: argparse.Namespace) -> list[BenchCase]:
+    """The cases that the options leave."""
+    cases = gpu_cases() if args.device == "cuda" else cpu_cases()
+    wanted = ((args.cell, "cell"), (args.mode, "mode"), (args.dtype, "dtype"), (args.hidden, "H"))
+    return [case for case in cases if all(not values or getattr(case, field) in values for values, field in wanted)]
+
+
+def main(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measures the cases that args select; prints a table and returns the result lines.
+
+    The budget is shared out evenly over the cases that are left; a case that finds it spent is not measured, and said so.
+    """
+    if args.device == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    possible = BASELINES[args.device]
+    wanted = args.baseline or [name for name in possible if missing(name) is None]
+    for name in wanted:
+        if name not in possible:
+            raise SystemExit(f"bench: {name} does not run on {args.device}; these do: {', '.join(possible)}")
+        if (package := missing(name)) is not None:
+            raise SystemExit(f"bench: {name} needs {package}, which is not installed")
+    work = list(itertools.product(args.threads or [torch.get_num_threads()], selected(args)))
+    deadline = time.monotonic() + args.budget
+    results: list[dict[str, Any]] = []
+    left_out = []
+    threads_before = torch.get_num_threads()
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, threads_before)
+        for threads, group in itertools.groupby(enumerate(work), key=lambda item: item[1][0]):
+            torch.set_num_threads(threads)
+            about = machine(args.device)
+            prober = Prober(threads) if args.device == "cpu" and not args.no_memory else None
+            if prober is not None:
+                stack.callback(prober.close)
+            _print_head(about)
+            for index, (_, case) in group:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    left_out.append(str(case))
+                    continue
+                lines, refused = result_lines(case, about, args.device, wanted, left / (len(work) - index), prober)
+                _print_case(case, lines, refused)
+                results += lines
+                if args.output:
+                    args.output.parent.mkdir(parents=True, exist_ok=True)
+                    with args.output.open("a") as file:
+                        file.writelines(json.dumps(line) + "\n" for line in lines)
+    _print_means(results)
+    if left_out:
+        print(
+            f"\nnot measured, the budget of {args.budget:g} s was spent: {len(left_out)} cases\n  " + "\n  ".join(left_out)
+        )
+    return results
+
+
+def _print_head(about: dict[str, Any]) -> None:
+    print("\n" + ", ".join(f"{key} {value}" for key, value in about.items() if value is not None))
+    print(f"{'case':58} {'ms':>10} {'baseline':>11} {'ms':>10} {'ratio':>6} {'quartiles':>13} {'memory':>7}")
+
+
+def _print_case(case: BenchCase, lines: list[dict[str, Any]], refused: dict[str, str]) -> None:
+    name = str(case)
+    for line in lines:
+        quartiles = f"{line['ratio_p25']:.2f}-{line['ratio_p75']:.2f}"
+        ours, theirs = line["peak_bytes"], line["baseline_peak_bytes"]
+        memory = f"{ours / theirs:.0%}" if ours is not None and theirs else ""
+        figures = f"{line['ms']:10.4f} {line['baseline']:>11} {line['baseline_ms']:10.4f} {line['ratio']:6.2f}"
+        print(f"{name:58} {figures} {quartiles:>13} {memory:>7}", flush=True)
+        name = ""
+    for baseline, reason in refused.items():
+        if reason.startswith(("only ", "it is our own")):  # of the baseline's nature, for many cases alike
+            continue
+        print(f"{name:58} {baseline} is left out: {reason}", flush=True)
+
+
+def _print_means(results: list[dict[str, Any]]) -> None:
+    print()
+    groups = itertools.product(dict.fromkeys((r["baseline"], r["threads"]) for r in results), CELLS, MODES)
+    for (baseline, threads), cell, mode in groups:
+        key = (baseline, threads, cell, mode)
+        ratios = [r["ratio"] for r in results if (r["baseline"], r["threads"], r["cell"], r["mode"]) == key]
+        if ratios:
+            where = f" on {threads} thread(s)" if threads else ""
+            mean = statistics.geometric_mean(ratios)
+            print(f"{cell} {mode} against {baseline}{where}: geometric mean {mean:.2f} over {len(ratios)} cases")

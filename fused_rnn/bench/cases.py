@@ -1,0 +1,114 @@
+"""What is measured: the cases of the CPU and of the GPU, their modules and their inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import fused_rnn
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CELLS = ("LSTM", "GRU", "RNN")
+MODES = ("inference", "training_forward", "training")
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+# (T, B, I, H): streaming, forecasting, small training, speech, large models, long single sequences.
+CPU_SHAPES = (
+    (1, 1, 128, 128),
+    (35, 32, 28, 256),
+    (100, 1, 64, 64),
+    (128, 16, 128, 128),
+    (128, 64, 256, 256),
+    (256, 32, 512, 512),
+    (64, 8, 1024, 1024),
+    (512, 1, 256, 256),
+)
+# (B, H), T=256, I=H.
+GPU_SIZES = (
+    (1, 128), (1, 512), (8, 256), (16, 768), (32, 128), (64, 256), (64, 512), (64, 1024), (128, 512), (256, 256), (32, 2048),
+)  # fmt: skip
+ROTATED_BYTES = 128_000_000  # inputs to rotate over on a GPU: beyond the L2 cache of every one
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchCase:
+    """One measured configuration; ``mode`` "training" is forward and backward, "training_forward" forward with grad."""
+
+    cell: str
+    dtype: str
+    mode: str
+    T: int
+    B: int
+    I: int  # noqa: E741  (the field's name in results)
+    H: int
+    layers: int = 1
+    bidirectional: bool = False
+    lengths: str = "dense"
+
+    def __str__(self) -> str:
+        name = f"{self.cell} {self.dtype} {self.mode} T={self.T} B={self.B} I={self.I} H={self.H}"
+        name += f" L={self.layers}" * (self.layers > 1) + " bidirectional" * self.bidirectional
+        return name + " ragged" * (self.lengths == "ragged")
+
+    @property
+    def directions(self) -> int:
+        return 1 + self.bidirectional
+
+    def modules(self, device: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+        """(fused_rnn's, torch.nn's) with the same weights; torch.nn's contiguous in memory, as cuDNN likes them best."""
+        torch.manual_seed(0)
+        options: dict[str, Any] = {"num_layers": self.layers, "bidirectional": self.bidirectional}
+        options |= {"device": device, "dtype": DTYPES[self.dtype]}
+        theirs = getattr(torch.nn, self.cell)(self.I, self.H, **options)
+        ours = getattr(fused_rnn, self.cell)(self.I, self.H, **options)
+        ours.load_state_dict(theirs.state_dict())
+        if device == "cuda":
+            theirs.flatten_parameters()
+        for module in (ours, theirs):
+            module.train(self.mode != "inference")
+        return ours, theirs
+
+    def inputs(self, device: str) -> list[Any]:
+        """Inputs to rotate over: enough of them to leave a GPU's L2 cache between two uses, at most 8."""
+        bytes_each = self.T * self.B * self.I * DTYPES[self.dtype].itemsize
+        count = 1 if device == "cpu" else max(1, min(8, -(-ROTATED_BYTES // max(1, bytes_each))))
+        generator = torch.Generator(device).manual_seed(1)
+        lengths = torch.randint(1, self.T + 1, (self.B,), generator=torch.Generator().manual_seed(2))
+        lengths[0] = self.T
+        made: list[Any] = []
+        for _ in range(count):
+            x = torch.randn(self.T, self.B, self.I, generator=generator, device=device).to(DTYPES[self.dtype])
+            x.requires_grad_(self.mode != "inference")
+            ragged = self.lengths == "ragged"
+            made.append(torch.nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False) if ragged else x)
+        return made
+
+
+def cpu_cases() -> Iterator[BenchCase]:
+    """The eight shapes of the CPU goals, every cell and mode, and the cases that torch.nn serves worst."""
+    for (t, b, i, h), cell, mode in itertools.product(CPU_SHAPES, CELLS, MODES):
+        yield BenchCase(cell, "fp32", mode, t, b, i, h)
+    for cell, mode in itertools.product(CELLS, ("inference", "training")):
+        yield BenchCase(cell, "fp32", mode, 128, 16, 128, 128, lengths="ragged")
+        yield BenchCase(cell, "fp32", mode, 64, 16, 64, 128, layers=2, bidirectional=True)
+        yield BenchCase(cell, "bf16", mode, 128, 16, 128, 128)
+        yield BenchCase(cell, "fp32", mode, 50, 7, 33, 100)
+
+
+def gpu_cases() -> Iterator[BenchCase]:
+    """The grid of the GPU goals, then stacked, bidirectional, ragged, odd and single-step cases."""
+    modes = ("inference", "training")
+    for cell, dtype, (b, h), mode in itertools.product(CELLS, ("fp32", "fp16", "bf16"), GPU_SIZES, modes):
+        yield BenchCase(cell, dtype, mode, 256, b, h, h)
+    for cell, mode in itertools.product(CELLS, modes):
+        for dtype in ("fp32", "bf16"):
+            yield BenchCase(cell, dtype, mode, 256, 32, 256, 256, layers=2)
+            yield BenchCase(cell, dtype, mode, 256, 32, 256, 256, layers=4)
+            yield BenchCase(cell, dtype, mode, 256, 32, 256, 256, bidirectional=True)
+            yield BenchCase(cell, dtype, mode, 256, 32, 256, 256, lengths="ragged")
+            yield BenchCase(cell, dtype, mode, 1, 1, 256, 256)
+            yield BenchCase(cell, dtype, mode, 256, 7, 100, 100)
+            yield BenchCase(cell, dtype, mode, 256, 33, 300, 300)

@@ -1,0 +1,96 @@
+"""Timing: all sides of a case turn by turn, so that whatever else the machine does hits each of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import subprocess
+import time
+from typing import Any
+
+import torch
+
+from fused_rnn.bench.sides import Side
+
+FEWEST_ROUNDS, MOST_ROUNDS = 3, 200
+SAMPLE_MS = 5.0  # of one side in one round, at most (one call, if that takes longer)
+PAUSE = 0.005  # seconds before a sample on a CPU: threads of the side before it have stopped spinning by then
+
+
+@dataclasses.dataclass
+class Timing:
+    """Milliseconds of one call in each round."""
+
+    samples: list[float]
+
+    def quartiles(self) -> tuple[float, float, float]:
+        low, middle, high = statistics.quantiles(self.samples, n=4)
+        return low, middle, high
+
+    def ratios(self, ours: Timing) -> tuple[float, float, float]:
+        """Quartiles of this over ours, round by round: how many times faster ours is."""
+        low, middle, high = statistics.quantiles([b / a for a, b in zip(ours.samples, self.samples, strict=True)], n=4)
+        return low, middle, high
+
+
+def timed(side: Side, repeats: int, device: str) -> float:
+    """Milliseconds of one call, over so many; by CUDA events on a GPU."""
+    with side.active():
+        if device == "cpu":
+            time.sleep(PAUSE)
+            start = time.perf_counter()
+            for _ in range(repeats):
+                side.run()
+            return (time.perf_counter() - start) * 1e3 / repeats
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(repeats):
+            side.run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / repeats
+
+
+def measure(sides: list[Side], device: str, seconds: float) -> list[Timing]:
+    """Times every side for about `seconds` together, warm-up included; at least FEWEST_ROUNDS rounds."""
+    deadline = time.monotonic() + seconds
+    once = []
+    for side in sides:
+        timed(side, 1, device)
+        once.append(timed(side, 1, device))
+    share = max(deadline - time.monotonic(), 0.0) * 1e3 / 30 / len(sides)  # for about 30 rounds, where there is time
+    repeats = [max(1, round(min(SAMPLE_MS, share) / max(t, 1e-3))) for t in once]
+    samples: list[list[float]] = [[] for _ in sides]
+    while len(samples[0]) < FEWEST_ROUNDS or (len(samples[0]) < MOST_ROUNDS and time.monotonic() < deadline):
+        first = len(samples[0]) % len(sides)  # nobody always runs after the same other one
+        for index in (*range(first, len(sides)), *range(first)):
+            samples[index].append(timed(sides[index], repeats[index], device))
+    return [Timing(values) for values in samples]
+
+
+def peak_bytes_cuda(side: Side) -> int:
+    """Device memory that one call takes at most, beside weights and input."""
+    with side.active():
+        side.run()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        side.run()
+        torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def driver() -> str | None:
+    """Version of the NVIDIA driver, if nvidia-smi is there to tell it."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    except FileNotFoundError:
+        return None
+    return lines[0].strip() if lines else None
+
+
+def summary(timing: Timing, prefix: str) -> dict[str, Any]:
+    """The three fields of a side's time."""
+    low, middle, high = timing.quartiles()
+    return {f"{prefix}ms": middle, f"{prefix}ms_p25": low, f"{prefix}ms_p75": high}

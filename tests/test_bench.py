@@ -1,0 +1,292 @@
+"""The benchmark: cases, sides, budget, result lines, tables and plots. Nothing here looks at times."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fused_rnn import _backend, bench
+from fused_rnn.__main__ import main, parser
+from fused_rnn.bench import timing
+from fused_rnn.bench.cases import GPU_SIZES, BenchCase, cpu_cases, gpu_cases
+from fused_rnn.bench.floor import TABLE, floor_us_per_step, table_us
+from fused_rnn.bench.memory import Prober
+from fused_rnn.bench.sides import BASELINES, CannotServe, Side, flashrnn_run, make_sides, missing
+
+ROOT = Path(__file__).parent.parent
+TINY = BenchCase("GRU", "fp32", "training", 4, 2, 3, 5)
+
+
+def load_compare() -> Any:
+    spec = importlib.util.spec_from_file_location("compare", ROOT / "benchmarks" / "compare.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_gpu_cases_are_the_grid() -> None:
+    cases = list(gpu_cases())
+    assert len(cases) >= 200 and len(set(cases)) == len(cases)
+    for cell in ("LSTM", "GRU", "RNN"):
+        for dtype in ("fp32", "fp16", "bf16"):
+            for mode in ("inference", "training"):
+                for batch, hidden in GPU_SIZES:
+                    assert BenchCase(cell, dtype, mode, 256, batch, hidden, hidden) in cases
+    rest = cases[3 * 3 * 2 * len(GPU_SIZES) :]
+    assert {(c.layers, c.bidirectional, c.lengths, c.T, c.H) for c in rest} == {
+        (2, False, "dense", 256, 256), (4, False, "dense", 256, 256), (1, True, "dense", 256, 256),
+        (1, False, "ragged", 256, 256), (1, False, "dense", 1, 256), (1, False, "dense", 256, 100),
+        (1, False, "dense", 256, 300),
+    }  # fmt: skip
+
+
+def test_floor() -> None:
+    """At the table's rows the table; between them between; other cells and dtypes at the same number of bytes."""
+    for hidden, kib in ((128, 128), (512, 2048), (768, 4608), (2048, 32768)):
+        lstm = BenchCase("LSTM", "fp16", "inference", 10**9, 8, hidden, hidden)
+        assert floor_us_per_step(lstm, 90, True) == pytest.approx(TABLE[kib][0], rel=1e-6)
+        both = floor_us_per_step(dataclasses.replace(lstm, mode="training"), 90, True)
+        assert both == pytest.approx(sum(TABLE[kib]), rel=1e-6)
+    assert TABLE[512][0] < table_us(1000, False) < TABLE[2048][0]
+    assert table_us(1, True) == TABLE[128][1] and table_us(1e9, True) == TABLE[32768][1]
+    rnn = BenchCase("RNN", "fp16", "inference", 256, 8, 512, 512)
+    lstm = BenchCase("LSTM", "fp16", "inference", 256, 8, 256, 256)
+    assert floor_us_per_step(rnn, 90, True) == floor_us_per_step(lstm, 90, True)
+    assert floor_us_per_step(lstm, 80, True) is None
+    # Large batches are bound by arithmetic, and TF32 has half the rate of fp16, strict fp32 a sixteenth.
+    large = [floor_us_per_step(BenchCase("LSTM", d, "inference", 10**9, 65536, 1024, 1024), 90, t)
+             for d, t in (("fp16", True), ("fp32", True), ("fp32", False))]  # fmt: skip
+    assert large[1] == pytest.approx(2 * large[0]) and large[2] == pytest.approx(16 * large[0])
+    # 64 MiB of weights do not fit the chip.
+    huge = floor_us_per_step(BenchCase("LSTM", "fp32", "inference", 10**9, 1, 2048, 2048), 90, True)
+    assert huge == pytest.approx((64 << 20) / 5.5e6)
+    single = floor_us_per_step(BenchCase("LSTM", "fp16", "inference", 1, 1, 128, 128), 90, True)
+    assert single == pytest.approx(0.3 + 2.1)
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("lengths", ["dense", "ragged"])
+def test_both_sides_compute_the_same(cell: str, lengths: str) -> None:
+    case = BenchCase(cell, "fp32", "inference", 6, 3, 4, 5, layers=2, bidirectional=True, lengths=lengths)
+    ours, theirs = case.modules("cpu")
+    (x,) = case.inputs("cpu")
+    with torch.no_grad():
+        y, expected = (module(x)[0] for module in (ours, theirs))
+    if lengths == "ragged":
+        assert int(x.batch_sizes[0]) == 3 and len(x.batch_sizes) == 6 and len(x.data) < 18
+        y, expected = y.data, expected.data
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_onnx_sides_compute_the_same(name: str, cell: str) -> None:
+    """make_sides compares the results itself and raises if they differ."""
+    if (package := missing(name)) is not None:
+        pytest.skip(f"needs {package}")
+    case = BenchCase(cell, "fp32", "inference", 6, 3, 4, 5, layers=2, bidirectional=True)
+    sides, refused, _ = make_sides(case, "cpu", [name], 1)
+    assert [side.name for side in sides] == ["fused_rnn", name] and not refused
+    sides[1].run()
+    _, refused, _ = make_sides(TINY, "cpu", [name], 1)
+    assert refused == {name: "only dense fp32 inference"}
+
+
+def test_flashrnn_side_computes_the_same() -> None:
+    """On flashrnn's own reference in plain torch, which needs no GPU."""
+    case = BenchCase("LSTM", "fp32", "training", 6, 3, 4, 16)
+    ours, theirs = case.modules("cpu")
+    with pytest.raises(CannotServe, match="only one dense LSTM layer"):
+        flashrnn_run(TINY, theirs, [])
+    if (package := missing("flashrnn")) is not None:
+        with pytest.raises(CannotServe, match="flashrnn is not installed"):
+            flashrnn_run(case, theirs, case.inputs("cpu"))
+        pytest.skip(f"needs {package}")
+    flashrnn_run(case, theirs, case.inputs("cpu"), backend="vanilla")()
+
+
+def test_the_step_side_is_forced_and_only_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_RNN_PLAN", "grid")
+    seen: list[str | None] = []
+    import os
+
+    step, own = (Side(name, lambda: seen.append(os.environ.get("FUSED_RNN_PLAN")), plan) for name, plan in
+                 (("step", "step"), ("fused_rnn", None)))  # fmt: skip
+    for side in (step, own):
+        timing.timed(side, 2, "cpu")
+    assert seen == ["step", "step", "grid", "grid"]
+    monkeypatch.delenv("FUSED_RNN_PLAN")
+    timing.timed(step, 1, "cpu")
+    assert "FUSED_RNN_PLAN" not in os.environ
+
+
+def test_rounds_are_fair_and_end() -> None:
+    calls: list[int] = []
+    sides = [Side(str(i), lambda i=i: calls.append(i)) for i in range(3)]  # type: ignore[misc]
+    timings = timing.measure(sides, "cpu", 0.0)
+    assert [len(t.samples) for t in timings] == [timing.FEWEST_ROUNDS] * 3
+    assert {calls.count(i) for i in range(3)} == {2 + timing.FEWEST_ROUNDS}
+    firsts = [calls[6 + 3 * r] for r in range(timing.FEWEST_ROUNDS)]
+    assert firsts == [0, 1, 2]
+    slow, fast = timing.Timing([2.0, 4.0, 6.0]), timing.Timing([1.0, 1.0, 2.0])
+    assert slow.ratios(fast)[1] == 3.0 and fast.quartiles()[1] == 1.0
+
+
+@pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the compiled extension")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc/self/clear_refs")
+def test_memory_of_both_sides() -> None:
+    """The LSTM keeps its gates, cell states and output: at least these must show, and not several times as much."""
+    case = BenchCase("LSTM", "fp32", "training", 64, 64, 64, 256)
+    prober = Prober(threads=1)
+    try:
+        peaks = prober.peaks(case)
+        assert prober.peaks(TINY).keys() == peaks.keys() == {"fused_rnn", "torch.nn"}
+    finally:
+        prober.close()
+    kept = 64 * 64 * 256 * 4 * (4 + 1 + 1)
+    assert kept < peaks["fused_rnn"] < 4 * kept and kept < peaks["torch.nn"]
+
+
+def test_memory_of_a_process_that_fails() -> None:
+    prober = Prober(threads=1)
+    with pytest.raises(RuntimeError, match="the process that measures memory ended with 1"):
+        prober.peaks(dataclasses.replace(TINY, cell="NONE"))
+
+
+@pytest.fixture
+def few_cases(monkeypatch: pytest.MonkeyPatch) -> list[BenchCase]:
+    cases = [TINY, dataclasses.replace(TINY, cell="LSTM", mode="inference", layers=2), dataclasses.replace(TINY, cell="RNN")]
+    monkeypatch.setattr(bench, "cpu_cases", lambda: iter(cases))
+    monkeypatch.setattr(timing, "MOST_ROUNDS", timing.FEWEST_ROUNDS)
+    return cases
+
+
+def test_result_lines(few_cases: list[BenchCase], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "new" / "results.jsonl"
+    arguments = ["bench", "--device", "cpu", "--baseline", "torch.nn", "--budget", "100", "--no-memory"]
+    arguments += ["--output", str(output)]
+    main([*arguments, "--threads", "1", "2"])
+    lines = [json.loads(text) for text in output.read_text().splitlines()]
+    assert [line["threads"] for line in lines] == [1, 1, 1, 2, 2, 2]
+    for line, case in zip(lines, few_cases * 2, strict=True):
+        assert tuple(line)[: len(bench.FIELDS)] == bench.FIELDS
+        assert {name: line[name] for name in dataclasses.asdict(case)} == dataclasses.asdict(case)
+        assert line["baseline"] == "torch.nn" and line["floor_us_per_step"] is None
+        assert line["ms_p25"] <= line["ms"] <= line["ms_p75"] and line["baseline_ms"] > 0
+        assert line["us_per_step"] == pytest.approx(line["ms"] * 1e3 / (case.T * case.layers))
+        assert line["ratio_p25"] <= line["ratio"] <= line["ratio_p75"]
+        expected = {"backend", "forward"} | ({"backward"} if case.mode == "training" else set())
+        assert set(line["plan"]) == (expected if _backend.has_cpu_kernels() else {"backend"})
+    assert "geometric mean" in capsys.readouterr().out
+    main([*arguments, "--cell", "LSTM"])
+    assert len(output.read_text().splitlines()) == 7
+
+
+def test_a_spent_budget_is_said(few_cases: list[BenchCase], capsys: pytest.CaptureFixture[str]) -> None:
+    options = parser().parse_args(["bench", "--device", "cpu", "--budget", "0", "--no-memory"])
+    assert bench.main(options) == []
+    out = capsys.readouterr().out
+    assert "not measured, the budget of 0 s was spent: 3 cases" in out and str(TINY) in out
+
+
+def test_options() -> None:
+    with pytest.raises(SystemExit, match="step does not run on cpu; these do: torch.nn"):
+        main(["bench", "--device", "cpu", "--baseline", "step"])
+    if (package := missing("onnxruntime")) is not None:
+        with pytest.raises(SystemExit, match=f"onnxruntime needs {package}"):
+            main(["bench", "--device", "cpu", "--baseline", "onnxruntime"])
+    options = parser().parse_args(["bench", "--device", "cuda", "--dtype", "bf16", "--hidden", "768", "--mode", "training"])
+    assert {(c.dtype, c.H, c.mode) for c in bench.selected(options)} == {("bf16", 768, "training")}
+    assert all(c in list(cpu_cases()) for c in bench.selected(parser().parse_args(["bench", "--device", "cpu"])))
+    assert BASELINES["cuda"] == ("torch.nn", "step", "flashrnn")
+
+
+def test_the_script_is_the_command() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--budget" in done.stdout
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = dataclasses.replace(TINY, cell="LSTM", dtype="bf16", H=64, I=64, T=16)
+    monkeypatch.setattr(bench, "gpu_cases", lambda: iter([case]))
+    lines = bench.main(parser().parse_args(["bench", "--device", "cuda", "--budget", "5", "--baseline", "torch.nn", "step"]))
+    assert lines[0]["baseline"] == "torch.nn" and lines[0]["driver"] and lines[0]["cudnn"]
+    assert lines[0]["peak_bytes"] > 0 and lines[0]["baseline_peak_bytes"] > 0
+    family = lines[0]["plan"]["forward"]["family"]
+    assert ("step" in [line["baseline"] for line in lines]) == (family != "step")
+
+
+# --- compare ---
+
+
+def made_up_line(**changes: Any) -> dict[str, Any]:
+    line = {
+        "date": "2030-01-02", "commit": "abc", "device": "GPU X", "driver": "1", "torch": "2.0", "cuda": "13", "cudnn": 9,
+        "cell": "LSTM", "dtype": "fp16", "mode": "training", "T": 256, "B": 16, "I": 768, "H": 768, "layers": 1,
+        "bidirectional": False, "lengths": "dense", "plan": {}, "ms": 1.0, "ms_p25": 0.9, "ms_p75": 1.1,
+        "baseline": "torch.nn", "baseline_ms": 4.0, "us_per_step": 3.9, "floor_us_per_step": 2.0, "ratio": 4.0,
+        "ratio_p25": 3.5, "ratio_p75": 4.5, "peak_bytes": 30, "baseline_peak_bytes": 100,
+    }  # fmt: skip
+    return line | changes
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    lines = [
+        made_up_line(ratio=99.0),  # measured again below
+        made_up_line(),
+        made_up_line(cell="GRU", ratio=0.5, ratio_p25=0.4, ratio_p75=0.6, floor_us_per_step=None),
+        made_up_line(H=256, I=256, layers=2, bidirectional=True, lengths="ragged", ratio=1.0),
+        made_up_line(baseline="step", ratio=2.0),
+        made_up_line(device="CPU Y", threads=2, mode="inference", floor_us_per_step=None, T=1, baseline_peak_bytes=None),
+    ]
+    path = tmp_path / "made_up.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    return path
+
+
+def test_tables(results: Path) -> None:
+    compare = load_compare()
+    text = compare.tables(compare.read([results]))
+    assert "### training against torch.nn: GPU X, torch 2.0, cuDNN 9, 2030-01-02, abc" in text
+    assert "| 256x16x768x768 fp16 | 4.00 (3.50-4.50) | 0.50 (0.40-0.60) |" in text
+    assert "| 256x16x256x256 fp16 2 layers bidirectional ragged | 1.00 (3.50-4.50) |  |" in text
+    assert "| **geometric mean** | **2.00** | **0.50** |" in text and "99.00" not in text
+    assert "Below 1: GRU 256x16x768x768 fp16 0.50." in text
+    assert "Memory, share of the baseline's: median 30%, most 30%." in text
+    assert "### training against step: GPU X" in text and "### inference against torch.nn: CPU Y, 2 thread(s)" in text
+
+
+def test_a_line_that_is_no_result(tmp_path: Path) -> None:
+    path = tmp_path / "broken.jsonl"
+    path.write_text(json.dumps(made_up_line()) + "\n{}\n")
+    with pytest.raises(SystemExit, match="broken.jsonl:2: not a result line"):
+        load_compare().read([path])
+
+
+def test_plots(results: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    compare = load_compare()
+    compare.main([str(results), "--plots", str(tmp_path / "plots")])
+    names = {path.name for path in (tmp_path / "plots").iterdir()}
+    assert names == {f"made_up{n}_{kind}.png" for n in ("", "_2") for kind in ("ratio", "us_per_step")}
+    import matplotlib.pyplot as plt
+
+    lines = [line for line in compare.read([results]) if line["device"] == "GPU X" and line["baseline"] == "torch.nn"]
+    axes = compare.draw_steps(plt, lines).axes[0]
+    floors = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert floors == {"LSTM, least possible": [2.0, 2.0]}
+    bars = [bar.get_height() for bar in compare.draw_ratios(plt, lines).axes[0].patches]
+    assert bars == [0.5, 1.0, 4.0]
+    plt.close("all")
