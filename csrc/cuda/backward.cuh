@@ -12,9 +12,9 @@
 
 namespace fused_rnn::cuda {
 
-// Number of steps at which row b is active: they are t = 0 .. count - 1.
+// Row b is active at t = 0 .. count - 1; none if that is negative.
 __device__ __forceinline__ int64_t active_steps(const Sequence& seq, int64_t b) {
-  if (seq.lengths) return seq.lengths[b] < 0 ? 0 : seq.lengths[b] < seq.T ? seq.lengths[b] : seq.T;
+  if (seq.lengths) return seq.lengths[b] < seq.T ? seq.lengths[b] : seq.T;
   if (!seq.offsets) return seq.T;
   int64_t low = 0, high = seq.T;
   while (low < high) {
@@ -42,7 +42,7 @@ __device__ __forceinline__ RowInfo backward_row(const Sequence& seq, int64_t ste
     t = -1;
     next = dir ? active_steps(seq, b) - 1 : 0;
   }
-  if (step == 0 && !is_active(seq, 0, b)) info.flags |= kNever;
+  if (!is_active(seq, 0, b)) info.flags |= kNever;
   if (is_active(seq, next, b)) {
     info.flags |= kHasNext;
     next_row = row_of(seq, next, b);
@@ -141,7 +141,7 @@ struct BackwardElements {
   // The gradient that the next step left, for LSTM's c or for GRU's h.
   __device__ __forceinline__ Acc load_carry(int e) const {
     if constexpr (kHasCarry) {
-      if (!exists(e) || !(table[batch_of(e)].flags & kActive)) return Acc(0);
+      if (!exists(e)) return Acc(0);
       if (table[batch_of(e)].flags & kHasNext) return static_cast<const Acc*>(s.carry)[state_index(e)];
       if constexpr (C::kHasC) return state(s.p.dc_n, e);
     }
@@ -255,9 +255,7 @@ __global__ void __launch_bounds__(G::kThreads, 1) state_grad_kernel(const Backwa
     int64_t next_row;
     bool next_reset;
     RowInfo info = backward_row(s.p.seq, s.step, dir, first_row + simt::thread_x(), next_row, next_reset);
-    if (s.step < 0 || info.flags & kActive) {
-      info.source[0] = next_gate_gradient<Storage>(s.p, dir, info, next_row, next_reset);
-    }
+    info.source[0] = next_gate_gradient<Storage>(s.p, dir, info, next_row, next_reset);
     nonzero = info.source[0] != nullptr;
     table[simt::thread_x()] = info;
   }

@@ -18,7 +18,7 @@ enum RowFlags : int {
   kHasPrevious = 4,  // was active at the previous step in scan order
   kHasNext = 8,      // will be active at the next
   kReset = 16,       // its state is replaced by zeros before this step
-  kNever = 32,       // forward: this is the first step of the scan and the row is active at none
+  kNever = 32,       // takes part in no step
 };
 
 // What a block must know of row b; source[] is left to the caller. other: row of the previous step.
@@ -27,7 +27,7 @@ __device__ __forceinline__ RowInfo forward_row(const Sequence& seq, int64_t step
   if (b >= seq.B) return info;
   const int64_t t = dir ? seq.T - 1 - step : step, previous = dir ? t + 1 : t - 1, next = dir ? t - 1 : t + 1;
   info.flags = kExists;
-  if (step == 0 && !is_active(seq, 0, b)) info.flags |= kNever;
+  if (!is_active(seq, 0, b)) info.flags |= kNever;
   info.row = row_of(seq, t, b);
   if (!is_active(seq, t, b)) return info;
   info.flags |= kActive;
@@ -43,7 +43,7 @@ __device__ __forceinline__ RowInfo forward_row(const Sequence& seq, int64_t step
 // The recurrent state's row that an active row starts from; null: zeros.
 template <class Storage>
 __device__ __forceinline__ const Storage* previous_state(const ForwardParams& p, int dir, int64_t b, const RowInfo& info) {
-  if (!(info.flags & kActive) || info.flags & kReset) return nullptr;
+  if (info.flags & kReset) return nullptr;
   if (info.flags & kHasPrevious) return static_cast<const Storage*>(p.y) + (info.other * p.D + dir) * p.P;
   return p.h0 ? static_cast<const Storage*>(p.h0) + (dir * p.seq.B + b) * p.P : nullptr;
 }
@@ -71,6 +71,7 @@ struct ForwardElements {
   using Acc = typename G::Acc;
   using C = DeviceCell<G::kCell>;
   static constexpr bool kInput = G::kRole == KernelRole::kForwardInput;
+  static_assert(G::kUnits * G::kBatch % G::kThreads == 0, "no element of a thread is outside the tile");
 
   const ForwardStep& s;
   const RowInfo* table;
@@ -81,9 +82,9 @@ struct ForwardElements {
 
   static __device__ __forceinline__ int unit_of(int e) { return (simt::thread_x() + e * G::kThreads) % G::kUnits; }
   static __device__ __forceinline__ int batch_of(int e) { return (simt::thread_x() + e * G::kThreads) / G::kUnits; }
-  // Whether element e is inside the tile and the problem.
+  // Whether element e is inside the problem.
   __device__ __forceinline__ bool exists(int e) const {
-    return batch_of(e) < G::kBatch && first_unit + unit_of(e) < s.p.H && table[batch_of(e)].flags & kExists;
+    return first_unit + unit_of(e) < s.p.H && table[batch_of(e)].flags & kExists;
   }
   __device__ __forceinline__ int64_t state_index(int e) const {
     return (dir * s.p.seq.B + first_row + batch_of(e)) * s.p.H + first_unit + unit_of(e);
@@ -127,7 +128,7 @@ struct ForwardElements {
         if (state) h_prev[e] = simt::to_float(state[first_unit + unit_of(e)]);
       }
       if constexpr (C::kHasC) {
-        if (!(info.flags & kActive) || info.flags & kReset) continue;
+        if (info.flags & kReset) continue;
         if (info.flags & kHasPrevious) {
           c_prev[e] = static_cast<const Acc*>(s.c)[state_index(e)];
         } else if (s.p.c0) {
@@ -151,7 +152,7 @@ struct ForwardElements {
       Acc h, c;
       C::forward(s.p.cell, a[e], h_prev[e], c_prev[e], h, c);
       if (s.hidden) {
-        if (info.flags & kActive) static_cast<Storage*>(s.hidden)[state_index(e)] = simt::from_float<Storage>(h);
+        static_cast<Storage*>(s.hidden)[state_index(e)] = simt::from_float<Storage>(h);
       } else {
         store_output<Storage>(s.p, dir, first_row + batch, first_unit + unit, info, h);
       }
@@ -208,9 +209,9 @@ __global__ void __launch_bounds__(G::kThreads, 1) forward_kernel(const ForwardSt
   if (simt::thread_x() < G::kBatch) {
     const int64_t b = first_row + simt::thread_x();
     RowInfo info = forward_row(s.p.seq, s.step, dir, b);
-    info.source[G::kPhases - 1] = previous_state<Storage>(s.p, dir, b, info);
-    if constexpr (kInput) {
-      if (info.flags & kActive) info.source[0] = static_cast<const Storage*>(s.p.x) + info.row * s.p.I;
+    if (info.flags & kActive) {
+      info.source[G::kPhases - 1] = previous_state<Storage>(s.p, dir, b, info);
+      if constexpr (kInput) info.source[0] = static_cast<const Storage*>(s.p.x) + info.row * s.p.I;
     }
     nonzero = info.source[0] || info.source[G::kPhases - 1];
     table[simt::thread_x()] = info;

@@ -269,7 +269,7 @@ class Matmul {
     static_assert(G::kUnits % kStep == 0);
     const int row = team_thread_ / kPerRow, byte = team_thread_ % kPerRow * kBytes;
     const int64_t k = k0 + byte / kSize, left = operand.units - first_unit_ - row;
-    const int units = k >= operand.k ? 0 : left < G::kUnits ? static_cast<int>(left) : G::kUnits;
+    const int units = k >= operand.k ? 0 : static_cast<int>(left);
     const Storage* base = operand.weight + ((first_unit_ + row) * operand.k + k);
     copy_pieces<Storage, kBytes, G::kGroups * kRounds>([&](int n, const Storage*& source, unsigned char*& target) {
       const int group = n / kRounds, skip = n % kRounds * kStep;

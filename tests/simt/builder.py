@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import subprocess
+import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -84,17 +85,26 @@ def explain(errors: str) -> str:
     return "\n".join([*hints, errors])
 
 
+def _make(target: Path, command: Sequence[str]) -> None:
+    """Runs the command with "-o FILE" for a file that becomes `target` once it is whole: threads and processes may make the same
+    target at the same time."""
+    partial = target.with_suffix(f".{uuid.uuid4().hex}.tmp")
+    env = {**os.environ, "LC_ALL": "C.UTF-8"}
+    try:
+        result = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True, env=env)
+        if result.returncode:
+            raise BuildError(explain(result.stderr))
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _compile(unit: Unit) -> Path:
     command = [CXX, *unit.flags, f"-I{HERE / 'include'}", f"-I{unit.csrc}", "-c", str(unit.source)]
     shown = [part.replace(str(ROOT), ".") for part in command]
     target = CACHE / f"{unit.source.stem}-{_hash(unit.source.read_bytes(), unit.headers, *shown)}.o"
     if not target.exists():
-        partial = target.with_suffix(f".{os.getpid()}.tmp")
-        env = {**os.environ, "LC_ALL": "C.UTF-8"}
-        result = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True, env=env)
-        if result.returncode:
-            raise BuildError(explain(result.stderr))
-        partial.rename(target)
+        _make(target, command)
     return target
 
 
@@ -141,10 +151,5 @@ def build(
         objects = list(pool.map(_compile, units))
     target = CACHE / f"simt-{_hash(sanitize, *(o.name for o in objects))}.so"
     if not target.exists():
-        partial = target.with_suffix(f".{os.getpid()}.tmp")
-        link = [CXX, "-shared", "-o", str(partial), *map(str, objects), *extra]
-        result = subprocess.run(link, capture_output=True, text=True)
-        if result.returncode:
-            raise BuildError(result.stderr)
-        partial.rename(target)
+        _make(target, [CXX, "-shared", *map(str, objects), *extra])
     return target

@@ -30,7 +30,7 @@ SYNCHRONISATION = [
     (r"(?<!void )\bsimt::cp_async_wait<\d>\(\);\n    simt::sync", "simt::sync", "no cp_async_wait"),
     *(
         (rf"(?<=simt::cp_async_wait<){n}(?=>\(\)( :|;\n  \}}))", str(n + 1), f"wait<{n}> waits for one group less")
-        for n in range(7)
+        for n in (0, 1, 2, 4, 6)
     ),
     (r"(?<!void )\bsimt::cp_async_commit\(\);", ";", "no cp_async_commit"),
     (r"(?<!void )\bwait_pending\(stages_ - 2\);", ";", "no wait_pending"),
@@ -41,7 +41,6 @@ SYNCHRONISATION = [
 MASKS = [
     (r"valid \? kBytes : 0", "kBytes"),
     (r"k >= operand\.k \? 0 : ", ""),
-    (r"left < G::kUnits \? static_cast<int>\(left\) : G::kUnits", "static_cast<int>(left)"),
     (r"return skip < units;", "return true;"),
     (r"return skip < left_k && ", "return "),
     (r"skip < left_k && .* < left_units;", "skip < left_k;"),
@@ -57,14 +56,12 @@ MASKS = [
     (r"if \(is_active\(seq, next, b\)\)", "if (true)"),
     (r"if \(is_active\(seq, previous, b\)\)", "if (true)"),
     (r"if \(is_reset\(seq, info\.row\)\) info", "info"),
-    (r"if \(step == 0 && !is_active\(seq, 0, b\)\) info", "if (step == 0) info"),
-    (r"if \(step == 0 && !is_active\(seq, 0, b\)\) info", "if (!is_active(seq, 0, b)) info"),
-    (r"!\(info\.flags & kActive\) \|\| info\.flags & kReset", "info.flags & kReset"),
-    (r"!\(info\.flags & kActive\) \|\| info\.flags & kReset", "!(info.flags & kActive)"),
+    (r"if \(!is_active\(seq, 0, b\)\) info", "info"),
+    (r"if \(info\.flags & kReset\) (return nullptr|continue);", ""),
     (r"batch_of\(e\) < G::kBatch && first_unit", "first_unit"),
     (r"first_unit \+ unit_of\(e\) < s\.p\.H && ", ""),
     (r"s\.p\.H && table\[batch_of\(e\)\]\.flags & kExists", "s.p.H"),
-    (r"if \(!exists\(e\)\) (continue|return);", ""),
+    (r"if \(!exists\(e\)\) (continue|return|return Acc\(0\));", ""),
     (r"if \(!exists\(e\) \|\| !\(table\[batch_of\(e\)\]\.flags & kActive\)\)", "if (!exists(e))"),
     (r"if \(!exists\(e\) \|\| !\(table\[batch_of\(e\)\]\.flags & kActive\)\)", "if (!(table[batch_of(e)].flags & kActive))"),
     (r"batch >= G::kBatch \|\| ", ""),
@@ -88,11 +85,20 @@ MASKS = [
     (r"if \(table\[batch_of\(e\)\]\.flags & kHasNext\) return static_cast", "return static_cast"),
     (r"!\(info\.flags & kHasNext\) \|\| next_reset", "!(info.flags & kHasNext)"),
     (r"!\(info\.flags & kHasNext\) \|\| next_reset", "next_reset"),
-    (r"if \(s\.step < 0 \|\| info\.flags & kActive\)", "if (true)"),
-    (r"if \(s\.p\.dy\) ", ""),
+    (r"if \(s\.step < 0\) \{", "{"),
+    (r"if \(s\.p\.(dy|dh_n)\) ", ""),
     (r"if \(active && s\.p\.dy\)", "if (s.p.dy)"),
     (r"if \(state\) h_prev", "h_prev"),
-    (r"if \(b_hh\) ", ""),
+    (r"if \(b_[ih]h\) ", ""),
+    (r"return p\.h0 \? (static_cast.*) : nullptr;", r"return \1;"),
+    (r"p\.[hc]0 \? (static_cast<const Storage\*>\([s.]*p\.[hc]0\)\[state\]) : simt::from_float<Storage>\(Acc\(0\)\)", r"\1"),
+    (r"else if \(s\.p\.c0\) \{", "else {"),
+    (r"return tensor \? (Acc\(.*\)) : Acc\(0\);", r"return \1;"),
+    (r"if \(info\.flags & kNever\)", "if (true)"),
+    (r"if \(s\.p\.training && ", "if ("),
+    (r"if \(!s\.p\.d_h\) \{", "{"),
+    (r"if \(piece\(first \+ i, source, targets\[i\]\)\) ", "piece(first + i, source, targets[i]); "),
+    (r"seq\.lengths\[b\] < seq\.T \? seq\.lengths\[b\] : seq\.T;", "seq.lengths[b];"),
 ]
 
 

@@ -94,6 +94,23 @@ def run_without_gradients(sim: Simulator, s: Simulated) -> None:
         assert torch.equal(tensor, zeros[name]), name
 
 
+def run_wild_lengths(sim: Simulator, s: Simulated) -> None:
+    """Lengths below 0 mean 0, lengths beyond T mean T."""
+    data = make_data(s.case)
+    layer = Layer.of(s.case, data)
+    options = {"family": s.family, "device": DEVICES[s.device], "tile": s.tile}
+    tame = LayerRun(sim, layer, **options)
+    saved = tame.forward()
+    want = saved | tame.backward(saved)
+    lengths = data.lengths
+    assert (lengths == 0).any() and (lengths == s.case.steps).any()
+    wild = torch.where(lengths == 0, -2, torch.where(lengths == s.case.steps, s.case.steps + 3, lengths))
+    runner = LayerRun(sim, dataclasses.replace(layer, data=dataclasses.replace(data, lengths=wild)), **options)
+    saved = runner.forward()
+    for name, tensor in (saved | runner.backward(saved)).items():
+        assert torch.equal(tensor, want[name]), name
+
+
 F32 = torch.float32
 ARITHMETIC = [*((dtype, False) for dtype in DTYPES), (F32, True)]
 
@@ -166,6 +183,11 @@ def test_kernels_of_sm75(sim_sm75: Simulator, simulated: Simulated) -> None:
 @pytest.mark.parametrize(("cell", "proj"), [*((cell, 0) for cell in CELLS), ("LSTM", 4)])
 def test_null_gradients(sim: Simulator, cell: str, proj: int) -> None:
     run_without_gradients(sim, Simulated(Case(cell, steps=2, proj=proj, ragged="lengths")))
+
+
+@pytest.mark.parametrize("family", ["step", "grid", "cluster"])
+def test_lengths_out_of_range(sim: Simulator, family: str) -> None:
+    run_wild_lengths(sim, Simulated(Case("LSTM", steps=3, ragged="lengths", bidirectional=True), family=family))
 
 
 def test_default_run_is_large_enough() -> None:

@@ -60,6 +60,7 @@ void meet(Barrier& b, int expected, bool* predicate, Wait wait, const char* what
     }
     b.participants.clear();
     b.arrived = 0;
+    note_progress();
     if (next_random() % 4 == 0) yield_current();
   }
   if (predicate) *predicate = me->barrier_result;

@@ -155,6 +155,8 @@ void land_stores_of(const Block& block);
 // A load in a spin loop: others run first. Counts towards a deadlock while nothing else happens.
 void poll(uintptr_t pc);
 void note_progress();
+// Counts a plain access of the running thread.
+void note_access(uintptr_t pc);
 
 void drop_exchange();
 

@@ -9,8 +9,9 @@
 namespace {
 inline void access(const void* address, size_t bytes, unsigned kind, void* pc) {
   if (simt_host::current_thread()) {
-    ++simt_host::stats.accesses;
-    simt_host::check_access(address, bytes, kind, reinterpret_cast<uintptr_t>(pc) - 1);
+    const auto place = reinterpret_cast<uintptr_t>(pc) - 1;
+    simt_host::note_access(place);
+    simt_host::check_access(address, bytes, kind, place);
   }
 }
 }  // namespace

@@ -22,8 +22,14 @@ Fiber scheduler;
 Thread* current = nullptr;
 std::vector<Thread*> runnable;
 std::vector<Thread*> spinning;  // runnable, but they only poll
-size_t idle_polls = 0;          // since anything else happened
+// Polls since a store became visible, a barrier was passed or a thread ended: what might make a poll succeed. Threads that
+// only poll, and talk about it inside their warps, never get further.
+size_t idle_polls = 0;
 constexpr size_t kMaxIdlePolls = 1000;
+// Bounds on a launch sequence, and on what one thread does between two scheduling points: far above what any kernel needs.
+constexpr uint64_t kMaxSwitches = 300'000'000, kMaxAccesses = 50'000'000;
+uint64_t accesses_at_switch = 0;
+size_t alive_threads = 0;
 std::deque<std::unique_ptr<Grid>> stream;  // oldest first; the active ones are a prefix
 size_t active = 0;
 std::vector<GridName> grid_names;  // of every grid since clear_stream, for reports
@@ -95,6 +101,7 @@ void start_block(Grid& grid, int linear) {
   ++grid.resident;
   ++stats.blocks;
   stats.threads += grid.spec.threads;
+  alive_threads += grid.spec.threads;
 }
 
 void finish_block(Block& block) {
@@ -197,6 +204,7 @@ std::string who_waits() {
 void after_switch(Thread* thread) {
   if (!thread->done) return;
   note_progress();
+  --alive_threads;
   Block& block = *thread->block;
   Grid& grid = *block.grid;
   if (grid.spec.cluster > 1) {
@@ -276,6 +284,14 @@ const std::string& fault_text() { return last_text; }
 std::string waiting_text() { return who_waits(); }
 void report(const std::string& kind, const std::string& text) { record_fault(kind, text); }
 
+void note_access(uintptr_t pc) {
+  if (++stats.accesses - accesses_at_switch < kMaxAccesses) return;
+  fault("livelock",
+        current->name() + " at " + where(pc) + ": " + std::to_string(kMaxAccesses) +
+            " accesses without a scheduling point; a loop must wait by a primitive of simt.cuh",
+        pc);
+}
+
 void fault(const std::string& kind, const std::string& text, uintptr_t) {
   record_fault(kind, text);
   Thread* me = current;
@@ -296,6 +312,7 @@ void clear_stream() {
   runnable.clear();
   spinning.clear();
   idle_polls = 0;
+  accesses_at_switch = alive_threads = 0;
   drop_copies();
   drop_exchange();
   active = 0;
@@ -340,11 +357,15 @@ bool run_stream() {
     current = thread;
     thread->wait = Wait::kNone;
     context = {thread->index, thread->block->grid->spec.threads, thread->block->index, thread->block->smem};
-    ++stats.switches;
+    accesses_at_switch = stats.accesses;
+    if (++stats.switches > kMaxSwitches) {
+      record_fault("livelock", std::to_string(kMaxSwitches) + " scheduling points without an end:" + who_waits());
+      break;
+    }
     switch_fiber(scheduler, thread->fiber);
     current = nullptr;
     if (!faulted) after_switch(thread);
-    if (idle_polls > kMaxIdlePolls * (runnable.size() + spinning.size() + 1)) {
+    if (idle_polls > kMaxIdlePolls * alive_threads) {
       record_fault("deadlock", "threads poll for what never comes:" + who_waits());
     }
   }
@@ -360,10 +381,7 @@ void block_current(Wait wait, const char* what, int id, uintptr_t pc) {
   current = nullptr;
   switch_fiber(me->fiber, scheduler);
 }
-void wake(Thread* thread) {
-  runnable.push_back(thread);
-  note_progress();
-}
+void wake(Thread* thread) { runnable.push_back(thread); }
 void note_progress() { idle_polls = 0; }
 void poll(uintptr_t pc) {
   ++idle_polls;
