@@ -86,8 +86,10 @@ def explain(errors: str) -> str:
 
 
 def _make(target: Path, command: Sequence[str]) -> None:
-    """Runs the command with "-o FILE" for a file that becomes `target` once it is whole: threads and processes may make the same
-    target at the same time."""
+    """Runs the command with "-o FILE" for a file that becomes `target` once it is whole.
+
+    Threads and processes may make the same target at the same time.
+    """
     partial = target.with_suffix(f".{uuid.uuid4().hex}.tmp")
     env = {**os.environ, "LC_ALL": "C.UTF-8"}
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from builder import CACHE, ROOT
@@ -91,7 +92,10 @@ MASKS = [
     (r"if \(state\) h_prev", "h_prev"),
     (r"if \(b_[ih]h\) ", ""),
     (r"return p\.h0 \? (static_cast.*) : nullptr;", r"return \1;"),
-    (r"p\.[hc]0 \? (static_cast<const Storage\*>\([s.]*p\.[hc]0\)\[state\]) : simt::from_float<Storage>\(Acc\(0\)\)", r"\1"),
+    (
+        r"(?:s\.)?p\.[hc]0 \? (static_cast<const Storage\*>\([s.]*p\.[hc]0\)\[state\]) : simt::from_float<Storage>\(.*0\)\)",
+        r"\1",
+    ),
     (r"else if \(s\.p\.c0\) \{", "else {"),
     (r"return tensor \? (Acc\(.*\)) : Acc\(0\);", r"return \1;"),
     (r"if \(info\.flags & kNever\)", "if (true)"),
@@ -102,11 +106,14 @@ MASKS = [
 ]
 
 
-def all_mutants() -> list[Mutant]:
-    mutants = []
-    for file in FILES:
+def mutants_of(
+    files: Sequence[str], synchronisation: Sequence[tuple[str, str, str]], masks: Sequence[tuple[str, str]]
+) -> list[Mutant]:
+    """One mutant for each place where a pattern occurs; rules: (pattern, replacement, what is said of it), or without the last."""
+    mutants: list[Mutant] = []
+    rules = [*synchronisation, *((old, new, None) for old, new in masks)]
+    for file in files:
         source = (CUDA / file).read_text()
-        rules = [*SYNCHRONISATION, *((old, new, None) for old, new in MASKS)]
         for pattern, replacement, what in rules:
             for count, match in enumerate(re.finditer(pattern, source), 1):
                 changed = match.expand(replacement)
@@ -114,7 +121,13 @@ def all_mutants() -> list[Mutant]:
                 said = what or f"`{match[0].strip()}` -> `{changed.strip()}`"
                 text = source[: match.start()] + changed + source[match.end() :]
                 mutants.append(Mutant(f"{file} {said}" + f" #{count}" * (count > 1), file, line, text))
+    unused = [rule[0] for rule in rules if not any(re.search(rule[0], (CUDA / f).read_text()) for f in files)]
+    assert not unused, f"no place has {unused}: the kernels have changed, and the rules of their mutants must follow"
     return mutants
+
+
+def all_mutants() -> list[Mutant]:
+    return mutants_of(FILES, SYNCHRONISATION, MASKS)
 
 
 # The kernels that the mutants are compiled in: a few instances of each role in place of all, forward and backward apart.

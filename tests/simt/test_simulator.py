@@ -67,6 +67,8 @@ def test_right_kernels(small: Simulator, seed: int) -> None:
     assert torch.equal(launch(small, "tagged", blocks=3, seed=seed), words.flatten().float())
     pushed = launch(small, "push", blocks=8, threads=32, cluster=4, seed=seed)
     assert torch.equal(pushed, torch.full((256,), 16.0))
+    pushed = launch(small, "push_then_barrier", blocks=2, threads=32, cluster=2, seed=seed)
+    assert torch.equal(pushed, torch.tensor([0.0] * 32 + [12.0] * 32))
     assert torch.equal(launch(small, "vote", votes, blocks=1, threads=32, seed=seed), torch.full((32,), 7.0))
 
 
@@ -112,19 +114,22 @@ WRONG = [
     ("flag_never", "deadlock", [r"\(1,0,0\): threads 0 wait at a flag that it polls", line_of("simt::load_acquire")]),
     ("tagged_never", "deadlock", [r"a flag that it polls", line_of("simt::load_tagged")]),
     ("push_no_wait", "data race", [r"asynchronous write", line_of("sum += slots[r]")]),
-    ("push_wrong_bytes", "deadlock", [r"wait at an mbarrier's phase", line_of("simt::mbarrier_wait")]),
+    ("push_wrong_bytes", "deadlock", [r"wait at an mbarrier's phase", line_of("simt::mbarrier_wait(barrier, phase)")]),
     ("push_no_init_sync", "data race|bad mbarrier|block ended", [r"push_no_init_sync block"]),
     ("push_block_ends", "partial barrier|block ended|deadlock|out of bounds", [r"push_block_ends block"]),
-    ("push_no_slot_sync", "data race|bad mbarrier", [line_of("simt::store_async")]),
+    ("push_as_flag", "data race", [r"of scratch", line_of("p.scratch[0] = 5"), line_of("? p.scratch[0] +")]),
+    ("push_other_wait", "data race", [r"asynchronous write by a push", line_of("static_cast<float>(slots[0])")]),
+    ("push_no_slot_sync", "data race|bad mbarrier", [line_of("simt::store_async(simt::map_to_rank(slots + rank")]),
 ]
-SHAPES = {"push": {"blocks": 8, "threads": 32, "cluster": 4}}
+PAIR = {"blocks": 2, "threads": 32, "cluster": 2}
+SHAPES = {"push": {"blocks": 8, "threads": 32, "cluster": 4}, "push_as_flag": PAIR, "push_other_wait": PAIR}
 
 
 @pytest.mark.parametrize(("name", "kind", "words"), WRONG, ids=[w[0] for w in WRONG])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_wrong_kernels(small: Simulator, name: str, kind: str, words: list[str], seed: int) -> None:
     with pytest.raises(Fault) as caught:
-        launch(small, name, seed=seed, **SHAPES.get(name.split("_")[0], {}))
+        launch(small, name, seed=seed, **SHAPES.get(name, SHAPES.get(name.split("_")[0], {})))
     assert re.fullmatch(kind, caught.value.kind), str(caught.value)
     for word in words:
         assert re.search(word, str(caught.value)), f"{word!r} is not in {caught.value}"

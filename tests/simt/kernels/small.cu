@@ -186,6 +186,53 @@ __global__ void tagged_kernel(const Small p) {
   p.out[global_index()] = static_cast<float>(value);
 }
 
+// Block 0 writes scratch and pushes to block 1, which reads scratch once the push has come. A push makes known its own bytes
+// only; with kBarrier the blocks meet in between.
+template <bool kBarrier>
+__global__ void push_as_flag_kernel(const Small p) {
+  auto* barrier = reinterpret_cast<simt::MBarrier*>(simt::dynamic_smem());
+  auto* slot = reinterpret_cast<uint32_t*>(simt::dynamic_smem() + 16);
+  const int i = simt::thread_x();
+  const bool receives = simt::cluster_rank() == 1;
+  if (i == 0) {
+    simt::mbarrier_init(barrier);
+    if (receives) simt::mbarrier_expect(barrier, 4);
+  }
+  simt::sync_cluster();
+  if (!receives && i == 0) {
+    p.scratch[0] = 5;
+    const uint32_t value[1] = {7};
+    simt::store_async(simt::map_to_rank(slot, 1), value, simt::map_to_rank(barrier, 1));
+  }
+  if (kBarrier) simt::sync_cluster();
+  if (receives) simt::mbarrier_wait(barrier, 0);
+  p.out[global_index()] = receives ? p.scratch[0] + static_cast<float>(*slot) : 0;
+  simt::sync_cluster();
+}
+
+// Two pushes to block 1, counted by barriers of their own; it waits for the second only.
+__global__ void push_other_wait_kernel(const Small p) {
+  auto* barriers = reinterpret_cast<simt::MBarrier*>(simt::dynamic_smem());
+  auto* slots = reinterpret_cast<uint32_t*>(simt::dynamic_smem() + 16);
+  const bool receives = simt::cluster_rank() == 1;
+  if (simt::thread_x() == 0) {
+    for (int k = 0; k < 2; ++k) {
+      simt::mbarrier_init(barriers + k);
+      if (receives) simt::mbarrier_expect(barriers + k, 4);
+    }
+  }
+  simt::sync_cluster();
+  if (!receives && simt::thread_x() == 0) {
+    for (int k = 0; k < 2; ++k) {
+      const uint32_t value[1] = {7};
+      simt::store_async(simt::map_to_rank(slots + k, 1), value, simt::map_to_rank(barriers + k, 1));
+    }
+  }
+  if (receives) simt::mbarrier_wait(barriers + 1, 0);
+  p.out[global_index()] = receives ? static_cast<float>(slots[0]) : 0;
+  simt::sync_cluster();
+}
+
 // Every block of a cluster pushes its rank to all, through two phases of a transaction barrier, and adds up what came.
 enum class Push { kRight, kNoWait, kWrongBytes, kNoInitSync, kEnds, kNoSlotSync };
 template <Push kPush>
@@ -252,6 +299,9 @@ constexpr Entry kEntries[] = {
     {"tagged", tagged_kernel<true>, nullptr, true},
     {"tagged_never", tagged_kernel<false>, nullptr, true},
     {"push", push_kernel<Push::kRight>, nullptr},
+    {"push_then_barrier", push_as_flag_kernel<true>, nullptr},
+    {"push_as_flag", push_as_flag_kernel<false>, nullptr},
+    {"push_other_wait", push_other_wait_kernel, nullptr},
     {"push_no_wait", push_kernel<Push::kNoWait>, nullptr},
     {"push_wrong_bytes", push_kernel<Push::kWrongBytes>, nullptr},
     {"push_no_init_sync", push_kernel<Push::kNoInitSync>, nullptr},

@@ -102,30 +102,31 @@ std::string access_name(unsigned kind, size_t bytes) {
 }
 
 // Whether `other` happens before what `thread` does now.
-inline bool ordered(const Thread& thread, const Access& other) {
+inline bool ordered(const Thread& thread, const Access& other, bool plain_write) {
   if (other.grid != thread.grid_number) return other.grid <= thread.visible_grid;
   if (other.tid == thread.tid) return true;
   if (other.tid == thread.agent && other.clock <= thread.agent_seen) return true;
-  return thread.base && other.clock <= (*thread.base)[other.tid];
+  return knows(thread.base, other.tid, other.clock) || (!plain_write && knows(thread.weak, other.tid, other.clock));
 }
 
-inline bool conflicts(const Thread& thread, const Access& other, unsigned kind) {
-  return other.grid != 0 && !((kind & kAtomic) && other.atomic) && !ordered(thread, other);
+inline bool conflicts(const Thread& thread, const Access& other, bool other_writes, unsigned kind) {
+  return other.grid != 0 && !((kind & kAtomic) && other.atomic) && !ordered(thread, other, other_writes && !other.async);
 }
 
 void check_cell(Thread& thread, Cell& cell, const Access& me, unsigned kind, const void* address, size_t bytes,
                 uintptr_t pc) {
-  if (conflicts(thread, cell.write, kind)) race(thread, cell.write, true, address, bytes, kind, pc);
+  if (conflicts(thread, cell.write, true, kind)) race(thread, cell.write, true, address, bytes, kind, pc);
   if (kind & kWrite) {
     for (Access& read : cell.reads) {
-      if (conflicts(thread, read, kind)) race(thread, read, false, address, bytes, kind, pc);
+      if (conflicts(thread, read, false, kind)) race(thread, read, false, address, bytes, kind, pc);
       read.grid = 0;
     }
     cell.write = me;
     return;
   }
   for (Access& read : cell.reads) {
-    if (read.grid == 0 || (read.grid == me.grid && read.tid == me.tid && read.async == me.async) || ordered(thread, read)) {
+    if (read.grid == 0 || (read.grid == me.grid && read.tid == me.tid && read.async == me.async) ||
+        ordered(thread, read, true)) {
       read = me;
       return;
     }
@@ -255,13 +256,23 @@ void check_access_of(Thread& thread, const void* address, size_t bytes, unsigned
   }
   Access me{};
   me.grid = thread.grid_number;
-  me.tid = kind & kAsync ? thread.agent : thread.tid;
+  me.tid = kind & kPush ? thread.block->grid->pusher : kind & kAsync ? thread.agent : thread.tid;
   me.atomic = (kind & kAtomic) != 0;
   me.async = (kind & kAsync) != 0;
-  me.clock = kind & kAsync ? thread.agent_clock : thread.clock;
+  me.clock = kind & kPush ? UINT32_MAX : kind & kAsync ? thread.agent_clock : thread.clock;
   me.site = site_of(pc);
   for (size_t cell = offset / 2; cell <= (offset + bytes - 1) / 2; ++cell) {
     check_cell(thread, cells[cell], me, kind, address, bytes, pc);
+  }
+}
+
+void note_landed(const void* address, size_t bytes, uint32_t grid, uint32_t pusher, uint32_t tid, uint32_t clock) {
+  const size_t offset = offset_of(address);
+  for (size_t cell = offset / 2; cell <= (offset + bytes - 1) / 2; ++cell) {
+    Access& write = cells[cell].write;
+    if (write.grid != grid || write.tid != pusher) continue;
+    write.tid = tid;
+    write.clock = clock;
   }
 }
 

@@ -15,7 +15,8 @@ struct Grid;
 enum ByteState : uint8_t { kUnmapped = 0, kPoison = 1, kDefined = 2 };
 constexpr int kPoisonByte = 0xff;  // NaN in every floating-point format, -1 as an integer
 
-// One access. grid 0: none. tid counts the threads of the grid, then their copy engines (see Thread::agent).
+// One access. grid 0: none. tid counts the threads of the grid, then their copy engines (Thread::agent), then whose pushes: those
+// under way (Grid::pusher), and those that each mbarrier has counted, whose clock is the phase that they ended.
 struct Access {
   uint32_t grid;
   uint32_t tid : 30;
@@ -53,6 +54,9 @@ void check_access_of(Thread& thread, const void* address, size_t bytes, unsigned
 // Reads of poison since the launch sequence began, for the report when an output turns out bad.
 std::string poison_reads();
 void forget_poison_reads();
+
+// A push has landed: from now on its bytes are known to whoever knows `clock` of `tid`.
+void note_landed(const void* address, size_t bytes, uint32_t grid, uint32_t pusher, uint32_t tid, uint32_t clock);
 
 uint32_t site_of(uintptr_t pc);
 std::string where(uintptr_t pc);  // "{pc:1234}", to be replaced by a source line

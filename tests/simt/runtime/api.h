@@ -40,8 +40,9 @@ enum AccessKind : unsigned {
   kRead = 0,
   kWrite = 1,
   kAtomic = 2,
-  kAsync = 4,     // by the thread's copy engine, some time after now
-  kUnaligned = 8  // the C++ type promises no alignment
+  kAsync = 4,      // by the thread's copy engine, some time after now
+  kUnaligned = 8,  // the C++ type promises no alignment
+  kPush = 16       // with kAsync: a push, which nobody knows of before it has landed and been awaited
 };
 // Checks and records an access of the running thread; reports a fault instead of returning when it is not allowed.
 void check_access(const void* address, size_t bytes, unsigned kind, uintptr_t pc);

@@ -15,26 +15,40 @@ void land(const Copy& copy) {
 }
 }  // namespace
 
+Clock later(const Clock& a, const Clock& b) {
+  if (!b || a == b) return a;
+  if (!a) return b;
+  const bool a_longer = a->size() >= b->size();
+  auto result = std::make_shared<std::vector<uint32_t>>(a_longer ? *a : *b);
+  const std::vector<uint32_t>& other = a_longer ? *b : *a;
+  for (size_t i = 0; i < other.size(); ++i) (*result)[i] = std::max((*result)[i], other[i]);
+  return result;
+}
+
 void join_clocks(const std::vector<Thread*>& threads) {
   Thread* first = threads[0];
   const size_t total = 2 * static_cast<size_t>(first->block->grid->block_count) * first->block->grid->spec.threads;
-  auto joined = first->base ? std::make_shared<std::vector<uint32_t>>(*first->base)
-                            : std::make_shared<std::vector<uint32_t>>(total, 0u);
-  std::vector<const std::vector<uint32_t>*> seen{first->base.get()};
+  Clock base = first->base, weak = first->weak;
+  std::vector<const std::vector<uint32_t>*> seen{base.get(), weak.get()};
   uint32_t visible = 0;
+  const auto add = [&seen](Clock& to, const Clock& from) {
+    if (!from || std::find(seen.begin(), seen.end(), from.get()) != seen.end()) return;
+    seen.push_back(from.get());
+    to = later(to, from);
+  };
   for (Thread* t : threads) {
-    const auto* base = t->base.get();
+    add(base, t->base);
+    add(weak, t->weak);
     visible = std::max(visible, t->visible_grid);
-    if (!base || std::find(seen.begin(), seen.end(), base) != seen.end()) continue;
-    seen.push_back(base);
-    for (size_t i = 0; i < total; ++i) (*joined)[i] = std::max((*joined)[i], (*base)[i]);
   }
+  auto joined = base ? std::make_shared<std::vector<uint32_t>>(*base) : std::make_shared<std::vector<uint32_t>>(total, 0u);
   for (Thread* t : threads) {
     (*joined)[t->tid] = t->clock;
     (*joined)[t->agent] = std::max((*joined)[t->agent], t->agent_seen);
   }
   for (Thread* t : threads) {
     t->base = joined;
+    t->weak = weak;
     t->visible_grid = visible;
     ++t->clock;
   }

@@ -19,11 +19,15 @@ struct Block;
 
 enum class Wait { kNone, kBlock, kWarp, kGrid, kPoll, kCluster, kMbarrier };
 
-// What a thread knew when it released something: itself up to `clock`, its copy engine up to `agent_clock`, others by `base`.
+// What a thread knew when it released something: itself up to `clock`, its copy engine up to `agent_clock`, others by `base`, and
+// by `weak` all but their plain writes.
 struct Snapshot {
-  Clock base;
+  Clock base, weak;
   uint32_t tid, clock, agent, agent_clock, visible_grid;
 };
+inline bool knows(const Clock& clock, uint32_t tid, uint32_t time) {
+  return clock && tid < clock->size() && time <= (*clock)[tid];
+}
 
 // A cp.async that has been issued and has not landed.
 struct Copy {
@@ -50,9 +54,11 @@ struct Thread {
   int index;  // in the block
   uint32_t grid_number, tid, agent;
   // Happens-before: own time, copy engine's time, what is known of others, newest grid whose effects (and those of all before
-  // it) are visible.
+  // it) are visible. `weak` is what pushes from other blocks have told beyond `base` (null: nothing). A push promises its own
+  // bytes only; but what was read or awaited before it was issued is over, so it orders everything except plain writes, which
+  // may still be on their way to other blocks.
   uint32_t clock = 1, agent_clock = 1, agent_seen = 0;
-  Clock base;
+  Clock base, weak;
   uint32_t visible_grid = 0;
   // Waiting
   Wait wait = Wait::kNone;
@@ -117,6 +123,7 @@ struct Grid {
   std::vector<Thread*> pdl_waiters;
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<Barrier> cluster_barriers;  // one a cluster
+  uint32_t pusher = 0, next_agent = 0;    // see Access; the next mbarrier's
   bool complete() const { return finished == block_count; }
 };
 
@@ -161,7 +168,10 @@ void note_access(uintptr_t pc);
 void drop_exchange();
 
 Snapshot snapshot_of(Thread& thread);
+// The thread knows from now on what the snapshot's did.
 void acquire(Thread& thread, const Snapshot& snapshot);
+// The later of both, for every entry; null: zeros.
+Clock later(const Clock& a, const Clock& b);
 // Meets `expected` threads at `barrier`.
 void meet(Barrier& barrier, int expected, bool* predicate, Wait wait, const char* what, int id, uintptr_t pc);
 // A fault found outside any thread, such as when a copy lands.

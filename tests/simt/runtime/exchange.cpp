@@ -11,22 +11,60 @@ namespace simt_host {
 namespace {
 struct TransactionBarrier {
   uint32_t phase = 0;
-  int pending = 1;      // arrivals
-  int64_t awaited = 0;  // bytes expected less bytes come
-  std::vector<Snapshot> current, completed;
+  int pending = 1;                         // arrivals
+  int64_t awaited = 0;                     // bytes expected less bytes come
+  uint32_t agent = 0;                      // whose clock counts its phases, see Access
+  std::vector<Snapshot> arrivals, pushes;  // of the current phase
+  // What those of all completed phases make known. Arrivals are releases, pushes are not (see Thread).
+  Clock base, weak;
+  uint32_t visible_grid = 0;
   std::vector<Thread*> waiting;
+  // The last join of a waiter: the threads of a block mostly know the same.
+  Clock join_from[2], join_to[2];
 };
 std::unordered_map<const uint64_t*, TransactionBarrier> barriers;
 std::unordered_map<const void*, std::shared_ptr<Snapshot>> flags;
 
 std::vector<Store> stores;  // under way, oldest first
 
+// Adds what each snapshot knows to a clock; snapshots of one block mostly share their clocks.
+void merge(Clock& into, const std::vector<Snapshot>& snapshots, Clock Snapshot::* part, bool with_threads) {
+  std::vector<const std::vector<uint32_t>*> seen;
+  for (const Snapshot& s : snapshots) {
+    const Clock& clock = s.*part;
+    if (!clock || std::find(seen.begin(), seen.end(), clock.get()) != seen.end()) continue;
+    seen.push_back(clock.get());
+    into = later(into, clock);
+  }
+  if (!with_threads || snapshots.empty()) return;
+  auto result = into ? std::make_shared<std::vector<uint32_t>>(*into) : std::make_shared<std::vector<uint32_t>>();
+  for (const Snapshot& s : snapshots) {
+    if (result->size() <= std::max(s.tid, s.agent)) result->resize(std::max(s.tid, s.agent) + 1);
+    (*result)[s.tid] = std::max((*result)[s.tid], s.clock);
+    (*result)[s.agent] = std::max((*result)[s.agent], s.agent_clock);
+  }
+  into = result;
+}
+
 void maybe_complete(TransactionBarrier& b) {
   if (b.pending || b.awaited) return;
   ++b.phase;
   b.pending = 1;
-  b.completed.insert(b.completed.end(), b.current.begin(), b.current.end());
-  b.current.clear();
+  merge(b.base, b.arrivals, &Snapshot::base, true);
+  merge(b.weak, b.arrivals, &Snapshot::weak, false);
+  merge(b.weak, b.pushes, &Snapshot::weak, false);
+  merge(b.weak, b.pushes, &Snapshot::base, true);
+  for (const auto* part : {&b.arrivals, &b.pushes}) {
+    for (const Snapshot& s : *part) b.visible_grid = std::max(b.visible_grid, s.visible_grid);
+  }
+  auto base = b.base ? std::make_shared<std::vector<uint32_t>>(*b.base) : std::make_shared<std::vector<uint32_t>>();
+  if (base->size() <= b.agent) base->resize(b.agent + 1);
+  (*base)[b.agent] = b.phase;
+  b.base = base;
+  b.arrivals.clear();
+  b.pushes.clear();
+  for (Clock* clock : {&b.join_from[0], &b.join_from[1], &b.join_to[0], &b.join_to[1]}) clock->reset();
+  note_progress();
   for (Thread* t : b.waiting) wake(t);
   b.waiting.clear();
 }
@@ -46,9 +84,11 @@ void complete_bytes(const Store& store) {
     report("bad mbarrier", "a push by " + store.thread->name() + " counts its bytes at an mbarrier that is not there");
     return;
   }
-  it->second.awaited -= store.bytes;
-  it->second.current.push_back(*store.snapshot);
-  maybe_complete(it->second);
+  TransactionBarrier& b = it->second;
+  note_landed(store.to, store.bytes, store.thread->grid_number, store.thread->block->grid->pusher, b.agent, b.phase + 1);
+  b.awaited -= store.bytes;
+  b.pushes.push_back(*store.snapshot);
+  maybe_complete(b);
 }
 
 void land(const Store& store) {
@@ -81,24 +121,17 @@ void land_where(F&& choose) {
 }  // namespace
 
 Snapshot snapshot_of(Thread& t) {
-  Snapshot s{t.base, t.tid, t.clock, t.agent, t.agent_seen, t.visible_grid};
+  Snapshot s{t.base, t.weak, t.tid, t.clock, t.agent, t.agent_seen, t.visible_grid};
   ++t.clock;
   return s;
 }
 
 void acquire(Thread& t, const Snapshot& s) {
   t.visible_grid = std::max(t.visible_grid, s.visible_grid);
+  t.weak = later(t.weak, s.weak);
   const bool has_base = !s.base || s.base == t.base;
-  if (has_base && t.base && (*t.base)[s.tid] >= s.clock && (*t.base)[s.agent] >= s.agent_clock) return;
-  const Grid& grid = *t.block->grid;
-  auto joined = t.base ? std::make_shared<std::vector<uint32_t>>(*t.base)
-                       : std::make_shared<std::vector<uint32_t>>(2 * size_t(grid.block_count) * grid.spec.threads, 0u);
-  if (!has_base) {
-    for (size_t i = 0; i < joined->size(); ++i) (*joined)[i] = std::max((*joined)[i], (*s.base)[i]);
-  }
-  (*joined)[s.tid] = std::max((*joined)[s.tid], s.clock);
-  (*joined)[s.agent] = std::max((*joined)[s.agent], s.agent_clock);
-  t.base = joined;
+  if (has_base && knows(t.base, s.tid, s.clock) && knows(t.base, s.agent, s.agent_clock)) return;
+  merge(t.base, {s}, &Snapshot::base, true);
 }
 
 int cluster_rank() {
@@ -148,7 +181,8 @@ void mbarrier_init(uint64_t* barrier, uintptr_t pc) {
   Thread* me = current_thread();
   if (!in_shared(barrier)) fault("bad mbarrier", me->name() + " at " + where(pc) + ": not in shared memory", pc);
   check_access_of(*me, barrier, 8, kWrite, pc);
-  barriers[barrier] = {};
+  TransactionBarrier& b = barriers[barrier] = {};
+  b.agent = me->block->grid->next_agent++;
 }
 
 void mbarrier_expect(uint64_t* barrier, int bytes, uintptr_t pc) {
@@ -159,7 +193,7 @@ void mbarrier_expect(uint64_t* barrier, int bytes, uintptr_t pc) {
   }
   b.awaited += bytes;
   --b.pending;
-  b.current.push_back(snapshot_of(*me));
+  b.arrivals.push_back(snapshot_of(*me));
   note_progress();
   maybe_complete(b);
 }
@@ -171,9 +205,15 @@ void mbarrier_wait(uint64_t* barrier, int parity, uintptr_t pc) {
     b.waiting.push_back(me);
     block_current(Wait::kMbarrier, "an mbarrier's phase", 0, pc);
   }
-  for (const Snapshot& s : b.completed) acquire(*me, s);
-  // What every thread of the block has seen need not be kept; a bound on the length is enough.
-  if (b.completed.size() > 4096) b.completed.erase(b.completed.begin(), b.completed.end() - 2048);
+  if (!b.join_to[0] || b.join_from[0] != me->base || b.join_from[1] != me->weak) {
+    b.join_from[0] = me->base;
+    b.join_from[1] = me->weak;
+    b.join_to[0] = later(me->base, b.base);
+    b.join_to[1] = later(me->weak, b.weak);
+  }
+  me->base = b.join_to[0];
+  me->weak = b.join_to[1];
+  me->visible_grid = std::max(me->visible_grid, b.visible_grid);
 }
 
 void store_async(uint32_t to, const void* data, int bytes, uint32_t barrier, uintptr_t pc) {
@@ -185,9 +225,8 @@ void store_async(uint32_t to, const void* data, int bytes, uint32_t barrier, uin
   std::memcpy(store.data, data, bytes);
   store.mbarrier = reinterpret_cast<uint64_t*>(from_window(barrier));
   check_access_of(*me, store.mbarrier, 8, kWrite | kAtomic, pc);
-  check_access_of(*me, store.to, bytes, kWrite | kAsync, pc);
+  check_access_of(*me, store.to, bytes, kWrite | kAsync | kPush, pc);
   store.snapshot = std::make_shared<Snapshot>(snapshot_of(*me));
-  store.snapshot->agent_clock = me->agent_clock++;
   stores.push_back(std::move(store));
 }
 

@@ -258,6 +258,7 @@ std::string access_thread_name(const Access& access) {
   if (i >= grid_names.size()) return "an earlier launch";
   const GridName& g = grid_names[i];
   const int total = g.grid.x * g.grid.y * g.grid.z * g.threads;
+  if (access.tid >= 2u * total) return "a push of " + g.name;
   const int tid = static_cast<int>(access.tid) % total;
   const int linear = tid / g.threads;
   return g.name + " block " + dim_text({linear % g.grid.x, linear / g.grid.x % g.grid.y, linear / g.grid.x / g.grid.y}) +
@@ -328,6 +329,8 @@ void enqueue(LaunchSpec spec) {
   auto grid = std::make_unique<Grid>();
   grid->number = next_number++;
   grid->block_count = spec.grid.x * spec.grid.y * spec.grid.z;
+  grid->pusher = 2 * static_cast<uint32_t>(grid->block_count) * spec.threads;
+  grid->next_agent = grid->pusher + 1;
   grid_names.push_back({spec.name, spec.grid, spec.threads});
   grid->spec = std::move(spec);
   stream.push_back(std::move(grid));

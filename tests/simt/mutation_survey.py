@@ -1,0 +1,87 @@
+"""Builds mutants, runs the simulated cases on each, and says what caught it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import builder
+from mutants import Mutant
+from simulator import Simulator
+
+Replacement = Callable[[Mutant | None], Mapping[str, Sequence[tuple[Path, Path]]]]
+
+
+def outcome(library: Path, work: Callable[[Simulator], None]) -> str:
+    """What the simulator says of the library; "" when all is well. In a process of its own: a mutant may crash it."""
+    receive, send = multiprocessing.Pipe(duplex=False)
+
+    def child() -> None:
+        try:
+            work(Simulator(library))
+            send.send("")
+        except (AssertionError, RuntimeError) as error:
+            send.send(f"{type(error).__name__}: {error}".splitlines()[0][:200])
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    send.close()
+    try:
+        # The simulator itself ends what gets no further; this is for a loop without any access to memory.
+        answer = receive.recv() if receive.poll(900) else "hang: no end after 900 s"
+    except EOFError:
+        process.join()
+        answer = f"crash: exit code {process.exitcode}"
+    process.kill()
+    process.join()
+    return answer
+
+
+def survey(
+    mutants: Sequence[Mutant], replacement: Replacement, work: Callable[[Simulator], None], log: str
+) -> dict[str, str]:
+    """Name of each mutant and its outcome, which is also added to build/simt/`log` as it comes."""
+    progress = builder.CACHE / log
+    progress.unlink(missing_ok=True)
+
+    def one(mutant: Mutant) -> tuple[str, str]:
+        try:
+            library = builder.build(replace=replacement(mutant), jobs=1)
+        except builder.BuildError as error:
+            raise AssertionError(f"{mutant.name} does not compile: {error}") from error
+        answer = outcome(library, work)
+        library.unlink()
+        with progress.open("a") as lines:
+            lines.write(f"{mutant.name}: {answer or 'SURVIVED'}\n")
+        return mutant.name, answer
+
+    builder.build(replace=replacement(None))
+    with ThreadPoolExecutor(int(os.environ.get("FUSED_RNN_TEST_JOBS", "2"))) as pool:
+        return dict(pool.map(one, mutants))
+
+
+def table(results: Mapping[str, str], equivalent: Mapping[str, str]) -> str:
+    """A line of totals, then every mutant with what caught it, or why it means the same."""
+    caught = sum(1 for answer in results.values() if answer)
+    same = sum(1 for name, answer in results.items() if not answer and name in equivalent)
+    others = len(results) - same
+    lines = [
+        f"{len(results)} mutants: {caught} caught ({100 * caught / len(results):.1f}%), {same} equivalent, "
+        f"{others - caught} missed; {100 * caught / others:.1f}% of those that are not equivalent are caught",
+        "",
+    ]
+    for name, answer in results.items():
+        verdict = "caught    " if answer else "equivalent" if name in equivalent else "MISSED    "
+        lines.append(f"{verdict} {name}\n           {answer or equivalent.get(name, '')}")
+    return "\n".join(lines) + "\n"
+
+
+def check(results: Mapping[str, str], equivalent: Mapping[str, str], file: str) -> None:
+    """Writes the table to build/simt/`file`; every mutant must be caught or explained, and no explanation stale."""
+    text = table(results, equivalent)
+    (builder.CACHE / file).write_text(text)
+    survivors = {name for name, answer in results.items() if not answer}
+    assert survivors == set(equivalent), f"{survivors ^ set(equivalent)}\n{text}"
