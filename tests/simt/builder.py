@@ -28,8 +28,10 @@ KERNEL = [
     *("-x", "c++", "-O0" if DEBUG else "-O1", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"),
     *("-ffp-contract=off", "-Wno-unknown-pragmas"),
 ]
+# Variants of the build, for `sanitize`; "ucontext" switches fibres as on machines other than x86-64.
 SANITIZE = {
     "plain": [],
+    "ucontext": [],
     "ubsan": ["-fsanitize=undefined", "-fno-sanitize-recover=undefined"],
     "asan": ["-fsanitize=address", "-fno-omit-frame-pointer"],
 }
@@ -130,7 +132,7 @@ def build(
     for_runtime = _headers(internal)
     for_host = _headers(internal, *sorted(csrc.glob("*.h")), csrc / "cuda")
     extra = SANITIZE[sanitize]
-    host = [*COMMON, "-O2", *(["-fsanitize=address"] if sanitize == "asan" else [])]
+    host = [*COMMON, "-O2", *{"asan": ["-fsanitize=address"], "ucontext": ["-DSIMT_UCONTEXT"]}.get(sanitize, [])]
     # g++ does not combine -fsanitize=thread with address: that variant has no race detection.
     kernel_flags = [f for f in KERNEL if sanitize != "asan" or f != "-fsanitize=thread"]
     kernel_flags = [*COMMON, *kernel_flags, *extra]

@@ -109,7 +109,7 @@ MASKS = [
 def mutants_of(
     files: Sequence[str], synchronisation: Sequence[tuple[str, str, str]], masks: Sequence[tuple[str, str]]
 ) -> list[Mutant]:
-    """One mutant for each place where a pattern occurs; rules: (pattern, replacement, what is said of it), or without the last."""
+    """One mutant for each place where a pattern occurs; rules: (pattern, replacement, what is said of it)."""
     mutants: list[Mutant] = []
     rules = [*synchronisation, *((old, new, None) for old, new in masks)]
     for file in files:

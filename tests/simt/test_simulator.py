@@ -16,6 +16,8 @@ from simulator import A100, H100, DeviceInfo, Fault, Simulator
 from torch import Tensor
 
 SEEDS = range(6)
+# Three SMs that hold 1024 threads each.
+THREE = DeviceInfo(90, 3, 100 * 1024, 101 * 1024, 65536, 1024, 1 << 20, 16)
 KERNELS = Path(__file__).parent / "kernels"
 
 
@@ -65,6 +67,8 @@ def test_right_kernels(small: Simulator, seed: int) -> None:
     assert torch.equal(launch(small, "flag", seed=seed), (data[:64] + 1).flip(0).repeat(2))
     words = 2 * torch.arange(64) + torch.arange(3)[:, None]
     assert torch.equal(launch(small, "tagged", blocks=3, seed=seed), words.flatten().float())
+    named = launch(small, "named", torch.arange(128, dtype=torch.float32), seed=seed, **SHAPES["named"])
+    assert torch.equal(named, backwards)
     pushed = launch(small, "push", blocks=8, threads=32, cluster=4, seed=seed)
     assert torch.equal(pushed, torch.full((256,), 16.0))
     pushed = launch(small, "push_then_barrier", blocks=2, threads=32, cluster=2, seed=seed)
@@ -113,6 +117,15 @@ WRONG = [
     ("flag_early", "data race", [r"of scratch", line_of("= p.scratch[n - 1 - i]"), line_of("p.scratch[i] = p.in[i] + 1")]),
     ("flag_never", "deadlock", [r"\(1,0,0\): threads 0 wait at a flag that it polls", line_of("simt::load_acquire")]),
     ("tagged_never", "deadlock", [r"a flag that it polls", line_of("simt::load_tagged")]),
+    (
+        "plain_spin",
+        "livelock",
+        [r"block \(0,0,0\) thread 0", line_of("while (*flag == 0.0f)"), "without a scheduling point"],
+    ),
+    ("warp_spin", "deadlock", ["threads poll for what never comes", line_of("simt::load_tagged(pair, words);")]),
+    ("wild", "out of bounds", [r"wild block \(\d,0,0\) thread \d+ at", line_of("void wild_kernel"), "which is no memory"]),
+    ("named_other_warps", "data race", [r"shared memory of named_other_warps", line_of("tile()[pair * 64")]),
+    ("ended_peer", "block ended", [r"the block of rank 0 has ended", line_of("simt::map_to_rank(slot, 0)")]),
     ("push_no_wait", "data race", [r"asynchronous write", line_of("sum += slots[r]")]),
     ("push_wrong_bytes", "deadlock", [r"wait at an mbarrier's phase", line_of("simt::mbarrier_wait(barrier, phase)")]),
     ("push_no_init_sync", "data race|bad mbarrier|block ended", [r"push_no_init_sync block"]),
@@ -122,7 +135,11 @@ WRONG = [
     ("push_no_slot_sync", "data race|bad mbarrier", [line_of("simt::store_async(simt::map_to_rank(slots + rank")]),
 ]
 PAIR = {"blocks": 2, "threads": 32, "cluster": 2}
-SHAPES = {"push": {"blocks": 8, "threads": 32, "cluster": 4}, "push_as_flag": PAIR, "push_other_wait": PAIR}
+SHAPES = {
+    "push": {"blocks": 8, "threads": 32, "cluster": 4},
+    **dict.fromkeys(("push_as_flag", "push_other_wait", "ended_peer"), PAIR),
+    "named": {"blocks": 1, "threads": 128, "smem": 512},
+}
 
 
 @pytest.mark.parametrize(("name", "kind", "words"), WRONG, ids=[w[0] for w in WRONG])
@@ -151,12 +168,34 @@ def test_writing_an_input_is_reported(small: Simulator) -> None:
         ({"blocks": 3, "cluster": 2}, "invalid cluster size"),
         ({"blocks": 16, "cluster": 16}, "cudaFuncAttributeNonPortableClusterSizeAllowed"),
         ({"blocks": 32, "cluster": 32}, "invalid cluster size"),
+        (
+            {"blocks": 4, "cluster": 4, "threads": 1024, "smem": 4096, "device": THREE},
+            "too many resources requested.*4 blocks of a cluster.*3 fit",
+        ),
     ],
     ids=str,
 )
 def test_refused_launches(small: Simulator, options: dict, words: str) -> None:
     with pytest.raises(RuntimeError, match=words):
         launch(small, "reverse", **options)
+
+
+@pytest.mark.parametrize("threads", [1024, 512])
+def test_cooperative_launch_beyond_the_device(small: Simulator, threads: int) -> None:
+    fit = 3 * (1024 // threads)
+    scratch = {"threads": threads, "device": THREE}
+    with pytest.raises(RuntimeError, match=f"too many blocks in cooperative launch.*{fit + 1}, and {fit} fit"):
+        launch(small, "flag", blocks=fit + 1, **scratch)
+    launch(small, "flag", blocks=fit, **scratch)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_fibres_of_other_machines(seed: int) -> None:
+    """ucontext in the place of the assembly for x86-64: the same interleavings, results and reports."""
+    other = Simulator(builder.build([KERNELS / "small.cu"], sanitize="ucontext"))
+    test_right_kernels(other, seed)
+    for name, kind, words in WRONG[:6]:
+        test_wrong_kernels(other, name, kind, words, seed)
 
 
 def test_large_shared_memory_after_prepare(small: Simulator) -> None:

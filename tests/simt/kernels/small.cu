@@ -233,6 +233,49 @@ __global__ void push_other_wait_kernel(const Small p) {
   simt::sync_cluster();
 }
 
+// Thread 0 waits for the other thread by looking at memory again and again, as if it were a flag.
+__global__ void plain_spin_kernel(const Small p) {
+  const volatile float* flag = p.scratch;
+  if (global_index() == 0) {
+    p.scratch[0] = 0;
+    while (*flag == 0.0f) {
+    }
+  }
+  p.out[global_index()] = 1;
+}
+
+// Warps ask together whether a word has come that nobody sends.
+__global__ void warp_spin_kernel(const Small p) {
+  const auto* words = reinterpret_cast<const simt::TaggedWord*>(p.scratch);
+  simt::TaggedWord pair[2];
+  do {
+    simt::load_tagged(pair, words);
+  } while (simt::ballot(pair[0].tag != 7u));
+  p.out[global_index()] = 1;
+}
+
+__global__ void wild_kernel(const Small p) { p.out[global_index() + (int64_t{1} << 40)] = 0; }
+
+// Two warps meet at barrier 1, the others at barrier 2: out = in reversed inside each pair of warps.
+template <bool kSameBarrier>
+__global__ void named_kernel(const Small p) {
+  const int pair = simt::thread_x() / 64, i = simt::thread_x();
+  tile()[i] = p.in[global_index()];
+  simt::sync_named(kSameBarrier ? 1 + simt::warp_id() % 2 : 1 + pair, 64);
+  p.out[global_index()] = tile()[pair * 64 + 63 - i % 64];
+}
+
+// A block asks for the memory of a peer that has ended.
+__global__ void ended_peer_kernel(const Small p) {
+  p.out[global_index()] = 0;
+  if (simt::cluster_rank() == 0) return;
+  const auto* words = reinterpret_cast<const simt::TaggedWord*>(p.scratch);
+  simt::TaggedWord pair[2];
+  for (int i = 0; i < 100; ++i) simt::load_tagged(pair, words);
+  auto* slot = reinterpret_cast<uint32_t*>(simt::dynamic_smem());
+  p.out[global_index()] = static_cast<float>(simt::map_to_rank(slot, 0));
+}
+
 // Every block of a cluster pushes its rank to all, through two phases of a transaction barrier, and adds up what came.
 enum class Push { kRight, kNoWait, kWrongBytes, kNoInitSync, kEnds, kNoSlotSync };
 template <Push kPush>
@@ -298,6 +341,12 @@ constexpr Entry kEntries[] = {
     {"flag_never", flag_kernel<Flag::kNever>, nullptr, true},
     {"tagged", tagged_kernel<true>, nullptr, true},
     {"tagged_never", tagged_kernel<false>, nullptr, true},
+    {"plain_spin", plain_spin_kernel, nullptr},
+    {"warp_spin", warp_spin_kernel, nullptr, true},
+    {"wild", wild_kernel, nullptr},
+    {"named", named_kernel<false>, nullptr},
+    {"named_other_warps", named_kernel<true>, nullptr},
+    {"ended_peer", ended_peer_kernel, nullptr},
     {"push", push_kernel<Push::kRight>, nullptr},
     {"push_then_barrier", push_as_flag_kernel<true>, nullptr},
     {"push_as_flag", push_as_flag_kernel<false>, nullptr},

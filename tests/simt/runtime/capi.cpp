@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "crash.h"
 #include "device.h"
 
 using namespace simt_host;
@@ -29,6 +30,7 @@ int run_guarded(const std::function<void()>& host_code) {
     message = e.what();
     return 2;
   }
+  const CrashReports reports;
   if (run_stream()) return 0;
   kind = fault_kind();
   message = fault_text();

@@ -45,7 +45,7 @@ void release_stack(void* stack) {
   free_stacks.push_back(stack);
 }
 
-#if defined(__x86_64__)
+#if !defined(SIMT_UCONTEXT)
 extern "C" void simt_host_switch(void** save, void* load);
 // Callee-saved registers and the floating-point control words; everything else is the caller's by the System V ABI.
 asm(R"(
@@ -96,10 +96,10 @@ void switch_fiber(Fiber& from, Fiber& to, [[maybe_unused]] bool last) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(last ? nullptr : &from.asan_fake_stack, to.stack, to.stack_bytes);
 #endif
-#if defined(__x86_64__)
-  simt_host_switch(&from.stack_pointer, to.stack_pointer);
-#else
+#if defined(SIMT_UCONTEXT)
   swapcontext(&from.context, &to.context);
+#else
+  simt_host_switch(&from.stack_pointer, to.stack_pointer);
 #endif
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(from.asan_fake_stack, nullptr, nullptr);

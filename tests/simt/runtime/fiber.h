@@ -1,8 +1,12 @@
-// Fibres: a stack each, switched by hand. x86-64 has a few lines of assembly, other architectures use ucontext.
+// Fibres: a stack each, switched by hand. x86-64 has a few lines of assembly; other architectures, and builds with
+// -DSIMT_UCONTEXT, use ucontext.
 #pragma once
 #include <cstddef>
 
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) && !defined(SIMT_UCONTEXT)
+#define SIMT_UCONTEXT
+#endif
+#if defined(SIMT_UCONTEXT)
 #include <ucontext.h>
 #endif
 
@@ -11,10 +15,10 @@ namespace simt_host {
 struct Fiber {
   void* stack = nullptr;  // lowest usable byte
   size_t stack_bytes = 0;
-#if defined(__x86_64__)
-  void* stack_pointer = nullptr;
-#else
+#if defined(SIMT_UCONTEXT)
   ucontext_t context;
+#else
+  void* stack_pointer = nullptr;
 #endif
   void* asan_fake_stack = nullptr;
 };

@@ -42,10 +42,15 @@ void check_launch(const LaunchSpec& s) {
       refuse("invalid cluster size", "more than 8 blocks need cudaFuncAttributeNonPortableClusterSizeAllowed");
     }
   }
+  const int by_threads = limits.threads_per_sm / s.threads;
+  const int by_smem = s.smem_bytes ? limits.smem_per_sm / (s.smem_bytes + 1024) : by_threads;
+  const int64_t fit = int64_t{std::min(by_threads, by_smem)} * limits.sm_count;
+  if (s.cluster > fit) {
+    refuse(
+        "too many resources requested for launch",
+        std::to_string(s.cluster) + " blocks of a cluster run at the same time, " + "and " + std::to_string(fit) + " fit");
+  }
   if (s.cooperative) {
-    const int by_threads = limits.threads_per_sm / s.threads;
-    const int by_smem = s.smem_bytes ? limits.smem_per_sm / (s.smem_bytes + 1024) : by_threads;
-    const int64_t fit = int64_t{std::min(by_threads, by_smem)} * limits.sm_count;
     const int64_t blocks = int64_t{s.grid.x} * s.grid.y * s.grid.z;
     if (blocks > fit) {
       refuse("too many blocks in cooperative launch", std::to_string(blocks) + ", and " + std::to_string(fit) + " fit");

@@ -27,7 +27,7 @@ std::vector<Thread*> spinning;  // runnable, but they only poll
 size_t idle_polls = 0;
 constexpr size_t kMaxIdlePolls = 1000;
 // Bounds on a launch sequence, and on what one thread does between two scheduling points: far above what any kernel needs.
-constexpr uint64_t kMaxSwitches = 300'000'000, kMaxAccesses = 50'000'000;
+constexpr uint64_t kMaxSwitches = 300'000'000, kMaxAccesses = 5'000'000;
 uint64_t accesses_at_switch = 0;
 size_t alive_threads = 0;
 std::deque<std::unique_ptr<Grid>> stream;  // oldest first; the active ones are a prefix
