@@ -307,6 +307,30 @@ def gradients(layer: Layer, saved: dict[str, Tensor], grads: dict[str, Tensor]) 
     return results + weight_grads
 
 
+def relu_gradients(layer: Layer, saved: dict[str, Tensor]) -> list[Tensor]:
+    """As gradients(), in float64, for RNN_RELU whose units were on where `saved` says so.
+
+    The derivative jumps at 0: where a pre-activation is near 0, its rounding decides, and the gradient of a rounded forward
+    pass is not near that of an exact one.
+    """
+    case, data = layer.case, layer.data
+    dy = data.dy.double().reshape(layer.rows, case.directions, case.output)
+    d_gates = torch.zeros(case.directions, layer.rows, 1, case.hidden, dtype=torch.float64)
+    carry = data.dh_n.double().clone()
+    for d in range(case.directions):
+        w_hh = layer.direction(d)[1].double()
+        on = saved["y"][:, d * case.output : (d + 1) * case.output] > 0
+        steps = range(case.steps) if d else reversed(range(case.steps))
+        for t in steps:
+            rows = ((layer.step_of_row == t) & layer.active).nonzero().flatten()
+            batch = layer.batch_of_row[rows]
+            d_gates[d, rows, 0] = (dy[rows, d] + carry[d, batch]) * on[rows]
+            carry[d, batch] = d_gates[d, rows, 0] @ w_hh
+            if data.resets is not None:
+                carry[d, batch[data.resets.flatten()[rows]]] = 0
+    return gradients(layer, saved, {"d_gates": d_gates, "d_h0": carry})
+
+
 def expected(layer: Layer) -> tuple[list[Tensor], list[Tensor]]:
     """(y, h_n, c_n?) and the gradients of (x, h0, c0, *weights), by the fp64 reference on upcast inputs."""
     case = layer.case
