@@ -31,7 +31,7 @@ SYNCHRONISATION = [
     (r"static_cast<int>\(step >> 1 & 1\)", "static_cast<int>(~(step >> 1) & 1)", "one phase too early"),
     (r"static_cast<uint32_t>\(step\) \+ 1", "static_cast<uint32_t>(step & 1) + 1", "tags come again"),
     (r"\bchunks \* 256;", "chunks * 240;", "too few bytes awaited"),
-    (r"\bscatter_floats\(shape, l\.slices\) \* 4;", "scatter_floats(shape, l.slices) * 4 - 16;", "too few bytes awaited"),
+    (r"\bscatter_floats\(shape, l\.slices\) \* 4;", "scatter_floats(shape, l.slices) * 4 - 16;", "too few sums awaited"),
 ]
 
 # Conditions that keep a thread from what it must not touch, add or send.
