@@ -76,12 +76,16 @@ def explain(errors: str) -> str:
             else "Add its PTX wrapper to csrc/cuda/simt.cuh and its host twin"
         )
         hints.append(f"simt::{name} is unknown to the simulator. {where} to tests/simt/include/simt.cuh.")
-    names = re.findall(r"‘(__\w+|cuda\w+|atomic\w+|threadIdx|blockIdx|blockDim|gridDim)’ was not declared", errors)
+    names = re.findall(
+        r"‘((?!__shared__)__\w+|cuda\w+|atomic\w+|threadIdx|blockIdx|blockDim|gridDim)’ was not declared", errors
+    )
     for name in dict.fromkeys(names):
         hints.append(
             f"{name} is a CUDA name: kernels reach the hardware only through csrc/cuda/simt.cuh. Add a named wrapper there "
             "and its host twin to tests/simt/include/simt.cuh."
         )
+    if "‘__shared__’" in errors:
+        hints.append("__shared__: kernels have dynamic shared memory only, which simt::dynamic_smem() gives.")
     for name in dict.fromkeys(re.findall(r"fatal error: (cuda\w*\.h|mma\.h|cooperative_groups\.h)", errors)):
         hints.append(f"{name}: kernel files include <simt.cuh> only; what it gives belongs into a wrapper there.")
     return "\n".join([*hints, errors])

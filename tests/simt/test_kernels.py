@@ -191,6 +191,13 @@ def test_lengths_out_of_range(sim: Simulator, family: str) -> None:
     run_wild_lengths(sim, Simulated(Case("LSTM", steps=3, ragged="lengths", bidirectional=True), family=family))
 
 
+def test_tile_beyond_the_device_is_refused(sim: Simulator) -> None:
+    case = Case("LSTM", steps=2, hidden=64, batch=8)
+    layer_run = LayerRun(sim, Layer.of(case, make_data(case)), device=TINY, tile=TOO_LARGE_FOR_TINY)
+    with pytest.raises(RuntimeError, match=r"bytes of shared memory: invalid argument \(a block has at most 102400\)"):
+        layer_run.forward()
+
+
 def test_default_run_is_large_enough() -> None:
     assert len(DEFAULT) + len(OLDER) >= 300
 
@@ -202,9 +209,11 @@ def test_empty_batch(sim: Simulator) -> None:
         run.forward()
 
 
+TOO_LARGE_FOR_TINY = (0, 8)  # this tile with as many stages needs more shared memory
 SWEEP = [
     dataclasses.replace(s, seeds=50 if _largest_product(s.case) < 20000 else 2, device=device)
     for s, device in itertools.product(ALL, ("H100", "A100", "TINY"))
+    if device != "TINY" or s.tile != TOO_LARGE_FOR_TINY
 ]
 
 

@@ -36,9 +36,9 @@ CASES = [
 # Mutants that no test can catch, because the program means the same without the line, and why.
 EQUIVALENT: dict[str, str] = {
     "exchange_cluster.cuh no sync_cluster #2": (
-        "a precaution at the end of a kernel: every block awaits all pushes that are sent to it, so none ends before they came"
+        "a precaution at the end of a kernel: a block awaits all pushes that are sent to it, so none ends before they came"
     ),
-    "exchange_grid.cuh `if (missing()) request` -> `request`": "saves loads: words that are there are the same when read again",
+    "exchange_grid.cuh `if (missing()) request` -> `request`": "saves loads: words that have come stay as they are",
 }
 
 

@@ -207,6 +207,7 @@ def test_large_shared_memory_after_prepare(small: Simulator) -> None:
     [
         ("simt::warp_matrix_thing(1);", r"simt::warp_matrix_thing is unknown.*Add its PTX wrapper to csrc/cuda/simt.cuh"),
         ("__syncthreads();", r"__syncthreads is a CUDA name.*host twin to tests/simt/include/simt.cuh"),
+        ("__shared__ float tile[32];", r"dynamic shared memory only, which simt::dynamic_smem\(\) gives"),
         ('asm volatile("bar.sync 0;");', r"PTX belongs into a wrapper in csrc/cuda/simt.cuh"),
     ],
 )

@@ -130,6 +130,8 @@ struct Grid {
 Thread* current_thread();
 uint32_t next_random();
 void set_seed(uint64_t seed);
+// Odd seeds keep pushes and stores to flags under way as long as others can run.
+bool slow_stores();
 
 // Runs the stream to its end or to the first fault; returns false and empties the stream after a fault.
 bool run_stream();

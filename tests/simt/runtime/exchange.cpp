@@ -257,7 +257,7 @@ void load_flag(void* result, const void* from, int bytes, bool acquire_it, uintp
 }
 
 void land_some_stores() {
-  if (stores.empty() || next_random() % 8 != 0) return;
+  if (stores.empty() || next_random() % (slow_stores() ? 4096 : 8) != 0) return;
   const uint32_t share = next_random() % 3;  // few, half or all
   land_where([&](const Store&) { return share == 2 || next_random() % (share == 0 ? 16 : 2) == 0; });
 }

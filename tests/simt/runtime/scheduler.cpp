@@ -5,6 +5,9 @@
 
 namespace simt_host {
 
+// For gdb: a place to stop at every fault.
+extern "C" __attribute__((noinline)) void simt_stopped() { asm volatile(""); }
+
 Limits limits{};
 Stats stats{};
 Context context{};
@@ -18,6 +21,7 @@ struct GridName {
 
 uint64_t random_state = 1;
 uint64_t policy = 0;
+bool stores_are_slow = false;
 Fiber scheduler;
 Thread* current = nullptr;
 std::vector<Thread*> runnable;
@@ -42,11 +46,11 @@ std::string dim_text(Dim d) {
 }
 
 void record_fault(const std::string& kind, const std::string& text) {
-  if (!faulted) {
-    last_kind = kind;
-    last_text = text;
-  }
+  if (faulted) return;
+  last_kind = kind;
+  last_text = text;
   faulted = true;
+  simt_stopped();
 }
 
 void thread_main() {
@@ -277,7 +281,9 @@ uint32_t next_random() {  // splitmix64
 void set_seed(uint64_t seed) {
   random_state = seed * 0x2545f4914f6cdd1du + 1;
   policy = seed % 3;
+  stores_are_slow = seed % 2 == 1;
 }
+bool slow_stores() { return stores_are_slow; }
 
 const std::string& fault_kind() { return last_kind; }
 const std::string& fault_text() { return last_text; }
