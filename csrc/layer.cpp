@@ -13,6 +13,8 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
+#include "cpu/matmul.h"
+
 namespace fused_rnn {
 namespace {
 
@@ -156,6 +158,45 @@ Tensor previous_rows(const LayerInputs& in, const Shapes& s, bool reverse) {
   return at::where(active, row + s.B, b + s.N);
 }
 
+// out = a^T b or a b, or that added to out; on a CPU by its matrix unit where it has one. The columns of a and b are neighbours in memory.
+void multiply_into(const Tensor& out, const Tensor& a, bool transposed, const Tensor& b, bool add) {
+  const Tensor left = transposed ? a.t() : a;
+  const int64_t M = left.size(0), N = b.size(1), K = left.size(1);
+  const bool rows = out.stride(1) == 1 && a.stride(1) == 1 && b.stride(1) == 1;
+  if (out.is_cpu() && rows && cpu::matmul_available(dtype_of(a), M, N, K)) {
+    const bool direct = out.scalar_type() == at::kFloat && !add;
+    const Tensor sums = direct ? out : at::empty({M, N}, out.options().dtype(at::kFloat));
+    cpu::MatmulParams p{dtype_of(a),
+                        M,
+                        N,
+                        K,
+                        a.const_data_ptr(),
+                        a.stride(0),
+                        transposed,
+                        b.const_data_ptr(),
+                        b.stride(0),
+                        static_cast<float*>(sums.data_ptr()),
+                        sums.stride(0),
+                        nullptr};
+    const Tensor workspace = at::empty({cpu::matmul_workspace_bytes(p)}, out.options().dtype(at::kByte));
+    p.workspace = workspace.data_ptr();
+    if (cpu::matmul(p)) {
+      if (add) {
+        out.add_(sums);
+      } else if (!direct) {
+        out.copy_(sums);
+      }
+      return;
+    }
+  }
+  if (add) {
+    out.addmm_(left, b);
+  } else {
+    Tensor target = out;
+    at::mm_out(target, left, b);
+  }
+}
+
 // d_rg^T h_prev [G*H, P]: d_rg [N, G*H] and y [N, P] are strided views, h_prev is never stored for dense batches.
 Tensor recurrent_weight_gradient(const LayerInputs& in, const Shapes& s, const Tensor& d_rg, const Tensor& y, int d) {
   const bool reverse = d == 1;
@@ -165,14 +206,17 @@ Tensor recurrent_weight_gradient(const LayerInputs& in, const Shapes& s, const T
     const Tensor h0 = has_h0 ? in.h0->select(0, d) : at::zeros({s.B, s.P}, y.options());
     Tensor h_prev = at::cat({y, h0}).index_select(0, previous_rows(in, s, reverse));
     if (in.resets) h_prev.masked_fill_(in.resets->reshape({s.N, 1}), 0);
-    return at::mm(d_rg.t(), h_prev);
+    const Tensor dw = at::empty({d_rg.size(1), s.P}, y.options());
+    multiply_into(dw, d_rg, /*transposed=*/true, h_prev, /*add=*/false);
+    return dw;
   }
   const Tensor later = reverse ? d_rg.slice(0, 0, s.N - s.B) : d_rg.slice(0, s.B, s.N);
   const Tensor earlier = reverse ? y.slice(0, s.B, s.N) : y.slice(0, 0, s.N - s.B);
-  Tensor dw = at::mm(later.t(), earlier);
+  const Tensor dw = at::empty({d_rg.size(1), s.P}, y.options());
+  multiply_into(dw, later, /*transposed=*/true, earlier, /*add=*/false);
   if (has_h0) {
     const Tensor first = reverse ? d_rg.slice(0, s.N - s.B, s.N) : d_rg.slice(0, 0, s.B);
-    dw.addmm_(first.t(), in.h0->select(0, d));
+    multiply_into(dw, first, /*transposed=*/true, in.h0->select(0, d), /*add=*/true);
   }
   return dw;
 }
@@ -299,7 +343,9 @@ LayerGradients gradients_of_layer(const LayerInputs& in, const BackwardInputs& g
     if (mask.x) {
       for (const auto& [columns, first] : d_xg) {
         const Tensor rows = w[0].slice(0, first, first + columns.size(1));
-        dx = dx.defined() ? dx.addmm_(columns, rows) : at::mm(columns, rows);
+        const bool add = dx.defined();
+        if (!add) dx = at::empty({s.N, s.I}, in.x.options());
+        multiply_into(dx, columns, /*transposed=*/false, rows, add);
       }
     }
     if (!mask.weights) {
@@ -309,8 +355,8 @@ LayerGradients gradients_of_layer(const LayerInputs& in, const BackwardInputs& g
     Tensor dw_ih = at::empty({G * H, s.I}, in.x.options());
     Tensor db_ih = at::empty({G * H}, in.x.options());
     for (const auto& [columns, first] : d_xg) {
-      Tensor rows = dw_ih.slice(0, first, first + columns.size(1));
-      at::mm_out(rows, columns.t(), x);
+      const Tensor rows = dw_ih.slice(0, first, first + columns.size(1));
+      multiply_into(rows, columns, /*transposed=*/true, x, /*add=*/false);
       if (in.has_biases) {
         Tensor part = db_ih.slice(0, first, first + columns.size(1));
         at::sum_out(part, columns, {0});
@@ -324,7 +370,8 @@ LayerGradients gradients_of_layer(const LayerInputs& in, const BackwardInputs& g
     }
     if (s.projection) {
       const Tensor m = at::mul(grads.gates.select(0, d).select(1, 3), at::tanh(grads.cs.select(0, d)));
-      dparams.push_back(at::mm(call.d_h.select(0, d).t(), m));
+      dparams.push_back(at::empty({s.P, s.H}, in.x.options()));
+      multiply_into(dparams.back(), call.d_h.select(0, d), /*transposed=*/true, m, /*add=*/false);
     }
   }
   if (mask.x) dx = dx.view(in.x.sizes());

@@ -25,7 +25,7 @@ LSTM = 3  # CellKind of csrc/params.h
 AVAILABLE = fused_rnn.build_info()["cpu_instruction_sets"] if has_cpu_kernels() else []
 INSTRUCTION_SETS = [
     pytest.param(name, marks=pytest.mark.skipif(name not in AVAILABLE, reason=f"needs a CPU with {name}"))
-    for name in ("avx512", "avx2", "portable")
+    for name in ("amx", "avx512", "avx2", "portable")
 ]
 
 
@@ -54,6 +54,52 @@ def tile_cases() -> Iterator[Case]:
         yield Case(cell, steps=2, batch=5, hidden=hidden, input_size=3)
     yield Case("LSTM", steps=3, batch=7, hidden=70, proj=37, bidirectional=True, ragged="packed", resets=True)
     yield Case("LSTM", steps=1, batch=2, hidden=70, proj=37)
+    # The matrix unit: blocks of 16 and 32 rows, chunks of 512 k and 256 columns in the weights' gradients.
+    for cell, dtype, batch in itertools.product(("LSTM", "GRU", "RNN_TANH"), DTYPES, (16, 17, 33, 50)):
+        yield Case(cell, steps=3, batch=batch, hidden=37 + batch, input_size=batch, dtype=dtype, ragged="lengths")
+    for dtype in DTYPES:
+        yield Case("LSTM", steps=11, batch=50, hidden=72, input_size=300, proj=40, dtype=dtype, bidirectional=True)
+        yield Case("GRU", steps=13, batch=45, hidden=130, input_size=33, dtype=dtype)
+
+
+def extreme(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Random numbers, a few of them infinite, NaN, next to infinity or next to zero."""
+    values = torch.randn(shape, generator=generator)
+    flat = values.view(-1)
+    where = torch.randperm(flat.numel(), generator=generator)
+    for i, value in enumerate((math.inf, -math.inf, math.nan, 3.4e38, -3.4e38, 1e-38, 1e-45, -3.3895314e38)):
+        flat[where[i]] = value
+    return values
+
+
+@pytest.mark.parametrize("cell", ("LSTM", "GRU", "RNN_TANH", "RNN_RELU"))
+@pytest.mark.parametrize("where", ("x", "w_ih", "w_hh", "dy"))
+@pytest.mark.skipif("amx" not in AVAILABLE, reason="needs a CPU with amx")
+def test_extreme_values_of_the_matrix_unit(cell: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A float that has no parts (split.h) gives what the vector kernels give."""
+    torch.manual_seed(3)
+    generator = torch.Generator().manual_seed(3)
+    steps, batch, size = 4, 40, 48
+    kind, nonlinearity = (cell.split("_")[0], {"nonlinearity": cell.split("_")[1].lower()}) if "_" in cell else (cell, {})
+    module = getattr(fused_rnn, kind)(size, size, **nonlinearity)
+    if where in ("w_ih", "w_hh"):
+        weight = getattr(module, f"weight_{where[2:]}_l0")
+        weight.data = extreme(tuple(weight.shape), generator)
+    x = extreme((steps, batch, size), generator) if where == "x" else torch.randn(steps, batch, size, generator=generator)
+    dy = extreme((steps, batch, size), generator) if where == "dy" else torch.randn(steps, batch, size, generator=generator)
+    found = []
+    for name in ("amx", "avx512"):
+        monkeypatch.setenv("FUSED_RNN_CPU", name)
+        leaf = x.clone().requires_grad_()
+        with use_backend("cpu"):
+            y = module(leaf)[0]
+            found.append([y, *torch.autograd.grad(y, [leaf, *module.parameters()], dy)])
+    for actual, expected in zip(*found, strict=True):
+        finite = expected.isfinite()
+        assert torch.equal(actual.isnan(), expected.isnan())
+        assert torch.equal(actual[expected.isinf()], expected[expected.isinf()])
+        largest = expected[finite].abs().max().item() if finite.any() else 0.0
+        torch.testing.assert_close(actual[finite], expected[finite], rtol=0, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("case", list(tile_cases()), ids=str)

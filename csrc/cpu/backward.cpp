@@ -37,8 +37,10 @@ class BackwardScan {
     BackwardRow<A>* rows;     // [n]
     StoreRow<A>* store_rows;  // [n]
     A* tile;
+    SplitRows split;
   };
 
+  Matrix<A> make_matrix(const Shape& shape) const;
   int64_t layout(void* base);
   Worker make_worker(int thread, int d, Teams& teams) const;
   void scan(Worker& w) const;
@@ -60,8 +62,11 @@ class BackwardScan {
   const bool copies_;   // d_rec apart from d_gates
   const Shape h_shape_, r_shape_;
   const int64_t h_padded_, p_padded_;
+  const Matrix<A> h_matrix_, r_matrix_;  // forms, without memory
   Plan plan_;
   int64_t team_rows_;
+  SplitRoom split_room_;                   // of a thread
+  std::atomic<bool> infinite_[2][2] = {};  // of the two matrices
   // Workspace.
   struct {
     Matrix<A> h, r;  // W_hh, W_hr
@@ -87,18 +92,43 @@ BackwardScan<A>::BackwardScan(const BackwardParams& p, const Kernels<A>& kernels
       h_shape_(gates_ * p.H, p.P, 1, kernels.width),
       r_shape_(p.weights[0].w_hr ? Shape(p.P, p.H, 1, kernels.width) : Shape()),
       h_padded_(round_up(p.H, kernels.width)),
-      p_padded_(round_up(p.P, kernels.width)) {
+      p_padded_(round_up(p.P, kernels.width)),
+      h_matrix_(make_matrix(h_shape_)),
+      r_matrix_(make_matrix(r_shape_)) {
   plan_ = choose_plan({p.seq.T, p.seq.B, p.D, gates_ * p.H, 0, h_shape_.columns(), h_shape_.panels,
-                       kernels.max_rows[h_shape_.vectors], r_shape_.panels ? 2 : 1, sizeof(A), max_threads});
+                       kernels.max_rows[h_shape_.vectors], r_shape_.panels ? 2 : 1, h_matrix_.element_size(),
+                       h_matrix_.split_products(), 0, max_threads});
   team_rows_ = rows_of_team(plan_, p.seq.B);
+  split_room_.include(h_matrix_, team_rows_);
+  split_room_.include(r_matrix_, team_rows_);
+}
+
+template <class A>
+Matrix<A> BackwardScan<A>::make_matrix(const Shape& shape) const {
+  Matrix<A> m;
+  m.shape = shape;
+  m.straight = true;
+  m.storage = storage_;
+  const bool splits = kernels_.split != nullptr && sizeof(A) == sizeof(float);
+  m.parts = split_parts(storage_, /*rounded_rows=*/false);
+  m.form = choose_form({shape.depth, shape.columns(), p_.seq.B, p_.seq.T * p_.seq.B, splits, m.parts});
+  if (m.form == Form::kDirect) m.form = Form::kPacked;  // there is no direct product with a straight matrix
+  return m;
 }
 
 template <class A>
 int64_t BackwardScan<A>::layout(void* base) {
   Arena arena(base);
   for (int d = 0; d < p_.D; ++d) {
-    matrices_[d].h = {h_shape_, arena.take<A>(h_shape_.elements()), nullptr, 0};
-    matrices_[d].r = {r_shape_, arena.take<A>(r_shape_.elements()), nullptr, 0};
+    matrices_[d] = {h_matrix_, r_matrix_};
+    matrices_[d].h.source = p_.weights[d].w_hh;
+    matrices_[d].r.source = p_.weights[d].w_hr;
+    int i = 0;
+    for (Matrix<A>* m : {&matrices_[d].h, &matrices_[d].r}) {
+      m->infinite = &infinite_[d][i++];
+      m->packed = arena.take<A>(m->packed_elements());
+      m->split = arena.take<uint16_t>(m->split_elements());
+    }
   }
   zeros_size_ = std::max(gates_ * p_.H, p_.P) + kernels_.width;
   zeros_ = arena.take<A>(zeros_size_);
@@ -111,6 +141,7 @@ int64_t BackwardScan<A>::layout(void* base) {
   thread.take<BackwardRow<A>>(team_rows_);
   thread.take<StoreRow<A>>(team_rows_);
   thread.take<char>(kTileBytes);
+  split_room_.take(thread);
   thread_bytes_ = thread.used();
   threads_ = arena.take<char>(thread_bytes_ * plan_.threads());
   return arena.used();
@@ -135,6 +166,7 @@ typename BackwardScan<A>::Worker BackwardScan<A>::make_worker(int thread, int d,
   w.rows = arena.take<BackwardRow<A>>(team_rows_);
   w.store_rows = arena.take<StoreRow<A>>(team_rows_);
   w.tile = reinterpret_cast<A*>(arena.take<char>(kTileBytes));
+  w.split = split_room_.take(arena);
   return w;
 }
 
@@ -213,7 +245,7 @@ template <class A>
 void BackwardScan<A>::store_sums(Worker& w, int64_t active) const {
   const int64_t first = share_begin(h_shape_.panels, plan_.split, w.rank);
   const int64_t last = share_begin(h_shape_.panels, plan_.split, w.rank + 1);
-  for_tiles<A>(kernels_, matrices_[w.d].h, nullptr, w.pointers, active, first, last, w.tile,
+  for_tiles<A>(kernels_, matrices_[w.d].h, nullptr, w.pointers, active, first, last, w.tile, w.split,
                [&](int64_t begin, int count, int64_t p, int64_t end, const A* tile, int64_t stride) {
                  kernels_.store[storage_]({tile, stride, w.store_rows + begin, count, p_.P, h_shape_.unit_vector(p),
                                            h_shape_.unit_vector(end), false});
@@ -233,7 +265,7 @@ void BackwardScan<A>::step(Worker& w, int64_t active) const {
   const int64_t first = share_begin(shape.panels, plan_.split, w.rank);
   const int64_t last = share_begin(shape.panels, plan_.split, w.rank + 1);
   for_tiles<A>(kernels_, projected ? matrices_[w.d].r : matrices_[w.d].h, nullptr, w.pointers, active, first, last, w.tile,
-               [&](int64_t begin, int count, int64_t p, int64_t end, const A* tile, int64_t stride) {
+               w.split, [&](int64_t begin, int count, int64_t p, int64_t end, const A* tile, int64_t stride) {
                  kernels_.backward[cell_][storage_](
                      {tile, stride, w.rows + begin, count, p_.H, shape.unit_vector(p), shape.unit_vector(end)});
                });
@@ -277,12 +309,9 @@ bool BackwardScan<A>::run() {
   return run_threads(plan_.threads(), [&](int thread) {
     const int parts = plan_.threads();
     for (int d = 0; d < p_.D; ++d) {
-      const Weights& w = p_.weights[d];
-      pack_straight<A>(h_shape_, p_.dtype, w.w_hh, share_begin(h_shape_.panels, parts, thread),
-                       share_begin(h_shape_.panels, parts, thread + 1), matrices_[d].h.packed);
-      if (!r_shape_.panels) continue;
-      pack_straight<A>(r_shape_, p_.dtype, w.w_hr, share_begin(r_shape_.panels, parts, thread),
-                       share_begin(r_shape_.panels, parts, thread + 1), matrices_[d].r.packed);
+      const auto& [h, r] = matrices_[d];
+      pack(kernels_, h, share_begin(h_shape_.panels, parts, thread), share_begin(h_shape_.panels, parts, thread + 1));
+      pack(kernels_, r, share_begin(r_shape_.panels, parts, thread), share_begin(r_shape_.panels, parts, thread + 1));
     }
     teams.all.wait();
     const Team& team = teams.teams[thread / plan_.split];
@@ -290,6 +319,7 @@ bool BackwardScan<A>::run() {
       Worker w = make_worker(thread, d, teams);
       scan(w);
     }
+    if (kernels_.split) kernels_.split->release();
   });
 }
 

@@ -14,16 +14,13 @@
 namespace fused_rnn::cpu {
 namespace {
 
-// Projection kept at a time: a fraction of L2, the size that won in the prototype of DESIGN section 9 (Zen 4).
-constexpr int64_t kChunkBytes = 512 * 1024;
+// Projection kept at a time: a fraction of L2, the size that won in the prototype of DESIGN section 9 (Zen 4), or as much as the
+// weights that each chunk reads, within reason.
+constexpr int64_t kChunkBytes = 512 * 1024, kMaxChunkBytes = 8 * 1024 * 1024;
 
 int recurrent_slot_of(CellKind cell, int gate) {
   return dispatch_cell(cell, [&](auto tag) { return Cell<decltype(tag)::value>::recurrent_slot(gate); });
 }
-
-// Up to this many rows in all (T * B) the weights are used as they lie. Packing was 2/3 of the time of an LSTM's 1x1x128x128 (0.11 ms with,
-// 0.04 ms without; Sapphire Rapids, 2026-11-21); where the two meet has not been measured.
-constexpr int64_t kDirectRows = 8;
 
 // One direction's weights.
 template <class A>
@@ -51,20 +48,21 @@ class ForwardScan {
     int64_t n;                // rows of the team
     int64_t first, last;      // panels of units
     int64_t r_first, r_last;  // panels of the output projection
-    int64_t columns;          // of its projection rows
     A* h[2];                  // [n, P padded], of the team
     A* c;                     // [n, H padded]
     A* u;                     // [n, H padded], o tanh(c) before the output projection
-    A* xg;                    // [chunk rows, columns]
+    Products<A> xg;           // of the chunk's rows
     A* x;                     // [chunk rows, I], 16-bit dtypes
     const A** pointers;       // [max(chunk rows, n)]
     ForwardRow<A>* rows;      // [n]
     StoreRow<A>* store_rows;  // [n]
     A* tile;
+    SplitRows split;
     LayerWeights<A> weights;
   };
 
-  LayerWeights<A> layout_weights(Arena& arena, const Weights& w) const;
+  Matrix<A> make_matrix(const Shape& shape, int64_t rows, bool rounded_rows) const;
+  LayerWeights<A> layout_weights(Arena& arena, int d);
   int64_t layout(void* base);
   void pack_share(const LayerWeights<A>& packed, const Weights& w, int part, int parts) const;
   Worker make_worker(int thread, int d, Teams& teams) const;
@@ -83,8 +81,11 @@ class ForwardScan {
   const int64_t size_;  // of a stored element
   const Shape x_shape_, h_shape_, r_shape_;
   const int64_t h_padded_, p_padded_;
+  const Matrix<A> x_matrix_, h_matrix_, r_matrix_;  // forms, without memory
   Plan plan_;
   int64_t team_rows_, chunk_steps_, max_columns_;
+  SplitRoom split_room_;                   // of a thread
+  std::atomic<bool> infinite_[2][3] = {};  // of the three matrices
   // Workspace.
   LayerWeights<A> weights_[2];
   A* zeros_;
@@ -105,32 +106,47 @@ ForwardScan<A>::ForwardScan(const ForwardParams& p, const Kernels<A>& kernels, i
       h_shape_(p.P, p.H, gate_count(p.cell), kernels.width),
       r_shape_(p.weights[0].w_hr ? Shape(p.H, p.P, 1, kernels.width) : Shape()),
       h_padded_(round_up(p.H, kernels.width)),
-      p_padded_(round_up(p.P, kernels.width)) {
+      p_padded_(round_up(p.P, kernels.width)),
+      x_matrix_(make_matrix(x_shape_, p.seq.N, /*rounded_rows=*/true)),
+      h_matrix_(make_matrix(h_shape_, p.seq.B, /*rounded_rows=*/true)),
+      r_matrix_(make_matrix(r_shape_, p.seq.B, /*rounded_rows=*/false)) {
   plan_ = choose_plan({p.seq.T, p.seq.B, p.D, p.P, p.I, h_shape_.columns(), h_shape_.panels,
-                       kernels.max_rows[h_shape_.vectors], r_shape_.panels ? 2 : 1, sizeof(A), max_threads});
+                       kernels.max_rows[h_shape_.vectors], r_shape_.panels ? 2 : 1, h_matrix_.element_size(),
+                       h_matrix_.split_products(), x_matrix_.split_products(), max_threads});
   team_rows_ = rows_of_team(plan_, p.seq.B);
   max_columns_ = (h_shape_.panels + plan_.split - 1) / plan_.split * h_shape_.vectors * h_shape_.width;
   const int64_t step_bytes = std::max<int64_t>(team_rows_ * max_columns_ * sizeof(A), 1);
-  chunk_steps_ = std::min(std::max<int64_t>(kChunkBytes / step_bytes, 1), p.seq.T);
+  const int64_t weight_bytes = x_shape_.elements() / plan_.split * x_matrix_.element_size();
+  const int64_t chunk_bytes = std::clamp(weight_bytes, kChunkBytes, kMaxChunkBytes);
+  chunk_steps_ = std::min(std::max<int64_t>(chunk_bytes / step_bytes, 1), p.seq.T);
+  split_room_.include(x_matrix_, chunk_steps_ * team_rows_);
+  split_room_.include(h_matrix_, team_rows_);
+  split_room_.include(r_matrix_, team_rows_);
 }
 
 template <class A>
-LayerWeights<A> ForwardScan<A>::layout_weights(Arena& arena, const Weights& w) const {
-  const bool direct = p_.seq.T * p_.seq.B <= kDirectRows;
-  const auto layout_matrix = [&](const Shape& shape, const void* from) {
-    Matrix<A> m{shape};
-    if (direct) {
-      m.direct = from;
-      m.storage = storage_;
-    } else {
-      m.packed = arena.take<A>(shape.elements());
-    }
-    return m;
-  };
-  LayerWeights<A> weights;
-  weights.x = layout_matrix(x_shape_, w.w_ih);
-  weights.h = layout_matrix(h_shape_, w.w_hh);
-  weights.r = layout_matrix(r_shape_, w.w_hr);
+Matrix<A> ForwardScan<A>::make_matrix(const Shape& shape, int64_t rows, bool rounded_rows) const {
+  Matrix<A> m;
+  m.shape = shape;
+  m.storage = storage_;
+  const bool splits = kernels_.split != nullptr && sizeof(A) == sizeof(float);
+  m.parts = split_parts(storage_, rounded_rows);
+  m.form = choose_form({shape.depth, shape.columns(), rows, p_.seq.T * p_.seq.B, splits, m.parts});
+  return m;
+}
+
+template <class A>
+LayerWeights<A> ForwardScan<A>::layout_weights(Arena& arena, int d) {
+  const Weights& w = p_.weights[d];
+  LayerWeights<A> weights{x_matrix_, h_matrix_, r_matrix_, nullptr, nullptr};
+  const void* sources[] = {w.w_ih, w.w_hh, w.w_hr};
+  int i = 0;
+  for (Matrix<A>* m : {&weights.x, &weights.h, &weights.r}) {
+    m->source = sources[i];
+    m->infinite = &infinite_[d][i++];
+    m->packed = arena.take<A>(m->packed_elements());
+    m->split = arena.take<uint16_t>(m->split_elements());
+  }
   weights.bias_x = arena.take<A>(h_shape_.columns());
   weights.bias_h = arena.take<A>(h_shape_.columns());
   return weights;
@@ -139,7 +155,7 @@ LayerWeights<A> ForwardScan<A>::layout_weights(Arena& arena, const Weights& w) c
 template <class A>
 int64_t ForwardScan<A>::layout(void* base) {
   Arena arena(base);
-  for (int d = 0; d < p_.D; ++d) weights_[d] = layout_weights(arena, p_.weights[d]);
+  for (int d = 0; d < p_.D; ++d) weights_[d] = layout_weights(arena, d);
   zeros_ = arena.take<A>(std::max(h_padded_, p_padded_));
   team_state_size_ = team_rows_ * (2 * p_padded_ + (p_.weights[0].w_hr ? 2 : 1) * h_padded_);
   team_state_ = arena.take<A>(team_state_size_ * plan_.direction_teams * plan_.batch_teams);
@@ -152,6 +168,7 @@ int64_t ForwardScan<A>::layout(void* base) {
   thread.take<ForwardRow<A>>(team_rows_);
   thread.take<StoreRow<A>>(team_rows_);
   thread.take<char>(kTileBytes);
+  split_room_.take(thread);
   thread_bytes_ = thread.used();
   threads_ = arena.take<char>(thread_bytes_ * plan_.threads());
   return arena.used();
@@ -160,20 +177,14 @@ int64_t ForwardScan<A>::layout(void* base) {
 template <class A>
 void ForwardScan<A>::pack_share(const LayerWeights<A>& packed, const Weights& w, int part, int parts) const {
   const int64_t first = share_begin(h_shape_.panels, parts, part), last = share_begin(h_shape_.panels, parts, part + 1);
-  if (packed.x.packed) pack_transposed<A>(x_shape_, p_.dtype, w.w_ih, first, last, packed.x.packed);
-  if (packed.h.packed) pack_transposed<A>(h_shape_, p_.dtype, w.w_hh, first, last, packed.h.packed);
-  if (packed.r.packed && w.w_hr) {
-    pack_transposed<A>(r_shape_, p_.dtype, w.w_hr, share_begin(r_shape_.panels, parts, part),
-                       share_begin(r_shape_.panels, parts, part + 1), packed.r.packed);
-  }
-  // A bias is a matrix of depth 1.
-  Shape bias = h_shape_;
-  bias.depth = 1;
+  pack(kernels_, packed.x, first, last);
+  pack(kernels_, packed.h, first, last);
+  pack(kernels_, packed.r, share_begin(r_shape_.panels, parts, part), share_begin(r_shape_.panels, parts, part + 1));
   const int64_t begin = h_shape_.columns_before(first), end = h_shape_.columns_before(last);
   std::fill(packed.bias_x + begin, packed.bias_x + end, A(0));
   std::fill(packed.bias_h + begin, packed.bias_h + end, A(0));
-  if (w.b_ih) pack_transposed<A>(bias, p_.dtype, w.b_ih, first, last, packed.bias_x);
-  if (w.b_hh) pack_transposed<A>(bias, p_.dtype, w.b_hh, first, last, packed.bias_h);
+  if (w.b_ih) pack_vector(h_shape_, storage_, w.b_ih, first, last, packed.bias_x);
+  if (w.b_hh) pack_vector(h_shape_, storage_, w.b_hh, first, last, packed.bias_h);
   for (int64_t i = begin; i < end; ++i) {
     const int gate = static_cast<int>(i / h_shape_.width % h_shape_.gates);
     if (recurrent_slot_of(p_.cell, gate) != gate) continue;
@@ -194,7 +205,6 @@ typename ForwardScan<A>::Worker ForwardScan<A>::make_worker(int thread, int d, T
   w.last = share_begin(h_shape_.panels, plan_.split, w.rank + 1);
   w.r_first = share_begin(r_shape_.panels, plan_.split, w.rank);
   w.r_last = share_begin(r_shape_.panels, plan_.split, w.rank + 1);
-  w.columns = h_shape_.columns_before(w.last) - h_shape_.columns_before(w.first);
   A* state = team_state_ + team * team_state_size_;
   w.h[0] = state;
   w.h[1] = w.h[0] + team_rows_ * p_padded_;
@@ -202,12 +212,16 @@ typename ForwardScan<A>::Worker ForwardScan<A>::make_worker(int thread, int d, T
   w.u = w.c + team_rows_ * h_padded_;
   const int64_t chunk_rows = chunk_steps_ * team_rows_;
   Arena arena(threads_ + thread * thread_bytes_);
-  w.xg = arena.take<A>(chunk_rows * max_columns_);
+  const int64_t panel = h_shape_.vectors * h_shape_.width;
+  const bool rows_first = team_rows_ <= 2;
+  w.xg = {arena.take<A>(chunk_rows * max_columns_), rows_first ? max_columns_ : panel,
+          rows_first ? panel : chunk_rows * panel, rows_first};
   w.x = arena.take<A>(sizeof(A) == static_cast<size_t>(size_) ? 0 : chunk_rows * p_.I);
   w.pointers = arena.take<const A*>(chunk_rows);
   w.rows = arena.take<ForwardRow<A>>(team_rows_);
   w.store_rows = arena.take<StoreRow<A>>(team_rows_);
   w.tile = reinterpret_cast<A*>(arena.take<char>(kTileBytes));
+  w.split = split_room_.take(arena);
   w.weights = weights_[d];
   return w;
 }
@@ -241,7 +255,7 @@ void ForwardScan<A>::project(Worker& w, int64_t begin, int64_t end) const {
       w.pointers[count++] = static_cast<const A*>(x);
     }
   }
-  multiply<A>(kernels_, w.weights.x, w.weights.bias_x, w.pointers, count, w.first, w.last, w.xg, w.columns);
+  multiply<A>(kernels_, w.weights.x, w.weights.bias_x, w.pointers, count, w.first, w.last, w.split, w.xg);
 }
 
 template <class A>
@@ -272,7 +286,6 @@ int64_t ForwardScan<A>::step(Worker& w, int64_t step, int64_t first_xg) const {
     const bool reset = is_reset(p_.seq, row);
     const int64_t saved = w.d * p_.seq.N + row;
     ForwardRow<A>& out = w.rows[active];
-    out.xg = w.xg + (first_xg + active) * w.columns;
     out.h_prev = reset ? zeros_ : w.h[copy] + i * p_padded_;
     out.c_prev = reset ? zeros_ : w.c + i * h_padded_;
     out.h = r_shape_.panels ? w.u + i * h_padded_ : w.h[1 - copy] + i * p_padded_;
@@ -284,12 +297,15 @@ int64_t ForwardScan<A>::step(Worker& w, int64_t step, int64_t first_xg) const {
                             w.h[1 - copy] + i * p_padded_};
     w.pointers[active++] = out.h_prev;
   }
-  const int64_t xg_first = h_shape_.unit_vector(w.first);
   const A* init = p_.cell == CellKind::kGru ? w.weights.bias_h : nullptr;
-  for_tiles<A>(kernels_, w.weights.h, init, w.pointers, active, w.first, w.last, w.tile,
+  const int64_t panel_columns = h_shape_.vectors * h_shape_.width;
+  for_tiles<A>(kernels_, w.weights.h, init, w.pointers, active, w.first, w.last, w.tile, w.split,
                [&](int64_t begin, int count, int64_t first, int64_t last, const A* tile, int64_t stride) {
-                 kernels_.forward[cell_][storage_]({tile, stride, w.rows + begin, count, p_.H, h_shape_.unit_vector(first),
-                                                    h_shape_.unit_vector(last), xg_first});
+                 for (int64_t p = first; p < last; ++p) {
+                   kernels_.forward[cell_][storage_](
+                       {tile + (p - first) * panel_columns, stride, w.xg.at(first_xg + begin, p - w.first), w.xg.row_stride,
+                        w.rows + begin, count, p_.H, h_shape_.unit_vector(p), h_shape_.unit_vector(p + 1)});
+                 }
                });
   return active;
 }
@@ -298,7 +314,7 @@ int64_t ForwardScan<A>::step(Worker& w, int64_t step, int64_t first_xg) const {
 template <class A>
 void ForwardScan<A>::project_output(Worker& w, int64_t, int64_t active) const {
   for (int64_t i = 0; i < active; ++i) w.pointers[i] = w.rows[i].h;
-  for_tiles<A>(kernels_, w.weights.r, nullptr, w.pointers, active, w.r_first, w.r_last, w.tile,
+  for_tiles<A>(kernels_, w.weights.r, nullptr, w.pointers, active, w.r_first, w.r_last, w.tile, w.split,
                [&](int64_t begin, int count, int64_t first, int64_t last, const A* tile, int64_t stride) {
                  kernels_.store[storage_]({tile, stride, w.store_rows + begin, count, p_.P, r_shape_.unit_vector(first),
                                            r_shape_.unit_vector(last), true});
@@ -353,6 +369,7 @@ bool ForwardScan<A>::run() {
       Worker w = make_worker(thread, d, teams);
       scan(w);
     }
+    if (kernels_.split) kernels_.split->release();
   });
 }
 

@@ -14,7 +14,8 @@ struct Candidate {
   const InstructionSet* (*kernels)();
 };
 std::vector<Candidate> candidates() {
-  return {{"avx512", avx512_built(), avx512_kernels},
+  return {{"amx", amx_built(), amx_kernels},
+          {"avx512", avx512_built(), avx512_kernels},
           {"avx2", avx2_built(), avx2_kernels},
           {"portable", true, portable_kernels}};
 }
@@ -39,9 +40,10 @@ std::vector<std::string> available_instruction_sets() {
 
 const InstructionSet& selected_kernels() {
   const char* forced = std::getenv("FUSED_RNN_CPU");
-  static const InstructionSet* const best = avx512_kernels() ? avx512_kernels()
-                                            : avx2_kernels() ? avx2_kernels()
-                                                             : portable_kernels();
+  static const InstructionSet* const best = amx_kernels()      ? amx_kernels()
+                                            : avx512_kernels() ? avx512_kernels()
+                                            : avx2_kernels()   ? avx2_kernels()
+                                                               : portable_kernels();
   if (!forced || !*forced) return *best;
   for (const Candidate& c : candidates()) {
     if (std::string(forced) == c.name && c.kernels()) return *c.kernels();

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../params.h"
+#include "split.h"
 #include "storage.h"
 
 namespace fused_rnn::cpu {
@@ -33,6 +34,7 @@ struct GemmCall {
   const A* init;         // [n_panels][vectors][W] or null (zeros)
   A* out;                // [n_rows][n_panels][vectors][W]
   int64_t out_stride;    // from row to row
+  Prefetch prefetch;     // rounds: K
 };
 
 // The same product with a matrix as torch keeps it, [gates, units, K] row-major in storage type Storage: worth it for few rows, which
@@ -54,7 +56,6 @@ struct DirectCall {
 // The places of one active row at one step. A arrays are padded to a whole vector, storage arrays are not.
 template <class A>
 struct ForwardRow {
-  const A* xg;      // projection, in gate matrix order from the call's first unit
   const A* h_prev;  // [H] (unused with an output projection)
   const A* c_prev;  // [H]
   A* h;             // [H]
@@ -67,11 +68,12 @@ template <class A>
 struct ForwardCall {
   const A* rec;  // [n_rows][..] recurrent product, in gate matrix order from the call's first unit
   int64_t rec_stride;
+  const A* xg;  // [n_rows][..] projection, likewise
+  int64_t xg_stride;
   const ForwardRow<A>* rows;
   int n_rows;
   int64_t H;
-  int64_t first, last;  // vectors of units; xg_first: where the rows' xg begins
-  int64_t xg_first;
+  int64_t first, last;  // vectors of units
 };
 
 template <class A>
@@ -129,6 +131,7 @@ struct Kernels {
   void (*store[kStorages])(const StoreCall<A>&);
   void (*load[kStorages])(const void* from, A* to, int64_t n);  // storage to arithmetic
   void (*save[kStorages])(const A* from, void* to, int64_t n);  // arithmetic to storage
+  const SplitKernels* split;                                    // float on a matrix unit, or null
 };
 
 // Panels that one gemm call takes: few rows need several panels in flight to hide the latency of the FMA.
@@ -140,9 +143,11 @@ struct InstructionSet {
   const Kernels<double>& f64;
 };
 // Null where this machine lacks the instructions or they were not compiled in.
+const InstructionSet* amx_kernels();
 const InstructionSet* avx512_kernels();
 const InstructionSet* avx2_kernels();
 const InstructionSet* portable_kernels();
+bool amx_built();
 bool avx512_built();
 bool avx2_built();
 const InstructionSet& selected_kernels();  // see instruction_set()

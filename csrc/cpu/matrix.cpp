@@ -46,12 +46,12 @@ void pack_straight_from(const Shape& s, const Storage* from, int64_t first, int6
 
 // Calls f with the pointer in its storage type, one of those that A is the arithmetic type of.
 template <class A, class F>
-void with_storage(DType dtype, const void* from, F&& f) {
+void with_storage(int storage, const void* from, F&& f) {
   if constexpr (sizeof(A) == 8) {
-    (void)dtype;
+    (void)storage;
     f(static_cast<const double*>(from));
   } else {
-    switch (storage_index(dtype)) {
+    switch (storage) {
       case 1: return f(static_cast<const Half*>(from));
       case 2: return f(static_cast<const BFloat16*>(from));
       default: return f(static_cast<const float*>(from));
@@ -59,20 +59,75 @@ void with_storage(DType dtype, const void* from, F&& f) {
   }
 }
 
+void split_panels(const SplitKernels& kernels, const Matrix<float>& m, int64_t element_size, int64_t first, int64_t last) {
+  const Shape& s = m.shape;
+  for (int64_t p = first; p < last; ++p) {
+    const int vectors = s.vectors_of(p);
+    const int64_t first_vector = s.columns_before(p) / s.width;
+    uint16_t* panel = m.split + first_vector * m.vector_elements();
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t unit = (first_vector + v) / s.gates * s.width;
+      const int64_t gate = (first_vector + v) % s.gates;
+      const int lanes = static_cast<int>(std::clamp<int64_t>(s.units - unit, 0, s.width));
+      const int64_t begin = m.straight ? unit : (gate * s.units + unit) * s.depth;
+      const SplitSource source{static_cast<const char*>(m.source) + begin * element_size, m.straight ? s.units : s.depth,
+                               lanes, s.depth};
+      const auto pack = (m.straight ? kernels.pack_straight : kernels.pack_transposed)[m.storage];
+      const int64_t tile = m.parts.panels * kSplitTile;
+      if (!pack(source, m.parts.panels, panel + v * tile, vectors * tile))
+        m.infinite->store(true, std::memory_order_relaxed);
+    }
+  }
+}
+
 }  // namespace
 
 template <class A>
-void pack_transposed(const Shape& shape, DType dtype, const void* from, int64_t first, int64_t last, A* to) {
-  with_storage<A>(dtype, from, [&](auto* typed) { pack_transposed_from(shape, typed, first, last, to); });
-}
-template <class A>
-void pack_straight(const Shape& shape, DType dtype, const void* from, int64_t first, int64_t last, A* to) {
-  with_storage<A>(dtype, from, [&](auto* typed) { pack_straight_from(shape, typed, first, last, to); });
+void pack(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first, int64_t last) {
+  if (m.form == Form::kPacked) {
+    with_storage<A>(m.storage, m.source, [&](auto* typed) {
+      if (m.straight) {
+        pack_straight_from(m.shape, typed, first, last, m.packed);
+      } else {
+        pack_transposed_from(m.shape, typed, first, last, m.packed);
+      }
+    });
+  } else if (m.form == Form::kSplit) {
+    if constexpr (sizeof(A) == sizeof(float)) split_panels(*kernels.split, m, m.storage == 0 ? 4 : 2, first, last);
+  }
 }
 
-template void pack_transposed(const Shape&, DType, const void*, int64_t, int64_t, float*);
-template void pack_transposed(const Shape&, DType, const void*, int64_t, int64_t, double*);
-template void pack_straight(const Shape&, DType, const void*, int64_t, int64_t, float*);
-template void pack_straight(const Shape&, DType, const void*, int64_t, int64_t, double*);
+template <class A>
+void pack_vector(const Shape& shape, int storage, const void* from, int64_t first, int64_t last, A* to) {
+  Shape vector = shape;
+  vector.depth = 1;
+  with_storage<A>(storage, from, [&](auto* typed) { pack_transposed_from(vector, typed, first, last, to); });
+}
+
+template <class A>
+void multiply_infinite(const Kernels<A>& kernels, const Matrix<A>& m, const A* init, const A* row, int64_t p, A* out) {
+  const Shape& s = m.shape;
+  const int64_t start = s.columns_before(p), columns = s.columns_before(p + 1) - start;
+  if (!m.straight) {
+    kernels.direct[m.storage]({s.depth, &row, 1, m.source, s.units, s.gates, start / s.width, (start + columns) / s.width,
+                               init ? init + start : nullptr, out, 0});
+    return;
+  }
+  for (int64_t c = 0; c < columns; ++c) out[c] = init ? init[start + c] : A(0);
+  with_storage<A>(m.storage, m.source, [&](auto* typed) {
+    const int64_t exist = std::min(columns, s.units - start);
+    for (int64_t k = 0; k < s.depth; ++k) {
+      for (int64_t c = 0; c < exist; ++c) out[c] += row[k] * to_arithmetic(typed[k * s.units + start + c]);
+    }
+  });
+}
+
+template void pack(const Kernels<float>&, const Matrix<float>&, int64_t, int64_t);
+template void pack(const Kernels<double>&, const Matrix<double>&, int64_t, int64_t);
+template void pack_vector(const Shape&, int, const void*, int64_t, int64_t, float*);
+template void pack_vector(const Shape&, int, const void*, int64_t, int64_t, double*);
+template void multiply_infinite(const Kernels<float>&, const Matrix<float>&, const float*, const float*, int64_t, float*);
+template void multiply_infinite(const Kernels<double>&, const Matrix<double>&, const double*, const double*, int64_t,
+                                double*);
 
 }  // namespace fused_rnn::cpu

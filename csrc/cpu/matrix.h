@@ -1,7 +1,9 @@
 // Packed matrices, the arena that workspaces are laid out with, and the product of many rows with a range of panels.
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
+#include <utility>
 
 #include "kernels.h"
 #include "plan.h"
@@ -48,13 +50,6 @@ struct Shape {
   int64_t elements() const { return depth * columns(); }
 };
 
-// One direction's weights as gate matrix panels: from [gates, units, depth] row-major (transposed into the panels), or from
-// [depth, units] row-major (gates == 1, straight). Packs panels [first, last).
-template <class A>
-void pack_transposed(const Shape& shape, DType dtype, const void* from, int64_t first, int64_t last, A* to);
-template <class A>
-void pack_straight(const Shape& shape, DType dtype, const void* from, int64_t first, int64_t last, A* to);
-
 // Calls f(first_row, rows) for balanced blocks of at most `most` of n rows.
 template <class F>
 void for_row_blocks(int64_t n, int most, F&& f) {
@@ -65,10 +60,16 @@ void for_row_blocks(int64_t n, int most, F&& f) {
   }
 }
 
-// Calls f(begin, end, vectors) for groups of panels of [first, last) that one gemm call on n rows takes together.
+// Calls f(first_row, rows) for blocks of `most` of n rows, and the rest.
 template <class F>
-void for_panel_groups(const Shape& shape, int64_t n, int64_t first, int64_t last, F&& f) {
-  const int group = n <= 2 ? max_panels(static_cast<int>(n)) : 1;
+void for_blocks(int64_t n, int64_t most, F&& f) {
+  for (int64_t begin = 0; begin < n; begin += most) f(begin, std::min(most, n - begin));
+}
+
+// Calls f(begin, end, vectors) for groups of panels of [first, last) that one gemm call on n rows takes together, at most `most`.
+template <class F>
+void for_panel_groups(const Shape& shape, int64_t n, int64_t first, int64_t last, int most, F&& f) {
+  const int group = n <= 2 ? std::min(max_panels(static_cast<int>(n)), most) : 1;
   for (int64_t p = first; p < last;) {
     int64_t end = std::min(p + group, last);
     if (shape.tail && end == shape.panels && end - p > 1) --end;  // the narrower panel goes alone
@@ -77,59 +78,220 @@ void for_panel_groups(const Shape& shape, int64_t n, int64_t first, int64_t last
   }
 }
 
-// A matrix to multiply rows with: packed, or as torch keeps it.
+// A matrix to multiply rows with. `source` is torch's: [gates, units, K] (transposed into the panels), or [K, units] (straight).
 template <class A>
 struct Matrix {
   Shape shape;
-  A* packed = nullptr;           // [panels][K][vectors][W]
-  const void* direct = nullptr;  // [gates, units, K] storage; used where not null
+  Form form = Form::kDirect;
+  bool straight = false;
   int storage = 0;
+  const void* source = nullptr;
+  A* packed = nullptr;
+  SplitParts parts;
+  uint16_t* split = nullptr;
+  std::atomic<bool>* infinite = nullptr;  // split: an element has no parts
+
+  int64_t packed_elements() const { return form == Form::kPacked ? shape.elements() : 0; }
+  int64_t vector_elements() const { return split_blocks(shape.depth) * parts.panels * kSplitTile; }
+  int64_t split_elements() const { return form == Form::kSplit ? shape.columns() / shape.width * vector_elements() : 0; }
+  // What choose_plan wants to know: bytes of an element, and pairs of parts.
+  int64_t element_size() const { return form == Form::kSplit ? parts.panels * int64_t{2} : int64_t{sizeof(A)}; }
+  int split_products() const {
+    if (form != Form::kSplit) return 0;
+    return parts.rows == 3 ? 6 : parts.rows + parts.panels - 1;
+  }
+  int64_t row_block_elements() const { return split_blocks(shape.depth) * parts.rows * kSplitTile; }
 };
 
-// Columns of panels [p, end) for up to max_rows rows.
+// Makes panels [first, last) of a packed or split matrix from its source.
+template <class A>
+void pack(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first, int64_t last);
+// The same of a vector with one element a column (a bias), [gates, units].
+template <class A>
+void pack_vector(const Shape& shape, int storage, const void* from, int64_t first, int64_t last, A* to);
+
+// Columns of panels [p, end) for up to max_rows rows; not for a split matrix.
 template <class A>
 void multiply_tile(const Kernels<A>& kernels, const Matrix<A>& m, const A* init, const A* const* rows, int n_rows, int64_t p,
-                   int64_t end, A* out, int64_t out_stride) {
+                   int64_t end, A* out, int64_t out_stride, const Prefetch& prefetch) {
   const int64_t start = m.shape.columns_before(p);
   const A* start_init = init ? init + start : nullptr;
-  if (m.direct) {
+  if (m.form == Form::kDirect) {
     const int64_t last = m.shape.columns_before(end) / m.shape.width;
-    kernels.direct[m.storage]({m.shape.depth, rows, n_rows, m.direct, m.shape.units, m.shape.gates, start / m.shape.width,
+    kernels.direct[m.storage]({m.shape.depth, rows, n_rows, m.source, m.shape.units, m.shape.gates, start / m.shape.width,
                                last, start_init, out, out_stride});
   } else {
     kernels.gemm({m.shape.depth, rows, n_rows, static_cast<int>(end - p), m.shape.vectors_of(p),
-                  m.packed + start * m.shape.depth, start_init, out, out_stride});
+                  m.packed + start * m.shape.depth, start_init, out, out_stride, prefetch});
+  }
+}
+
+// Smaller matrices stay in L2 by themselves.
+constexpr int64_t kPrefetchBytes = 1280 * 1024;
+
+// While row block `block` of `blocks` meets panels [p, end): what follows them.
+template <class A>
+Prefetch next_panels(const Matrix<A>& m, int64_t p, int64_t end, int64_t last, int64_t blocks, int64_t block) {
+  if (m.form != Form::kPacked || end >= last || m.packed_elements() * static_cast<int64_t>(sizeof(A)) < kPrefetchBytes)
+    return {};
+  const int64_t start = m.shape.columns_before(end);
+  const int64_t columns = m.shape.columns_before(std::min(last, 2 * end - p)) - start;
+  const int64_t bytes = columns * m.shape.depth * static_cast<int64_t>(sizeof(A));
+  return prefetch_share(m.packed + start * m.shape.depth, bytes, blocks, block, m.shape.depth);
+}
+
+// Columns of a panel for a row with an infinite value, or of a matrix with one.
+template <class A>
+void multiply_infinite(const Kernels<A>& kernels, const Matrix<A>& m, const A* init, const A* row, int64_t p, A* out);
+
+// Rows made ready for a split matrix, of one thread.
+struct SplitRows {
+  uint16_t* packed = nullptr;
+  int64_t elements = 0;  // that it has room for
+  uint32_t* infinite = nullptr;
+  int64_t blocks = 0;
+};
+
+// For blocks of at most 16 rows and each panel of [first, last) of a split matrix: place(first_row, panel) says where the product
+// goes (an address and a stride), done(first_row, rows, panel, address, stride) is called when it is there.
+template <class A, class Place, class Done>
+void for_split_blocks(const Kernels<A>& kernels, const Matrix<A>& m, const A* init, const A* const* rows, int64_t n,
+                      int64_t first, int64_t last, const SplitRows& scratch, Place&& place, Done&& done) {
+  if constexpr (sizeof(A) == sizeof(float)) {
+    const bool matrix_infinite = m.infinite->load(std::memory_order_relaxed);
+    const int64_t blocks = std::min(scratch.blocks, scratch.elements / m.row_block_elements());
+    // Full blocks, then the rest: the matrix unit is configured for a number of rows, and that costs time.
+    for_blocks(n, blocks * kSplitRows, [&](int64_t group, int64_t group_rows) {
+      int64_t block = 0;
+      for_blocks(group_rows, kSplitRows, [&](int64_t begin, int64_t rows_here) {
+        const int count = static_cast<int>(rows_here);
+        scratch.infinite[block] = kernels.split->pack_rows(rows + group + begin, count, m.shape.depth, m.parts.rows,
+                                                           scratch.packed + block * m.row_block_elements());
+        if (matrix_infinite) scratch.infinite[block] = ~0u;
+        ++block;
+      });
+      for (int64_t p = first; p < last; ++p) {
+        const int64_t column = m.shape.columns_before(p);
+        const uint16_t* panel = m.split + column / m.shape.width * m.vector_elements();
+        const int64_t panel_bytes = m.shape.vectors_of(p) * m.vector_elements() * 2;
+        const bool fetch = p + 1 < last && m.split_elements() * 2 > kPrefetchBytes;
+        const void* next = fetch ? panel + panel_bytes / 2 : nullptr;
+        const int pair = m.shape.vectors_of(p) % 2 == 0 && group_rows >= 2 * kSplitRows ? 2 : 1;
+        const int64_t calls = (group_rows + pair * kSplitRows - 1) / (pair * kSplitRows);
+        int64_t call = 0;
+        block = 0;
+        const auto product = [&](int64_t begin, int count) {
+          const auto [out, stride] = place(group + begin, p);
+          kernels.split->gemm(
+              {m.shape.depth, m.parts, scratch.packed + block * m.row_block_elements(), count, m.shape.vectors_of(p), panel,
+               init ? init + column : nullptr, /*add=*/false, out, stride,
+               prefetch_share(next, panel_bytes, calls, std::min(call++, calls - 1), split_blocks(m.shape.depth))});
+          for (int r = 0; r < count; ++r) {
+            if (scratch.infinite[block + r / kSplitRows] >> r % kSplitRows & 1) {
+              multiply_infinite(kernels, m, init, rows[group + begin + r], p, out + r * stride);
+            }
+          }
+          done(group + begin, count, p, out, stride);
+          block += (count + kSplitRows - 1) / kSplitRows;
+        };
+        int64_t begin = 0;
+        for (; pair == 2 && begin + 2 * kSplitRows <= group_rows; begin += 2 * kSplitRows) product(begin, 2 * kSplitRows);
+        for (; begin < group_rows; begin += kSplitRows) {
+          product(begin, static_cast<int>(std::min<int64_t>(kSplitRows, group_rows - begin)));
+        }
+      }
+    });
   }
 }
 
 // For panels [first, last), panel group by panel group, then row block by row block: fills a tile (kTileBytes) and calls
 // f(first_row, rows, first_panel, last_panel, tile, tile_stride).
 constexpr int64_t kTileBytes = int64_t{kMaxTileRows} * kMaxTilePanels * kMaxTileVectors * kMaxVectorBytes;
+static_assert(kTileBytes >= 2 * kSplitRows * kMaxTileVectors * kMaxVectorBytes);
 template <class A, class F>
 void for_tiles(const Kernels<A>& kernels, const Matrix<A>& m, const A* init, const A* const* rows, int64_t n, int64_t first,
-               int64_t last, A* tile, F&& f) {
+               int64_t last, A* tile, const SplitRows& scratch, F&& f) {
   if (n == 0) return;
-  for_panel_groups(m.shape, n, first, last, [&](int64_t p, int64_t end, int vectors) {
+  if (m.form == Form::kSplit) {
+    const auto place = [&](int64_t, int64_t p) {
+      return std::pair<A*, int64_t>(tile, m.shape.vectors_of(p) * m.shape.width);
+    };
+    for_split_blocks(
+        kernels, m, init, rows, n, first, last, scratch, place,
+        [&](int64_t begin, int count, int64_t p, const A* out, int64_t stride) { f(begin, count, p, p + 1, out, stride); });
+    return;
+  }
+  for_panel_groups(m.shape, n, first, last, kMaxTilePanels, [&](int64_t p, int64_t end, int vectors) {
     const int64_t stride = m.shape.columns_before(end) - m.shape.columns_before(p);
+    const int64_t blocks = (n + kernels.max_rows[vectors] - 1) / kernels.max_rows[vectors];
+    int64_t block = 0;
     for_row_blocks(n, kernels.max_rows[vectors], [&](int64_t begin, int count) {
-      multiply_tile(kernels, m, init, rows + begin, count, p, end, tile, stride);
+      multiply_tile(kernels, m, init, rows + begin, count, p, end, tile, stride,
+                    next_panels(m, p, end, last, blocks, block++));
       f(begin, count, p, end, tile, stride);
     });
   });
 }
 
-// out[row][columns of the panels] = init + rows * matrix, written straight to out.
+// Products of many rows: [rows][panels] (what several panels at a time need), or [panels][rows], where neighbours in use are
+// neighbours in memory.
+template <class A>
+struct Products {
+  A* base;
+  int64_t row_stride, panel_stride;
+  bool rows_first;
+
+  A* at(int64_t row, int64_t panel) const { return base + row * row_stride + panel * panel_stride; }
+};
+
+// Products of n rows with panels [first, last) on the bias `init`.
 template <class A>
 void multiply(const Kernels<A>& kernels, const Matrix<A>& m, const A* init, const A* const* rows, int64_t n, int64_t first,
-              int64_t last, A* out, int64_t out_stride) {
+              int64_t last, const SplitRows& scratch, const Products<A>& out) {
   if (n == 0) return;
-  const int64_t begin_column = m.shape.columns_before(first);
-  for_panel_groups(m.shape, n, first, last, [&](int64_t p, int64_t end, int vectors) {
-    A* columns = out + m.shape.columns_before(p) - begin_column;
+  if (m.form == Form::kSplit) {
+    const auto place = [&](int64_t begin, int64_t p) {
+      return std::pair<A*, int64_t>(out.at(begin, p - first), out.row_stride);
+    };
+    for_split_blocks(kernels, m, init, rows, n, first, last, scratch, place, [](auto...) {});
+    return;
+  }
+  for_panel_groups(m.shape, n, first, last, out.rows_first ? kMaxTilePanels : 1, [&](int64_t p, int64_t end, int vectors) {
+    const int64_t blocks = (n + kernels.max_rows[vectors] - 1) / kernels.max_rows[vectors];
+    int64_t block = 0;
     for_row_blocks(n, kernels.max_rows[vectors], [&](int64_t begin, int count) {
-      multiply_tile(kernels, m, init, rows + begin, count, p, end, columns + begin * out_stride, out_stride);
+      multiply_tile(kernels, m, init, rows + begin, count, p, end, out.at(begin, p - first), out.row_stride,
+                    next_panels(m, p, end, last, blocks, block++));
     });
   });
 }
+
+// ---- which form ----
+
+// How much of a thread's L2 the rows of a split product may take.
+constexpr int64_t kSplitRowsBytes = 768 * 1024;
+
+template <class A>
+int64_t split_row_blocks(const Matrix<A>& m, int64_t rows) {
+  if (m.form != Form::kSplit || m.shape.panels == 0) return 0;
+  const int64_t most = std::max<int64_t>(kSplitRowsBytes / (m.row_block_elements() * 2), 1);
+  return std::min((rows + kSplitRows - 1) / kSplitRows, most);
+}
+
+// Room for the rows of several matrices, one at a time.
+struct SplitRoom {
+  int64_t blocks = 0, elements = 0;
+
+  template <class A>
+  void include(const Matrix<A>& m, int64_t rows) {
+    const int64_t needed = split_row_blocks(m, rows);
+    blocks = std::max(blocks, needed);
+    elements = std::max(elements, needed * m.row_block_elements());
+  }
+  SplitRows take(Arena& arena) const {
+    uint16_t* packed = arena.take<uint16_t>(elements);
+    return {packed, elements, arena.take<uint32_t>(blocks), blocks};
+  }
+};
 
 }  // namespace fused_rnn::cpu

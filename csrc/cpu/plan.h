@@ -6,7 +6,28 @@
 #pragma once
 #include <cstdint>
 
+#include "split.h"
+
 namespace fused_rnn::cpu {
+
+// How a matrix is kept for the products of a call.
+enum class Form : int {
+  kDirect,  // as torch keeps it
+  kPacked,  // [panels][K][vectors][W]
+  kSplit,   // split.h
+};
+
+// A matrix, and the rows that it meets: at a time, and in the whole call. Not those of one thread: results must not depend on
+// how threads share the work.
+struct FormInput {
+  int64_t depth, columns;
+  int64_t rows, all_rows;
+  bool splits;  // the instruction set has SplitKernels
+  SplitParts parts;
+};
+Form choose_form(const FormInput& in);
+// Parts of the stored elements of a matrix (storage index, kernels.h), and of rows that are rounded to that storage or not.
+SplitParts split_parts(int storage, bool rounded_rows);
 
 struct Plan {
   int direction_teams;  // 1: a team does both directions, one after the other; 2: one each
@@ -24,7 +45,9 @@ struct PlanInput {
   int64_t panels;         // what a split can divide
   int max_rows;           // of a tile
   int barriers;           // per step
-  int64_t element_size;
+  int64_t element_size;   // of the weights of a step
+  int split_products;     // of 16 rows: pairs of parts that a split matrix multiplies, 0 for another form
+  int outside_products;   // the same outside the recurrence
   int max_threads;
 };
 

@@ -35,7 +35,7 @@ template <class V, class C, class Storage>
     const ForwardRow<A>& row = call.rows[r];
     for (int64_t v = call.first; v < call.last; ++v) {
       const A* rec = call.rec + r * call.rec_stride + (v - call.first) * C::kGates * kWidth;
-      const A* xg = row.xg + (v - call.xg_first) * C::kGates * kWidth;
+      const A* xg = call.xg + r * call.xg_stride + (v - call.first) * C::kGates * kWidth;
       const int64_t unit = v * kWidth;
       const int n = lanes_left<V>(call.H, unit);
       V a[C::kSlots], h, c = V(0), c_prev = V(0), h_prev = V(0);

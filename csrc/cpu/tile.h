@@ -22,7 +22,10 @@ void gemm_tile(const GemmCall<typename V::Scalar>& call) {
   for (int r = 0; r < kRows; ++r) rows[r] = call.rows[r];
   const A* panel = call.panels;
   const int64_t stride = call.depth * kStep;
-  for (int64_t k = 0; k < call.depth; ++k, panel += kStep) {
+  const char* next = call.prefetch.from;
+  const int lines = call.prefetch.lines;
+  for (int64_t k = 0; k < call.depth; ++k, panel += kStep, next += call.prefetch.step) {
+    for (int i = 0; i < lines; ++i) __builtin_prefetch(next + i * 64, 0, 2);
     V a[kRows];
     for (int r = 0; r < kRows; ++r) a[r] = V::broadcast(rows[r] + k);
     for (int p = 0; p < kPanels; ++p) {

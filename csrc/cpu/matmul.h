@@ -1,0 +1,30 @@
+// Matrix products outside the recurrence on the matrix unit of split.h: gradients of the weights and of the input.
+#pragma once
+#include <cstdint>
+
+#include "../params.h"
+
+namespace fused_rnn::cpu {
+
+// out [M, N] = a b. a is [M, K], or [K, M] with `a_transposed`; b is [K, N]. Strides in elements from row to
+// row; elements of a row are neighbours. a and b have dtype `dtype`, out is float.
+struct MatmulParams {
+  DType dtype;
+  int64_t M, N, K;
+  const void* a;
+  int64_t a_stride;
+  bool a_transposed;
+  const void* b;
+  int64_t b_stride;
+  float* out;
+  int64_t out_stride;
+  void* workspace;  // matmul_workspace_bytes
+};
+
+// Whether the instruction set in use has a matrix unit, and the product is large enough to gain from it.
+bool matmul_available(DType dtype, int64_t M, int64_t N, int64_t K);
+int64_t matmul_workspace_bytes(const MatmulParams& p);
+// Returns false, with anything in out, where a or b has a value that is infinite or near it: such products need another way.
+bool matmul(const MatmulParams& p);
+
+}  // namespace fused_rnn::cpu

@@ -1,0 +1,76 @@
+// Products on a matrix unit for bfloat16 (AMX): a float is kept as the sum of up to three bfloat16 parts, each the rounded
+// remainder of those before it, and the product of two such sums leaves out the pairs of parts that count less than the last
+// bit. Three parts hold all 24 bits of a float, two all 11 of a float16, one is a bfloat16.
+//
+// Rows and panels are arrays of tiles of 1 KB. A row tile is [16 rows][32 k]; rows of a block are [K / 32][parts][tile]. A
+// panel tile is [16 pairs of k][16 columns][2]; a panel is [K / 32][vectors][parts][tile]. K is padded with zeros.
+#pragma once
+#include <cstdint>
+
+namespace fused_rnn::cpu {
+
+constexpr int kSplitRows = 16;
+constexpr int kSplitColumns = 16;
+constexpr int kSplitDepth = 32;
+constexpr int64_t kSplitTile = kSplitRows * kSplitDepth;  // elements of a tile
+constexpr int64_t split_blocks(int64_t depth) { return (depth + kSplitDepth - 1) / kSplitDepth; }
+
+// What to bring into L2 while a product is made: its loop has some number of rounds, and each asks for `lines` cache lines, those of a
+// round `step` bytes after those of the round before.
+struct Prefetch {
+  const char* from = nullptr;
+  int64_t step = 0;
+  int lines = 0;
+};
+
+// The share of call `part` of `parts` in fetching `bytes` at `from`.
+inline Prefetch prefetch_share(const void* from, int64_t bytes, int64_t parts, int64_t part, int64_t rounds) {
+  if (!from) return {};
+  const int64_t step = bytes / (parts * rounds);
+  return {static_cast<const char*>(from) + bytes / parts * part, step, static_cast<int>((step + 63) / 64)};
+}
+
+// Of the rows and of the panels of a product: (1, 1), (2, 1), (2, 2) or (3, 3). Left out are the pairs i, j with i + j >= rows.
+struct SplitParts {
+  int rows = 0, panels = 0;
+};
+
+// out[r][c] = init[c] (or out[r][c] with `add`) + sum_k rows[r][k] panel[k][c]
+struct SplitCall {
+  int64_t depth;
+  SplitParts parts;
+  const uint16_t* rows;  // one block; two
+  int n_rows;            // at most 16; or 32, with an even number of vectors
+  int vectors;
+  const uint16_t* panel;
+  const float* init;  // [vectors][16] or null (zeros)
+  bool add;
+  float* out;          // [n_rows][vectors][16]
+  int64_t out_stride;  // from row to row
+  Prefetch prefetch;   // rounds: K / 32
+};
+
+// Where to take a vector of 16 columns from.
+struct SplitSource {
+  const void* from;
+  int64_t stride;  // elements from lane to lane (transposed) or from k to k (straight)
+  int lanes;       // columns that exist; the others become zero
+  int64_t depth;
+};
+
+struct SplitKernels {
+  // Packs up to 16 rows; returns a bit for each of them with a value that has no parts: infinite, or rounded to infinity.
+  uint32_t (*pack_rows)(const float* const* rows, int n_rows, int64_t depth, int parts, uint16_t* out);
+  // Packs a vector of columns by storage index (kernels.h), each a row of the source, or a column of it; `stride` elements of
+  // `out` from one block of k to the next. Returns whether all values have parts.
+  bool (*pack_transposed[3])(const SplitSource& source, int parts, uint16_t* out, int64_t stride);
+  bool (*pack_straight[3])(const SplitSource& source, int parts, uint16_t* out, int64_t stride);
+  // Packs a block of up to 16 rows (`lanes`), each a row of the source, or a column of it; returns as the functions above.
+  bool (*pack_block[3])(const SplitSource& source, int parts, uint16_t* out, int64_t stride);
+  bool (*pack_columns[3])(const SplitSource& source, int parts, uint16_t* out, int64_t stride);
+  void (*gemm)(const SplitCall& call);
+  // Every thread that called gemm calls it at the end: hands the unit's registers back.
+  void (*release)();
+};
+
+}  // namespace fused_rnn::cpu
