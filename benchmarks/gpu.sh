@@ -1,47 +1,96 @@
 #!/usr/bin/env bash
 # Everything that proves fused_rnn on a machine with an NVIDIA GPU, in under ten minutes on 16 cores: build for the GPU that is
-# there, GPU tests, compute-sanitizer on small cases, benchmark. Writes logs and results to $OUT (default benchmarks/results).
-# A stage that fails or runs out of its time does not stop the later ones; the last line says what failed, and so does the exit
-# status. Needs python3 with torch (CUDA), pytest, hypothesis and expecttest, nvcc, and compute-sanitizer for its stage.
-#   SECONDS_PER_CASE=0.6 benchmarks/gpu.sh
-#   STAGES="build tests" benchmarks/gpu.sh
+# there, microbenchmarks, the whole GPU test suite, compute-sanitizer on small cases, benchmark, tables and plots. To $OUT
+# (default benchmarks/results) go gpu.log, micro.jsonl, DEVICE.jsonl, tables.md and the plots.
+# A stage that fails or runs out of its time does not stop the later ones, except the build; the benchmark gets the time that
+# the others left. The last line says what failed, and so does the exit status.
+# Needs python3 with torch (CUDA), pytest and hypothesis, nvcc, compute-sanitizer for its stages, matplotlib for the plots.
+#   TOTAL=570 benchmarks/gpu.sh                   # seconds for everything
+#   STAGES="build tests" benchmarks/gpu.sh        # of: build micro tests memcheck racecheck bench plots
+#   DEVICE=cpu TOTAL=300 benchmarks/gpu.sh        # rehearsal without a GPU: micro only compiles, CPU tests, CPU benchmark
 set -u -o pipefail
 cd "$(dirname "$0")/.."
-root=$PWD
-out=${OUT:-$root/benchmarks/results}
+out=${OUT:-$PWD/benchmarks/results}
 python=${PYTHON:-python3}
-device=${DEVICE:-cuda} # cpu rehearses the script without a GPU
+device=${DEVICE:-cuda}
+total=${TOTAL:-570}
+stages=${STAGES:-build micro tests memcheck racecheck bench plots}
 mkdir -p "$out"
-export PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} PYTHONPATH=$root
+log=$out/gpu.log
+: >"$log"
+jobs=$(nproc)
+export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD MAX_JOBS=${MAX_JOBS:-$jobs}
+unset FUSED_RNN_PLAN FUSED_RNN_BACKEND
 failed=()
 
-stage() { # name, seconds, command...
-  local name=$1 limit=$2 start=$SECONDS
+left() { echo $((total - SECONDS)); }
+
+stage() { # name, most seconds, command...
+  local name=$1 limit=$2 start=$SECONDS status
   shift 2
-  case " ${STAGES:-build tests memcheck racecheck bench} " in *" $name "*) ;; *) return ;; esac
-  if timeout "$limit" "$@" >"$out/$name.log" 2>&1; then
-    echo "$name: ok, $((SECONDS - start)) s"
-  else
-    echo "$name: FAILED with status $?, $((SECONDS - start)) s; the end of $out/$name.log:"
-    tail -n 25 "$out/$name.log"
+  case " $stages " in *" $name "*) ;; *) return 0 ;; esac
+  [ "$limit" -gt "$(left)" ] && limit=$(left)
+  if [ "$limit" -lt 5 ]; then
+    echo "$name: no time left"
     failed+=("$name")
+    return 1
   fi
+  printf '\n=== %s: %s\n' "$name" "$*" >>"$log"
+  timeout --kill-after=5 "$limit" "$@" >>"$log" 2>&1 && status=0 || status=$?
+  if [ "$status" = 0 ]; then
+    echo "$name: ok, $((SECONDS - start)) s"
+    return 0
+  fi
+  echo "$name: FAILED with status $status$([ "$status" = 124 ] && echo " (out of time)"), $((SECONDS - start)) s; the end of $log:"
+  tail -n 25 "$log"
+  failed+=("$name")
+  return 1
 }
 
-# The small cases for the sanitizers, which slow kernels down a hundredfold.
-small="$device and T5-B3-I4-H6 and not L2 and not L3"
+has_module() { "$python" -c "import $1" 2>/dev/null; }
 
-build() { FUSED_RNN_CUDA=$([ "$device" = cuda ] && echo 1 || echo 0) "$python" setup.py build_ext --inplace; }
-export -f build
+sanitizer() { # tool, pytest's -k: only our kernels are watched
+  compute-sanitizer --tool "$1" --kernel-name kns=fused_rnn --error-exitcode 9 $([ "$device" = cpu ] && echo --require-cuda-init no) \
+    "$python" -m pytest -q -x -p no:cacheprovider "$test_file" -k "$2"
+}
+export -f sanitizer
 export python device
 
-stage build 240 bash -c build
-"$python" -m fused_rnn info | tee "$out/info.log"
-stage tests 150 "$python" -m pytest -q -p no:cacheprovider tests/test_layers.py tests/test_ops.py tests/test_packed.py -k "$device"
-stage memcheck 60 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m pytest -q -x -p no:cacheprovider tests/test_layers.py -k "$small"
-stage racecheck 60 compute-sanitizer --tool racecheck --error-exitcode 9 "$python" -m pytest -q -x -p no:cacheprovider tests/test_layers.py -k "$small and float32"
-stage bench 300 "$python" -m fused_rnn bench --device "$device" --seconds "${SECONDS_PER_CASE:-0.7}" --output "$out/$device.jsonl"
-tail -n 12 "$out/bench.log" 2>/dev/null
+if [ "$device" = cpu ]; then
+  export FUSED_RNN_CUDA=0
+  micro=(--build-only --arch sm_90a)
+  tests=(tests/test_layers.py tests/test_families.py -k "cpu or families")
+  export test_file=tests/test_layers.py small="cpu and T5-B3-I4-H6-float16 and LSTM"
+else
+  export FUSED_RNN_CUDA=1
+  micro=(--output "$out/micro.jsonl")
+  tests=(tests -m gpu --ignore=tests/simt)
+  has_module xdist && tests+=(-n $((jobs < 8 ? jobs : 8)))
+  # Three cells and every persistent family: variable lengths, resets, two directions are in other tests.
+  export test_file=tests/test_families.py small="test_against_fp64 and H33 and lengths and resets-float16"
+fi
+
+rm -f "$out/micro.jsonl" "$out/$device.jsonl"
+if ! stage build 180 "$python" setup.py build_ext --inplace; then
+  echo "failed: build; nothing else was run"
+  exit 1
+fi
+"$python" -m fused_rnn info | tee -a "$log"
+stage micro 70 "$python" benchmarks/micro/run.py "${micro[@]}"
+stage tests 150 "$python" -m pytest -q -p no:cacheprovider --durations=10 "${tests[@]}"
+grep -E '^[0-9]+ passed|^=+ .*(passed|failed)' "$log" | tail -n 1
+stage memcheck 50 bash -c 'sanitizer memcheck "$small"'
+stage racecheck 50 bash -c 'sanitizer racecheck "$small and not RNN"'
+budget=$(($(left) - 40))
+[ "$budget" -lt 10 ] && budget=10
+stage bench $((budget + 25)) "$python" benchmarks/run.py --device "$device" --budget "$budget" --output "$out/$device.jsonl"
+grep -E 'geometric mean|^not measured' "$log"
+draw=()
+has_module matplotlib && draw=(--plots "$out")
+if [ -s "$out/$device.jsonl" ]; then
+  stage plots 30 bash -c '"$0" benchmarks/compare.py "${@:2}" | tee "$1"' "$python" "$out/tables.md" "$out/$device.jsonl" "${draw[@]}"
+fi
+echo "$SECONDS s; results in $out: $(ls "$out" | tr '\n' ' ')"
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"
   exit 1

@@ -11,6 +11,9 @@ from fused_rnn._backend import has_cpu_kernels, has_cuda_kernels
 
 # One thread: the cases are tiny, and two test processes on two cores must not wait for each other.
 torch.set_num_threads(int(os.environ.get("FUSED_RNN_TEST_THREADS", "1")))
+# Tolerances of fp32 are those of fp32: TF32, which torch allows recurrent layers on a GPU, has tests of its own. Before
+# anything imports torch.testing._internal, which reads it.
+torch.backends.cudnn.allow_tf32 = False
 
 
 BACKENDS = (

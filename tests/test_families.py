@@ -1,0 +1,139 @@
+"""Each CUDA kernel family, forced, on the GPU that is there: values and gradients, repeatability, CUDA graphs, TF32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, Case, make_data
+from test_layers import assert_near, call, results_and_gradients
+from torch import Tensor
+
+import fused_rnn
+from fused_rnn import _backend, use_backend
+
+pytestmark = pytest.mark.gpu
+FAMILIES = ("step", "grid", "cluster")
+CELLS = ("RNN_TANH", "GRU", "LSTM")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def cases() -> Iterator[Case]:
+    for cell in CELLS:
+        for dtype in DTYPES:
+            for ragged in ("dense", "lengths", "packed"):
+                yield Case(cell, steps=7, batch=9, input_size=5, hidden=33, ragged=ragged, dtype=dtype, resets=True)
+            yield Case(cell, steps=7, batch=9, input_size=5, hidden=33, bidirectional=True, dtype=dtype, states=False)
+            yield Case(cell, steps=12, batch=17, input_size=64, hidden=256, bidirectional=True, layers=2, dtype=dtype)
+            yield Case(cell, steps=3, batch=130, input_size=16, hidden=100, ragged="lengths", dtype=dtype)
+        yield Case(cell, steps=9, batch=16, input_size=32, hidden=768, dtype=torch.float16)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("FUSED_RNN_PLAN", request.param)
+    return request.param
+
+
+def skip_unless_served(case: Case, family: str) -> None:
+    """Skips with the planner's reason where the family cannot serve the case on this GPU."""
+    device = _backend._C.cuda_device(torch.cuda.current_device())
+    problem = {
+        "cell": case.cell.lower(), "dtype": str(case.dtype).removeprefix("torch."), "T": case.steps, "B": case.batch,
+        "I": case.input_size, "H": case.hidden, "D": case.directions, "ragged": case.ragged != "dense", "training": True,
+    }  # fmt: skip
+    tf32 = torch.backends.cudnn.allow_tf32
+    for backward in (False, True):
+        try:
+            _backend._C.plan(device=device, allow_tf32=tf32, backward=backward, forced=family, **problem)
+        except ValueError as reason:
+            pytest.skip(f"needs another GPU: {reason}")
+
+
+@pytest.mark.parametrize("case", list(cases()), ids=str)
+def test_against_fp64(case: Case, family: str) -> None:
+    skip_unless_served(case, family)
+    data = make_data(case, "cuda")
+    with use_backend("reference"):
+        expected, expected_grads = results_and_gradients(case, data.to(torch.float64))
+    with use_backend("cuda"):
+        results, grads = results_and_gradients(case, data)
+    growth = max(1.0, math.sqrt(max(case.hidden, case.input_size) / 32))
+    for index, (actual, want) in enumerate(zip(results, expected, strict=True)):
+        assert_near(f"result {index}", actual, want, OUTPUT_TOLERANCE[case.dtype] * growth)
+    for index, (actual, want) in enumerate(zip(grads, expected_grads, strict=True)):
+        assert_near(f"gradient {index}", actual, want, GRADIENT_TOLERANCE[case.dtype] * growth)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_thousand_launches_are_bitwise_equal(cell: str, dtype: torch.dtype, family: str) -> None:
+    case = Case(cell, steps=20, batch=17, input_size=33, hidden=130, bidirectional=True, ragged="lengths", dtype=dtype)
+    skip_unless_served(case, family)
+    data = make_data(case, "cuda")
+
+    def everything() -> list[Tensor]:
+        results, grads = results_and_gradients(case, data)
+        return [*results, *grads]
+
+    with use_backend("cuda"):
+        first = [t.detach().clone() for t in everything()]
+        different = torch.zeros(len(first), dtype=torch.int64, device="cuda")
+        for _ in range(1000):
+            different += torch.stack([(a != b).any() for a, b in zip(first, everything(), strict=True)])
+    assert different.tolist() == [0] * len(first)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_captured_in_a_graph(cell: str, family: str) -> None:
+    """Forward of a network of two layers, and training of it: captured once, replayed on another input."""
+    case = Case(cell, steps=11, batch=9, input_size=16, hidden=64, layers=2, dtype=torch.float16)
+    skip_unless_served(case, family)
+    first, second = make_data(case, "cuda", seed=0), make_data(case, "cuda", seed=1)
+    second.weights = first.weights
+    with use_backend("cuda"):
+        expected, expected_grads = results_and_gradients(case, second)
+        expected = [t.detach().clone() for t in (*expected, *expected_grads)]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                results_and_gradients(case, first)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results, grads = results_and_gradients(case, first)
+        with torch.no_grad():
+            for name in ("input", "h0", "c0", "dy", "dh_n", "dc_n"):
+                target, source = getattr(first, name), getattr(second, name)
+                if target is not None:
+                    target.copy_(source)
+        graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip([*results, *grads], expected, strict=True))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_tf32_follows_torchs_switch(cell: str, family: str) -> None:
+    """10 bits of mantissa in the products: an error between those of fp32 and fp16."""
+    case = Case(cell, steps=7, batch=9, input_size=64, hidden=128)
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("needs a GPU with TF32")
+    data = make_data(case, "cuda")
+    with use_backend("reference"):
+        expected = call(case, data.to(torch.float64))[0].detach()
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = True
+        skip_unless_served(case, family)
+        with use_backend("cuda"), torch.no_grad():
+            result = call(case, data)[0]
+        module = fused_rnn.LSTM(64, 128, device="cuda")
+        plan = fused_rnn.explain(module, data.input.detach(), show=False).layers[0].forward
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+    assert "tf32" in plan["text"]
+    error = float((result.double() - expected).abs().max())
+    assert 1e-6 < error < OUTPUT_TOLERANCE[torch.float16]
