@@ -204,49 +204,75 @@ WorkspaceLayout workspace_layout(const Problem& p) {
   return layout;
 }
 
-Plan make_plan(const Problem& problem, const DeviceInfo& device, std::optional<Family> forced) {
-  check_problem(problem, device);
-  // TF32 needs sm_80; before it, torch's permission to use it changes nothing.
-  const MathKind math = cuda::math_kind(problem.dtype, problem.allow_tf32 && device.compute_capability >= 80);
+namespace {
+
+// Kernels, memory and cost of a family that has no obstacle.
+Plan plan_of(const Problem& problem, const DeviceInfo& device, MathKind math, Family family) {
   Plan plan{};
-  std::optional<Family> chosen;
-  for (Family family : {Family::kCell, Family::kStep, Family::kGrid, Family::kCluster}) {
-    std::string reason = obstacle(problem, device, family);
-    if (reason.empty() && forced && *forced != family) reason = std::string(to_string(*forced)) + " is forced";
-    if (reason.empty() && !forced && is_persistent(family)) {
-      reason =
-          std::string("never run on a GPU yet, so it is taken only when forced (FUSED_RNN_PLAN=") + to_string(family) + ")";
-    }
-    if (reason.empty() && chosen) reason = std::string(to_string(*chosen)) + " serves it with one launch less";
-    if (reason.empty()) {
-      chosen = family;
-    } else {
-      plan.rejected.push_back({family, reason});
-    }
-  }
-  if (!chosen) {
-    std::string message = forced ? std::string("kernel family ") + to_string(*forced) + " cannot serve this layer"
-                                 : "no kernel family can serve this layer";
-    for (const Rejection& rejection : plan.rejected) {
-      if (forced && rejection.family != *forced) continue;
-      message += std::string(": ") + to_string(rejection.family) + " " + rejection.reason;
-    }
-    throw std::invalid_argument(message);
-  }
-  plan.family = *chosen;
-  if (is_persistent(plan.family)) {
+  plan.family = family;
+  if (is_persistent(family)) {
     plan_persistent(problem, device, plan);
     return plan;
   }
   plan.pdl = device.compute_capability >= 90;
   plan.workspace_bytes = workspace_layout(problem).bytes;
   const bool projected = problem.P != problem.H;
-  for (KernelRole role : roles_of(problem, plan.family)) {
+  for (KernelRole role : roles_of(problem, family)) {
     plan.kernels.push_back(plan_kernel(problem, device, math, role, plan.reason));
     // Without a projection the gradient of a state is needed once, for h0.
     if (role != KernelRole::kStateGrad || projected) plan.us_per_step += plan.kernels.back().us;
   }
   return plan;
+}
+
+}  // namespace
+
+Plan make_plan(const Problem& problem, const DeviceInfo& device, std::optional<Family> forced) {
+  check_problem(problem, device);
+  // TF32 needs sm_80; before it, torch's permission to use it changes nothing.
+  const MathKind math = cuda::math_kind(problem.dtype, problem.allow_tf32 && device.compute_capability >= 80);
+  std::optional<Plan> chosen;
+  std::vector<Rejection> rejected;
+  std::vector<Candidate> candidates;
+  for (Family family : {Family::kCell, Family::kStep, Family::kGrid, Family::kCluster}) {
+    std::string reason = obstacle(problem, device, family);
+    Plan plan{};
+    if (reason.empty()) {
+      try {
+        plan = plan_of(problem, device, math, family);
+        candidates.push_back({family, plan.us_per_step, plan.persistent});
+      } catch (const std::invalid_argument& error) {
+        reason = error.what();
+      }
+    }
+    if (reason.empty()) {
+      if (forced && *forced != family) {
+        reason = std::string(to_string(*forced)) + " is forced";
+      } else if (!forced && is_persistent(family)) {
+        reason = std::string("never run on a GPU yet, so it is taken only when forced (FUSED_RNN_PLAN=") +
+                 to_string(family) + ")";
+      } else if (chosen) {
+        reason = std::string(to_string(chosen->family)) + " serves it with one launch less";
+      } else {
+        chosen = std::move(plan);
+      }
+    }
+    if (!reason.empty()) rejected.push_back({family, reason});
+  }
+  if (!chosen) {
+    std::string message = forced ? std::string("kernel family ") + to_string(*forced) + " cannot serve this layer"
+                                 : "no kernel family can serve this layer";
+    for (const Rejection& rejection : rejected) {
+      if (forced && rejection.family != *forced) continue;
+      message += std::string(": ") + to_string(rejection.family) + " " + rejection.reason;
+    }
+    throw std::invalid_argument(message);
+  }
+  chosen->rejected = std::move(rejected);
+  const auto cheaper = [](const Candidate& a, const Candidate& b) { return a.us_per_step < b.us_per_step; };
+  chosen->cheapest = std::min_element(candidates.begin(), candidates.end(), cheaper)->family;
+  chosen->candidates = std::move(candidates);
+  return *std::move(chosen);
 }
 
 std::string to_string(const Plan& plan) {
@@ -267,6 +293,13 @@ std::string to_string(const Plan& plan) {
   }
   if (plan.persistent) text += to_string(*plan.persistent);
   text += "  because " + plan.reason + "\n";
+  text += "  could serve, us per step by the model:";
+  for (const Candidate& c : plan.candidates) {
+    std::snprintf(line, sizeof line, "%s %s %.2f", c.family == plan.candidates[0].family ? "" : ",", to_string(c.family),
+                  c.us_per_step);
+    text += line;
+  }
+  text += std::string("; cheapest: ") + to_string(plan.cheapest) + "\n";
   for (const Rejection& r : plan.rejected) text += std::string("  not ") + to_string(r.family) + ": " + r.reason + "\n";
   return text;
 }

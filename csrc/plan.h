@@ -69,13 +69,20 @@ struct PersistentPlan {
   int groups;      // of one direction in one launch
   int directions;  // in one launch
   int launches;
-  int chunks, register_chunks, smem_chunks;  // of the weights, of one warp
+  int weight_bytes, weight_bytes_in_registers, weight_bytes_in_smem;  // of a block
   int smem_bytes;
 };
 
 struct Rejection {
   Family family;
   std::string reason;
+};
+
+// A family that could serve the problem, chosen or not, and what the cost model expects of it.
+struct Candidate {
+  Family family;
+  double us_per_step;
+  std::optional<PersistentPlan> persistent;
 };
 
 struct Plan {
@@ -87,6 +94,8 @@ struct Plan {
   double us_per_step;  // sum over kernels
   std::string reason;
   std::vector<Rejection> rejected;
+  std::vector<Candidate> candidates;
+  Family cheapest;  // of the candidates, by the cost model
 };
 
 // Throws std::invalid_argument if no family (or not the forced one) can serve the problem on the device; the message has the

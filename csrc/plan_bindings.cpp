@@ -49,7 +49,7 @@ py::dict to_dict(const Problem& problem, const KernelPlan& kernel) {
   return result;
 }
 
-py::dict to_dict(const Problem& problem, const PersistentPlan& plan) {
+py::dict to_dict(const PersistentPlan& plan) {
   py::dict result;
   result["math"] = kMaths[static_cast<int>(plan.math)];
   result["units"] = plan.unit_tiles * cuda::kTileUnits;
@@ -58,10 +58,9 @@ py::dict to_dict(const Problem& problem, const PersistentPlan& plan) {
   result["groups"] = plan.groups;
   result["directions"] = plan.directions;
   result["launches"] = plan.launches;
-  const cuda::PersistentShape shape{problem.cell, plan.math, plan.unit_tiles, problem.backward};
-  result["weight_registers"] = plan.register_chunks * cuda::m_tiles(shape) * 4;  // of a thread
-  result["register_chunks"] = plan.register_chunks;
-  result["smem_chunks"] = plan.smem_chunks;
+  result["weight_registers"] = plan.weight_bytes_in_registers / cuda::kPersistentThreads / 4;  // of a thread
+  result["weight_bytes_in_registers"] = plan.weight_bytes_in_registers;
+  result["weight_bytes_in_smem"] = plan.weight_bytes_in_smem;
   result["smem_bytes"] = plan.smem_bytes;
   return result;
 }
@@ -93,17 +92,26 @@ py::dict plan(const std::string& cell, const std::string& dtype, int64_t T, int6
   const Plan made = make_plan(problem, info, forced ? std::optional<Family>(parse_family(*forced)) : std::nullopt);
   py::list kernels;
   for (const KernelPlan& kernel : made.kernels) kernels.append(to_dict(problem, kernel));
+  py::dict candidates;
+  for (const Candidate& candidate : made.candidates) {
+    py::dict entry;
+    entry["us_per_step"] = candidate.us_per_step;
+    if (candidate.persistent) entry["persistent"] = to_dict(*candidate.persistent);
+    candidates[to_string(candidate.family)] = entry;
+  }
   py::dict rejected;
   for (const Rejection& rejection : made.rejected) rejected[to_string(rejection.family)] = rejection.reason;
   py::dict result;
   result["family"] = to_string(made.family);
   result["kernels"] = kernels;
-  if (made.persistent) result["persistent"] = to_dict(problem, *made.persistent);
+  if (made.persistent) result["persistent"] = to_dict(*made.persistent);
   result["overlapped_launches"] = made.pdl;
   result["workspace_bytes"] = made.workspace_bytes;
   result["us_per_step"] = made.us_per_step;
   result["reason"] = made.reason;
   result["rejected"] = rejected;
+  result["candidates"] = candidates;
+  result["cheapest"] = to_string(made.cheapest);
   result["text"] = to_string(made);
   return result;
 }

@@ -31,50 +31,73 @@ struct Fit {
   std::string reason;
 };
 
-// Multiply-adds per clock and SM.
-double math_rate(MathKind math) { return math == MathKind::kFp32 ? 128 : math == MathKind::kTf32 ? 256 : 512; }
+// Multiply-adds per clock and SM: tensor cores by mma.sync, which reaches 63% of Hopper's peak.
+double math_rate(MathKind math, int compute_capability) {
+  if (math == MathKind::kFp32) return compute_capability == 80 ? 64 : 128;
+  const double half = compute_capability == 80 ? 1024 : compute_capability == 90 || compute_capability == 100 ? 1290 : 512;
+  return math == MathKind::kTf32 ? half / 2 : half;
+}
 
-double step_us(const PersistentShape& shape, const PersistentPlan& plan, Family family) {
-  const bool grid = family == Family::kGrid;
-  const double state_bytes = cuda::exchange_words(shape, plan.slices) * (grid ? 8.0 : 4.0);
-  const double exchange = state_bytes / (grid ? kL2BytesPerClock : kSmemBytesPerClock);
-  const double weights =
-      double(plan.smem_chunks) * cuda::kPersistentWarps * cuda::m_tiles(shape) * cuda::kFragmentBytes / kSmemBytesPerClock;
-  const double products = double(cuda::chunk_count(shape, plan.slices)) * cuda::chunk_step(shape.math) *
-                          cuda::m_tiles(shape) * cuda::kTileUnits * cuda::kTileRows / math_rate(shape.math);
-  const double clocks = std::max(exchange, weights + products);
-  return plan.launches * plan.tiles * (kStepUs + clocks / (kClockGhz * 1e3)) +
-         plan.launches * (grid ? kL2HandOffUs : kClusterHandOffUs);
+// Clusters do not span the device's groups of SMs, of which some are incomplete: 7 clusters of 16 blocks fit an H100, 15 of 8.
+int64_t clusters_at_once(const DeviceInfo& device, int64_t blocks) {
+  const int64_t all = device.sm_count / blocks;
+  return std::max<int64_t>(1, blocks >= 8 ? all - 1 : all);
+}
+
+// Bytes that a block moves through its shared memory in a step, for one tile of rows; `grid`: without the exchange.
+double smem_traffic(const PersistentShape& s, const PersistentPlan& plan) {
+  const double weights = plan.weight_bytes_in_smem;
+  if (cuda::scatters(s)) {
+    const double own = cuda::scatter_chunks(s) * cuda::own_words(s.math) * 4.0;
+    return weights + (cuda::kPersistentWarps + 1) * own + 2 * 4.0 * cuda::scatter_floats(s, plan.slices);
+  }
+  const double sums = 2.0 * cuda::k_groups(s) * cuda::partial_floats(s) * 4;
+  const double states = s.cluster ? (1.0 + cuda::m_groups(s)) * cuda::exchange_words(s, plan.slices) * 4 : 0;
+  return weights + sums + states;
+}
+
+double step_us(const PersistentShape& s, const PersistentPlan& plan, const DeviceInfo& device) {
+  const double exchange = s.cluster ? 0 : cuda::exchange_words(s, plan.slices) * 8.0 / kL2BytesPerClock;
+  // Multiply-adds of a block: fragments of 16 rows by one chunk, times 8 batch rows.
+  const double fragments = plan.weight_bytes / double(cuda::kFragmentBytes);
+  const double products = fragments * cuda::kTileUnits * cuda::chunk_step(s.math) * cuda::kTileRows /
+                          math_rate(s.math, device.compute_capability);
+  // Products hide behind the reading of the weights, or that behind them; neither before the states have come.
+  const double clocks = std::max({exchange, smem_traffic(s, plan) / kSmemBytesPerClock, products});
+  return plan.launches *
+         (plan.tiles * (kStepUs + clocks / (kClockGhz * 1e3)) + (s.cluster ? kClusterHandOffUs : kL2HandOffUs));
 }
 
 // The largest number of batch tiles of a group, up to `wanted`, whose states fit the shared memory; 0: not even one.
-int fitting_tiles(const PersistentShape& shape, const DeviceInfo& device, int slices, int64_t wanted, bool cluster) {
+int fitting_tiles(const PersistentShape& shape, const DeviceInfo& device, int slices, int64_t wanted) {
   int tiles = static_cast<int>(std::min<int64_t>(wanted, cuda::kMaxBatchTiles));
-  while (tiles > 0 && cuda::persistent_smem(shape, slices, tiles, cluster).total > device.smem_per_block) --tiles;
+  while (tiles > 0 && cuda::persistent_smem(shape, slices, tiles).total > device.smem_per_block) --tiles;
   return tiles;
 }
 
 // Weights of one slice: registers and shared memory of the block are what a slice may use.
-std::string capacity_text(const PersistentShape& shape, const DeviceInfo& device, int slices, bool cluster) {
+std::string capacity_text(const PersistentShape& shape, const DeviceInfo& device, int slices) {
   char text[200];
   std::snprintf(text, sizeof text,
                 "%d blocks of %d units need %d bytes of shared memory each beside the registers, the device has %d", slices,
-                cuda::slice_units(shape), cuda::persistent_smem(shape, slices, 1, cluster).total, device.smem_per_block);
+                cuda::slice_units(shape), cuda::persistent_smem(shape, slices, 1).total, device.smem_per_block);
   return text;
 }
 
-void fill(PersistentPlan& plan, const PersistentShape& shape, bool cluster) {
+void fill(PersistentPlan& plan, const PersistentShape& shape) {
   plan.math = shape.math;
   plan.unit_tiles = shape.unit_tiles;
-  plan.chunks = cuda::chunks_per_warp(shape, plan.slices);
-  plan.smem_chunks = cuda::smem_chunks(shape, plan.slices);
-  plan.register_chunks = plan.chunks - plan.smem_chunks;
-  plan.smem_bytes = cuda::persistent_smem(shape, plan.slices, plan.tiles, cluster).total;
+  const cuda::FragmentCount fragments = cuda::fragment_count(shape, plan.slices);
+  constexpr int kBytes = cuda::kPersistentWarps * cuda::kFragmentBytes;
+  plan.weight_bytes = fragments.total * kBytes;
+  plan.weight_bytes_in_registers = fragments.in_registers * kBytes;
+  plan.weight_bytes_in_smem = fragments.in_smem * kBytes;
+  plan.smem_bytes = cuda::persistent_smem(shape, plan.slices, plan.tiles).total;
 }
 
 // All blocks of a launch run at once, one on each SM; what does not fit takes further launches.
 Fit fit_grid(const Problem& problem, const DeviceInfo& device, MathKind math) {
-  const PersistentShape shape{problem.cell, math, 1, problem.backward};
+  const PersistentShape shape{problem.cell, math, 1, problem.backward, false};
   Fit fit{};
   const int64_t slices = ceil_div(problem.H, cuda::slice_units(shape));
   if (slices > device.sm_count) {
@@ -86,15 +109,15 @@ Fit fit_grid(const Problem& problem, const DeviceInfo& device, MathKind math) {
   fit.plan.slices = static_cast<int>(slices);
   fit.plan.directions = at_once >= problem.D ? problem.D : 1;
   const int64_t most_groups = at_once / fit.plan.directions;
-  fit.plan.tiles = fitting_tiles(shape, device, fit.plan.slices, ceil_div(batch_tiles, most_groups), false);
+  fit.plan.tiles = fitting_tiles(shape, device, fit.plan.slices, ceil_div(batch_tiles, most_groups));
   if (fit.plan.tiles == 0) {
-    fit.reason = capacity_text(shape, device, fit.plan.slices, false);
+    fit.reason = capacity_text(shape, device, fit.plan.slices);
     return fit;
   }
   const int64_t groups = ceil_div(batch_tiles, fit.plan.tiles);
   fit.plan.groups = static_cast<int>(std::min(groups, most_groups));
   fit.plan.launches = static_cast<int>(ceil_div(groups, fit.plan.groups) * (problem.D / fit.plan.directions));
-  fill(fit.plan, shape, false);
+  fill(fit.plan, shape);
   return fit;
 }
 
@@ -102,7 +125,7 @@ Fit fit_grid(const Problem& problem, const DeviceInfo& device, MathKind math) {
 Fit fit_cluster(const Problem& problem, const DeviceInfo& device, MathKind math) {
   Fit fit{};
   for (int unit_tiles = 1; unit_tiles <= kLargestUnitTiles; ++unit_tiles) {
-    const PersistentShape shape{problem.cell, math, unit_tiles, problem.backward};
+    const PersistentShape shape{problem.cell, math, unit_tiles, problem.backward, true};
     const int64_t slices = ceil_div(problem.H, cuda::slice_units(shape));
     if (slices > device.max_cluster) {
       fit.reason = "needs a cluster of " + std::to_string(slices) + " blocks of " +
@@ -110,12 +133,11 @@ Fit fit_cluster(const Problem& problem, const DeviceInfo& device, MathKind math)
                    std::to_string(device.max_cluster);
       continue;
     }
-    const int64_t at_once = std::max<int64_t>(1, device.sm_count / slices),
-                  batch_tiles = ceil_div(problem.B, cuda::kTileRows);
-    const int64_t wanted = ceil_div(batch_tiles * problem.D, at_once);
-    const int tiles = fitting_tiles(shape, device, static_cast<int>(slices), wanted, true);
+    const int64_t batch_tiles = ceil_div(problem.B, cuda::kTileRows);
+    const int64_t wanted = ceil_div(batch_tiles * problem.D, clusters_at_once(device, slices));
+    const int tiles = fitting_tiles(shape, device, static_cast<int>(slices), wanted);
     if (tiles == 0) {
-      fit.reason = capacity_text(shape, device, static_cast<int>(slices), true);
+      fit.reason = capacity_text(shape, device, static_cast<int>(slices));
       continue;
     }
     fit.plan.slices = static_cast<int>(slices);
@@ -123,7 +145,7 @@ Fit fit_cluster(const Problem& problem, const DeviceInfo& device, MathKind math)
     fit.plan.groups = static_cast<int>(ceil_div(batch_tiles, tiles));
     fit.plan.directions = problem.D;
     fit.plan.launches = 1;
-    fill(fit.plan, shape, true);
+    fill(fit.plan, shape);
     return fit;
   }
   return fit;
@@ -158,7 +180,8 @@ std::string persistent_obstacle(const Problem& problem, const DeviceInfo& device
 
 void plan_persistent(const Problem& problem, const DeviceInfo& device, Plan& plan) {
   const Fit fit = fit_family(problem, device, plan.family);
-  const PersistentShape shape{problem.cell, fit.plan.math, fit.plan.unit_tiles, problem.backward};
+  const PersistentShape shape{problem.cell, fit.plan.math, fit.plan.unit_tiles, problem.backward,
+                              plan.family == Family::kCluster};
   plan.persistent = fit.plan;
   plan.pdl = false;
   plan.workspace_bytes = 0;
@@ -166,7 +189,7 @@ void plan_persistent(const Problem& problem, const DeviceInfo& device, Plan& pla
     plan.workspace_bytes =
         fit.plan.groups * fit.plan.directions * cuda::grid_exchange_bytes(shape, fit.plan.slices, fit.plan.tiles);
   }
-  plan.us_per_step = step_us(shape, fit.plan, plan.family);
+  plan.us_per_step = step_us(shape, fit.plan, device);
   plan.reason = std::string(to_string(plan.family)) + " is forced; it has run in the simulator only, never on a GPU";
 }
 
@@ -176,10 +199,10 @@ std::string to_string(const PersistentPlan& p) {
   std::snprintf(
       text, sizeof text,
       "  persistent: %s, %d launch%s of %d direction%s x %d group%s x %d blocks, each of %d units and %d tile%s of 8 "
-      "rows; of %d chunks of weights per warp %d in registers, %d in shared memory; %d bytes of shared memory\n",
+      "rows; of %d bytes of weights %d in registers, %d in shared memory; %d bytes of shared memory\n",
       kMathNames[static_cast<int>(p.math)], p.launches, p.launches == 1 ? "" : "es", p.directions,
       p.directions == 1 ? "" : "s", p.groups, p.groups == 1 ? "" : "s", p.slices, p.unit_tiles * cuda::kTileUnits, p.tiles,
-      p.tiles == 1 ? "" : "s", p.chunks, p.register_chunks, p.smem_chunks, p.smem_bytes);
+      p.tiles == 1 ? "" : "s", p.weight_bytes, p.weight_bytes_in_registers, p.weight_bytes_in_smem, p.smem_bytes);
   return text;
 }
 

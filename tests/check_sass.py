@@ -53,9 +53,9 @@ int main() {
               offsetof(ForwardSequence, p.weights[1].w_hh), offsetof(BackwardSequence, p.weights[0].w_hh),
               offsetof(BackwardSequence, p.weights[1].w_hh));
   for (int cell : {0, 3, 4}) for (int math = 1; math < 5; ++math) for (int tiles = 1; tiles < 5; ++tiles)
-    for (bool backward : {false, true}) {
-      const PersistentShape s{CellKind(cell), MathKind(math), tiles, backward};
-      std::printf(", \"%d %d %d %d\": %d", cell, math, tiles, backward, register_chunks(s) * m_tiles(s));
+    for (bool backward : {false, true}) for (bool cluster : {false, true}) {
+      const PersistentShape s{CellKind(cell), MathKind(math), tiles, backward, cluster};
+      std::printf(", \"%d %d %d %d %d\": %d", cell, math, tiles, backward, cluster, register_fragments(s));
     }
   std::printf("}\n");
 }
@@ -381,7 +381,7 @@ def check_kernel(kernel: Kernel, parameters: int, probe: dict) -> tuple[str, lis
             wrong.append(f"{name}: products outside of the time loop")
         quads = {tuple(registers(kernel.code[i].operands[1], 4)) for i in products}
         resident = {quad for quad in quads if quad and not set(quad) & written}
-        planned = probe[f"{cell} {math} {tiles} {backward}"]
+        planned = probe[f"{cell} {math} {tiles} {backward} {int('Cluster' in kernel.name)}"]
         figures += f"; {len(products)} {kernel.code[min(products)].opcode}, {len(resident)} of {planned} operands resident"
         if len(resident) < planned:
             wrong.append(f"{name}: {len(resident)} operands of weights stay in registers, {planned} are planned")

@@ -73,7 +73,7 @@ def test_forced_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert plan["ctas"] == held["blocks"] * held["groups"] * held["directions"]
         # The registers and the shared memory of all blocks of a group hold the weights: 4 gates, 256 x 256, 2 bytes.
         in_registers = held["blocks"] * 256 * held["weight_registers"] * 4
-        in_smem = held["blocks"] * 8 * held["smem_chunks"] * held["units"] // 16 * 4 * 512
+        in_smem = held["blocks"] * held["weight_bytes_in_smem"]
         assert in_registers + in_smem >= 4 * 256 * 256 * 2
         with pytest.raises(ValueError, match=f"kernel family {family} cannot serve this layer: {family} needs compute"):
             explain(lstm, x, device="T4")

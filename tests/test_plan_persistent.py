@@ -22,10 +22,15 @@ FITS = [
     ("A100", "grid", "lstm", 8, 1024, BF16, False, (1, 1, 64, 16, 1)),
     ("RTX 4090", "grid", "lstm", 8, 1024, BF16, False, (1, 1, 64, 16, 1)),
     ("H200", "cluster", "lstm", 8, 256, BF16, False, (1, 1, 16, 16, 1)),
-    ("H100", "cluster", "lstm", 128, 256, BF16, False, (1, 8, 16, 16, 2)),
+    ("H100", "cluster", "lstm", 128, 256, BF16, False, (1, 6, 16, 16, 3)),
     ("H100", "cluster", "lstm", 8, 512, BF16, False, (1, 1, 16, 32, 1)),
     ("H100", "cluster", "lstm", 8, 512, BF16, True, (1, 1, 16, 32, 1)),
     ("H100", "cluster", "rnn_tanh", 8, 768, BF16, False, (1, 1, 16, 48, 1)),
+    ("H100", "cluster", "lstm", 16, 768, F16, False, (1, 2, 16, 48, 1)),
+    ("H100", "cluster", "lstm", 16, 768, F16, True, (1, 2, 16, 48, 1)),
+    ("H200", "cluster", "gru", 16, 768, F16, True, (1, 2, 16, 48, 1)),
+    ("H100", "cluster", "lstm", 8, 512, F32, True, (1, 1, 16, 32, 1)),
+    ("RTX 5090", "cluster", "lstm", 8, 128, BF16, False, (1, 1, 8, 16, 1)),
     ("B200", "cluster", "gru", 8, 100, BF16, False, (1, 1, 7, 16, 1)),
     ("B200", "grid", "gru", 8, 2048, BF16, False, (1, 1, 128, 16, 1)),
 ]
@@ -107,3 +112,62 @@ def test_every_plan_fits_its_device() -> None:
                             launched = p["launches"] * p["directions"] // 2 * p["groups"] * p["tiles"] * 8
                             assert launched >= batch
     assert C
+
+
+def test_weights_of_cudnns_persistent_box() -> None:
+    """LSTM, H=768, 16 bit: 288 KiB of weights in each of 16 blocks, more than the shared memory holds."""
+    for backward, in_smem in ((False, 120), (True, 144)):
+        p = plan("H100", B=16, H=768, dtype=F16, backward=backward, forced="cluster")["persistent"]
+        assert p["weight_bytes_in_registers"] + p["weight_bytes_in_smem"] == 288 * 1024
+        assert p["weight_bytes_in_smem"] == in_smem * 1024
+        assert p["weight_registers"] == 288 - in_smem
+
+
+# device, cell, dtype, batch, hidden, backward: family -> us per step that the model expects; None: cannot serve it
+EXPECTED = [
+    ("A100", "lstm", F16, 8, 256, False, {"step": 3.2, "grid": 1.14}, "grid"),
+    ("A100", "lstm", F16, 8, 256, True, {"step": 3.4, "grid": 1.72}, "grid"),
+    ("A100", "lstm", F16, 16, 768, True, {"step": 5.61, "grid": 3.26}, "grid"),
+    ("A100", "lstm", F32, 64, 512, False, {"step": 5.28, "grid": 3.66}, "grid"),
+    ("A100", "lstm", F32, 64, 512, True, {"step": 9.0, "grid": 10.6}, "step"),
+    ("A100", "gru", BF16, 64, 1024, False, {"step": 7.06, "grid": 8.52}, "step"),
+    ("H100", "lstm", F16, 8, 256, False, {"step": 2.4, "grid": 1.14, "cluster": 0.6}, "cluster"),
+    ("H100", "lstm", F16, 8, 256, True, {"step": 2.4, "grid": 1.72, "cluster": 0.57}, "cluster"),
+    ("H100", "lstm", F16, 16, 768, True, {"step": 4.26, "grid": 3.26, "cluster": 1.48}, "cluster"),
+    ("H100", "lstm", F32, 64, 512, False, {"step": 3.99, "grid": 2.69, "cluster": 1.47}, "cluster"),
+    ("H100", "lstm", F32, 64, 512, True, {"step": 6.62, "grid": 7.32, "cluster": 2.49}, "cluster"),
+    ("H100", "gru", BF16, 64, 1024, False, {"step": 5.41, "grid": 4.63}, "grid"),
+    ("H200", "lstm", F16, 8, 256, False, {"step": 2.4, "grid": 1.14, "cluster": 0.6}, "cluster"),
+    ("H200", "lstm", F16, 8, 256, True, {"step": 2.4, "grid": 1.72, "cluster": 0.57}, "cluster"),
+    ("H200", "lstm", F16, 16, 768, True, {"step": 4.26, "grid": 3.26, "cluster": 1.48}, "cluster"),
+    ("H200", "lstm", F32, 64, 512, False, {"step": 3.99, "grid": 2.69, "cluster": 1.47}, "cluster"),
+    ("H200", "lstm", F32, 64, 512, True, {"step": 6.62, "grid": 7.32, "cluster": 2.49}, "cluster"),
+    ("H200", "gru", BF16, 64, 1024, False, {"step": 5.41, "grid": 4.63}, "grid"),
+    ("RTX 4090", "lstm", F16, 8, 256, False, {"step": 3.2, "grid": 1.14}, "grid"),
+    ("RTX 4090", "lstm", F16, 8, 256, True, {"step": 3.8, "grid": 1.72}, "grid"),
+    ("RTX 4090", "lstm", F16, 16, 768, True, {"step": 6.2, "grid": 3.26}, "grid"),
+    ("RTX 4090", "lstm", F32, 64, 512, False, {"step": 5.01, "grid": 2.69}, "grid"),
+    ("RTX 4090", "lstm", F32, 64, 512, True, {"step": 11.64, "grid": 7.32}, "grid"),
+    ("RTX 4090", "gru", BF16, 64, 1024, False, {"step": 6.36, "grid": 4.63}, "grid"),
+    ("B200", "lstm", F16, 8, 256, False, {"step": 2.4, "grid": 1.14, "cluster": 0.6}, "cluster"),
+    ("B200", "lstm", F16, 8, 256, True, {"step": 2.4, "grid": 1.72, "cluster": 0.57}, "cluster"),
+    ("B200", "lstm", F16, 16, 768, True, {"step": 4.0, "grid": 3.26, "cluster": 1.48}, "cluster"),
+    ("B200", "lstm", F32, 64, 512, False, {"step": 3.75, "grid": 2.69, "cluster": 1.47}, "cluster"),
+    ("B200", "lstm", F32, 64, 512, True, {"step": 6.62, "grid": 7.32, "cluster": 1.37}, "cluster"),
+    ("B200", "gru", BF16, 64, 1024, False, {"step": 5.06, "grid": 4.63}, "grid"),
+]
+
+
+@pytest.mark.parametrize("row", EXPECTED, ids=lambda row: "-".join(map(str, row[:6])))
+def test_expected_microseconds(row: tuple[Any, ...]) -> None:
+    """Frozen outputs of the cost model: a change of its constants or of a layout shows here. Not measurements."""
+    name, cell, dtype, batch, hidden, backward, expected, cheapest = row
+    result = plan(name, cell=cell, dtype=dtype, B=batch, H=hidden, backward=backward, training=True, allow_tf32=True)
+    found = {family: round(entry["us_per_step"], 2) for family, entry in result["candidates"].items()}
+    assert found == expected, result["text"]
+    assert result["cheapest"] == cheapest and f"cheapest: {cheapest}\n" in result["text"]
+    assert result["family"] == "step"
+    # What is no candidate has a reason of its own; what is one but not taken says that it has not run.
+    for family in {"cell", "step", "grid", "cluster"} - {"step"}:
+        never_run = "never run on a GPU yet" in result["rejected"][family]
+        assert never_run == (family in found)

@@ -1,45 +1,25 @@
-// The exchange of family `cluster`; exchange_grid.cuh says what an exchange is.
+// The exchanges of family `cluster`, by pushes into the shared memory of its blocks that a barrier of the receiver counts.
+// exchange_grid.cuh says what an exchange is. Barriers: [2][tile].
 #pragma once
 #include "persistent_math.cuh"
 
 namespace fused_rnn::cuda {
 
-// Into the shared memory of all blocks of a cluster, by pushes that a barrier of the receiver counts.
-// Memory: barriers [2][tile]; states [2][tile][chunk][word][lane], in which 16 bytes belong to one row and consecutive units.
-template <class Chunk>
-struct ClusterExchange {
-  static constexpr bool kCluster = true;
-  struct Packet {
-    uint32_t word[2];
-  };
-
+// The barriers of one block, one for each batch tile and each of the two buffers.
+struct ClusterBarriers {
   simt::MBarrier* barriers;
-  uint32_t* states;
-  int tiles, chunks, ranks;
+  int tiles;
+  int bytes;  // of one exchange
 
-  __device__ __forceinline__ ClusterExchange(const PersistentLaunch& l, PersistentShape shape, int) {
-    const PersistentSmem smem = persistent_smem(shape, l.slices, l.tiles, true);
-    barriers = reinterpret_cast<simt::MBarrier*>(simt::dynamic_smem() + smem.barriers);
-    states = reinterpret_cast<uint32_t*>(simt::dynamic_smem() + smem.exchange);
-    tiles = l.tiles;
-    chunks = chunk_count(shape, l.slices);
-    ranks = l.slices;
-  }
-
-  __device__ __forceinline__ int bytes() const { return chunks * 256; }
   __device__ __forceinline__ simt::MBarrier* barrier(int tile, int64_t step) const {
     return barriers + static_cast<int>(step & 1) * tiles + tile;
   }
-  __device__ __forceinline__ uint32_t* fragment(int tile, int chunk, int64_t step) const {
-    return states + ((static_cast<int>(step & 1) * tiles + tile) * chunks + chunk) * 64;
-  }
-
   // Nobody may push before all barriers of the cluster are ready, nor end while others may still push to it.
   __device__ __forceinline__ void start() {
     if (simt::thread_x() == 0) {
       for (int i = 0; i < 2 * tiles; ++i) {
         simt::mbarrier_init(barriers + i);
-        simt::mbarrier_expect(barriers + i, bytes());
+        simt::mbarrier_expect(barriers + i, bytes);
       }
     }
     simt::sync_cluster();
@@ -49,7 +29,34 @@ struct ClusterExchange {
   // The thread that saw the end of a phase announces the next phase of the same barrier.
   __device__ __forceinline__ void begin(int tile, int64_t step) {
     simt::mbarrier_wait(barrier(tile, step), static_cast<int>(step >> 1 & 1));
-    if (simt::thread_x() == 0) simt::mbarrier_expect(barrier(tile, step), bytes());
+    if (simt::thread_x() == 0) simt::mbarrier_expect(barrier(tile, step), bytes);
+  }
+};
+
+// Every state to all blocks.
+// Memory: [2][tile][chunk][word][lane], in which 16 bytes belong to one row and consecutive units.
+template <class Chunk>
+struct ClusterExchange : ClusterBarriers {
+  static constexpr bool kCluster = true;
+  struct Packet {
+    uint32_t word[2];
+  };
+
+  uint32_t* states;
+  int chunks, ranks;
+
+  __device__ __forceinline__ ClusterExchange(const PersistentLaunch& l, PersistentShape shape, int) {
+    const PersistentSmem smem = persistent_smem(shape, l.slices, l.tiles);
+    barriers = reinterpret_cast<simt::MBarrier*>(simt::dynamic_smem() + smem.barriers);
+    states = reinterpret_cast<uint32_t*>(simt::dynamic_smem() + smem.exchange);
+    tiles = l.tiles;
+    chunks = chunk_count(shape, l.slices);
+    bytes = chunks * 256;
+    ranks = l.slices;
+  }
+
+  __device__ __forceinline__ uint32_t* fragment(int tile, int chunk, int64_t step) const {
+    return states + ((static_cast<int>(step & 1) * tiles + tile) * chunks + chunk) * 64;
   }
   __device__ __forceinline__ void request(Packet& packet, int tile, int chunk, int64_t step) const {
     const uint32_t* words = fragment(tile, chunk, step) + simt::lane_id();
@@ -77,6 +84,47 @@ struct ClusterExchange {
     for (int rank = simt::lane_id() % kLanes; rank < ranks; rank += kLanes) {
       simt::store_async(simt::map_to_rank(target, rank), piece, simt::map_to_rank(barrier(tile, step), rank));
     }
+  }
+};
+
+// Partial sums to the blocks that own their units.
+// Memory: [2][tile][block that sent][row][unit of the slice] floats.
+struct ClusterScatter : ClusterBarriers {
+  float* sums;
+  int ranks, floats;  // of the blocks; of one block's sums for one tile
+
+  __device__ __forceinline__ ClusterScatter(const PersistentLaunch& l, PersistentShape shape) {
+    const PersistentSmem smem = persistent_smem(shape, l.slices, l.tiles);
+    barriers = reinterpret_cast<simt::MBarrier*>(simt::dynamic_smem() + smem.barriers);
+    sums = reinterpret_cast<float*>(simt::dynamic_smem() + smem.exchange);
+    tiles = l.tiles;
+    bytes = scatter_floats(shape, l.slices) * 4;
+    ranks = l.slices;
+    floats = kTileRows * slice_units(shape);
+  }
+
+  __device__ __forceinline__ float* received(int tile, int64_t step) const {
+    return sums + (static_cast<int>(step & 1) * tiles + tile) * ranks * floats;
+  }
+  // Place: row * units of a slice + unit.
+  __device__ __forceinline__ void push(const RowPiece& piece, int to, int place, int from, int tile, int64_t step) const {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = simt::float_bits(piece.v[i]);
+    simt::store_async(simt::map_to_rank(received(tile, step) + from * floats + place, to), words,
+                      simt::map_to_rank(barrier(tile, step), to));
+  }
+  // The sum over all blocks, in their order: even and odd ones apart, so that half of the additions wait for each other.
+  __device__ __forceinline__ float sum(int place, int tile, int64_t step) const {
+    const float* from = received(tile, step) + place;
+    float even = 0.0f, odd = 0.0f;
+#pragma unroll 4
+    for (int rank = 0; rank + 1 < ranks; rank += 2) {
+      even += from[rank * floats];
+      odd += from[(rank + 1) * floats];
+    }
+    if (ranks % 2) even += from[(ranks - 1) * floats];
+    return even + odd;
   }
 };
 

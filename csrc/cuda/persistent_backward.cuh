@@ -5,7 +5,8 @@
 // elements, carry and the gradient of c in fp32 in shared memory that no other thread touches. At first they are dh_n and dc_n;
 // a step before which the row was reset, or at which it is inactive, publishes zeros for d_rg. Then dh[t] is complete without
 // a case for the end of a row, and what remains after the first step is the gradient of the initial state.
-// Exchange k holds the gradients made at the k-th step of the backward scan; the product after it is part of step k + 1.
+// Exchange k belongs to the k-th step of the backward scan. With the gather product it carries d_rg, and the product is part of
+// step k + 1; with the scatter product it carries the product.
 #pragma once
 #include "persistent_forward.cuh"
 
@@ -28,8 +29,7 @@ struct PersistentBackward : BlockElements<G> {
 
   const BackwardParams& p;
 
-  __device__ __forceinline__ PersistentBackward(const BackwardSequence& s, const BlockPlace& place,
-                                                PersistentProduct<G>& weights)
+  __device__ __forceinline__ PersistentBackward(const BackwardSequence& s, const BlockPlace& place, ProductOf<G>& weights)
       : Base{s.p.seq, s.p.H, place, weights, s.l.tiles}, p(s.p) {}
 
   __device__ __forceinline__ float& carry(const Place& e, int tile) const { return Base::kept(0, e, tile); }
@@ -75,7 +75,16 @@ struct PersistentBackward : BlockElements<G> {
     }
   }
 
-  // One element: adds the product (if there was one), applies the derivative, publishes, stores.
+  // d_rg of exchange k - 1 times W_hh, of one element.
+  __device__ __forceinline__ float product_sum(const Place& e, int tile, int64_t k, int buffer) const {
+    if constexpr (G::kScatters) {
+      return product.sum(e.unit, e.b, tile, k - 1);
+    } else {
+      return product.sum(buffer, 0, e.unit, e.b);
+    }
+  }
+
+  // One element: adds the product (if there was one), applies the derivative, hands d_rg to the next product, stores.
   __device__ __forceinline__ void finish(const Place& e, int tile, int64_t k, const Element& x, int buffer) {
     const int64_t t = time(k);
     float d[C::kSlots] = {};
@@ -84,7 +93,7 @@ struct PersistentBackward : BlockElements<G> {
       was_active = active(e, tile, t);
       from_zero = was_active && is_reset(p.seq, memory_row(e, tile, t));
       float dh = carry(e, tile), bypass = 0.0f;
-      if (k > 0) dh += product.sum(buffer, 0, e.unit, e.b);
+      if (k > 0) dh += product_sum(e, tile, k, buffer);
       if (was_active) {
         float dc_state = C::kHasC ? dc(e, tile) : 0.0f;
         C::backward(p.cell, x.a, x.h_prev, x.c_prev, x.c, x.h, dh + x.dy, dc_state, d, bypass);
@@ -99,7 +108,12 @@ struct PersistentBackward : BlockElements<G> {
     for (int slot = 0; slot < C::kSlots; ++slot) stored[slot] = simt::from_float<Storage>(d[slot]);
 #pragma unroll
     for (int g = 0; g < C::kGates; ++g) {
-      publish(e, tile, k, g, from_zero ? 0.0f : simt::to_float(stored[C::kSlots - C::kGates + g]));
+      const float d_rg = from_zero ? 0.0f : simt::to_float(stored[C::kSlots - C::kGates + g]);
+      if constexpr (G::kScatters) {
+        if (e.mine) product.put(buffer, g, e.unit, e.b, d_rg);
+      } else {
+        publish(e, tile, k, g, d_rg);
+      }
     }
     if (!exists(e, tile) || (!was_active && p.seq.offsets)) return;
     auto* d_gates = static_cast<Storage*>(p.d_gates) + gate_index(e, memory_row(e, tile, t));
@@ -107,10 +121,22 @@ struct PersistentBackward : BlockElements<G> {
     for (int slot = 0; slot < C::kSlots; ++slot) d_gates[slot * p.H] = stored[slot];
   }
 
+  // Until product_sum is there; with the gather product, this makes it.
+  __device__ __forceinline__ void await_product(int tile, int64_t k, int buffer) const {
+    if constexpr (G::kScatters) {
+      product.exchange.begin(tile, k - 1);
+    } else {
+      typename ProductOf<G>::Sums sums;
+      product.run(sums, tile, k - 1);
+      product.store_sums(sums, buffer);
+      simt::sync_block();
+    }
+  }
+
   // After the product with the gradients of the first step.
   __device__ __forceinline__ void end(const Place& e, int tile, int buffer) const {
     if (!exists(e, tile)) return;
-    const float dh = carry(e, tile) + product.sum(buffer, 0, e.unit, e.b);
+    const float dh = carry(e, tile) + product_sum(e, tile, p.seq.T, buffer);
     static_cast<Storage*>(p.d_h0)[state_index(e, tile)] = simt::from_float<Storage>(dh);
     if constexpr (C::kHasC) static_cast<Storage*>(p.d_c0)[state_index(e, tile)] = simt::from_float<Storage>(dc(e, tile));
   }
@@ -121,7 +147,7 @@ __device__ __forceinline__ void persistent_backward(const BackwardSequence& s) {
   using Place = ElementPlace<G>;
   using Element = typename PersistentBackward<G>::Element;
   const BlockPlace block = block_place(s.l, s.p.seq.B);
-  PersistentProduct<G> product(block.dir ? s.p.weights[1].w_hh : s.p.weights[0].w_hh, s.p.H, s.l, block.slice, block.group);
+  ProductOf<G> product(block.dir ? s.p.weights[1].w_hh : s.p.weights[0].w_hh, s.p.H, s.l, block.slice, block.group);
   PersistentBackward<G> backward(s, block, product);
 
   for (int i = simt::thread_x(); i < block.tiles * kTileRows; i += kPersistentThreads) {
@@ -142,18 +168,19 @@ __device__ __forceinline__ void persistent_backward(const BackwardSequence& s) {
       for (int i = 0; i < Place::kPerThread; ++i) {
         if (!last) backward.load(Place(tile, i), tile, backward.time(k), elements[i]);
       }
-      if (k > 0) {
-        typename PersistentProduct<G>::Sums sums;
-        product.run(sums, tile, k - 1);
-        product.store_sums(sums, buffer);
-        simt::sync_block();
-      }
+      if (k > 0) backward.await_product(tile, k, buffer);
 #pragma unroll
       for (int i = 0; i < Place::kPerThread; ++i) {
         if (last) {
           backward.end(Place(tile, i), tile, buffer);
         } else {
           backward.finish(Place(tile, i), tile, k, elements[i], buffer);
+        }
+      }
+      if constexpr (G::kScatters) {
+        if (!last) {
+          simt::sync_block();
+          product.run(buffer, tile, k);
         }
       }
       buffer ^= 1;
@@ -164,7 +191,7 @@ __device__ __forceinline__ void persistent_backward(const BackwardSequence& s) {
 
 template <class G>
 __global__ void __launch_bounds__(kPersistentThreads, 1) persistent_backward_kernel(const BackwardSequence s) {
-  if constexpr (simt::arch() >= (G::Exchange::kCluster ? 900 : 800)) persistent_backward<G>(s);
+  if constexpr (simt::arch() >= (G::kCluster ? 900 : 800)) persistent_backward<G>(s);
 }
 
 }  // namespace fused_rnn::cuda

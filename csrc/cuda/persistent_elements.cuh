@@ -1,7 +1,10 @@
 // Elements of a block: hidden units of its slice times batch rows of its group, and which thread finishes each.
 #pragma once
+#include <type_traits>
+
 #include "cell_device.cuh"
 #include "persistent_product.cuh"
+#include "persistent_scatter.cuh"
 
 namespace fused_rnn::cuda {
 
@@ -41,6 +44,9 @@ struct ElementPlace {
   }
 };
 
+template <class G>
+using ProductOf = std::conditional_t<G::kScatters, ScatterProduct<G>, PersistentProduct<G>>;
+
 // What forward and backward ask about elements. A thread keeps two fp32 values of each of its elements in shared memory.
 template <class G>
 struct BlockElements {
@@ -51,7 +57,7 @@ struct BlockElements {
   const Sequence& seq;
   int64_t H;
   const BlockPlace& block;
-  PersistentProduct<G>& product;
+  ProductOf<G>& product;
   int tiles;  // of the memory for states
 
   __device__ __forceinline__ int64_t unit_of(const Place& e) const { return block.slice * G::kUnits + e.unit; }

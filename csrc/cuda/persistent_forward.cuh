@@ -167,7 +167,7 @@ __device__ __forceinline__ void persistent_forward(const ForwardSequence& s) {
 
 template <class G>
 __global__ void __launch_bounds__(kPersistentThreads, 1) persistent_forward_kernel(const ForwardSequence s) {
-  if constexpr (simt::arch() >= (G::Exchange::kCluster ? 900 : 800)) persistent_forward<G>(s);
+  if constexpr (simt::arch() >= (G::kCluster ? 900 : 800)) persistent_forward<G>(s);
 }
 
 }  // namespace fused_rnn::cuda

@@ -6,6 +6,9 @@
 //   place(k, b)       lane and word (0 or 1) at which the state of unit k of a chunk and row b is consumed
 //   multiply(acc, a, x, scratch)   kTiles fragments; x: the lane's 2 words of the state; scratch: see persistent.h
 //   store(acc, partial)            writes a warp's sums to [batch row][unit], rows of kPartialPitch floats
+//   put(own, k, b, value)          writes one element of a chunk to its own_words(); others read them after a barrier by
+//   multiply_own(acc, a, own)      kTiles fragments
+//   rows(acc)                      reorders the sums: the lane's 4 units from `unit` on of batch row `b`
 #pragma once
 #include "fragments.cuh"
 #include "persistent.h"
@@ -16,9 +19,38 @@ struct FragmentPlace {
   int lane, word;
 };
 
-// Accumulators as mma.sync leaves them.
+// Four consecutive units of one batch row.
+struct RowPiece {
+  int unit, b;
+  float v[4];
+};
+
+// Transposes 4 x 4 values, v[i] of each of four lanes whose numbers differ in the bits kBit and 2 * kBit: lane i of the four
+// gets the v[i] of all, in order.
+template <int kBit>
+__device__ __forceinline__ void transpose_lanes(float (&v)[4]) {
+  const bool odd = simt::lane_id() & kBit, upper = simt::lane_id() & 2 * kBit;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const float other = simt::shuffle_xor(odd ? v[i] : v[i + 1], kBit);
+    (odd ? v[i] : v[i + 1]) = other;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float other = simt::shuffle_xor(upper ? v[i] : v[i + 2], 2 * kBit);
+    (upper ? v[i] : v[i + 2]) = other;
+  }
+}
+
+// Accumulators as mma.sync leaves them: lane l has units l / 4 and 8 further, rows 2 (l % 4) and the next.
 struct MmaSums {
   static constexpr int kAcc = 4;
+  static __device__ __forceinline__ RowPiece rows(const float (&acc)[kAcc]) {
+    const int lane = simt::lane_id(), i = lane / 4 % 4;
+    RowPiece piece{lane / 16 * 4 + i / 2 * 8, 2 * (lane % 4) + i % 2, {acc[0], acc[1], acc[2], acc[3]}};
+    transpose_lanes<4>(piece.v);
+    return piece;
+  }
   static __device__ __forceinline__ void store(const float (&acc)[kAcc], float* partial) {
 #pragma unroll
     for (int i = 0; i < kAcc; ++i) partial[MmaLayout::batch(i) * kPartialPitch + MmaLayout::unit(i)] = acc[i];
@@ -45,6 +77,16 @@ struct HalfChunk : MmaSums {
            static_cast<uint32_t>(simt::from_float<Storage>(high).bits) << 16;
   }
   static __device__ __forceinline__ FragmentPlace place(int k, int b) { return {b * 4 + k % 8 / 2, k / 8}; }
+  static __device__ __forceinline__ void put(uint32_t* own, int k, int b, float value) {
+    const FragmentPlace at = place(k, b);
+    reinterpret_cast<Storage*>(own)[(at.word * 32 + at.lane) * 2 + k % 2] = simt::from_float<Storage>(value);
+  }
+  template <int kTiles>
+  static __device__ __forceinline__ void multiply_own(float (&acc)[kTiles][kAcc], const uint32_t (&a)[kTiles][4],
+                                                      const uint32_t* own) {
+    const uint32_t x[2] = {own[simt::lane_id()], own[32 + simt::lane_id()]};
+    multiply(acc, a, x, nullptr);
+  }
 
   template <int kTiles>
   static __device__ __forceinline__ void multiply(float (&acc)[kTiles][kAcc], const uint32_t (&a)[kTiles][4],
@@ -72,6 +114,16 @@ struct Tf32Chunk : MmaSums {
   }
   static __device__ __forceinline__ uint32_t pack(float value, float) { return simt::to_tf32(value); }
   static __device__ __forceinline__ FragmentPlace place(int k, int b) { return {b * 4 + k % 4, k / 4}; }
+  static __device__ __forceinline__ void put(uint32_t* own, int k, int b, float value) {
+    const FragmentPlace at = place(k, b);
+    own[at.word * 32 + at.lane] = simt::to_tf32(value);
+  }
+  template <int kTiles>
+  static __device__ __forceinline__ void multiply_own(float (&acc)[kTiles][kAcc], const uint32_t (&a)[kTiles][4],
+                                                      const uint32_t* own) {
+    const uint32_t x[2] = {own[simt::lane_id()], own[32 + simt::lane_id()]};
+    multiply(acc, a, x, nullptr);
+  }
 
   template <int kTiles>
   static __device__ __forceinline__ void multiply(float (&acc)[kTiles][kAcc], const uint32_t (&a)[kTiles][4],
@@ -105,7 +157,16 @@ struct Fp32Chunk {
     scratch[place] = simt::bits_float(x[0]);
     scratch[kHalf + place] = simt::bits_float(x[1]);
     simt::sync_warp();
-    const float* state = scratch + lane / 16 * kHalf;
+    multiply_own(acc, a, reinterpret_cast<const uint32_t*>(scratch));
+  }
+
+  static __device__ __forceinline__ void put(uint32_t* own, int k, int b, float value) {
+    own[k / 4 * kHalf + k % 4 * kTileRows + b] = simt::float_bits(value);
+  }
+  template <int kTiles>
+  static __device__ __forceinline__ void multiply_own(float (&acc)[kTiles][kAcc], const uint32_t (&a)[kTiles][4],
+                                                      const uint32_t* own) {
+    const float* state = reinterpret_cast<const float*>(own) + simt::lane_id() / 16 * kHalf;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const auto low = simt::load_vec<4>(state + i * kTileRows), high = simt::load_vec<4>(state + i * kTileRows + 4);
@@ -122,12 +183,28 @@ struct Fp32Chunk {
   }
 
   static __device__ __forceinline__ void store(const float (&acc)[kAcc], float* partial) {
+    float sums[4];
+    add_halves(acc, sums);
+    float* row = partial + simt::lane_id() / 16 * 4 * kPartialPitch + simt::lane_id() % 16;
+#pragma unroll
+    for (int b = 0; b < 4; ++b) row[b * kPartialPitch] = sums[b];
+  }
+  static __device__ __forceinline__ RowPiece rows(const float (&acc)[kAcc]) {
+    const int lane = simt::lane_id();
+    RowPiece piece{lane % 16 / 4 * 4, lane / 16 * 4 + lane % 4, {}};
+    add_halves(acc, piece.v);
+    transpose_lanes<1>(piece.v);
+    return piece;
+  }
+
+ private:
+  // Both halves of k: rows 0 to 3 in the lower lanes, 4 to 7 in the upper.
+  static __device__ __forceinline__ void add_halves(const float (&acc)[kAcc], float (&sums)[4]) {
     const bool upper = simt::lane_id() >= 16;
-    float* row = partial + (upper ? 4 : 0) * kPartialPitch + simt::lane_id() % 16;
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
       const float mine = upper ? acc[b + 4] : acc[b], others = upper ? acc[b] : acc[b + 4];
-      row[b * kPartialPitch] = mine + simt::shuffle_xor(others, 16);
+      sums[b] = mine + simt::shuffle_xor(others, 16);
     }
   }
 };

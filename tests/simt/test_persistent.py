@@ -17,6 +17,7 @@ KIB = 1024
 test_kernels.DEVICES["FOUR"] = DeviceInfo(90, 4, 227 * KIB, 228 * KIB, 65536, 2048, 50 << 20, 16)
 test_kernels.DEVICES["SMALL"] = DeviceInfo(90, 40, 100 * KIB, 101 * KIB, 65536, 2048, 50 << 20, 4)
 test_kernels.DEVICES["CLUSTERS_OF_4"] = DeviceInfo(90, 40, 227 * KIB, 228 * KIB, 65536, 2048, 50 << 20, 4)
+test_kernels.DEVICES["CLUSTERS_OF_8"] = DeviceInfo(90, 40, 227 * KIB, 228 * KIB, 65536, 2048, 50 << 20, 8)
 
 F32 = torch.float32
 ARITHMETIC = [(F32, False), (F32, True), (torch.float16, False), (torch.bfloat16, False)]
@@ -79,6 +80,13 @@ def shared_weights() -> Iterator[Simulated]:
     yield Simulated(Case("GRU", steps=2, batch=3, hidden=267), 1, "grid")
     yield Simulated(Case("LSTM", steps=2, batch=3, hidden=517), 1, "grid", tf32=True)
     yield Simulated(Case("LSTM", steps=2, batch=3, hidden=190), 1, "cluster", "CLUSTERS_OF_4", tf32=True)
+    yield Simulated(Case("LSTM", steps=2, batch=3, hidden=285), 1, "cluster", "CLUSTERS_OF_8", tf32=True)
+
+
+def whole_chip() -> Iterator[Simulated]:
+    """The largest layers that 16 blocks hold."""
+    for cell, dtype in (("LSTM", torch.float16), ("LSTM", torch.bfloat16), ("GRU", torch.float16)):
+        yield Simulated(Case(cell, steps=2, batch=3, hidden=768, dtype=dtype), 1, "cluster")
 
 
 ALL = [*many_seeds(), *options(), *groups(), *wide_blocks(), *shared_weights()]
@@ -87,7 +95,7 @@ ALL = [*many_seeds(), *options(), *groups(), *wide_blocks(), *shared_weights()]
 # Every third case is run by default: 3 has no factor in common with the four kinds of arithmetic that the lists cycle
 # through, so all of them, and all cells, are among them.
 DEFAULT = ALL[::3]
-OTHERS = [s for index, s in enumerate(ALL) if index % 3]
+OTHERS = [*(s for index, s in enumerate(ALL) if index % 3), *whole_chip()]
 
 
 @pytest.mark.parametrize("simulated", DEFAULT, ids=str)
