@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import fused_rnn
 from fused_rnn import _backend, bench
 from fused_rnn.__main__ import main, parser
 from fused_rnn.bench import timing
@@ -214,6 +218,63 @@ def test_the_script_is_the_command() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "--budget" in done.stdout
+
+
+class StandInEvent:
+    """torch.cuda.Event without CUDA."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: StandInEvent) -> float:
+        return (end.at - self.at) * 1e3
+
+
+@pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the compiled extension")
+@pytest.mark.parametrize("forced", [None, "grid"])
+def test_the_gpu_path_with_a_stand_in_for_cuda(
+    forced: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Everything that --device cuda does but the kernels: sides, families, memory, floor, lines. On CPU tensors."""
+    if forced:  # as if the planner chose a persistent family by itself
+        monkeypatch.setenv("FUSED_RNN_PLAN", forced)
+    for name in ("modules", "inputs"):
+        original = getattr(BenchCase, name)
+        monkeypatch.setattr(BenchCase, name, lambda self, device, original=original: original(self, "cpu"))
+    cuda = torch.cuda
+    monkeypatch.setattr(cuda, "Event", StandInEvent)
+    monkeypatch.setattr(cuda, "get_device_properties", lambda index: types.SimpleNamespace(name="Stand-in"))
+    monkeypatch.setattr(cuda, "get_device_capability", lambda: (9, 0))
+    for name, value in (("synchronize", None), ("reset_peak_memory_stats", None), ("memory_allocated", 100)):
+        monkeypatch.setattr(cuda, name, lambda value=value: value)
+    monkeypatch.setattr(cuda, "max_memory_allocated", lambda: 400)
+    monkeypatch.setattr(fused_rnn, "explain", functools.partial(fused_rnn.explain, device="H100"))
+    monkeypatch.setattr(timing, "MOST_ROUNDS", timing.FEWEST_ROUNDS)
+    cases = [BenchCase(c, d, m, 5, 3, 16, 16, lengths=ragged) for c, d, m, ragged in
+             (("LSTM", "fp32", "training", "dense"), ("GRU", "bf16", "inference", "ragged"))]  # fmt: skip
+    monkeypatch.setattr(bench, "gpu_cases", lambda: iter(cases))
+    switches = torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32
+    try:
+        lines = bench.main(parser().parse_args(["bench", "--device", "cuda", "--budget", "60"]))
+    finally:
+        torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32 = switches
+    expected = ["torch.nn", "step"] if forced else ["torch.nn"]
+    assert [line["baseline"] for line in lines] == expected * 2
+    for line in lines:
+        assert tuple(line)[: len(bench.FIELDS)] == bench.FIELDS and json.loads(json.dumps(line)) == line
+        assert line["device"] == "Stand-in" and line["peak_bytes"] == line["baseline_peak_bytes"] == 300
+        assert line["floor_us_per_step"] > 0 and line["threads"] is None
+        plan = line["plan"]
+        assert plan["backend"] == "cuda" and plan["forward"]["family"] == (forced or "step")
+        assert plan["forward"]["smem_bytes"] > 0 and plan["forward"]["expected_us_per_step"] > 0
+        assert ("backward" in plan) == (line["mode"] == "training")
+    assert "100%" in capsys.readouterr().out
 
 
 @pytest.mark.gpu

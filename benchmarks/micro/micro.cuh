@@ -6,29 +6,13 @@
 #include <cstdlib>
 #include <simt.cuh>
 #include <string>
+#include <ticks.cuh>
 #include <vector>
 
 namespace micro {
 
 using fused_rnn::simt::check;
 namespace simt = fused_rnn::simt;
-
-// What one thread measured around its loop.
-struct Ticks {
-  long long clocks;
-  unsigned long long nanoseconds;
-};
-
-__device__ __forceinline__ unsigned long long nanoseconds() {
-  unsigned long long now;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-  return now;
-}
-__device__ __forceinline__ Ticks now() { return {clock64(), nanoseconds()}; }
-__device__ __forceinline__ void store_elapsed(Ticks* to, Ticks start) {
-  const Ticks end = now();
-  *to = {end.clocks - start.clocks, end.nanoseconds - start.nanoseconds};
-}
 
 // Device memory, zeroed; a benchmark keeps it to its end.
 template <class T>

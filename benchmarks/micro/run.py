@@ -27,7 +27,16 @@ TIMEOUT = 60  # seconds for one program: each takes a few
 def build(name: str, arch: str, target: Path) -> None:
     """Compiles one program; exits with nvcc's output if that fails."""
     nvcc, includes = find_nvcc()
-    command = [nvcc, "-std=c++17", "-O3", f"-arch={arch}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}", *includes]
+    command = [
+        nvcc,
+        "-std=c++17",
+        "-O3",
+        f"-arch={arch}",
+        f"-I{ROOT / 'csrc'}",
+        f"-I{ROOT / 'csrc' / 'cuda'}",
+        f"-I{FOLDER}",
+        *includes,
+    ]
     done = subprocess.run([*command, str(FOLDER / f"{name}.cu"), "-o", str(target)], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name}.cu does not compile for {arch}:\n{done.stdout}{done.stderr}")

@@ -88,7 +88,8 @@ def plan_of(module: torch.nn.Module, x: Any, mode: str) -> dict[str, Any]:
         figures = {key: held[key] for key in kept} if held else {}
         if not held:
             kernel = plan["kernels"][-1]
-            figures = {key: kernel[key] for key in ("units", "batch", "grid", "threads", "stages", "smem_bytes", "math")}
+            figures = {key: kernel[key] for key in ("units", "batch", "threads", "stages", "smem_bytes", "math")}
+            figures["grid"] = list(kernel["grid"])
         result[name] = {"family": plan["family"], "expected_us_per_step": round(plan["us_per_step"], 3), **figures}
     return result
 
