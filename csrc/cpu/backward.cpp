@@ -140,7 +140,7 @@ int64_t BackwardScan<A>::layout(void* base) {
   thread.take<const A*>(team_rows_);
   thread.take<BackwardRow<A>>(team_rows_);
   thread.take<StoreRow<A>>(team_rows_);
-  thread.take<char>(kTileBytes);
+  thread.take<char>(2 * kTileBytes);
   split_room_.take(thread);
   thread_bytes_ = thread.used();
   threads_ = arena.take<char>(thread_bytes_ * plan_.threads());
@@ -165,7 +165,7 @@ typename BackwardScan<A>::Worker BackwardScan<A>::make_worker(int thread, int d,
   w.pointers = arena.take<const A*>(team_rows_);
   w.rows = arena.take<BackwardRow<A>>(team_rows_);
   w.store_rows = arena.take<StoreRow<A>>(team_rows_);
-  w.tile = reinterpret_cast<A*>(arena.take<char>(kTileBytes));
+  w.tile = reinterpret_cast<A*>(arena.take<char>(2 * kTileBytes));
   w.split = split_room_.take(arena);
   return w;
 }

@@ -167,7 +167,7 @@ int64_t ForwardScan<A>::layout(void* base) {
   thread.take<const A*>(chunk_rows);
   thread.take<ForwardRow<A>>(team_rows_);
   thread.take<StoreRow<A>>(team_rows_);
-  thread.take<char>(kTileBytes);
+  thread.take<char>(2 * kTileBytes);
   split_room_.take(thread);
   thread_bytes_ = thread.used();
   threads_ = arena.take<char>(thread_bytes_ * plan_.threads());
@@ -220,7 +220,7 @@ typename ForwardScan<A>::Worker ForwardScan<A>::make_worker(int thread, int d, T
   w.pointers = arena.take<const A*>(chunk_rows);
   w.rows = arena.take<ForwardRow<A>>(team_rows_);
   w.store_rows = arena.take<StoreRow<A>>(team_rows_);
-  w.tile = reinterpret_cast<A*>(arena.take<char>(kTileBytes));
+  w.tile = reinterpret_cast<A*>(arena.take<char>(2 * kTileBytes));
   w.split = split_room_.take(arena);
   w.weights = weights_[d];
   return w;

@@ -209,7 +209,8 @@ void product(const SplitCall& call) {
   FUSED_RNN_START(3);
   const int64_t quarter = call.prefetch.step / kVectors;
   const char *next = call.prefetch.from, *stop = next + quarter;
-  for (int64_t block = split_blocks(call.depth); block > 0; --block) {
+  const int64_t blocks = split_blocks(call.depth);
+  for (int64_t block = 0; block < blocks; ++block) {
     _tile_loadd(4, rows, 64);
     if constexpr (kRowParts > 1) _tile_loadd(5, rows + kSplitTile, 64);
     if constexpr (kRowParts > 2) _tile_loadd(6, rows + 2 * kSplitTile, 64);
@@ -219,6 +220,7 @@ void product(const SplitCall& call) {
     FUSED_RNN_MULTIPLY(2);
     FUSED_RNN_MULTIPLY(3);
     panel += kVectors * kPanelParts * kSplitTile;
+    if (call.background.run) call.background.run(call.background.context, block, blocks);
   }
   FUSED_RNN_STORE(0);
   FUSED_RNN_STORE(1);
@@ -296,6 +298,10 @@ void product_of_two(const SplitCall& call, int vector) {
     rows += kRowParts * kSplitTile;
     more_rows += kRowParts * kSplitTile;
     panel += call.vectors * kPanelParts * kSplitTile;
+    if (call.background.run) {
+      const int64_t rounds = blocks * call.vectors / 2;
+      call.background.run(call.background.context, blocks * vector / 2 + block, rounds);
+    }
   }
   _tile_stored(0, out, out_stride);
   _tile_stored(1, out + kSplitColumns, out_stride);

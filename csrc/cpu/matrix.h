@@ -156,7 +156,8 @@ struct SplitRows {
 // goes (an address and a stride), done(first_row, rows, panel, address, stride) is called when it is there.
 template <class A, class Place, class Done>
 void for_split_blocks(const Kernels<A>& kernels, const Matrix<A>& m, const A* init, const A* const* rows, int64_t n,
-                      int64_t first, int64_t last, const SplitRows& scratch, Place&& place, Done&& done) {
+                      int64_t first, int64_t last, const SplitRows& scratch, const Background& background, Place&& place,
+                      Done&& done) {
   if constexpr (sizeof(A) == sizeof(float)) {
     const bool matrix_infinite = m.infinite->load(std::memory_order_relaxed);
     const int64_t blocks = std::min(scratch.blocks, scratch.elements / m.row_block_elements());
@@ -185,7 +186,8 @@ void for_split_blocks(const Kernels<A>& kernels, const Matrix<A>& m, const A* in
           kernels.split->gemm(
               {m.shape.depth, m.parts, scratch.packed + block * m.row_block_elements(), count, m.shape.vectors_of(p), panel,
                init ? init + column : nullptr, /*add=*/false, out, stride,
-               prefetch_share(next, panel_bytes, calls, std::min(call++, calls - 1), split_blocks(m.shape.depth))});
+               prefetch_share(next, panel_bytes, calls, std::min(call++, calls - 1), split_blocks(m.shape.depth)),
+                               background});
           for (int r = 0; r < count; ++r) {
             if (scratch.infinite[block + r / kSplitRows] >> r % kSplitRows & 1) {
               multiply_infinite(kernels, m, init, rows[group + begin + r], p, out + r * stride);
@@ -204,21 +206,47 @@ void for_split_blocks(const Kernels<A>& kernels, const Matrix<A>& m, const A* in
   }
 }
 
-// For panels [first, last), panel group by panel group, then row block by row block: fills a tile (kTileBytes) and calls
-// f(first_row, rows, first_panel, last_panel, tile, tile_stride).
+// Room for a tile; a scan has two of them.
 constexpr int64_t kTileBytes = int64_t{kMaxTileRows} * kMaxTilePanels * kMaxTileVectors * kMaxVectorBytes;
 static_assert(kTileBytes >= 2 * kSplitRows * kMaxTileVectors * kMaxVectorBytes);
+
+// for_tiles of a split matrix: f runs on a tile's rows while the matrix unit makes the next tile.
+template <class A, class F>
+void for_pipelined_tiles(const Kernels<A>& kernels, const Matrix<A>& m, const A* init, const A* const* rows, int64_t n,
+                         int64_t first, int64_t last, A* tile, const SplitRows& scratch, F& f) {
+  struct Pending {
+    F& f;
+    int64_t begin = 0, count = 0, panel = 0, stride = 0;
+    const A* tile = nullptr;
+
+    void run(int64_t round, int64_t rounds) {
+      const int64_t r = share_begin(count, rounds, round), rows = share_begin(count, rounds, round + 1) - r;
+      if (rows > 0) f(begin + r, static_cast<int>(rows), panel, panel + 1, tile + r * stride, stride);
+    }
+  } pending{f};
+  const Background background{
+      [](void* context, int64_t round, int64_t rounds) { static_cast<Pending*>(context)->run(round, rounds); }, &pending};
+  A* const tiles[] = {tile, tile + kTileBytes / static_cast<int64_t>(sizeof(A))};
+  int next = 0;
+  const auto place = [&](int64_t, int64_t p) {
+    return std::pair<A*, int64_t>(tiles[next], m.shape.vectors_of(p) * m.shape.width);
+  };
+  const auto done = [&](int64_t begin, int count, int64_t p, const A* out, int64_t stride) {
+    pending.begin = begin, pending.count = count, pending.panel = p, pending.stride = stride, pending.tile = out;
+    next = 1 - next;
+  };
+  for_split_blocks(kernels, m, init, rows, n, first, last, scratch, background, place, done);
+  pending.run(0, 1);
+}
+
+// For panels [first, last), panel group by panel group, then row block by row block: fills a tile (kTileBytes) and calls
+// f(first_row, rows, first_panel, last_panel, tile, tile_stride).
 template <class A, class F>
 void for_tiles(const Kernels<A>& kernels, const Matrix<A>& m, const A* init, const A* const* rows, int64_t n, int64_t first,
                int64_t last, A* tile, const SplitRows& scratch, F&& f) {
   if (n == 0) return;
   if (m.form == Form::kSplit) {
-    const auto place = [&](int64_t, int64_t p) {
-      return std::pair<A*, int64_t>(tile, m.shape.vectors_of(p) * m.shape.width);
-    };
-    for_split_blocks(
-        kernels, m, init, rows, n, first, last, scratch, place,
-        [&](int64_t begin, int count, int64_t p, const A* out, int64_t stride) { f(begin, count, p, p + 1, out, stride); });
+    for_pipelined_tiles(kernels, m, init, rows, n, first, last, tile, scratch, f);
     return;
   }
   for_panel_groups(m.shape, n, first, last, kMaxTilePanels, [&](int64_t p, int64_t end, int vectors) {
@@ -253,7 +281,7 @@ void multiply(const Kernels<A>& kernels, const Matrix<A>& m, const A* init, cons
     const auto place = [&](int64_t begin, int64_t p) {
       return std::pair<A*, int64_t>(out.at(begin, p - first), out.row_stride);
     };
-    for_split_blocks(kernels, m, init, rows, n, first, last, scratch, place, [](auto...) {});
+    for_split_blocks(kernels, m, init, rows, n, first, last, scratch, {}, place, [](auto...) {});
     return;
   }
   for_panel_groups(m.shape, n, first, last, out.rows_first ? kMaxTilePanels : 1, [&](int64_t p, int64_t end, int vectors) {

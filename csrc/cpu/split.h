@@ -30,6 +30,12 @@ inline Prefetch prefetch_share(const void* from, int64_t bytes, int64_t parts, i
   return {static_cast<const char*>(from) + bytes / parts * part, step, static_cast<int>((step + 63) / 64)};
 }
 
+// Work on vectors to be done while the matrix unit is busy: run(context, round, rounds) is called for each round in turn.
+struct Background {
+  void (*run)(void* context, int64_t round, int64_t rounds) = nullptr;
+  void* context = nullptr;
+};
+
 // Of the rows and of the panels of a product: (1, 1), (2, 1), (2, 2) or (3, 3). Left out are the pairs i, j with i + j >= rows.
 struct SplitParts {
   int rows = 0, panels = 0;
@@ -48,6 +54,7 @@ struct SplitCall {
   float* out;          // [n_rows][vectors][16]
   int64_t out_stride;  // from row to row
   Prefetch prefetch;   // rounds: K / 32
+  Background background;
 };
 
 // Where to take a vector of 16 columns from.
