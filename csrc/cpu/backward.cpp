@@ -112,7 +112,9 @@ Matrix<A> BackwardScan<A>::make_matrix(const Shape& shape) const {
   const bool splits = kernels_.split != nullptr && sizeof(A) == sizeof(float);
   m.parts = split_parts(storage_, /*rounded_rows=*/false);
   m.form = choose_form({shape.depth, shape.columns(), p_.seq.B, p_.seq.T * p_.seq.B, splits, m.parts});
-  if (m.form == Form::kDirect) m.form = Form::kPacked;  // there is no direct product with a straight matrix
+  // A straight matrix can be used as it lies where its rows are whole vectors of the arithmetic type.
+  const bool whole = shape.units % kernels_.width == 0 && size_ == static_cast<int64_t>(sizeof(A));
+  if (m.form == Form::kDirect && !whole) m.form = Form::kPacked;
   return m;
 }
 

@@ -30,7 +30,9 @@ struct GemmCall {
   int n_rows;            // at most Kernels::max_rows[vectors]
   int n_panels;          // at most Kernels::max_panels(n_rows)
   int vectors;           // of every panel here
-  const A* panels;       // [n_panels][K][vectors][W]
+  const A* panels;       // [n_panels][K][vectors][W], or columns of a row-major matrix
+  int64_t k_stride;      // from k to k + 1
+  int64_t panel_stride;  // from panel to panel
   const A* init;         // [n_panels][vectors][W] or null (zeros)
   A* out;                // [n_rows][n_panels][vectors][W]
   int64_t out_stride;    // from row to row

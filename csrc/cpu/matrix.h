@@ -116,13 +116,28 @@ void multiply_tile(const Kernels<A>& kernels, const Matrix<A>& m, const A* init,
                    int64_t end, A* out, int64_t out_stride, const Prefetch& prefetch) {
   const int64_t start = m.shape.columns_before(p);
   const A* start_init = init ? init + start : nullptr;
-  if (m.form == Form::kDirect) {
+  const int64_t columns = m.shape.vectors_of(p) * m.shape.width;
+  if (m.form == Form::kPacked) {
+    kernels.gemm({m.shape.depth, rows, n_rows, static_cast<int>(end - p), m.shape.vectors_of(p),
+                  m.packed + start * m.shape.depth, columns, columns * m.shape.depth, start_init, out, out_stride,
+                  prefetch});
+  } else if (m.straight) {
+    kernels.gemm({m.shape.depth,
+                  rows,
+                  n_rows,
+                  static_cast<int>(end - p),
+                  m.shape.vectors_of(p),
+                  static_cast<const A*>(m.source) + start,
+                  m.shape.units,
+                  columns,
+                  start_init,
+                  out,
+                  out_stride,
+                  {}});
+  } else {
     const int64_t last = m.shape.columns_before(end) / m.shape.width;
     kernels.direct[m.storage]({m.shape.depth, rows, n_rows, m.source, m.shape.units, m.shape.gates, start / m.shape.width,
                                last, start_init, out, out_stride});
-  } else {
-    kernels.gemm({m.shape.depth, rows, n_rows, static_cast<int>(end - p), m.shape.vectors_of(p),
-                  m.packed + start * m.shape.depth, start_init, out, out_stride, prefetch});
   }
 }
 
@@ -187,7 +202,7 @@ void for_split_blocks(const Kernels<A>& kernels, const Matrix<A>& m, const A* in
               {m.shape.depth, m.parts, scratch.packed + block * m.row_block_elements(), count, m.shape.vectors_of(p), panel,
                init ? init + column : nullptr, /*add=*/false, out, stride,
                prefetch_share(next, panel_bytes, calls, std::min(call++, calls - 1), split_blocks(m.shape.depth)),
-                               background});
+               background});
           for (int r = 0; r < count; ++r) {
             if (scratch.infinite[block + r / kSplitRows] >> r % kSplitRows & 1) {
               multiply_infinite(kernels, m, init, rows[group + begin + r], p, out + r * stride);

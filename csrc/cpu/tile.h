@@ -21,10 +21,10 @@ void gemm_tile(const GemmCall<typename V::Scalar>& call) {
   const A* rows[kRows];
   for (int r = 0; r < kRows; ++r) rows[r] = call.rows[r];
   const A* panel = call.panels;
-  const int64_t stride = call.depth * kStep;
+  const int64_t stride = call.panel_stride, k_stride = call.k_stride;
   const char* next = call.prefetch.from;
   const int lines = call.prefetch.lines;
-  for (int64_t k = 0; k < call.depth; ++k, panel += kStep, next += call.prefetch.step) {
+  for (int64_t k = 0; k < call.depth; ++k, panel += k_stride, next += call.prefetch.step) {
     for (int i = 0; i < lines; ++i) __builtin_prefetch(next + i * 64, 0, 2);
     V a[kRows];
     for (int r = 0; r < kRows; ++r) a[r] = V::broadcast(rows[r] + k);
