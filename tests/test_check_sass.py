@@ -7,7 +7,7 @@ from check_sass import check_kernel, components, parse, successors
 
 # A forward kernel of an LSTM with 16-bit weights; the pointers to W_hh of the two directions are at 0x290 and 0x2b8.
 NAME = "persistent_forward_kernelI18PersistentGeometryILNS_8CellKindE3ELNS0_8MathKindE3ELi1ELb0ENS0_12GridExchangeEE"
-PROBE = {"forward": [0x80, 0xA8], "backward": [0x0, 0x0], "3 3 1 0": 2}
+PROBE = {"forward": [0x80, 0xA8], "backward": [0x0, 0x0], "3 3 1 0 0": 2}
 BEFORE = """
     @UP0 UMOV UR6, 0xa8 ;
     @!UP0 UMOV UR6, 0x80 ;
@@ -56,6 +56,7 @@ def test_weights_that_stay() -> None:
     [
         (("BAR.SYNC 0x0", "LDG.E.128 R30, desc[UR8][R2.64+0x20]"), "W_hh is loaded in the time loop"),
         (("BAR.SYNC 0x0", "IADD3 R30, P4, R2, 0x100, RZ ;\n LDG.E R30, [R30.64]"), "W_hh is loaded in the time loop"),
+        (("BAR.SYNC 0x0", "LDG.E.128.STRONG.GPU R30, desc[UR8][R2.64]"), None),
         # Of the two constants only 0x90 and 0xb8, the biases, are harmless.
         (("USEL UR4, UR4, 0xb8, !UP0", "USEL UR4, UR4, 0xa8, !UP0"), "W_hh is loaded in the time loop"),
         (("USEL UR4, UR4, 0xb8, !UP0", "R2UR UR4, R7"), "W_hh is loaded in the time loop"),
