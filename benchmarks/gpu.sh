@@ -83,7 +83,7 @@ stage memcheck 50 bash -c 'sanitizer memcheck "$small"'
 stage racecheck 50 bash -c 'sanitizer racecheck "$small and not RNN"'
 budget=$(($(left) - 40))
 [ "$budget" -lt 10 ] && budget=10
-stage bench $((budget + 25)) "$python" benchmarks/run.py --device "$device" --budget "$budget" --output "$out/$device.jsonl"
+stage bench $((budget + 25)) "$python" benchmarks/run.py --device "$device" --plan cheapest --budget "$budget" --output "$out/$device.jsonl"
 grep -E 'geometric mean|^not measured' "$log"
 draw=()
 has_module matplotlib && draw=(--plots "$out")

@@ -4,8 +4,8 @@
 
 Compiles sources with nvcc, disassembles them with nvdisasm and, for every kernel of the families grid and cluster, builds
 the graph of its branches. The loop over time is the largest cycle of that graph that has products in it. Proved of it:
-* no plain load from global memory has an address made from the pointer to W_hh: a data-flow analysis follows that pointer from the
-  kernel's arguments, and must itself find such loads before the loop, or it fails;
+* no plain load from global memory has an address made from the pointer to W_hh: a data-flow analysis follows that pointer
+  from the kernel's arguments, and must itself find such loads before the loop, or it fails;
 * nothing is loaded from or stored to local memory (spilled);
 * with tensor cores (all arithmetic but strict fp32): as many operands of weights as the planner counts on lie in registers
   that nothing in the loop writes, and the instructions are those of the planned kind; strict fp32 has none of them.

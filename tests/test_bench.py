@@ -23,7 +23,16 @@ from fused_rnn.bench import timing
 from fused_rnn.bench.cases import GPU_SIZES, BenchCase, cpu_cases, gpu_cases
 from fused_rnn.bench.floor import TABLE, floor_us_per_step, table_us
 from fused_rnn.bench.memory import Prober
-from fused_rnn.bench.sides import BASELINES, CannotServe, Side, flashrnn_run, make_sides, missing
+from fused_rnn.bench.sides import (
+    BASELINES,
+    CannotServe,
+    Side,
+    cheapest_family,
+    explained,
+    flashrnn_run,
+    make_sides,
+    missing,
+)
 
 ROOT = Path(__file__).parent.parent
 TINY = BenchCase("GRU", "fp32", "training", 4, 2, 3, 5)
@@ -237,13 +246,11 @@ class StandInEvent:
 
 
 @pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the compiled extension")
-@pytest.mark.parametrize("forced", [None, "grid"])
+@pytest.mark.parametrize("plan", ["auto", "cheapest", "grid", "cell"])
 def test_the_gpu_path_with_a_stand_in_for_cuda(
-    forced: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    plan: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Everything that --device cuda does but the kernels: sides, families, memory, floor, lines. On CPU tensors."""
-    if forced:  # as if the planner chose a persistent family by itself
-        monkeypatch.setenv("FUSED_RNN_PLAN", forced)
     for name in ("modules", "inputs"):
         original = getattr(BenchCase, name)
         monkeypatch.setattr(BenchCase, name, lambda self, device, original=original: original(self, "cpu"))
@@ -261,20 +268,41 @@ def test_the_gpu_path_with_a_stand_in_for_cuda(
     monkeypatch.setattr(bench, "gpu_cases", lambda: iter(cases))
     switches = torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32
     try:
-        lines = bench.main(parser().parse_args(["bench", "--device", "cuda", "--budget", "60"]))
+        options = ["bench", "--device", "cuda", "--budget", "60", "--plan", plan, "--baseline", "torch.nn", "step"]
+        lines = bench.main(parser().parse_args(options))
     finally:
         torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32 = switches
-    expected = ["torch.nn", "step"] if forced else ["torch.nn"]
-    assert [line["baseline"] for line in lines] == expected * 2
-    for line in lines:
+    out = capsys.readouterr().out
+    if plan == "cell":
+        assert not lines and out.count("plan cell is left out: kernel family cell cannot serve this layer") == 2
+        return
+    families = [line["plan"]["forward"]["family"] for line in lines]
+    assert plan != "grid" or set(families) == {"grid"}
+    for line, family in zip(lines, families, strict=True):
         assert tuple(line)[: len(bench.FIELDS)] == bench.FIELDS and json.loads(json.dumps(line)) == line
+        assert line["baseline"] in ("torch.nn", "step") and (line["baseline"] != "step" or family != "step")
         assert line["device"] == "Stand-in" and line["peak_bytes"] == line["baseline_peak_bytes"] == 300
         assert line["floor_us_per_step"] > 0 and line["threads"] is None
-        plan = line["plan"]
-        assert plan["backend"] == "cuda" and plan["forward"]["family"] == (forced or "step")
-        assert plan["forward"]["smem_bytes"] > 0 and plan["forward"]["expected_us_per_step"] > 0
-        assert ("backward" in plan) == (line["mode"] == "training")
-    assert "100%" in capsys.readouterr().out
+        figures = line["plan"]
+        assert figures["backend"] == "cuda"
+        assert figures["forward"]["smem_bytes"] > 0 and figures["forward"]["expected_us_per_step"] > 0
+        assert ("backward" in figures) == (line["mode"] == "training")
+    assert [line["baseline"] for line in lines].count("torch.nn") == 2 and "100%" in out
+
+
+@pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the compiled extension")
+def test_cheapest_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_rnn, "explain", functools.partial(fused_rnn.explain, device="H100"))
+    lstm, x = fused_rnn.LSTM(64, 512, dtype=torch.float16), torch.zeros(9, 8, 64, dtype=torch.float16)
+    costs = {}
+    for family in ("step", "grid", "cluster"):
+        plans = explained(lstm, x, "training", family).layers[0]
+        costs[family] = plans.forward["us_per_step"] + (plans.backward or {})["us_per_step"]
+    assert cheapest_family(lstm, x, "training") == min(costs, key=costs.__getitem__)
+    assert cheapest_family(lstm.double(), x.double(), "inference") == "step"
+    assert cheapest_family(lstm.half(), x[:1], "inference") in ("cell", "cluster", "grid")
+    monkeypatch.undo()
+    assert cheapest_family(fused_rnn.GRU(3, 4), torch.zeros(2, 1, 3), "inference") is None
 
 
 @pytest.mark.gpu

@@ -33,7 +33,7 @@ import fused_rnn
 from fused_rnn.bench.cases import CELLS, DTYPES, MODES, BenchCase, cpu_cases, gpu_cases
 from fused_rnn.bench.floor import floor_us_per_step
 from fused_rnn.bench.memory import Prober
-from fused_rnn.bench.sides import BASELINES, make_sides, missing
+from fused_rnn.bench.sides import BASELINES, FAMILIES, CannotServe, explained, make_sides, missing
 from fused_rnn.bench.timing import driver, measure, peak_bytes_cuda, summary
 
 FIELDS = (
@@ -72,15 +72,15 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def plan_of(module: torch.nn.Module, x: Any, mode: str) -> dict[str, Any]:
+def plan_of(module: torch.nn.Module, x: Any, mode: str, family: str | None) -> dict[str, Any]:
     """Family and main figures of the first layer's plan, forward and (training) backward."""
-    explained = fused_rnn.explain(module, x, training=mode != "inference", show=False)
-    layer = explained.layers[0]
-    result: dict[str, Any] = {"backend": explained.backend}
+    explanation = explained(module, x, mode, family)
+    layer = explanation.layers[0]
+    result: dict[str, Any] = {"backend": explanation.backend}
     for name, plan in (("forward", layer.forward), ("backward", layer.backward if mode == "training" else None)):
         if not plan:
             continue
-        if explained.backend == "cpu":
+        if explanation.backend == "cpu":
             result[name] = plan
             continue
         held = plan.get("persistent")
@@ -95,13 +95,22 @@ def plan_of(module: torch.nn.Module, x: Any, mode: str) -> dict[str, Any]:
 
 
 def result_lines(
-    case: BenchCase, about: dict[str, Any], device: str, baselines: list[str], seconds: float, prober: Prober | None
+    case: BenchCase,
+    about: dict[str, Any],
+    device: str,
+    baselines: list[str],
+    seconds: float,
+    prober: Prober | None,
+    family: str,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """(a result line for every baseline that has the case, why the others have not)."""
     start = time.monotonic()
     threads = torch.get_num_threads()
-    sides, refused, (module, x) = make_sides(case, device, baselines, threads)
-    plan = plan_of(module, x, case.mode)
+    try:
+        sides, refused, (module, x) = make_sides(case, device, baselines, threads, family)
+    except CannotServe as reason:
+        return [], {f"plan {family}": str(reason)}
+    plan = plan_of(module, x, case.mode, sides[0].plan)
     families = {figures["family"] for figures in plan.values() if isinstance(figures, dict) and "family" in figures}
     if families == {"step"} and any(side.plan == "step" for side in sides):
         sides = [side for side in sides if side.plan != "step"]
@@ -137,6 +146,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = tuple(dict.fromkeys(itertools.chain(*BASELINES.values())))
     parser.add_argument("--baseline", choices=known, nargs="+", help="only these; default: all of the device's installed")
     parser.add_argument("--threads", type=int, nargs="+", help="CPU: everything with each of these numbers of threads")
+    parser.add_argument(
+        "--plan", choices=("auto", "cheapest", *FAMILIES), default="auto",
+        help="GPU: the kernel family; cheapest: that of the planner's model, also where auto does not take it (auto)",
+    )  # fmt: skip
     parser.add_argument("--budget", type=float, default=480.0, help="seconds for the whole run (480)")
     parser.add_argument("--no-memory", action="store_true", help="CPU: do not measure memory")
     parser.add_argument("--output", type=Path, help="append a line of JSON for each case and baseline to this file")
@@ -183,7 +196,9 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
                 if left <= 0:
                     left_out.append(str(case))
                     continue
-                lines, refused = result_lines(case, about, args.device, wanted, left / (len(work) - index), prober)
+                lines, refused = result_lines(
+                    case, about, args.device, wanted, left / (len(work) - index), prober, args.plan
+                )
                 _print_case(case, lines, refused)
                 results += lines
                 if args.output:

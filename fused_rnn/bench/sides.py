@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+import fused_rnn
 from fused_rnn.bench.cases import BenchCase
 
 OURS = "fused_rnn"
 BASELINES = {"cuda": ("torch.nn", "step", "flashrnn"), "cpu": ("torch.nn", "onnxruntime", "openvino")}
+FAMILIES = ("cell", "step", "grid", "cluster")
 _NEEDS = {"flashrnn": ("flashrnn",), "onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
 _ONNX_TOLERANCE = 1e-3  # of outputs below 1 in size, fp32: a wrong gate order is off by tenths
 
@@ -34,20 +36,48 @@ class Side:
     run: Callable[[], None]
     plan: str | None = None
 
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self) -> contextlib.AbstractContextManager[None]:
         """Around any number of runs."""
-        before = os.environ.get("FUSED_RNN_PLAN")
-        if self.plan is not None:
-            os.environ["FUSED_RNN_PLAN"] = self.plan
-        try:
-            yield
-        finally:
-            if self.plan is not None:
-                if before is None:
-                    del os.environ["FUSED_RNN_PLAN"]
-                else:
-                    os.environ["FUSED_RNN_PLAN"] = before
+        return forced_plan(self.plan)
+
+
+@contextlib.contextmanager
+def forced_plan(family: str | None) -> Iterator[None]:
+    """FUSED_RNN_PLAN inside a block; None leaves it as it is."""
+    before = os.environ.get("FUSED_RNN_PLAN")
+    if family is not None:
+        os.environ["FUSED_RNN_PLAN"] = family
+    try:
+        yield
+    finally:
+        if family is not None:
+            if before is None:
+                del os.environ["FUSED_RNN_PLAN"]
+            else:
+                os.environ["FUSED_RNN_PLAN"] = before
+
+
+def explained(module: torch.nn.Module, x: Any, mode: str, family: str | None) -> fused_rnn._explain.Explanation:
+    """The plan under a forced family; CannotServe, with the planner's reason, if that has no such case."""
+    try:
+        with forced_plan(family):
+            return fused_rnn.explain(module, x, training=mode != "inference", show=False)
+    except ValueError as reason:
+        raise CannotServe(str(reason)) from None
+
+
+def cheapest_family(module: torch.nn.Module, x: Any, mode: str) -> str | None:
+    """The kernel family that serves all layers of a case, both passes, in the least time by the planner's model; None on a
+    backend without families."""
+    costs: dict[str, float] = {}
+    for family in FAMILIES:
+        with contextlib.suppress(CannotServe):
+            explanation = explained(module, x, mode, family)
+            if explanation.backend != "cuda":
+                return None
+            passes = [plan for layer in explanation.layers for plan in (layer.forward, layer.backward) if plan]
+            costs[family] = sum(plan["us_per_step"] for plan in passes)
+    return min(costs, key=costs.__getitem__)
 
 
 def missing(baseline: str) -> str | None:
@@ -55,11 +85,19 @@ def missing(baseline: str) -> str | None:
     return next((name for name in _NEEDS.get(baseline, ()) if importlib.util.find_spec(name) is None), None)
 
 
-def make_sides(case: BenchCase, device: str, baselines: list[str], threads: int) -> tuple[list[Side], dict[str, str], Any]:
-    """(fused_rnn's side, then one a baseline; why others cannot; our module and its first input)."""
+def make_sides(
+    case: BenchCase, device: str, baselines: list[str], threads: int, plan: str = "auto"
+) -> tuple[list[Side], dict[str, str], Any]:
+    """(fused_rnn's side, then one a baseline; why others cannot; our module and its first input).
+
+    plan: "auto" (what a call would take), "cheapest" (see cheapest_family) or a kernel family.
+    """
     ours, theirs = case.modules(device)
     inputs = case.inputs(device)
-    sides, refused = [Side(OURS, module_run(ours, inputs, case.mode))], {}
+    family = None if plan == "auto" else cheapest_family(ours, inputs[0], case.mode) if plan == "cheapest" else plan
+    explained(ours, inputs[0], case.mode, family)
+    with forced_plan(family):
+        sides, refused = [Side(OURS, module_run(ours, inputs, case.mode), plan=family)], {}
     for name in baselines:
         try:
             if name == "torch.nn":
