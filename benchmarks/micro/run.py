@@ -24,7 +24,7 @@ NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.cu")))
 TIMEOUT = 60  # seconds for one program: each takes a few
 
 
-def build(name: str, arch: str, target: Path) -> None:
+def build(name: str, arch: str, target: Path, link: bool) -> None:
     """Compiles one program; exits with nvcc's output if that fails."""
     nvcc, includes = find_nvcc()
     command = [
@@ -37,6 +37,7 @@ def build(name: str, arch: str, target: Path) -> None:
         f"-I{FOLDER}",
         *includes,
     ]
+    command += [] if link else ["-c"]
     done = subprocess.run([*command, str(FOLDER / f"{name}.cu"), "-o", str(target)], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name}.cu does not compile for {arch}:\n{done.stdout}{done.stderr}")
@@ -66,7 +67,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for name in args.names or NAMES:
             for arch in args.arch:
-                build(name, arch, Path(folder) / name)
+                build(name, arch, Path(folder) / name, link=not args.build_only)
             if args.build_only:
                 print(f"{name}: compiles for {', '.join(args.arch)}", flush=True)
                 continue
