@@ -223,6 +223,17 @@ def test_options() -> None:
     assert BASELINES["cuda"] == ("torch.nn", "step", "flashrnn")
 
 
+@pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the compiled extension")
+def test_table_of_plans() -> None:
+    options = ["--device", "H100", "A100", "--cell", "RNN", "--dtype", "fp16"]
+    command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / "plans.py"), *options]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = [line for line in text.splitlines() if line.startswith("| RNN fp16")]
+    assert len(rows) == 2 * len(GPU_SIZES)
+    assert all("no: needs compute capability 9.0" in row for row in rows[len(GPU_SIZES) :])
+    assert all(row.split(" | ")[-1] in ("cluster |", "grid |", "step |") for row in rows)
+
+
 def test_the_script_is_the_command() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
