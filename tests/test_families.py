@@ -112,7 +112,9 @@ def test_captured_in_a_graph(cell: str, family: str) -> None:
                     target.copy_(source)
         graph.replay()
     torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip([*results, *grads], expected, strict=True))
+    # Not bitwise: cuBLAS may take another algorithm while a graph is captured.
+    for index, (actual, want) in enumerate(zip([*results, *grads], expected, strict=True)):
+        assert_near(f"tensor {index}", actual, want, GRADIENT_TOLERANCE[case.dtype])
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -19,10 +19,12 @@ WORDS = 64
 @pytest.fixture(scope="module")
 def micro() -> Simulator:
     """The kernels, compiled again whenever their headers change, which the builder does not know."""
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(MICRO.glob("*_kernels.cuh")))).hexdigest()[:12]
+    kernels = HERE / "kernels" / "micro.cu"
+    contents = b"".join(path.read_bytes() for path in (kernels, *sorted(MICRO.glob("*_kernels.cuh"))))
+    digest = hashlib.sha256(contents).hexdigest()[:12]
     builder.CACHE.mkdir(parents=True, exist_ok=True)
     source = builder.CACHE / f"micro_{digest}.cu"
-    source.write_text(f'#include "{HERE / "kernels" / "micro.cu"}"\n')
+    source.write_text(f'#include "{kernels}"\n')
     return Simulator(builder.build([source]))
 
 
