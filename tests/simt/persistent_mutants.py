@@ -46,6 +46,7 @@ MASKS = [
     (r"if \(piece < fill\.pieces\) ", ""),
     (r"tiles < 0 \? 0 : tiles < l\.tiles", "tiles < l.tiles"),
     (r"tiles < l\.tiles \? static_cast<int>\(tiles\) : l\.tiles", "l.tiles"),
+    (r"tiles < l\.tiles \? static_cast<int>\(tiles\) : l\.tiles", "static_cast<int>(tiles)"),
     (r"if \((?:tile_of\(j\)|i) < (?:all_tiles_|chunks_)\) load_fragment", "load_fragment"),
     (r"if \(first >= chunks_\) break;", ""),
     (r"if \(first \+ i >= chunks_\) break;", ""),
@@ -106,6 +107,7 @@ ONLY = {
     "exchange_cluster.cuh": ["cluster_fp16"],
     "persistent_scatter.cuh": ["cluster_fp16"],
     "persistent_launch.cu": ["persistent_launch"],
+    "persistent_product.cuh": ["grid_fp16", "grid_fp32", "cluster_fp16"],
     "persistent_math.cuh": ["grid_fp16", "grid_fp32", "cluster_fp16", "cluster_fp32"],
 }
 
