@@ -34,7 +34,21 @@ CASES = [
 ]
 
 # Mutants that no test can catch, because the program means the same without the line, and why.
+_ZEROS = "saves loads: fragments beyond the last are zeros by their own masks"
+_BATCHES = "saves a branch for each chunk of a batch that the warp does not have"
 EQUIVALENT: dict[str, str] = {
+    "persistent_product.cuh `if (i < chunks_) load_fragment` -> `load_fragment` #2": _ZEROS,
+    "persistent_scatter.cuh `if (tile_of(j) < all_tiles_) load_fragment` -> `load_fragment`": _ZEROS,
+    "persistent_product.cuh `if (first >= chunks_) break;` -> ``": _BATCHES,
+    "persistent_product.cuh `if (first >= chunks_) break;` -> `` #2": _BATCHES,
+    "persistent_backward.cuh `if (!last) backward` -> `backward`": "after the last step no row is active, so nothing is loaded",
+    "persistent_elements.cuh `seq.lengths[b] < 0 ? 0 :` -> ``": "no step is below a negative number, as none is below 0",
+    "persistent_forward.cuh `was_active ? simt::from_float<Storage>(a[slot]) : zero` -> "
+    "`simt::from_float<Storage>(a[slot])` #2": "the accumulators of a row that is not active are zeros",
+    "persistent_memory.cuh `tiles < 0 ? 0 : tiles < l.tiles` -> `tiles < l.tiles`": "no group is launched without rows",
+    "persistent_memory.cuh `tiles < l.tiles ? static_cast<int>(tiles) : l.tiles` -> `l.tiles`": (
+        "saves work: tiles without rows have no elements, and all blocks of a group have the same tiles"
+    ),
     "exchange_cluster.cuh no sync_cluster #2": (
         "a precaution at the end of a kernel: a block awaits all pushes that are sent to it, so none ends before they came"
     ),
