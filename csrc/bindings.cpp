@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "cpu/cpu.h"
+#include "module_call.h"
 #include "ops.h"
 
 namespace fused_rnn {
@@ -125,6 +126,10 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyMethodDef fast_calls[] = {
     {"rnn", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(rnn)), METH_FASTCALL, "torch.ops.fused_rnn.rnn"},
     {"cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(cell)), METH_FASTCALL, "torch.ops.fused_rnn.cell"},
+    {"call_layers", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fused_rnn::call_layers)), METH_FASTCALL,
+     "A layer module's forward on plain CPU tensors, or None where the general way must be taken."},
+    {"call_cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fused_rnn::call_cell)), METH_FASTCALL,
+     "A cell module's forward on plain CPU tensors, or None where the general way must be taken."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -236,7 +236,7 @@ ForwardCall prepare_forward(const LayerInputs& in, bool save) {
   const bool lstm = in.cell == CellKind::kLstm;
   call.y = at::empty(in.offsets ? at::DimVector{s.N, s.D * s.P} : at::DimVector{s.T, s.B, s.D * s.P}, options);
   call.h_n = at::empty({s.D, s.B, s.P}, options);
-  call.c_n = lstm ? at::empty({s.D, s.B, s.H}, options) : at::empty({0}, options);
+  if (lstm) call.c_n = at::empty({s.D, s.B, s.H}, options);
   if (save && lstm) call.cs = at::empty({s.D, s.N, s.H}, options);
 
   ForwardParams& p = call.params;
@@ -244,7 +244,6 @@ ForwardCall prepare_forward(const LayerInputs& in, bool save) {
   p.cell = in.cell;
   p.dtype = dtype_of(in.x);
   p.I = s.I, p.H = s.H, p.P = s.P, p.D = s.D;
-  call.kept.reserve(16);
   p.seq = sequence_of(in, s, call.kept);
   p.x = contiguous(in.x, call.kept);
   p.h0 = contiguous(in.h0, call.kept);
@@ -269,7 +268,8 @@ void allocate_gates(ForwardCall& call) {
 LayerOutputs forward_outputs(const ForwardCall& call, bool save) {
   const auto empty = [&] { return at::empty({0}, call.y.options()); };
   const bool keep_gates = save && slot_count(call.params.cell) > 1;
-  return {call.y, call.h_n, call.c_n, keep_gates ? call.gates : empty(), call.cs.defined() ? call.cs : empty()};
+  return {call.y, call.h_n, call.c_n.defined() ? call.c_n : empty(), keep_gates ? call.gates : empty(),
+          call.cs.defined() ? call.cs : empty()};
 }
 
 BackwardCall prepare_backward(const LayerInputs& in, const BackwardInputs& grads) {
@@ -298,7 +298,6 @@ BackwardCall prepare_backward(const LayerInputs& in, const BackwardInputs& grads
   p.cell = in.cell;
   p.dtype = dtype_of(in.x);
   p.H = s.H, p.P = s.P, p.D = s.D;
-  call.kept.reserve(20);
   p.seq = sequence_of(in, s, call.kept);
   p.h0 = contiguous(in.h0, call.kept);
   p.c0 = contiguous(in.c0, call.kept);

@@ -37,8 +37,8 @@ struct LayerInputs {
 // A filled ForwardParams with the tensors that own its memory.
 struct ForwardCall {
   ForwardParams params;
-  Tensor y, h_n, c_n, gates, cs;
-  std::vector<Tensor> kept;  // contiguous copies of inputs that were not
+  Tensor y, h_n, c_n, gates, cs;  // undefined where there is none
+  std::vector<Tensor> kept;       // contiguous copies of inputs that were not
 };
 struct BackwardCall {
   BackwardParams params;

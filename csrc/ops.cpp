@@ -7,7 +7,9 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/empty.h>
-#include <c10/core/InferenceMode.h>
+#include <ATen/record_function.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -18,16 +20,28 @@ namespace fused_rnn {
 
 namespace {
 
+// Runs a prepared call. Workspaces of a few rows fit the stack: at::empty takes as long as a small step.
+void run_forward(ForwardCall& call) {
+  if (call.params.seq.B == 0) return;
+  constexpr int64_t kStackBytes = 32 * 1024;
+  const int64_t bytes = cpu::forward_workspace_bytes(call.params);
+  if (bytes <= kStackBytes) {
+    alignas(64) char workspace[kStackBytes];
+    call.params.workspace = workspace;
+    cpu::forward(call.params);
+  } else {
+    const Tensor workspace = at::empty({bytes}, call.y.options().dtype(at::kByte));
+    call.params.workspace = workspace.data_ptr();
+    cpu::forward(call.params);
+  }
+}
+
 LayerOutputs layer_cpu(const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList params,
                        bool has_biases, const OptionalTensor& lengths, const OptionalTensor& offsets,
                        const OptionalTensor& resets, int64_t cell, bool bidirectional, bool save) {
   const LayerInputs in{x, h0, c0, params, has_biases, lengths, offsets, resets, static_cast<CellKind>(cell), bidirectional};
   ForwardCall call = prepare_forward(in, save);
-  if (call.params.seq.B > 0) {
-    const Tensor workspace = at::empty({cpu::forward_workspace_bytes(call.params)}, x.options().dtype(at::kByte));
-    call.params.workspace = workspace.data_ptr();
-    cpu::forward(call.params);
-  }
+  run_forward(call);
   return forward_outputs(call, save);
 }
 
@@ -168,10 +182,12 @@ OptionalTensor states_of_layer(const OptionalTensor& states, int64_t layer, int6
 }
 
 // A stack of layers, dropout between them. Shapes as torch.nn.LSTM's: input [T, B, I] or [B, T, I] or packed [N, I].
-std::tuple<Tensor, Tensor, Tensor> rnn(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
-                                       at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& offsets,
-                                       const OptionalTensor& resets, int64_t cell, int64_t num_layers, bool has_biases,
-                                       bool bidirectional, double dropout, bool training, bool batch_first) {
+// layer(x, h0, c0, params, resets) -> (y, h_n, c_n).
+template <class Layer>
+std::tuple<Tensor, Tensor, Tensor> stack(const Layer& layer, const Tensor& input, const OptionalTensor& h0,
+                                         const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& resets,
+                                         int64_t num_layers, bool bidirectional, double dropout, bool training,
+                                         bool batch_first) {
   TORCH_CHECK_VALUE(num_layers > 0 && weights.size() % num_layers == 0,
                     "weights: expected a multiple of num_layers=", num_layers, " tensors, got ", weights.size());
   const int64_t directions = bidirectional ? 2 : 1;
@@ -180,17 +196,31 @@ std::tuple<Tensor, Tensor, Tensor> rnn(const Tensor& input, const OptionalTensor
   Tensor y = batch_first ? input.transpose(0, 1) : input;
   std::vector<Tensor> h_n, c_n;
   for (int64_t l = 0; l < num_layers; ++l) {
-    auto [out, h, c, gates, cs] = layer_op().call(
-        y, states_of_layer(h0, l, directions, num_layers), states_of_layer(c0, l, directions, num_layers),
-        weights.slice(l * per_layer, per_layer), has_biases, lengths, offsets, layer_resets, cell, bidirectional,
-        /*save=*/false);
+    auto [out, h, c] =
+        layer(y, states_of_layer(h0, l, directions, num_layers), states_of_layer(c0, l, directions, num_layers),
+              weights.slice(l * per_layer, per_layer), layer_resets);
     y = std::move(out);
     h_n.push_back(std::move(h));
     c_n.push_back(std::move(c));
     if (dropout > 0 && training && l + 1 < num_layers) y = at::dropout(y, dropout, /*train=*/true);
   }
-  return {batch_first ? y.transpose(0, 1) : y, num_layers == 1 ? h_n[0] : at::cat(h_n),
-          num_layers == 1 ? c_n[0] : at::cat(c_n)};
+  const auto joined = [&](const std::vector<Tensor>& states) {
+    return num_layers == 1 || !states[0].defined() ? states[0] : at::cat(states);
+  };
+  return {batch_first ? y.transpose(0, 1) : y, joined(h_n), joined(c_n)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> rnn(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
+                                       at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& offsets,
+                                       const OptionalTensor& resets, int64_t cell, int64_t num_layers, bool has_biases,
+                                       bool bidirectional, double dropout, bool training, bool batch_first) {
+  const auto layer = [&](const Tensor& x, const OptionalTensor& h, const OptionalTensor& c, at::TensorList params,
+                         const OptionalTensor& layer_resets) {
+    auto [y, h_n, c_n, gates, cs] =
+        layer_op().call(x, h, c, params, has_biases, lengths, offsets, layer_resets, cell, bidirectional, /*save=*/false);
+    return std::tuple(std::move(y), std::move(h_n), std::move(c_n));
+  };
+  return stack(layer, input, h0, c0, weights, resets, num_layers, bidirectional, dropout, training, batch_first);
 }
 
 // One step: input [B, I], states [B, H] -> h' [B, H], c' [B, H] or empty. The same layer with T == 1.
@@ -204,6 +234,52 @@ std::tuple<Tensor, Tensor> cell_step(const Tensor& input, const OptionalTensor& 
 }
 
 }  // namespace
+
+bool runs_plainly_on_cpu(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights) {
+  // Tracing, functorch and modes add keys; autocast is excluded unless it is on.
+  const auto keys = c10::impl::tls_local_dispatch_key_set();
+  if (!(keys.included_ - c10::default_included_set).empty() || !(c10::default_excluded_set - keys.excluded_).empty())
+    return false;
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set() || at::hasCallbacks()) return false;
+  const bool gradients = at::GradMode::is_enabled();
+  const auto plain = [&](const Tensor& t) {
+    return t.is_cpu() && t.layout() == at::kStrided && !t.unsafeGetTensorImpl()->is_python_dispatch() && !t.is_nested() &&
+           !t.is_conj() && !t.is_neg() && !(gradients && t.requires_grad());
+  };
+  return plain(input) && (!h0 || plain(*h0)) && (!c0 || plain(*c0)) && std::all_of(weights.begin(), weights.end(), plain);
+}
+
+std::tuple<Tensor, Tensor, Tensor> rnn_on_cpu(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
+                                              at::TensorList weights, const OptionalTensor& lengths,
+                                              const OptionalTensor& offsets, const OptionalTensor& resets, int64_t cell,
+                                              int64_t num_layers, bool has_biases, bool bidirectional, double dropout,
+                                              bool training, bool batch_first) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const auto layer = [&](const Tensor& x, const OptionalTensor& h, const OptionalTensor& c, at::TensorList params,
+                         const OptionalTensor& layer_resets) {
+    ForwardCall call = prepare_forward(
+        {x, h, c, params, has_biases, lengths, offsets, layer_resets, static_cast<CellKind>(cell), bidirectional},
+        /*save=*/false);
+    run_forward(call);
+    return std::tuple(std::move(call.y), std::move(call.h_n), std::move(call.c_n));
+  };
+  return stack(layer, input, h0, c0, weights, resets, num_layers, bidirectional, dropout, training, batch_first);
+}
+
+std::tuple<Tensor, Tensor> cell_on_cpu(const Tensor& input, const OptionalTensor& h, const OptionalTensor& c,
+                                       at::TensorList params, bool has_biases, int64_t cell) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const auto lifted = [](const OptionalTensor& t) { return t ? OptionalTensor(t->unsqueeze(0)) : std::nullopt; };
+  auto [y, h_n, c_n] = rnn_on_cpu(input.unsqueeze(0), lifted(h), lifted(c), params, std::nullopt, std::nullopt, std::nullopt,
+                                  cell, /*num_layers=*/1, has_biases, /*bidirectional=*/false, /*dropout=*/0.0,
+                                  /*training=*/false, /*batch_first=*/false);
+  // Both are new: a change of their shape is not seen by anyone.
+  for (const Tensor& state : {h_n, c_n}) {
+    if (state.defined()) state.unsafeGetTensorImpl()->set_sizes_contiguous({state.size(1), state.size(2)});
+  }
+  return {h_n, c_n};
+}
+
 }  // namespace fused_rnn
 
 TORCH_LIBRARY(fused_rnn, m) {

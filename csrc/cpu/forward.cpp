@@ -65,6 +65,7 @@ class ForwardScan {
   LayerWeights<A> layout_weights(Arena& arena, int d);
   int64_t layout(void* base);
   void pack_share(const LayerWeights<A>& packed, const Weights& w, int part, int parts) const;
+  void pack_biases(const LayerWeights<A>& packed, const Weights& w, int64_t first, int64_t last) const;
   Worker make_worker(int thread, int d, Teams& teams) const;
   void scan(Worker& w) const;
   void start(Worker& w) const;
@@ -180,16 +181,27 @@ void ForwardScan<A>::pack_share(const LayerWeights<A>& packed, const Weights& w,
   pack(kernels_, packed.x, first, last);
   pack(kernels_, packed.h, first, last);
   pack(kernels_, packed.r, share_begin(r_shape_.panels, parts, part), share_begin(r_shape_.panels, parts, part + 1));
-  const int64_t begin = h_shape_.columns_before(first), end = h_shape_.columns_before(last);
-  std::fill(packed.bias_x + begin, packed.bias_x + end, A(0));
-  std::fill(packed.bias_h + begin, packed.bias_h + end, A(0));
-  if (w.b_ih) pack_vector(h_shape_, storage_, w.b_ih, first, last, packed.bias_x);
-  if (w.b_hh) pack_vector(h_shape_, storage_, w.b_hh, first, last, packed.bias_h);
-  for (int64_t i = begin; i < end; ++i) {
-    const int gate = static_cast<int>(i / h_shape_.width % h_shape_.gates);
+  pack_biases(packed, w, h_shape_.columns_before(first) / h_shape_.width, h_shape_.columns_before(last) / h_shape_.width);
+}
+
+// Vectors [first, last) of both biases.
+template <class A>
+void ForwardScan<A>::pack_biases(const LayerWeights<A>& packed, const Weights& w, int64_t first, int64_t last) const {
+  const int width = h_shape_.width, gates = h_shape_.gates;
+  for (int64_t v = first; v < last; ++v) {
+    const int gate = static_cast<int>(v % gates);
+    const int64_t unit = v / gates * width, lanes = std::clamp<int64_t>(p_.H - unit, 0, width);
+    const int64_t from = (gate * p_.H + unit) * size_;
+    A *x = packed.bias_x + v * width, *h = packed.bias_h + v * width;
+    std::fill_n(x, width, A(0));
+    std::fill_n(h, width, A(0));
+    if (w.b_ih) kernels_.load[storage_](static_cast<const char*>(w.b_ih) + from, x, lanes);
+    if (w.b_hh) kernels_.load[storage_](static_cast<const char*>(w.b_hh) + from, h, lanes);
     if (recurrent_slot_of(p_.cell, gate) != gate) continue;
-    packed.bias_x[i] += packed.bias_h[i];
-    packed.bias_h[i] = 0;
+    for (int64_t i = 0; i < lanes; ++i) {
+      x[i] += h[i];
+      h[i] = 0;
+    }
   }
 }
 
@@ -379,8 +391,8 @@ int64_t forward_workspace_bytes(const ForwardParams& p) {
   return with_arithmetic(p.dtype, [&](auto a) {
     using A = decltype(a);
     const Kernels<A>& kernels = kernels_of<A>(selected_kernels());
-    return std::max(ForwardScan<A>(p, kernels, thread_limit()).workspace_bytes(),
-                    ForwardScan<A>(p, kernels, 1).workspace_bytes());
+    const int64_t alone = ForwardScan<A>(p, kernels, 1).workspace_bytes();
+    return thread_limit() == 1 ? alone : std::max(alone, ForwardScan<A>(p, kernels, thread_limit()).workspace_bytes());
   });
 }
 

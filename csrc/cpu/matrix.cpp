@@ -98,13 +98,6 @@ void pack(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first, int64_t 
 }
 
 template <class A>
-void pack_vector(const Shape& shape, int storage, const void* from, int64_t first, int64_t last, A* to) {
-  Shape vector = shape;
-  vector.depth = 1;
-  with_storage<A>(storage, from, [&](auto* typed) { pack_transposed_from(vector, typed, first, last, to); });
-}
-
-template <class A>
 void multiply_infinite(const Kernels<A>& kernels, const Matrix<A>& m, const A* init, const A* row, int64_t p, A* out) {
   const Shape& s = m.shape;
   const int64_t start = s.columns_before(p), columns = s.columns_before(p + 1) - start;
@@ -124,8 +117,6 @@ void multiply_infinite(const Kernels<A>& kernels, const Matrix<A>& m, const A* i
 
 template void pack(const Kernels<float>&, const Matrix<float>&, int64_t, int64_t);
 template void pack(const Kernels<double>&, const Matrix<double>&, int64_t, int64_t);
-template void pack_vector(const Shape&, int, const void*, int64_t, int64_t, float*);
-template void pack_vector(const Shape&, int, const void*, int64_t, int64_t, double*);
 template void multiply_infinite(const Kernels<float>&, const Matrix<float>&, const float*, const float*, int64_t, float*);
 template void multiply_infinite(const Kernels<double>&, const Matrix<double>&, const double*, const double*, int64_t,
                                 double*);

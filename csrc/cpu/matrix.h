@@ -106,10 +106,6 @@ struct Matrix {
 // Makes panels [first, last) of a packed or split matrix from its source.
 template <class A>
 void pack(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first, int64_t last);
-// The same of a vector with one element a column (a bias), [gates, units].
-template <class A>
-void pack_vector(const Shape& shape, int storage, const void* from, int64_t first, int64_t last, A* to);
-
 // Columns of panels [p, end) for up to max_rows rows; not for a split matrix.
 template <class A>
 void multiply_tile(const Kernels<A>& kernels, const Matrix<A>& m, const A* init, const A* const* rows, int n_rows, int64_t p,
