@@ -156,6 +156,7 @@ py::dict cpu_plan(const std::string& cell, const std::string& dtype, int64_t T, 
   result["direction_teams"] = made.direction_teams;
   result["batch_teams"] = made.batch_teams;
   result["split"] = made.split;
+  result["weights"] = cpu::to_string(made.form);
   return result;
 }
 

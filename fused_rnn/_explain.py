@@ -111,7 +111,7 @@ def _described(name: str, plan: dict[str, Any]) -> list[str]:
     shares = (
         f"{plan['direction_teams']} of directions x {plan['batch_teams']} of batch rows x {plan['split']} of hidden units"
     )
-    return [f"  {name}: {plan['threads']} thread{'s' * (plan['threads'] > 1)}: {shares}"]
+    return [f"  {name}: {plan['threads']} thread{'s' * (plan['threads'] > 1)}: {shares}; W_hh {plan['weights']}"]
 
 
 def explain(

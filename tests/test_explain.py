@@ -170,6 +170,7 @@ def test_on_this_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.backend == "cpu" and fused_rnn.build_info()["cpu_instruction_set"] in str(result)
     for plan in (result.layers[0].forward, result.layers[0].backward or {}):
         assert plan["threads"] == plan["direction_teams"] * plan["batch_teams"] * plan["split"]
+    assert "W_hh " in str(result)
     assert "2 threads: 1 of directions x " in str(result) or "1 thread: 1 of directions x " in str(result)
     monkeypatch.setenv("FUSED_RNN_CPU", "portable")
     assert "portable" in explain(fused_rnn.LSTM(3, 4), torch.zeros(2, 1, 3)).why

@@ -56,6 +56,15 @@ Form choose_form(const FormInput& in) {
   return bytes > kL2Bytes && in.rows < 24 ? Form::kPacked : Form::kSplit;
 }
 
+const char* to_string(Form form) {
+  switch (form) {
+    case Form::kDirect: return "as they lie";
+    case Form::kSplit: return "split into bfloat16 parts for the matrix unit";
+    case Form::kPacked: break;
+  }
+  return "packed into panels";
+}
+
 Plan choose_plan(const PlanInput& in) {
   Plan best{1, 1, 1};
   double best_cost = cost(in, best);

@@ -26,6 +26,7 @@ struct FormInput {
   SplitParts parts;
 };
 Form choose_form(const FormInput& in);
+const char* to_string(Form form);
 // Parts of the stored elements of a matrix (storage index, kernels.h), and of rows that are rounded to that storage or not.
 SplitParts split_parts(int storage, bool rounded_rows);
 
@@ -33,6 +34,7 @@ struct Plan {
   int direction_teams;  // 1: a team does both directions, one after the other; 2: one each
   int batch_teams;
   int split;
+  Form form = Form::kPacked;  // of the recurrent weights
   int threads() const { return direction_teams * batch_teams * split; }
 };
 
