@@ -85,6 +85,7 @@ LayerGradients layer_backward_cuda(const OptionalTensor& dy, const OptionalTenso
   const MatmulPrecision precision(allow_tf32);
   if (call.params.seq.B > 0) {
     call.params.allow_tf32 = allow_tf32;
+    if (!(mask[1] && h0)) call.params.d_h0 = nullptr;  // one launch less
     const Plan& plan = cuda::plan_for(cuda::problem_of(call.params), x.get_device(), forced_family());
     const Tensor workspace = at::empty({plan.workspace_bytes}, x.options().dtype(at::kByte));
     call.params.workspace = workspace.data_ptr();

@@ -121,34 +121,41 @@ Fit fit_grid(const Problem& problem, const DeviceInfo& device, MathKind math) {
   return fit;
 }
 
-// Clusters are independent: more than fit at once wait for their turn inside one launch.
+// Clusters are independent: more than fit at once wait for their turn inside one launch. Blocks of more units make smaller
+// clusters, of which more run at once: the cost model says what is best.
 Fit fit_cluster(const Problem& problem, const DeviceInfo& device, MathKind math) {
-  Fit fit{};
+  Fit best{};
+  double best_us = 0;
   for (int unit_tiles = 1; unit_tiles <= kLargestUnitTiles; ++unit_tiles) {
     const PersistentShape shape{problem.cell, math, unit_tiles, problem.backward, true};
-    const int64_t slices = ceil_div(problem.H, cuda::slice_units(shape));
+    const int slices = static_cast<int>(ceil_div(problem.H, cuda::slice_units(shape)));
     if (slices > device.max_cluster) {
-      fit.reason = "needs a cluster of " + std::to_string(slices) + " blocks of " +
-                   std::to_string(cuda::slice_units(shape)) + " units, the device has clusters of " +
-                   std::to_string(device.max_cluster);
+      if (best.plan.unit_tiles) continue;
+      best.reason = "needs a cluster of " + std::to_string(slices) + " blocks of " +
+                    std::to_string(cuda::slice_units(shape)) + " units, the device has clusters of " +
+                    std::to_string(device.max_cluster);
       continue;
     }
     const int64_t batch_tiles = ceil_div(problem.B, cuda::kTileRows);
     const int64_t wanted = ceil_div(batch_tiles * problem.D, clusters_at_once(device, slices));
-    const int tiles = fitting_tiles(shape, device, static_cast<int>(slices), wanted);
+    const int tiles = fitting_tiles(shape, device, slices, wanted);
     if (tiles == 0) {
-      fit.reason = capacity_text(shape, device, static_cast<int>(slices));
+      if (!best.plan.unit_tiles) best.reason = capacity_text(shape, device, slices);
       continue;
     }
-    fit.plan.slices = static_cast<int>(slices);
-    fit.plan.tiles = tiles;
-    fit.plan.groups = static_cast<int>(ceil_div(batch_tiles, tiles));
-    fit.plan.directions = problem.D;
-    fit.plan.launches = 1;
-    fill(fit.plan, shape);
-    return fit;
+    PersistentPlan plan{};
+    plan.slices = slices;
+    plan.tiles = tiles;
+    plan.groups = static_cast<int>(ceil_div(batch_tiles, tiles));
+    plan.directions = problem.D;
+    plan.launches = 1;
+    fill(plan, shape);
+    const double us = step_us(shape, plan, device);
+    if (best.plan.unit_tiles && us >= best_us) continue;
+    best.plan = plan;
+    best_us = us;
   }
-  return fit;
+  return best;
 }
 
 Fit fit_family(const Problem& problem, const DeviceInfo& device, Family family) {

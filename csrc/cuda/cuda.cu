@@ -201,6 +201,7 @@ void backward(const BackwardParams& p, const Plan& plan, void* stream) {
     launch(step, first, stream);
     first = false;
   }
+  if (!p.d_h0) return;
   state_step.step = -1;
   state_grad(state_step, first, stream);
 }

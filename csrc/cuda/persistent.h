@@ -121,6 +121,11 @@ constexpr FUSED_RNN_HD int scatter_floats(PersistentShape s, int slices) { retur
 
 // ---- memory ----
 
+// Batch tiles whose running states (h and c, or their gradients) a thread keeps in registers: the first, or none where the
+// weights leave no room (ptxas). In `grid` the packets under way take that room.
+constexpr FUSED_RNN_HD int tiles_in_registers(PersistentShape s) {
+  return !s.cluster || (scatters(s) && s.unit_tiles == 3) ? 0 : 1;
+}
 // Bytes of one fragment: 4 registers of 32 lanes.
 constexpr int kFragmentBytes = 4 * 32 * 4;
 // fp32: the states of one chunk, [k][batch row], the upper half of k 4 floats further. A warp has two in turn.
@@ -150,7 +155,7 @@ struct PersistentSmem {
   int partials;  // gather: [2][chunk group] partial sums, used in turn
                  // scatter: [2][chunk] own_words: gradients of the slice's gates, used in turn
   int scratch;   // gather, fp32 only: [warp][2] scratch
-  int state;     // [2: h and c, or their gradients][tile][row][unit of the slice] floats
+  int state;     // [2: h and c, or their gradients][tile beyond tiles_in_registers][row][unit of the slice] floats
   int lengths;   // [tile][row]: number of active steps
   int barriers;  // cluster: [2][tile]
   int exchange;  // cluster: [2][tile] exchange_words or scatter_floats
@@ -166,7 +171,7 @@ constexpr FUSED_RNN_HD PersistentSmem persistent_smem(PersistentShape s, int sli
   m.scratch = at;
   if (!scatters(s) && s.math == MathKind::kFp32) at += kPersistentWarps * 2 * kScratchFloats * 4;
   m.state = at;
-  at += 2 * tiles * kTileRows * slice_units(s) * 4;
+  at += 2 * (tiles - tiles_in_registers(s)) * kTileRows * slice_units(s) * 4;
   m.lengths = at;
   at += tiles * kTileRows * 8;
   m.barriers = at;

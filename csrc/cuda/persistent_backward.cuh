@@ -2,7 +2,7 @@
 // the last step to the first, row b active at t has
 //   dh[t] = dy[t] + carry + d_rg[next] W_hh
 // and the cell's derivative gives d_gates[t], the gradient of c and the part of dh that bypasses W_hh. A thread keeps, for its
-// elements, carry and the gradient of c in fp32 in shared memory that no other thread touches. At first they are dh_n and dc_n;
+// elements, carry and the gradient of c in fp32, in registers or in shared memory that no other thread touches. At first they are dh_n and dc_n;
 // a step before which the row was reset, or at which it is inactive, publishes zeros for d_rg. Then dh[t] is complete without
 // a case for the end of a row, and what remains after the first step is the gradient of the initial state.
 // Exchange k belongs to the k-th step of the backward scan. With the gather product it carries d_rg, and the product is part of
@@ -30,23 +30,23 @@ struct PersistentBackward : BlockElements<G> {
   const BackwardParams& p;
 
   __device__ __forceinline__ PersistentBackward(const BackwardSequence& s, const BlockPlace& place, ProductOf<G>& weights)
-      : Base{s.p.seq, s.p.H, place, weights, s.l.tiles}, p(s.p) {}
+      : Base{s.p.seq, s.p.H, place, weights, s.l.tiles, {}}, p(s.p) {}
 
-  __device__ __forceinline__ float& carry(const Place& e, int tile) const { return Base::kept(0, e, tile); }
-  __device__ __forceinline__ float& dc(const Place& e, int tile) const { return Base::kept(1, e, tile); }
+  __device__ __forceinline__ float carry(const Place& e, int tile) const { return Base::kept(0, e, tile); }
+  __device__ __forceinline__ float dc(const Place& e, int tile) const { return Base::kept(1, e, tile); }
   // The k-th step of the backward scan.
   __device__ __forceinline__ int64_t time(int64_t k) const { return block.dir ? k : p.seq.T - 1 - k; }
   __device__ __forceinline__ float output(const void* tensor, int64_t row, const Place& e) const {
     return simt::to_float(static_cast<const Storage*>(tensor)[(row * p.D + block.dir) * p.H + unit_of(e)]);
   }
 
-  __device__ __forceinline__ void begin(int tile) const {
+  __device__ __forceinline__ void begin(int tile) {
 #pragma unroll
     for (int i = 0; i < Place::kPerThread; ++i) {
       const Place e(tile, i);
       if (!e.mine) continue;
-      carry(e, tile) = exists(e, tile) ? state(p.dh_n, e, tile) : 0.0f;
-      if constexpr (C::kHasC) dc(e, tile) = exists(e, tile) ? state(p.dc_n, e, tile) : 0.0f;
+      Base::keep(0, e, tile, exists(e, tile) ? state(p.dh_n, e, tile) : 0.0f);
+      if constexpr (C::kHasC) Base::keep(1, e, tile, exists(e, tile) ? state(p.dc_n, e, tile) : 0.0f);
     }
   }
 
@@ -75,6 +75,26 @@ struct PersistentBackward : BlockElements<G> {
     }
   }
 
+  // For a later step.
+  __device__ __forceinline__ void prefetch(const Place& e, int tile, int64_t t) const {
+    if (!exists(e, tile) || !Base::hints(e, tile, t)) return;
+    const int64_t row = memory_row(e, tile, t), output = (row * p.D + block.dir) * p.H + unit_of(e);
+    if (p.dy) simt::prefetch_l2(static_cast<const Storage*>(p.dy) + output);
+    if constexpr (C::kSaved > 0) {
+      const auto* gates = static_cast<const Storage*>(p.gates) + gate_index(e, row);
+#pragma unroll
+      for (int slot = 0; slot < C::kSaved; ++slot) simt::prefetch_l2(gates + slot * p.H);
+    }
+    if constexpr (C::kHasC) {
+      simt::prefetch_l2(static_cast<const Storage*>(p.cs) + (block.dir * p.seq.N + row) * p.H + unit_of(e));
+    } else {
+      simt::prefetch_l2(static_cast<const Storage*>(p.y) + output);
+    }
+  }
+
+  // Exchange k carries the gradients of step k on to the step before it; the last one serves d_h0 alone.
+  __device__ __forceinline__ bool has_exchange(int64_t k) const { return k + 1 < p.seq.T || p.d_h0; }
+
   // d_rg of exchange k - 1 times W_hh, of one element.
   __device__ __forceinline__ float product_sum(const Place& e, int tile, int64_t k, int buffer) const {
     if constexpr (G::kScatters) {
@@ -97,10 +117,10 @@ struct PersistentBackward : BlockElements<G> {
       if (was_active) {
         float dc_state = C::kHasC ? dc(e, tile) : 0.0f;
         C::backward(p.cell, x.a, x.h_prev, x.c_prev, x.c, x.h, dh + x.dy, dc_state, d, bypass);
-        if constexpr (C::kHasC) dc(e, tile) = from_zero ? 0.0f : dc_state;
+        if constexpr (C::kHasC) Base::keep(1, e, tile, from_zero ? 0.0f : dc_state);
         dh = from_zero ? 0.0f : bypass;
       }
-      carry(e, tile) = dh;
+      Base::keep(0, e, tile, dh);
     }
     // What goes through the weights, as it is stored.
     Storage stored[C::kSlots];
@@ -108,6 +128,7 @@ struct PersistentBackward : BlockElements<G> {
     for (int slot = 0; slot < C::kSlots; ++slot) stored[slot] = simt::from_float<Storage>(d[slot]);
 #pragma unroll
     for (int g = 0; g < C::kGates; ++g) {
+      if (!has_exchange(k)) break;
       const float d_rg = from_zero ? 0.0f : simt::to_float(stored[C::kSlots - C::kGates + g]);
       if constexpr (G::kScatters) {
         if (e.mine) product.put(buffer, g, e.unit, e.b, d_rg);
@@ -133,11 +154,13 @@ struct PersistentBackward : BlockElements<G> {
     }
   }
 
-  // After the product with the gradients of the first step.
+  // After the product with the gradients of the first step, if d_h0 is wanted.
   __device__ __forceinline__ void end(const Place& e, int tile, int buffer) const {
     if (!exists(e, tile)) return;
-    const float dh = carry(e, tile) + product_sum(e, tile, p.seq.T, buffer);
-    static_cast<Storage*>(p.d_h0)[state_index(e, tile)] = simt::from_float<Storage>(dh);
+    if (p.d_h0) {
+      const float dh = carry(e, tile) + product_sum(e, tile, p.seq.T, buffer);
+      static_cast<Storage*>(p.d_h0)[state_index(e, tile)] = simt::from_float<Storage>(dh);
+    }
     if constexpr (C::kHasC) static_cast<Storage*>(p.d_c0)[state_index(e, tile)] = simt::from_float<Storage>(dc(e, tile));
   }
 };
@@ -167,8 +190,9 @@ __device__ __forceinline__ void persistent_backward(const BackwardSequence& s) {
 #pragma unroll
       for (int i = 0; i < Place::kPerThread; ++i) {
         if (!last) backward.load(Place(tile, i), tile, backward.time(k), elements[i]);
+        backward.prefetch(Place(tile, i), tile, backward.time(k + kPrefetchSteps));
       }
-      if (k > 0) backward.await_product(tile, k, buffer);
+      if (k > 0 && backward.has_exchange(k - 1)) backward.await_product(tile, k, buffer);
 #pragma unroll
       for (int i = 0; i < Place::kPerThread; ++i) {
         if (last) {
@@ -178,7 +202,7 @@ __device__ __forceinline__ void persistent_backward(const BackwardSequence& s) {
         }
       }
       if constexpr (G::kScatters) {
-        if (!last) {
+        if (!last && backward.has_exchange(k)) {
           simt::sync_block();
           product.run(buffer, tile, k);
         }

@@ -1,7 +1,7 @@
 // A whole forward sequence of one layer in one launch (persistent.h has the geometry): with a = W_ih x + b_ih from `gates`,
 //   h[t] = cell(a[t], W_hh h[t-1] + b_hh)   for the slice's units, row by row of the batch.
-// A thread finishes elements (unit, row) of each batch tile, always the same ones, and keeps their h and c in fp32 in shared
-// memory that no other thread touches. Per step and tile: the projection is requested, the product awaits the states of all
+// A thread finishes elements (unit, row) of each batch tile, always the same ones, and keeps their h and c in fp32, in
+// registers or in shared memory that no other thread touches. Per step and tile: the projection is requested, the product awaits the states of all
 // slices, the sums of the warps meet at the one barrier, the elements are finished and their new states published.
 // What is published for step s is the state before it, zero where the row is reset.
 #pragma once
@@ -23,11 +23,17 @@ struct PersistentForward : BlockElements<G> {
 
   __device__ __forceinline__ PersistentForward(const ForwardSequence& s, const BlockPlace& place,
                                                PersistentProduct<G>& weights)
-      : Base{s.p.seq, s.p.H, place, weights, s.l.tiles}, p(s.p) {}
+      : Base{s.p.seq, s.p.H, place, weights, s.l.tiles, {}}, p(s.p) {}
 
-  __device__ __forceinline__ float& h(const Place& e, int tile) const { return Base::kept(0, e, tile); }
-  __device__ __forceinline__ float& c(const Place& e, int tile) const { return Base::kept(1, e, tile); }
+  __device__ __forceinline__ float h(const Place& e, int tile) const { return Base::kept(0, e, tile); }
+  __device__ __forceinline__ float c(const Place& e, int tile) const { return Base::kept(1, e, tile); }
+  __device__ __forceinline__ void keep(const Place& e, int tile, float h_state, float c_state) {
+    Base::keep(0, e, tile, h_state);
+    if constexpr (C::kHasC) Base::keep(1, e, tile, c_state);
+  }
   __device__ __forceinline__ int64_t time(int64_t step) const { return block.dir ? p.seq.T - 1 - step : step; }
+
+  __device__ __forceinline__ int64_t later(int64_t t) const { return block.dir ? t - kPrefetchSteps : t + kPrefetchSteps; }
 
   // Whether the state is replaced by zeros before time t.
   __device__ __forceinline__ bool reset(const Place& e, int tile, int64_t t) const {
@@ -44,10 +50,7 @@ struct PersistentForward : BlockElements<G> {
         h0 = state(p.h0, e, tile);
         if constexpr (C::kHasC) c0 = state(p.c0, e, tile);
       }
-      if (e.mine) {
-        h(e, tile) = h0;
-        if constexpr (C::kHasC) c(e, tile) = c0;
-      }
+      if (e.mine) keep(e, tile, h0, c0);
       publish(e, tile, 0, 0, h0);
     }
   }
@@ -58,6 +61,11 @@ struct PersistentForward : BlockElements<G> {
     for (int slot = 0; slot < C::kSlots; ++slot) a[slot] = 0.0f;
     if (!exists(e, tile) || !active(e, tile, t)) return;
     const auto* projection = static_cast<const Storage*>(p.gates) + gate_index(e, memory_row(e, tile, t));
+    if (Base::hints(e, tile, later(t))) {
+      const auto* hinted = projection + Base::rows_between(t, later(t)) * C::kSlots * p.H;
+#pragma unroll
+      for (int g = 0; g < C::kGates; ++g) simt::prefetch_l2(hinted + g * p.H);
+    }
     const auto* b_hh = static_cast<const Storage*>(block.dir ? p.weights[1].b_hh : p.weights[0].b_hh);
 #pragma unroll
     for (int g = 0; g < C::kGates; ++g) {
@@ -90,8 +98,7 @@ struct PersistentForward : BlockElements<G> {
       publish(e, tile, step + 1, 0, h_state);
     }
     if (!exists(e, tile)) return;
-    h(e, tile) = h_state;
-    if constexpr (C::kHasC) c(e, tile) = c_state;
+    keep(e, tile, h_state, c_state);
     if (was_active || !p.seq.offsets) store(e, tile, t, was_active, h_stored, c_stored, a);
   }
 
@@ -144,14 +151,17 @@ __device__ __forceinline__ void persistent_forward(const ForwardSequence& s) {
   for (int tile = 0; tile < block.tiles; ++tile) forward.begin(tile);
 
   int buffer = 0;
+  // The planner refuses a T beyond 32 bits.
 #pragma unroll 1
-  for (int64_t step = 0; step < s.p.seq.T; ++step) {
+  for (uint32_t step = 0; step < static_cast<uint32_t>(s.p.seq.T); ++step) {
     const int64_t t = forward.time(step);
 #pragma unroll 1
     for (int tile = 0; tile < block.tiles; ++tile) {
       float a[Place::kPerThread][kSlots];
 #pragma unroll
-      for (int i = 0; i < Place::kPerThread; ++i) forward.load(Place(tile, i), tile, t, a[i]);
+      for (int i = 0; i < Place::kPerThread; ++i) {
+        forward.load(Place(tile, i), tile, t, a[i]);
+      }
       typename PersistentProduct<G>::Sums sums;
       product.run(sums, tile, step);
       product.store_sums(sums, buffer);

@@ -134,6 +134,7 @@ class LayerRun:
         for name in ("simt_forward", "simt_backward"):
             getattr(lib, name).argtypes = [c_void_p, c_void_p]
         self.given_gradients = True  # False: dy, dh_n and dc_n are null
+        self.wants_d_h0 = True  # False: d_h0 is null
         self.plan_text = ""
         sizes = (c_int * 4)()
         lib.simt_sizes(sizes)
@@ -251,7 +252,9 @@ class LayerRun:
         params.gates, params.cs = sim.put("gates", saved.get("gates")), sim.put("cs", saved.get("cs"))
         if self.given_gradients:
             params.dy, params.dh_n = sim.put("dy", data.dy), sim.put("dh_n", data.dh_n)
-        shapes = {"d_gates": (d, n, layer.slots, h), "d_h0": (d, case.batch, case.output)}
+        shapes = {"d_gates": (d, n, layer.slots, h)}
+        if self.wants_d_h0:
+            shapes["d_h0"] = (d, case.batch, case.output)
         if case.cell == "LSTM":
             params.dc_n = sim.put("dc_n", data.dc_n) if self.given_gradients else None
             shapes["d_c0"] = (d, case.batch, h)

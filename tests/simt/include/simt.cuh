@@ -191,6 +191,11 @@ __forceinline__ void store_vec(T* address, const Vec<T, kSize>& value) {
   std::memcpy(address, &value, sizeof value);
 }
 
+__forceinline__ void prefetch_l2(const void* address) {
+  // Only a hint, but for what will be read: an address outside of all buffers is a mistake.
+  simt_host::check_access(address, 1, simt_host::kRead, SIMT_HERE);
+}
+
 // ----------------------------------------------------------------------------------------------------------- tensor cores
 
 template <bool kTranspose, int kCount>
