@@ -314,10 +314,11 @@ int64_t ForwardScan<A>::step(Worker& w, int64_t step, int64_t first_xg) const {
   const int64_t panel_columns = h_shape_.vectors * h_shape_.width;
   for_tiles<A>(kernels_, w.weights.h, init, w.pointers, active, w.first, w.last, w.tile, w.split,
                [&](int64_t begin, int count, int64_t first, int64_t last, const A* tile, int64_t stride) {
-                 for (int64_t p = first; p < last; ++p) {
+                 const int64_t together = w.xg.rows_first ? last - first : 1;  // panels whose projections are neighbours
+                 for (int64_t p = first; p < last; p += together) {
                    kernels_.forward[cell_][storage_](
                        {tile + (p - first) * panel_columns, stride, w.xg.at(first_xg + begin, p - w.first), w.xg.row_stride,
-                        w.rows + begin, count, p_.H, h_shape_.unit_vector(p), h_shape_.unit_vector(p + 1)});
+                        w.rows + begin, count, p_.H, h_shape_.unit_vector(p), h_shape_.unit_vector(p + together)});
                  }
                });
   return active;

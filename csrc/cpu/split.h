@@ -15,19 +15,16 @@ constexpr int kSplitDepth = 32;
 constexpr int64_t kSplitTile = kSplitRows * kSplitDepth;  // elements of a tile
 constexpr int64_t split_blocks(int64_t depth) { return (depth + kSplitDepth - 1) / kSplitDepth; }
 
-// What to bring into L2 while a product is made: its loop has some number of rounds, and each asks for `lines` cache lines, those of a
-// round `step` bytes after those of the round before.
+// What to bring into L2 while a product is made: its loop has some number of rounds, and each asks for the next `step` bytes.
 struct Prefetch {
   const char* from = nullptr;
   int64_t step = 0;
-  int lines = 0;
 };
 
 // The share of call `part` of `parts` in fetching `bytes` at `from`.
 inline Prefetch prefetch_share(const void* from, int64_t bytes, int64_t parts, int64_t part, int64_t rounds) {
   if (!from) return {};
-  const int64_t step = bytes / (parts * rounds);
-  return {static_cast<const char*>(from) + bytes / parts * part, step, static_cast<int>((step + 63) / 64)};
+  return {static_cast<const char*>(from) + bytes / parts * part, bytes / (parts * rounds)};
 }
 
 // Work on vectors to be done while the matrix unit is busy: run(context, round, rounds) is called for each round in turn.
