@@ -93,7 +93,12 @@ MASKS = [
     (r"from_zero \? 0\.0f : ", ""),
     (r"if \(k > 0\) ", ""),
     (r"if \(!last\) backward", "backward"),
-    (r"if \(!last\) \{", "{"),
+    (r"if \(!last && (backward\.has_exchange\(k\))\) \{", r"if (\1) {"),
+    (r"if \(!last && (backward\.has_exchange\(k\))\) \{", "if (!last) {"),
+    (r"if \(k > 0 && (backward\.has_exchange\(k - 1\))\) ", r"if (\1) "),
+    (r"if \(k > 0 && (backward\.has_exchange\(k - 1\))\) ", "if (k > 0) "),
+    (r"if \(!has_exchange\(k\)\) break;", ""),
+    (r"if \(p\.d_h0\) \{", "{"),
 ]
 
 
@@ -113,12 +118,17 @@ ONLY = {
 
 
 def replacement(mutant: Mutant | None) -> dict[str, list[tuple[Path, Path]]]:
-    """The mutant as builder.build(replace=...) wants it; None: unchanged."""
-    if mutant is None:
-        return {}
-    folder = CACHE / "mutants" / re.sub(r"\W+", "_", mutant.name)[:120]
+    """The mutant as builder.build(replace=...) wants it; None: unchanged. Without the RNN cells of the family cluster."""
+    folder = CACHE / "mutants" / (re.sub(r"\W+", "_", mutant.name)[:120] if mutant else "unchanged_persistent")
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "csrc", folder, ignore=shutil.ignore_patterns("cpu", "*.cpp"))
-    (folder / "cuda" / mutant.file).write_text(mutant.text)
-    stems = ONLY.get(mutant.file, ["grid_fp16", "cluster_fp16"])
+    instances = folder / "cuda" / "cluster_instantiate.cuh"
+    throws = 'default: throw std::invalid_argument("not among the mutants");'
+    text, count = re.subn(r"default: return f\(.*;", throws, instances.read_text())
+    assert count == 1
+    instances.write_text(text)
+    stems = ["grid_fp16", "cluster_fp16"]
+    if mutant:
+        (folder / "cuda" / mutant.file).write_text(mutant.text)
+        stems = ONLY.get(mutant.file, stems)
     return {stem: [(folder / "cuda" / f"{stem}.cu", folder)] for stem in stems}

@@ -95,6 +95,18 @@ def run_without_gradients(sim: Simulator, s: Simulated) -> None:
         assert torch.equal(tensor, zeros[name]), name
 
 
+def run_without_d_h0(sim: Simulator, s: Simulated) -> None:
+    """A null d_h0 changes nothing else; with the family step it saves a launch, else an exchange."""
+    layer_run = LayerRun(sim, Layer.of(s.case, make_data(s.case)), family=s.family, device=DEVICES[s.device], tile=s.tile)
+    saved = layer_run.forward()
+    everything = layer_run.backward(saved)
+    layer_run.wants_d_h0 = False
+    found = layer_run.backward(saved)
+    assert set(everything) - set(found) == {"d_h0"}
+    for name, tensor in found.items():
+        assert torch.equal(tensor, everything[name]), name
+
+
 def run_wild_lengths(sim: Simulator, s: Simulated) -> None:
     """Lengths below 0 mean 0, lengths beyond T mean T."""
     data = make_data(s.case)

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 import pytest
 import test_kernels
 import torch
-from cases import CELLS, Case, make_data
-from layers import Layer, LayerRun
+from cases import CELLS, Case
 from simulator import DeviceInfo, Simulator
-from test_kernels import Simulated, run
+from test_kernels import Simulated, run, run_without_d_h0
 
 KIB = 1024
 # Devices that never were: 4 SMs, on which groups of 2 blocks take turns; little shared memory, which limits a group's rows.
@@ -112,14 +111,7 @@ def test_persistent(sim: Simulator, simulated: Simulated) -> None:
     "case", [Case("LSTM", steps=3, batch=9, hidden=20), Case("GRU", 1, 3, hidden=18), Case("RNN_TANH")], ids=str
 )
 def test_without_gradient_of_the_initial_state(sim: Simulator, case: Case, family: str) -> None:
-    """A null d_h0 changes nothing else; with the family step it saves a launch, else an exchange."""
-    layer_run = LayerRun(sim, Layer.of(case, make_data(case)), family=family)
-    saved = layer_run.forward()
-    everything = layer_run.backward(saved)
-    layer_run.wants_d_h0 = False
-    found = layer_run.backward(saved)
-    assert set(everything) - set(found) == {"d_h0"}
-    assert all(torch.equal(tensor, everything[name]) for name, tensor in found.items())
+    run_without_d_h0(sim, Simulated(case, family=family))
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from cases import Case
 from mutation_survey import check, survey
 from persistent_mutants import all_mutants, replacement
 from simulator import Simulator
-from test_kernels import DEVICES, Simulated, run, run_wild_lengths, run_without_gradients
+from test_kernels import DEVICES, Simulated, run, run_wild_lengths, run_without_d_h0, run_without_gradients
 
 F16, F32 = torch.float16, torch.float32
 ALL_ON = {"ragged": "lengths", "resets": True, "dtype": F16}
@@ -61,6 +61,7 @@ def work(sim: Simulator) -> None:
         run(sim, case)
     for case in CASES[:2]:
         run_without_gradients(sim, case)
+        run_without_d_h0(sim, case)
         run_wild_lengths(sim, case)
 
 
