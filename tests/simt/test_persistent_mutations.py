@@ -42,7 +42,7 @@ EQUIVALENT: dict[str, str] = {
     "persistent_product.cuh `if (first >= chunks_) break;` -> ``": _BATCHES,
     "persistent_product.cuh `if (first >= chunks_) break;` -> `` #2": _BATCHES,
     "persistent_backward.cuh `if (!last) backward` -> `backward`": "saves a call: after the last step no row is active",
-    "persistent_backward.cuh `if (!has_exchange(k)) break;` -> ``": "saves stores: nobody reads what is left for no exchange",
+    "persistent_backward.cuh `if (!has_exchange(k)) break;` -> ``": "saves stores that nobody reads",
     "persistent_elements.cuh `seq.lengths[b] < 0 ? 0 :` -> ``": "no step is below a negative number, as none is below 0",
     "persistent_forward.cuh `was_active ? simt::from_float<Storage>(a[slot]) : zero` -> "
     "`simt::from_float<Storage>(a[slot])` #2": "the accumulators of a row that is not active are zeros",
