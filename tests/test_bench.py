@@ -390,3 +390,12 @@ def test_plots(results: Path, tmp_path: Path) -> None:
     bars = [bar.get_height() for bar in compare.draw_ratios(plt, lines).axes[0].patches]
     assert bars == [0.5, 1.0, 4.0]
     plt.close("all")
+
+
+def test_flops_and_roofline() -> None:
+    lstm = BenchCase("LSTM", "fp32", "inference", 5, 3, 7, 11)
+    assert lstm.flops == 5 * 3 * 2 * 4 * 11 * (7 + 11)
+    stack = BenchCase("GRU", "fp32", "training", 5, 3, 7, 11, layers=2, bidirectional=True)
+    assert stack.flops == 3 * 5 * 3 * 2 * 3 * 11 * 2 * ((7 + 11) + (22 + 11))
+    assert BenchCase("RNN", "fp32", "inference", 5, 3, 7, 11, lengths="ragged").flops is None
+    assert bench.sgemm_gflops(size=64, rounds=2) > 0

@@ -8,7 +8,8 @@ median over rounds, with the quartiles; one line of JSON for each case and basel
 
 and beside these: ratio, ratio_p25, ratio_p75 (baseline over ours, round by round), baseline_ms_p25, baseline_ms_p75, rounds,
 peak_bytes and baseline_peak_bytes (of one call, beside weights and input: device memory on a GPU, resident memory for
-training on a CPU), tf32, threads, instruction_set. us_per_step is for one step of one layer, both directions;
+training on a CPU), gflops (of the matrix products), sgemm_gflops (of torch.mm, float32, measured at the start: a CPU's
+roofline but for its matrix unit), tf32, threads, instruction_set. us_per_step is for one step of one layer, both directions;
 floor_us_per_step is what floor.py knows.
 """
 
@@ -62,7 +63,19 @@ def machine(device: str) -> dict[str, Any]:
         "tf32": torch.backends.cudnn.allow_tf32 if on_gpu else None,
         "threads": None if on_gpu else torch.get_num_threads(),
         "instruction_set": None if on_gpu else fused_rnn.build_info().get("cpu_instruction_set"),
+        "sgemm_gflops": None if on_gpu else sgemm_gflops(),
     }
+
+
+def sgemm_gflops(size: int = 1024, rounds: int = 12) -> float:
+    """The best of some float32 products of square matrices by torch.mm, with torch's threads."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        times.append(time.perf_counter() - start)
+    return round(2 * size**3 / min(times) * 1e-9, 1)
 
 
 def _cpu_name() -> str:
@@ -130,7 +143,8 @@ def result_lines(
         line |= dict(zip(("ratio_p25", "ratio", "ratio_p75"), timing.ratios(ours), strict=True))
         line["us_per_step"] = line["ms"] * 1e3 / (case.T * case.layers)
         line["floor_us_per_step"] = floor_us_per_step(case, 10 * capability[0] + capability[1], bool(about["tf32"]))
-        line |= {"rounds": len(ours.samples)}
+        flops = case.flops
+        line |= {"rounds": len(ours.samples), "gflops": None if flops is None else round(flops / line["ms"] * 1e-6, 2)}
         line |= {"peak_bytes": peaks.get(sides[0].name), "baseline_peak_bytes": peaks.get(side.name)}
         lines.append({key: line[key] for key in (*FIELDS, *sorted(line.keys() - set(FIELDS)))})
     return lines, refused

@@ -57,6 +57,17 @@ class BenchCase:
     def directions(self) -> int:
         return 1 + self.bidirectional
 
+    @property
+    def flops(self) -> int | None:
+        """Of the matrix products of one call, a multiply-add as two; None for ragged lengths."""
+        if self.lengths == "ragged":
+            return None
+        per_row = 0
+        for layer in range(self.layers):
+            inputs = self.I if layer == 0 else self.directions * self.H
+            per_row += 2 * GATES[self.cell] * self.H * (inputs + self.H) * self.directions
+        return self.T * self.B * per_row * (3 if self.mode == "training" else 1)
+
     def modules(self, device: str) -> tuple[torch.nn.Module, torch.nn.Module]:
         """(fused_rnn's, torch.nn's) with the same weights; torch.nn's contiguous in memory, as cuDNN likes them best."""
         torch.manual_seed(0)
