@@ -277,12 +277,14 @@ def test_the_gpu_path_with_a_stand_in_for_cuda(
     cases = [BenchCase(c, d, m, 5, 3, 16, 16, lengths=ragged) for c, d, m, ragged in
              (("LSTM", "fp32", "training", "dense"), ("GRU", "bf16", "inference", "ragged"))]  # fmt: skip
     monkeypatch.setattr(bench, "gpu_cases", lambda: iter(cases))
-    switches = torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32
-    try:
-        options = ["bench", "--device", "cuda", "--budget", "60", "--plan", plan, "--baseline", "torch.nn", "step"]
-        lines = bench.main(parser().parse_args(options))
-    finally:
-        torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32 = switches
+    # torch.testing._internal, which other tests import, freezes these switches.
+    with torch.backends.__allow_nonbracketed_mutation():
+        switches = torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32
+        try:
+            options = ["bench", "--device", "cuda", "--budget", "60", "--plan", plan, "--baseline", "torch.nn", "step"]
+            lines = bench.main(parser().parse_args(options))
+        finally:
+            torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32 = switches
     out = capsys.readouterr().out
     if plan == "cell":
         assert not lines and out.count("plan cell is left out: kernel family cell cannot serve this layer") == 2
