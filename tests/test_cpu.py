@@ -304,8 +304,10 @@ def _spin(stop: object) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
-def test_next_to_a_busy_process(threads: None) -> None:
+def test_next_to_a_busy_process(threads: None, request: pytest.FixtureRequest) -> None:
     """Two threads that meet at every step, while another process holds a core: at most twice the time, no collapse."""
+    if "slow" not in request.config.getoption("markexpr"):
+        pytest.skip("a timing, for a machine that does nothing else: -m slow")
     torch.set_num_threads(2)
     module, x = fused_rnn.LSTM(256, 256), torch.randn(200, 1, 256)
 
