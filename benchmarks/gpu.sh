@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that proves fused_rnn on a machine with an NVIDIA GPU, in under ten minutes on 16 cores: build for the GPU that is
+# Everything that proves fused_rnn on a machine with an NVIDIA GPU, within ten minutes: build for the GPU that is
 # there, microbenchmarks, the whole GPU test suite, compute-sanitizer on small cases, benchmark, tables and plots. To $OUT
 # (default benchmarks/results) go gpu.log, micro.jsonl, DEVICE.jsonl, tables.md and the plots.
 # A stage that fails or runs out of its time does not stop the later ones, except the build; the benchmark gets the time that

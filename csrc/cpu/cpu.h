@@ -24,8 +24,7 @@ Plan backward_plan(const BackwardParams& p);
 // The instruction set in use: FUSED_RNN_CPU if set (std::invalid_argument if that one is not available), else the best
 // available.
 const char* instruction_set();
-// Instruction sets compiled in, best first, and those of them that this machine can run.
-std::vector<std::string> built_instruction_sets();
+// The instruction sets that were compiled in and that this machine can run, best first.
 std::vector<std::string> available_instruction_sets();
 
 }  // namespace fused_rnn::cpu

@@ -10,25 +10,13 @@ namespace {
 
 struct Candidate {
   const char* name;
-  bool built;
   const InstructionSet* (*kernels)();
 };
 std::vector<Candidate> candidates() {
-  return {{"amx", amx_built(), amx_kernels},
-          {"avx512", avx512_built(), avx512_kernels},
-          {"avx2", avx2_built(), avx2_kernels},
-          {"portable", true, portable_kernels}};
+  return {{"amx", amx_kernels}, {"avx512", avx512_kernels}, {"avx2", avx2_kernels}, {"portable", portable_kernels}};
 }
 
 }  // namespace
-
-std::vector<std::string> built_instruction_sets() {
-  std::vector<std::string> names;
-  for (const Candidate& c : candidates()) {
-    if (c.built) names.push_back(c.name);
-  }
-  return names;
-}
 
 std::vector<std::string> available_instruction_sets() {
   std::vector<std::string> names;
@@ -40,10 +28,12 @@ std::vector<std::string> available_instruction_sets() {
 
 const InstructionSet& selected_kernels() {
   const char* forced = std::getenv("FUSED_RNN_CPU");
-  static const InstructionSet* const best = amx_kernels()      ? amx_kernels()
-                                            : avx512_kernels() ? avx512_kernels()
-                                            : avx2_kernels()   ? avx2_kernels()
-                                                               : portable_kernels();
+  static const InstructionSet* const best = [] {
+    for (const Candidate& c : candidates()) {
+      if (const InstructionSet* kernels = c.kernels()) return kernels;
+    }
+    return portable_kernels();
+  }();
   if (!forced || !*forced) return *best;
   for (const Candidate& c : candidates()) {
     if (std::string(forced) == c.name && c.kernels()) return *c.kernels();

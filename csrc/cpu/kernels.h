@@ -149,9 +149,6 @@ const InstructionSet* amx_kernels();
 const InstructionSet* avx512_kernels();
 const InstructionSet* avx2_kernels();
 const InstructionSet* portable_kernels();
-bool amx_built();
-bool avx512_built();
-bool avx2_built();
 const InstructionSet& selected_kernels();  // see instruction_set()
 
 template <class A>

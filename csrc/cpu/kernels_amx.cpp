@@ -374,11 +374,9 @@ const InstructionSet* amx_kernels() {
   static const InstructionSet set{"amx", f32, avx512_kernels()->f64};
   return &set;
 }
-bool amx_built() { return true; }
 }  // namespace fused_rnn::cpu
 #else
 namespace fused_rnn::cpu {
 const InstructionSet* amx_kernels() { return nullptr; }
-bool amx_built() { return false; }
 }  // namespace fused_rnn::cpu
 #endif

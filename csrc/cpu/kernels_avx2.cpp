@@ -35,11 +35,9 @@ const InstructionSet* avx2_kernels() {
   static const InstructionSet set{"avx2", f32, f64};
   return &set;
 }
-bool avx2_built() { return true; }
 }  // namespace fused_rnn::cpu
 #else
 namespace fused_rnn::cpu {
 const InstructionSet* avx2_kernels() { return nullptr; }
-bool avx2_built() { return false; }
 }  // namespace fused_rnn::cpu
 #endif

@@ -37,11 +37,9 @@ const InstructionSet* avx512_kernels() {
   static const InstructionSet set{"avx512", f32, f64};
   return &set;
 }
-bool avx512_built() { return true; }
 }  // namespace fused_rnn::cpu
 #else
 namespace fused_rnn::cpu {
 const InstructionSet* avx512_kernels() { return nullptr; }
-bool avx512_built() { return false; }
 }  // namespace fused_rnn::cpu
 #endif

@@ -106,6 +106,7 @@ struct Matrix {
 // Makes panels [first, last) of a packed or split matrix from its source.
 template <class A>
 void pack(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first, int64_t last);
+
 // Columns of panels [p, end) for up to max_rows rows; not for a split matrix.
 template <class A>
 void multiply_tile(const Kernels<A>& kernels, const Matrix<A>& m, const A* init, const A* const* rows, int n_rows, int64_t p,

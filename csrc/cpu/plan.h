@@ -45,7 +45,6 @@ struct PlanInput {
   int64_t outside_depth;  // the same for what is done in large chunks (the input projection)
   int64_t columns;        // gate matrix columns, padded to panels
   int64_t panels;         // what a split can divide
-  int max_rows;           // of a tile
   int barriers;           // per step
   int64_t element_size;   // of the weights of a step
   int split_products;     // of 16 rows: pairs of parts that a split matrix multiplies, 0 for another form
