@@ -8,10 +8,10 @@
 
 namespace fused_rnn::cuda {
 
-// Number of steps at which row b is active: they are t = 0 .. count - 1.
+// Row b is active at t = 0 .. count - 1; none if that is negative.
 __device__ __forceinline__ int64_t count_active(const Sequence& seq, int64_t b) {
   if (b >= seq.B) return 0;
-  if (seq.lengths) return seq.lengths[b] < 0 ? 0 : seq.lengths[b] < seq.T ? seq.lengths[b] : seq.T;
+  if (seq.lengths) return seq.lengths[b] < seq.T ? seq.lengths[b] : seq.T;
   if (!seq.offsets) return seq.T;
   int64_t low = 0, high = seq.T;
   while (low < high) {

@@ -25,7 +25,7 @@ struct PersistentGeometry {
 // Where a block is in its launch.
 struct BlockPlace {
   int slice, group, dir;
-  int tiles;  // with rows below B, at most l.tiles; the same in all blocks of a group
+  int tiles;  // with rows below B, 1 to l.tiles; the same in all blocks of a group
   int64_t first_row;
 };
 __device__ __forceinline__ BlockPlace block_place(const PersistentLaunch& l, int64_t B) {
@@ -37,7 +37,7 @@ __device__ __forceinline__ BlockPlace block_place(const PersistentLaunch& l, int
   place.first_row = l.first_row + static_cast<int64_t>(group % l.groups) * l.tiles * kTileRows;
   const int64_t rows = B - place.first_row;
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  place.tiles = tiles < 0 ? 0 : tiles < l.tiles ? static_cast<int>(tiles) : l.tiles;
+  place.tiles = tiles < l.tiles ? static_cast<int>(tiles) : l.tiles;
   return place;
 }
 
