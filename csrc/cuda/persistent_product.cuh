@@ -24,8 +24,8 @@ class PersistentProduct : public BlockMemory<G> {
   // w_hh: [gates, H, H] of this direction.
   __device__ __forceinline__ PersistentProduct(const void* w_hh, int64_t H, const PersistentLaunch& l, int slice, int group)
       : BlockMemory<G>(l), exchange(l, G::shape(), group) {
-    const int chunks = chunk_count(G::shape(), l.slices), first = chunk_of(0);
-    chunks_ = chunks > first ? (chunks - first + kKGroups - 1) / kKGroups : 0;
+    const int chunks = chunk_count(G::shape(), l.slices);
+    chunks_ = (chunks - k_group() + kKGroups - 1) / kKGroups;
     smem_chunks_ = smem_chunks(G::shape(), l.slices);
     const auto* weights = static_cast<const Storage*>(w_hh);
     const int per_gate = chunks / published(G::shape());

@@ -91,6 +91,7 @@ MASKS = [
     (r"if \(active && s\.p\.dy\)", "if (s.p.dy)"),
     (r"if \(state\) h_prev", "h_prev"),
     (r"if \(b_[ih]h\) ", ""),
+    (r"if \(active\) info\.source", "info.source"),
     (r"return p\.h0 \? (static_cast.*) : nullptr;", r"return \1;"),
     (
         r"(?:s\.)?p\.[hc]0 \? (static_cast<const Storage\*>\([s.]*p\.[hc]0\)\[state\]) : simt::from_float<Storage>\(.*0\)\)",

@@ -59,8 +59,11 @@ MASKS = [
     (r"unit_of\(e\) < H && ", ""),
     (r" && row_of_batch\(e, tile\) < seq\.B", ""),
     (r"return t >= 0 && ", "return "),
+    (r"% 8 == 0 && active\(e, tile, t\);", "% 8 == 0;"),
+    (r"if \(Base::hints\(e, tile, later\(t\)\)\) \{", "{"),
+    (r"if \(!exists\(e, tile\) \|\| !Base::hints", "if (!Base::hints"),
     (r"return tensor \? (simt::to_float\(.*\)) : 0\.0f;", r"return \1;"),
-    (r"if \(e\.mine\) (product|\{)", r"\1"),
+    (r"if \(e\.mine\) (product|keep|\{)", r"\1"),
     (r"if \(!e\.mine\) continue;", ""),
     (r"exists\(e, tile\) \? state", "true ? state"),
     (r"p\.seq\.resets && active\(e, tile, t\) && ", "active(e, tile, t) && "),
@@ -113,8 +116,14 @@ ONLY = {
     "persistent_math.cuh": ["grid_fp16", "grid_fp32", "cluster_fp16", "cluster_fp32"],
 }
 
-# Of the RNN cells of family cluster, the kernels of 16 units a block alone.
-NARROW_RNN = r'default: if constexpr (decltype(tiles)::value == 1) \1 else throw std::invalid_argument("no mutant");'
+# Kernels of family cluster that no case runs are left out: those of 32 units a block, and all of 48 but LSTM's.
+LEFT_OUT = [
+    (r"\n    case 2: .*", ""),
+    (
+        r"(kGru: |default: )(return f\(.*;)",
+        r'\1if constexpr (decltype(tiles)::value == 1) \2 else throw std::invalid_argument("not among the mutants");',
+    ),
+]
 
 
 def replacement(mutant: Mutant | None) -> dict[str, list[tuple[Path, Path]]]:
@@ -123,9 +132,10 @@ def replacement(mutant: Mutant | None) -> dict[str, list[tuple[Path, Path]]]:
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "csrc", folder, ignore=shutil.ignore_patterns("cpu", "*.cpp"))
     instances = folder / "cuda" / "cluster_instantiate.cuh"
-    text, count = re.subn(r"default: (return f\(.*;)", NARROW_RNN, instances.read_text())
-    assert count == 1
-    instances.write_text(text)
+    for pattern, shorter in LEFT_OUT:
+        text, count = re.subn(pattern, shorter, instances.read_text())
+        assert count > 0
+        instances.write_text(text)
     stems = ["grid_fp16", "cluster_fp16"]
     if mutant:
         (folder / "cuda" / mutant.file).write_text(mutant.text)
