@@ -27,4 +27,13 @@ const Plan& plan_for(const Problem& problem, int device, std::optional<Family> f
 void forward(const ForwardParams& params, const Plan& plan, void* stream);
 void backward(const BackwardParams& params, const Plan& plan, void* stream);
 
+// Some of the steps, by a plan of a persistent family: [first, end) in the order of the scan, which for backward begins at the
+// end of the sequence. Calls for consecutive ranges that make up the sequence give, bit by bit, the results of one call.
+struct StepRange {
+  int64_t first, end;
+  float* carry;  // [D, B, H], backward [2, D, B, H]: the same memory in all calls for a sequence
+};
+void forward_steps(const ForwardParams& params, const Plan& plan, const StepRange& range, void* stream);
+void backward_steps(const BackwardParams& params, const Plan& plan, const StepRange& range, void* stream);
+
 }  // namespace fused_rnn::cuda

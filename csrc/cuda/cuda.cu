@@ -89,6 +89,14 @@ void check_sequence(const Sequence& seq) {
   if (seq.lengths && seq.offsets) throw std::invalid_argument("at most one of lengths and offsets may be given");
 }
 
+void check_range(const Sequence& seq, const Plan& plan, const StepRange& range) {
+  check_sequence(seq);
+  if (!plan.persistent) throw std::invalid_argument("only a persistent family makes some of the steps");
+  if (range.first < 0 || range.first >= range.end || range.end > seq.T) {
+    throw std::invalid_argument("expected 0 <= first < end <= T");
+  }
+}
+
 void check_projection(const Weights& weights, int64_t H, int64_t P) {
   if ((weights.w_hr != nullptr) != (P != H))
     throw std::invalid_argument("w_hr must be given where P is not H, and only there");
@@ -143,7 +151,7 @@ void forward(const ForwardParams& p, const Plan& plan, void* stream) {
   check_sequence(p.seq);
   check_projection(p.weights[0], p.H, p.P);
   if (p.seq.B == 0) return;
-  if (plan.persistent) return persistent_forward(p, plan, stream);
+  if (plan.persistent) return persistent_forward(p, plan, {0, p.seq.T, nullptr}, stream);
   const bool projected = p.weights[0].w_hr != nullptr, input = plan.family == Family::kCell;
   const int bytes = static_cast<int>(dtype_size(p.dtype));
   const WorkspaceLayout layout = workspace_layout(problem_of(p));
@@ -173,7 +181,7 @@ void backward(const BackwardParams& p, const Plan& plan, void* stream) {
   check_sequence(p.seq);
   check_projection(p.weights[0], p.H, p.P);
   if (p.seq.B == 0) return;
-  if (plan.persistent) return persistent_backward(p, plan, stream);
+  if (plan.persistent) return persistent_backward(p, plan, {0, p.seq.T, nullptr}, stream);
   const bool projected = p.weights[0].w_hr != nullptr;
   if (projected && !p.d_h) throw std::invalid_argument("backward of a projected LSTM needs d_h");
   const int bytes = static_cast<int>(dtype_size(p.dtype));
@@ -204,6 +212,16 @@ void backward(const BackwardParams& p, const Plan& plan, void* stream) {
   if (!p.d_h0) return;
   state_step.step = -1;
   state_grad(state_step, first, stream);
+}
+
+void forward_steps(const ForwardParams& p, const Plan& plan, const StepRange& range, void* stream) {
+  check_range(p.seq, plan, range);
+  if (p.seq.B > 0) persistent_forward(p, plan, range, stream);
+}
+
+void backward_steps(const BackwardParams& p, const Plan& plan, const StepRange& range, void* stream) {
+  check_range(p.seq, plan, range);
+  if (p.seq.B > 0) persistent_backward(p, plan, range, stream);
 }
 
 }  // namespace fused_rnn::cuda

@@ -186,13 +186,17 @@ constexpr FUSED_RNN_HD int64_t grid_exchange_bytes(PersistentShape s, int slices
   return int64_t{2} * tiles * exchange_words(s, slices) * 8;
 }
 
-// What a launch covers; blocks are numbered [direction][group][slice].
+// What a launch covers; blocks are numbered [direction][group][slice]. Of the scan's steps (backward: of the backward scan) it
+// makes those from first_step on. If these are not the first, it starts from what the launch of the steps before left in h_n
+// and `carry`; if they are not the last, it leaves the same.
 struct PersistentLaunch {
   int slices;  // blocks of a group
   int groups;  // of each direction in this launch
   int tiles;   // of 8 batch rows, of a group
   int first_dir;
   int64_t first_row;
+  int64_t first_step, steps;
+  float* carry;    // forward: [D, B, H] c; backward: [2, D, B, H] gradients of h and of c; null where nothing is carried
   void* exchange;  // grid: grid_exchange_bytes for each group, zeros; cluster: null
 };
 struct ForwardSequence {

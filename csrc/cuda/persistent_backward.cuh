@@ -5,7 +5,7 @@
 // elements, carry and the gradient of c in fp32, in registers or in shared memory that no other thread touches. At first they are dh_n and dc_n;
 // a step before which the row was reset, or at which it is inactive, publishes zeros for d_rg. Then dh[t] is complete without
 // a case for the end of a row, and what remains after the first step is the gradient of the initial state.
-// Exchange k belongs to the k-th step of the backward scan. With the gather product it carries d_rg, and the product is part of
+// Exchange k belongs to the launch's k-th step of the backward scan. With the gather product it carries d_rg, and the product is part of
 // step k + 1; with the scatter product it carries the product.
 #pragma once
 #include "persistent_forward.cuh"
@@ -28,14 +28,21 @@ struct PersistentBackward : BlockElements<G> {
   };
 
   const BackwardParams& p;
+  const PersistentLaunch& l;
 
   __device__ __forceinline__ PersistentBackward(const BackwardSequence& s, const BlockPlace& place, ProductOf<G>& weights)
-      : Base{s.p.seq, s.p.H, place, weights, s.l.tiles, {}}, p(s.p) {}
+      : Base{s.p.seq, s.p.H, place, weights, s.l.tiles, {}}, p(s.p), l(s.l) {}
 
   __device__ __forceinline__ float carry(const Place& e, int tile) const { return Base::kept(0, e, tile); }
   __device__ __forceinline__ float dc(const Place& e, int tile) const { return Base::kept(1, e, tile); }
-  // The k-th step of the backward scan.
-  __device__ __forceinline__ int64_t time(int64_t k) const { return block.dir ? k : p.seq.T - 1 - k; }
+  __device__ __forceinline__ int64_t time(int64_t k) const {
+    return block.dir ? l.first_step + k : p.seq.T - 1 - l.first_step - k;
+  }
+  // What the launch before left, and this one leaves, of the gradient of h (0) or c (1).
+  __device__ __forceinline__ float& carried(int which, const Place& e, int tile) const {
+    return l.carry[which * p.D * p.seq.B * p.H + state_index(e, tile)];
+  }
+  __device__ __forceinline__ bool is_last_launch() const { return l.first_step + l.steps == p.seq.T; }
   __device__ __forceinline__ float output(const void* tensor, int64_t row, const Place& e) const {
     return simt::to_float(static_cast<const Storage*>(tensor)[(row * p.D + block.dir) * p.H + unit_of(e)]);
   }
@@ -45,8 +52,13 @@ struct PersistentBackward : BlockElements<G> {
     for (int i = 0; i < Place::kPerThread; ++i) {
       const Place e(tile, i);
       if (!e.mine) continue;
-      Base::keep(0, e, tile, exists(e, tile) ? state(p.dh_n, e, tile) : 0.0f);
-      if constexpr (C::kHasC) Base::keep(1, e, tile, exists(e, tile) ? state(p.dc_n, e, tile) : 0.0f);
+      float dh = 0.0f, dc = 0.0f;
+      if (exists(e, tile)) {
+        dh = l.first_step > 0 ? carried(0, e, tile) : state(p.dh_n, e, tile);
+        if constexpr (C::kHasC) dc = l.first_step > 0 ? carried(1, e, tile) : state(p.dc_n, e, tile);
+      }
+      Base::keep(0, e, tile, dh);
+      if constexpr (C::kHasC) Base::keep(1, e, tile, dc);
     }
   }
 
@@ -92,8 +104,8 @@ struct PersistentBackward : BlockElements<G> {
     }
   }
 
-  // Exchange k carries the gradients of step k on to the step before it; the last one serves d_h0 alone.
-  __device__ __forceinline__ bool has_exchange(int64_t k) const { return k + 1 < p.seq.T || p.d_h0; }
+  // Exchange k carries the gradients of step k on to the step before it; the sequence's last one serves d_h0 alone.
+  __device__ __forceinline__ bool has_exchange(int64_t k) const { return k + 1 < l.steps || !is_last_launch() || p.d_h0; }
 
   // d_rg of exchange k - 1 times W_hh, of one element.
   __device__ __forceinline__ float product_sum(const Place& e, int tile, int64_t k, int buffer) const {
@@ -154,14 +166,25 @@ struct PersistentBackward : BlockElements<G> {
     }
   }
 
-  // After the product with the gradients of the first step, if d_h0 is wanted.
+  // After the product with the gradients of the launch's last step, if there is one.
   __device__ __forceinline__ void end(const Place& e, int tile, int buffer) const {
     if (!exists(e, tile)) return;
-    if (p.d_h0) {
-      const float dh = carry(e, tile) + product_sum(e, tile, p.seq.T, buffer);
-      static_cast<Storage*>(p.d_h0)[state_index(e, tile)] = simt::from_float<Storage>(dh);
+    const bool goes_on = !is_last_launch();
+    if (goes_on || p.d_h0) {
+      const float dh = carry(e, tile) + product_sum(e, tile, l.steps, buffer);
+      if (goes_on) {
+        carried(0, e, tile) = dh;
+      } else {
+        static_cast<Storage*>(p.d_h0)[state_index(e, tile)] = simt::from_float<Storage>(dh);
+      }
     }
-    if constexpr (C::kHasC) static_cast<Storage*>(p.d_c0)[state_index(e, tile)] = simt::from_float<Storage>(dc(e, tile));
+    if constexpr (C::kHasC) {
+      if (goes_on) {
+        carried(1, e, tile) = dc(e, tile);
+      } else {
+        static_cast<Storage*>(p.d_c0)[state_index(e, tile)] = simt::from_float<Storage>(dc(e, tile));
+      }
+    }
   }
 };
 
@@ -182,10 +205,10 @@ __device__ __forceinline__ void persistent_backward(const BackwardSequence& s) {
 
   int buffer = 0;
 #pragma unroll 1
-  for (int64_t k = 0; k <= s.p.seq.T; ++k) {
+  for (uint32_t k = 0; k <= static_cast<uint32_t>(s.l.steps); ++k) {
 #pragma unroll 1
     for (int tile = 0; tile < block.tiles; ++tile) {
-      const bool last = k == s.p.seq.T;
+      const bool last = k == static_cast<uint32_t>(s.l.steps);
       Element elements[Place::kPerThread];
 #pragma unroll
       for (int i = 0; i < Place::kPerThread; ++i) {

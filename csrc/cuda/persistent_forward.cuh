@@ -3,7 +3,7 @@
 // A thread finishes elements (unit, row) of each batch tile, always the same ones, and keeps their h and c in fp32, in
 // registers or in shared memory that no other thread touches. Per step and tile: the projection is requested, the product awaits the states of all
 // slices, the sums of the warps meet at the one barrier, the elements are finished and their new states published.
-// What is published for step s is the state before it, zero where the row is reset.
+// What is published for step s is the state before it, zero where the row is reset. Steps are counted from the launch's first.
 #pragma once
 #include "persistent_elements.cuh"
 
@@ -20,10 +20,11 @@ struct PersistentForward : BlockElements<G> {
   using Place = ElementPlace<G>;
 
   const ForwardParams& p;
+  const PersistentLaunch& l;
 
   __device__ __forceinline__ PersistentForward(const ForwardSequence& s, const BlockPlace& place,
                                                PersistentProduct<G>& weights)
-      : Base{s.p.seq, s.p.H, place, weights, s.l.tiles, {}}, p(s.p) {}
+      : Base{s.p.seq, s.p.H, place, weights, s.l.tiles, {}}, p(s.p), l(s.l) {}
 
   __device__ __forceinline__ float h(const Place& e, int tile) const { return Base::kept(0, e, tile); }
   __device__ __forceinline__ float c(const Place& e, int tile) const { return Base::kept(1, e, tile); }
@@ -31,7 +32,9 @@ struct PersistentForward : BlockElements<G> {
     Base::keep(0, e, tile, h_state);
     if constexpr (C::kHasC) Base::keep(1, e, tile, c_state);
   }
-  __device__ __forceinline__ int64_t time(int64_t step) const { return block.dir ? p.seq.T - 1 - step : step; }
+  __device__ __forceinline__ int64_t time(int64_t step) const {
+    return block.dir ? p.seq.T - 1 - l.first_step - step : l.first_step + step;
+  }
 
   __device__ __forceinline__ int64_t later(int64_t t) const { return block.dir ? t - kPrefetchSteps : t + kPrefetchSteps; }
 
@@ -40,15 +43,15 @@ struct PersistentForward : BlockElements<G> {
     return p.seq.resets && active(e, tile, t) && p.seq.resets[memory_row(e, tile, t)];
   }
 
-  // Initial states; publishes those of step 0.
+  // The states before step 0, which it publishes.
   __device__ __forceinline__ void begin(int tile) {
 #pragma unroll
     for (int i = 0; i < Place::kPerThread; ++i) {
       const Place e(tile, i);
       float h0 = 0.0f, c0 = 0.0f;
       if (exists(e, tile) && !reset(e, tile, time(0))) {
-        h0 = state(p.h0, e, tile);
-        if constexpr (C::kHasC) c0 = state(p.c0, e, tile);
+        h0 = state(l.first_step > 0 ? p.h_n : p.h0, e, tile);
+        if constexpr (C::kHasC) c0 = l.first_step > 0 ? l.carry[state_index(e, tile)] : state(p.c0, e, tile);
       }
       if (e.mine) keep(e, tile, h0, c0);
       publish(e, tile, 0, 0, h0);
@@ -93,7 +96,7 @@ struct PersistentForward : BlockElements<G> {
     const Storage h_stored = simt::from_float<Storage>(h_state);
     const float c_stored = c_state;
     h_state = simt::to_float(h_stored);
-    if (step + 1 < p.seq.T) {
+    if (step + 1 < l.steps) {
       if (exists(e, tile) && reset(e, tile, time(step + 1))) h_state = c_state = 0.0f;
       publish(e, tile, step + 1, 0, h_state);
     }
@@ -102,14 +105,20 @@ struct PersistentForward : BlockElements<G> {
     if (was_active || !p.seq.offsets) store(e, tile, t, was_active, h_stored, c_stored, a);
   }
 
-  // Final states.
+  // The states after the launch's last step.
   __device__ __forceinline__ void end(int tile) const {
 #pragma unroll
     for (int i = 0; i < Place::kPerThread; ++i) {
       const Place e(tile, i);
       if (!exists(e, tile)) continue;
       static_cast<Storage*>(p.h_n)[state_index(e, tile)] = simt::from_float<Storage>(h(e, tile));
-      if constexpr (C::kHasC) static_cast<Storage*>(p.c_n)[state_index(e, tile)] = simt::from_float<Storage>(c(e, tile));
+      if constexpr (C::kHasC) {
+        if (l.first_step + l.steps < p.seq.T) {
+          l.carry[state_index(e, tile)] = c(e, tile);
+        } else {
+          static_cast<Storage*>(p.c_n)[state_index(e, tile)] = simt::from_float<Storage>(c(e, tile));
+        }
+      }
     }
   }
 
@@ -153,7 +162,7 @@ __device__ __forceinline__ void persistent_forward(const ForwardSequence& s) {
   int buffer = 0;
   // The planner refuses a T beyond 32 bits.
 #pragma unroll 1
-  for (uint32_t step = 0; step < static_cast<uint32_t>(s.p.seq.T); ++step) {
+  for (uint32_t step = 0; step < static_cast<uint32_t>(s.l.steps); ++step) {
     const int64_t t = forward.time(step);
 #pragma unroll 1
     for (int tile = 0; tile < block.tiles; ++tile) {

@@ -35,7 +35,8 @@ auto dispatch_math(MathKind math, F&& f) {
 
 // All launches of a layer; Arguments is ForwardSequence or BackwardSequence.
 template <class Arguments>
-void launch_all(void (*kernel)(Arguments), const char* name, Arguments& arguments, const Plan& plan, void* stream) {
+void launch_all(void (*kernel)(Arguments), const char* name, Arguments& arguments, const Plan& plan, const StepRange& range,
+                void* stream) {
   const PersistentPlan& p = *plan.persistent;
   const bool cluster = plan.family == Family::kCluster;
   const int64_t B = arguments.p.seq.B, rows_per_group = int64_t{p.tiles} * kTileRows;
@@ -44,7 +45,15 @@ void launch_all(void (*kernel)(Arguments), const char* name, Arguments& argument
   for (int dir = 0; dir < arguments.p.D; dir += p.directions) {
     for (int64_t row = 0; row < B; row += p.groups * rows_per_group) {
       const int64_t groups = std::min<int64_t>(p.groups, (B - row + rows_per_group - 1) / rows_per_group);
-      arguments.l = {p.slices, static_cast<int>(groups), p.tiles, dir, row, cluster ? nullptr : arguments.p.workspace};
+      arguments.l = {p.slices,
+                     static_cast<int>(groups),
+                     p.tiles,
+                     dir,
+                     row,
+                     range.first,
+                     range.end - range.first,
+                     range.carry,
+                     cluster ? nullptr : arguments.p.workspace};
       const int64_t blocks = groups * p.directions * p.slices;
       if (!cluster) zero_exchange(arguments.p.workspace, plan.workspace_bytes, stream);
       simt::launch(
@@ -57,7 +66,7 @@ void launch_all(void (*kernel)(Arguments), const char* name, Arguments& argument
 
 }  // namespace
 
-void persistent_forward(const ForwardParams& params, const Plan& plan, void* stream) {
+void persistent_forward(const ForwardParams& params, const Plan& plan, const StepRange& range, void* stream) {
   ForwardSequence arguments{params, {}};
   const PersistentPlan& p = *plan.persistent;
   const bool cluster = plan.family == Family::kCluster;
@@ -65,10 +74,10 @@ void persistent_forward(const ForwardParams& params, const Plan& plan, void* str
     constexpr MathKind kMath = decltype(math)::value;
     return cluster ? ClusterKernels<kMath>::forward(params.cell, p.unit_tiles) : GridKernels<kMath>::forward(params.cell);
   });
-  launch_all(kernel, cluster ? "cluster_forward" : "grid_forward", arguments, plan, stream);
+  launch_all(kernel, cluster ? "cluster_forward" : "grid_forward", arguments, plan, range, stream);
 }
 
-void persistent_backward(const BackwardParams& params, const Plan& plan, void* stream) {
+void persistent_backward(const BackwardParams& params, const Plan& plan, const StepRange& range, void* stream) {
   BackwardSequence arguments{params, {}};
   const PersistentPlan& p = *plan.persistent;
   const bool cluster = plan.family == Family::kCluster;
@@ -76,7 +85,7 @@ void persistent_backward(const BackwardParams& params, const Plan& plan, void* s
     constexpr MathKind kMath = decltype(math)::value;
     return cluster ? ClusterKernels<kMath>::backward(params.cell, p.unit_tiles) : GridKernels<kMath>::backward(params.cell);
   });
-  launch_all(kernel, cluster ? "cluster_backward" : "grid_backward", arguments, plan, stream);
+  launch_all(kernel, cluster ? "cluster_backward" : "grid_backward", arguments, plan, range, stream);
 }
 
 }  // namespace fused_rnn::cuda

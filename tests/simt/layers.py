@@ -133,8 +133,10 @@ class LayerRun:
         lib.simt_force_tile.restype = c_bool
         for name in ("simt_forward", "simt_backward"):
             getattr(lib, name).argtypes = [c_void_p, c_void_p]
+            getattr(lib, f"{name}_steps").argtypes = [c_void_p, c_void_p, c_void_p, c_int, c_void_p]
         self.given_gradients = True  # False: dy, dh_n and dc_n are null
         self.wants_d_h0 = True  # False: d_h0 is null
+        self.cuts: list[int] = []  # steps at which a new launch takes over, for persistent families
         self.plan_text = ""
         sizes = (c_int * 4)()
         lib.simt_sizes(sizes)
@@ -179,10 +181,18 @@ class LayerRun:
         self._weights(params)
 
     def _finish(self, call: str, params: Any, problem: Any) -> None:
-        plan = self._plan(problem)
+        plan, case, lib = self._plan(problem), self.layer.case, self.sim.lib
         try:
-            params.workspace = self.sim.out("workspace", self.sim.lib.simt_plan_workspace(plan))
-            self.sim.check(getattr(self.sim.lib, call)(ctypes.byref(params), plan))
+            params.workspace = self.sim.out("workspace", lib.simt_plan_workspace(plan))
+            if self.cuts:
+                states = 2 if call == "simt_backward" else 1
+                carry = self.sim.out("carry", 4 * states * case.directions * case.batch * case.hidden)
+                bounds = [0, *self.cuts, case.steps]
+                array = (c_int64 * len(bounds))(*bounds)
+                steps = getattr(lib, f"{call}_steps")
+                self.sim.check(steps(ctypes.byref(params), plan, array, len(bounds) - 1, carry))
+            else:
+                self.sim.check(getattr(lib, call)(ctypes.byref(params), plan))
         finally:
             self.sim.lib.simt_free_plan(plan)
 

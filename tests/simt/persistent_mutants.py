@@ -65,7 +65,6 @@ MASKS = [
     (r"return tensor \? (simt::to_float\(.*\)) : 0\.0f;", r"return \1;"),
     (r"if \(e\.mine\) (product|keep|\{)", r"\1"),
     (r"if \(!e\.mine\) continue;", ""),
-    (r"exists\(e, tile\) \? state", "true ? state"),
     (r"p\.seq\.resets && active\(e, tile, t\) && ", "active(e, tile, t) && "),
     (r"p\.seq\.resets && active\(e, tile, t\) && ", "p.seq.resets && "),
     (r"if \(exists\(e, tile\) && !reset\(e, tile, time\(0\)\)\)", "if (!reset(e, tile, time(0)))"),
@@ -73,7 +72,7 @@ MASKS = [
     (r"if \(exists\(e, tile\) && reset\(e, tile, time\(step \+ 1\)\)\)", "if (reset(e, tile, time(step + 1)))"),
     (r"if \(exists\(e, tile\) && reset\(e, tile, time\(step \+ 1\)\)\)", "if (exists(e, tile))"),
     (r"if \(exists\(e, tile\) && reset\(e, tile, time\(step \+ 1\)\)\).*;", ""),
-    (r"if \(step \+ 1 < p\.seq\.T\) \{", "{"),
+    (r"if \(step \+ 1 < l\.steps\) \{", "{"),
     (r"if \(!exists\(e, tile\) \|\| !active\(e, tile, t\)\) return;", "if (!active(e, tile, t)) return;"),
     (r"if \(!exists\(e, tile\) \|\| !active\(e, tile, t\)\) return;", "if (!exists(e, tile)) return;"),
     (r"if \(!exists\(e, tile\)\) (return|continue);", ""),
@@ -98,7 +97,19 @@ MASKS = [
     (r"if \(k > 0 && (backward\.has_exchange\(k - 1\))\) ", r"if (\1) "),
     (r"if \(k > 0 && (backward\.has_exchange\(k - 1\))\) ", "if (k > 0) "),
     (r"if \(!has_exchange\(k\)\) break;", ""),
-    (r"if \(p\.d_h0\) \{", "{"),
+    # Launches of some of the steps.
+    (r" - l\.first_step", ""),
+    (r"l\.first_step \+ (step|k)", r"\1"),
+    (r"l\.first_step > 0 \? ", "false ? "),
+    (r"l\.first_step > 0 \? ", "true ? "),
+    (r"l\.first_step \+ l\.steps < p\.seq\.T", "false"),
+    (r"l\.first_step \+ l\.steps < p\.seq\.T", "true"),
+    (r"which \* p\.D \* p\.seq\.B \* p\.H \+ ", ""),
+    (r"!is_last_launch\(\) \|\| ", ""),
+    (r"goes_on = !is_last_launch\(\)", "goes_on = false"),
+    (r"goes_on = !is_last_launch\(\)", "goes_on = true"),
+    (r"if \(goes_on \|\| p\.d_h0\) \{", "if (p.d_h0) {"),
+    (r"if \(goes_on \|\| p\.d_h0\) \{", "{"),
 ]
 
 

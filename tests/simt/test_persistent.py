@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 
 import pytest
 import test_kernels
 import torch
-from cases import CELLS, Case
+from cases import CELLS, Case, make_data
+from layers import Layer, LayerRun
 from simulator import DeviceInfo, Simulator
 from test_kernels import Simulated, run, run_without_d_h0
 
@@ -112,6 +114,51 @@ def test_persistent(sim: Simulator, simulated: Simulated) -> None:
 )
 def test_without_gradient_of_the_initial_state(sim: Simulator, case: Case, family: str) -> None:
     run_without_d_h0(sim, Simulated(case, family=family))
+
+
+def run_cut(sim: Simulator, s: Simulated, wants_d_h0: bool = True) -> None:
+    """Launches of some steps each, whatever the steps, give bit by bit what one launch gives, forward and backward."""
+    steps = s.case.steps
+    layer_run = LayerRun(
+        sim, Layer.of(s.case, make_data(s.case)), family=s.family, device=test_kernels.DEVICES[s.device], tf32=s.tf32
+    )
+    layer_run.wants_d_h0 = wants_d_h0
+    saved = layer_run.forward()
+    want = saved | layer_run.backward(saved)
+    for layer_run.seed, cuts in itertools.product(range(s.seeds), [[1], [steps - 1], [*range(1, steps)]]):
+        layer_run.cuts = cuts
+        for name, tensor in (layer_run.forward() | layer_run.backward(saved)).items():
+            assert torch.equal(tensor.view(torch.uint8), want[name].view(torch.uint8)), f"{name}, cut at {cuts}"
+
+
+def cut() -> Iterator[Simulated]:
+    """Every cell, arithmetic and family; ragged or not; both directions; groups of several tiles, several launches."""
+    for index, (family, cell, (dtype, tf32)) in enumerate(
+        itertools.product(FAMILIES, ("LSTM", "GRU", "RNN_TANH"), ARITHMETIC)
+    ):
+        ragged = ("dense", "lengths", "packed")[index % 3]
+        case = Case(
+            cell, steps=5, batch=3, hidden=21, ragged=ragged, bidirectional=index % 2 == 1, resets=index % 5 > 1, dtype=dtype
+        )
+        yield Simulated(case, 2, family, tf32=tf32)
+        yield Simulated(dataclasses.replace(case, ragged="lengths", states=False), 1, family, tf32=tf32)
+    for family, cell in itertools.product(FAMILIES, ("LSTM", "GRU", "RNN_RELU")):
+        case = Case(cell, steps=4, batch=75, hidden=20, ragged="lengths", bidirectional=True, dtype=torch.float16)
+        yield Simulated(case, 1, family, "FOUR")
+    for cell in ("LSTM", "GRU"):
+        case = Case(cell, steps=4, batch=9, hidden=100, ragged="lengths", resets=True, dtype=torch.float16)
+        yield Simulated(case, 2, "cluster", "CLUSTERS_OF_4")
+
+
+@pytest.mark.parametrize("simulated", [*cut()], ids=str)
+def test_cut_at_any_step(sim: Simulator, simulated: Simulated) -> None:
+    run_cut(sim, simulated)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN_TANH"])
+def test_cut_without_gradient_of_the_initial_state(sim: Simulator, cell: str, family: str) -> None:
+    run_cut(sim, Simulated(Case(cell, steps=4, batch=9, hidden=20), 2, family), wants_d_h0=False)
 
 
 @pytest.mark.slow

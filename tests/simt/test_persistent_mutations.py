@@ -6,13 +6,13 @@ The table of all mutants is written to build/simt/persistent-mutants.txt.
 from __future__ import annotations
 
 import pytest
-import test_persistent  # its devices
 import torch
 from cases import Case
 from mutation_survey import check, survey
 from persistent_mutants import all_mutants, replacement
 from simulator import Simulator
 from test_kernels import DEVICES, Simulated, run, run_wild_lengths, run_without_d_h0, run_without_gradients
+from test_persistent import run_cut  # and its devices
 
 F16, F32 = torch.float16, torch.float32
 ALL_ON = {"ragged": "lengths", "resets": True, "dtype": F16}
@@ -64,10 +64,14 @@ def work(sim: Simulator) -> None:
     for case in CASES[:2]:
         run_without_gradients(sim, case)
         run_wild_lengths(sim, case)
+        run_cut(sim, case)
+        run_cut(sim, case, wants_d_h0=False)
+    for case in CASES[2:4]:
+        run_cut(sim, case)
 
 
 @pytest.mark.slow
 def test_persistent_mutants_are_caught() -> None:
-    assert {"FOUR", "CLUSTERS_OF_4"} <= set(DEVICES), test_persistent
+    assert {"FOUR", "CLUSTERS_OF_4"} <= set(DEVICES)
     results = survey(all_mutants(), replacement, work, "persistent-mutants-progress.txt")
     check(results, EQUIVALENT, "persistent-mutants.txt")

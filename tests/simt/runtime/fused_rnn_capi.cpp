@@ -61,3 +61,16 @@ extern "C" int simt_forward(const ForwardParams* params, const Plan* plan) {
 extern "C" int simt_backward(const BackwardParams* params, const Plan* plan) {
   return simt_host::run_guarded([&] { cuda::backward(*params, *plan, nullptr); });
 }
+// The same by a call for each range of steps [bounds[i], bounds[i + 1]).
+extern "C" int simt_forward_steps(const ForwardParams* params, const Plan* plan, const int64_t* bounds, int ranges,
+                                  float* carry) {
+  return simt_host::run_guarded([&] {
+    for (int i = 0; i < ranges; ++i) cuda::forward_steps(*params, *plan, {bounds[i], bounds[i + 1], carry}, nullptr);
+  });
+}
+extern "C" int simt_backward_steps(const BackwardParams* params, const Plan* plan, const int64_t* bounds, int ranges,
+                                   float* carry) {
+  return simt_host::run_guarded([&] {
+    for (int i = 0; i < ranges; ++i) cuda::backward_steps(*params, *plan, {bounds[i], bounds[i + 1], carry}, nullptr);
+  });
+}
