@@ -14,7 +14,8 @@ struct ClusterBarriers {
   __device__ __forceinline__ simt::MBarrier* barrier(int tile, int64_t step) const {
     return barriers + static_cast<int>(step & 1) * tiles + tile;
   }
-  // Nobody may push before all barriers of the cluster are ready, nor end while others may still push to it.
+  // Nobody may push before all barriers of the cluster are ready. A block awaits every push that is sent to it, so none ends
+  // before they came.
   __device__ __forceinline__ void start() {
     if (simt::thread_x() == 0) {
       for (int i = 0; i < 2 * tiles; ++i) {
@@ -24,7 +25,6 @@ struct ClusterBarriers {
     }
     simt::sync_cluster();
   }
-  __device__ __forceinline__ void finish() { simt::sync_cluster(); }
 
   // The thread that saw the end of a phase announces the next phase of the same barrier.
   __device__ __forceinline__ void begin(int tile, int64_t step) {

@@ -31,7 +31,6 @@ struct GridExchange {
         chunks(chunk_count(shape, l.slices)) {}
 
   __device__ __forceinline__ void start() {}
-  __device__ __forceinline__ void finish() {}
   __device__ __forceinline__ void begin(int, int64_t) {}
   static __device__ __forceinline__ uint32_t tag(int64_t step) { return static_cast<uint32_t>(step) + 1; }
   __device__ __forceinline__ simt::TaggedWord* fragment(int tile, int chunk, int64_t step) const {

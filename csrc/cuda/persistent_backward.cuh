@@ -233,7 +233,6 @@ __device__ __forceinline__ void persistent_backward(const BackwardSequence& s) {
       buffer ^= 1;
     }
   }
-  product.exchange.finish();
 }
 
 template <class G>

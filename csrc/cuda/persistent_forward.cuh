@@ -181,7 +181,6 @@ __device__ __forceinline__ void persistent_forward(const ForwardSequence& s) {
     }
   }
   for (int tile = 0; tile < block.tiles; ++tile) forward.end(tile);
-  product.exchange.finish();
 }
 
 template <class G>
