@@ -139,11 +139,9 @@ class Matmul {
 
   static __device__ __forceinline__ RowInfo* table() { return reinterpret_cast<RowInfo*>(simt::dynamic_smem()); }
 
-  // Requests the weights of the first stages.
+  // Requests the weights of the first stages; zeros beyond the last chunk, which the planner leaves to one stage of a team.
   __device__ __forceinline__ void prefetch_weights() {
-    for (int i = 0; i < stages_ - 1; ++i) {
-      if (i < chunks_) fill_weights(i, i);
-    }
+    for (int i = 0; i < stages_ - 1; ++i) fill_weights(i, i);
   }
 
   // The product, after prefetch_weights and once the table is complete. any_row: the block has a state row that is not zero.
@@ -151,7 +149,7 @@ class Matmul {
     clear(acc);
     const int chunks = any_row ? chunks_ : 0;
     for (int i = 0; i < stages_ - 1; ++i) {
-      if (i < chunks) fill_states(i, i);
+      fill_states(i, i);
       simt::cp_async_commit();
     }
     int slot = 0, fill_slot = stages_ - 1;

@@ -47,8 +47,6 @@ MASKS = [
     (r"skip < left_k && .* < left_units;", "skip < left_k;"),
     (r"state != nullptr && k < operand\.k", "k < operand.k"),
     (r"state != nullptr && k < operand\.k", "state != nullptr"),
-    (r"if \(i < chunks_\) fill_weights", "fill_weights"),
-    (r"if \(i < chunks\) fill_states", "fill_states"),
     (r"if \(next < chunks\) \{", "{"),
     (r"any_row \? chunks_ : 0", "chunks_"),
     (r"if \(simt::thread_x\(\) < G::kBatch\)", "if (true)"),

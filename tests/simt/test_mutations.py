@@ -33,11 +33,8 @@ CASES = [
 
 # Mutants that no test can catch, because the program means the same without the line, and why.
 _LAST = "saves stores: every active step writes the final state, and the last one is right"
-_CHUNKS = "saves copies: beyond the last chunk zeros go into a stage that nobody reads"
 EQUIVALENT: dict[str, str] = {
-    "matmul.cuh `if (i < chunks_) fill_weights` -> `fill_weights`": _CHUNKS,
-    "matmul.cuh `if (i < chunks) fill_states` -> `fill_states`": _CHUNKS,
-    "matmul.cuh `if (next < chunks) {` -> `{`": _CHUNKS,
+    "matmul.cuh `if (next < chunks) {` -> `{`": "saves copies: beyond the last chunk they are zeros that nobody reads",
     "matmul.cuh `any_row ? chunks_ : 0` -> `chunks_`": "saves the product of states that are all zero",
     "forward.cuh `if (active && !(info.flags & kHasNext))` -> `if (active)`": _LAST,
     "forward.cuh `if (!(info.flags & kHasNext)) c_n` -> `c_n`": _LAST,
