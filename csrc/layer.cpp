@@ -16,7 +16,6 @@
 #include "cpu/matmul.h"
 
 namespace fused_rnn {
-namespace {
 
 DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -27,6 +26,8 @@ DType dtype_of(const Tensor& x) {
     default: TORCH_CHECK(false, "input: expected dtype float64, float32, float16 or bfloat16, got ", x.scalar_type());
   }
 }
+
+namespace {
 
 struct Shapes {
   int64_t T, B, N, I, H, P;

@@ -61,6 +61,9 @@ struct GradientMask {
   bool x, state, weights;
 };
 
+// Raises for a dtype that no kernel has.
+DType dtype_of(const Tensor& x);
+
 // Checks everything that memory safety depends on; raises with the name of the argument.
 ForwardCall prepare_forward(const LayerInputs& in, bool save);
 BackwardCall prepare_backward(const LayerInputs& in, const BackwardInputs& grads);

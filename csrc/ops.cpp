@@ -88,16 +88,18 @@ bool any_requires_grad(at::TensorList tensors) {
 OptionalTensor optional_of(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 Tensor tensor_of(const OptionalTensor& t) { return t ? *t : Tensor(); }
 
+// made: the results, if they are there already.
 class LayerFunction : public torch::autograd::Function<LayerFunction> {
  public:
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& x,
                                                 const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList params,
                                                 bool has_biases, const OptionalTensor& lengths,
                                                 const OptionalTensor& offsets, const OptionalTensor& resets, int64_t cell,
-                                                bool bidirectional) {
+                                                bool bidirectional, const LayerOutputs* made) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [y, h_n, c_n, gates, cs] =
-        layer_op().call(x, h0, c0, params, has_biases, lengths, offsets, resets, cell, bidirectional, /*save=*/true);
+        made ? *made
+             : layer_op().call(x, h0, c0, params, has_biases, lengths, offsets, resets, cell, bidirectional, /*save=*/true);
     torch::autograd::variable_list saved{
         x, tensor_of(h0), tensor_of(c0), tensor_of(lengths), tensor_of(offsets), tensor_of(resets), y, gates, cs};
     saved.insert(saved.end(), params.begin(), params.end());
@@ -123,7 +125,7 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     const int64_t cell = ctx->saved_data["cell"].toInt();
     const std::array<bool, 3> mask{ctx->saved_data["need_x"].toBool(), ctx->saved_data["need_state"].toBool(),
                                    ctx->saved_data["need_weights"].toBool()};
-    torch::autograd::variable_list result(3 + params.size() + 6);  // one for every argument of forward
+    torch::autograd::variable_list result(3 + params.size() + 7);  // one for every argument of forward
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return result;
     const bool lstm = static_cast<CellKind>(cell) == CellKind::kLstm;
     auto [dx, dh0, dc0, dparams] = layer_backward_op().call(
@@ -148,7 +150,7 @@ LayerOutputs layer_autograd(const Tensor& x, const OptionalTensor& h0, const Opt
     at::AutoDispatchBelowADInplaceOrView guard;
     return layer_op().call(x, h0, c0, params, has_biases, lengths, offsets, resets, cell, bidirectional, save);
   }
-  auto out = LayerFunction::apply(x, h0, c0, params, has_biases, lengths, offsets, resets, cell, bidirectional);
+  auto out = LayerFunction::apply(x, h0, c0, params, has_biases, lengths, offsets, resets, cell, bidirectional, nullptr);
   if (save) return {out[0], out[1], out[2], out[3], out[4]};
   const auto empty = at::empty({0}, x.options());
   return {out[0], out[1], out[2], empty, empty.clone()};
@@ -176,9 +178,17 @@ LayerGradients layer_backward_autograd(const OptionalTensor& dy, const OptionalT
 
 // ---- composites ----
 
-OptionalTensor states_of_layer(const OptionalTensor& states, int64_t layer, int64_t directions, int64_t num_layers) {
-  if (!states || num_layers == 1) return states;
-  return states->slice(0, layer * directions, (layer + 1) * directions);
+// Tracing, functorch and modes add keys; autocast is excluded unless it is on.
+bool nothing_intercepts() {
+  const auto keys = c10::impl::tls_local_dispatch_key_set();
+  return (keys.included_ - c10::default_included_set).empty() && (c10::default_excluded_set - keys.excluded_).empty() &&
+         !c10::impl::TorchDispatchModeTLS::any_modes_set();
+}
+
+// No subclass, no view that is to be resolved.
+bool is_plain(const Tensor& t) {
+  return t.layout() == at::kStrided && !t.unsafeGetTensorImpl()->is_python_dispatch() && !t.is_nested() && !t.is_conj() &&
+         !t.is_neg();
 }
 
 // A stack of layers, dropout between them. Shapes as torch.nn.LSTM's: input [T, B, I] or [B, T, I] or packed [N, I].
@@ -191,14 +201,13 @@ std::tuple<Tensor, Tensor, Tensor> stack(const Layer& layer, const Tensor& input
   TORCH_CHECK_VALUE(num_layers > 0 && weights.size() % num_layers == 0,
                     "weights: expected a multiple of num_layers=", num_layers, " tensors, got ", weights.size());
   const int64_t directions = bidirectional ? 2 : 1;
-  const int64_t per_layer = static_cast<int64_t>(weights.size()) / num_layers;
   const OptionalTensor layer_resets = batch_first && resets ? OptionalTensor(resets->transpose(0, 1)) : resets;
   Tensor y = batch_first ? input.transpose(0, 1) : input;
   std::vector<Tensor> h_n, c_n;
   for (int64_t l = 0; l < num_layers; ++l) {
     auto [out, h, c] =
         layer(y, states_of_layer(h0, l, directions, num_layers), states_of_layer(c0, l, directions, num_layers),
-              weights.slice(l * per_layer, per_layer), layer_resets);
+              params_of_layer(weights, l, num_layers), layer_resets);
     y = std::move(out);
     h_n.push_back(std::move(h));
     c_n.push_back(std::move(c));
@@ -210,10 +219,55 @@ std::tuple<Tensor, Tensor, Tensor> stack(const Layer& layer, const Tensor& input
   return {batch_first ? y.transpose(0, 1) : y, joined(h_n), joined(c_n)};
 }
 
+#ifdef FUSED_RNN_WITH_CUDA
+// The stack as one wavefront, if its layers overlap. Each layer is its own node of the graph of autograd, as elsewhere.
+std::optional<std::tuple<Tensor, Tensor, Tensor>> rnn_on_cuda(const Tensor& input, const OptionalTensor& h0,
+                                                              const OptionalTensor& c0, at::TensorList weights,
+                                                              const OptionalTensor& lengths, const OptionalTensor& offsets,
+                                                              const OptionalTensor& resets, int64_t cell, int64_t num_layers,
+                                                              bool has_biases, bool bidirectional, double dropout,
+                                                              bool training, bool batch_first) {
+  const auto plain = [](const Tensor& t) { return t.is_cuda() && is_plain(t); };
+  if (num_layers < 1 || weights.size() % num_layers || !nothing_intercepts() || !plain(input) || (h0 && !plain(*h0)) ||
+      (c0 && !plain(*c0)) || !std::all_of(weights.begin(), weights.end(), plain)) {
+    return std::nullopt;
+  }
+  std::vector<bool> saves;
+  bool differentiate = input.requires_grad();
+  for (int64_t l = 0; l < num_layers; ++l) {
+    differentiate |= requires_grad(h0) || requires_grad(c0) || any_requires_grad(params_of_layer(weights, l, num_layers));
+    saves.push_back(differentiate && at::GradMode::is_enabled());
+  }
+  const OptionalTensor layer_resets = batch_first && resets ? OptionalTensor(resets->transpose(0, 1)) : resets;
+  const bool between = dropout > 0 && training && num_layers > 1;
+  const Tensor steps_first = batch_first ? input.transpose(0, 1) : input;
+  const auto made = overlapped_layers({steps_first, h0, c0, weights, has_biases, lengths, offsets, layer_resets,
+                                       static_cast<CellKind>(cell), bidirectional, between},
+                                      saves);
+  if (!made) return std::nullopt;
+  size_t number = 0;
+  const auto layer = [&](const Tensor& x, const OptionalTensor& h, const OptionalTensor& c, at::TensorList params,
+                         const OptionalTensor& resets_of_layer) {
+    const LayerOutputs& outputs = (*made)[number];
+    if (!saves[number++]) return std::tuple(std::get<0>(outputs), std::get<1>(outputs), std::get<2>(outputs));
+    auto out =
+        LayerFunction::apply(x, h, c, params, has_biases, lengths, offsets, resets_of_layer, cell, bidirectional, &outputs);
+    return std::tuple(out[0], out[1], out[2]);
+  };
+  return stack(layer, input, h0, c0, weights, resets, num_layers, bidirectional, dropout, training, batch_first);
+}
+#endif
+
 std::tuple<Tensor, Tensor, Tensor> rnn(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
                                        at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& offsets,
                                        const OptionalTensor& resets, int64_t cell, int64_t num_layers, bool has_biases,
                                        bool bidirectional, double dropout, bool training, bool batch_first) {
+#ifdef FUSED_RNN_WITH_CUDA
+  if (auto results = rnn_on_cuda(input, h0, c0, weights, lengths, offsets, resets, cell, num_layers, has_biases,
+                                 bidirectional, dropout, training, batch_first)) {
+    return *std::move(results);
+  }
+#endif
   const auto layer = [&](const Tensor& x, const OptionalTensor& h, const OptionalTensor& c, at::TensorList params,
                          const OptionalTensor& layer_resets) {
     auto [y, h_n, c_n, gates, cs] =
@@ -235,17 +289,20 @@ std::tuple<Tensor, Tensor> cell_step(const Tensor& input, const OptionalTensor& 
 
 }  // namespace
 
+OptionalTensor states_of_layer(const OptionalTensor& states, int64_t layer, int64_t directions, int64_t layers) {
+  if (!states || layers == 1) return states;
+  return states->slice(0, layer * directions, (layer + 1) * directions);
+}
+
+at::TensorList params_of_layer(at::TensorList weights, int64_t layer, int64_t layers) {
+  const size_t count = weights.size() / layers;
+  return weights.slice(layer * count, count);
+}
+
 bool runs_plainly_on_cpu(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights) {
-  // Tracing, functorch and modes add keys; autocast is excluded unless it is on.
-  const auto keys = c10::impl::tls_local_dispatch_key_set();
-  if (!(keys.included_ - c10::default_included_set).empty() || !(c10::default_excluded_set - keys.excluded_).empty())
-    return false;
-  if (c10::impl::TorchDispatchModeTLS::any_modes_set() || at::hasCallbacks()) return false;
+  if (!nothing_intercepts() || at::hasCallbacks()) return false;
   const bool gradients = at::GradMode::is_enabled();
-  const auto plain = [&](const Tensor& t) {
-    return t.is_cpu() && t.layout() == at::kStrided && !t.unsafeGetTensorImpl()->is_python_dispatch() && !t.is_nested() &&
-           !t.is_conj() && !t.is_neg() && !(gradients && t.requires_grad());
-  };
+  const auto plain = [&](const Tensor& t) { return t.is_cpu() && is_plain(t) && !(gradients && t.requires_grad()); };
   return plain(input) && (!h0 || plain(*h0)) && (!c0 || plain(*c0)) && std::all_of(weights.begin(), weights.end(), plain);
 }
 

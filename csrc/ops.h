@@ -35,4 +35,28 @@ bool runs_plainly_on_cpu(const Tensor& input, const OptionalTensor& h0, const Op
 RnnSignature rnn_on_cpu;
 CellSignature cell_on_cpu;
 
+// The part of states [layers * directions, B, H], and of the weights, that belongs to one layer.
+OptionalTensor states_of_layer(const OptionalTensor& states, int64_t layer, int64_t directions, int64_t layers);
+at::TensorList params_of_layer(at::TensorList weights, int64_t layer, int64_t layers);
+
+#ifdef FUSED_RNN_WITH_CUDA
+// The arguments of a stack; x: [T, B, I] or packed [N, I]; dropout: whether there is any between the layers.
+struct StackCall {
+  const Tensor& x;
+  const OptionalTensor& h0;
+  const OptionalTensor& c0;
+  at::TensorList weights;
+  bool has_biases;
+  const OptionalTensor& lengths;
+  const OptionalTensor& offsets;
+  const OptionalTensor& resets;
+  CellKind cell;
+  bool bidirectional, dropout;
+};
+
+// The results of all layers, on CUDA tensors, as a wavefront of chunks (plan_overlap.h); none where the layers are to be called
+// in turn. saves: of each layer, whether it keeps what its backward needs. Not differentiable.
+std::optional<std::vector<LayerOutputs>> overlapped_layers(const StackCall& stack, const std::vector<bool>& saves);
+#endif
+
 }  // namespace fused_rnn

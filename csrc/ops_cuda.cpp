@@ -1,5 +1,6 @@
 // The layer op on CUDA tensors: input projection and weight gradients by cuBLAS, the recurrence by the planned kernel family.
-#include <ATen/Context.h>
+#include "ops_cuda.h"
+
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
@@ -13,42 +14,31 @@
 #include "ops.h"
 
 namespace fused_rnn {
-namespace {
 
-// torch's own switch for recurrent layers in fp32 (torch.backends.cudnn.rnn.fp32_precision, formerly allow_tf32).
 bool allows_tf32(const Tensor& x) {
   return x.scalar_type() == at::kFloat && at::globalContext().allowTF32CuDNN(at::Float32Op::RNN);
 }
-
-// Matrix products around the recurrence may use TF32 only where the recurrence may; their own switch can still forbid it.
-struct MatmulPrecision {
-  std::optional<at::NoTF32Guard> strict;
-  explicit MatmulPrecision(bool allow_tf32) {
-    if (!allow_tf32) strict.emplace();
-  }
-};
 
 std::optional<Family> forced_family() {
   const char* name = std::getenv("FUSED_RNN_PLAN");
   return name && *name ? std::optional<Family>(parse_family(name)) : std::nullopt;
 }
 
-// x W_ih^T + b_ih of every row and direction into the first G slots of gates.
-void project_input(const LayerInputs& in, const ForwardCall& call) {
+void project_rows(const LayerInputs& in, const ForwardCall& call, const Tensor& x, int64_t d, int64_t first, int64_t end) {
   const ForwardParams& p = call.params;
   const int64_t columns = gate_count(p.cell) * p.H;
   const int64_t per_direction = static_cast<int64_t>(in.params.size()) / p.D;
-  const Tensor x = in.x.reshape({p.seq.N, p.I});
-  for (int64_t d = 0; d < p.D; ++d) {
-    const auto w = in.params.slice(d * per_direction, per_direction);
-    Tensor out = call.gates.select(0, d).view({p.seq.N, slot_count(p.cell) * p.H}).slice(1, 0, columns);
-    if (in.has_biases) {
-      at::addmm_out(out, w[2], x, w[0].t());
-    } else {
-      at::mm_out(out, x, w[0].t());
-    }
+  const auto w = in.params.slice(d * per_direction, per_direction);
+  const Tensor rows = x.slice(0, first, end);
+  Tensor out = call.gates.select(0, d).view({p.seq.N, slot_count(p.cell) * p.H}).slice(0, first, end).slice(1, 0, columns);
+  if (in.has_biases) {
+    at::addmm_out(out, w[2], rows, w[0].t());
+  } else {
+    at::mm_out(out, rows, w[0].t());
   }
 }
+
+namespace {
 
 LayerOutputs layer_cuda(const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList params,
                         bool has_biases, const OptionalTensor& lengths, const OptionalTensor& offsets,
@@ -62,7 +52,8 @@ LayerOutputs layer_cuda(const Tensor& x, const OptionalTensor& h0, const Optiona
     const Plan& plan = cuda::plan_for(cuda::problem_of(call.params), x.get_device(), forced_family());
     if (plan.family != Family::kCell) {
       allocate_gates(call);
-      project_input(in, call);
+      const Tensor rows = x.reshape({call.params.seq.N, call.params.I});
+      for (int d = 0; d < call.params.D; ++d) project_rows(in, call, rows, d, 0, call.params.seq.N);
     }
     const Tensor workspace = at::empty({plan.workspace_bytes}, x.options().dtype(at::kByte));
     call.params.workspace = workspace.data_ptr();

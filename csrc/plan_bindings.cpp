@@ -9,7 +9,7 @@
 
 #include "cpu/cpu.h"
 #include "cuda/persistent.h"
-#include "plan.h"
+#include "plan_overlap.h"
 #ifdef FUSED_RNN_WITH_CUDA
 #include "cuda/backend.h"
 #endif
@@ -65,31 +65,43 @@ py::dict to_dict(const PersistentPlan& plan) {
   return result;
 }
 
+Problem problem_of(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
+                   std::optional<int64_t> P, int D, bool allow_tf32, bool ragged, bool training, bool backward) {
+  return {parse<CellKind>("cell", cell, kCells),
+          parse<DType>("dtype", dtype, kDTypes),
+          allow_tf32,
+          T,
+          B,
+          I,
+          H,
+          P.value_or(H),
+          D,
+          ragged,
+          training,
+          backward};
+}
+
+DeviceInfo device_of(const py::dict& device) {
+  const auto field = [&device](const char* name) { return device[name].cast<int>(); };
+  return {field("compute_capability"),
+          field("sm_count"),
+          field("smem_per_block"),
+          field("smem_per_sm"),
+          field("registers_per_sm"),
+          field("threads_per_sm"),
+          device["l2_bytes"].cast<int64_t>(),
+          field("max_cluster")};
+}
+
+std::optional<Family> family_of(const std::optional<std::string>& name) {
+  return name ? std::optional<Family>(parse_family(*name)) : std::nullopt;
+}
+
 py::dict plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
               const py::dict& device, std::optional<int64_t> P, int D, bool allow_tf32, bool ragged, bool training,
               bool backward, const std::optional<std::string>& forced) {
-  const Problem problem{parse<CellKind>("cell", cell, kCells),
-                        parse<DType>("dtype", dtype, kDTypes),
-                        allow_tf32,
-                        T,
-                        B,
-                        I,
-                        H,
-                        P.value_or(H),
-                        D,
-                        ragged,
-                        training,
-                        backward};
-  const auto field = [&device](const char* name) { return device[name].cast<int>(); };
-  const DeviceInfo info{field("compute_capability"),
-                        field("sm_count"),
-                        field("smem_per_block"),
-                        field("smem_per_sm"),
-                        field("registers_per_sm"),
-                        field("threads_per_sm"),
-                        device["l2_bytes"].cast<int64_t>(),
-                        field("max_cluster")};
-  const Plan made = make_plan(problem, info, forced ? std::optional<Family>(parse_family(*forced)) : std::nullopt);
+  const Problem problem = problem_of(cell, dtype, T, B, I, H, P, D, allow_tf32, ragged, training, backward);
+  const Plan made = make_plan(problem, device_of(device), family_of(forced));
   py::list kernels;
   for (const KernelPlan& kernel : made.kernels) kernels.append(to_dict(problem, kernel));
   py::dict candidates;
@@ -113,6 +125,42 @@ py::dict plan(const std::string& cell, const std::string& dtype, int64_t T, int6
   result["candidates"] = candidates;
   result["cheapest"] = to_string(made.cheapest);
   result["text"] = to_string(made);
+  return result;
+}
+
+py::dict overlap(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
+                 const py::dict& device, std::optional<int64_t> P, int D, bool allow_tf32, bool ragged, bool training,
+                 const std::optional<std::string>& forced, int layers, int64_t first_input, bool packed, bool dropout,
+                 std::optional<int> chunks) {
+  const Problem problem = problem_of(cell, dtype, T, B, I, H, P, D, allow_tf32, ragged, training, /*backward=*/false);
+  const DeviceInfo info = device_of(device);
+  const Plan layer = make_plan(problem, info, family_of(forced));
+  const OverlapPlan made = plan_overlap({problem, first_input, layers, packed, dropout}, layer, info, chunks);
+  py::dict result;
+  result["chunks"] = made.chunks;
+  result["chunk_steps"] = made.chunk_steps;
+  result["concurrent_layers"] = made.concurrent_layers;
+  result["sms_in_use"] = made.sms_in_use;
+  result["sms_idle"] = made.sms_idle;
+  result["us"] = made.us;
+  result["us_in_turn"] = made.us_in_turn;
+  result["reason"] = made.reason;
+  result["text"] = to_string(made);
+  return result;
+}
+
+py::list tasks(int layers, int directions, int64_t T, int64_t chunk_steps, int concurrent_layers) {
+  py::list result;
+  for (const OverlapTask& task : overlap_tasks(layers, directions, T, chunk_steps, concurrent_layers)) {
+    py::dict entry;
+    entry["project"] = task.project;
+    entry["layer"] = task.layer;
+    entry["first"] = task.first;
+    entry["end"] = task.end;
+    entry["stream"] = task.stream;
+    entry["after"] = task.after;
+    result.append(entry);
+  }
   return result;
 }
 
@@ -168,6 +216,14 @@ void bind_plan(py::module_& module) {
              py::arg("ragged") = false, py::arg("training") = false, py::arg("backward") = false,
              py::arg("forced") = py::none(),
              "The CUDA kernels that would serve one layer on a device given by its properties. No GPU is needed.");
+  module.def("overlap", &overlap, py::kw_only(), py::arg("cell"), py::arg("dtype"), py::arg("T"), py::arg("B"), py::arg("I"),
+             py::arg("H"), py::arg("device"), py::arg("P") = py::none(), py::arg("D") = 1, py::arg("allow_tf32") = false,
+             py::arg("ragged") = false, py::arg("training") = false, py::arg("forced") = py::none(), py::arg("layers"),
+             py::arg("first_input"), py::arg("packed") = false, py::arg("dropout") = false, py::arg("chunks") = py::none(),
+             "How the layers of a stack, forward, would overlap on a device given by its properties; I: of the layers above "
+             "the first. No GPU is needed.");
+  module.def("overlap_tasks", &tasks, py::arg("layers"), py::arg("directions"), py::arg("T"), py::arg("chunk_steps"),
+             py::arg("concurrent_layers"), "The parts of an overlap, in the order in which they go to their streams.");
 #ifdef FUSED_RNN_WITH_CUDA
   module.def("cuda_device", &cuda_device, "The properties of a visible device that plan() asks for.");
 #endif

@@ -31,19 +31,6 @@ struct Fit {
   std::string reason;
 };
 
-// Multiply-adds per clock and SM: tensor cores by mma.sync, which reaches 63% of Hopper's peak.
-double math_rate(MathKind math, int compute_capability) {
-  if (math == MathKind::kFp32) return compute_capability == 80 ? 64 : 128;
-  const double half = compute_capability == 80 ? 1024 : compute_capability == 90 || compute_capability == 100 ? 1290 : 512;
-  return math == MathKind::kTf32 ? half / 2 : half;
-}
-
-// Clusters do not span the device's groups of SMs, of which some are incomplete: 7 clusters of 16 blocks fit an H100, 15 of 8.
-int64_t clusters_at_once(const DeviceInfo& device, int64_t blocks) {
-  const int64_t all = device.sm_count / blocks;
-  return std::max<int64_t>(1, blocks >= 8 ? all - 1 : all);
-}
-
 // Bytes that a block moves through its shared memory in a step, for one tile of rows; `grid`: without the exchange.
 double smem_traffic(const PersistentShape& s, const PersistentPlan& plan) {
   const double weights = plan.weight_bytes_in_smem;
@@ -60,8 +47,8 @@ double step_us(const PersistentShape& s, const PersistentPlan& plan, const Devic
   const double exchange = s.cluster ? 0 : cuda::exchange_words(s, plan.slices) * 8.0 / kL2BytesPerClock;
   // Multiply-adds of a block: fragments of 16 rows by one chunk, times 8 batch rows.
   const double fragments = plan.weight_bytes / double(cuda::kFragmentBytes);
-  const double products = fragments * cuda::kTileUnits * cuda::chunk_step(s.math) * cuda::kTileRows /
-                          math_rate(s.math, device.compute_capability);
+  const double products =
+      fragments * cuda::kTileUnits * cuda::chunk_step(s.math) * cuda::kTileRows / persistent_math_rate(s.math, device);
   // Products hide behind the reading of the weights, or that behind them; neither before the states have come.
   const double clocks = std::max({exchange, smem_traffic(s, plan) / kSmemBytesPerClock, products});
   return plan.launches *
@@ -179,6 +166,20 @@ Fit fit_family(const Problem& problem, const DeviceInfo& device, Family family) 
 }
 
 }  // namespace
+
+// Tensor cores by mma.sync, which reaches 63% of Hopper's peak.
+double persistent_math_rate(MathKind math, const DeviceInfo& device) {
+  const int capability = device.compute_capability;
+  if (math == MathKind::kFp32) return capability == 80 ? 64 : 128;
+  const double half = capability == 80 ? 1024 : capability == 90 || capability == 100 ? 1290 : 512;
+  return math == MathKind::kTf32 ? half / 2 : half;
+}
+
+// Clusters do not span the device's groups of SMs, of which some are incomplete: 7 clusters of 16 blocks fit an H100, 15 of 8.
+int64_t clusters_at_once(const DeviceInfo& device, int64_t blocks) {
+  const int64_t all = device.sm_count / blocks;
+  return std::max<int64_t>(1, blocks >= 8 ? all - 1 : all);
+}
 
 std::string persistent_obstacle(const Problem& problem, const DeviceInfo& device, Family family) {
   const Fit fit = fit_family(problem, device, family);

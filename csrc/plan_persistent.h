@@ -12,6 +12,12 @@ std::string persistent_obstacle(const Problem& problem, const DeviceInfo& device
 // Fills in plan for plan.family, which has no obstacle.
 void plan_persistent(const Problem& problem, const DeviceInfo& device, Plan& plan);
 
+// Multiply-adds per clock and SM.
+double persistent_math_rate(cuda::MathKind math, const DeviceInfo& device);
+
+// Clusters of so many blocks that run at once.
+int64_t clusters_at_once(const DeviceInfo& device, int64_t blocks);
+
 std::string to_string(const PersistentPlan& plan);
 
 }  // namespace fused_rnn

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +74,7 @@ class Explanation:
     why: str  # this backend
     forced: str | None  # the kernel family that FUSED_RNN_PLAN asks for
     layers: tuple[LayerPlan, ...]
+    overlap: dict[str, Any]  # forward: whether the layers overlap, as the planner gives it; empty but on CUDA
 
     def __repr__(self) -> str:
         return f"<fused_rnn.Explanation: {self.module} on {self.backend}, {len(self.layers)} layer(s)>"
@@ -84,6 +85,8 @@ class Explanation:
         lines = [f"{head}: {self.backend} backend ({self.why})"]
         if self.forced and self.backend == "cuda":
             lines.append(f"FUSED_RNN_PLAN={self.forced}")
+        if self.overlap:
+            lines.append("forward, " + self.overlap["text"].rstrip("\n"))
         number = 1
         for layer, group in itertools.groupby(self.layers):
             last = number + len(list(group)) - 1
@@ -168,7 +171,8 @@ def explain(
         saved = saved if training and backend != "reference" else 0
         layers.append(LayerPlan(N=rows, forward=forward, backward=backward, saved_bytes=saved, **size))
     name = str(dtype).removeprefix("torch.")
-    result = Explanation(type(module).__name__, cell, name, packed, backend, where, why, forced, tuple(layers))
+    overlap = _overlap(module, layers, cell, name, described, forced, packed, training) if backend == "cuda" else {}
+    result = Explanation(type(module).__name__, cell, name, packed, backend, where, why, forced, tuple(layers), overlap)
     if show:
         print(result)
     return result
@@ -283,15 +287,41 @@ def _plan(
         return {}
     if backend == "cpu":
         return _C().cpu_plan(**problem, training=training, backward=backward)
-    # torch's own switch for recurrent layers, as csrc/ops_cuda.cpp reads it.
-    switch: Any = torch.backends.cudnn.rnn
-    tf32 = problem["dtype"] == "float32" and switch.fp32_precision == "tf32"
     plan = _C().plan(
-        **problem, device=dict(device or {}), allow_tf32=tf32, ragged=packed, training=training, backward=backward,
-        forced=forced,
+        **problem, device=dict(device or {}), allow_tf32=_tf32(problem["dtype"]), ragged=packed, training=training,
+        backward=backward, forced=forced,
     )  # fmt: skip
     blocks = [x * y * z for x, y, z in (kernel["grid"] for kernel in plan["kernels"])]
     if held := plan.get("persistent"):
         blocks.append(held["blocks"] * held["groups"] * held["directions"])
     plan["ctas"] = max(blocks)
     return plan
+
+
+def _tf32(dtype: str) -> bool:
+    """torch's own switch for recurrent layers, as csrc/ops_cuda.cpp reads it."""
+    switch: Any = torch.backends.cudnn.rnn
+    return dtype == "float32" and switch.fp32_precision == "tf32"
+
+
+def _overlap(
+    module: nn.Module,
+    layers: Sequence[LayerPlan],
+    cell: str,
+    dtype: str,
+    device: Mapping[str, int] | None,
+    forced: str | None,
+    packed: bool,
+    training: bool,
+) -> dict[str, Any]:
+    """Whether the layers overlap in time, and why not; empty for a cell and where nothing is planned."""
+    last = layers[-1]
+    if not isinstance(module, _Layer) or last.B == 0:
+        return {}
+    chunks = os.environ.get("FUSED_RNN_OVERLAP")
+    return _C().overlap(
+        cell=cell, dtype=dtype, T=last.T, B=last.B, I=last.I, H=last.H, P=last.P, D=last.D, device=dict(device or {}),
+        allow_tf32=_tf32(dtype), ragged=packed, training=training, forced=forced, layers=len(layers),
+        first_input=layers[0].I, packed=packed, dropout=len(layers) > 1 and module.training and module.dropout > 0,
+        chunks=int(chunks) if chunks else None,
+    )  # fmt: skip

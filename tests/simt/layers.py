@@ -136,6 +136,7 @@ class LayerRun:
             getattr(lib, f"{name}_steps").argtypes = [c_void_p, c_void_p, c_void_p, c_int, c_void_p]
         self.given_gradients = True  # False: dy, dh_n and dc_n are null
         self.wants_d_h0 = True  # False: d_h0 is null
+        self.outputs: dict[str, tuple[int, tuple[int, ...]]] = {}  # address and shape
         self.cuts: list[int] = []  # steps at which a new launch takes over, for persistent families
         self.plan_text = ""
         sizes = (c_int * 4)()
@@ -143,7 +144,7 @@ class LayerRun:
         here = [ctypes.sizeof(t) for t in (ForwardParams, BackwardParams, Problem, DeviceInfo)]
         assert list(sizes) == here, "the structures here differ from those of csrc"
 
-    def _plan(self, problem: Any) -> int:
+    def plan(self, problem: Any) -> int:
         plan = self.sim.lib.simt_make_plan(ctypes.byref(problem), ctypes.byref(self.device), self.family)
         self.plan_text = self.sim.lib.simt_plan_text().decode()
         if not plan:
@@ -181,7 +182,7 @@ class LayerRun:
         self._weights(params)
 
     def _finish(self, call: str, params: Any, problem: Any) -> None:
-        plan, case, lib = self._plan(problem), self.layer.case, self.sim.lib
+        plan, case, lib = self.plan(problem), self.layer.case, self.sim.lib
         try:
             params.workspace = self.sim.out("workspace", lib.simt_plan_workspace(plan))
             if self.cuts:
@@ -202,9 +203,15 @@ class LayerRun:
 
     def forward(self) -> dict[str, Tensor]:
         """y [N, D*P], h_n, c_n, and when training gates [D, N, S, H] and cs [D, N, H]."""
+        self.sim.reset(self.seed, self.device)
+        params, problem = self.arguments(projected=True)
+        self._finish("simt_forward", params, problem)
+        return self.results()
+
+    def arguments(self, projected: bool) -> tuple[Any, Any]:
+        """The parameters of forward, in device memory, and its problem; projected: gates holds the input projection."""
         case, layer = self.layer.case, self.layer
         sim, n, d, h = self.sim, self.layer.rows, case.directions, case.hidden
-        sim.reset(self.seed, self.device)
         params = ForwardParams(I=case.input_size, training=self.training)
         self._common(params)
         params.x = sim.put("x", layer.data.input)
@@ -216,37 +223,41 @@ class LayerRun:
         places = self._outputs(shapes)
         problem = Problem()
         sim.lib.simt_problem_forward(ctypes.byref(params), ctypes.byref(problem))
-        plan = self._plan(problem)
+        plan = self.plan(problem)
         is_step = sim.lib.simt_plan_family(plan) != FAMILIES.index("cell")
         sim.lib.simt_free_plan(plan)
         gates = (d, n, layer.slots, h)
         if is_step or (self.training and layer.slots > 1):
             buffer = torch.full(gates, float("nan"), dtype=case.dtype)
-            if is_step:
-                buffer[:, :, : layer.gates] = self._projection()
+            if is_step and projected:
+                buffer[:, :, : layer.gates] = self.projection(layer.data.input)
             places["gates"] = sim.inout("gates", buffer)
+            if self.training and layer.slots > 1:
+                shapes["gates"] = gates
         for name, address in places.items():
             setattr(params, name, address)
-        self._finish("simt_forward", params, problem)
-        results = {name: sim.get(places[name], shape, case.dtype) for name, shape in shapes.items()}
+        self.outputs = {name: (places[name], shape) for name, shape in shapes.items()}
+        return params, problem
+
+    def results(self) -> dict[str, Tensor]:
+        """What forward left in the memory that arguments() has given it."""
+        case, layer, sim = self.layer.case, self.layer, self.sim
+        results = {name: sim.get(*place, case.dtype) for name, place in self.outputs.items()}
         for name, tensor in results.items():
-            sim.check_output(name, places[name], tensor)
-        if self.training and layer.slots > 1:
-            results["gates"] = sim.get(places["gates"], gates, case.dtype)
-            sim.check_output("gates", places["gates"], results["gates"])
+            sim.check_output(name, self.outputs[name][0], tensor)
         for name in ("gates", "cs"):
             if name in results:
                 assert not results[name][:, ~layer.active].any(), f"{name} is not 0 at an inactive row"
         return results
 
-    def _projection(self) -> Tensor:
+    def projection(self, x: Tensor) -> Tensor:
         """x W_ih^T + b_ih, [D, N, G, H], rounded once, with NaN at inactive rows (they may hold anything)."""
         case, layer = self.layer.case, self.layer
         parts = []
         for d in range(case.directions):
             weights = [w.double() for w in layer.direction(d)]
-            x = layer.data.input.double().reshape(layer.rows, -1)
-            part = torch.nn.functional.linear(x, weights[0], weights[2] if case.has_biases else None)
+            rows = x.double().reshape(layer.rows, -1)
+            part = torch.nn.functional.linear(rows, weights[0], weights[2] if case.has_biases else None)
             part[~layer.active] = float("nan")
             parts.append(part.reshape(layer.rows, layer.gates, case.hidden))
         return torch.stack(parts).to(case.dtype)

@@ -1,10 +1,12 @@
 // The CUDA backend's own host code on the simulated device.
+#include <algorithm>
 #include <optional>
 #include <string>
 
 #include "capi.h"
 #include "cuda/backend.h"
 #include "device.h"
+#include "plan_overlap.h"
 
 using namespace fused_rnn;
 
@@ -67,6 +69,13 @@ extern "C" int simt_forward_steps(const ForwardParams* params, const Plan* plan,
   return simt_host::run_guarded([&] {
     for (int i = 0; i < ranges; ++i) cuda::forward_steps(*params, *plan, {bounds[i], bounds[i + 1], carry}, nullptr);
   });
+}
+// The tasks of an overlap; returns how many there are.
+extern "C" int simt_overlap_tasks(int layers, int directions, int64_t T, int64_t chunk_steps, int concurrent_layers,
+                                  OverlapTask* tasks, int room) {
+  const auto all = overlap_tasks(layers, directions, T, chunk_steps, concurrent_layers);
+  std::copy_n(all.begin(), std::min<size_t>(room, all.size()), tasks);
+  return static_cast<int>(all.size());
 }
 extern "C" int simt_backward_steps(const BackwardParams* params, const Plan* plan, const int64_t* bounds, int ranges,
                                    float* carry) {

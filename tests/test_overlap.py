@@ -1,0 +1,260 @@
+"""The overlap of layers in time (csrc/plan_overlap.h): its plans and its tasks without a GPU, its results on one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import GRADIENT_TOLERANCE, Case, make_data
+from test_cuda_graphs import check_replay
+from test_layers import assert_near, results_and_gradients
+from test_plan import DEVICES, C
+from torch import Tensor
+
+import fused_rnn
+from fused_rnn import use_backend
+
+F16, BF16, F32 = "float16", "bfloat16", "float32"
+
+
+def overlap(device: str, **more: Any) -> dict[str, Any]:
+    sizes: dict[str, Any] = {"cell": "lstm", "dtype": F16, "T": 256, "B": 8, "H": 256, "D": 1, "layers": 4} | more
+    sizes = {"I": sizes["D"] * sizes["H"], "training": True} | sizes
+    result: dict[str, Any] = C.overlap(**{"first_input": sizes["I"]} | sizes, device=DEVICES[device])
+    return result
+
+
+# device, family, cell, B, H, layers, directions: chunks, recurrences at once, SMs that they use; idle SMs
+PLANNED = [
+    ("A100", "grid", "lstm", 8, 256, 4, 1, (4, 4, 64, 44)),
+    ("A100", "grid", "lstm", 16, 512, 4, 1, (1, 1, 0, 0)),
+    ("A100", "grid", "gru", 16, 768, 3, 1, (1, 1, 0, 0)),
+    ("A100", "grid", "lstm", 64, 512, 1, 1, (1, 1, 0, 0)),
+    ("A100", "grid", "lstm", 8, 256, 2, 2, (1, 1, 0, 0)),
+    ("H100", "grid", "lstm", 8, 256, 4, 1, (4, 4, 64, 68)),
+    ("H100", "grid", "lstm", 16, 512, 4, 1, (1, 1, 0, 0)),
+    ("H100", "grid", "gru", 16, 768, 3, 1, (1, 1, 0, 0)),
+    ("H100", "grid", "lstm", 64, 512, 1, 1, (1, 1, 0, 0)),
+    ("H100", "grid", "lstm", 8, 256, 2, 2, (1, 1, 0, 0)),
+    ("H100", "cluster", "lstm", 8, 256, 4, 1, (4, 4, 64, 68)),
+    ("H100", "cluster", "lstm", 16, 512, 4, 1, (4, 3, 96, 36)),
+    ("H100", "cluster", "gru", 16, 768, 3, 1, (8, 3, 96, 36)),
+    ("H100", "cluster", "lstm", 64, 512, 1, 1, (1, 1, 0, 0)),
+    ("H100", "cluster", "lstm", 8, 256, 2, 2, (1, 1, 0, 0)),
+    ("H200", "grid", "lstm", 8, 256, 4, 1, (4, 4, 64, 68)),
+    ("H200", "grid", "lstm", 16, 512, 4, 1, (1, 1, 0, 0)),
+    ("H200", "grid", "gru", 16, 768, 3, 1, (1, 1, 0, 0)),
+    ("H200", "grid", "lstm", 64, 512, 1, 1, (1, 1, 0, 0)),
+    ("H200", "grid", "lstm", 8, 256, 2, 2, (1, 1, 0, 0)),
+    ("H200", "cluster", "lstm", 8, 256, 4, 1, (4, 4, 64, 68)),
+    ("H200", "cluster", "lstm", 16, 512, 4, 1, (4, 3, 96, 36)),
+    ("H200", "cluster", "gru", 16, 768, 3, 1, (8, 3, 96, 36)),
+    ("H200", "cluster", "lstm", 64, 512, 1, 1, (1, 1, 0, 0)),
+    ("H200", "cluster", "lstm", 8, 256, 2, 2, (1, 1, 0, 0)),
+    ("RTX 4090", "grid", "lstm", 8, 256, 4, 1, (8, 4, 64, 64)),
+    ("RTX 4090", "grid", "lstm", 16, 512, 4, 1, (2, 1, 64, 64)),
+    ("RTX 4090", "grid", "gru", 16, 768, 3, 1, (1, 1, 0, 0)),
+    ("RTX 4090", "grid", "lstm", 64, 512, 1, 1, (1, 1, 0, 0)),
+    ("RTX 4090", "grid", "lstm", 8, 256, 2, 2, (1, 1, 0, 0)),
+    ("B200", "grid", "lstm", 8, 256, 4, 1, (4, 4, 64, 84)),
+    ("B200", "grid", "lstm", 16, 512, 4, 1, (8, 2, 128, 20)),
+    ("B200", "grid", "gru", 16, 768, 3, 1, (1, 1, 0, 0)),
+    ("B200", "grid", "lstm", 64, 512, 1, 1, (1, 1, 0, 0)),
+    ("B200", "grid", "lstm", 8, 256, 2, 2, (1, 1, 0, 0)),
+    ("B200", "cluster", "lstm", 8, 256, 4, 1, (4, 4, 64, 84)),
+    ("B200", "cluster", "lstm", 16, 512, 4, 1, (4, 3, 96, 52)),
+    ("B200", "cluster", "gru", 16, 768, 3, 1, (8, 3, 96, 52)),
+    ("B200", "cluster", "lstm", 64, 512, 1, 1, (1, 1, 0, 0)),
+    ("B200", "cluster", "lstm", 8, 256, 2, 2, (1, 1, 0, 0)),
+]
+
+
+@pytest.mark.parametrize("row", PLANNED, ids=lambda row: "-".join(map(str, row[:7])))
+def test_plan(row: tuple[Any, ...]) -> None:
+    """Frozen outputs of the cost model, not measurements."""
+    device, family, cell, batch, hidden, layers, directions, expected = row
+    result = overlap(device, forced=family, cell=cell, B=batch, H=hidden, layers=layers, D=directions)
+    assert tuple(result[key] for key in ("chunks", "concurrent_layers", "sms_in_use", "sms_idle")) == expected, result[
+        "text"
+    ]
+    assert result["sms_in_use"] + result["sms_idle"] <= DEVICES[device]["sm_count"]
+    assert result["us"] <= result["us_in_turn"]
+
+
+REASONS = [
+    ("H100", {"forced": "step"}, "family step takes all SMs in turn"),
+    ("H100", {}, "family step takes all SMs in turn"),
+    ("H100", {"forced": "grid", "dropout": True}, "dropout between the layers is applied to whole sequences"),
+    (
+        "H100",
+        {"forced": "cluster", "packed": True},
+        "where the rows of a step of a packed sequence lie is known on the device only",
+    ),
+    (
+        "RTX 4090",
+        {"forced": "grid", "H": 2048, "dtype": F16, "cell": "rnn_tanh"},
+        "one layer's 128 blocks take the whole device",
+    ),
+    ("H100", {"forced": "cluster", "T": 16}, "chunks would save too little"),
+    ("H100", {"forced": "cluster", "T": 1}, "chunks would save too little"),
+    ("H100", {"forced": "cluster", "chunks": 1}, "so many chunks are asked for"),
+    ("H100", {"forced": "cluster", "chunks": 0}, "so many chunks are asked for"),
+]
+
+
+@pytest.mark.parametrize("row", REASONS, ids=lambda row: str(row[:2]))
+def test_in_turn(row: tuple[Any, ...]) -> None:
+    device, more, reason = row
+    result = overlap(device, **more)
+    assert (result["chunks"], result["concurrent_layers"], result["chunk_steps"]) == (1, 1, more.get("T", 256))
+    assert result["text"] == f"layers in turn, because {reason}\n"
+
+
+def test_chunks_that_are_asked_for() -> None:
+    result = overlap("H100", forced="cluster", T=7, layers=3, chunks=3)
+    assert (result["chunks"], result["chunk_steps"]) == (3, 3)
+    assert overlap("H100", forced="grid", T=2, D=2, chunks=5)["chunks"] == 2
+
+
+def ordered_before(tasks: list[dict[str, Any]]) -> list[set[int]]:
+    """For each task those that have ended when it begins: before it in its stream, awaited, and what those came after."""
+    before: list[set[int]] = []
+    last_of_stream: dict[int, int] = {}
+    for number, task in enumerate(tasks):
+        known = {last_of_stream[task["stream"]]} if task["stream"] in last_of_stream else set()
+        if task["after"] >= 0:
+            assert task["after"] < number, "awaited before it was handed to its stream"
+            known.add(task["after"])
+        before.append(known.union(*(before[k] for k in known)))
+        last_of_stream[task["stream"]] = number
+    return before
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_tasks(directions: int) -> None:
+    """Every part once; each after what it reads; recurrences of a layer in order; no more streams than asked for."""
+    for layers in range(1, 7):
+        for steps, chunk_steps in ((1, 1), (2, 1), (7, 2), (8, 2), (9, 4), (20, 1)):
+            chunks = -(-steps // chunk_steps)
+            for at_once in range(1, min(layers, chunks) + 1 if directions == 1 else 2):
+                tasks = C.overlap_tasks(layers, directions, steps, chunk_steps, at_once)
+                bounds = [(c * chunk_steps, min(steps, (c + 1) * chunk_steps)) for c in range(chunks)]
+                place = {(t["project"], t["layer"], t["first"], t["end"]): n for n, t in enumerate(tasks)}
+                assert set(place) == {(p, y, *b) for p in (True, False) for y in range(layers) for b in bounds}
+                assert len(tasks) == len(place)
+                before = ordered_before(tasks)
+                for number, task in enumerate(tasks):
+                    layer, part = task["layer"], (task["first"], task["end"])
+                    assert task["stream"] == (0 if task["project"] else 1 + layer % at_once)
+                    needs = []
+                    if not task["project"]:
+                        needs = [(True, layer, *part)]
+                        needs += [(False, layer, *b) for b in bounds if b < part]
+                    elif layer > 0:
+                        needs = [(False, layer - 1, *b) for b in bounds if b <= part or directions == 2]
+                    assert {place[need] for need in needs} <= before[number], (task, needs)
+                # A side stream begins with a task that waits for the caller's stream, so it needs no fork.
+                for stream in range(1, at_once + 1):
+                    first = next(t for t in tasks if t["stream"] == stream)
+                    assert tasks[first["after"]]["stream"] == 0
+
+
+def test_layers_follow_each_other_a_chunk_apart() -> None:
+    """And the first layer's projections a chunk ahead, before those that wait for a recurrence of the same wave."""
+    tasks = C.overlap_tasks(3, 1, 8, 2, 3)
+    scans = [(t["layer"], t["first"] // 2) for t in tasks if not t["project"]]
+    waves = [layer + chunk for layer, chunk in scans]
+    assert waves == sorted(waves)
+    projected = [(t["layer"], t["first"] // 2) for t in tasks if t["project"]]
+    for chunk in range(1, 4):
+        assert projected.index((0, chunk)) < projected.index((1, chunk - 1))
+
+
+def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_RNN_PLAN", "cluster")
+    lstm = fused_rnn.LSTM(256, 256, num_layers=4, dropout=0.1, dtype=torch.float16, device="meta")
+    x = torch.empty(256, 8, 256, dtype=torch.float16, device="meta")
+    assert "forward, layers in turn, because dropout" in str(fused_rnn.explain(lstm, x, device="H100", show=False))
+    result = fused_rnn.explain(lstm.eval(), x, device="H100", show=False)
+    assert result.overlap["chunks"] == 4
+    assert "\nforward, overlap: 4 chunks of 64 steps, 4 recurrences at once on 64 SMs, projections on 68; " in str(result)
+    monkeypatch.setenv("FUSED_RNN_OVERLAP", "0")
+    assert fused_rnn.explain(lstm, x, device="H100", show=False).overlap["chunks"] == 1
+    assert fused_rnn.explain(fused_rnn.LSTMCell(4, 5), torch.zeros(3, 4), device="H100", show=False).overlap == {}
+    assert fused_rnn.explain(fused_rnn.LSTM(4, 5), torch.zeros(3, 2, 4), show=False).overlap == {}
+
+
+# ---- on a GPU ----
+
+FAMILY = {"grid": (8, 0), "cluster": (9, 0)}
+CASES = [
+    Case("LSTM", 13, 9, 24, 64, layers=3, ragged="lengths", resets=True, dtype=torch.float16),
+    Case("GRU", 13, 9, 24, 64, layers=4, batch_first=True, dtype=torch.bfloat16),
+    Case("RNN_TANH", 13, 9, 24, 64, layers=2, bidirectional=True),
+    Case("LSTM", 13, 9, 24, 64, layers=1, states=False),
+]
+
+
+@pytest.fixture(params=FAMILY)
+def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < FAMILY[request.param]:
+        pytest.skip(f"needs a GPU of compute capability {FAMILY[request.param]}")
+    monkeypatch.setenv("FUSED_RNN_PLAN", request.param)
+    monkeypatch.setenv("FUSED_RNN_OVERLAP", "4")
+    return str(request.param)
+
+
+def everything(case: Case) -> list[Tensor]:
+    with use_backend("cuda"):
+        results, grads = results_and_gradients(case, make_data(case, "cuda"))
+    return [t.detach() for t in (*results, *grads)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_near_layers_in_turn(case: Case, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not bitwise: cuBLAS may multiply fewer rows by another algorithm."""
+    overlapped = everything(case)
+    monkeypatch.setenv("FUSED_RNN_OVERLAP", "0")
+    for index, (actual, want) in enumerate(zip(overlapped, everything(case), strict=True)):
+        assert_near(f"tensor {index}", actual, want.double(), GRADIENT_TOLERANCE[case.dtype])
+
+
+SERIAL = """
+import conftest, sys, torch
+from test_overlap import CASES, everything
+torch.save([everything(case) for case in CASES], sys.argv[1])
+"""
+
+
+@pytest.mark.gpu
+def test_bitwise_as_one_launch_after_the_other(family: str, tmp_path: Path) -> None:
+    """100 times what a process gives whose host waits for every launch: no task begins before what it reads is there."""
+    file, here = tmp_path / "serial.pt", str(Path(__file__).parent)
+    environment = {**os.environ, "CUDA_LAUNCH_BLOCKING": "1", "PYTHONPATH": f"{here}:{os.environ.get('PYTHONPATH', '')}"}
+    subprocess.run([sys.executable, "-c", SERIAL, str(file)], check=True, env=environment)
+    serial = torch.load(file)
+    for case, want in zip(CASES, serial, strict=True):
+        different = torch.zeros(len(want), dtype=torch.int64, device="cuda")
+        for _ in range(100):
+            different += torch.stack([(a != b).any() for a, b in zip(everything(case), want, strict=True)])
+        assert different.tolist() == [0] * len(want), str(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("training", [False, True])
+def test_captured_in_a_graph(training: bool, family: str) -> None:
+    lstm = fused_rnn.LSTM(24, 64, num_layers=3, device="cuda", dtype=torch.float16)
+    x = torch.randn(13, 9, 24, device="cuda", dtype=torch.float16, requires_grad=training)
+
+    def run() -> list[Tensor]:
+        with torch.set_grad_enabled(training):
+            y = lstm(x)[0]
+            return [y, *torch.autograd.grad(y.float().sum(), [x, *lstm.parameters()])] if training else [y]
+
+    check_replay(run, [x])
