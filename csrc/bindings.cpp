@@ -126,10 +126,9 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyMethodDef fast_calls[] = {
     {"rnn", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(rnn)), METH_FASTCALL, "torch.ops.fused_rnn.rnn"},
     {"cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(cell)), METH_FASTCALL, "torch.ops.fused_rnn.cell"},
-    {"call_layers", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fused_rnn::call_layers)), METH_FASTCALL,
-     "A layer module's forward on plain CPU tensors, or None where the general way must be taken."},
-    {"call_cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fused_rnn::call_cell)), METH_FASTCALL,
-     "A cell module's forward on plain CPU tensors, or None where the general way must be taken."},
+    {"call_module", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fused_rnn::call_module)), METH_FASTCALL,
+     "A module's call on plain CPU tensors, or None where nn.Module.__call__ must be asked."},
+    {"watch_modules", fused_rnn::watch_modules, METH_VARARGS, "What call_module stands for."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

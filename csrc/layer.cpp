@@ -1,5 +1,6 @@
 #include "layer.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/arange.h>
@@ -12,6 +13,10 @@
 #include <ATen/ops/tanh.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <functional>
+#include <initializer_list>
 
 #include "cpu/matmul.h"
 
@@ -28,6 +33,10 @@ DType dtype_of(const Tensor& x) {
 }
 
 namespace {
+// Uninitialised memory like x's; on a CPU without the dispatcher, whose share of a small step would be a tenth.
+Tensor empty_like(const Tensor& x, at::IntArrayRef shape) {
+  return x.is_cpu() ? Tensor(at::detail::empty_cpu(shape, x.scalar_type())) : at::empty(shape, x.options());
+}
 
 struct Shapes {
   int64_t T, B, N, I, H, P;
@@ -47,6 +56,10 @@ void check_optional(const char* name, const OptionalTensor& t, at::IntArrayRef s
   if (t && t->defined()) check_tensor(name, *t, shape, x, dtype);
 }
 
+at::DimVector state_shape(const LayerInputs& in, const Shapes& s, int64_t size) {
+  return in.one_step ? at::DimVector{s.B, size} : at::DimVector{s.D, s.B, size};
+}
+
 Shapes check_layer(const LayerInputs& in) {
   dtype_of(in.x);
   const int cell = static_cast<int>(in.cell);
@@ -61,7 +74,8 @@ Shapes check_layer(const LayerInputs& in) {
   TORCH_CHECK_VALUE(count % s.D == 0 && (s.per_direction == base || s.projection), "params: expected ", base * s.D,
                     " tensors, got ", count);
   const bool packed = in.offsets.has_value();
-  TORCH_CHECK(in.x.dim() == (packed ? 2 : 3), "input: expected ", packed ? 2 : 3, "-D, got ", in.x.dim(), "-D");
+  const int64_t dim = packed || in.one_step ? 2 : 3;
+  TORCH_CHECK(in.x.dim() == dim, "input: expected ", dim, "-D, got ", in.x.dim(), "-D");
   TORCH_CHECK(in.params[1].dim() == 2 && in.params[1].size(0) % G == 0, "w_hh: expected shape [", G, "*H, P], got ",
               in.params[1].sizes());
   s.I = in.x.size(-1);
@@ -80,14 +94,14 @@ Shapes check_layer(const LayerInputs& in) {
     s.N = in.x.size(0);
     check_tensor("offsets", *in.offsets, {s.T + 1}, in.x, at::kLong);
   } else {
-    s.T = in.x.size(0);
-    s.B = in.x.size(1);
+    s.T = in.one_step ? 1 : in.x.size(0);
+    s.B = in.x.size(in.one_step ? 0 : 1);
     s.N = s.T * s.B;
   }
   TORCH_CHECK(s.T > 0, "input: expected at least 1 time step, got 0");
   const auto dtype = in.x.scalar_type();
-  check_optional("h0", in.h0, {s.D, s.B, s.P}, in.x, dtype);
-  check_optional("c0", in.c0, {s.D, s.B, s.H}, in.x, dtype);
+  check_optional("h0", in.h0, state_shape(in, s, s.P), in.x, dtype);
+  check_optional("c0", in.c0, state_shape(in, s, s.H), in.x, dtype);
   check_optional("lengths", in.lengths, {s.B}, in.x, at::kLong);
   if (packed) {
     check_optional("resets", in.resets, {s.N}, in.x, at::kBool);
@@ -159,8 +173,60 @@ Tensor previous_rows(const LayerInputs& in, const Shapes& s, bool reverse) {
   return at::where(active, row + s.B, b + s.N);
 }
 
+// Up to this many rows the sums over rows are made here on a CPU: torch's dispatch takes longer than these loops.
+constexpr int64_t kFewRows = 8;
+
+// Whether the sums over the rows of all of these are made here.
+bool has_few_rows(std::initializer_list<std::reference_wrapper<const Tensor>> tensors, int64_t rows) {
+  return rows <= kFewRows && std::all_of(tensors.begin(), tensors.end(), [](const Tensor& t) {
+           const auto type = t.scalar_type();
+           return t.is_cpu() && t.stride(-1) == 1 && (type == at::kFloat || type == at::kDouble);
+         });
+}
+
+// out[m] = sum_k a[k][m] b[k], or that added to out.
+template <class A>
+void add_outer_products(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
+  const A *from_a = a.const_data_ptr<A>(), *from_b = b.const_data_ptr<A>();
+  const int64_t rows = a.size(0), columns = b.size(1);
+  for (int64_t m = 0; m < out.size(0); ++m) {
+    A* to = out.data_ptr<A>() + m * out.stride(0);
+    if (!add) std::fill_n(to, columns, A(0));
+    for (int64_t k = 0; k < rows; ++k) {
+      const A factor = from_a[k * a.stride(0) + m];
+      const A* row = from_b + k * b.stride(0);
+      for (int64_t n = 0; n < columns; ++n) to[n] += factor * row[n];
+    }
+  }
+}
+
+// The sums of the columns of a [rows, columns] into out [columns].
+template <class A>
+void add_rows(const Tensor& out, const Tensor& a) {
+  A* to = out.data_ptr<A>();
+  std::fill_n(to, out.size(0), A(0));
+  for (int64_t k = 0; k < a.size(0); ++k) {
+    const A* row = a.const_data_ptr<A>() + k * a.stride(0);
+    for (int64_t n = 0; n < out.size(0); ++n) to[n] += row[n];
+  }
+}
+void sum_rows_into(const Tensor& out, const Tensor& a) {
+  if (!has_few_rows({out, a}, a.size(0))) {
+    Tensor target = out;
+    at::sum_out(target, a, {0});
+  } else if (a.scalar_type() == at::kFloat) {
+    add_rows<float>(out, a);
+  } else {
+    add_rows<double>(out, a);
+  }
+}
+
 // out = a^T b or a b, or that added to out; on a CPU by its matrix unit where it has one. The columns of a and b are neighbours in memory.
 void multiply_into(const Tensor& out, const Tensor& a, bool transposed, const Tensor& b, bool add) {
+  if (transposed && has_few_rows({out, a, b}, a.size(0))) {
+    return a.scalar_type() == at::kFloat ? add_outer_products<float>(out, a, b, add)
+                                         : add_outer_products<double>(out, a, b, add);
+  }
   const Tensor left = transposed ? a.t() : a;
   const int64_t M = left.size(0), N = b.size(1), K = left.size(1);
   const bool rows = out.stride(1) == 1 && a.stride(1) == 1 && b.stride(1) == 1;
@@ -207,13 +273,13 @@ Tensor recurrent_weight_gradient(const LayerInputs& in, const Shapes& s, const T
     const Tensor h0 = has_h0 ? in.h0->select(0, d) : at::zeros({s.B, s.P}, y.options());
     Tensor h_prev = at::cat({y, h0}).index_select(0, previous_rows(in, s, reverse));
     if (in.resets) h_prev.masked_fill_(in.resets->reshape({s.N, 1}), 0);
-    const Tensor dw = at::empty({d_rg.size(1), s.P}, y.options());
+    const Tensor dw = empty_like(y, {d_rg.size(1), s.P});
     multiply_into(dw, d_rg, /*transposed=*/true, h_prev, /*add=*/false);
     return dw;
   }
   const Tensor later = reverse ? d_rg.slice(0, 0, s.N - s.B) : d_rg.slice(0, s.B, s.N);
   const Tensor earlier = reverse ? y.slice(0, s.B, s.N) : y.slice(0, 0, s.N - s.B);
-  const Tensor dw = at::empty({d_rg.size(1), s.P}, y.options());
+  const Tensor dw = empty_like(y, {d_rg.size(1), s.P});
   multiply_into(dw, later, /*transposed=*/true, earlier, /*add=*/false);
   if (has_h0) {
     const Tensor first = reverse ? d_rg.slice(0, s.N - s.B, s.N) : d_rg.slice(0, 0, s.B);
@@ -233,12 +299,15 @@ Tensor active_rows(const LayerInputs& in, const Shapes& s) {
 ForwardCall prepare_forward(const LayerInputs& in, bool save) {
   const Shapes s = check_layer(in);
   ForwardCall call;
-  const auto options = in.x.options();
   const bool lstm = in.cell == CellKind::kLstm;
-  call.y = at::empty(in.offsets ? at::DimVector{s.N, s.D * s.P} : at::DimVector{s.T, s.B, s.D * s.P}, options);
-  call.h_n = at::empty({s.D, s.B, s.P}, options);
-  if (lstm) call.c_n = at::empty({s.D, s.B, s.H}, options);
-  if (save && lstm) call.cs = at::empty({s.D, s.N, s.H}, options);
+  call.h_n = empty_like(in.x, state_shape(in, s, s.P));
+  if (in.one_step) {
+    call.y = call.h_n;  // the same values
+  } else {
+    call.y = empty_like(in.x, in.offsets ? at::DimVector{s.N, s.D * s.P} : at::DimVector{s.T, s.B, s.D * s.P});
+  }
+  if (lstm) call.c_n = empty_like(in.x, state_shape(in, s, s.H));
+  if (save && lstm) call.cs = empty_like(in.x, {s.D, s.N, s.H});
 
   ForwardParams& p = call.params;
   p = {};
@@ -262,12 +331,12 @@ ForwardCall prepare_forward(const LayerInputs& in, bool save) {
 void allocate_gates(ForwardCall& call) {
   if (call.gates.defined()) return;
   ForwardParams& p = call.params;
-  call.gates = at::empty({p.D, p.seq.N, slot_count(p.cell), p.H}, call.y.options());
+  call.gates = empty_like(call.y, {p.D, p.seq.N, slot_count(p.cell), p.H});
   p.gates = data_or_null(call.gates);
 }
 
 LayerOutputs forward_outputs(const ForwardCall& call, bool save) {
-  const auto empty = [&] { return at::empty({0}, call.y.options()); };
+  const auto empty = [&] { return empty_like(call.y, {0}); };
   const bool keep_gates = save && slot_count(call.params.cell) > 1;
   return {call.y, call.h_n, call.c_n.defined() ? call.c_n : empty(), keep_gates ? call.gates : empty(),
           call.cs.defined() ? call.cs : empty()};
@@ -275,7 +344,6 @@ LayerOutputs forward_outputs(const ForwardCall& call, bool save) {
 
 BackwardCall prepare_backward(const LayerInputs& in, const BackwardInputs& grads) {
   const Shapes s = check_layer(in);
-  const auto options = in.x.options();
   const auto dtype = in.x.scalar_type();
   const bool lstm = in.cell == CellKind::kLstm;
   const int64_t S = slot_count(in.cell);
@@ -288,10 +356,10 @@ BackwardCall prepare_backward(const LayerInputs& in, const BackwardInputs& grads
   if (lstm) check_tensor("cs", grads.cs, {s.D, s.N, s.H}, in.x, dtype);
 
   BackwardCall call;
-  call.d_gates = at::empty({s.D, s.N, S, s.H}, options);
-  if (s.projection) call.d_h = at::empty({s.D, s.N, s.P}, options);
-  call.d_h0 = at::empty({s.D, s.B, s.P}, options);
-  call.d_c0 = lstm ? at::empty({s.D, s.B, s.H}, options) : at::empty({0}, options);
+  call.d_gates = empty_like(in.x, {s.D, s.N, S, s.H});
+  if (s.projection) call.d_h = empty_like(in.x, {s.D, s.N, s.P});
+  call.d_h0 = empty_like(in.x, {s.D, s.B, s.P});
+  call.d_c0 = lstm ? empty_like(in.x, {s.D, s.B, s.H}) : empty_like(in.x, {0});
   call.x = in.x.contiguous();
 
   BackwardParams& p = call.params;
@@ -321,7 +389,7 @@ LayerGradients gradients_of_layer(const LayerInputs& in, const BackwardInputs& g
   const Shapes s = check_layer(in);
   const int64_t G = gate_count(in.cell), S = slot_count(in.cell), H = s.H;
   const bool gru = in.cell == CellKind::kGru;
-  const auto empty = [&] { return at::empty({0}, in.x.options()); };
+  const auto empty = [&] { return empty_like(in.x, {0}); };
   Tensor x = call.x.view({s.N, s.I});
   // The d_gates of padding are 0, but its x may hold anything, and 0 * NaN is not 0.
   if (in.lengths && mask.weights) x = at::where(active_rows(in, s), x, 0);
@@ -344,7 +412,7 @@ LayerGradients gradients_of_layer(const LayerInputs& in, const BackwardInputs& g
       for (const auto& [columns, first] : d_xg) {
         const Tensor rows = w[0].slice(0, first, first + columns.size(1));
         const bool add = dx.defined();
-        if (!add) dx = at::empty({s.N, s.I}, in.x.options());
+        if (!add) dx = empty_like(in.x, {s.N, s.I});
         multiply_into(dx, columns, /*transposed=*/false, rows, add);
       }
     }
@@ -352,25 +420,27 @@ LayerGradients gradients_of_layer(const LayerInputs& in, const BackwardInputs& g
       for (int64_t i = 0; i < s.per_direction; ++i) dparams.push_back(empty());
       continue;
     }
-    Tensor dw_ih = at::empty({G * H, s.I}, in.x.options());
-    Tensor db_ih = at::empty({G * H}, in.x.options());
+    const Tensor dw_ih = empty_like(in.x, {G * H, s.I});
+    const Tensor db_ih = empty_like(in.x, {G * H}), db_hh = empty_like(in.x, {G * H});
     for (const auto& [columns, first] : d_xg) {
       const Tensor rows = dw_ih.slice(0, first, first + columns.size(1));
       multiply_into(rows, columns, /*transposed=*/true, x, /*add=*/false);
-      if (in.has_biases) {
-        Tensor part = db_ih.slice(0, first, first + columns.size(1));
-        at::sum_out(part, columns, {0});
-      }
+      if (in.has_biases) sum_rows_into(db_ih.slice(0, first, first + columns.size(1)), columns);
     }
     dparams.push_back(dw_ih);
     dparams.push_back(recurrent_weight_gradient(in, s, d_rg, y.slice(1, d * s.P, (d + 1) * s.P), d));
     if (in.has_biases) {
+      if (gru) {
+        sum_rows_into(db_hh, d_rg);
+      } else {
+        db_hh.copy_(db_ih);
+      }
       dparams.push_back(db_ih);
-      dparams.push_back(gru ? at::sum(d_rg, {0}) : db_ih.clone());
+      dparams.push_back(db_hh);
     }
     if (s.projection) {
       const Tensor m = at::mul(grads.gates.select(0, d).select(1, 3), at::tanh(grads.cs.select(0, d)));
-      dparams.push_back(at::empty({s.P, s.H}, in.x.options()));
+      dparams.push_back(empty_like(in.x, {s.P, s.H}));
       multiply_into(dparams.back(), call.d_h.select(0, d), /*transposed=*/true, m, /*add=*/false);
     }
   }

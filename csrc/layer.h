@@ -32,6 +32,7 @@ struct LayerInputs {
   const OptionalTensor& resets;
   CellKind cell;
   bool bidirectional;
+  bool one_step = false;  // a cell's: x [B, I], states [B, H]
 };
 
 // A filled ForwardParams with the tensors that own its memory.

@@ -1,13 +1,13 @@
-// METH_FASTCALL functions of module_call.cpp.
+// METH_FASTCALL and METH_VARARGS functions of module_call.cpp.
 #pragma once
 #include <Python.h>
 
 namespace fused_rnn {
 
-// call_layers(module.__dict__, cell, input [T, B, I] or [B, T, I], h0 or None, c0 or None) -> (output, h_n), an LSTM's h_n a pair with
-// c_n; or None.
-PyObject* call_layers(PyObject* module, PyObject* const* args, Py_ssize_t count);
-// call_cell(module.__dict__, cell, input [B, I], h or None, c or None) -> h', an LSTM's a pair with c'; or None.
-PyObject* call_cell(PyObject* module, PyObject* const* args, Py_ssize_t count);
+// call_module(module, input, hx=None) -> what the module's forward returns; None where nn.Module.__call__ must be asked.
+PyObject* call_module(PyObject* self, PyObject* const* args, Py_ssize_t count);
+// watch_modules(nn.Module, (global hook dict, ...), ((forward function, is_cell, cell or -1), ...)): the forwards that call_module stands
+// for, and what may keep it from doing so.
+PyObject* watch_modules(PyObject* self, PyObject* args);
 
 }  // namespace fused_rnn

@@ -24,16 +24,13 @@ namespace {
 void run_forward(ForwardCall& call) {
   if (call.params.seq.B == 0) return;
   constexpr int64_t kStackBytes = 32 * 1024;
-  const int64_t bytes = cpu::forward_workspace_bytes(call.params);
-  if (bytes <= kStackBytes) {
-    alignas(64) char workspace[kStackBytes];
-    call.params.workspace = workspace;
-    cpu::forward(call.params);
-  } else {
-    const Tensor workspace = at::empty({bytes}, call.y.options().dtype(at::kByte));
-    call.params.workspace = workspace.data_ptr();
-    cpu::forward(call.params);
-  }
+  alignas(64) char stack[kStackBytes];
+  Tensor heap;
+  cpu::forward(call.params, [&](int64_t bytes) -> void* {
+    if (bytes <= kStackBytes) return stack;
+    heap = at::empty({bytes}, call.y.options().dtype(at::kByte));
+    return heap.data_ptr();
+  });
 }
 
 LayerOutputs layer_cpu(const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList params,
@@ -54,9 +51,11 @@ LayerGradients layer_backward_cpu(const OptionalTensor& dy, const OptionalTensor
   const BackwardInputs grads{dy, dh_n, dc_n, y, gates, cs};
   BackwardCall call = prepare_backward(in, grads);
   if (call.params.seq.B > 0) {
-    const Tensor workspace = at::empty({cpu::backward_workspace_bytes(call.params)}, x.options().dtype(at::kByte));
-    call.params.workspace = workspace.data_ptr();
-    cpu::backward(call.params);
+    Tensor workspace;
+    cpu::backward(call.params, [&](int64_t bytes) {
+      workspace = at::empty({bytes}, x.options().dtype(at::kByte));
+      return workspace.data_ptr();
+    });
   }
   return gradients_of_layer(in, grads, call, {mask[0], mask[1], mask[2]});
 }
@@ -320,21 +319,18 @@ std::tuple<Tensor, Tensor, Tensor> rnn_on_cpu(const Tensor& input, const Optiona
     run_forward(call);
     return std::tuple(std::move(call.y), std::move(call.h_n), std::move(call.c_n));
   };
+  if (num_layers == 1 && !batch_first) return layer(input, h0, c0, weights, resets);
   return stack(layer, input, h0, c0, weights, resets, num_layers, bidirectional, dropout, training, batch_first);
 }
 
 std::tuple<Tensor, Tensor> cell_on_cpu(const Tensor& input, const OptionalTensor& h, const OptionalTensor& c,
                                        at::TensorList params, bool has_biases, int64_t cell) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const auto lifted = [](const OptionalTensor& t) { return t ? OptionalTensor(t->unsqueeze(0)) : std::nullopt; };
-  auto [y, h_n, c_n] = rnn_on_cpu(input.unsqueeze(0), lifted(h), lifted(c), params, std::nullopt, std::nullopt, std::nullopt,
-                                  cell, /*num_layers=*/1, has_biases, /*bidirectional=*/false, /*dropout=*/0.0,
-                                  /*training=*/false, /*batch_first=*/false);
-  // Both are new: a change of their shape is not seen by anyone.
-  for (const Tensor& state : {h_n, c_n}) {
-    if (state.defined()) state.unsafeGetTensorImpl()->set_sizes_contiguous({state.size(1), state.size(2)});
-  }
-  return {h_n, c_n};
+  ForwardCall call = prepare_forward({input, h, c, params, has_biases, std::nullopt, std::nullopt, std::nullopt,
+                                      static_cast<CellKind>(cell), /*bidirectional=*/false, /*one_step=*/true},
+                                     /*save=*/false);
+  run_forward(call);
+  return {std::move(call.h_n), std::move(call.c_n)};
 }
 
 }  // namespace fused_rnn

@@ -78,7 +78,7 @@ struct ForwardParams {
                   // on entry, unless the family is `cell`, which computes it. CPU: null unless training.
   void* cs;       // [D, N, H]: c after each step, in dtype, 0 at inactive rows; LSTM only; null unless training
   bool training;  // gates and cs are kept for backward (RNN cells keep neither: their derivative needs y alone)
-  void* workspace;  // *_workspace_bytes() of the backend, 256-byte aligned
+  void* workspace;  // CUDA: Plan::workspace_bytes, 256-byte aligned; CPU: set by the call
 };
 
 // The recurrent part of one layer's backward: from gradients of the outputs to gradients of the pre-activations and of the
@@ -103,7 +103,7 @@ struct BackwardParams {
   void* d_h;          // [D, N, P] out: total gradient of every h, 0 at inactive rows; projection only, else null
   void* d_h0;         // [D, B, P] out; CUDA: null where nobody asks for it
   void* d_c0;         // [D, B, H] out; LSTM only
-  void* workspace;    // *_workspace_bytes() of the backend, 256-byte aligned
+  void* workspace;    // as in forward
 };
 
 }  // namespace fused_rnn

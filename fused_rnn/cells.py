@@ -12,19 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_rnn import _backend
+from fused_rnn._quick_call import QuickCall, watch
 from fused_rnn.functional import CELLS, run_cell
-from fused_rnn.modules import _refuse_scripting, check_like, quick_calls, type_name
+from fused_rnn.modules import _refuse_scripting, check_like, type_name
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
 _LSTM, _GRU = CELLS["LSTM"], CELLS["GRU"]
 _RNN = {"tanh": CELLS["RNN_TANH"], "relu": CELLS["RNN_RELU"], "identity": CELLS["RNN_IDENTITY"]}
-_call_cell = None if _backend._C is None else _backend._C.call_cell
 _WITH_BIASES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-class _Cell(nn.RNNCellBase):
+class _Cell(QuickCall, nn.RNNCellBase):
     """What the three cells share: where the weights come from, the checks, and the call."""
 
     __prepare_scriptable__ = _refuse_scripting
@@ -85,10 +84,6 @@ class _Cell(nn.RNNCellBase):
                 check_like(input, tensor, name)
 
     def _run_single_state(self, cell: int, input: Tensor, hx: Tensor | None) -> Tensor:
-        if _call_cell is not None and quick_calls():
-            result = _call_cell(self.__dict__, cell, input, hx, None)
-            if result is not None:
-                return result
         dim = input.dim()
         if dim != 2 and dim != 1:
             raise ValueError(f"{self._kind}: Expected input to be 1D or 2D, got {dim}D instead")
@@ -128,10 +123,6 @@ class LSTMCell(_Cell, nn.LSTMCell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """input [B, I] or [I], hx (h, c), each [B, H] or [H], or None -> (h', c')."""
-        if _call_cell is not None and quick_calls() and (hx is None or (isinstance(hx, tuple) and len(hx) == 2)):
-            result = _call_cell(self.__dict__, _LSTM, input, *(hx or (None, None)))
-            if result is not None:
-                return result
         dim = input.dim()
         if dim != 2 and dim != 1:
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {dim}D instead")
@@ -155,3 +146,6 @@ class GRUCell(_Cell, nn.GRUCell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """input [B, I] or [I], hx [B, H] or [H] or None -> h' [B, H] or [H]."""
         return self._run_single_state(_GRU, input, hx)
+
+
+watch((LSTMCell.forward, True, _LSTM), (GRUCell.forward, True, _GRU), (RNNCell.forward, True, -1))

@@ -17,18 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import _backend, functional
+from fused_rnn import functional
+from fused_rnn._quick_call import QuickCall, watch
 from fused_rnn.functional import CELLS, run_rnn
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
 _LSTM, _GRU = CELLS["LSTM"], CELLS["GRU"]
-_call_layers = None if _backend._C is None else _backend._C.call_layers
-
-
-def quick_calls() -> bool:
-    """Whether a module may try its forward in one C++ call (csrc/module_call.cpp) before the general way."""
-    return _backend._forced is None and not torch.compiler.is_compiling()
 
 
 def _refuse_scripting(module: nn.Module) -> nn.Module:
@@ -69,7 +64,7 @@ class _FlatWeights(list[Any]):
             raise TypeError("_flat_weights is read from the parameters: assign the parameter itself by its name")
 
 
-class _Layer(nn.RNNBase):
+class _Layer(QuickCall, nn.RNNBase):
     """What RNN, LSTM and GRU share: where the weights come from, and the checks before the call."""
 
     # --- weights ---
@@ -214,10 +209,6 @@ class _Layer(nn.RNNBase):
 
     def _forward_single_state(self, cell: int, input: Tensor | PackedSequence, hx: Tensor | None) -> tuple[Any, Tensor]:
         """Forward of the cells with one state (RNN, GRU)."""
-        if _call_layers is not None and quick_calls():
-            result = _call_layers(self.__dict__, cell, input, hx, None)
-            if result is not None:
-                return result
         if isinstance(input, PackedSequence):
             return self._forward_packed(cell, input, hx)
         dim = input.dim()
@@ -263,10 +254,6 @@ class LSTM(_Layer, nn.LSTM):
     def forward(self, input, hx=None):  # type: ignore[no-untyped-def]
         """input [T, B, I] ([B, T, I] with batch_first; [T, I]; PackedSequence), hx (h0 [L*D, B, P], c0 [L*D, B, H]) or None
         -> output [T, B, D*P] in the input's form, (h_n [L*D, B, P], c_n [L*D, B, H])."""
-        if _call_layers is not None and quick_calls() and (hx is None or (isinstance(hx, tuple) and len(hx) == 2)):
-            result = _call_layers(self.__dict__, _LSTM, input, *(hx or (None, None)))
-            if result is not None:
-                return result
         if isinstance(input, PackedSequence):
             return self._forward_packed(_LSTM, input, hx)
         dim = input.dim()
@@ -322,3 +309,6 @@ class RNN(_Layer, nn.RNN):
         """input [T, B, I] ([B, T, I] with batch_first; [T, I]; PackedSequence), hx [L*D, B, H] or None
         -> output [T, B, D*H] in the input's form, h_n [L*D, B, H]."""
         return self._forward_single_state(CELLS[self.mode], input, hx)
+
+
+watch((LSTM.forward, False, _LSTM), (GRU.forward, False, _GRU), (RNN.forward, False, -1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -10,16 +11,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_rnn
-from fused_rnn import _backend, modules
+from fused_rnn import _backend
 from fused_rnn._backend import has_cpu_kernels
 
 pytestmark = pytest.mark.skipif(not has_cpu_kernels(), reason="needs the compiled extension")
 
-LAYERS = {"LSTM": 3, "GRU": 4, "RNN": 0}
+LAYERS = ("LSTM", "GRU", "RNN")
 
 
-def quick_layer(module: nn.Module, cell: int, input: Any, h0: Any = None, c0: Any = None) -> Any:
-    return _backend._C.call_layers(module.__dict__, cell, input, h0, c0)
+def quick(module: nn.Module, *args: Any) -> Any:
+    return _backend._C.call_module(module, *args)
 
 
 def flat(result: Any) -> list[Tensor]:
@@ -33,9 +34,7 @@ def flat(result: Any) -> list[Tensor]:
     ids=str,
 )
 @pytest.mark.parametrize("kind", LAYERS)
-def test_layers_as_in_general(
-    kind: str, options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_as_in_general(kind: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     if "proj_size" in options and kind != "LSTM":
         pytest.skip("only an LSTM has a projection")
     module = getattr(fused_rnn, kind)(5, 7, **options).to(dtype)
@@ -45,30 +44,20 @@ def test_layers_as_in_general(
     hx: Any = (h0, torch.randn(rows, batch, 7, dtype=dtype)) if kind == "LSTM" else h0
     for states in (None, hx):
         with torch.no_grad():
-            h, c = (None, None) if states is None else states if kind == "LSTM" else (states, None)
-            assert quick_layer(module, LAYERS[kind], x, h, c) is not None
-            quick = module(x, states)
-            with monkeypatch.context() as patch:
-                patch.setattr(modules, "quick_calls", lambda: False)
-                general = module(x, states)
-        for a, b in zip(flat(quick), flat(general), strict=True):
+            result, general = quick(module, x, states), module.forward(x, states)
+        for a, b in zip(flat(result), flat(general), strict=True):
             assert torch.equal(a, b) and a.stride() == b.stride() and not a.requires_grad
 
 
 @pytest.mark.parametrize("bias", (True, False))
 @pytest.mark.parametrize("kind", LAYERS)
-def test_cells_as_in_general(kind: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells_as_in_general(kind: str, bias: bool) -> None:
     module = getattr(fused_rnn, kind + "Cell")(5, 7, bias=bias)
     x, h, c = torch.randn(2, 5), torch.randn(2, 7), torch.randn(2, 7)
     for states in (None, (h, c) if kind == "LSTM" else h):
         with torch.inference_mode():
-            pair = (None, None) if states is None else (h, c if kind == "LSTM" else None)
-            assert _backend._C.call_cell(module.__dict__, LAYERS[kind], x, *pair) is not None
-            quick = module(x, states)
-            with monkeypatch.context() as patch:
-                patch.setattr("fused_rnn.cells.quick_calls", lambda: False)
-                general = module(x, states)
-        for a, b in zip(flat(quick), flat(general), strict=True):
+            result, general = quick(module, x, states), module.forward(x, states)
+        for a, b in zip(flat(result), flat(general), strict=True):
             assert torch.equal(a, b) and a.shape == b.shape == (2, 7)
 
 
@@ -97,33 +86,131 @@ class Mode(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def test_nonlinearities() -> None:
+    x, cell_x = torch.randn(2, 2, 3), torch.randn(2, 3)
+    with torch.no_grad():
+        for name in ("tanh", "relu", "identity"):
+            layer, cell = fused_rnn.RNN(3, 4, nonlinearity=name), fused_rnn.RNNCell(3, 4, nonlinearity=name)
+            assert torch.equal(quick(layer, x)[0], layer.forward(x)[0])
+            assert torch.equal(quick(cell, cell_x), cell.forward(cell_x))
+        cell.nonlinearity = "gelu"
+        assert quick(cell, cell_x) is None
+
+
+def test_long_calls_release_the_gil() -> None:
+    """Beyond some ten microseconds of work, with the tensors owned: another thread may replace the weights meanwhile."""
+    module, x = fused_rnn.GRU(64, 64), torch.randn(2000, 4, 64)
+    seen = 0
+
+    def count() -> None:
+        nonlocal seen
+        while not done.is_set():
+            seen += 1
+            module.weight_hh_l0 = nn.Parameter(module.weight_hh_l0.detach().clone())
+
+    done = threading.Event()
+    with torch.no_grad():
+        expected = module.forward(x)[0]
+        thread = threading.Thread(target=count)
+        thread.start()
+        results = [quick(module, x)[0] for _ in range(5)]
+        done.set()
+        thread.join()
+    assert all(torch.equal(result, expected) for result in results) and seen > 0
+
+
 def test_left_to_the_general_way() -> None:
     """Whatever else may want to see the call, or to raise."""
     module, x, h = fused_rnn.GRU(3, 4), torch.randn(2, 2, 3), torch.zeros(1, 2, 4)
-    gru = LAYERS["GRU"]
-    assert quick_layer(module, gru, x) is None  # the parameters require gradients
+    assert quick(module, x) is None  # the parameters require gradients
     with torch.no_grad():
-        assert quick_layer(module, gru, x, h) is not None
+        assert quick(module, x, h) is not None
         for wrong in (x[0], x.double(), x[:, :, :2], x[:0], x.to("meta"), x.as_subclass(Subclass), x.to_sparse(), None, 3):
-            assert quick_layer(module, gru, wrong) is None
-        for wrong in (h[0], h.double(), h[:, :1], h.to("meta"), 3):
-            assert quick_layer(module, gru, x, wrong) is None
-        assert quick_layer(module, "GRU", x) is None
-        assert _backend._C.call_layers({}, gru, x, None, None) is None
-        assert _backend._C.call_layers(module.__dict__, gru, x) is None
+            assert quick(module, wrong) is None
+        for wrong in (h[0], h.double(), h[:, :1], h.to("meta"), (h, h), 3):
+            assert quick(module, x, wrong) is None
+        for wrong in (h, (h,), [h, h], (h, None), (h, 3)):
+            assert quick(fused_rnn.LSTM(3, 4), x, wrong) is None
+        assert quick(module) is None and quick(module, x, h, h) is None
+        assert quick(nn.GRU(3, 4), x) is None and quick(3, x) is None
         with torch.autocast("cpu"):
-            assert quick_layer(module, gru, x) is None
+            assert quick(module, x) is None
         with Mode():
-            assert quick_layer(module, gru, x) is None
+            assert quick(module, x) is None
         with torch.profiler.profile() as profile:
-            assert quick_layer(module, gru, x) is None
+            assert quick(module, x) is None
             module(x)
         assert any(event.key == "fused_rnn::layer" for event in profile.key_averages())
         seen: list[Any] = []
-        torch.func.vmap(lambda row: (seen.append(quick_layer(module, gru, row)), row)[1])(x.unsqueeze(0))
+        torch.func.vmap(lambda row: (seen.append(quick(module, row)), row)[1])(x.unsqueeze(0))
         assert seen == [None]
+        torch.jit.trace(lambda row: (seen.append(quick(module, row)), row + 1)[1], x, check_trace=False)
+        assert set(seen) == {None}
     pruned = fused_rnn.GRU(3, 4)
     torch.nn.utils.parametrizations.weight_norm(pruned, "weight_ih_l0")
     with torch.no_grad():
-        assert quick_layer(pruned, gru, x) is None
+        assert quick(pruned, x) is None
         pruned(x)
+
+
+HOOKS = {
+    "forward": lambda m, f: m.register_forward_hook(f),
+    "forward, with kwargs": lambda m, f: m.register_forward_hook(lambda m, a, k, y: f(), with_kwargs=True),
+    "forward pre": lambda m, f: m.register_forward_pre_hook(f),
+    "full backward": lambda m, f: m.register_full_backward_hook(f),
+    "full backward pre": lambda m, f: m.register_full_backward_pre_hook(f),
+    "global forward": lambda m, f: nn.modules.module.register_module_forward_hook(f),
+    "global forward pre": lambda m, f: nn.modules.module.register_module_forward_pre_hook(f),
+    "global full backward": lambda m, f: nn.modules.module.register_module_full_backward_hook(f),
+    "global full backward pre": lambda m, f: nn.modules.module.register_module_full_backward_pre_hook(f),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("module", (fused_rnn.GRU(3, 4), fused_rnn.GRUCell(3, 4)), ids=("layer", "cell"))
+def test_hooks_are_called(module: nn.Module, kind: str) -> None:
+    x = torch.randn(2, 3) if isinstance(module, fused_rnn.GRUCell) else torch.randn(2, 2, 3)
+    seen: list[str] = []
+    with torch.no_grad():
+        handle = HOOKS[kind](module, lambda *args: seen.append(kind))
+        assert quick(module, x) is None
+        module(x)
+        handle.remove()
+        assert bool(seen) == ("forward" in kind)
+        assert quick(module, x) is not None
+
+
+class Doubled(fused_rnn.RNN):
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        y, h = super().forward(input, hx)
+        return 2 * y, h
+
+
+class Renamed(fused_rnn.RNN):
+    pass
+
+
+def test_another_forward_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 2, 3)
+    with torch.no_grad():
+        assert quick(Renamed(3, 4), x) is not None
+        doubled = Doubled(3, 4)
+        assert quick(doubled, x) is None
+        assert torch.equal(doubled(x)[0], 2 * fused_rnn.RNN.forward(doubled, x)[0])
+        module = fused_rnn.RNN(3, 4)
+        module.forward = lambda *args: "own"  # type: ignore[method-assign]
+        assert module(x) == "own"
+        compiled = fused_rnn.RNN(3, 4)
+        compiled._compiled_call_impl = lambda *args: "compiled"  # type: ignore[assignment]
+        assert compiled(x) == "compiled"
+        with monkeypatch.context() as patch:
+            patch.setattr(fused_rnn.RNN, "forward", lambda *args: "class")
+            assert fused_rnn.RNN(3, 4)(x) == "class"
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Module, "__call__", lambda *args: "nn.Module")
+            assert fused_rnn.RNN(3, 4)(x) == "nn.Module"
+        module = fused_rnn.RNN(3, 4)
+        assert quick(module, x) is not None
+        assert torch.equal(module(input=x)[0], module(x)[0])
+        with fused_rnn.use_backend("reference"):
+            torch.testing.assert_close(module(x)[0], quick(module, x)[0])

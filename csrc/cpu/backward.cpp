@@ -327,15 +327,6 @@ bool BackwardScan<A>::run() {
 
 }  // namespace
 
-int64_t backward_workspace_bytes(const BackwardParams& p) {
-  return with_arithmetic(p.dtype, [&](auto a) {
-    using A = decltype(a);
-    const Kernels<A>& kernels = kernels_of<A>(selected_kernels());
-    return std::max(BackwardScan<A>(p, kernels, thread_limit()).workspace_bytes(),
-                    BackwardScan<A>(p, kernels, 1).workspace_bytes());
-  });
-}
-
 Plan backward_plan(const BackwardParams& p) {
   return with_arithmetic(p.dtype, [&](auto a) {
     using A = decltype(a);
@@ -343,11 +334,16 @@ Plan backward_plan(const BackwardParams& p) {
   });
 }
 
-void backward(const BackwardParams& p) {
+void backward(BackwardParams& p, const Allocate& allocate) {
   with_arithmetic(p.dtype, [&](auto a) {
     using A = decltype(a);
     const Kernels<A>& kernels = kernels_of<A>(selected_kernels());
-    if (!BackwardScan<A>(p, kernels, thread_limit()).run()) BackwardScan<A>(p, kernels, 1).run();
+    const auto run = [&](int threads) {
+      BackwardScan<A> scan(p, kernels, threads);
+      p.workspace = allocate(scan.workspace_bytes());
+      return scan.run();
+    };
+    if (!run(thread_limit())) run(1);
     return 0;
   });
 }

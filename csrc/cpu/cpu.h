@@ -1,6 +1,7 @@
 // The CPU backend: one recurrent layer, forward and backward, for every cell and dtype. Layouts: params.h.
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -9,13 +10,14 @@
 
 namespace fused_rnn::cpu {
 
-// Size of ForwardParams::workspace / BackwardParams::workspace for these params (pointers are not read).
-int64_t forward_workspace_bytes(const ForwardParams& p);
-int64_t backward_workspace_bytes(const BackwardParams& p);
+// Gives a workspace of that many bytes, aligned to 64, which lasts as long as the call. May be asked again: the new one takes the old
+// one's place.
+using Allocate = std::function<void*(int64_t bytes)>;
 
-// forward computes the input projection too. Both run on at most omp_get_max_threads() threads of the caller's OpenMP.
-void forward(const ForwardParams& p);
-void backward(const BackwardParams& p);
+// forward computes the input projection too. Both run on at most omp_get_max_threads() threads of the caller's OpenMP and set
+// p.workspace.
+void forward(ForwardParams& p, const Allocate& allocate);
+void backward(BackwardParams& p, const Allocate& allocate);
 
 // How the threads of a call made here and now would divide the work (pointers are not read).
 Plan forward_plan(const ForwardParams& p);

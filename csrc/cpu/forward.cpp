@@ -388,15 +388,6 @@ bool ForwardScan<A>::run() {
 
 }  // namespace
 
-int64_t forward_workspace_bytes(const ForwardParams& p) {
-  return with_arithmetic(p.dtype, [&](auto a) {
-    using A = decltype(a);
-    const Kernels<A>& kernels = kernels_of<A>(selected_kernels());
-    const int64_t alone = ForwardScan<A>(p, kernels, 1).workspace_bytes();
-    return thread_limit() == 1 ? alone : std::max(alone, ForwardScan<A>(p, kernels, thread_limit()).workspace_bytes());
-  });
-}
-
 Plan forward_plan(const ForwardParams& p) {
   return with_arithmetic(p.dtype, [&](auto a) {
     using A = decltype(a);
@@ -404,11 +395,16 @@ Plan forward_plan(const ForwardParams& p) {
   });
 }
 
-void forward(const ForwardParams& p) {
+void forward(ForwardParams& p, const Allocate& allocate) {
   with_arithmetic(p.dtype, [&](auto a) {
     using A = decltype(a);
     const Kernels<A>& kernels = kernels_of<A>(selected_kernels());
-    if (!ForwardScan<A>(p, kernels, thread_limit()).run()) ForwardScan<A>(p, kernels, 1).run();
+    const auto run = [&](int threads) {
+      ForwardScan<A> scan(p, kernels, threads);
+      p.workspace = allocate(scan.workspace_bytes());
+      return scan.run();
+    };
+    if (!run(thread_limit())) run(1);
     return 0;
   });
 }

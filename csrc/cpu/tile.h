@@ -93,34 +93,56 @@ inline V sum_lanes(const V (&v)[V::kWidth]) {
   return V::load(sums);
 }
 
-// kWidth dot products of length K at a time, summed over lanes at the end.
+// kWidth dot products of `row` with the rows of `block`, each of length `depth`. Rows are reached from every fourth by multiples of
+// the depth: as many pointers would not fit the registers.
+template <class V, class Storage>
+inline V block_product(const typename V::Scalar* row, const Storage* block, int64_t depth) {
+  constexpr int kWidth = V::kWidth, kNear = kWidth < 4 ? kWidth : 4;
+  const Storage* near[kWidth / kNear];
+  for (int q = 0; q < kWidth / kNear; ++q) near[q] = block + q * kNear * depth;
+  V sum[kWidth];
+  for (int l = 0; l < kWidth; ++l) sum[l] = V(0);
+  int64_t k = 0;
+  for (; k + kWidth <= depth; k += kWidth) {
+    const V a = V::load(row + k);
+    for (int l = 0; l < kWidth; ++l) sum[l] = multiply_add(a, V::load(near[l / kNear] + l % kNear * depth + k), sum[l]);
+  }
+  if (k < depth) {
+    const int n = static_cast<int>(depth - k);
+    const V a = V::load_partial(row + k, n);
+    for (int l = 0; l < kWidth; ++l) {
+      sum[l] = multiply_add(a, V::load_partial(near[l / kNear] + l % kNear * depth + k, n), sum[l]);
+    }
+  }
+  return sum_lanes(sum);
+}
+
+// The same with the first `lanes` rows alone; zeros for the others.
+template <class V, class Storage>
+inline V block_product(const typename V::Scalar* row, const Storage* block, int64_t depth, int lanes) {
+  constexpr int kWidth = V::kWidth;
+  V sum[kWidth];
+  for (int l = 0; l < kWidth; ++l) sum[l] = V(0);
+  for (int l = 0; l < lanes; ++l, block += depth) {
+    for (int64_t k = 0; k < depth; k += kWidth) {
+      const int n = static_cast<int>(depth - k < kWidth ? depth - k : kWidth);
+      sum[l] = multiply_add(V::load_partial(row + k, n), V::load_partial(block + k, n), sum[l]);
+    }
+  }
+  return sum_lanes(sum);
+}
+
 template <class V, class Storage>
 [[gnu::flatten]] void direct_product(const DirectCall<typename V::Scalar>& call) {
-  using A = typename V::Scalar;
   constexpr int kWidth = V::kWidth;
-  const int64_t depth = call.depth;
   for (int64_t v = call.first; v < call.last; ++v) {
-    const int64_t unit = v / call.gates * kWidth;
-    const Storage* block = static_cast<const Storage*>(call.weights) + (v % call.gates * call.units + unit) * depth;
-    const Storage* lanes[kWidth];
-    for (int l = 0; l < kWidth; ++l) lanes[l] = block + (unit + l < call.units ? l : 0) * depth;
+    const int64_t unit = v / call.gates * kWidth, lanes = call.units - unit, column = (v - call.first) * kWidth;
+    const auto* block = static_cast<const Storage*>(call.weights) + (v % call.gates * call.units + unit) * call.depth;
+    const V init = call.init ? V::load(call.init + column) : V(0);
     for (int r = 0; r < call.n_rows; ++r) {
-      const A* row = call.rows[r];
-      V sum[kWidth];
-      for (int l = 0; l < kWidth; ++l) sum[l] = V(0);
-      int64_t k = 0;
-      for (; k + kWidth <= depth; k += kWidth) {
-        const V a = V::load(row + k);
-        for (int l = 0; l < kWidth; ++l) sum[l] = multiply_add(a, V::load(lanes[l] + k), sum[l]);
-      }
-      if (k < depth) {
-        const int n = static_cast<int>(depth - k);
-        const V a = V::load_partial(row + k, n);
-        for (int l = 0; l < kWidth; ++l) sum[l] = multiply_add(a, V::load_partial(lanes[l] + k, n), sum[l]);
-      }
-      const int64_t column = (v - call.first) * kWidth;
-      const V init = call.init ? V::load(call.init + column) : V(0);
-      (init + sum_lanes(sum)).store(call.out + r * call.out_stride + column);
+      const V sum = lanes >= kWidth ? block_product<V>(call.rows[r], block, call.depth)
+                                    : block_product<V>(call.rows[r], block, call.depth, static_cast<int>(lanes));
+      (init + sum).store(call.out + r * call.out_stride + column);
     }
   }
 }

@@ -1,0 +1,34 @@
+"""``__call__`` of the modules in one C++ call where nn.Module's would do no more than run forward on plain CPU tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.compiler import is_compiling
+
+from fused_rnn import _backend
+
+_GLOBAL_HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
+_call_module = None if _backend._C is None else _backend._C.call_module
+
+
+class QuickCall:
+    """Gives a module ``__call__``, which does what nn.Module's does: by csrc/module_call.cpp where no gradients, hooks,
+    modes or subclasses have a part in it, else by nn.Module's."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _call_module is not None and not kwargs and _backend._forced is None and not is_compiling():
+            result = _call_module(self, *args)
+            if result is not None:
+                return result
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+
+def watch(*forwards: tuple[Callable[..., Any], bool, int]) -> None:
+    """Tells the C++ side which forward functions it stands for: (function, whether it is a cell's, its cell or -1 if that is
+    the module's ``mode`` or ``nonlinearity``)."""
+    hooks = [getattr(nn.modules.module, f"_global_{when}_hooks", None) for when in _GLOBAL_HOOKS]
+    if _backend._C is not None and None not in hooks:  # a torch that keeps its hooks elsewhere: no quick calls
+        _backend._C.watch_modules(nn.Module, tuple(hooks), forwards)
