@@ -10,8 +10,11 @@
 #include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <c10/core/impl/alloc_cpu.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
+
+#include <memory>
 
 #include "cpu/cpu.h"
 #include "layer.h"
@@ -20,17 +23,40 @@ namespace fused_rnn {
 
 namespace {
 
-// Runs a prepared call. Workspaces of a few rows fit the stack: at::empty takes as long as a small step.
+// Workspace of the calling thread's current call. One of a moderate size stays with the thread for its next call: the pages of a
+// new one would have to be mapped and cleared, a tenth of the time of a call of half a millisecond.
+class Workspace {
+ public:
+  void* take(int64_t bytes) {
+    if (bytes > kMostKept) {
+      large_ = at::empty({bytes}, at::kByte);
+      return large_.data_ptr();
+    }
+    static thread_local Kept kept;
+    if (kept.bytes < bytes) {
+      kept = {};
+      kept.memory.reset(c10::alloc_cpu(bytes));
+      kept.bytes = bytes;
+    }
+    return kept.memory.get();
+  }
+
+ private:
+  static constexpr int64_t kMostKept = int64_t{16} * 1024 * 1024;
+  struct Free {
+    void operator()(void* memory) const { c10::free_cpu(memory); }
+  };
+  struct Kept {
+    std::unique_ptr<void, Free> memory;
+    int64_t bytes = 0;
+  };
+  Tensor large_;
+};
+
 void run_forward(ForwardCall& call) {
   if (call.params.seq.B == 0) return;
-  constexpr int64_t kStackBytes = 32 * 1024;
-  alignas(64) char stack[kStackBytes];
-  Tensor heap;
-  cpu::forward(call.params, [&](int64_t bytes) -> void* {
-    if (bytes <= kStackBytes) return stack;
-    heap = at::empty({bytes}, call.y.options().dtype(at::kByte));
-    return heap.data_ptr();
-  });
+  Workspace workspace;
+  cpu::forward(call.params, [&](int64_t bytes) { return workspace.take(bytes); });
 }
 
 LayerOutputs layer_cpu(const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList params,
@@ -51,11 +77,8 @@ LayerGradients layer_backward_cpu(const OptionalTensor& dy, const OptionalTensor
   const BackwardInputs grads{dy, dh_n, dc_n, y, gates, cs};
   BackwardCall call = prepare_backward(in, grads);
   if (call.params.seq.B > 0) {
-    Tensor workspace;
-    cpu::backward(call.params, [&](int64_t bytes) {
-      workspace = at::empty({bytes}, x.options().dtype(at::kByte));
-      return workspace.data_ptr();
-    });
+    Workspace workspace;
+    cpu::backward(call.params, [&](int64_t bytes) { return workspace.take(bytes); });
   }
   return gradients_of_layer(in, grads, call, {mask[0], mask[1], mask[2]});
 }

@@ -96,7 +96,7 @@ BackwardScan<A>::BackwardScan(const BackwardParams& p, const Kernels<A>& kernels
       h_matrix_(make_matrix(h_shape_)),
       r_matrix_(make_matrix(r_shape_)) {
   plan_ = choose_plan({p.seq.T, p.seq.B, p.D, gates_ * p.H, 0, h_shape_.columns(), h_shape_.panels, r_shape_.panels ? 2 : 1,
-                       h_matrix_.element_size(), h_matrix_.split_products(), 0, max_threads});
+                       h_matrix_.element_size(), h_matrix_.products(), 0, max_threads});
   plan_.form = h_matrix_.form;
   team_rows_ = rows_of_team(plan_, p.seq.B);
   split_room_.include(h_matrix_, team_rows_);

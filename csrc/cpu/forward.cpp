@@ -112,7 +112,7 @@ ForwardScan<A>::ForwardScan(const ForwardParams& p, const Kernels<A>& kernels, i
       h_matrix_(make_matrix(h_shape_, p.seq.B, /*rounded_rows=*/true)),
       r_matrix_(make_matrix(r_shape_, p.seq.B, /*rounded_rows=*/false)) {
   plan_ = choose_plan({p.seq.T, p.seq.B, p.D, p.P, p.I, h_shape_.columns(), h_shape_.panels, r_shape_.panels ? 2 : 1,
-                       h_matrix_.element_size(), h_matrix_.split_products(), x_matrix_.split_products(), max_threads});
+                       h_matrix_.element_size(), h_matrix_.products(), x_matrix_.products(), max_threads});
   plan_.form = h_matrix_.form;
   team_rows_ = rows_of_team(plan_, p.seq.B);
   max_columns_ = (h_shape_.panels + plan_.split - 1) / plan_.split * h_shape_.vectors * h_shape_.width;

@@ -13,6 +13,8 @@ constexpr int64_t kDepth = 512;            // K of a chunk
 constexpr int64_t kColumns = 256;          // columns of b packed at a time
 constexpr int64_t kRows = 4 * kSplitRows;  // rows of a packed at a time
 constexpr int64_t kWork = 64 * 64 * 64;    // a product of fewer multiply-adds is not worth it
+// Multiply-adds for each element that is cut into parts: of fewer than this, MKL is done sooner (where they meet: 128 x 128).
+constexpr int64_t kWorkPerElement = 72;
 
 struct Sizes {
   SplitParts parts;
@@ -159,7 +161,8 @@ const SplitKernels* split_kernels() { return selected_kernels().f32.split; }
 }  // namespace
 
 bool matmul_available(DType dtype, int64_t M, int64_t N, int64_t K) {
-  return dtype != DType::kFloat64 && split_kernels() && M > 0 && N > 0 && M * N * K >= kWork && K >= kSplitDepth;
+  return dtype != DType::kFloat64 && split_kernels() && M > 0 && N > 0 && K >= kSplitDepth && M * N * K >= kWork &&
+         M * N >= kWorkPerElement * (M + N);
 }
 
 int64_t matmul_workspace_bytes(const MatmulParams& p) {

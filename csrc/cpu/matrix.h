@@ -96,10 +96,7 @@ struct Matrix {
   int64_t split_elements() const { return form == Form::kSplit ? shape.columns() / shape.width * vector_elements() : 0; }
   // What choose_plan wants to know: bytes of an element, and pairs of parts.
   int64_t element_size() const { return form == Form::kSplit ? parts.panels * int64_t{2} : int64_t{sizeof(A)}; }
-  int split_products() const {
-    if (form != Form::kSplit) return 0;
-    return parts.rows == 3 ? 6 : parts.rows + parts.panels - 1;
-  }
+  int products() const { return form == Form::kSplit ? split_products(parts) : 0; }
   int64_t row_block_elements() const { return split_blocks(shape.depth) * parts.rows * kSplitTile; }
 };
 

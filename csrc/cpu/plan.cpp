@@ -50,7 +50,12 @@ Form choose_form(const FormInput& in) {
   if (in.all_rows <= kDirectRows) return Form::kDirect;
   if (!in.splits) return Form::kPacked;
   if (in.parts.panels == 1) return Form::kSplit;  // half the bytes, and faster for one row too
-  if (in.depth < 12 || in.rows < 6) return Form::kPacked;
+  // Cycles per vector of columns: the matrix unit's, with a quarter more for the rows' parts, and those of two vector units, which
+  // reach four fifths of their peak.
+  const int64_t blocks = split_blocks(in.depth) * ((in.rows + kSplitRows - 1) / kSplitRows);
+  const double unit = 1.25 * 16 * split_products(in.parts) * static_cast<double>(blocks);
+  const double vectors = static_cast<double>(in.rows * in.depth) / (2 * 0.8);
+  if (unit > vectors) return Form::kPacked;
   // Where every step reads the weights from beyond L2, two more bytes each cost more than a few rows gain.
   const double bytes = static_cast<double>(in.depth * in.columns * in.parts.panels * 2);
   return bytes > kL2Bytes && in.rows < 24 ? Form::kPacked : Form::kSplit;

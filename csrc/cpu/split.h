@@ -37,6 +37,8 @@ struct Background {
 struct SplitParts {
   int rows = 0, panels = 0;
 };
+// Pairs of parts that a product needs: of three parts each, those that reach float's accuracy.
+constexpr int split_products(SplitParts parts) { return parts.rows == 3 ? 6 : parts.rows + parts.panels - 1; }
 
 // out[r][c] = init[c] (or out[r][c] with `add`) + sum_k rows[r][k] panel[k][c]
 struct SplitCall {
