@@ -19,6 +19,7 @@
 #include <initializer_list>
 
 #include "cpu/matmul.h"
+#include "workspace.h"
 
 namespace fused_rnn {
 
@@ -233,21 +234,19 @@ void multiply_into(const Tensor& out, const Tensor& a, bool transposed, const Te
   if (out.is_cpu() && rows && cpu::matmul_available(dtype_of(a), M, N, K)) {
     const bool direct = out.scalar_type() == at::kFloat && !add;
     const Tensor sums = direct ? out : at::empty({M, N}, out.options().dtype(at::kFloat));
-    cpu::MatmulParams p{dtype_of(a),
-                        M,
-                        N,
-                        K,
-                        a.const_data_ptr(),
-                        a.stride(0),
-                        transposed,
-                        b.const_data_ptr(),
-                        b.stride(0),
-                        static_cast<float*>(sums.data_ptr()),
-                        sums.stride(0),
-                        nullptr};
-    const Tensor workspace = at::empty({cpu::matmul_workspace_bytes(p)}, out.options().dtype(at::kByte));
-    p.workspace = workspace.data_ptr();
-    if (cpu::matmul(p)) {
+    const cpu::MatmulParams p{dtype_of(a),
+                              M,
+                              N,
+                              K,
+                              a.const_data_ptr(),
+                              a.stride(0),
+                              transposed,
+                              b.const_data_ptr(),
+                              b.stride(0),
+                              static_cast<float*>(sums.data_ptr()),
+                              sums.stride(0)};
+    Workspace workspace;
+    if (cpu::matmul(p, [&](int64_t bytes) { return workspace.take(bytes); })) {
       if (add) {
         out.add_(sums);
       } else if (!direct) {

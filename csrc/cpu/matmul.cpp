@@ -2,7 +2,6 @@
 // block.
 #include "matmul.h"
 
-#include "cpu.h"
 #include "matrix.h"
 #include "threads.h"
 
@@ -37,14 +36,14 @@ int64_t layout(void* base, const Sizes& sizes, int threads, uint16_t** b, uint16
 
 class Matmul {
  public:
-  Matmul(const MatmulParams& p, const SplitKernels& kernels, int threads)
+  Matmul(const MatmulParams& p, const SplitKernels& kernels, int threads, const Allocate& allocate)
       : p_(p),
         kernels_(kernels),
         sizes_(sizes_of(p.dtype)),
         storage_(storage_index(p.dtype)),
         element_(dtype_size(p.dtype)),
         threads_(threads) {
-    layout(p.workspace, sizes_, threads, &b_, &a_);
+    layout(allocate(layout(nullptr, sizes_, threads, &b_, &a_)), sizes_, threads, &b_, &a_);
     barrier_.reset(threads);
   }
   void run(int thread);
@@ -165,14 +164,9 @@ bool matmul_available(DType dtype, int64_t M, int64_t N, int64_t K) {
          M * N >= kWorkPerElement * (M + N);
 }
 
-int64_t matmul_workspace_bytes(const MatmulParams& p) {
-  uint16_t *b, *a;
-  return layout(nullptr, sizes_of(p.dtype), thread_limit(), &b, &a);
-}
-
-bool matmul(const MatmulParams& p) {
+bool matmul(const MatmulParams& p, const Allocate& allocate) {
   const auto with_threads = [&](int threads, bool& finite) {
-    Matmul work(p, *split_kernels(), threads);
+    Matmul work(p, *split_kernels(), threads, allocate);
     const bool complete = run_threads(threads, [&](int thread) { work.run(thread); });
     finite = work.finite();
     return complete;

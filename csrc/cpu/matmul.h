@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../params.h"
+#include "cpu.h"
 
 namespace fused_rnn::cpu {
 
@@ -18,13 +18,11 @@ struct MatmulParams {
   int64_t b_stride;
   float* out;
   int64_t out_stride;
-  void* workspace;  // matmul_workspace_bytes
 };
 
 // Whether the instruction set in use has a matrix unit, and the product is large enough to gain from it.
 bool matmul_available(DType dtype, int64_t M, int64_t N, int64_t K);
-int64_t matmul_workspace_bytes(const MatmulParams& p);
 // Returns false, with anything in out, where a or b has a value that is infinite or near it: such products need another way.
-bool matmul(const MatmulParams& p);
+bool matmul(const MatmulParams& p, const Allocate& allocate);
 
 }  // namespace fused_rnn::cpu

@@ -1,5 +1,9 @@
 #include "threads.h"
 
+#include <algorithm>
+#include <chrono>
+#include <ctime>
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -22,6 +26,56 @@ void yield() { sched_yield(); }
 void yield() {}
 #endif
 
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// Seconds that the calling thread had a core; those of the wall clock where the system does not tell.
+double seconds_on_a_core() {
+#ifdef CLOCK_THREAD_CPUTIME_ID
+  timespec t{};
+  if (clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t) == 0)
+    return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+#endif
+  return now();
+}
+
+// Another process holds one of the cores: threads that meet at every step then wait for the one that shares that core, up to a time
+// slice for each step, and fewer threads are faster. Noticed by the time that a thread of a region had no core: more than half of
+// it, twice in a row or for long, halves the limit for a while. Where a thread alone lacks its core too, all cores are shared, and
+// more threads get a larger share of them: the limit then stays as it is for longer.
+class Crowd {
+ public:
+  int limit(int threads) {
+    const double until = until_.load(std::memory_order_relaxed);
+    if (until == 0) return threads;
+    if (now() < until) return std::max(1, std::min(threads, limit_.load(std::memory_order_relaxed)));
+    until_.store(0, std::memory_order_relaxed);
+    return threads;
+  }
+  bool limits() const { return until_.load(std::memory_order_relaxed) != 0; }
+  // seconds: of a region of so many threads; lacked: the most that one of them had no core.
+  void report(int threads, double seconds, double lacked) {
+    if (lacked < std::max(seconds * (threads == 1 ? 0.2 : 0.55), kSlice)) {
+      in_a_row_.store(0, std::memory_order_relaxed);
+      return;
+    }
+    if (in_a_row_.fetch_add(1, std::memory_order_relaxed) + 1 < 2 && lacked < kLong) return;
+    in_a_row_.store(0, std::memory_order_relaxed);
+    if (threads == 1) {
+      until_.store(0, std::memory_order_relaxed);
+      ignore_until_.store(now() + 10 * kWhile, std::memory_order_relaxed);
+    } else if (now() > ignore_until_.load(std::memory_order_relaxed)) {
+      limit_.store(threads / 2, std::memory_order_relaxed);
+      until_.store(now() + kWhile, std::memory_order_relaxed);
+    }
+  }
+
+ private:
+  static constexpr double kSlice = 0.001, kLong = 0.02, kWhile = 0.2;
+  std::atomic<double> until_{0}, ignore_until_{0};
+  std::atomic<int> limit_{0}, in_a_row_{0};
+};
+Crowd crowd;
+
 void pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -33,7 +87,8 @@ void pause() {
 int thread_limit() {
 #ifdef _OPENMP
   if (forked.load(std::memory_order_relaxed) || omp_in_parallel()) return 1;
-  return omp_get_max_threads();
+  const int threads = omp_get_max_threads();
+  return threads == 1 ? 1 : crowd.limit(threads);
 #else
   return 1;
 #endif
@@ -41,19 +96,33 @@ int thread_limit() {
 
 bool run_threads(int threads, const std::function<void(int)>& work) {
   if (threads == 1) {
+    if (!crowd.limits()) {
+      work(0);
+      return true;
+    }
+    const double start = now(), before = seconds_on_a_core();
     work(0);
+    const double seconds = now() - start;
+    crowd.report(1, seconds, seconds - (seconds_on_a_core() - before));
     return true;
   }
 #ifdef _OPENMP
   bool complete = true;
+  std::atomic<double> lacked{0};
+  const double start = now();
 #pragma omp parallel num_threads(threads)
   {
     if (omp_get_num_threads() == threads) {
+      const double before = seconds_on_a_core();
       work(omp_get_thread_num());
+      const double mine = (now() - start) - (seconds_on_a_core() - before);
+      for (double most = lacked.load(); mine > most && !lacked.compare_exchange_weak(most, mine);) {
+      }
     } else if (omp_get_thread_num() == 0) {
       complete = false;
     }
   }
+  crowd.report(threads, now() - start, lacked.load());
   return complete;
 #else
   return false;

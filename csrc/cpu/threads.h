@@ -6,8 +6,9 @@
 
 namespace fused_rnn::cpu {
 
-// The most threads that a call made here and now may use: omp_get_max_threads(); 1 inside a parallel region, without OpenMP,
-// and in a forked child (whose copy of the parent's thread pool has no threads behind it).
+// The most threads that a call made here and now may use: omp_get_max_threads(), fewer for a while after calls whose threads
+// lacked cores; 1 inside a parallel region, without OpenMP, and in a forked child (whose copy of the parent's thread pool has no
+// threads behind it). Results do not depend on it.
 int thread_limit();
 
 // Runs work(thread) for thread = 0 .. threads - 1, all at once. False, with nothing run, if fewer threads were to be had.
@@ -17,7 +18,7 @@ bool run_threads(int threads, const std::function<void(int)>& work);
 // large training forward. A hint; does nothing where the system does not know it or the array is small.
 void prefer_huge_pages(void* array, int64_t bytes);
 
-// Spins for a few microseconds, then yields the core: another process may hold the one that a late thread needs.
+// Spins for 0.1 to 0.2 ms, then yields the core: another process may hold the one that a late thread needs.
 class Barrier {
  public:
   void reset(int threads) {
