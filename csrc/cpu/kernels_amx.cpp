@@ -26,16 +26,33 @@ inline __m512 load16(const Half* p, int n) { return _mm512_cvtph_ps(load16_bits(
 inline __m512 widen(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
 inline __m512 load16(const BFloat16* p, int n) { return widen(load16_bits(p, n)); }
 
-// The next part of 16 values, which keep the remainder.
-inline __m256i take_part(__m512& values) {
-  const __m256i part = (__m256i)_mm512_cvtneps_pbh(values);
-  values = _mm512_sub_ps(values, widen(part));
+// A part is the upper half of a float, rounded, and the rest is exact. Returned in place, its lower half zero; the values keep the rest.
+inline __m512i take_part(__m512& values) {
+  const __m512i rounded = _mm512_add_epi32(_mm512_castps_si512(values), _mm512_set1_epi32(0x8000));
+  const __m512i part = _mm512_and_si512(rounded, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+  values = _mm512_sub_ps(values, _mm512_castsi512_ps(part));
   return part;
 }
-inline bool has_infinity(__m256i part) {
-  const __m256i magnitude = _mm256_and_si256(part, _mm256_set1_epi16(0x7fff));
-  return _mm256_cmpeq_epi16_mask(magnitude, _mm256_set1_epi16(0x7f80)) != 0;
+// Parts of 32 values in order, and of 16 pairs.
+inline __m512i in_order(__m512i low, __m512i high) {
+  const __m512i upper_halves = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
+                                                25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  return _mm512_permutex2var_epi16(low, upper_halves, high);
 }
+inline __m512i in_pairs(__m512i even, __m512i odd) { return _mm512_or_si512(_mm512_srli_epi32(even, 16), odd); }
+
+// The largest magnitude that was seen, as bits. NaN, infinities and what rounds to one have no parts.
+class Largest {
+ public:
+  Largest() : bits_(_mm512_setzero_si512()) {}
+  void see(__m512 values) {
+    bits_ = _mm512_max_epu32(bits_, _mm512_and_si512(_mm512_castps_si512(values), _mm512_set1_epi32(0x7fffffff)));
+  }
+  bool has_parts() const { return _mm512_cmpge_epu32_mask(bits_, _mm512_set1_epi32(0x7f7f8000)) == 0; }
+
+ private:
+  __m512i bits_;
+};
 
 inline int lanes_left(int64_t size, int64_t at) {
   const int64_t left = size - at;
@@ -43,19 +60,21 @@ inline int lanes_left(int64_t size, int64_t at) {
 }
 
 uint32_t pack_rows(const float* const* rows, int n_rows, int64_t depth, int parts, uint16_t* out) {
-  uint32_t infinite = 0;
+  Largest largest[kSplitRows];
   for (int64_t k = 0; k < depth; k += kSplitDepth, out += parts * kSplitTile) {
     const int low = lanes_left(depth, k), high = lanes_left(depth, k + 16);
     for (int r = 0; r < n_rows; ++r) {
       __m512 a = load16(rows[r] + k, low), b = high > 0 ? load16(rows[r] + k + 16, high) : _mm512_setzero_ps();
+      largest[r].see(a);
+      largest[r].see(b);
       for (int part = 0; part < parts; ++part) {
-        const __m256i x = take_part(a), y = take_part(b);
-        if (part == 0) infinite |= static_cast<uint32_t>(has_infinity(x) || has_infinity(y)) << r;
-        uint16_t* to = out + part * kSplitTile + r * kSplitDepth;
-        _mm512_storeu_si512(to, _mm512_inserti64x4(_mm512_castsi256_si512(x), y, 1));
+        const __m512i x = take_part(a), y = take_part(b);
+        _mm512_storeu_si512(out + part * kSplitTile + r * kSplitDepth, in_order(x, y));
       }
     }
   }
+  uint32_t infinite = 0;
+  for (int r = 0; r < n_rows; ++r) infinite |= static_cast<uint32_t>(!largest[r].has_parts()) << r;
   return infinite;
 }
 
@@ -88,7 +107,7 @@ inline void transpose(__m512i (&rows)[16]) {
 template <class Storage, bool kPanel>
 bool pack_rows_of(const SplitSource& source, int parts, uint16_t* out, int64_t stride) {
   const Storage* from = static_cast<const Storage*>(source.from);
-  bool infinite = false;
+  Largest largest;
   for (int64_t k = 0; k < source.depth; k += kSplitDepth, out += stride) {
     const int low = lanes_left(source.depth, k), high = lanes_left(source.depth, k + 16);
     __m512 a[16], b[16];
@@ -96,44 +115,46 @@ bool pack_rows_of(const SplitSource& source, int parts, uint16_t* out, int64_t s
       const Storage* row = from + lane * source.stride + k;
       a[lane] = lane < source.lanes ? load16(row, low) : _mm512_setzero_ps();
       b[lane] = lane < source.lanes && high > 0 ? load16(row + 16, high) : _mm512_setzero_ps();
+      largest.see(a[lane]);
+      largest.see(b[lane]);
     }
     for (int part = 0; part < parts; ++part) {
       __m512i rows[16];
       for (int lane = 0; lane < 16; ++lane) {
-        const __m256i x = take_part(a[lane]), y = take_part(b[lane]);
-        if (part == 0) infinite |= has_infinity(x) || has_infinity(y);
-        rows[lane] = _mm512_inserti64x4(_mm512_castsi256_si512(x), y, 1);
+        const __m512i x = take_part(a[lane]), y = take_part(b[lane]);
+        rows[lane] = in_order(x, y);
       }
       if constexpr (kPanel) transpose(rows);
       for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + part * kSplitTile + i * 32, rows[i]);
     }
   }
-  return !infinite;
+  return largest.has_parts();
 }
 
 template <class Storage, bool kPanel>
 bool pack_columns_of(const SplitSource& source, int parts, uint16_t* out, int64_t stride) {
   const Storage* from = static_cast<const Storage*>(source.from);
-  bool infinite = false;
+  Largest largest;
   for (int64_t k = 0; k < source.depth; k += kSplitDepth, out += stride) {
     __m512 even[16], odd[16];
     for (int pair = 0; pair < 16; ++pair) {
       const int64_t at = k + 2 * pair;
       even[pair] = at < source.depth ? load16(from + at * source.stride, source.lanes) : _mm512_setzero_ps();
       odd[pair] = at + 1 < source.depth ? load16(from + (at + 1) * source.stride, source.lanes) : _mm512_setzero_ps();
+      largest.see(even[pair]);
+      largest.see(odd[pair]);
     }
     for (int part = 0; part < parts; ++part) {
       __m512i rows[16];
       for (int pair = 0; pair < 16; ++pair) {
-        const __m256i x = take_part(even[pair]), y = take_part(odd[pair]);
-        if (part == 0) infinite |= has_infinity(x) || has_infinity(y);
-        rows[pair] = _mm512_or_si512(_mm512_cvtepu16_epi32(x), _mm512_slli_epi32(_mm512_cvtepu16_epi32(y), 16));
+        const __m512i x = take_part(even[pair]), y = take_part(odd[pair]);
+        rows[pair] = in_pairs(x, y);
       }
       if constexpr (!kPanel) transpose(rows);
       for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + part * kSplitTile + i * 32, rows[i]);
     }
   }
-  return !infinite;
+  return largest.has_parts();
 }
 
 // ---- the product ----

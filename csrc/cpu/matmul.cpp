@@ -8,8 +8,8 @@
 namespace fused_rnn::cpu {
 namespace {
 
-constexpr int64_t kDepth = 512;            // K of a chunk
-constexpr int64_t kColumns = 256;          // columns of b packed at a time
+constexpr int64_t kChunk = 512 * 256;      // elements of b packed at a time: as parts, a third of L2
+constexpr int64_t kMostColumns = 512;      // of them: a is packed once for each
 constexpr int64_t kRows = 4 * kSplitRows;  // rows of a packed at a time
 constexpr int64_t kWork = 64 * 64 * 64;    // a product of fewer multiply-adds is not worth it
 // Multiply-adds for each element that is cut into parts: of fewer than this, MKL is done sooner (where they meet: 128 x 128).
@@ -17,13 +17,15 @@ constexpr int64_t kWorkPerElement = 72;
 
 struct Sizes {
   SplitParts parts;
+  int64_t columns, depth;  // of a chunk of b
   int64_t b_elements, a_elements;
 };
 
-Sizes sizes_of(DType dtype) {
-  const SplitParts parts = split_parts(storage_index(dtype), /*rounded_rows=*/true);
-  const int64_t blocks = split_blocks(kDepth);
-  return {parts, blocks * (kColumns / kSplitColumns) * parts.panels * kSplitTile,
+Sizes sizes_of(const MatmulParams& p) {
+  const SplitParts parts = split_parts(storage_index(p.dtype), /*rounded_rows=*/true);
+  const int64_t columns = p.N <= kMostColumns / 2 ? kMostColumns / 2 : kMostColumns, depth = kChunk / columns;
+  const int64_t blocks = split_blocks(depth);
+  return {parts, columns, depth, blocks * (columns / kSplitColumns) * parts.panels * kSplitTile,
           blocks * (kRows / kSplitRows) * parts.rows * kSplitTile};
 }
 
@@ -39,7 +41,7 @@ class Matmul {
   Matmul(const MatmulParams& p, const SplitKernels& kernels, int threads, const Allocate& allocate)
       : p_(p),
         kernels_(kernels),
-        sizes_(sizes_of(p.dtype)),
+        sizes_(sizes_of(p)),
         storage_(storage_index(p.dtype)),
         element_(dtype_size(p.dtype)),
         threads_(threads) {
@@ -68,16 +70,32 @@ class Matmul {
 
 const void* at(const void* base, int64_t index, int64_t size) { return static_cast<const char*>(base) + index * size; }
 
-// The thread's share of the vectors of b[k, column] on.
+// Asks for `count` rows of `columns` elements: rows of a wide matrix are pages apart, which no hardware foresees.
+void prefetch_rows(const void* first, int64_t stride, int64_t count, int64_t columns, int64_t element) {
+  for (int64_t r = 0; r < count; ++r) {
+    const char* row = static_cast<const char*>(at(first, r * stride, element));
+    for (int64_t i = 0; i < columns * element; i += 64) __builtin_prefetch(row + i, 0, 2);
+  }
+}
+
+// The thread's share of the vectors of b[k, column] on, 32 rows at a time.
 void Matmul::pack_b(int thread, int64_t k, int64_t depth, const Shape& shape, int64_t column) {
   const int64_t vectors = shape.columns() / kSplitColumns, tile = sizes_.parts.panels * kSplitTile;
-  for (int64_t v = share_begin(vectors, threads_, thread); v < share_begin(vectors, threads_, thread + 1); ++v) {
-    const int64_t panel = v / shape.vectors, place = v % shape.vectors;
-    const int64_t panel_vectors = shape.vectors_of(panel);
-    uint16_t* to = b_ + (panel * shape.vectors * split_blocks(depth) + place) * tile;
-    const int lanes = static_cast<int>(std::min<int64_t>(shape.units - v * kSplitColumns, kSplitColumns));
-    const SplitSource source{at(p_.b, k * p_.b_stride + column + v * kSplitColumns, element_), p_.b_stride, lanes, depth};
-    if (!kernels_.pack_straight[storage_](source, sizes_.parts.panels, to, panel_vectors * tile)) infinite_.store(true);
+  const int64_t first = share_begin(vectors, threads_, thread), last = share_begin(vectors, threads_, thread + 1);
+  const int64_t columns = std::min(shape.units, last * kSplitColumns) - first * kSplitColumns;
+  for (int64_t begin = 0; begin < depth; begin += kSplitDepth) {
+    const void* rows = at(p_.b, (k + begin) * p_.b_stride + column, element_);
+    const int64_t next = std::min<int64_t>(depth - begin - kSplitDepth, kSplitDepth);
+    prefetch_rows(at(rows, kSplitDepth * p_.b_stride + first * kSplitColumns, element_), p_.b_stride, next, columns,
+                  element_);
+    for (int64_t v = first; v < last; ++v) {
+      const int64_t panel = v / shape.vectors, place = v % shape.vectors, panel_vectors = shape.vectors_of(panel);
+      uint16_t* to = b_ + (panel * shape.vectors * split_blocks(depth) + begin / kSplitDepth * panel_vectors + place) * tile;
+      const int lanes = static_cast<int>(std::min<int64_t>(shape.units - v * kSplitColumns, kSplitColumns));
+      const SplitSource source{at(rows, v * kSplitColumns, element_), p_.b_stride, lanes,
+                               std::min<int64_t>(kSplitDepth, depth - begin)};
+      if (!kernels_.pack_straight[storage_](source, sizes_.parts.panels, to, panel_vectors * tile)) infinite_.store(true);
+    }
   }
 }
 
@@ -86,6 +104,10 @@ void Matmul::pack_a(uint16_t* to, int64_t row, int64_t count, int64_t k, int64_t
   const auto pack = (p_.a_transposed ? kernels_.pack_columns : kernels_.pack_block)[storage_];
   const int64_t tile = sizes_.parts.rows * kSplitTile, step = p_.a_transposed ? kSplitDepth : depth;
   for (int64_t begin = 0; begin < depth; begin += step) {
+    if (p_.a_transposed) {
+      prefetch_rows(at(p_.a, (k + begin + step) * p_.a_stride + row, element_), p_.a_stride,
+                    std::min(depth - begin - step, step), count, element_);
+    }
     for (int64_t r = 0; r < count; r += kSplitRows) {
       const int64_t first = p_.a_transposed ? (k + begin) * p_.a_stride + row + r : (row + r) * p_.a_stride + k;
       const SplitSource source{at(p_.a, first, element_), p_.a_stride,
@@ -129,10 +151,10 @@ void Matmul::run(int thread) {
   const int64_t row_blocks = (p_.M + kSplitRows - 1) / kSplitRows;
   const int64_t first = share_begin(row_blocks, threads_, thread) * kSplitRows;
   const int64_t last = std::min(share_begin(row_blocks, threads_, thread + 1) * kSplitRows, p_.M);
-  for (int64_t column = 0; column < p_.N; column += kColumns) {
-    for (int64_t k = 0; k < p_.K; k += kDepth) {
-      const int64_t depth = std::min(kDepth, p_.K - k);
-      const Shape shape(depth, std::min(kColumns, p_.N - column), 1, kSplitColumns);
+  for (int64_t column = 0; column < p_.N; column += sizes_.columns) {
+    for (int64_t k = 0; k < p_.K; k += sizes_.depth) {
+      const int64_t depth = std::min(sizes_.depth, p_.K - k);
+      const Shape shape(depth, std::min(sizes_.columns, p_.N - column), 1, kSplitColumns);
       pack_b(thread, k, depth, shape, column);
       barrier_.wait();
       const int64_t block = split_blocks(depth) * sizes_.parts.rows * kSplitTile;
