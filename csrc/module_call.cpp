@@ -1,5 +1,5 @@
-// A call of a module in one C++ call, for the case that streaming makes most often: plain CPU tensors, no gradients, no hooks. A step of
-// a small network takes a few microseconds, and nn.Module.__call__, forward and the dispatcher were more than that. Returns None in
+// A call of a module in one C++ call, for the case that streaming makes most often: plain CPU tensors, no hooks. A step of a small
+// network takes a few microseconds, and nn.Module.__call__, forward and the dispatcher were more than that. Returns None in
 // every other case and for arguments that do not fit: nn.Module.__call__ then runs forward, which raises what there is to raise.
 #include "module_call.h"
 

@@ -291,8 +291,7 @@ at::TensorList params_of_layer(at::TensorList weights, int64_t layer, int64_t la
 
 bool runs_plainly_on_cpu(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights) {
   if (!nothing_intercepts() || at::hasCallbacks()) return false;
-  const bool gradients = at::GradMode::is_enabled();
-  const auto plain = [&](const Tensor& t) { return t.is_cpu() && is_plain(t) && !(gradients && t.requires_grad()); };
+  const auto plain = [&](const Tensor& t) { return t.is_cpu() && is_plain(t); };
   return plain(input) && (!h0 || plain(*h0)) && (!c0 || plain(*c0)) && std::all_of(weights.begin(), weights.end(), plain);
 }
 
@@ -301,6 +300,12 @@ std::tuple<Tensor, Tensor, Tensor> rnn_on_cpu(const Tensor& input, const Optiona
                                               const OptionalTensor& offsets, const OptionalTensor& resets, int64_t cell,
                                               int64_t num_layers, bool has_biases, bool bidirectional, double dropout,
                                               bool training, bool batch_first) {
+  if (at::GradMode::is_enabled() &&
+      (input.requires_grad() || requires_grad(h0) || requires_grad(c0) || any_requires_grad(weights))) {
+    auto [y, h_n, c_n] = rnn(input, h0, c0, weights, lengths, offsets, resets, cell, num_layers, has_biases, bidirectional,
+                             dropout, training, batch_first);
+    return {y, h_n, static_cast<CellKind>(cell) == CellKind::kLstm ? c_n : Tensor()};
+  }
   const at::AutoDispatchBelowADInplaceOrView guard;
   const auto layer = [&](const Tensor& x, const OptionalTensor& h, const OptionalTensor& c, at::TensorList params,
                          const OptionalTensor& layer_resets) {
@@ -316,6 +321,11 @@ std::tuple<Tensor, Tensor, Tensor> rnn_on_cpu(const Tensor& input, const Optiona
 
 std::tuple<Tensor, Tensor> cell_on_cpu(const Tensor& input, const OptionalTensor& h, const OptionalTensor& c,
                                        at::TensorList params, bool has_biases, int64_t cell) {
+  if (at::GradMode::is_enabled() &&
+      (input.requires_grad() || requires_grad(h) || requires_grad(c) || any_requires_grad(params))) {
+    auto [new_h, new_c] = cell_step(input, h, c, params, has_biases, cell);
+    return {new_h, static_cast<CellKind>(cell) == CellKind::kLstm ? new_c : Tensor()};
+  }
   const at::AutoDispatchBelowADInplaceOrView guard;
   ForwardCall call = prepare_forward({input, h, c, params, has_biases, std::nullopt, std::nullopt, std::nullopt,
                                       static_cast<CellKind>(cell), /*bidirectional=*/false, /*one_step=*/true},

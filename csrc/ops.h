@@ -28,7 +28,7 @@ using RnnSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor& input, con
 using CellSignature = std::tuple<Tensor, Tensor>(const Tensor& input, const OptionalTensor& h, const OptionalTensor& c,
                                                  at::TensorList params, bool has_biases, int64_t cell);
 
-// Whether a call on these tensors concerns the CPU kernels alone: autograd, autocast, dispatch modes, tracing, subclasses and
+// Whether a call on these tensors concerns the CPU kernels, and autograd, alone: autocast, dispatch modes, tracing, subclasses and
 // the profiler have no part in it, so that it need not go through the dispatcher.
 bool runs_plainly_on_cpu(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights);
 // fused_rnn::rnn and fused_rnn::cell for such calls; c_n and c are undefined where the ops return an empty tensor.

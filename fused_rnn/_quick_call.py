@@ -15,8 +15,8 @@ _call_module = None if _backend._C is None else _backend._C.call_module
 
 
 class QuickCall:
-    """Gives a module ``__call__``, which does what nn.Module's does: by csrc/module_call.cpp where no gradients, hooks,
-    modes or subclasses have a part in it, else by nn.Module's."""
+    """Gives a module ``__call__``, which does what nn.Module's does: by csrc/module_call.cpp where no hooks, modes
+    or subclasses have a part in it, else by nn.Module's."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _call_module is not None and not kwargs and _backend._forced is None and not is_compiling():

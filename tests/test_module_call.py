@@ -86,6 +86,22 @@ class Mode(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("kind", [*LAYERS, *(kind + "Cell" for kind in LAYERS)])
+def test_gradients_as_in_general(kind: str) -> None:
+    module = getattr(fused_rnn, kind)(3, 4)
+    x = torch.randn(*((2, 3) if kind.endswith("Cell") else (5, 2, 3)), requires_grad=True)
+    leaves = [x, *module.parameters()]
+    seen = []
+    for result in (quick(module, x), module.forward(x)):
+        tensors = flat(result)
+        assert all(t.requires_grad for t in tensors)
+        seen.append([*tensors, *torch.autograd.grad(sum(t.square().sum() for t in tensors), leaves)])
+    for a, b in zip(*seen, strict=True):
+        assert torch.equal(a, b)
+    frozen = module.requires_grad_(False)
+    assert flat(quick(frozen, x))[0].requires_grad and not flat(quick(frozen, x.detach()))[0].requires_grad
+
+
 def test_nonlinearities() -> None:
     x, cell_x = torch.randn(2, 2, 3), torch.randn(2, 3)
     with torch.no_grad():
@@ -122,7 +138,6 @@ def test_long_calls_release_the_gil() -> None:
 def test_left_to_the_general_way() -> None:
     """Whatever else may want to see the call, or to raise."""
     module, x, h = fused_rnn.GRU(3, 4), torch.randn(2, 2, 3), torch.zeros(1, 2, 4)
-    assert quick(module, x) is None  # the parameters require gradients
     with torch.no_grad():
         assert quick(module, x, h) is not None
         for wrong in (x[0], x.double(), x[:, :, :2], x[:0], x.to("meta"), x.as_subclass(Subclass), x.to_sparse(), None, 3):
