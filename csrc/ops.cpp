@@ -11,6 +11,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/library.h>
 
 #include "cpu/cpu.h"
@@ -134,9 +135,14 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
 LayerOutputs layer_autograd(const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList params,
                             bool has_biases, const OptionalTensor& lengths, const OptionalTensor& offsets,
                             const OptionalTensor& resets, int64_t cell, bool bidirectional, bool save) {
+  // With tangents of forward-mode AD, which it lacks, LayerFunction raises.
+  const auto has_tangent = [](const Tensor& t) { return t.defined() && t._fw_grad(/*level=*/0).defined(); };
+  const bool tangents = torch::autograd::ForwardADLevel::try_get_by_idx(0) &&
+                        (has_tangent(x) || (h0 && has_tangent(*h0)) || (c0 && has_tangent(*c0)) ||
+                         std::any_of(params.begin(), params.end(), has_tangent));
   const bool differentiate = at::GradMode::is_enabled() &&
                              (x.requires_grad() || requires_grad(h0) || requires_grad(c0) || any_requires_grad(params));
-  if (!differentiate) {
+  if (!differentiate && !tangents) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return layer_op().call(x, h0, c0, params, has_biases, lengths, offsets, resets, cell, bidirectional, save);
   }
@@ -168,11 +174,11 @@ LayerGradients layer_backward_autograd(const OptionalTensor& dy, const OptionalT
 
 // ---- composites ----
 
-// Tracing, functorch and modes add keys; autocast is excluded unless it is on.
+// Tracing, functorch and modes add keys; autocast is excluded unless it is on; forward-mode AD has a level.
 bool nothing_intercepts() {
   const auto keys = c10::impl::tls_local_dispatch_key_set();
   return (keys.included_ - c10::default_included_set).empty() && (c10::default_excluded_set - keys.excluded_).empty() &&
-         !c10::impl::TorchDispatchModeTLS::any_modes_set();
+         !c10::impl::TorchDispatchModeTLS::any_modes_set() && !torch::autograd::ForwardADLevel::try_get_by_idx(0);
 }
 
 // No subclass, no view that is to be resolved.

@@ -81,10 +81,12 @@ def uses_ops(device_type: str) -> bool:
     """True if the compiled ops serve this device type now, False if the reference does.
 
     Raises:
-        RuntimeError: a backend was forced that cannot serve the device type, or torch.func's transforms.
+        RuntimeError: a backend was forced that cannot serve the device type, or torch.func's transforms or forward-mode AD.
     """
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-        return _uses_ops_in_functorch()
+    if not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return _uses_ops_in_transforms()
     if _forced is None:
         native = _native.get(device_type, False)
         if not native:
@@ -100,11 +102,15 @@ def uses_ops(device_type: str) -> bool:
     return True
 
 
-def _uses_ops_in_functorch() -> bool:
+def _uses_ops_in_transforms() -> bool:
     if _forced not in (None, "reference"):
-        raise RuntimeError(f"backend {_forced!r} is forced but inside torch.func transforms only the reference runs")
+        raise RuntimeError(
+            f"backend {_forced!r} is forced but inside torch.func transforms and forward-mode AD only the reference runs"
+        )
     if _forced is None:
-        _warn_once("torch.func", "torch.func transforms (vmap, grad, jvp) do not reach the compiled kernels")
+        _warn_once(
+            "torch.func", "torch.func transforms (vmap, grad, jvp) and forward-mode AD do not reach the compiled kernels"
+        )
     return False
 
 

@@ -11,6 +11,7 @@ from module_pairs import CELLS, CLASSES, LAYERS, assert_close, random_state
 from torch import nn
 
 import fused_rnn
+from fused_rnn import _backend
 from fused_rnn._backend import has_cpu_kernels
 
 
@@ -88,3 +89,23 @@ def test_per_sample_gradients(name: str) -> None:
     for index in range(3):
         alone = torch.func.grad(loss)(parameters, x[:, index])
         assert_close([found[key][index] for key in parameters], [alone[key] for key in parameters])
+
+
+@pytest.mark.parametrize("gradients", (False, True))
+@pytest.mark.parametrize("kind", ("LSTM", "GRU", "RNN"))
+def test_forward_mode_ad(kind: str, gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tangents of dual tensors, against central differences in fp64; the op by itself refuses them."""
+    monkeypatch.setattr(_backend, "_warned", set())
+    module = getattr(fused_rnn, kind)(3, 4).double()
+    x, tangent = torch.randn(2, 5, 2, 3, dtype=torch.float64).unbind()
+    with torch.set_grad_enabled(gradients), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        with pytest.warns(RuntimeWarning, match="forward-mode AD"):
+            found = torch.autograd.forward_ad.unpack_dual(module(dual)[0]).tangent
+        weights, kinds = list(module.parameters()), {"LSTM": 3, "GRU": 4, "RNN": 0}
+        with pytest.raises(RuntimeError, match="jvp"):
+            torch.ops.fused_rnn.layer(dual, None, None, weights, True, None, None, None, kinds[kind], False, False)
+    with torch.no_grad():
+        step = 1e-6
+        expected = (module(x + step * tangent)[0] - module(x - step * tangent)[0]) / (2 * step)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-8)
