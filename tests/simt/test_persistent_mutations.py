@@ -25,6 +25,7 @@ CASES = [
     Simulated(Case("GRU", 6, 9, 4, 40, **ALL_ON), 3, "cluster"),
     Simulated(Case("RNN_TANH", 3, 3, 4, 21, has_biases=False, states=False, **PACKED), 3, "grid"),
     Simulated(Case("LSTM", 3, 3, 4, 21, has_biases=False, states=False, **PACKED), 3, "cluster"),
+    Simulated(Case("LSTM", 3, 3, 4, 21, dtype=F16), 1, "grid"),
     Simulated(Case("GRU", 3, 3, 4, 21, ragged="lengths", dtype=F32), 3, "grid"),
     Simulated(Case("GRU", 3, 3, 4, 21, ragged="lengths", dtype=F32), 3, "cluster"),
     # Several launches over one workspace.
@@ -58,8 +59,9 @@ def work(sim: Simulator) -> None:
         run(sim, case)
     for case in CASES[:3]:
         run_without_d_h0(sim, case)
-    for case in CASES[:2]:
+    for case in CASES[:5]:
         run_without_gradients(sim, case)
+    for case in CASES[:2]:
         run_wild_lengths(sim, case)
         run_cut(sim, case)
         run_cut(sim, case, wants_d_h0=False)
