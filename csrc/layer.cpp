@@ -383,6 +383,20 @@ BackwardCall prepare_backward(const LayerInputs& in, const BackwardInputs& grads
   return call;
 }
 
+InputColumns input_columns(CellKind cell, int64_t H, const Tensor& dg) {
+  if (cell != CellKind::kGru) return {{dg, 0}};
+  return {{dg.slice(1, H, 3 * H), 0}, {dg.slice(1, 0, H), 2 * H}};
+}
+
+void input_gradient(const LayerInputs& in, const InputColumns& all, const Tensor& dx, int64_t d) {
+  const Tensor& w_ih = in.params[d * (static_cast<int64_t>(in.params.size()) / (in.bidirectional ? 2 : 1))];
+  bool add = d > 0;
+  for (const auto& [columns, first] : all) {
+    multiply_into(dx, columns, /*transposed=*/false, w_ih.slice(0, first, first + columns.size(1)), add);
+    add = true;
+  }
+}
+
 LayerGradients gradients_of_layer(const LayerInputs& in, const BackwardInputs& grads, const BackwardCall& call,
                                   GradientMask mask) {
   const Shapes s = check_layer(in);
@@ -397,23 +411,12 @@ LayerGradients gradients_of_layer(const LayerInputs& in, const BackwardInputs& g
   Tensor dx;
   std::vector<Tensor> dparams;
   for (int d = 0; d < s.D; ++d) {
-    const auto w = in.params.slice(d * s.per_direction, s.per_direction);
     const Tensor dg = call.d_gates.select(0, d).view({s.N, S * H});
     const Tensor d_rg = dg.slice(1, (S - G) * H, S * H);
-    // The input product's gradient in weight order: all of dg, or a GRU's r and z, then n_x (params.h).
-    std::vector<std::pair<Tensor, int64_t>> d_xg;  // (columns, first row in w_ih)
-    if (gru) {
-      d_xg = {{dg.slice(1, H, 3 * H), 0}, {dg.slice(1, 0, H), 2 * H}};
-    } else {
-      d_xg = {{dg, 0}};
-    }
+    const InputColumns columns_of_input = input_columns(in.cell, H, dg);
     if (mask.x) {
-      for (const auto& [columns, first] : d_xg) {
-        const Tensor rows = w[0].slice(0, first, first + columns.size(1));
-        const bool add = dx.defined();
-        if (!add) dx = empty_like(in.x, {s.N, s.I});
-        multiply_into(dx, columns, /*transposed=*/false, rows, add);
-      }
+      if (!dx.defined()) dx = empty_like(in.x, {s.N, s.I});
+      input_gradient(in, columns_of_input, dx, d);
     }
     if (!mask.weights) {
       for (int64_t i = 0; i < s.per_direction; ++i) dparams.push_back(empty());
@@ -421,7 +424,7 @@ LayerGradients gradients_of_layer(const LayerInputs& in, const BackwardInputs& g
     }
     const Tensor dw_ih = empty_like(in.x, {G * H, s.I});
     const Tensor db_ih = empty_like(in.x, {G * H}), db_hh = empty_like(in.x, {G * H});
-    for (const auto& [columns, first] : d_xg) {
+    for (const auto& [columns, first] : columns_of_input) {
       const Tensor rows = dw_ih.slice(0, first, first + columns.size(1));
       multiply_into(rows, columns, /*transposed=*/true, x, /*add=*/false);
       if (in.has_biases) sum_rows_into(db_ih.slice(0, first, first + columns.size(1)), columns);

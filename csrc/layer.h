@@ -75,6 +75,14 @@ void allocate_gates(ForwardCall& call);
 // Results of a finished ForwardCall in the op's order.
 LayerOutputs forward_outputs(const ForwardCall& call, bool save);
 
+// Columns of rows of d_gates, dg [rows, S * H], that are the gradient of the input product, in weight order: all of them, or a
+// GRU's r and z, then n_x (params.h). Each with its first row in w_ih.
+using InputColumns = std::vector<std::pair<Tensor, int64_t>>;
+InputColumns input_columns(CellKind cell, int64_t H, const Tensor& dg);
+
+// Their product with W_ih of direction d into dx [rows, I]; that of the second direction is added.
+void input_gradient(const LayerInputs& in, const InputColumns& all, const Tensor& dx, int64_t d);
+
 // dW and dx from call.d_gates by matrix products; dh0 and dc0 are taken from the call.
 LayerGradients gradients_of_layer(const LayerInputs& in, const BackwardInputs& grads, const BackwardCall& call,
                                   GradientMask mask);

@@ -14,6 +14,7 @@
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/library.h>
 
+#include "autograd.h"
 #include "cpu/cpu.h"
 #include "layer.h"
 #include "workspace.h"
@@ -70,27 +71,16 @@ auto& layer_backward_differentiable_op() {
 
 // ---- autograd ----
 
-bool requires_grad(const OptionalTensor& t) { return t && t->defined() && t->requires_grad(); }
-
-bool any_requires_grad(at::TensorList tensors) {
-  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.requires_grad(); });
-}
-
-OptionalTensor optional_of(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
-Tensor tensor_of(const OptionalTensor& t) { return t ? *t : Tensor(); }
-
-// made: the results, if they are there already.
 class LayerFunction : public torch::autograd::Function<LayerFunction> {
  public:
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& x,
                                                 const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList params,
                                                 bool has_biases, const OptionalTensor& lengths,
                                                 const OptionalTensor& offsets, const OptionalTensor& resets, int64_t cell,
-                                                bool bidirectional, const LayerOutputs* made) {
+                                                bool bidirectional) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [y, h_n, c_n, gates, cs] =
-        made ? *made
-             : layer_op().call(x, h0, c0, params, has_biases, lengths, offsets, resets, cell, bidirectional, /*save=*/true);
+        layer_op().call(x, h0, c0, params, has_biases, lengths, offsets, resets, cell, bidirectional, /*save=*/true);
     torch::autograd::variable_list saved{
         x, tensor_of(h0), tensor_of(c0), tensor_of(lengths), tensor_of(offsets), tensor_of(resets), y, gates, cs};
     saved.insert(saved.end(), params.begin(), params.end());
@@ -116,7 +106,7 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     const int64_t cell = ctx->saved_data["cell"].toInt();
     const std::array<bool, 3> mask{ctx->saved_data["need_x"].toBool(), ctx->saved_data["need_state"].toBool(),
                                    ctx->saved_data["need_weights"].toBool()};
-    torch::autograd::variable_list result(3 + params.size() + 7);  // one for every argument of forward
+    torch::autograd::variable_list result(3 + params.size() + 6);  // one for every argument of forward
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return result;
     const bool lstm = static_cast<CellKind>(cell) == CellKind::kLstm;
     auto [dx, dh0, dc0, dparams] = layer_backward_op().call(
@@ -146,7 +136,7 @@ LayerOutputs layer_autograd(const Tensor& x, const OptionalTensor& h0, const Opt
     at::AutoDispatchBelowADInplaceOrView guard;
     return layer_op().call(x, h0, c0, params, has_biases, lengths, offsets, resets, cell, bidirectional, save);
   }
-  auto out = LayerFunction::apply(x, h0, c0, params, has_biases, lengths, offsets, resets, cell, bidirectional, nullptr);
+  auto out = LayerFunction::apply(x, h0, c0, params, has_biases, lengths, offsets, resets, cell, bidirectional);
   if (save) return {out[0], out[1], out[2], out[3], out[4]};
   const auto empty = at::empty({0}, x.options());
   return {out[0], out[1], out[2], empty, empty.clone()};
@@ -174,19 +164,6 @@ LayerGradients layer_backward_autograd(const OptionalTensor& dy, const OptionalT
 
 // ---- composites ----
 
-// Tracing, functorch and modes add keys; autocast is excluded unless it is on; forward-mode AD has a level.
-bool nothing_intercepts() {
-  const auto keys = c10::impl::tls_local_dispatch_key_set();
-  return (keys.included_ - c10::default_included_set).empty() && (c10::default_excluded_set - keys.excluded_).empty() &&
-         !c10::impl::TorchDispatchModeTLS::any_modes_set() && !torch::autograd::ForwardADLevel::try_get_by_idx(0);
-}
-
-// No subclass, no view that is to be resolved.
-bool is_plain(const Tensor& t) {
-  return t.layout() == at::kStrided && !t.unsafeGetTensorImpl()->is_python_dispatch() && !t.is_nested() && !t.is_conj() &&
-         !t.is_neg();
-}
-
 // A stack of layers, dropout between them. Shapes as torch.nn.LSTM's: input [T, B, I] or [B, T, I] or packed [N, I].
 // layer(x, h0, c0, params, resets) -> (y, h_n, c_n).
 template <class Layer>
@@ -209,58 +186,16 @@ std::tuple<Tensor, Tensor, Tensor> stack(const Layer& layer, const Tensor& input
     c_n.push_back(std::move(c));
     if (dropout > 0 && training && l + 1 < num_layers) y = at::dropout(y, dropout, /*train=*/true);
   }
-  const auto joined = [&](const std::vector<Tensor>& states) {
-    return num_layers == 1 || !states[0].defined() ? states[0] : at::cat(states);
-  };
   return {batch_first ? y.transpose(0, 1) : y, joined(h_n), joined(c_n)};
 }
-
-#ifdef FUSED_RNN_WITH_CUDA
-// The stack as one wavefront, if its layers overlap. Each layer is its own node of the graph of autograd, as elsewhere.
-std::optional<std::tuple<Tensor, Tensor, Tensor>> rnn_on_cuda(const Tensor& input, const OptionalTensor& h0,
-                                                              const OptionalTensor& c0, at::TensorList weights,
-                                                              const OptionalTensor& lengths, const OptionalTensor& offsets,
-                                                              const OptionalTensor& resets, int64_t cell, int64_t num_layers,
-                                                              bool has_biases, bool bidirectional, double dropout,
-                                                              bool training, bool batch_first) {
-  const auto plain = [](const Tensor& t) { return t.is_cuda() && is_plain(t); };
-  if (num_layers < 1 || weights.size() % num_layers || !nothing_intercepts() || !plain(input) || (h0 && !plain(*h0)) ||
-      (c0 && !plain(*c0)) || !std::all_of(weights.begin(), weights.end(), plain)) {
-    return std::nullopt;
-  }
-  std::vector<bool> saves;
-  bool differentiate = input.requires_grad();
-  for (int64_t l = 0; l < num_layers; ++l) {
-    differentiate |= requires_grad(h0) || requires_grad(c0) || any_requires_grad(params_of_layer(weights, l, num_layers));
-    saves.push_back(differentiate && at::GradMode::is_enabled());
-  }
-  const OptionalTensor layer_resets = batch_first && resets ? OptionalTensor(resets->transpose(0, 1)) : resets;
-  const bool between = dropout > 0 && training && num_layers > 1;
-  const Tensor steps_first = batch_first ? input.transpose(0, 1) : input;
-  const auto made = overlapped_layers({steps_first, h0, c0, weights, has_biases, lengths, offsets, layer_resets,
-                                       static_cast<CellKind>(cell), bidirectional, between},
-                                      saves);
-  if (!made) return std::nullopt;
-  size_t number = 0;
-  const auto layer = [&](const Tensor& x, const OptionalTensor& h, const OptionalTensor& c, at::TensorList params,
-                         const OptionalTensor& resets_of_layer) {
-    const LayerOutputs& outputs = (*made)[number];
-    if (!saves[number++]) return std::tuple(std::get<0>(outputs), std::get<1>(outputs), std::get<2>(outputs));
-    auto out =
-        LayerFunction::apply(x, h, c, params, has_biases, lengths, offsets, resets_of_layer, cell, bidirectional, &outputs);
-    return std::tuple(out[0], out[1], out[2]);
-  };
-  return stack(layer, input, h0, c0, weights, resets, num_layers, bidirectional, dropout, training, batch_first);
-}
-#endif
 
 std::tuple<Tensor, Tensor, Tensor> rnn(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
                                        at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& offsets,
                                        const OptionalTensor& resets, int64_t cell, int64_t num_layers, bool has_biases,
                                        bool bidirectional, double dropout, bool training, bool batch_first) {
 #ifdef FUSED_RNN_WITH_CUDA
-  if (auto results = rnn_on_cuda(input, h0, c0, weights, lengths, offsets, resets, cell, num_layers, has_biases,
-                                 bidirectional, dropout, training, batch_first)) {
+  if (auto results = overlapped_rnn(input, h0, c0, weights, lengths, offsets, resets, cell, num_layers, has_biases,
+                                    bidirectional, dropout, training, batch_first)) {
     return *std::move(results);
   }
 #endif
@@ -284,6 +219,22 @@ std::tuple<Tensor, Tensor> cell_step(const Tensor& input, const OptionalTensor& 
 }
 
 }  // namespace
+
+bool nothing_intercepts() {
+  // Tracing, functorch and modes add keys; autocast is excluded unless it is on; forward-mode AD has a level.
+  const auto keys = c10::impl::tls_local_dispatch_key_set();
+  return (keys.included_ - c10::default_included_set).empty() && (c10::default_excluded_set - keys.excluded_).empty() &&
+         !c10::impl::TorchDispatchModeTLS::any_modes_set() && !torch::autograd::ForwardADLevel::try_get_by_idx(0);
+}
+
+bool is_plain(const Tensor& t) {
+  return t.layout() == at::kStrided && !t.unsafeGetTensorImpl()->is_python_dispatch() && !t.is_nested() && !t.is_conj() &&
+         !t.is_neg();
+}
+
+Tensor joined(const std::vector<Tensor>& states) {
+  return states.size() == 1 || !states[0].defined() ? states[0] : at::cat(states);
+}
 
 OptionalTensor states_of_layer(const OptionalTensor& states, int64_t layer, int64_t directions, int64_t layers) {
   if (!states || layers == 1) return states;

@@ -39,24 +39,20 @@ CellSignature cell_on_cpu;
 OptionalTensor states_of_layer(const OptionalTensor& states, int64_t layer, int64_t directions, int64_t layers);
 at::TensorList params_of_layer(at::TensorList weights, int64_t layer, int64_t layers);
 
-#ifdef FUSED_RNN_WITH_CUDA
-// The arguments of a stack; x: [T, B, I] or packed [N, I]; dropout: whether there is any between the layers.
-struct StackCall {
-  const Tensor& x;
-  const OptionalTensor& h0;
-  const OptionalTensor& c0;
-  at::TensorList weights;
-  bool has_biases;
-  const OptionalTensor& lengths;
-  const OptionalTensor& offsets;
-  const OptionalTensor& resets;
-  CellKind cell;
-  bool bidirectional, dropout;
-};
+// The final states of all layers.
+Tensor joined(const std::vector<Tensor>& states);
 
-// The results of all layers, on CUDA tensors, as a wavefront of chunks (plan_overlap.h); none where the layers are to be called
-// in turn. saves: of each layer, whether it keeps what its backward needs. Not differentiable.
-std::optional<std::vector<LayerOutputs>> overlapped_layers(const StackCall& stack, const std::vector<bool>& saves);
+// Whether neither tracing nor functorch nor a mode has a part in calls.
+bool nothing_intercepts();
+// No subclass, no view that is to be resolved.
+bool is_plain(const Tensor& t);
+
+#ifdef FUSED_RNN_WITH_CUDA
+// fused_rnn::rnn as a wavefront of chunks (plan_overlap.h), or none where the layers are to be called in turn.
+std::optional<std::tuple<Tensor, Tensor, Tensor>> overlapped_rnn(
+    const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
+    const OptionalTensor& lengths, const OptionalTensor& offsets, const OptionalTensor& resets, int64_t cell,
+    int64_t num_layers, bool has_biases, bool bidirectional, double dropout, bool training, bool batch_first);
 #endif
 
 }  // namespace fused_rnn

@@ -1,6 +1,9 @@
-// Carries out the plans of plan_overlap.h: the forward of a stack of layers on CUDA as a wavefront over chunks of the sequence.
+// Carries out the plans of plan_overlap.h: forward and backward of a stack of layers on CUDA as wavefronts of chunks.
+#include "overlap_cuda.h"
+
 #include <ATen/cuda/CUDAEvent.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -36,8 +39,8 @@ struct Schedule {
 Schedule make_schedule(const Stack& stack, const Plan& plan, int device, std::optional<int> chunks) {
   Schedule schedule{plan_overlap(stack, plan, cuda::device_info(device), chunks), {}};
   if (schedule.plan.chunks > 1) {
-    schedule.tasks = overlap_tasks(stack.layers, stack.layer.D, stack.layer.T, schedule.plan.chunk_steps,
-                                   schedule.plan.concurrent_layers);
+    schedule.tasks = overlap_tasks(stack.layers, stack.layer.D, stack.layer.backward, stack.layer.T,
+                                   schedule.plan.chunk_steps, schedule.plan.concurrent_layers);
   }
   return schedule;
 }
@@ -66,8 +69,8 @@ const Schedule& schedule_for(const Stack& stack, const Plan& plan, int device, s
   return entry->schedule;
 }
 
-// Streams and events of the calling thread on one device, made once. A thread has its own, since a stream in a capture must not
-// get another thread's work.
+// Streams and events of the calling thread on one device, made once. A thread has its own, since a stream in a capture must
+// not get another thread's work.
 struct Lanes {
   std::vector<c10::cuda::CUDAStream> streams;
   std::vector<at::cuda::CUDAEvent> events;  // one for each task
@@ -82,66 +85,31 @@ Lanes& lanes_of(c10::DeviceIndex device) {
   return all.at(device);
 }
 
-// One layer of the stack: its arguments, its results and the memory of its kernels.
-struct StackedLayer {
-  const Tensor x;  // [T, B, I], contiguous
-  const OptionalTensor h0, c0;
-  const LayerInputs in;
-  ForwardCall call;
-  Tensor workspace, carry;
-
-  StackedLayer(const StackCall& s, const Tensor& input, int64_t layer, int64_t layers)
-      : x(input.contiguous()),
-        h0(states_of_layer(s.h0, layer, s.bidirectional ? 2 : 1, layers)),
-        c0(states_of_layer(s.c0, layer, s.bidirectional ? 2 : 1, layers)),
-        in{x,
-           h0,
-           c0,
-           params_of_layer(s.weights, layer, layers),
-           s.has_biases,
-           s.lengths,
-           s.offsets,
-           s.resets,
-           s.cell,
-           s.bidirectional} {}
-  StackedLayer(const StackedLayer&) = delete;
-};
-
-void run_task(const OverlapTask& task, StackedLayer& layer, const Plan& plan, void* stream) {
-  const ForwardParams& p = layer.call.params;
-  if (task.project) {
-    for (int d = 0; d < p.D; ++d) {
-      const int64_t first = d ? p.seq.T - task.end : task.first, end = d ? p.seq.T - task.first : task.end;
-      project_rows(layer.in, layer.call, layer.x.view({p.seq.N, p.I}), d, first * p.seq.B, end * p.seq.B);
-    }
-  } else {
-    float* carry = layer.carry.defined() ? layer.carry.data_ptr<float>() : nullptr;
-    cuda::forward_steps(p, plan, {task.first, task.end, carry}, stream);
-  }
-}
-
-// Every recurrence waits for a projection, so the side streams follow the caller's without an event of their own, and a capture
-// includes them. At the end the caller's stream waits for them. All memory was allocated on the caller's stream and is freed on
-// the host after that wait has been enqueued, so whatever takes its place runs after the side streams: no record_stream.
-void run_tasks(const Schedule& schedule, std::deque<StackedLayer>& layers, const Plan& plan) {
+// Hands every task to its stream: run(task, stream). The side streams begin after what the caller's stream has been given, so
+// a capture includes them, and in the end the caller's stream waits for them. All memory is allocated on the caller's stream and
+// freed on the host after that wait has been enqueued: what takes its place runs after the side streams, without record_stream.
+template <class Run>
+void run_tasks(const Schedule& schedule, const Run& run) {
   const c10::cuda::CUDAStream caller = c10::cuda::getCurrentCUDAStream();
   Lanes& lanes = lanes_of(caller.device_index());
-  const size_t side_streams = schedule.plan.concurrent_layers;
-  lanes.prepare(side_streams, schedule.tasks.size() + side_streams, caller.device_index());
-  const auto stream_of = [&](int stream) { return stream == 0 ? caller : lanes.streams[stream - 1]; };
+  const size_t side_streams = schedule.plan.concurrent_layers, tasks = schedule.tasks.size();
+  lanes.prepare(side_streams, tasks + 1 + side_streams, caller.device_index());
+  at::cuda::CUDAEvent* const forked = &lanes.events[tasks];
+  at::cuda::CUDAEvent* const ended = forked + 1;
   const auto join = [&] {
     for (size_t i = 0; i < side_streams; ++i) {
-      auto& event = lanes.events[schedule.tasks.size() + i];
-      event.record(lanes.streams[i]);
-      event.block(caller);
+      ended[i].record(lanes.streams[i]);
+      ended[i].block(caller);
     }
   };
+  forked->record(caller);
+  for (size_t i = 0; i < side_streams; ++i) forked->block(lanes.streams[i]);
   try {
-    for (size_t i = 0; i < schedule.tasks.size(); ++i) {
+    for (size_t i = 0; i < tasks; ++i) {
       const OverlapTask& task = schedule.tasks[i];
-      const c10::cuda::CUDAStream stream = stream_of(task.stream);
+      const c10::cuda::CUDAStream stream = task.stream == 0 ? caller : lanes.streams[task.stream - 1];
       if (task.after >= 0) lanes.events[task.after].block(stream);
-      run_task(task, layers[task.layer], plan, stream.stream());
+      run(task, stream.stream());
       lanes.events[i].record(stream);
     }
   } catch (...) {
@@ -151,46 +119,146 @@ void run_tasks(const Schedule& schedule, std::deque<StackedLayer>& layers, const
   join();
 }
 
+// The arguments of one layer of the stack.
+struct StackedInputs {
+  const Tensor x;  // [T, B, I], contiguous
+  const OptionalTensor h0, c0;
+  const LayerInputs in;
+
+  StackedInputs(const StackCall& s, const Tensor& input, int64_t layer)
+      : x(input.contiguous()),
+        h0(states_of_layer(s.h0, layer, s.bidirectional ? 2 : 1, s.layers)),
+        c0(states_of_layer(s.c0, layer, s.bidirectional ? 2 : 1, s.layers)),
+        in{x,
+           h0,
+           c0,
+           params_of_layer(s.weights, layer, s.layers),
+           s.has_biases,
+           s.lengths,
+           s.offsets,
+           s.resets,
+           s.cell,
+           s.bidirectional} {}
+  StackedInputs(const StackedInputs&) = delete;
+};
+
+struct ForwardLayer : StackedInputs {
+  using StackedInputs::StackedInputs;
+  ForwardCall call;
+  Tensor workspace, carry;
+};
+
+struct BackwardLayer : StackedInputs {
+  OptionalTensor dy;  // of all layers but the last the dx of the one above
+  const BackwardInputs grads;
+  BackwardCall call;
+  Tensor workspace, carry, dx;
+
+  BackwardLayer(const StackCall& s, const Tensor& input, int64_t layer, const OptionalTensor& output_gradient,
+                const StackGradients& given, const LayerOutputs& saved)
+      : StackedInputs(s, input, layer),
+        dy(output_gradient),
+        grads{dy, given.dh_n[layer], given.dc_n[layer], std::get<0>(saved), std::get<3>(saved), std::get<4>(saved)} {}
+};
+
+// The stack, if its shapes are those of one; what does not fit is left to the layers, which say so. Of a packed sequence the
+// device alone knows the rows.
+std::optional<Stack> stack_of(const StackCall& s, bool training, bool backward) {
+  const at::TensorList params = params_of_layer(s.weights, s.layers - 1, s.layers);
+  if (s.x.dim() != 3 || s.x.numel() == 0 || params.size() < 2 || params[0].dim() != 2 || params[1].dim() != 2 ||
+      params[1].numel() == 0) {
+    return std::nullopt;
+  }
+  return Stack{{s.cell, dtype_of(s.x), allows_tf32(s.x), s.x.size(0), s.x.size(1), params[0].size(1),
+                params[1].size(0) / gate_count(s.cell), params[1].size(1), s.bidirectional ? 2 : 1, s.lengths.has_value(),
+                training, backward},
+               s.x.size(2),
+               static_cast<int>(s.layers),
+               s.offsets.has_value(),
+               s.dropout};
+}
+
+Tensor workspace_of(const Plan& plan, const Tensor& x) {
+  return at::empty({plan.workspace_bytes}, x.options().dtype(at::kByte));
+}
+
 }  // namespace
 
-std::optional<std::vector<LayerOutputs>> overlapped_layers(const StackCall& s, const std::vector<bool>& saves) {
-  const int layers = static_cast<int>(saves.size()), D = s.bidirectional ? 2 : 1;
-  const at::TensorList params = params_of_layer(s.weights, layers - 1, layers);
-  // What does not fit is left to the layers, which say so; of a packed sequence only the device knows the rows.
-  if (s.x.dim() != 3 || s.x.numel() == 0 || params.size() < 2 || params[0].dim() != 2 || params[1].dim() != 2 ||
-      params[1].numel() == 0)
-    return std::nullopt;
+std::optional<std::vector<LayerOutputs>> overlapped_forward(const StackCall& s, bool save) {
   const c10::cuda::CUDAGuard device_guard(s.x.device());
-  const auto device = s.x.device().index();
-  const bool allow_tf32 = allows_tf32(s.x);
-  const Stack stack{
-      {s.cell, dtype_of(s.x), allow_tf32, s.x.size(0), s.x.size(1), params[0].size(1),
-       params[1].size(0) / gate_count(s.cell), params[1].size(1), D, s.lengths.has_value(), saves.back(), false},
-      s.x.size(2),
-      layers,
-      s.offsets.has_value(),
-      s.dropout};
-  const Plan& plan = cuda::plan_for(stack.layer, device, forced_family());
-  const Schedule& schedule = schedule_for(stack, plan, device, forced_chunks());
+  const auto stack = stack_of(s, save, /*backward=*/false);
+  if (!stack) return std::nullopt;
+  const Plan& plan = cuda::plan_for(stack->layer, s.x.get_device(), forced_family());
+  const Schedule& schedule = schedule_for(*stack, plan, s.x.get_device(), forced_chunks());
   if (schedule.tasks.empty()) return std::nullopt;
 
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const MatmulPrecision precision(allow_tf32);
-  std::deque<StackedLayer> stacked;
-  for (int l = 0; l < layers; ++l) {
-    StackedLayer& layer = stacked.emplace_back(s, l == 0 ? s.x : stacked.back().call.y, l, layers);
-    layer.call = prepare_forward(layer.in, saves[l]);
+  const MatmulPrecision precision(stack->layer.allow_tf32);
+  std::deque<ForwardLayer> layers;
+  for (int64_t l = 0; l < s.layers; ++l) {
+    ForwardLayer& layer = layers.emplace_back(s, l == 0 ? s.x : layers.back().call.y, l);
+    layer.call = prepare_forward(layer.in, save);
     ForwardParams& p = layer.call.params;
-    p.allow_tf32 = allow_tf32;
+    p.allow_tf32 = stack->layer.allow_tf32;
     allocate_gates(layer.call);
-    layer.workspace = at::empty({plan.workspace_bytes}, s.x.options().dtype(at::kByte));
+    layer.workspace = workspace_of(plan, s.x);
+    layer.carry = at::empty({p.D, p.seq.B, p.H}, s.x.options().dtype(at::kFloat));
     p.workspace = layer.workspace.data_ptr();
-    if (layer.call.c_n.defined()) layer.carry = at::empty({D, p.seq.B, p.H}, s.x.options().dtype(at::kFloat));
   }
-  run_tasks(schedule, stacked, plan);
+  run_tasks(schedule, [&](const OverlapTask& task, void* stream) {
+    const ForwardLayer& layer = layers[task.layer];
+    const ForwardParams& p = layer.call.params;
+    if (!task.project) return cuda::forward_steps(p, plan, {task.first, task.end, layer.carry.data_ptr<float>()}, stream);
+    for (int d = 0; d < p.D; ++d) {
+      const int64_t first = d ? p.seq.T - task.end : task.first, end = d ? p.seq.T - task.first : task.end;
+      project_rows(layer.in, layer.call, layer.x.view({p.seq.N, p.I}), d, first * p.seq.B, end * p.seq.B);
+    }
+  });
   std::vector<LayerOutputs> outputs;
-  for (int l = 0; l < layers; ++l) outputs.push_back(forward_outputs(stacked[l].call, saves[l]));
+  for (const ForwardLayer& layer : layers) outputs.push_back(forward_outputs(layer.call, save));
   return outputs;
+}
+
+std::optional<std::vector<LayerGradients>> overlapped_backward(const StackCall& s, const StackGradients& given,
+                                                               const std::vector<LayerOutputs>& saved,
+                                                               const std::vector<std::array<bool, 3>>& masks) {
+  const c10::cuda::CUDAGuard device_guard(s.x.device());
+  const auto stack = stack_of(s, /*training=*/true, /*backward=*/true);
+  if (!stack) return std::nullopt;
+  const Plan& plan = cuda::plan_for(stack->layer, s.x.get_device(), forced_family());
+  const Schedule& schedule = schedule_for(*stack, plan, s.x.get_device(), forced_chunks());
+  if (schedule.tasks.empty()) return std::nullopt;
+
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const MatmulPrecision precision(stack->layer.allow_tf32);
+  std::deque<BackwardLayer> layers;  // the first is the lowest
+  for (int64_t l = s.layers - 1; l >= 0; --l) {
+    const OptionalTensor dy = layers.empty() ? given.dy : OptionalTensor(layers.front().dx);
+    BackwardLayer& layer = layers.emplace_front(s, l == 0 ? s.x : std::get<0>(saved[l - 1]), l, dy, given, saved[l]);
+    layer.call = prepare_backward(layer.in, layer.grads);
+    BackwardParams& p = layer.call.params;
+    p.allow_tf32 = stack->layer.allow_tf32;
+    if (!(masks[l][1] && layer.h0)) p.d_h0 = nullptr;
+    layer.workspace = workspace_of(plan, s.x);
+    layer.carry = at::empty({2, p.D, p.seq.B, p.H}, s.x.options().dtype(at::kFloat));
+    p.workspace = layer.workspace.data_ptr();
+    if (l > 0) layer.dx = at::empty_like(layer.x);
+  }
+  run_tasks(schedule, [&](const OverlapTask& task, void* stream) {
+    const BackwardLayer& layer = layers[task.layer];
+    const BackwardParams& p = layer.call.params;
+    if (!task.project) return cuda::backward_steps(p, plan, {task.first, task.end, layer.carry.data_ptr<float>()}, stream);
+    const BackwardLayer& above = layers[task.layer + 1];
+    const int64_t first = (p.seq.T - task.end) * p.seq.B, end = (p.seq.T - task.first) * p.seq.B;
+    const Tensor dg = above.call.d_gates.view({p.seq.N, slot_count(p.cell) * p.H}).slice(0, first, end);
+    input_gradient(above.in, input_columns(p.cell, p.H, dg), above.dx.view({p.seq.N, -1}).slice(0, first, end), /*d=*/0);
+  });
+  std::vector<LayerGradients> gradients;
+  for (int64_t l = 0; l < s.layers; ++l) {
+    gradients.push_back(gradients_of_layer(layers[l].in, layers[l].grads, layers[l].call,
+                                           {l == 0 && masks[l][0], masks[l][1], masks[l][2]}));
+  }
+  return gradients;
 }
 
 }  // namespace fused_rnn

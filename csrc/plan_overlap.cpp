@@ -37,7 +37,7 @@ struct Costs {
   double project(int layer, int64_t steps, int sms) const {
     const Problem& p = stack.layer;
     const double rows = double(steps) * p.B, columns = gate_count(p.cell) * p.H,
-                 inputs = layer == 0 ? stack.first_input : p.I;
+                 inputs = layer == 0 && !p.backward ? stack.first_input : p.I;
     const double clocks = rows * columns * inputs / (persistent_math_rate(plan.persistent->math, device) * sms);
     const double bytes = (rows * (columns + inputs) + columns * inputs) * dtype_size(p.dtype);
     return p.D * (kLaunchUs + std::max(clocks / (kClockGhz * 1e3), us_of_bytes(bytes, sms)));
@@ -45,7 +45,8 @@ struct Costs {
   double in_turn() const {
     double us = 0;
     for (int layer = 0; layer < stack.layers; ++layer) {
-      us += project(layer, stack.layer.T, device.sm_count) + scan(stack.layer.T);
+      us += scan(stack.layer.T);
+      if (layer < stack.layers - 1 || !stack.layer.backward) us += project(layer, stack.layer.T, device.sm_count);
     }
     return us;
   }
@@ -77,38 +78,44 @@ std::string obstacle(const Stack& stack, const Plan& plan) {
   if (!plan.persistent) return std::string("family ") + to_string(plan.family) + " takes all SMs in turn";
   if (stack.dropout) return "dropout between the layers is applied to whole sequences";
   if (stack.packed) return "where the rows of a step of a packed sequence lie is known on the device only";
+  if (stack.layer.backward && stack.layers == 1) return "there is one layer";
+  if (stack.layer.backward && stack.layer.D == 2)
+    return "the gradient of an output has a part from both ends of the sequence";
   return "";
 }
 
 }  // namespace
 
-std::vector<OverlapTask> overlap_tasks(int layers, int directions, int64_t T, int64_t chunk_steps, int concurrent_layers) {
+std::vector<OverlapTask> overlap_tasks(int layers, int directions, bool backward, int64_t T, int64_t chunk_steps,
+                                       int concurrent_layers) {
   const int64_t chunks = ceil_div(T, chunk_steps), at_once = concurrent_layers;
-  // The wave in which a recurrence makes a chunk: layers of one round follow each other, a chunk apart.
-  const auto wave = [&](int64_t layer, int64_t chunk) { return layer / at_once * chunks + layer % at_once + chunk; };
-  const auto chunk_below = [&](int64_t chunk) { return directions == 1 ? chunk : chunks - 1; };
+  // The wave in which the recurrence of the n-th layer makes a chunk: layers of one round follow each other, a chunk apart.
+  const auto wave = [&](int64_t n, int64_t chunk) { return n / at_once * chunks + n % at_once + chunk; };
+  const auto chunk_before = [&](int64_t chunk) { return directions == 1 ? chunk : chunks - 1; };
   struct Entry {
     int64_t order, chunk;
+    int n;
     OverlapTask task;
   };
   std::vector<Entry> entries;
-  for (int layer = 0; layer < layers; ++layer) {
+  for (int n = 0; n < layers; ++n) {
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t first = chunk * chunk_steps, end = std::min(T, first + chunk_steps);
+      const int layer = backward ? layers - 1 - n : n;
       // After the wave that makes its input; the first layer's, whose input is there, in the wave before it is needed.
-      const int64_t project_after = layer == 0 ? chunk - 1 : wave(layer - 1, chunk_below(chunk));
-      entries.push_back({2 * project_after + 1, chunk, {true, layer, first, end, 0, -1}});
-      entries.push_back({2 * wave(layer, chunk), chunk, {false, layer, first, end, 1 + layer % concurrent_layers, -1}});
+      const int64_t project_after = n == 0 ? chunk - 1 : wave(n - 1, chunk_before(chunk));
+      if (n > 0 || !backward) entries.push_back({2 * project_after + 1, chunk, n, {true, layer, first, end, 0, -1}});
+      entries.push_back({2 * wave(n, chunk), chunk, n, {false, layer, first, end, 1 + n % concurrent_layers, -1}});
     }
   }
   std::stable_sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) { return a.order < b.order; });
   std::vector<OverlapTask> tasks;
-  std::vector<int> projected(layers * chunks), scanned(layers * chunks);
-  for (const auto& [order, chunk, entry] : entries) {
+  std::vector<int> projected(layers * chunks, -1), scanned(layers * chunks, -1);
+  for (const auto& [order, chunk, n, entry] : entries) {
     OverlapTask task = entry;
-    if (!task.project) task.after = projected[task.layer * chunks + chunk];
-    if (task.project && task.layer > 0) task.after = scanned[(task.layer - 1) * chunks + chunk_below(chunk)];
-    (task.project ? projected : scanned)[task.layer * chunks + chunk] = static_cast<int>(tasks.size());
+    if (!task.project) task.after = projected[n * chunks + chunk];
+    if (task.project && n > 0) task.after = scanned[(n - 1) * chunks + chunk_before(chunk)];
+    (task.project ? projected : scanned)[n * chunks + chunk] = static_cast<int>(tasks.size());
     tasks.push_back(task);
   }
   return tasks;
@@ -133,7 +140,8 @@ OverlapPlan plan_overlap(const Stack& stack, const Plan& plan, const DeviceInfo&
       const int64_t steps = ceil_div(T, std::max(count, 1));
       const int made = static_cast<int>(ceil_div(T, steps)), idle = device.sm_count - at_once * blocks;
       if (made < 2 || made < at_once) continue;
-      const double us = costs.overlapped(overlap_tasks(stack.layers, stack.layer.D, T, steps, at_once), at_once, idle);
+      const double us = costs.overlapped(overlap_tasks(stack.layers, stack.layer.D, stack.layer.backward, T, steps, at_once),
+                                         at_once, idle);
       if (us >= limit) continue;
       limit = us;
       best = {steps, made, at_once, at_once * blocks, idle, us, best.us_in_turn, ""};

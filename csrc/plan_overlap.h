@@ -4,7 +4,9 @@
 // layer's recurrence makes a chunk, its projection of the next chunk and the layers above, some chunks behind, run beside it:
 //   project(l, c)  needs chunk c of the layer below, if layers have one direction (two: the whole layer below)
 //   scan(l, c)     needs project(l, c) and scan(l, c - 1)
-// All projections run on stream 0, the caller's; the recurrence of layer l on stream 1 + l % concurrent_layers.
+// Backward goes from the top layer down and from the last step to the first, and project(l, c) is the product that makes the
+// gradient of layer l's output from the gates of the layer above; the top layer has none. All projections run on stream 0, the
+// caller's; the recurrence of the n-th layer in this order on stream 1 + n % concurrent_layers.
 #pragma once
 #include <string>
 #include <vector>
@@ -14,7 +16,7 @@
 namespace fused_rnn {
 
 struct Stack {
-  Problem layer;        // each of the layers, forward; I of those above the first
+  Problem layer;        // each of the layers, forward or backward; I of those above the first
   int64_t first_input;  // I of the first
   int layers;
   bool packed;   // rows are found by offsets, which only the device knows
@@ -41,7 +43,7 @@ OverlapPlan plan_overlap(const Stack& stack, const Plan& plan, const DeviceInfo&
                          std::optional<int> chunks = std::nullopt);
 
 struct OverlapTask {
-  bool project;  // the input projection of the chunk, else its recurrence
+  bool project;  // else the recurrence
   int layer;
   int64_t first, end;  // steps of the scan
   int stream;
@@ -49,7 +51,8 @@ struct OverlapTask {
 };
 
 // In an order in which they can be handed to their streams: a task comes after all that it waits for.
-std::vector<OverlapTask> overlap_tasks(int layers, int directions, int64_t T, int64_t chunk_steps, int concurrent_layers);
+std::vector<OverlapTask> overlap_tasks(int layers, int directions, bool backward, int64_t T, int64_t chunk_steps,
+                                       int concurrent_layers);
 
 std::string to_string(const OverlapPlan& plan);
 

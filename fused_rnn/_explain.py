@@ -74,7 +74,7 @@ class Explanation:
     why: str  # this backend
     forced: str | None  # the kernel family that FUSED_RNN_PLAN asks for
     layers: tuple[LayerPlan, ...]
-    overlap: dict[str, Any]  # forward: whether the layers overlap, as the planner gives it; empty but on CUDA
+    overlap: dict[str, dict[str, Any]]  # on CUDA, "forward" and "backward" (if forward's do): whether the layers overlap
 
     def __repr__(self) -> str:
         return f"<fused_rnn.Explanation: {self.module} on {self.backend}, {len(self.layers)} layer(s)>"
@@ -85,8 +85,7 @@ class Explanation:
         lines = [f"{head}: {self.backend} backend ({self.why})"]
         if self.forced and self.backend == "cuda":
             lines.append(f"FUSED_RNN_PLAN={self.forced}")
-        if self.overlap:
-            lines.append("forward, " + self.overlap["text"].rstrip("\n"))
+        lines += [f"{name}: " + plan["text"].rstrip("\n") for name, plan in self.overlap.items()]
         number = 1
         for layer, group in itertools.groupby(self.layers):
             last = number + len(list(group)) - 1
@@ -313,15 +312,19 @@ def _overlap(
     forced: str | None,
     packed: bool,
     training: bool,
-) -> dict[str, Any]:
+) -> dict[str, dict[str, Any]]:
     """Whether the layers overlap in time, and why not; empty for a cell and where nothing is planned."""
     last = layers[-1]
     if not isinstance(module, _Layer) or last.B == 0:
         return {}
     chunks = os.environ.get("FUSED_RNN_OVERLAP")
-    return _C().overlap(
-        cell=cell, dtype=dtype, T=last.T, B=last.B, I=last.I, H=last.H, P=last.P, D=last.D, device=dict(device or {}),
-        allow_tf32=_tf32(dtype), ragged=packed, training=training, forced=forced, layers=len(layers),
-        first_input=layers[0].I, packed=packed, dropout=len(layers) > 1 and module.training and module.dropout > 0,
-        chunks=int(chunks) if chunks else None,
-    )  # fmt: skip
+    problem = {
+        "cell": cell, "dtype": dtype, "T": last.T, "B": last.B, "I": last.I, "H": last.H, "P": last.P, "D": last.D,
+        "device": dict(device or {}), "allow_tf32": _tf32(dtype), "ragged": packed, "training": training, "forced": forced,
+        "layers": len(layers), "first_input": layers[0].I, "packed": packed,
+        "dropout": len(layers) > 1 and module.training and module.dropout > 0, "chunks": int(chunks) if chunks else None,
+    }  # fmt: skip
+    result = {"forward": _C().overlap(**problem)}
+    if training and result["forward"]["chunks"] > 1:
+        result["backward"] = _C().overlap(**problem, backward=True)
+    return result

@@ -86,6 +86,36 @@ def test_plan(row: tuple[Any, ...]) -> None:
     assert result["us"] <= result["us_in_turn"]
 
 
+# The same for backward, layers of one direction.
+PLANNED_BACKWARD = [
+    ("A100", "grid", "lstm", 8, 256, 4, (8, 4, 64, 44)),
+    ("A100", "grid", "gru", 16, 512, 3, (1, 1, 0, 0)),
+    ("H100", "grid", "lstm", 8, 256, 4, (8, 4, 64, 68)),
+    ("H100", "grid", "gru", 16, 512, 3, (4, 2, 128, 4)),
+    ("H100", "cluster", "lstm", 8, 256, 4, (4, 4, 64, 68)),
+    ("H100", "cluster", "gru", 16, 512, 3, (4, 3, 96, 36)),
+    ("H200", "grid", "lstm", 8, 256, 4, (8, 4, 64, 68)),
+    ("H200", "grid", "gru", 16, 512, 3, (4, 2, 128, 4)),
+    ("H200", "cluster", "lstm", 8, 256, 4, (4, 4, 64, 68)),
+    ("H200", "cluster", "gru", 16, 512, 3, (4, 3, 96, 36)),
+    ("RTX 4090", "grid", "lstm", 8, 256, 4, (8, 4, 64, 64)),
+    ("RTX 4090", "grid", "gru", 16, 512, 3, (1, 1, 0, 0)),
+    ("B200", "grid", "lstm", 8, 256, 4, (8, 4, 64, 84)),
+    ("B200", "grid", "gru", 16, 512, 3, (4, 2, 128, 20)),
+    ("B200", "cluster", "lstm", 8, 256, 4, (4, 4, 64, 84)),
+    ("B200", "cluster", "gru", 16, 512, 3, (4, 3, 96, 52)),
+]
+
+
+@pytest.mark.parametrize("row", PLANNED_BACKWARD, ids=lambda row: "-".join(map(str, row[:6])))
+def test_plan_of_backward(row: tuple[Any, ...]) -> None:
+    device, family, cell, batch, hidden, layers, expected = row
+    result = overlap(device, forced=family, cell=cell, B=batch, H=hidden, layers=layers, backward=True)
+    assert tuple(result[key] for key in ("chunks", "concurrent_layers", "sms_in_use", "sms_idle")) == expected, result[
+        "text"
+    ]
+
+
 REASONS = [
     ("H100", {"forced": "step"}, "family step takes all SMs in turn"),
     ("H100", {}, "family step takes all SMs in turn"),
@@ -104,6 +134,11 @@ REASONS = [
     ("H100", {"forced": "cluster", "T": 1}, "chunks would save too little"),
     ("H100", {"forced": "cluster", "chunks": 1}, "so many chunks are asked for"),
     ("H100", {"forced": "cluster", "chunks": 0}, "so many chunks are asked for"),
+    ("H100", {"forced": "cluster", "backward": True, "layers": 1}, "there is one layer"),
+    (
+        *("H100", {"forced": "cluster", "backward": True, "D": 2}),
+        "the gradient of an output has a part from both ends of the sequence",
+    ),
 ]
 
 
@@ -135,38 +170,38 @@ def ordered_before(tasks: list[dict[str, Any]]) -> list[set[int]]:
     return before
 
 
-@pytest.mark.parametrize("directions", [1, 2])
-def test_tasks(directions: int) -> None:
+@pytest.mark.parametrize(("directions", "backward"), [(1, False), (2, False), (1, True)])
+def test_tasks(directions: int, backward: bool) -> None:
     """Every part once; each after what it reads; recurrences of a layer in order; no more streams than asked for."""
     for layers in range(1, 7):
         for steps, chunk_steps in ((1, 1), (2, 1), (7, 2), (8, 2), (9, 4), (20, 1)):
             chunks = -(-steps // chunk_steps)
             for at_once in range(1, min(layers, chunks) + 1 if directions == 1 else 2):
-                tasks = C.overlap_tasks(layers, directions, steps, chunk_steps, at_once)
+                tasks = C.overlap_tasks(layers, directions, backward, steps, chunk_steps, at_once)
                 bounds = [(c * chunk_steps, min(steps, (c + 1) * chunk_steps)) for c in range(chunks)]
                 place = {(t["project"], t["layer"], t["first"], t["end"]): n for n, t in enumerate(tasks)}
-                assert set(place) == {(p, y, *b) for p in (True, False) for y in range(layers) for b in bounds}
-                assert len(tasks) == len(place)
+                order = [*reversed(range(layers))] if backward else [*range(layers)]
+                parts = {(project, layer, *b) for project in (True, False) for layer in order for b in bounds}
+                if backward:  # the gradient of the last layer's output is given
+                    parts -= {(True, layers - 1, *b) for b in bounds}
+                assert set(place) == parts and len(tasks) == len(parts)
                 before = ordered_before(tasks)
                 for number, task in enumerate(tasks):
-                    layer, part = task["layer"], (task["first"], task["end"])
-                    assert task["stream"] == (0 if task["project"] else 1 + layer % at_once)
+                    layer, part, number_of = task["layer"], (task["first"], task["end"]), order.index(task["layer"])
+                    assert task["stream"] == (0 if task["project"] else 1 + number_of % at_once)
                     needs = []
                     if not task["project"]:
-                        needs = [(True, layer, *part)]
+                        needs = [(True, layer, *part)] if number_of > 0 or not backward else []
                         needs += [(False, layer, *b) for b in bounds if b < part]
-                    elif layer > 0:
-                        needs = [(False, layer - 1, *b) for b in bounds if b <= part or directions == 2]
+                    elif number_of > 0:
+                        below = order[number_of - 1]
+                        needs = [(False, below, *b) for b in bounds if b <= part or directions == 2]
                     assert {place[need] for need in needs} <= before[number], (task, needs)
-                # A side stream begins with a task that waits for the caller's stream, so it needs no fork.
-                for stream in range(1, at_once + 1):
-                    first = next(t for t in tasks if t["stream"] == stream)
-                    assert tasks[first["after"]]["stream"] == 0
 
 
 def test_layers_follow_each_other_a_chunk_apart() -> None:
     """And the first layer's projections a chunk ahead, before those that wait for a recurrence of the same wave."""
-    tasks = C.overlap_tasks(3, 1, 8, 2, 3)
+    tasks = C.overlap_tasks(3, 1, False, 8, 2, 3)
     scans = [(t["layer"], t["first"] // 2) for t in tasks if not t["project"]]
     waves = [layer + chunk for layer, chunk in scans]
     assert waves == sorted(waves)
@@ -179,12 +214,12 @@ def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_RNN_PLAN", "cluster")
     lstm = fused_rnn.LSTM(256, 256, num_layers=4, dropout=0.1, dtype=torch.float16, device="meta")
     x = torch.empty(256, 8, 256, dtype=torch.float16, device="meta")
-    assert "forward, layers in turn, because dropout" in str(fused_rnn.explain(lstm, x, device="H100", show=False))
+    assert "forward: layers in turn, because dropout" in str(fused_rnn.explain(lstm, x, device="H100", show=False))
     result = fused_rnn.explain(lstm.eval(), x, device="H100", show=False)
-    assert result.overlap["chunks"] == 4
-    assert "\nforward, overlap: 4 chunks of 64 steps, 4 recurrences at once on 64 SMs, projections on 68; " in str(result)
+    assert {name: plan["chunks"] for name, plan in result.overlap.items()} == {"forward": 4, "backward": 4}
+    assert "\nforward: overlap: 4 chunks of 64 steps, 4 recurrences at once on 64 SMs, projections on 68; " in str(result)
     monkeypatch.setenv("FUSED_RNN_OVERLAP", "0")
-    assert fused_rnn.explain(lstm, x, device="H100", show=False).overlap["chunks"] == 1
+    assert fused_rnn.explain(lstm, x, device="H100", show=False).overlap["forward"]["chunks"] == 1
     assert fused_rnn.explain(fused_rnn.LSTMCell(4, 5), torch.zeros(3, 4), device="H100", show=False).overlap == {}
     assert fused_rnn.explain(fused_rnn.LSTM(4, 5), torch.zeros(3, 2, 4), show=False).overlap == {}
 
@@ -244,6 +279,21 @@ def test_bitwise_as_one_launch_after_the_other(family: str, tmp_path: Path) -> N
         for _ in range(100):
             different += torch.stack([(a != b).any() for a, b in zip(everything(case), want, strict=True)])
         assert different.tolist() == [0] * len(want), str(case)
+
+
+@pytest.mark.gpu
+def test_differentiated_twice(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lstm = fused_rnn.LSTM(24, 64, num_layers=3, device="cuda")
+    x = torch.randn(13, 9, 24, device="cuda", requires_grad=True)
+
+    def second() -> list[Tensor]:
+        first = torch.autograd.grad(lstm(x)[0].square().sum(), [x, *lstm.parameters()], create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), [x, *lstm.parameters()]))
+
+    overlapped = second()
+    monkeypatch.setenv("FUSED_RNN_OVERLAP", "0")
+    for index, (actual, want) in enumerate(zip(overlapped, second(), strict=True)):
+        assert_near(f"gradient {index}", actual, want.double(), 4 * GRADIENT_TOLERANCE[torch.float32])
 
 
 @pytest.mark.gpu

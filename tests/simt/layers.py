@@ -240,7 +240,7 @@ class LayerRun:
         return params, problem
 
     def results(self) -> dict[str, Tensor]:
-        """What forward left in the memory that arguments() has given it."""
+        """What a call left in the memory that arguments() or backward_arguments() has given it."""
         case, layer, sim = self.layer.case, self.layer, self.sim
         results = {name: sim.get(*place, case.dtype) for name, place in self.outputs.items()}
         for name, tensor in results.items():
@@ -264,8 +264,14 @@ class LayerRun:
 
     def backward(self, saved: dict[str, Tensor]) -> dict[str, Tensor]:
         """d_gates [D, N, S, H], d_h0, d_c0, and with a projection d_h [D, N, P]."""
+        self.sim.reset(self.seed, self.device)
+        params, problem = self.backward_arguments(saved)
+        self._finish("simt_backward", params, problem)
+        return self.results()
+
+    def backward_arguments(self, saved: dict[str, Tensor]) -> tuple[Any, Any]:
+        """The parameters of backward, in device memory, and its problem."""
         case, data, layer, sim = self.layer.case, self.layer.data, self.layer, self.sim
-        sim.reset(self.seed, self.device)
         n, d, h = layer.rows, case.directions, case.hidden
         params = BackwardParams()
         self._common(params)
@@ -286,11 +292,18 @@ class LayerRun:
             setattr(params, name, address)
         problem = Problem()
         sim.lib.simt_problem_backward(ctypes.byref(params), ctypes.byref(problem))
-        self._finish("simt_backward", params, problem)
-        results = {name: sim.get(places[name], shape, case.dtype) for name, shape in shapes.items()}
-        for name, tensor in results.items():
-            sim.check_output(name, places[name], tensor)
-        return results
+        self.outputs = {name: (places[name], shape) for name, shape in shapes.items()}
+        return params, problem
+
+    def input_gradient(self, d_gates: Tensor) -> Tensor:
+        """d_gates [D, N, S, H] times W_ih, [N, I], rounded once."""
+        case, layer = self.layer.case, self.layer
+        slots = [1, 2, 0] if case.cell == "GRU" else list(range(layer.slots))
+        parts = [
+            d_gates[d][:, slots].double().reshape(layer.rows, -1) @ layer.direction(d)[0].double()
+            for d in range(case.directions)
+        ]
+        return torch.stack(parts).sum(0).to(case.dtype)
 
 
 def gradients(layer: Layer, saved: dict[str, Tensor], grads: dict[str, Tensor]) -> list[Tensor]:

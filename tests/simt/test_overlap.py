@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import random
-from ctypes import byref, c_float, c_int64
+from ctypes import byref, c_bool, c_float, c_int, c_int64, c_void_p
 
 import pytest
 import torch
@@ -31,11 +31,12 @@ def with_input(layer: Layer, x: Tensor) -> Layer:
     return dataclasses.replace(layer, data=dataclasses.replace(layer.data, input=x.reshape(layer.data.input.shape)))
 
 
-def tasks_of(sim: Simulator, case: Case, chunk_steps: int, concurrent: int) -> list[OverlapTask]:
+def tasks_of(sim: Simulator, case: Case, chunk_steps: int, concurrent: int, backward: bool = False) -> list[OverlapTask]:
     tasks = (OverlapTask * 1000)()
     make = sim.lib.simt_overlap_tasks
-    make.argtypes = [ctypes.c_int, ctypes.c_int, c_int64, c_int64, ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
-    return list(tasks[: make(case.layers, case.directions, case.steps, chunk_steps, concurrent, tasks, len(tasks))])
+    make.argtypes = [c_int, c_int, c_bool, c_int64, c_int64, c_int, c_void_p, c_int]
+    count = make(case.layers, case.directions, backward, case.steps, chunk_steps, concurrent, tasks, len(tasks))
+    return list(tasks[:count])
 
 
 def any_order(tasks: list[OverlapTask], seed: int) -> list[OverlapTask]:
@@ -50,47 +51,77 @@ def any_order(tasks: list[OverlapTask], seed: int) -> list[OverlapTask]:
 
 
 class StackRun:
-    """The memory of all layers, and one task after the other."""
+    """The memory of all layers, and one task after the other. saved: what forward left, for backward."""
 
-    def __init__(self, sim: Simulator, layers: list[Layer], family: str, seed: int) -> None:
+    def __init__(
+        self, sim: Simulator, layers: list[Layer], family: str, seed: int, saved: list[dict[str, Tensor]] | None = None
+    ) -> None:
         sim.reset(seed)
-        self.sim = sim
+        self.sim, self.layers = sim, layers
+        self.call = sim.lib.simt_forward_steps if saved is None else sim.lib.simt_backward_steps
         self.runs = [LayerRun(sim, layer, seed=seed, family=family) for layer in layers]
         self.params, self.plans, self.carries = [], [], []
-        for run in self.runs:
+        for number, run in enumerate(self.runs):
             case = run.layer.case
-            params, problem = run.arguments(projected=False)
+            if saved is None:
+                params, problem = run.arguments(projected=False)
+            else:
+                params, problem = run.backward_arguments(saved[number])
+                if number + 1 < len(layers):
+                    params.dy = sim.inout("dy", torch.full_like(run.layer.data.dy, float("nan")))
             self.plans.append(run.plan(problem))
             params.workspace = sim.out("workspace", sim.lib.simt_plan_workspace(self.plans[-1]))
             self.params.append(params)
-            size = case.directions * case.batch * case.hidden * ctypes.sizeof(c_float)
+            size = 2 * case.directions * case.batch * case.hidden * ctypes.sizeof(c_float)
             self.carries.append(sim.out("carry", size))
 
     def run(self, task: OverlapTask) -> None:
-        if task.project:
-            self.project(task)
-        else:
+        if not task.project:
             bounds = (c_int64 * 2)(task.first, task.end)
             params, plan, carry = (part[task.layer] for part in (self.params, self.plans, self.carries))
-            self.sim.check(self.sim.lib.simt_forward_steps(byref(params), plan, bounds, 1, carry))
+            self.sim.check(self.call(byref(params), plan, bounds, 1, carry))
+        elif self.call is self.sim.lib.simt_forward_steps:
+            self.project(task)
+        else:
+            self.project_back(task)
+
+    def rows(self, layer: int, first: int, end: int) -> slice:
+        batch = self.layers[layer].case.batch
+        return slice(first * batch, end * batch)
+
+    def output(self, layer: int, name: str) -> Tensor:
+        return self.sim.get(*self.runs[layer].outputs[name], self.layers[layer].case.dtype)
+
+    def change(self, address: int, shape: tuple[int, ...], rows: slice, direction: int | None, values: Tensor) -> None:
+        """Rows of a tensor in device memory, [N, ...] or [D, N, ...]."""
+        tensor = self.sim.get(address, shape, values.dtype)
+        place = (rows,) if direction is None else (direction, rows)
+        target = tensor[place]
+        (target if direction is None else target[:, : values.shape[2]]).copy_(values[place])
+        ctypes.memmove(address, tensor.data_ptr(), tensor.nbytes)
 
     def project(self, task: OverlapTask) -> None:
         """As csrc/overlap_cuda.cpp: rows of the chunk's steps, for each direction, from what the layer below has left."""
-        run = self.runs[task.layer]
-        case, layer = run.layer.case, run.layer
-        x = layer.data.input
-        if task.layer > 0:
-            address, shape = self.runs[task.layer - 1].outputs["y"]
-            x = self.sim.get(address, shape, case.dtype)
-        projection = run.projection(x)
-        address = self.params[task.layer].gates
-        shape = (case.directions, layer.rows, layer.slots, case.hidden)
-        gates = self.sim.get(address, shape, case.dtype)
-        for d in range(case.directions):
-            first, end = (case.steps - task.end, case.steps - task.first) if d else (task.first, task.end)
-            rows = slice(first * case.batch, end * case.batch)
-            gates[d, rows, : layer.gates] = projection[d, rows]
-        ctypes.memmove(address, gates.data_ptr(), gates.nbytes)
+        number, layer = task.layer, self.layers[task.layer]
+        x = self.output(number - 1, "y") if number else layer.data.input
+        projection, steps = self.runs[number].projection(x), layer.case.steps
+        shape = (layer.case.directions, layer.rows, layer.slots, layer.case.hidden)
+        for d in range(layer.case.directions):
+            first, end = (steps - task.end, steps - task.first) if d else (task.first, task.end)
+            self.change(self.params[number].gates, shape, self.rows(number, first, end), d, projection)
+
+    def project_back(self, task: OverlapTask) -> None:
+        """The rows of the chunk's steps of the gradient of the output, from what the layer above has left."""
+        above, steps = task.layer + 1, self.layers[task.layer].case.steps
+        dy = self.runs[above].input_gradient(self.output(above, "d_gates"))
+        rows = self.rows(above, steps - task.end, steps - task.first)
+        self.change(self.params[task.layer].dy, tuple(dy.shape), rows, None, dy)
+
+    def check(self, want: list[dict[str, Tensor]], order: int) -> None:
+        for number, run in enumerate(self.runs):
+            for name, tensor in run.results().items():
+                same = torch.equal(tensor.view(torch.uint8), want[number][name].view(torch.uint8))
+                assert same, f"{name} of layer {number}, order {order}"
 
     def free(self) -> None:
         for plan in self.plans:
@@ -107,38 +138,72 @@ CASES = [
 ]
 
 
+def forward_in_turn(sim: Simulator, layers: list[Layer], family: str) -> list[dict[str, Tensor]]:
+    results: list[dict[str, Tensor]] = []
+    for number, layer in enumerate(layers):
+        done = with_input(layer, results[-1]["y"]) if number else layer
+        results.append(LayerRun(sim, done, family=family).forward())
+    return results
+
+
+def backward_in_turn(
+    sim: Simulator, layers: list[Layer], saved: list[dict[str, Tensor]], family: str
+) -> list[dict[str, Tensor]]:
+    results: list[dict[str, Tensor]] = []
+    dy = layers[-1].data.dy
+    for layer, kept in reversed([*zip(layers, saved, strict=True)]):
+        data = dataclasses.replace(layer.data, dy=dy.reshape(layer.data.dy.shape))
+        run = LayerRun(sim, dataclasses.replace(layer, data=data), family=family)
+        results.insert(0, run.backward(kept))
+        dy = run.input_gradient(results[0]["d_gates"])
+    return results
+
+
 @pytest.mark.parametrize("family", ["grid", "cluster"])
 @pytest.mark.parametrize(("case", "chunk_steps", "concurrent"), CASES, ids=str)
 def test_any_order_gives_what_layers_in_turn_give(
     sim: Simulator, case: Case, chunk_steps: int, concurrent: int, family: str
 ) -> None:
-    layers, want = layers_of(case), []
-    for number, layer in enumerate(layers):
-        done = layer if number == 0 else with_input(layer, want[-1]["y"])
-        want.append(LayerRun(sim, done, family=family).forward())
+    layers = layers_of(case)
+    want = forward_in_turn(sim, layers, family)
     tasks = tasks_of(sim, case, chunk_steps, concurrent)
     for seed in range(4):
         stack = StackRun(sim, layers, family, seed)
         for task in any_order(tasks, seed):
             stack.run(task)
-        for number, run in enumerate(stack.runs):
-            for name, tensor in run.results().items():
-                same = torch.equal(tensor.view(torch.uint8), want[number][name].view(torch.uint8))
-                assert same, f"{name} of layer {number}, order {seed}"
+        stack.check(want, seed)
         stack.free()
 
 
-def test_a_task_that_does_not_wait_is_seen(sim: Simulator) -> None:
-    """Without its `after` a projection may read rows that are not there yet."""
-    case, chunk_steps, concurrent = CASES[1]
-    tasks = tasks_of(sim, case, chunk_steps, concurrent)
-    for task in tasks:
-        task.after = -1 if task.project else task.after
+@pytest.mark.parametrize("family", ["grid", "cluster"])
+@pytest.mark.parametrize(
+    ("case", "chunk_steps", "concurrent"), [c for c in CASES if c[0].layers > 1 and not c[0].bidirectional], ids=str
+)
+def test_any_order_backward(sim: Simulator, case: Case, chunk_steps: int, concurrent: int, family: str) -> None:
     layers = layers_of(case)
-    stack = StackRun(sim, layers, "cluster", seed=0)
-    with pytest.raises(AssertionError, match="poison in output"):
-        for task in any_order(tasks, seed=1):
+    saved = forward_in_turn(sim, layers, family)
+    want = backward_in_turn(sim, layers, saved, family)
+    tasks = tasks_of(sim, case, chunk_steps, concurrent, backward=True)
+    for seed in range(4):
+        stack = StackRun(sim, layers, family, seed, saved)
+        for task in any_order(tasks, seed):
             stack.run(task)
-        for run in stack.runs:
-            run.results()
+        stack.check(want, seed)
+        stack.free()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_task_that_does_not_wait_is_seen(sim: Simulator, backward: bool) -> None:
+    """Projections that do not wait for the layer before them: wrong results."""
+    case, chunk_steps, concurrent = CASES[1]
+    layers = layers_of(case)
+    want = saved = forward_in_turn(sim, layers, "cluster")
+    if backward:
+        want = backward_in_turn(sim, layers, saved, "cluster")
+    stack = StackRun(sim, layers, "cluster", 0, saved if backward else None)
+    tasks = tasks_of(sim, case, chunk_steps, concurrent, backward)
+    for task in sorted(tasks, key=lambda task: not task.project):
+        stack.run(task)
+    with pytest.raises(AssertionError):
+        stack.check(want, 0)
     stack.free()

@@ -71,9 +71,9 @@ extern "C" int simt_forward_steps(const ForwardParams* params, const Plan* plan,
   });
 }
 // The tasks of an overlap; returns how many there are.
-extern "C" int simt_overlap_tasks(int layers, int directions, int64_t T, int64_t chunk_steps, int concurrent_layers,
-                                  OverlapTask* tasks, int room) {
-  const auto all = overlap_tasks(layers, directions, T, chunk_steps, concurrent_layers);
+extern "C" int simt_overlap_tasks(int layers, int directions, bool backward, int64_t T, int64_t chunk_steps,
+                                  int concurrent_layers, OverlapTask* tasks, int room) {
+  const auto all = overlap_tasks(layers, directions, backward, T, chunk_steps, concurrent_layers);
   std::copy_n(all.begin(), std::min<size_t>(room, all.size()), tasks);
   return static_cast<int>(all.size());
 }

@@ -1,0 +1,18 @@
+// What the autograd functions share.
+#pragma once
+#include <algorithm>
+
+#include "layer.h"
+
+namespace fused_rnn {
+
+inline bool requires_grad(const OptionalTensor& t) { return t && t->defined() && t->requires_grad(); }
+
+inline bool any_requires_grad(at::TensorList tensors) {
+  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.requires_grad(); });
+}
+
+inline OptionalTensor optional_of(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+inline Tensor tensor_of(const OptionalTensor& t) { return t ? *t : Tensor(); }
+
+}  // namespace fused_rnn
