@@ -319,6 +319,7 @@ def test_patched_leaves_others_names(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
     monkeypatch.setattr(nn, "LSTM", Other)
+    monkeypatch.setattr(nn, "GRU", nn.GRU)  # what the end of the test puts back, outside the block
     with fused_rnn.patched():
         assert nn.LSTM is fused_rnn.LSTM
         monkeypatch.setattr(nn, "GRU", Other)
