@@ -34,10 +34,13 @@ class Timing:
 
 
 def timed(side: Side, repeats: int, device: str) -> float:
-    """Milliseconds of one call, over so many; by CUDA events on a GPU."""
+    """Milliseconds of one call, over so many; by CUDA events on a GPU. On a CPU calls of a few microseconds take several times
+    as long right after the pause, so that one of several is not counted."""
     with side.active():
         if device == "cpu":
             time.sleep(PAUSE)
+            if repeats > 1:
+                side.run()
             start = time.perf_counter()
             for _ in range(repeats):
                 side.run()
@@ -58,7 +61,7 @@ def measure(sides: list[Side], device: str, seconds: float) -> list[Timing]:
     for side in sides:
         first = timed(side, 1, device)
         # The first call may prepare things for later ones; one that takes long is not repeated for an estimate.
-        once.append(first if first > seconds * 1e3 / 10 else timed(side, 1, device))
+        once.append(first if first > seconds * 1e3 / 10 else timed(side, 2, device))
     share = max(deadline - time.monotonic(), 0.0) * 1e3 / 30 / len(sides)  # for about 30 rounds, where there is time
     repeats = [max(1, round(min(SAMPLE_MS, share) / max(t, 1e-3))) for t in once]
     samples: list[list[float]] = [[] for _ in sides]

@@ -150,9 +150,22 @@ def cut() -> Iterator[Simulated]:
         yield Simulated(case, 2, "cluster", "CLUSTERS_OF_4")
 
 
-@pytest.mark.parametrize("simulated", [*cut()], ids=str)
+CUT = [*cut()]
+
+
+@pytest.mark.parametrize("simulated", CUT[::3], ids=str)
 def test_cut_at_any_step(sim: Simulator, simulated: Simulated) -> None:
     run_cut(sim, simulated)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("simulated", [s for index, s in enumerate(CUT) if index % 3], ids=str)
+def test_cut_at_any_step_sweep(sim: Simulator, simulated: Simulated) -> None:
+    run_cut(sim, simulated)
+
+
+def test_default_run_is_large_enough() -> None:
+    assert len(DEFAULT) + len(CUT[::3]) + len(test_kernels.DEFAULT) + len(test_kernels.OLDER) >= 300
 
 
 @pytest.mark.parametrize("family", FAMILIES)
