@@ -34,8 +34,8 @@ class Timing:
 
 
 def timed(side: Side, repeats: int, device: str) -> float:
-    """Milliseconds of one call, over so many; by CUDA events on a GPU. On a CPU calls of a few microseconds take several times
-    as long right after the pause, so that one of several is not counted."""
+    """Milliseconds of one call, over so many; by CUDA events on a GPU. On a CPU short calls take several times as long
+    right after the pause, so that the first of several is not counted."""
     with side.active():
         if device == "cpu":
             time.sleep(PAUSE)
