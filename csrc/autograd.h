@@ -1,5 +1,7 @@
 // What the autograd functions share.
 #pragma once
+#include <ATen/core/grad_mode.h>
+
 #include <algorithm>
 
 #include "layer.h"
@@ -10,6 +12,12 @@ inline bool requires_grad(const OptionalTensor& t) { return t && t->defined() &&
 
 inline bool any_requires_grad(at::TensorList tensors) {
   return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.requires_grad(); });
+}
+
+// Whether a call on these tensors is to be a node of the graph.
+inline bool differentiates(const Tensor& x, const OptionalTensor& h, const OptionalTensor& c, at::TensorList params) {
+  return at::GradMode::is_enabled() &&
+         (x.requires_grad() || requires_grad(h) || requires_grad(c) || any_requires_grad(params));
 }
 
 inline OptionalTensor optional_of(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }

@@ -17,10 +17,9 @@ namespace {
 // The names of an nn.Module's fields.
 struct Names {
   PyObject *parameters, *weights_override, *flat_weights_names, *num_layers, *bidirectional, *batch_first, *input_size,
-      *hidden_size, *proj_size, *bias, *dropout, *training, *mode, *nonlinearity, *forward, *call;
+      *hidden_size, *proj_size, *bias, *dropout, *training, *mode, *nonlinearity, *forward, *compiled, *call;
   PyObject* cell_weights;  // tuple
   PyObject* hooks[4];
-  PyObject* replaced[2];  // of an instance: forward, what module.compile() made
 };
 const Names& names() {
   static const Names all = [] {
@@ -41,10 +40,10 @@ const Names& names() {
                  name("mode"),
                  name("nonlinearity"),
                  name("forward"),
+                 name("_compiled_call_impl"),
                  name("__call__"),
                  cell,
-                 {name("_forward_hooks"), name("_forward_pre_hooks"), name("_backward_hooks"), name("_backward_pre_hooks")},
-                 {name("forward"), name("_compiled_call_impl")}};
+                 {name("_forward_hooks"), name("_forward_pre_hooks"), name("_backward_hooks"), name("_backward_pre_hooks")}};
   }();
   return all;
 }
@@ -246,9 +245,7 @@ const Watched::Forward* plain_forward(PyObject* module, const Fields& fields) {
     PyObject* hooks = fields.get(name);
     if (!hooks || !PyDict_Check(hooks) || PyDict_GET_SIZE(hooks) != 0) return nullptr;
   }
-  for (PyObject* name : n.replaced) {
-    if (fields.has(name)) return nullptr;
-  }
+  if (fields.has(n.forward) || fields.has(n.compiled)) return nullptr;  // an instance's own, and what compile() made
   const PyObject* forward = _PyType_Lookup(Py_TYPE(module), n.forward);
   for (const Watched::Forward& known : all.forwards) {
     if (known.function == forward) return &known;

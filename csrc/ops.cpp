@@ -130,9 +130,7 @@ LayerOutputs layer_autograd(const Tensor& x, const OptionalTensor& h0, const Opt
   const bool tangents = torch::autograd::ForwardADLevel::try_get_by_idx(0) &&
                         (has_tangent(x) || (h0 && has_tangent(*h0)) || (c0 && has_tangent(*c0)) ||
                          std::any_of(params.begin(), params.end(), has_tangent));
-  const bool differentiate = at::GradMode::is_enabled() &&
-                             (x.requires_grad() || requires_grad(h0) || requires_grad(c0) || any_requires_grad(params));
-  if (!differentiate && !tangents) {
+  if (!differentiates(x, h0, c0, params) && !tangents) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return layer_op().call(x, h0, c0, params, has_biases, lengths, offsets, resets, cell, bidirectional, save);
   }
@@ -257,8 +255,7 @@ std::tuple<Tensor, Tensor, Tensor> rnn_on_cpu(const Tensor& input, const Optiona
                                               const OptionalTensor& offsets, const OptionalTensor& resets, int64_t cell,
                                               int64_t num_layers, bool has_biases, bool bidirectional, double dropout,
                                               bool training, bool batch_first) {
-  if (at::GradMode::is_enabled() &&
-      (input.requires_grad() || requires_grad(h0) || requires_grad(c0) || any_requires_grad(weights))) {
+  if (differentiates(input, h0, c0, weights)) {
     auto [y, h_n, c_n] = rnn(input, h0, c0, weights, lengths, offsets, resets, cell, num_layers, has_biases, bidirectional,
                              dropout, training, batch_first);
     return {y, h_n, static_cast<CellKind>(cell) == CellKind::kLstm ? c_n : Tensor()};
@@ -278,8 +275,7 @@ std::tuple<Tensor, Tensor, Tensor> rnn_on_cpu(const Tensor& input, const Optiona
 
 std::tuple<Tensor, Tensor> cell_on_cpu(const Tensor& input, const OptionalTensor& h, const OptionalTensor& c,
                                        at::TensorList params, bool has_biases, int64_t cell) {
-  if (at::GradMode::is_enabled() &&
-      (input.requires_grad() || requires_grad(h) || requires_grad(c) || any_requires_grad(params))) {
+  if (differentiates(input, h, c, params)) {
     auto [new_h, new_c] = cell_step(input, h, c, params, has_biases, cell);
     return {new_h, static_cast<CellKind>(cell) == CellKind::kLstm ? new_c : Tensor()};
   }

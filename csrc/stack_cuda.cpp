@@ -135,7 +135,7 @@ std::optional<std::tuple<Tensor, Tensor, Tensor>> overlapped_rnn(
     const OptionalTensor& lengths, const OptionalTensor& offsets, const OptionalTensor& resets, int64_t cell,
     int64_t num_layers, bool has_biases, bool bidirectional, double dropout, bool training, bool batch_first) {
   const auto plain = [](const Tensor& t) { return t.is_cuda() && is_plain(t); };
-  if (num_layers < 1 || weights.size() % num_layers || !nothing_intercepts() || !plain(input) || (h0 && !plain(*h0)) ||
+  if (!plain(input) || num_layers < 1 || weights.size() % num_layers || !nothing_intercepts() || (h0 && !plain(*h0)) ||
       (c0 && !plain(*c0)) || !std::all_of(weights.begin(), weights.end(), plain)) {
     return std::nullopt;
   }
@@ -153,8 +153,7 @@ std::optional<std::tuple<Tensor, Tensor, Tensor>> overlapped_rnn(
                        num_layers,
                        bidirectional,
                        dropout > 0 && training && num_layers > 1};
-  const bool differentiate = at::GradMode::is_enabled() &&
-                             (x.requires_grad() || requires_grad(h0) || requires_grad(c0) || any_requires_grad(weights));
+  const bool differentiate = differentiates(x, h0, c0, weights);
   const auto made = overlapped_forward(call, differentiate);
   if (!made) return std::nullopt;
   std::vector<Tensor> h_n, c_n;

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -123,16 +125,23 @@ def test_long_calls_release_the_gil() -> None:
         while not done.is_set():
             seen += 1
             module.weight_hh_l0 = nn.Parameter(module.weight_hh_l0.detach().clone())
+            time.sleep(0)
 
-    done = threading.Event()
+    done, interval = threading.Event(), sys.getswitchinterval()
+    thread = threading.Thread(target=count)
     with torch.no_grad():
         expected = module.forward(x)[0]
-        thread = threading.Thread(target=count)
         thread.start()
-        results = [quick(module, x)[0] for _ in range(5)]
-        done.set()
-        thread.join()
-    assert all(torch.equal(result, expected) for result in results) and seen > 0
+        sys.setswitchinterval(10)  # from here a thread gives the GIL away, it is not taken from it
+        try:
+            before = seen
+            result = quick(module, x)[0]
+            during = seen - before
+        finally:
+            sys.setswitchinterval(interval)
+            done.set()
+            thread.join()
+    assert torch.equal(result, expected) and during > 0
 
 
 def test_left_to_the_general_way() -> None:
