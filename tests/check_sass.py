@@ -219,6 +219,7 @@ class Value:
     constants: frozenset[int] | None = None  # what it may be; None: anything
     guard: str = ""  # the predicate of its latest write, while that predicate still holds its value, and what that wrote
     written: Value | None = None
+    same: str = ""  # of a predicate: the one that it is a copy of, while that one still holds its value
 
     def under(self, guard: str) -> Value:
         """The value where this predicate is true."""
@@ -232,14 +233,28 @@ State = dict[str, Value]
 def merge(a: Value, b: Value) -> Value:
     if a == b:
         return a
+    same = a.same if a.same == b.same else ""
     constants = None if a.constants is None or b.constants is None else a.constants | b.constants
     if a.guard == b.guard and a.written is not None and b.written is not None:
-        return Value(a.pointer or b.pointer, constants, a.guard, merge(a.written, b.written))
-    return Value(a.pointer or b.pointer, constants)
+        return Value(a.pointer or b.pointer, constants, a.guard, merge(a.written, b.written), same)
+    return Value(a.pointer or b.pointer, constants, same=same)
 
 
 def opposite(guard: str) -> str:
     return guard[1:] if guard.startswith("!") else "!" + guard
+
+
+def original(guard: str, state: State) -> str:
+    """The guard in terms of the predicate that its predicate is a copy of."""
+    name = guard.lstrip("!")
+    return guard.replace(name, state.get(name, UNKNOWN).same or name) if name else ""
+
+
+def copied_predicate(instruction: Instruction) -> str:
+    """What an instruction copies to its first operand, if it is the compiler's copy of a predicate: true and true and it."""
+    o = instruction.operands
+    plain = instruction.opcode == "PLOP3.LUT" and not instruction.guard and o[1:4] == ["PT"] * 3 and o[5:] == ["0x80", "0x0"]
+    return o[4] if plain and re.fullmatch(r"U?P\d+", o[4]) else ""
 
 
 class PointerFlow:
@@ -301,7 +316,7 @@ class PointerFlow:
     def step(self, index: int, state: State) -> State:
         """The state after an instruction; notes loads through the pointer."""
         instruction = self.kernel.code[index]
-        base, guard = instruction.opcode.split(".")[0], instruction.guard
+        base, guard = instruction.opcode.split(".")[0], original(instruction.guard, state)
         # Loads with the scope of the device are ld.relaxed of the exchange; no compiler makes one of a plain load.
         if base in ("LDG", "LD", "LDGSTS") and ".STRONG" not in instruction.opcode:
             address = next(part for part in reversed(instruction.operands) if "[" in part)
@@ -310,14 +325,19 @@ class PointerFlow:
             if any(state.get(name, UNKNOWN).under(guard).pointer for name in names):
                 self.loads.add(index)
         results = result_registers(instruction)
-        values = self.results(instruction, base, results, state)
+        values = self.results(instruction, base, results, state, guard)
         # A predicate that is written no longer says which value a register has. Which of the first operands are results does
         # not matter here: to forget too much is safe.
         predicates = {part for part in instruction.operands[:3] if re.fullmatch(r"U?P\d+", part)}
         if predicates or base == "R2P":
+            copied = original(copied_predicate(instruction), state)
             for register, value in state.items():
                 if value.guard and (base == "R2P" or value.guard.lstrip("!") in predicates):
                     state[register] = Value(value.pointer, value.constants)
+                if value.same and (base == "R2P" or register in predicates or value.same in predicates):
+                    state[register] = UNKNOWN
+            if copied and copied not in predicates:
+                state[instruction.operands[0]] = Value(same=copied)
         for register, value in zip(results, values, strict=True):
             old = state.get(register, UNKNOWN)
             plain = Value(value.pointer, value.constants)
@@ -328,16 +348,14 @@ class PointerFlow:
                 state[register] = merge(plain, old) if guard else plain
         return state
 
-    def results(self, instruction: Instruction, base: str, results: list[str], state: State) -> list[Value]:
+    def results(self, instruction: Instruction, base: str, results: list[str], state: State, guard: str) -> list[Value]:
         """The values of what an instruction writes."""
         sources = instruction.operands[1:]
         if base in ("LDC", "ULDC", "LDCU"):
             return self.constant_operand(sources[0], state, len(results)) or [UNKNOWN] * len(results)
         if base in ("LDG", "LD", "LDS", "LDL", "LDSM", "ATOM", "ATOMG", "ATOMS", "S2R", "S2UR", "CS2R"):
             return [UNKNOWN] * len(results)
-        read = [
-            self.value_of(part, state, instruction.guard) for part in sources if not re.fullmatch(r"!?U?P[\dT]+|0xf", part)
-        ]
+        read = [self.value_of(part, state, guard) for part in sources if not re.fullmatch(r"!?U?P[\dT]+|0xf", part)]
         if instruction.opcode.startswith("IMAD.MOV"):  # zero times zero plus the last
             return read[-1:] * len(results)
         if base == "HFMA2" and sources[:2] == ["-RZ", "RZ"]:  # a constant as two halves

@@ -85,6 +85,38 @@ def test_a_stale_pointer_under_the_other_predicate() -> None:
     assert "W_hh is loaded" in check(listing(loop=changed))[0]
 
 
+def test_copies_of_a_predicate() -> None:
+    """UR4 and R4 keep pointers to W_hh where UP1 is false; they are read under copies of UP1, made by PLOP3."""
+    copy = "PLOP3.LUT {}, PT, PT, PT, UP1, 0x80, 0x0"
+    loop = [
+        "UMOV UR4, UR6",
+        "MOV R4, R2",
+        "@UP1 ULDC.64 UR4, c[0x0][0x230]",
+        copy.format("P1"),
+        copy.format("P2"),
+        "@P1 IMAD.U32 R4, RZ, RZ, UR4",
+        "@P2 IMAD.U32 R5, RZ, RZ, UR4",
+        copy.format("P3"),
+        "@P3 LDG.E.U16 R4, desc[UR8][R4.64]",
+        *LOOP.strip().split("\n")[-3:],
+    ]
+
+    def report(changed: dict[int, str]) -> list[str]:
+        return check(listing(loop="\n".join(f"{changed.get(i, line).strip(' ;')} ;" for i, line in enumerate(loop))))
+
+    assert report({}) == []
+    for wrong in (
+        {7: copy.format("P3").replace("UP1", "UP2")},  # a copy of another predicate
+        {4: copy.format("P2") + " ;\nISETP.NE.AND P2, PT, R7, RZ, PT"},  # a copy that was overwritten
+        {4: copy.format("P2") + " ;\nUISETP.NE.AND UP1, UPT, UR9, URZ, UPT"},  # the original was overwritten after one copy
+        {7: copy.format("P3").replace("0x80", "0x8")},  # no copy: another function of the three
+        {7: "@P0 " + copy.format("P3")},  # a copy at times
+        {8: loop[8].replace("@P3", "@!P3")},  # the other case
+    ):
+        assert len(messages := report(wrong)) == 1, wrong
+        assert "W_hh is loaded" in messages[0]
+
+
 def test_code_that_is_not_understood() -> None:
     assert "the analysis does not understand" in check(listing(before=BEFORE.replace("+0x210", "+0x400")))[0]
     assert "no " in check(listing(end="NOP ;"))[0]
