@@ -57,7 +57,8 @@ def describe(line: Line) -> str:
 
 
 def tables(lines: list[Line]) -> str:
-    """Markdown: a table of cases by cells for every place, mode and baseline, the geometric means, and what is below 1."""
+    """Markdown: a table of cases by cells for every place, mode and baseline, the geometric means of each
+    dtype, and what is below 1."""
     groups: dict[tuple, list[Line]] = defaultdict(list)
     for line in lines:
         groups[(*place(line), line["mode"], line["baseline"])].append(line)
@@ -76,8 +77,11 @@ def tables(lines: list[Line]) -> str:
                 for line in (by_cell.get(cell) for cell in cells)
             ]
             parts.append(f"| {name} | " + " | ".join(texts) + " |")
-        means = [statistics.geometric_mean(line["ratio"] for line in group if line["cell"] == cell) for cell in cells]
-        parts.append("| **geometric mean** | " + " | ".join(f"**{mean:.2f}**" for mean in means) + " |\n")
+        for dtype in dict.fromkeys(line["dtype"] for line in group):
+            ratios = [[line["ratio"] for line in group if (line["cell"], line["dtype"]) == (c, dtype)] for c in cells]
+            means = [f"**{statistics.geometric_mean(of_cell):.2f}**" if of_cell else "" for of_cell in ratios]
+            parts.append(f"| **geometric mean {dtype}** | " + " | ".join(means) + " |")
+        parts.append("")
         memory = [line["peak_bytes"] / line["baseline_peak_bytes"] for line in group if line.get("baseline_peak_bytes")]
         if memory:
             worst = max(memory)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import fused_rnn
 from fused_rnn import _backend, bench
 from fused_rnn.__main__ import main, parser
 from fused_rnn.bench import timing
-from fused_rnn.bench.cases import GPU_SIZES, BenchCase, cpu_cases, gpu_cases
+from fused_rnn.bench.cases import CELLS, CPU_SHAPES, GPU_SIZES, MODES, BenchCase, cpu_cases, gpu_cases
 from fused_rnn.bench.floor import TABLE, floor_us_per_step, table_us
 from fused_rnn.bench.memory import Prober
 from fused_rnn.bench.sides import (
@@ -60,6 +61,17 @@ def test_the_gpu_cases_are_the_grid() -> None:
         (1, False, "ragged", 256, 256), (1, False, "dense", 1, 256), (1, False, "dense", 256, 100),
         (1, False, "dense", 256, 300),
     }  # fmt: skip
+
+
+def test_the_cpu_cases_are_the_goals() -> None:
+    """fp32 first, in all three modes; bf16 for inference and training."""
+    cases = list(cpu_cases())
+    assert len(set(cases)) == len(cases)
+    dtypes = [case.dtype for case in cases]
+    assert dtypes == sorted(dtypes, key=("fp32", "bf16").index)
+    for cell, (t, b, i, h), mode in itertools.product(CELLS, CPU_SHAPES, MODES):
+        assert BenchCase(cell, "fp32", mode, t, b, i, h) in cases
+        assert (BenchCase(cell, "bf16", mode, t, b, i, h) in cases) == (mode != "training_forward")
 
 
 def test_floor() -> None:
@@ -350,6 +362,7 @@ def results(tmp_path: Path) -> Path:
         made_up_line(),
         made_up_line(cell="GRU", ratio=0.5, ratio_p25=0.4, ratio_p75=0.6, floor_us_per_step=None),
         made_up_line(H=256, I=256, layers=2, bidirectional=True, lengths="ragged", ratio=1.0),
+        made_up_line(dtype="bf16", ratio=9.0),
         made_up_line(baseline="step", ratio=2.0),
         made_up_line(device="CPU Y", threads=2, mode="inference", floor_us_per_step=None, T=1, baseline_peak_bytes=None),
     ]
@@ -364,7 +377,8 @@ def test_tables(results: Path) -> None:
     assert "### training against torch.nn: GPU X, torch 2.0, cuDNN 9, 2030-01-02, abc" in text
     assert "| 256x16x768x768 fp16 | 4.00 (3.50-4.50) | 0.50 (0.40-0.60) |" in text
     assert "| 256x16x256x256 fp16 2 layers bidirectional ragged | 1.00 (3.50-4.50) |  |" in text
-    assert "| **geometric mean** | **2.00** | **0.50** |" in text and "99.00" not in text
+    assert "| **geometric mean fp16** | **2.00** | **0.50** |" in text and "99.00" not in text
+    assert "| **geometric mean bf16** | **9.00** |  |" in text
     assert "Below 1: GRU 256x16x768x768 fp16 0.50." in text
     assert "Memory, share of the baseline's: median 30%, most 30%." in text
     assert "### training against step: GPU X" in text and "### inference against torch.nn: CPU Y, 2 thread(s)" in text
@@ -390,7 +404,7 @@ def test_plots(results: Path, tmp_path: Path) -> None:
     floors = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
     assert floors == {"LSTM, least possible": [2.0, 2.0]}
     bars = [bar.get_height() for bar in compare.draw_ratios(plt, lines).axes[0].patches]
-    assert bars == [0.5, 1.0, 4.0]
+    assert bars == [0.5, 1.0, 4.0, 9.0]
     plt.close("all")
 
 

@@ -249,11 +249,11 @@ def _print_case(case: BenchCase, lines: list[dict[str, Any]], refused: dict[str,
 
 def _print_means(results: list[dict[str, Any]]) -> None:
     print()
-    groups = itertools.product(dict.fromkeys((r["baseline"], r["threads"]) for r in results), CELLS, MODES)
-    for (baseline, threads), cell, mode in groups:
-        key = (baseline, threads, cell, mode)
-        ratios = [r["ratio"] for r in results if (r["baseline"], r["threads"], r["cell"], r["mode"]) == key]
-        if ratios:
-            where = f" on {threads} thread(s)" if threads else ""
-            mean = statistics.geometric_mean(ratios)
-            print(f"{cell} {mode} against {baseline}{where}: geometric mean {mean:.2f} over {len(ratios)} cases")
+    groups: dict[tuple, list[float]] = {}
+    for line in results:
+        key = tuple(line[field] for field in ("baseline", "threads", "dtype", "cell", "mode"))
+        groups.setdefault(key, []).append(line["ratio"])
+    for (baseline, threads, dtype, cell, mode), ratios in groups.items():
+        where = f" on {threads} thread(s)" if threads else ""
+        mean = statistics.geometric_mean(ratios)
+        print(f"{cell} {dtype} {mode} against {baseline}{where}: geometric mean {mean:.2f} over {len(ratios)} cases")
