@@ -27,7 +27,7 @@ LSTM = 3  # CellKind of csrc/params.h
 AVAILABLE = fused_rnn.build_info()["cpu_instruction_sets"] if has_cpu_kernels() else []
 INSTRUCTION_SETS = [
     pytest.param(name, marks=pytest.mark.skipif(name not in AVAILABLE, reason=f"needs a CPU with {name}"))
-    for name in ("amx", "avx512", "avx2", "portable")
+    for name in ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 ]
 
 
@@ -50,13 +50,15 @@ def tile_cases() -> Iterator[Case]:
     for cell, dtype in itertools.product(CELLS, DTYPES):
         yield Case(cell, steps=3, batch=13, hidden=70, input_size=19, dtype=dtype, ragged="lengths", resets=True)
         yield Case(cell, steps=2, batch=2, hidden=21, input_size=33, dtype=dtype, bidirectional=True)
-    for cell, batch in itertools.product(("LSTM", "GRU", "RNN_TANH"), (1, 2, 3, 4, 5, 6, 7, 8, 9)):
-        yield Case(cell, steps=9, batch=batch, hidden=15 + batch, input_size=17)
+    for cell, dtype, batch in itertools.product(
+        ("LSTM", "GRU", "RNN_TANH"), (torch.float32, torch.bfloat16), (1, 2, 3, 4, 5, 6, 7, 8, 9)
+    ):
+        yield Case(cell, steps=9, batch=batch, hidden=15 + batch, input_size=17, dtype=dtype)
     for cell, hidden in itertools.product(("LSTM", "GRU", "RNN_TANH"), (1, 16, 31, 32, 48, 49, 64, 65, 113, 128)):
         yield Case(cell, steps=2, batch=5, hidden=hidden, input_size=3)
     yield Case("LSTM", steps=3, batch=7, hidden=70, proj=37, bidirectional=True, ragged="packed", resets=True)
     yield Case("LSTM", steps=1, batch=2, hidden=70, proj=37)
-    # The matrix unit: blocks of 16 and 32 rows, chunks of 512 k and 256 columns in the weights' gradients.
+    # Parts of floats: blocks of 16 and 32 rows, chunks of 512 k and 256 columns in the weights' gradients.
     for cell, dtype, batch in itertools.product(("LSTM", "GRU", "RNN_TANH"), DTYPES, (16, 17, 33, 50)):
         yield Case(cell, steps=3, batch=batch, hidden=37 + batch, input_size=batch, dtype=dtype, ragged="lengths")
     for dtype in DTYPES:
@@ -76,9 +78,15 @@ def extreme(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 @pytest.mark.parametrize("cell", ("LSTM", "GRU", "RNN_TANH", "RNN_RELU"))
 @pytest.mark.parametrize("where", ("x", "w_ih", "w_hh", "dy"))
-@pytest.mark.skipif("amx" not in AVAILABLE, reason="needs a CPU with amx")
-def test_extreme_values_of_the_matrix_unit(cell: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"), (("amx", torch.float32), ("amx", torch.bfloat16), ("avx512_bf16", torch.bfloat16)), ids=str
+)
+def test_extreme_values_of_parts(
+    cell: str, where: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A float that has no parts (split.h) gives what the vector kernels give."""
+    if name not in AVAILABLE:
+        pytest.skip(f"needs a CPU with {name}")
     torch.manual_seed(3)
     generator = torch.Generator().manual_seed(3)
     steps, batch, size = 4, 40, 48
@@ -87,21 +95,24 @@ def test_extreme_values_of_the_matrix_unit(cell: str, where: str, monkeypatch: p
     if where in ("w_ih", "w_hh"):
         weight = getattr(module, f"weight_{where[2:]}_l0")
         weight.data = extreme(tuple(weight.shape), generator)
+    module.to(dtype)
     x = extreme((steps, batch, size), generator) if where == "x" else torch.randn(steps, batch, size, generator=generator)
     dy = extreme((steps, batch, size), generator) if where == "dy" else torch.randn(steps, batch, size, generator=generator)
     found = []
-    for name in ("amx", "avx512"):
-        monkeypatch.setenv("FUSED_RNN_CPU", name)
-        leaf = x.clone().requires_grad_()
+    for instruction_set in (name, "avx512"):
+        monkeypatch.setenv("FUSED_RNN_CPU", instruction_set)
+        leaf = x.to(dtype, copy=True).requires_grad_()
         with use_backend("cpu"):
             y = module(leaf)[0]
-            found.append([y, *torch.autograd.grad(y, [leaf, *module.parameters()], dy)])
+            grads = torch.autograd.grad(y, [leaf, *module.parameters()], dy.to(dtype))
+        found.append([tensor.double() for tensor in (y, *grads)])
     for actual, expected in zip(*found, strict=True):
         finite = expected.isfinite()
         assert torch.equal(actual.isnan(), expected.isnan())
         assert torch.equal(actual[expected.isinf()], expected[expected.isinf()])
         largest = expected[finite].abs().max().item() if finite.any() else 0.0
-        torch.testing.assert_close(actual[finite], expected[finite], rtol=0, atol=1e-5 * largest)
+        tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(actual[finite], expected[finite], rtol=0, atol=tolerance * largest)
 
 
 @pytest.mark.parametrize("case", list(tile_cases()), ids=str)
@@ -118,6 +129,22 @@ def test_instruction_set_against_fp64(case: Case, instruction_set: str) -> None:
         # relu's derivative jumps: in 16 bits a unit near 0 may fall on the other side, so only the whole can be compared.
         norm = 2 if case.cell == "RNN_RELU" and case.dtype.itemsize == 2 else math.inf
         assert_near(f"gradient {i}", actual, want, growth * GRADIENT_TOLERANCE[case.dtype], norm)
+
+
+@pytest.mark.skipif("avx512_bf16" not in AVAILABLE, reason="needs a CPU with avx512_bf16")
+def test_products_of_pairs_serve_bfloat16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_RNN_CPU", "avx512_bf16")
+    for dtype in DTYPES:
+        module, x = fused_rnn.LSTM(40, 40, dtype=dtype), torch.zeros(20, 3, 40, dtype=dtype)
+        layer = fused_rnn.explain(module, x, show=False).layers[0]
+        expected = "split into bfloat16 parts" if dtype == torch.bfloat16 else "packed into panels"
+        assert layer.forward["weights"] == layer.backward["weights"] == expected
+
+
+def test_the_best_instruction_set_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FUSED_RNN_CPU", raising=False)
+    assert fused_rnn.build_info()["cpu_instruction_set"] == AVAILABLE[0]
+    assert ("amx" in AVAILABLE) == (AVAILABLE[0] == "amx") and AVAILABLE[-1] == "portable"
 
 
 def test_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +229,22 @@ def test_number_of_threads_changes_nothing(case: Case, cell: str, threads: None)
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("cell", ("LSTM", "GRU", "RNN_TANH"))
+@pytest.mark.parametrize("batch", (2, 21))
+def test_threads_in_bfloat16(cell: str, batch: int, instruction_set: str, threads: None) -> None:
+    """The same on every instruction set, split by units and by rows."""
+    case = Case(cell, steps=40, batch=batch, hidden=260, input_size=20, dtype=torch.bfloat16)
+    seen = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        data = make_data(case)
+        with use_backend("cpu"):
+            results, grads = results_and_gradients(case, data)
+        seen.append([*results, *grads[1 : 3 if cell == "LSTM" else 2]])
+    for a, b in zip(*seen, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_threads_with_projection(threads: None) -> None:
     case = Case("LSTM", steps=80, batch=2, hidden=300, proj=150, input_size=9)
     seen = []
@@ -215,10 +258,11 @@ def test_threads_with_projection(threads: None) -> None:
         assert torch.equal(a, b)
 
 
-def test_rows_do_not_depend_on_their_batch() -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_do_not_depend_on_their_batch(dtype: torch.dtype, instruction_set: str) -> None:
     """A row's sums are made in the same order whatever tile it is in, with weights in the same form."""
-    data = make_data(Case("GRU", steps=12, batch=20, hidden=50, input_size=8))
-    alone = make_data(Case("GRU", steps=12, batch=20, hidden=50, input_size=8))
+    data = make_data(Case("GRU", steps=12, batch=20, hidden=50, input_size=8, dtype=dtype))
+    alone = make_data(Case("GRU", steps=12, batch=20, hidden=50, input_size=8, dtype=dtype))
     alone.input, alone.h0 = alone.input[:, 3:12].contiguous(), alone.h0[:, 3:12].contiguous()
     with use_backend("cpu"):
         together = call(Case("GRU"), data)[0]

@@ -95,8 +95,9 @@ BackwardScan<A>::BackwardScan(const BackwardParams& p, const Kernels<A>& kernels
       p_padded_(round_up(p.P, kernels.width)),
       h_matrix_(make_matrix(h_shape_)),
       r_matrix_(make_matrix(r_shape_)) {
-  plan_ = choose_plan({p.seq.T, p.seq.B, p.D, gates_ * p.H, 0, h_shape_.columns(), h_shape_.panels, r_shape_.panels ? 2 : 1,
-                       h_matrix_.element_size(), h_matrix_.products(), 0, max_threads});
+  plan_ =
+      choose_plan({p.seq.T, p.seq.B, p.D, gates_ * p.H, 0, h_shape_.columns(), h_shape_.panels, r_shape_.panels ? 2 : 1,
+                   h_matrix_.element_size(), h_matrix_.products(), 0, kernels.split ? kernels.split->rate : 1, max_threads});
   plan_.form = h_matrix_.form;
   team_rows_ = rows_of_team(plan_, p.seq.B);
   split_room_.include(h_matrix_, team_rows_);
@@ -109,9 +110,9 @@ Matrix<A> BackwardScan<A>::make_matrix(const Shape& shape) const {
   m.shape = shape;
   m.straight = true;
   m.storage = storage_;
-  const bool splits = kernels_.split != nullptr && sizeof(A) == sizeof(float);
   m.parts = split_parts(storage_, /*rounded_rows=*/false);
-  m.form = choose_form({shape.depth, shape.columns(), p_.seq.B, p_.seq.T * p_.seq.B, splits, m.parts});
+  m.form = choose_form(
+      {shape.depth, shape.columns(), p_.seq.B, p_.seq.T * p_.seq.B, gains_from_parts(kernels_, storage_), m.parts});
   // A straight matrix can be used as it lies where its rows are whole vectors of the arithmetic type.
   const bool whole = shape.units % kernels_.width == 0 && size_ == static_cast<int64_t>(sizeof(A));
   if (m.form == Form::kDirect && !whole) m.form = Form::kPacked;

@@ -112,7 +112,8 @@ ForwardScan<A>::ForwardScan(const ForwardParams& p, const Kernels<A>& kernels, i
       h_matrix_(make_matrix(h_shape_, p.seq.B, /*rounded_rows=*/true)),
       r_matrix_(make_matrix(r_shape_, p.seq.B, /*rounded_rows=*/false)) {
   plan_ = choose_plan({p.seq.T, p.seq.B, p.D, p.P, p.I, h_shape_.columns(), h_shape_.panels, r_shape_.panels ? 2 : 1,
-                       h_matrix_.element_size(), h_matrix_.products(), x_matrix_.products(), max_threads});
+                       h_matrix_.element_size(), h_matrix_.products(), x_matrix_.products(),
+                       kernels.split ? kernels.split->rate : 1, max_threads});
   plan_.form = h_matrix_.form;
   team_rows_ = rows_of_team(plan_, p.seq.B);
   max_columns_ = (h_shape_.panels + plan_.split - 1) / plan_.split * h_shape_.vectors * h_shape_.width;
@@ -130,9 +131,9 @@ Matrix<A> ForwardScan<A>::make_matrix(const Shape& shape, int64_t rows, bool rou
   Matrix<A> m;
   m.shape = shape;
   m.storage = storage_;
-  const bool splits = kernels_.split != nullptr && sizeof(A) == sizeof(float);
   m.parts = split_parts(storage_, rounded_rows);
-  m.form = choose_form({shape.depth, shape.columns(), rows, p_.seq.T * p_.seq.B, splits, m.parts});
+  m.form =
+      choose_form({shape.depth, shape.columns(), rows, p_.seq.T * p_.seq.B, gains_from_parts(kernels_, storage_), m.parts});
   return m;
 }
 

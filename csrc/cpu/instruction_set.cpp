@@ -1,6 +1,7 @@
 // The choice of the instruction set.
 #include <cstdlib>
 #include <stdexcept>
+#include <utility>
 
 #include "cpu.h"
 #include "kernels.h"
@@ -13,7 +14,13 @@ struct Candidate {
   const InstructionSet* (*kernels)();
 };
 std::vector<Candidate> candidates() {
-  return {{"amx", amx_kernels}, {"avx512", avx512_kernels}, {"avx2", avx2_kernels}, {"portable", portable_kernels}};
+  std::vector<Candidate> all{{"amx", amx_kernels},
+                             {"avx512_bf16", avx512_bf16_kernels},
+                             {"avx512", avx512_kernels},
+                             {"avx2", avx2_kernels},
+                             {"portable", portable_kernels}};
+  if (!avx512_bf16_is_fast()) std::swap(all[1], all[2]);
+  return all;
 }
 
 }  // namespace

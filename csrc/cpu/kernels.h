@@ -133,7 +133,7 @@ struct Kernels {
   void (*store[kStorages])(const StoreCall<A>&);
   void (*load[kStorages])(const void* from, A* to, int64_t n);  // storage to arithmetic
   void (*save[kStorages])(const A* from, void* to, int64_t n);  // arithmetic to storage
-  const SplitKernels* split;                                    // float on a matrix unit, or null
+  const SplitKernels* split;                                    // products of bfloat16 parts, or null
 };
 
 // Panels that one gemm call takes: few rows need several panels in flight to hide the latency of the FMA.
@@ -146,10 +146,18 @@ struct InstructionSet {
 };
 // Null where this machine lacks the instructions or they were not compiled in.
 const InstructionSet* amx_kernels();
+const InstructionSet* avx512_bf16_kernels();
 const InstructionSet* avx512_kernels();
 const InstructionSet* avx2_kernels();
 const InstructionSet* portable_kernels();
+bool avx512_bf16_is_fast();                // in bfloat16, next to avx512
 const InstructionSet& selected_kernels();  // see instruction_set()
+
+// Whether matrices of this storage type gain from products of parts.
+template <class A>
+bool gains_from_parts(const Kernels<A>& kernels, int storage) {
+  return sizeof(A) == sizeof(float) && kernels.split != nullptr && kernels.split->gains[storage];
+}
 
 template <class A>
 const Kernels<A>& kernels_of(const InstructionSet& set) {

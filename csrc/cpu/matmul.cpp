@@ -177,18 +177,16 @@ void Matmul::run(int thread) {
   kernels_.release();
 }
 
-const SplitKernels* split_kernels() { return selected_kernels().f32.split; }
-
 }  // namespace
 
 bool matmul_available(DType dtype, int64_t M, int64_t N, int64_t K) {
-  return dtype != DType::kFloat64 && split_kernels() && M > 0 && N > 0 && K >= kSplitDepth && M * N * K >= kWork &&
-         M * N >= kWorkPerElement * (M + N);
+  return dtype != DType::kFloat64 && gains_from_parts(selected_kernels().f32, storage_index(dtype)) && M > 0 && N > 0 &&
+         K >= kSplitDepth && M * N * K >= kWork && M * N >= kWorkPerElement * (M + N);
 }
 
 bool matmul(const MatmulParams& p, const Allocate& allocate) {
   const auto with_threads = [&](int threads, bool& finite) {
-    Matmul work(p, *split_kernels(), threads, allocate);
+    Matmul work(p, *selected_kernels().f32.split, threads, allocate);
     const bool complete = run_threads(threads, [&](int thread) { work.run(thread); });
     finite = work.finite();
     return complete;

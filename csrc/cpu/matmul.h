@@ -1,4 +1,4 @@
-// Matrix products outside the recurrence on the matrix unit of split.h: gradients of the weights and of the input.
+// Matrix products outside the recurrence with the products of split.h: gradients of the weights and of the input.
 #pragma once
 #include <cstdint>
 
@@ -20,7 +20,7 @@ struct MatmulParams {
   int64_t out_stride;
 };
 
-// Whether the instruction set in use has a matrix unit, and the product is large enough to gain from it.
+// Whether the instruction set in use has products of bfloat16 parts that gain for this dtype, and the product is large enough to gain from it.
 bool matmul_available(DType dtype, int64_t M, int64_t N, int64_t K);
 // Returns false, with anything in out, where a or b has a value that is infinite or near it: such products need another way.
 bool matmul(const MatmulParams& p, const Allocate& allocate);

@@ -23,10 +23,9 @@ double cost(const PlanInput& in, const Plan& plan) {
   const double weight_bytes = columns * static_cast<double>(in.step_depth * in.element_size);
   const double stream = weight_bytes * (weight_bytes < kL2Bytes ? kFmaPerByteL2 : kFmaPerByteL3);
   const double groups = columns / kVectorColumns;
-  // A tile of one or two rows is held back by the loads of the weights from L1. A pair of parts of 16 rows takes the matrix
-  // unit 16 cycles for 32 k.
-  const double compute_rows = in.split_products ? in.split_products * std::ceil(rows / kSplitRows) : std::max(rows, 2.0);
-  const double outside_rows = in.outside_products ? in.outside_products * rows / kSplitRows : rows;
+  // A tile of one or two rows is held back by the loads of the weights from L1.
+  const double compute_rows = in.split_products ? in.split_products * std::ceil(rows / in.split_rate) : std::max(rows, 2.0);
+  const double outside_rows = in.outside_products ? in.outside_products * rows / in.split_rate : rows;
   const double compute = groups * static_cast<double>(in.step_depth) * compute_rows;
   const double outside = groups * static_cast<double>(in.outside_depth) * outside_rows;
   double step = std::max(stream, compute) + outside;
@@ -64,7 +63,7 @@ Form choose_form(const FormInput& in) {
 const char* to_string(Form form) {
   switch (form) {
     case Form::kDirect: return "as they lie";
-    case Form::kSplit: return "split into bfloat16 parts for the matrix unit";
+    case Form::kSplit: return "split into bfloat16 parts";
     case Form::kPacked: break;
   }
   return "packed into panels";

@@ -22,7 +22,7 @@ enum class Form : int {
 struct FormInput {
   int64_t depth, columns;
   int64_t rows, all_rows;
-  bool splits;  // the instruction set has SplitKernels
+  bool splits;  // the instruction set has SplitKernels that gain for this storage type
   SplitParts parts;
 };
 Form choose_form(const FormInput& in);
@@ -47,8 +47,9 @@ struct PlanInput {
   int64_t panels;         // what a split can divide
   int barriers;           // per step
   int64_t element_size;   // of the weights of a step
-  int split_products;     // of 16 rows: pairs of parts that a split matrix multiplies, 0 for another form
+  int split_products;     // pairs of parts that a split matrix multiplies, 0 for another form
   int outside_products;   // the same outside the recurrence
+  int split_rate;         // SplitKernels::rate
   int max_threads;
 };
 

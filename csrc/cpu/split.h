@@ -1,4 +1,4 @@
-// Products on a matrix unit for bfloat16 (AMX): a float is kept as the sum of up to three bfloat16 parts, each the rounded
+// Products of bfloat16 pairs with sums in float, on a matrix unit (AMX) or on vectors (vdpbf16ps): a float is kept as the sum of up to three bfloat16 parts, each the rounded
 // remainder of those before it, and the product of two such sums leaves out the pairs of parts that count less than the last
 // bit. Three parts hold all 24 bits of a float, two all 11 of a float16, one is a bfloat16.
 //
@@ -65,6 +65,8 @@ struct SplitSource {
 };
 
 struct SplitKernels {
+  bool gains[3] = {};  // by storage index (kernels.h): whether products of parts are worth it
+  int rate = 0;        // a product takes the time of one multiply-add of vectors for so many rows and each k
   // Packs up to 16 rows; returns a bit for each of them with a value that has no parts: infinite, or rounded to infinity.
   uint32_t (*pack_rows)(const float* const* rows, int n_rows, int64_t depth, int parts, uint16_t* out);
   // Packs a vector of columns by storage index (kernels.h), each a row of the source, or a column of it; `stride` elements of
@@ -78,5 +80,7 @@ struct SplitKernels {
   // Every thread that called gemm calls it at the end: hands the unit's registers back.
   void (*release)();
 };
+// The packing functions of AVX-512; the rest is not set.
+SplitKernels split_packing();
 
 }  // namespace fused_rnn::cpu
