@@ -8,10 +8,11 @@
 namespace fused_rnn::cpu {
 namespace {
 
-constexpr int64_t kChunk = 512 * 256;      // elements of b packed at a time: as parts, a third of L2
-constexpr int64_t kMostColumns = 512;      // of them: a is packed once for each
-constexpr int64_t kRows = 4 * kSplitRows;  // rows of a packed at a time
-constexpr int64_t kWork = 64 * 64 * 64;    // a product of fewer multiply-adds is not worth it
+constexpr int64_t kChunk = 512 * 256;         // elements of b packed at a time: as parts, a third of L2
+constexpr int64_t kMostColumns = 512;         // of them: a is packed once for each
+constexpr int64_t kRows = 4 * kSplitRows;     // rows of a packed at a time
+constexpr int64_t kWork = 64 * 64 * 64;       // a product of fewer multiply-adds is not worth it
+constexpr int64_t kFloatWork = 32 * 32 * 32;  // the same of conversions to float
 // Multiply-adds for each element that is cut into parts: of fewer than this, MKL is done sooner (where they meet: 128 x 128).
 constexpr int64_t kWorkPerElement = 72;
 
@@ -182,6 +183,14 @@ void Matmul::run(int thread) {
 bool matmul_available(DType dtype, int64_t M, int64_t N, int64_t K) {
   return dtype != DType::kFloat64 && gains_from_parts(selected_kernels().f32, storage_index(dtype)) && M > 0 && N > 0 &&
          K >= kSplitDepth && M * N * K >= kWork && M * N >= kWorkPerElement * (M + N);
+}
+
+bool matmul_in_float(DType dtype, int64_t M, int64_t N, int64_t K) {
+#if defined(__x86_64__)
+  return dtype_size(dtype) == 2 && !gains_from_parts(selected_kernels().f32, storage_index(dtype)) && M * N * K >= kFloatWork;
+#else
+  return false;  // other processors' libraries have products of 16 bits
+#endif
 }
 
 bool matmul(const MatmulParams& p, const Allocate& allocate) {
