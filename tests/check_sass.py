@@ -271,8 +271,9 @@ class PointerFlow:
         work = [0]
         while work:
             index = work.pop()
-            after = self.step(index, dict(states[index]))
+            stepped = self.step(index, dict(states[index]))
             for follower in self.graph[index]:
+                after = self.along(index, follower, stepped)
                 known = states.get(follower)
                 if known is None:
                     states[follower] = dict(after)
@@ -287,6 +288,18 @@ class PointerFlow:
                         changed = True
                 if changed:
                     work.append(follower)
+
+    def along(self, index: int, follower: int, state: State) -> State:
+        """The state on one of the ways from an instruction on: a branch that is taken tells that its predicate is true."""
+        instruction = self.kernel.code[index]
+        if instruction.opcode != "BRA" or not instruction.guard or len(set(self.graph[index])) < 2:
+            return state
+        guard = original(instruction.guard, state)
+        if follower != label_of(self.kernel, instruction):
+            if len(instruction.operands) > 1:
+                return state
+            guard = opposite(guard)
+        return {register: value.under(guard) for register, value in state.items()}
 
     def constant_operand(self, operand: str, state: State, width: int) -> list[Value] | None:
         """Values of a constant-bank operand's registers, None if it is another kind of operand."""

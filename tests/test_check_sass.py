@@ -33,7 +33,8 @@ def listing(before: str = BEFORE, loop: str = LOOP, end: str = "@P0 BRA `(.L_x_1
     lines = [*before.strip().splitlines(), "label", *loop.strip().splitlines(), end, "EXIT ;"]
     out = [f"\t.section\t.text.{NAME}", f".text.{NAME}:"]
     for number, line in enumerate(lines):
-        out.append(".L_x_1:" if line == "label" else f"        /*{16 * number:04x}*/   {line.strip()}")
+        labels = {"label": ".L_x_1:", "skip": ".L_x_2:", "there": ".L_x_3:"}
+        out.append(labels[line.strip()] if line.strip() in labels else f"        /*{16 * number:04x}*/   {line.strip()}")
     return "\n".join(out)
 
 
@@ -83,6 +84,26 @@ def test_a_stale_pointer_under_the_other_predicate() -> None:
     assert "W_hh is loaded" in check(listing(loop=stale.replace("@P1 LDG", "LDG")))[0]
     changed = stale.replace("@P1 LDG", "ISETP.NE.AND P1, PT, R7, RZ, PT ;\n @P1 LDG")
     assert "W_hh is loaded" in check(listing(loop=changed))[0]
+
+
+def test_a_branch_tells_its_predicate() -> None:
+    """R4 is a pointer to W_hh where P1 is false; a load that is reached only where P1 is true does not read through it."""
+    stale = LOOP.strip().replace("    @P1 LDG", "    {}\n LDG")
+    stale = "MOV R4, R2 ;\n MOV R5, R3 ;\n" + stale.replace("HMMA", "skip\n HMMA", 1)
+
+    def report(branch: str) -> list[str]:
+        return check(listing(loop=stale.format(branch)))
+
+    assert report("@!P1 BRA `(.L_x_2) ;") == []
+    assert report("@P1 BRA `(.L_x_3) ;\n BRA `(.L_x_2) ;\nthere") == []
+    for wrong in (
+        "@P1 BRA `(.L_x_2) ;",  # the other case
+        "@P2 BRA `(.L_x_2) ;",  # another predicate
+        "@!P1 BRA P2, `(.L_x_2) ;",  # P1 may be false after it
+        "ISETP.NE.AND P1, PT, R7, RZ, PT ;\n @!P1 BRA `(.L_x_2) ;",  # P1 is another one
+        "@!P1 BRA `(.L_x_2) ;\n MOV R4, R2 ;",  # overwritten after it
+    ):
+        assert "W_hh is loaded" in "".join(report(wrong)), wrong
 
 
 def test_copies_of_a_predicate() -> None:

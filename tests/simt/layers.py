@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 import re
 from ctypes import c_bool, c_int, c_int64, c_void_p
 from typing import Any
@@ -189,13 +190,33 @@ class LayerRun:
                 states = 2 if call == "simt_backward" else 1
                 carry = self.sim.out("carry", 4 * states * case.directions * case.batch * case.hidden)
                 bounds = [0, *self.cuts, case.steps]
-                array = (c_int64 * len(bounds))(*bounds)
-                steps = getattr(lib, f"{call}_steps")
-                self.sim.check(steps(ctypes.byref(params), plan, array, len(bounds) - 1, carry))
+                for first, end in itertools.pairwise(bounds):
+                    self.steps(params, plan, first, end, carry)
             else:
                 self.sim.check(getattr(lib, call)(ctypes.byref(params), plan))
         finally:
             self.sim.lib.simt_free_plan(plan)
+
+    def steps(self, params: Any, plan: int, first: int, end: int, carry: int, given: bool = False) -> None:
+        """Steps [first, end) of the scan. Another stream may be writing what is read in later steps (not if it is given)."""
+        backward = isinstance(params, BackwardParams)
+        if not given:
+            self.close_later(params, backward, end)
+        call = self.sim.lib.simt_backward_steps if backward else self.sim.lib.simt_forward_steps
+        self.sim.check(call(ctypes.byref(params), plan, (c_int64 * 2)(first, end), 1, carry))
+        self.sim.open_all()
+
+    def close_later(self, params: Any, backward: bool, end: int) -> None:
+        """Of the input projection [D, N, S, H], backward of dy [N, D, P]: the rows of the scan's steps from `end` on."""
+        case, rows = self.layer.case, self.layer.rows
+        base = params.dy if backward else params.gates
+        size = case.dtype.itemsize * (case.output if backward else self.layer.slots * case.hidden)
+        for d in range(case.directions if base else 0):
+            forwards = bool(d) == backward
+            step = self.layer.step_of_row if forwards else case.steps - 1 - self.layer.step_of_row
+            for row in (step >= end).nonzero().flatten().tolist():
+                place = row * case.directions + d if backward else d * rows + row
+                self.sim.close(base + place * size, size)
 
     def _outputs(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
         size = self.layer.case.dtype.itemsize

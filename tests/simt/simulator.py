@@ -61,6 +61,7 @@ class Simulator:
         self.lib.simt_alloc.argtypes = [c_size_t, c_char_p, c_void_p]
         self.lib.simt_unwritten.restype = c_size_t
         self.lib.simt_unwritten.argtypes = [c_void_p, c_size_t]
+        self.lib.simt_close.argtypes = [c_void_p, c_size_t]
         self.lib.simt_seed.argtypes = [c_uint64]
         for name in ("simt_kind", "simt_message", "simt_poison_reads", "simt_meetings"):
             getattr(self.lib, name).restype = c_char_p
@@ -99,6 +100,13 @@ class Simulator:
     def out(self, name: str, bytes_: int) -> int:
         """Uninitialised (poisoned) device memory."""
         return self._alloc(name, bytes_, None)
+
+    def close(self, address: int, bytes_: int) -> None:
+        """Until open_all(), an access by a kernel is a fault: another stream may be writing there."""
+        self.lib.simt_close(address, bytes_)
+
+    def open_all(self) -> None:
+        self.lib.simt_open_all()
 
     def get(self, address: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A copy of device memory."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import random
-from ctypes import byref, c_bool, c_float, c_int, c_int64, c_void_p
+from ctypes import c_bool, c_float, c_int, c_int64, c_void_p
 
 import pytest
 import torch
 from cases import Case, make_data
 from layers import Layer, LayerRun, structure
-from simulator import Simulator
+from simulator import Fault, Simulator
 from torch import Tensor
 
 OverlapTask = structure("OverlapTask", "plan_overlap.h")
@@ -58,7 +58,7 @@ class StackRun:
     ) -> None:
         sim.reset(seed)
         self.sim, self.layers = sim, layers
-        self.call = sim.lib.simt_forward_steps if saved is None else sim.lib.simt_backward_steps
+        self.backward = saved is not None
         self.runs = [LayerRun(sim, layer, seed=seed, family=family) for layer in layers]
         self.params, self.plans, self.carries = [], [], []
         for number, run in enumerate(self.runs):
@@ -77,10 +77,10 @@ class StackRun:
 
     def run(self, task: OverlapTask) -> None:
         if not task.project:
-            bounds = (c_int64 * 2)(task.first, task.end)
             params, plan, carry = (part[task.layer] for part in (self.params, self.plans, self.carries))
-            self.sim.check(self.call(byref(params), plan, bounds, 1, carry))
-        elif self.call is self.sim.lib.simt_forward_steps:
+            given = self.backward and task.layer == len(self.layers) - 1
+            self.runs[task.layer].steps(params, plan, task.first, task.end, carry, given)
+        elif not self.backward:
             self.project(task)
         else:
             self.project_back(task)
@@ -206,4 +206,18 @@ def test_a_task_that_does_not_wait_is_seen(sim: Simulator, backward: bool) -> No
         stack.run(task)
     with pytest.raises(AssertionError):
         stack.check(want, 0)
+    stack.free()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_reading_what_another_stream_writes_is_seen(sim: Simulator, backward: bool) -> None:
+    """A launch of the first steps, while those from the second on are not its own yet."""
+    case = CASES[1][0]
+    layers = layers_of(case)[:1]
+    stack = StackRun(sim, layers, "cluster", 0, forward_in_turn(sim, layers, "cluster") if backward else None)
+    if not backward:
+        stack.project(OverlapTask(True, 0, 0, case.steps))
+    stack.runs[0].close_later(stack.params[0], backward, 1)
+    with pytest.raises(Fault, match="data race: read of 2 bytes .* what another stream may be writing"):
+        stack.runs[0].steps(stack.params[0], stack.plans[0], 0, 2, stack.carries[0])
     stack.free()

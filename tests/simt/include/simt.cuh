@@ -193,7 +193,7 @@ __forceinline__ void store_vec(T* address, const Vec<T, kSize>& value) {
 
 __forceinline__ void prefetch_l2(const void* address) {
   // Only a hint, but for what will be read: an address outside of all buffers is a mistake.
-  simt_host::check_access(address, 1, simt_host::kRead, SIMT_HERE);
+  simt_host::check_access(address, 1, simt_host::kRead | simt_host::kHint, SIMT_HERE);
 }
 
 // ----------------------------------------------------------------------------------------------------------- tensor cores

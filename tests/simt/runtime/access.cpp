@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <vector>
 
 #include "device.h"
 
@@ -41,6 +42,12 @@ struct PoisonRead {
   std::string first;
 };
 std::map<uint32_t, PoisonRead> poison;
+
+struct Closed {
+  size_t offset;
+  std::vector<uint8_t> states;
+};
+std::vector<Closed> closed;
 
 void* reserve(size_t bytes) {
   void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -162,11 +169,24 @@ void* global_alloc(size_t bytes, const std::string& name) {
 
 void global_free_all() {
   memory_init();
+  closed.clear();
   regions.clear();
   std::memset(states, kUnmapped, global_used);
   std::memset(static_cast<void*>(cells), 0, global_used / 2 * sizeof(Cell));
   std::memset(states + kGlobalBytes, kUnmapped, shared_next);
   global_used = shared_next = 0;
+}
+
+void close(void* address, size_t bytes) {
+  const size_t offset = offset_of(address);
+  closed.push_back({offset, {states + offset, states + offset + bytes}});
+  std::memset(states + offset, kClosed, bytes);
+}
+
+void open_all() {
+  for (; !closed.empty(); closed.pop_back()) {
+    std::memcpy(states + closed.back().offset, closed.back().states.data(), closed.back().states.size());
+  }
 }
 
 unsigned char* shared_alloc(size_t bytes, const std::string& name) {
@@ -244,8 +264,15 @@ void check_access_of(Thread& thread, const void* address, size_t bytes, unsigned
                 describe(static_cast<const unsigned char*>(address) + i),
             pc);
     }
+    if (state[i] == kClosed && !(kind & kHint)) {
+      fault("data race",
+            access_name(kind, bytes) + " by " + thread.name() + " at " + where(pc) +
+                " of what another stream may be writing, " + describe(static_cast<const unsigned char*>(address) + i),
+            pc);
+    }
     poisoned |= state[i] == kPoison;
   }
+  if (kind & kHint) return;
   if (poisoned) {
     if (kind & kWrite) {
       std::memset(state, kDefined, bytes);

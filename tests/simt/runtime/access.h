@@ -12,7 +12,7 @@ namespace simt_host {
 struct Thread;
 struct Grid;
 
-enum ByteState : uint8_t { kUnmapped = 0, kPoison = 1, kDefined = 2 };
+enum ByteState : uint8_t { kUnmapped = 0, kPoison = 1, kDefined = 2, kClosed = 3 };
 constexpr int kPoisonByte = 0xff;  // NaN in every floating-point format, -1 as an integer
 
 // One access. grid 0: none. tid counts the threads of the grid, then their copy engines (Thread::agent), then whose pushes: those
@@ -37,6 +37,9 @@ void memory_init();
 void* global_alloc(size_t bytes, const std::string& name);
 void mark(void* address, size_t bytes, ByteState state);
 void global_free_all();
+// Memory that another stream may be writing: until open_all, an access is a fault. A prefetch is none.
+void close(void* address, size_t bytes);
+void open_all();
 // Shared memory of a block. `live` end addresses are the caller's business: the range is a ring.
 unsigned char* shared_alloc(size_t bytes, const std::string& name);
 void shared_free(unsigned char* base, size_t bytes);

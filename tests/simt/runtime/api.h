@@ -42,7 +42,8 @@ enum AccessKind : unsigned {
   kAtomic = 2,
   kAsync = 4,      // by the thread's copy engine, some time after now
   kUnaligned = 8,  // the C++ type promises no alignment
-  kPush = 16       // with kAsync: a push, which nobody knows of before it has landed and been awaited
+  kPush = 16,      // with kAsync: a push, which nobody knows of before it has landed and been awaited
+  kHint = 32       // with kRead: has no effect, so the memory may be anyone's, but there has to be some
 };
 // Checks and records an access of the running thread; reports a fault instead of returning when it is not allowed.
 void check_access(const void* address, size_t bytes, unsigned kind, uintptr_t pc);

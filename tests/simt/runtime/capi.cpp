@@ -64,6 +64,8 @@ void* simt_alloc(size_t bytes, const char* name, const void* contents) {
   }
   return p;
 }
+void simt_close(void* address, size_t bytes) { close(address, bytes); }
+void simt_open_all() { open_all(); }
 size_t simt_unwritten(const void* address, size_t bytes) { return count_state(address, bytes, kPoison); }
 const char* simt_kind() { return kind.c_str(); }
 const char* simt_message() { return message.c_str(); }
