@@ -161,7 +161,9 @@ def main() -> int:
     nvcc, includes = find_nvcc()
     failures: list[str] = []
     table: Table = {}
-    jobs = [(source, arch, args.logs) for arch in args.arch for source in args.files if served(source, arch)]
+    jobs = [
+        (source, arch, args.logs) for arch in args.arch for source in map(Path.resolve, args.files) if served(source, arch)
+    ]
     with ThreadPoolExecutor(args.jobs) as pool:
         for source, arch, seconds, code, log in pool.map(lambda job: compile_one(nvcc, includes, *job), jobs):
             print(f"{source.name} {arch}: {seconds:.1f} s", flush=True)

@@ -61,10 +61,11 @@ constexpr FUSED_RNN_HD int published(PersistentShape s) { return s.backward ? ga
 constexpr FUSED_RNN_HD int m_tiles(PersistentShape s) { return s.unit_tiles * (s.backward ? 1 : gate_count(s.cell)); }
 // In a cluster the states lie in shared memory, where every group of warps reads them again, while partial sums cost as much
 // for each chunk group: m_groups * K / 16 * 256 + 2 * k_groups * m_tiles * 640 bytes (16 bit). In `grid` the states come from L2.
-// kFp32 spends more on handing the states to its lanes than it saves.
+// kFp32 spends more on handing the states to its lanes than it saves, but the sums of 12 tiles leave no registers for weights.
 constexpr FUSED_RNN_HD int m_groups(PersistentShape s) {
-  if (!s.cluster || s.math == MathKind::kFp32) return 1;
+  if (!s.cluster) return 1;
   const int tiles = m_tiles(s);
+  if (s.math == MathKind::kFp32) return tiles >= 12 ? 2 : 1;
   return tiles >= 12 && tiles % 4 == 0 ? 4 : tiles >= 4 && tiles % 2 == 0 ? 2 : 1;
 }
 constexpr FUSED_RNN_HD int k_groups(PersistentShape s) { return kPersistentWarps / m_groups(s); }
@@ -80,8 +81,8 @@ constexpr FUSED_RNN_HD int chunk_batch(PersistentShape s) {
   const int tiles = warp_tiles(s);
   if (s.cluster && m_groups(s) == 4) return 2;
   if (s.backward) return s.unit_tiles > 1 ? 4 : s.math == MathKind::kFp32 && !s.cluster ? 6 : 8;
-  if (s.math == MathKind::kFp32) return tiles > 9 ? 1 : tiles > 4 ? 2 : 4;
-  return tiles > 9 ? 2 : tiles == 9 ? 3 : tiles % 3 == 0 ? 5 : 4;
+  if (s.math == MathKind::kFp32) return tiles > 4 ? 2 : 4;
+  return tiles == 9 ? 3 : tiles % 3 == 0 ? 5 : 4;
 }
 // Chunks in registers, 4 of a thread for a chunk and tile of M: as many as leave no spills (ptxas, sm_80 to sm_120).
 constexpr FUSED_RNN_HD int register_chunks(PersistentShape s) {
