@@ -12,7 +12,7 @@ constexpr int64_t kChunk = 512 * 256;         // elements of b packed at a time:
 constexpr int64_t kMostColumns = 512;         // of them: a is packed once for each
 constexpr int64_t kRows = 4 * kSplitRows;     // rows of a packed at a time
 constexpr int64_t kWork = 64 * 64 * 64;       // a product of fewer multiply-adds is not worth it
-constexpr int64_t kFloatWork = 32 * 32 * 32;  // the same of conversions to float
+constexpr int64_t kFloatWork = 32 * 32 * 32;  // a product of fewer is not worth conversions to float
 // Multiply-adds for each element that is cut into parts: of fewer than this, MKL is done sooner (where they meet: 128 x 128).
 constexpr int64_t kWorkPerElement = 72;
 
@@ -187,7 +187,8 @@ bool matmul_available(DType dtype, int64_t M, int64_t N, int64_t K) {
 
 bool matmul_in_float(DType dtype, int64_t M, int64_t N, int64_t K) {
 #if defined(__x86_64__)
-  return dtype_size(dtype) == 2 && !gains_from_parts(selected_kernels().f32, storage_index(dtype)) && M * N * K >= kFloatWork;
+  return dtype_size(dtype) == 2 && !gains_from_parts(selected_kernels().f32, storage_index(dtype)) &&
+         M * N * K >= kFloatWork;
 #else
   return false;  // other processors' libraries have products of 16 bits
 #endif
