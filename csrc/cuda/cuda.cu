@@ -64,7 +64,7 @@ struct Launcher {
               plan.smem_bytes,
               1,
               false};
-    may_overlap = simt::prepare(kernel, config.name, plan.smem_bytes) && pdl;
+    may_overlap = simt::prepare(kernel, config.name, plan.smem_bytes) >= 90 && pdl;
   }
 
   // The first launch of a layer waits for everything before it in the stream, so that later ones may read weights early.

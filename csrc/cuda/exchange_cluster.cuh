@@ -9,8 +9,17 @@ namespace fused_rnn::cuda {
 struct ClusterBarriers {
   simt::MBarrier* barriers;
   int tiles;
-  int bytes;  // of one exchange
+  int ranks;  // blocks of the cluster
+  // Of one exchange: bytes that are pushed, and arrivals. A push is defined in clusters of two blocks and more only: a block alone
+  // stores, and whoever stores arrives.
+  int bytes, arrivals;
 
+  __device__ __forceinline__ bool alone() const { return ranks == 1; }
+  __device__ __forceinline__ void set_exchange(int blocks, int exchange_bytes) {
+    ranks = blocks;
+    bytes = alone() ? 0 : exchange_bytes;
+    arrivals = alone() ? 1 + exchange_bytes / 16 : 1;
+  }
   __device__ __forceinline__ simt::MBarrier* barrier(int tile, int64_t step) const {
     return barriers + static_cast<int>(step & 1) * tiles + tile;
   }
@@ -19,7 +28,7 @@ struct ClusterBarriers {
   __device__ __forceinline__ void start() {
     if (simt::thread_x() == 0) {
       for (int i = 0; i < 2 * tiles; ++i) {
-        simt::mbarrier_init(barriers + i);
+        simt::mbarrier_init(barriers + i, arrivals);
         simt::mbarrier_expect(barriers + i, bytes);
       }
     }
@@ -30,6 +39,17 @@ struct ClusterBarriers {
   __device__ __forceinline__ void begin(int tile, int64_t step) {
     simt::mbarrier_wait(barrier(tile, step), static_cast<int>(step >> 1 & 1));
     if (simt::thread_x() == 0) simt::mbarrier_expect(barrier(tile, step), bytes);
+  }
+
+  // 16 bytes to where `target` of this block is in a block of the cluster.
+  __device__ __forceinline__ void send(uint32_t* target, const simt::Vec<uint32_t, 4>& piece, int rank, int tile,
+                                       int64_t step) const {
+    if (alone()) {
+      simt::store_vec(target, piece);
+      simt::mbarrier_arrive(barrier(tile, step));
+    } else {
+      simt::store_async(simt::map_to_rank(target, rank), piece.v, simt::map_to_rank(barrier(tile, step), rank));
+    }
   }
 };
 
@@ -43,7 +63,7 @@ struct ClusterExchange : ClusterBarriers {
   };
 
   uint32_t* states;
-  int chunks, ranks;
+  int chunks;
 
   __device__ __forceinline__ ClusterExchange(const PersistentLaunch& l, PersistentShape shape, int) {
     const PersistentSmem smem = persistent_smem(shape, l.slices, l.tiles);
@@ -51,8 +71,7 @@ struct ClusterExchange : ClusterBarriers {
     states = reinterpret_cast<uint32_t*>(simt::dynamic_smem() + smem.exchange);
     tiles = l.tiles;
     chunks = chunk_count(shape, l.slices);
-    bytes = chunks * 256;
-    ranks = l.slices;
+    set_exchange(l.slices, chunks * 256);
   }
 
   __device__ __forceinline__ uint32_t* fragment(int tile, int chunk, int64_t step) const {
@@ -75,14 +94,14 @@ struct ClusterExchange : ClusterBarriers {
     const float other = kPerWord == 2 ? simt::shuffle_xor(value, 1) : 0.0f;
     const uint32_t word = Chunk::pack(value, other);
     const int first = simt::lane_id() / kLanes * kLanes;
-    uint32_t piece[4];
+    simt::Vec<uint32_t, 4> piece;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) piece[i] = simt::shuffle(word, first + i * kPerWord);
+    for (int i = 0; i < 4; ++i) piece.v[i] = simt::shuffle(word, first + i * kPerWord);
     const int unit0 = unit / kLanes * kLanes;
     const FragmentPlace place = Chunk::place(unit0 % Chunk::kStep, b);
     uint32_t* target = fragment(tile, chunk0 + unit0 / Chunk::kStep, step) + place.word * 32 + place.lane;
     for (int rank = simt::lane_id() % kLanes; rank < ranks; rank += kLanes) {
-      simt::store_async(simt::map_to_rank(target, rank), piece, simt::map_to_rank(barrier(tile, step), rank));
+      send(target, piece, rank, tile, step);
     }
   }
 };
@@ -91,15 +110,14 @@ struct ClusterExchange : ClusterBarriers {
 // Memory: [2][tile][block that sent][row][unit of the slice] floats.
 struct ClusterScatter : ClusterBarriers {
   float* sums;
-  int ranks, floats;  // of the blocks; of one block's sums for one tile
+  int floats;  // of one block's sums for one tile
 
   __device__ __forceinline__ ClusterScatter(const PersistentLaunch& l, PersistentShape shape) {
     const PersistentSmem smem = persistent_smem(shape, l.slices, l.tiles);
     barriers = reinterpret_cast<simt::MBarrier*>(simt::dynamic_smem() + smem.barriers);
     sums = reinterpret_cast<float*>(simt::dynamic_smem() + smem.exchange);
     tiles = l.tiles;
-    bytes = scatter_floats(shape, l.slices) * 4;
-    ranks = l.slices;
+    set_exchange(l.slices, scatter_floats(shape, l.slices) * 4);
     floats = kTileRows * slice_units(shape);
   }
 
@@ -108,11 +126,10 @@ struct ClusterScatter : ClusterBarriers {
   }
   // Place: row * units of a slice + unit.
   __device__ __forceinline__ void push(const RowPiece& piece, int to, int place, int from, int tile, int64_t step) const {
-    uint32_t words[4];
+    simt::Vec<uint32_t, 4> words;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) words[i] = simt::float_bits(piece.v[i]);
-    simt::store_async(simt::map_to_rank(received(tile, step) + from * floats + place, to), words,
-                      simt::map_to_rank(barrier(tile, step), to));
+    for (int i = 0; i < 4; ++i) words.v[i] = simt::float_bits(piece.v[i]);
+    send(reinterpret_cast<uint32_t*>(received(tile, step) + from * floats + place), words, to, tile, step);
   }
   // The sum over all blocks, in their order: even and odd ones apart, so that half of the additions wait for each other.
   __device__ __forceinline__ float sum(int place, int tile, int64_t step) const {

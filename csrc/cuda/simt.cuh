@@ -10,6 +10,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -344,19 +345,29 @@ __device__ __forceinline__ ClusterAddress map_to_rank(const void* shared, int ra
   return result;
 }
 
-// A barrier in shared memory. Its phase ends when one thread of the block has arrived in it and as many bytes have come in by
-// store_async as were expected; bytes may come before the arrival. Phases are numbered 0, 1, ...
+// A barrier in shared memory. Its phase ends when as many threads of the block have arrived in it as it was made for, and as many
+// bytes have come in by store_async as were expected; bytes may come before the arrivals. Phases are numbered 0, 1, ...
 using MBarrier = uint64_t;
 // By one thread, before a sync_cluster and any use.
-__device__ __forceinline__ void mbarrier_init(MBarrier* barrier) {
+__device__ __forceinline__ void mbarrier_init(MBarrier* barrier, int arrivals = 1) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(address) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\nfence.mbarrier_init.release.cluster;" ::"r"(address), "r"(arrivals)
+               : "memory");
 #else
   __trap();
 #endif
 }
-// The arrival of the current phase, by one thread, with the bytes that the phase awaits.
+// An arrival in the current phase: what the thread did before it is visible to whoever awaits the phase.
+__device__ __forceinline__ void mbarrier_arrive(MBarrier* barrier) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address) : "memory");
+#else
+  __trap();
+#endif
+}
+// The same, with the bytes that the phase awaits.
 __device__ __forceinline__ void mbarrier_expect(MBarrier* barrier, int bytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
@@ -382,7 +393,8 @@ __device__ __forceinline__ void mbarrier_wait(MBarrier* barrier, int parity) {
   __trap();
 #endif
 }
-// Writes 4, 8 or 16 bytes (aligned to the whole) to a block of the cluster and counts them at that block's barrier.
+// Writes 4, 8 or 16 bytes (aligned to the whole) to a block of the cluster and counts them at that block's barrier. Undefined
+// in a cluster of one block.
 template <int kCount>
 __device__ __forceinline__ void store_async(ClusterAddress to, const uint32_t (&v)[kCount], ClusterAddress barrier) {
   static_assert(kCount == 1 || kCount == 2 || kCount == 4);
@@ -424,21 +436,23 @@ inline void check(cudaError_t status, const std::string& what) {
 }
 
 // To be called on the device that launches before a kernel's first launch with more than 48 KiB of shared memory; cheap enough
-// for once per layer. Returns whether the kernel may be launched with pdl: its code must have been compiled for sm_90 or newer
-// (a PTX of an older architecture, translated by the driver, has empty pdl_wait()).
+// for once per layer. Returns what the kernel's code was compiled for: 75, 80, 90, ... It is older than the device where the
+// driver translates a PTX, and then arch() is that of the PTX: below 90 pdl_wait() is empty.
 template <class Params>
-bool prepare(void (*kernel)(Params), const char* name, int smem_bytes) {
+int prepare(void (*kernel)(Params), const char* name, int smem_bytes) {
   struct Prepared {
     void (*kernel)(Params);
-    int device, smem_bytes;
-    bool may_overlap;
+    int device, smem_bytes, compiled_for;
   };
   static thread_local std::vector<Prepared> prepared;
   int device = 0;
   check(cudaGetDevice(&device), "current device");
   for (const Prepared& p : prepared) {
-    if (p.kernel == kernel && p.device == device && p.smem_bytes >= smem_bytes) return p.may_overlap;
+    if (p.kernel == kernel && p.device == device && p.smem_bytes >= smem_bytes) return p.compiled_for;
   }
+  // What a thread finds and sets is that of all threads.
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
   cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), std::string("kernel ") + name);
   if (smem_bytes > attributes.maxDynamicSharedSizeBytes) {
@@ -446,8 +460,8 @@ bool prepare(void (*kernel)(Params), const char* name, int smem_bytes) {
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes),
         std::string("kernel ") + name + ": " + std::to_string(smem_bytes) + " bytes of shared memory");
   }
-  prepared.push_back({kernel, device, smem_bytes, attributes.ptxVersion >= 90});
-  return attributes.ptxVersion >= 90;
+  prepared.push_back({kernel, device, smem_bytes, attributes.ptxVersion});
+  return attributes.ptxVersion;
 }
 
 // Before the first launch of a kernel in clusters of more than 8 blocks.

@@ -20,6 +20,7 @@ SYNCHRONISATION = [
     (r"(?<!void )\bsimt::sync_cluster\(\);", ";", "no sync_cluster"),
     (r"\bsimt::mbarrier_init\([^;]*\);", ";", "no mbarrier_init"),
     (r"\bsimt::mbarrier_expect\([^;]*\);", ";", "no mbarrier_expect"),
+    (r"\bsimt::mbarrier_arrive\([^;]*\);", ";", "no mbarrier_arrive"),
     (r"\bsimt::mbarrier_wait\([^;]*\);", ";", "no mbarrier_wait"),
     (r"\bwhile \(simt::ballot\(missing\(\)\)\)", "if (simt::ballot(missing()))", "tags are looked at once"),
     (r"\bexchange\.await\([^;]*\);", ";", "no await"),
@@ -30,8 +31,8 @@ SYNCHRONISATION = [
     (r"static_cast<int(?:64_t)?>\(step & 1\)", "0", "one buffer of an exchange"),
     (r"static_cast<int>\(step >> 1 & 1\)", "static_cast<int>(~(step >> 1) & 1)", "one phase too early"),
     (r"static_cast<uint32_t>\(step\) \+ 1", "static_cast<uint32_t>(step & 1) + 1", "tags come again"),
-    (r"\bchunks \* 256;", "chunks * 240;", "too few bytes awaited"),
-    (r"\bscatter_floats\(shape, l\.slices\) \* 4;", "scatter_floats(shape, l.slices) * 4 - 16;", "too few sums awaited"),
+    (r"\bchunks \* 256\b", "chunks * 240", "too few bytes awaited"),
+    (r"\bscatter_floats\(shape, l\.slices\) \* 4\b", "scatter_floats(shape, l.slices) * 4 - 16", "too few sums awaited"),
 ]
 
 # Conditions that keep a thread from what it must not touch, add or send.
@@ -42,6 +43,7 @@ MASKS = [
     (r"if \(kPairs && unit % 2\) return;", ""),
     (r"if \(m_tile >= all_tiles_\) return;", ""),
     (r"if \(ranks % 2\) ", ""),
+    (r"if \(alone\(\)\)", "if (false)"),
     (r"if \(simt::thread_x\(\) == 0\)", "if (true)"),
     (r"if \(piece < fill\.pieces\) ", ""),
     (r"tiles < l\.tiles \? static_cast<int>\(tiles\) : l\.tiles", "l.tiles"),

@@ -71,6 +71,7 @@ class Simulator:
     def reset(self, seed: int = 0, device: DeviceInfo = H100) -> None:
         """Frees all memory and starts over."""
         self.lib.simt_reset()
+        self.lib.simt_compiled_for(0)
         self.lib.simt_seed(seed)
         d = device
         limits = (d.compute_capability, d.sm_count, d.smem_per_block, d.smem_per_sm, d.registers_per_sm, d.threads_per_sm)

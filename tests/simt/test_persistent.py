@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import itertools
 from collections.abc import Iterator
@@ -79,6 +80,15 @@ def wide_blocks() -> Iterator[Simulated]:
         yield Simulated(case, 20, "cluster", "CLUSTERS_OF_4")
 
 
+def alone() -> Iterator[Simulated]:
+    """One block holds the layer: nothing is pushed."""
+    for (cell, (dtype, tf32)), hidden in zip(
+        itertools.product(("LSTM", "GRU", "RNN_TANH"), ARITHMETIC), itertools.cycle((16, 9)), strict=False
+    ):
+        case = Case(cell, steps=4, batch=9, hidden=hidden, ragged="lengths", resets=True, dtype=dtype)
+        yield Simulated(case, 4, "cluster", tf32=tf32)
+
+
 def shared_weights() -> Iterator[Simulated]:
     """Weights beyond the registers."""
     yield Simulated(Case("LSTM", steps=2, batch=3, hidden=267), 1, "grid")
@@ -94,7 +104,7 @@ def whole_chip() -> Iterator[Simulated]:
         yield Simulated(Case(cell, steps=2, batch=3, hidden=768, dtype=dtype), 1, "cluster")
 
 
-ALL = [*many_seeds(), *options(), *groups(), *wide_blocks(), *shared_weights(), *whole_chip()]
+ALL = [*many_seeds(), *options(), *groups(), *wide_blocks(), *alone(), *shared_weights(), *whole_chip()]
 
 
 # Every third case is run by default: 3 has no factor in common with the four kinds of arithmetic that the lists cycle
@@ -162,6 +172,25 @@ def test_cut_at_any_step(sim: Simulator, simulated: Simulated) -> None:
 @pytest.mark.parametrize("simulated", [s for index, s in enumerate(CUT) if index % 3], ids=str)
 def test_cut_at_any_step_sweep(sim: Simulator, simulated: Simulated) -> None:
     run_cut(sim, simulated)
+
+
+@pytest.mark.parametrize(("family", "compiled_for"), [("grid", 75), ("cluster", 80)])
+def test_code_of_an_older_architecture_is_refused(sim: Simulator, family: str, compiled_for: int) -> None:
+    """A PTX that the driver translates: these kernels would do nothing."""
+    case = Case("LSTM", 2, 3, hidden=20, dtype=torch.float16)
+    layer_run = LayerRun(sim, Layer.of(case, make_data(case)), family=family)
+    sim.reset()
+    params, problem = layer_run.arguments(projected=True)
+    sim.lib.simt_compiled_for(compiled_for)
+    plan = layer_run.plan(problem)
+    params.workspace = sim.out("workspace", sim.lib.simt_plan_workspace(plan))
+    try:
+        with pytest.raises(
+            RuntimeError, match=f"kernel {family}_forward: compiled for .* {compiled_for / 10:.1f}, it needs "
+        ):
+            sim.check(sim.lib.simt_forward(ctypes.byref(params), plan))
+    finally:
+        sim.lib.simt_free_plan(plan)
 
 
 def test_default_run_is_large_enough() -> None:

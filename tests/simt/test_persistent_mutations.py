@@ -28,6 +28,8 @@ CASES = [
     Simulated(Case("LSTM", 3, 3, 4, 21, dtype=F16), 1, "grid"),
     Simulated(Case("GRU", 3, 3, 4, 21, ragged="lengths", dtype=F32), 3, "grid"),
     Simulated(Case("GRU", 3, 3, 4, 21, ragged="lengths", dtype=F32), 3, "cluster"),
+    # A cluster of one block.
+    Simulated(Case("LSTM", 3, 9, 4, 12, **ALL_ON), 3, "cluster"),
     # Several launches over one workspace.
     Simulated(Case("RNN_TANH", 2, 75, 4, 20, bidirectional=True, **ALL_ON), 2, "grid", "FOUR"),
     # More chunks, and weights in shared memory.

@@ -152,6 +152,11 @@ def test_wrong_kernels(small: Simulator, name: str, kind: str, words: list[str],
         assert re.search(word, str(caught.value)), f"{word!r} is not in {caught.value}"
 
 
+def test_a_push_needs_a_peer(small: Simulator) -> None:
+    with pytest.raises(Fault, match="bad push: push block .* st.async is undefined in a cluster of one block"):
+        launch(small, "push", blocks=1, threads=1, outputs=1)
+
+
 def test_writing_an_input_is_reported(small: Simulator) -> None:
     with pytest.raises(Fault, match="input changed: in"):
         launch(small, "write_input", blocks=1, threads=1, smem=0, outputs=1)

@@ -266,7 +266,10 @@ __forceinline__ ClusterAddress map_to_rank(const void* shared, int rank) {
   return simt_host::map_to_rank(shared, rank, SIMT_HERE);
 }
 using MBarrier = uint64_t;
-__forceinline__ void mbarrier_init(MBarrier* barrier) { simt_host::mbarrier_init(barrier, SIMT_HERE); }
+__forceinline__ void mbarrier_init(MBarrier* barrier, int arrivals = 1) {
+  simt_host::mbarrier_init(barrier, arrivals, SIMT_HERE);
+}
+__forceinline__ void mbarrier_arrive(MBarrier* barrier) { simt_host::mbarrier_expect(barrier, 0, SIMT_HERE); }
 __forceinline__ void mbarrier_expect(MBarrier* barrier, int bytes) { simt_host::mbarrier_expect(barrier, bytes, SIMT_HERE); }
 __forceinline__ void mbarrier_wait(MBarrier* barrier, int parity) { simt_host::mbarrier_wait(barrier, parity, SIMT_HERE); }
 template <int kCount>
@@ -288,9 +291,9 @@ struct LaunchConfig {
 };
 
 template <class Params>
-bool prepare(void (*kernel)(Params), const char* name, int smem_bytes) {
+int prepare(void (*kernel)(Params), const char* name, int smem_bytes) {
   simt_host::prepare_kernel(reinterpret_cast<const void*>(kernel), name, smem_bytes);
-  return arch() >= 900;
+  return simt_host::compiled_for ? simt_host::compiled_for : arch() / 10;
 }
 
 template <class Params>

@@ -35,6 +35,7 @@ struct Limits {
   int compute_capability, sm_count, smem_per_block, smem_per_sm, registers_per_sm, threads_per_sm, max_cluster;
 };
 extern Limits limits;
+extern int compiled_for;  // what prepare says; 0: arch()
 
 enum AccessKind : unsigned {
   kRead = 0,
@@ -71,7 +72,7 @@ void copy_wait(int pending, uintptr_t pc);
 void sync_cluster(uintptr_t pc);
 int cluster_rank();
 uint32_t map_to_rank(const void* shared, int rank, uintptr_t pc);
-void mbarrier_init(uint64_t* barrier, uintptr_t pc);
+void mbarrier_init(uint64_t* barrier, int arrivals, uintptr_t pc);
 void mbarrier_expect(uint64_t* barrier, int bytes, uintptr_t pc);
 void mbarrier_wait(uint64_t* barrier, int parity, uintptr_t pc);
 void store_async(uint32_t to, const void* data, int bytes, uint32_t barrier, uintptr_t pc);

@@ -11,7 +11,7 @@ namespace simt_host {
 namespace {
 struct TransactionBarrier {
   uint32_t phase = 0;
-  int pending = 1;                         // arrivals
+  int expected = 1, pending = 1;           // arrivals
   int64_t awaited = 0;                     // bytes expected less bytes come
   uint32_t agent = 0;                      // whose clock counts its phases, see Access
   std::vector<Snapshot> arrivals, pushes;  // of the current phase
@@ -49,7 +49,7 @@ void merge(Clock& into, const std::vector<Snapshot>& snapshots, Clock Snapshot::
 void maybe_complete(TransactionBarrier& b) {
   if (b.pending || b.awaited) return;
   ++b.phase;
-  b.pending = 1;
+  b.pending = b.expected;
   merge(b.base, b.arrivals, &Snapshot::base, true);
   merge(b.weak, b.arrivals, &Snapshot::weak, false);
   merge(b.weak, b.pushes, &Snapshot::weak, false);
@@ -177,11 +177,13 @@ uint32_t map_to_rank(const void* shared, int rank, uintptr_t pc) {
   return shared_window(peer->smem + (address - block.smem));
 }
 
-void mbarrier_init(uint64_t* barrier, uintptr_t pc) {
+void mbarrier_init(uint64_t* barrier, int arrivals, uintptr_t pc) {
   Thread* me = current_thread();
   if (!in_shared(barrier)) fault("bad mbarrier", me->name() + " at " + where(pc) + ": not in shared memory", pc);
   check_access_of(*me, barrier, 8, kWrite, pc);
+  if (arrivals < 1) fault("bad mbarrier", me->name() + " at " + where(pc) + ": made for no arrival", pc);
   TransactionBarrier& b = barriers[barrier] = {};
+  b.expected = b.pending = arrivals;
   b.agent = me->block->grid->next_agent++;
 }
 
@@ -218,6 +220,9 @@ void mbarrier_wait(uint64_t* barrier, int parity, uintptr_t pc) {
 
 void store_async(uint32_t to, const void* data, int bytes, uint32_t barrier, uintptr_t pc) {
   Thread* me = current_thread();
+  if (me->block->grid->spec.cluster < 2) {
+    fault("bad push", me->name() + " at " + where(pc) + ": st.async is undefined in a cluster of one block", pc);
+  }
   Store store{};
   store.thread = me;
   store.to = from_window(to);
