@@ -16,7 +16,7 @@ namespace {
 
 constexpr double kClockGhz = 1.7;
 constexpr double kL2HandOffUs = 0.75;       // a store and the load that sees it: 160 ns one way, 600 ns under load
-constexpr double kClusterHandOffUs = 0.25;  // a push and the barrier that counts it; a block without peers has none
+constexpr double kClusterHandOffUs = 0.25;  // a push and the barrier that counts it
 constexpr double kL2BytesPerClock = 25;     // into one SM while all SMs read (5.5 TB/s on an H100)
 constexpr double kSmemBytesPerClock = 128;
 constexpr double kStepUs = 0.2;       // partial sums, block barrier, pointwise part
@@ -51,8 +51,8 @@ double step_us(const PersistentShape& s, const PersistentPlan& plan, const Devic
       fragments * cuda::kTileUnits * cuda::chunk_step(s.math) * cuda::kTileRows / persistent_math_rate(s.math, device);
   // Products hide behind the reading of the weights, or that behind them; neither before the states have come.
   const double clocks = std::max({exchange, smem_traffic(s, plan) / kSmemBytesPerClock, products});
-  const double hand_off = !s.cluster ? kL2HandOffUs : plan.slices > 1 ? kClusterHandOffUs : 0;
-  return plan.launches * (plan.tiles * (kStepUs + clocks / (kClockGhz * 1e3)) + hand_off);
+  return plan.launches *
+         (plan.tiles * (kStepUs + clocks / (kClockGhz * 1e3)) + (s.cluster ? kClusterHandOffUs : kL2HandOffUs));
 }
 
 // The largest number of batch tiles of a group, up to `wanted`, whose states fit the shared memory; 0: not even one.
