@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "cpu/cpu.h"
+#include "cpu/kept_weights.h"
 #include "module_call.h"
 #include "ops.h"
 
@@ -29,6 +30,17 @@ pybind11::dict build_info() {
   info["cpu_instruction_set"] = fused_rnn::cpu::instruction_set();
   info["cpu_instruction_sets"] = fused_rnn::cpu::available_instruction_sets();
   return info;
+}
+
+pybind11::dict weight_cache() {
+  const fused_rnn::cpu::KeptStatistics statistics = fused_rnn::cpu::kept_statistics();
+  pybind11::dict result;
+  result["limit"] = statistics.limit;
+  result["bytes"] = statistics.bytes;
+  result["matrices"] = statistics.matrices;
+  result["panels_found"] = statistics.panels_found;
+  result["panels_packed"] = statistics.panels_packed;
+  return result;
 }
 
 // Positional arguments of a METH_FASTCALL function.
@@ -137,6 +149,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info,
         "cuda: whether CUDA kernels were built; cpu_instruction_set: the one in use; cpu_instruction_sets: those that this "
         "machine can run.");
+  m.def("weight_cache", &weight_cache,
+        "Packed weights that are kept from one inference to the next on a CPU: limit and bytes, matrices that no call has "
+        "in use, and "
+        "panels of weights found as they were or packed, since the process began.");
   fused_rnn::bind_plan(m);
   if (PyModule_AddFunctions(m.ptr(), fast_calls) != 0) throw pybind11::error_already_set();
 }

@@ -36,6 +36,8 @@ template <class A>
 class ForwardScan {
  public:
   ForwardScan(const ForwardParams& p, const Kernels<A>& kernels, int max_threads);
+  // Weights of an inference are kept from call to call (kept_weights.h): before the workspace is laid out.
+  void keep_weights();
   int64_t workspace_bytes() { return layout(nullptr); }
   const Plan& plan() const { return plan_; }
   bool run();
@@ -87,6 +89,7 @@ class ForwardScan {
   int64_t team_rows_, chunk_steps_, max_columns_;
   SplitRoom split_room_;                   // of a thread
   std::atomic<bool> infinite_[2][3] = {};  // of the three matrices
+  std::vector<KeptWeights> kept_;          // the same, direction by direction, or none
   // Workspace.
   LayerWeights<A> weights_[2];
   A* zeros_;
@@ -138,6 +141,22 @@ Matrix<A> ForwardScan<A>::make_matrix(const Shape& shape, int64_t rows, bool rou
 }
 
 template <class A>
+void ForwardScan<A>::keep_weights() {
+  if (p_.training) return;
+  const Matrix<A>* matrices[] = {&x_matrix_, &h_matrix_, &r_matrix_};
+  kept_.reserve(static_cast<size_t>(p_.D) * 3);
+  for (int d = 0; d < p_.D; ++d) {
+    const void* sources[] = {p_.weights[d].w_ih, p_.weights[d].w_hh, p_.weights[d].w_hr};
+    for (int i = 0; i < 3; ++i) {
+      const Matrix<A>& m = *matrices[i];
+      const Shape& s = m.shape;
+      kept_.emplace_back(KeptKey{sources[i], s.depth, s.units, s.gates, s.width, storage_, m.form, m.parts}, m.kept_bytes(),
+                         s.panels);
+    }
+  }
+}
+
+template <class A>
 LayerWeights<A> ForwardScan<A>::layout_weights(Arena& arena, int d) {
   const Weights& w = p_.weights[d];
   LayerWeights<A> weights{x_matrix_, h_matrix_, r_matrix_, nullptr, nullptr};
@@ -145,9 +164,16 @@ LayerWeights<A> ForwardScan<A>::layout_weights(Arena& arena, int d) {
   int i = 0;
   for (Matrix<A>* m : {&weights.x, &weights.h, &weights.r}) {
     m->source = sources[i];
-    m->infinite = &infinite_[d][i++];
-    m->packed = arena.take<A>(m->packed_elements());
-    m->split = arena.take<uint16_t>(m->split_elements());
+    m->infinite = &infinite_[d][i];
+    m->kept = kept_.empty() ? nullptr : kept_[d * 3 + i].matrix();
+    if (m->kept) {
+      m->packed = static_cast<A*>(m->kept->aligned);
+      m->split = static_cast<uint16_t*>(m->kept->aligned);
+    } else {
+      m->packed = arena.take<A>(m->packed_elements());
+      m->split = arena.take<uint16_t>(m->split_elements());
+    }
+    ++i;
   }
   weights.bias_x = arena.take<A>(h_shape_.columns());
   weights.bias_h = arena.take<A>(h_shape_.columns());
@@ -402,6 +428,7 @@ void forward(ForwardParams& p, const Allocate& allocate) {
     const Kernels<A>& kernels = kernels_of<A>(selected_kernels());
     const auto run = [&](int threads) {
       ForwardScan<A> scan(p, kernels, threads);
+      scan.keep_weights();
       p.workspace = allocate(scan.workspace_bytes());
       return scan.run();
     };

@@ -1,5 +1,6 @@
 // The tables of one instruction set, from its two vector types. Include inside the target region, if any.
 #pragma once
+#include "content_hash.h"
 #include "pointwise.h"
 #include "tile.h"
 
@@ -11,6 +12,7 @@ Kernels<typename V::Scalar> make_kernels() {
   table.width = V::kWidth;
   for (int v = 0; v <= kMaxTileVectors; ++v) table.max_rows[v] = V::kMaxRows[v];
   table.gemm = gemm<V>;
+  table.hash = content_hash<V>;
   if constexpr (sizeof(typename V::Scalar) == 8) {
     fill_storage<V, double>(table, 0);
   } else {

@@ -131,9 +131,10 @@ struct Kernels {
   void (*forward[kCells][kStorages])(const ForwardCall<A>&);
   void (*backward[kCells][kStorages])(const BackwardCall<A>&);
   void (*store[kStorages])(const StoreCall<A>&);
-  void (*load[kStorages])(const void* from, A* to, int64_t n);  // storage to arithmetic
-  void (*save[kStorages])(const A* from, void* to, int64_t n);  // arithmetic to storage
-  const SplitKernels* split;                                    // products of bfloat16 parts, or null
+  void (*load[kStorages])(const void* from, A* to, int64_t n);         // storage to arithmetic
+  void (*save[kStorages])(const A* from, void* to, int64_t n);         // arithmetic to storage
+  const SplitKernels* split;                                           // products of bfloat16 parts, or null
+  uint64_t (*hash)(const void* data, int64_t bytes, uint64_t before);  // content_hash.h
 };
 
 // Panels that one gemm call takes: few rows need several panels in flight to hide the latency of the FMA.

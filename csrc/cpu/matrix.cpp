@@ -59,6 +59,11 @@ void with_storage(int storage, const void* from, F&& f) {
   }
 }
 
+template <class A>
+int64_t element_size(const Matrix<A>& m) {
+  return m.storage == 0 ? static_cast<int64_t>(sizeof(A)) : 2;
+}
+
 void split_panels(const SplitKernels& kernels, const Matrix<float>& m, int64_t element_size, int64_t first, int64_t last) {
   const Shape& s = m.shape;
   for (int64_t p = first; p < last; ++p) {
@@ -80,10 +85,8 @@ void split_panels(const SplitKernels& kernels, const Matrix<float>& m, int64_t e
   }
 }
 
-}  // namespace
-
 template <class A>
-void pack(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first, int64_t last) {
+void pack_panels(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first, int64_t last) {
   if (m.form == Form::kPacked) {
     with_storage<A>(m.storage, m.source, [&](auto* typed) {
       if (m.straight) {
@@ -93,8 +96,48 @@ void pack(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first, int64_t 
       }
     });
   } else if (m.form == Form::kSplit) {
-    if constexpr (sizeof(A) == sizeof(float)) split_panels(*kernels.split, m, m.storage == 0 ? 4 : 2, first, last);
+    if constexpr (sizeof(A) == sizeof(float)) split_panels(*kernels.split, m, element_size(m), first, last);
   }
+}
+
+// Of what a panel of a transposed matrix is made from.
+template <class A>
+uint64_t source_hash(const Kernels<A>& kernels, const Matrix<A>& m, int64_t panel) {
+  const Shape& s = m.shape;
+  const int64_t row_bytes = s.depth * element_size(m), first = s.columns_before(panel) / s.width;
+  uint64_t hash = 0;
+  for (int v = 0; v < s.vectors_of(panel); ++v) {
+    const int64_t unit = (first + v) / s.gates * s.width, gate = (first + v) % s.gates;
+    const int64_t rows = std::clamp<int64_t>(s.units - unit, 0, s.width);
+    hash = kernels.hash(static_cast<const char*>(m.source) + (gate * s.units + unit) * row_bytes, rows * row_bytes, hash);
+  }
+  return hash;
+}
+
+}  // namespace
+
+template <class A>
+void pack(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first, int64_t last) {
+  if (!m.kept) {
+    pack_panels(kernels, m, first, last);
+    return;
+  }
+  int64_t packed = 0;
+  for (int64_t p = first; p < last; ++p) {
+    KeptPanel& kept = m.kept->panels[p];
+    const uint64_t hash = source_hash(kernels, m, p);
+    if (!kept.made || kept.hash != hash) {
+      std::atomic<bool> infinite{false};
+      Matrix<A> one = m;
+      one.infinite = &infinite;
+      kept.made = false;
+      pack_panels(kernels, one, p, p + 1);
+      kept = {hash, true, infinite.load()};
+      ++packed;
+    }
+    if (kept.infinite) m.infinite->store(true, std::memory_order_relaxed);
+  }
+  count_kept_panels(last - first - packed, packed);
 }
 
 template <class A>

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <utility>
 
+#include "kept_weights.h"
 #include "kernels.h"
 #include "plan.h"
 
@@ -90,17 +91,21 @@ struct Matrix {
   SplitParts parts;
   uint16_t* split = nullptr;
   std::atomic<bool>* infinite = nullptr;  // split: an element has no parts
+  KeptMatrix* kept = nullptr;             // where packed or split is from, if it outlasts the call
 
   int64_t packed_elements() const { return form == Form::kPacked ? shape.elements() : 0; }
   int64_t vector_elements() const { return split_blocks(shape.depth) * parts.panels * kSplitTile; }
   int64_t split_elements() const { return form == Form::kSplit ? shape.columns() / shape.width * vector_elements() : 0; }
+  int64_t kept_bytes() const {
+    return packed_elements() * static_cast<int64_t>(sizeof(A)) + split_elements() * static_cast<int64_t>(sizeof(uint16_t));
+  }
   // What choose_plan wants to know: bytes of an element, and pairs of parts.
   int64_t element_size() const { return form == Form::kSplit ? parts.panels * int64_t{2} : int64_t{sizeof(A)}; }
   int products() const { return form == Form::kSplit ? split_products(parts) : 0; }
   int64_t row_block_elements() const { return split_blocks(shape.depth) * parts.rows * kSplitTile; }
 };
 
-// Makes panels [first, last) of a packed or split matrix from its source.
+// Makes panels [first, last) of a packed or split matrix from its source; of a kept one those whose source has changed.
 template <class A>
 void pack(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first, int64_t last);
 
