@@ -3,6 +3,7 @@
 #pragma once
 #include "../cells.h"
 #include "kernels.h"
+#include "simd_math.h"
 #include "tile.h"
 
 namespace fused_rnn::cpu {
@@ -27,46 +28,83 @@ inline int lanes_left(int64_t size, int64_t at) {
   return static_cast<int>(size - at < V::kWidth ? size - at : V::kWidth);
 }
 
-template <class V, class C, class Storage>
-[[gnu::flatten]] void forward_pointwise(const ForwardCall<typename V::Scalar>& call) {
+// A vector of units of a row.
+struct Item {
+  int row;
+  int64_t vector;
+};
+// Calls f(items) for all vectors [first, last) of units of all rows: kInStep at a time, then one by one.
+template <int kInStep, class F>
+inline void for_items(int n_rows, int64_t first, int64_t last, F&& f) {
+  Item at{0, first};
+  const auto next = [&] {
+    const Item item = at;
+    if (++at.vector == last) at = {at.row + 1, first};
+    return item;
+  };
+  int64_t left = n_rows * (last - first);
+  for (; left >= kInStep; left -= kInStep) {
+    Item items[kInStep];
+    for (Item& item : items) item = next();
+    f(items);
+  }
+  for (; left > 0; --left) {
+    const Item items[] = {next()};
+    f(items);
+  }
+}
+
+// The items are computed in step, so that their chains of dependent instructions hide each other's latency: an LSTM's vector of units
+// takes 26 ns in fours and 36 ns one by one, a GRU's 17 and 26 (bfloat16, Sapphire Rapids, 2026-11-21).
+template <class V, class C, class Storage, bool kSave, int kItems>
+inline void forward_items(const ForwardCall<typename V::Scalar>& call, const Item (&items)[kItems]) {
   using A = typename V::Scalar;
+  using Units = simd::Several<V, kItems>;
   constexpr int kWidth = V::kWidth;
-  for (int r = 0; r < call.n_rows; ++r) {
-    const ForwardRow<A>& row = call.rows[r];
-    for (int64_t v = call.first; v < call.last; ++v) {
-      const A* rec = call.rec + r * call.rec_stride + (v - call.first) * C::kGates * kWidth;
-      const A* xg = call.xg + r * call.xg_stride + (v - call.first) * C::kGates * kWidth;
-      const int64_t unit = v * kWidth;
-      const int n = lanes_left<V>(call.H, unit);
-      V a[C::kSlots], h, c = V(0), c_prev = V(0), h_prev = V(0);
-      for (int g = 0; g < C::kGates; ++g) {
-        const V sum = V::load(rec + g * kWidth);
-        const V projection = V::load(xg + g * kWidth);
-        if (C::recurrent_slot(g) == g) {
-          a[g] = projection + sum;
-        } else {
-          a[g] = projection;
-          a[C::recurrent_slot(g)] = sum;
-        }
-      }
-      if constexpr (C::kHasC) c_prev = V::load(row.c_prev + unit);
-      if constexpr (C::kSlots != C::kGates) h_prev = V::load(row.h_prev + unit);
-      C::forward(a, h_prev, c_prev, h, c);
-      if constexpr (C::kHasC) c.store(row.c + unit);
-      if (row.y) {
-        store_stored<V, Storage>(h, row.y, unit, n);
-        if constexpr (sizeof(Storage) < sizeof(A)) h = load_stored<V, Storage>(row.y, unit, n);
-      }
-      h.store(row.h + unit);
-      if constexpr (C::kSaved > 0) {
-        if (row.gates) {
-          for (int s = 0; s < C::kSlots; ++s) store_stored<V, Storage>(a[s], row.gates, s * call.H + unit, n);
-        }
-      }
-      if constexpr (C::kHasC) {
-        if (row.cs) store_stored<V, Storage>(c, row.cs, unit, n);
+  Units a[C::kSlots], h, c = Units(0), c_prev = Units(0), h_prev = Units(0);
+  for (int i = 0; i < kItems; ++i) {
+    const ForwardRow<A>& row = call.rows[items[i].row];
+    const int64_t column = (items[i].vector - call.first) * C::kGates * kWidth, unit = items[i].vector * kWidth;
+    for (int g = 0; g < C::kGates; ++g) {
+      const V sum = V::load(call.rec + items[i].row * call.rec_stride + column + g * kWidth);
+      const V projection = V::load(call.xg + items[i].row * call.xg_stride + column + g * kWidth);
+      if (C::recurrent_slot(g) == g) {
+        a[g].v[i] = projection + sum;
+      } else {
+        a[g].v[i] = projection;
+        a[C::recurrent_slot(g)].v[i] = sum;
       }
     }
+    if constexpr (C::kHasC) c_prev.v[i] = V::load(row.c_prev + unit);
+    if constexpr (C::kSlots != C::kGates) h_prev.v[i] = V::load(row.h_prev + unit);
+  }
+  C::forward(a, h_prev, c_prev, h, c);
+  for (int i = 0; i < kItems; ++i) {
+    const ForwardRow<A>& row = call.rows[items[i].row];
+    const int64_t unit = items[i].vector * kWidth;
+    const int n = lanes_left<V>(call.H, unit);
+    if constexpr (C::kHasC) c.v[i].store(row.c + unit);
+    if (row.y) {
+      store_stored<V, Storage>(h.v[i], row.y, unit, n);
+      if constexpr (sizeof(Storage) < sizeof(A)) h.v[i] = load_stored<V, Storage>(row.y, unit, n);
+    }
+    h.v[i].store(row.h + unit);
+    if constexpr (kSave) {
+      for (int s = 0; s < C::kSlots; ++s) store_stored<V, Storage>(a[s].v[i], row.gates, s * call.H + unit, n);
+      if constexpr (C::kHasC) store_stored<V, Storage>(c.v[i], row.cs, unit, n);
+    }
+  }
+}
+
+template <class V, class C, class Storage>
+[[gnu::flatten]] void forward_pointwise(const ForwardCall<typename V::Scalar>& call) {
+  if (C::kSaved > 0 && call.rows[0].gates) {
+    // One by one: in step the gates to be saved would not stay in registers.
+    for_items<1>(call.n_rows, call.first, call.last,
+                 [&](const auto& items) { forward_items<V, C, Storage, (C::kSaved > 0)>(call, items); });
+  } else {
+    for_items<V::kInStep>(call.n_rows, call.first, call.last,
+                          [&](const auto& items) { forward_items<V, C, Storage, false>(call, items); });
   }
 }
 

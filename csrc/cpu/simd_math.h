@@ -1,14 +1,60 @@
 // sigmoid, tanh and relu of SIMD vectors, found by argument-dependent lookup through the base class VectorBase.
 //
 // With y = n ln 2 + r, |r| <= ln 2 / 2:  expm1(y) = 2^n expm1(r) + (2^n - 1), expm1(r) = r + r^2 q(r), q a polynomial fitted
-// on Chebyshev nodes. tanh(x) = e / (e + 2) with e = expm1(2x) keeps its relative accuracy near 0; sigmoid(x) = 1 / (2 +
-// expm1(-x)). tests/test_cpu.py bounds the errors: 3 ulp for float, 4 for double. Infinities saturate, NaN stays NaN.
+// on Chebyshev nodes. tanh(x) = e / (e + 2) with e = expm1(2x) keeps its relative accuracy near 0. tests/test_cpu.py bounds the errors: 3 ulp for float, 4 for double. Infinities saturate, NaN stays NaN.
 #pragma once
 #include "kernels.h"
 
 namespace fused_rnn::cpu::simd {
 
 struct VectorBase {};
+
+// kCount vectors that the same is done to.
+template <class V, int kCount>
+struct Several : VectorBase {
+  using Scalar = typename V::Scalar;
+  V v[kCount];
+  Several() {}
+  explicit Several(Scalar value) {
+    for (V& element : v) element = V(value);
+  }
+  template <class F>
+  static Several of(F&& f) {
+    Several result;
+    for (int i = 0; i < kCount; ++i) result.v[i] = f(i);
+    return result;
+  }
+  friend Several operator+(const Several& a, const Several& b) {
+    return of([&](int i) { return a.v[i] + b.v[i]; });
+  }
+  friend Several operator-(const Several& a, const Several& b) {
+    return of([&](int i) { return a.v[i] - b.v[i]; });
+  }
+  friend Several operator*(const Several& a, const Several& b) {
+    return of([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  friend Several multiply_add(const Several& a, const Several& b, const Several& c) {
+    return of([&](int i) { return multiply_add(a.v[i], b.v[i], c.v[i]); });
+  }
+  friend Several clamp(const Several& x, const Several& low, const Several& high) {
+    return of([&](int i) { return clamp(x.v[i], low.v[i], high.v[i]); });
+  }
+  friend Several round_to_integer(const Several& x) {
+    return of([&](int i) { return round_to_integer(x.v[i]); });
+  }
+  friend Several power_of_two(const Several& n) {
+    return of([&](int i) { return power_of_two(n.v[i]); });
+  }
+  friend Several select_less(const Several& a, const Several& b, const Several& x, const Several& y) {
+    return of([&](int i) { return select_less(a.v[i], b.v[i], x.v[i], y.v[i]); });
+  }
+  friend Several reciprocal(const Several& x) {
+    return of([&](int i) { return reciprocal(x.v[i]); });
+  }
+  friend Several divide(const Several& n, const Several& d) {
+    return of([&](int i) { return divide(n.v[i], d.v[i]); });
+  }
+};
 
 template <class A>
 struct Polynomial;
@@ -51,9 +97,18 @@ inline V limited_expm1(V y, typename V::Scalar limit) {
   return multiply_add(power, multiply_add(r * r, q, r), power - V(1));
 }
 
+// 1 / (1 + exp(-x)), with r = x - n ln 2 for exp(-x) = 2^-n exp(-r).
 template <class V>
 inline V sigmoid(V x) {
-  return reciprocal(V(2) + limited_expm1(V(0) - x, Polynomial<typename V::Scalar>::kExpLimit));
+  using P = Polynomial<typename V::Scalar>;
+  x = clamp(x, V(-P::kExpLimit), V(P::kExpLimit));
+  const V n = round_to_integer(x * V(-P::kLog2e));
+  const V r = multiply_add(n, V(P::kLn2Low), multiply_add(n, V(P::kLn2High), x));
+  constexpr auto sign = [](int i) { return i % 2 == 0 ? 1 : -1; };
+  V q = V(sign(P::kTerms + 1) * P::kQ[P::kTerms - 1]);
+  for (int i = P::kTerms - 2; i >= 0; --i) q = multiply_add(q, r, V(sign(i) * P::kQ[i]));
+  q = multiply_add(multiply_add(q, r, V(-1)), r, V(1));
+  return reciprocal(multiply_add(power_of_two(n), q, V(1)));
 }
 template <class V>
 inline V tanh(V x) {

@@ -10,6 +10,7 @@ struct VecF : simd::VectorBase {
   using Scalar = float;
   static constexpr int kWidth = 8;
   static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 6, 4, 3};  // 12 sums leave 4 of 16 registers
+  static constexpr int kInStep = 1;
   __m256 v;
   FUSED_RNN_INLINE VecF() {}
   FUSED_RNN_INLINE VecF(__m256 value) : v(value) {}
@@ -80,6 +81,7 @@ struct VecD : simd::VectorBase {
   using Scalar = double;
   static constexpr int kWidth = 4;
   static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 6, 4, 3};
+  static constexpr int kInStep = 1;
   __m256d v;
   FUSED_RNN_INLINE VecD() {}
   FUSED_RNN_INLINE VecD(__m256d value) : v(value) {}

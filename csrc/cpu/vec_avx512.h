@@ -10,6 +10,7 @@ struct VecF : simd::VectorBase {
   using Scalar = float;
   static constexpr int kWidth = 16;
   static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 8, 8, 6};
+  static constexpr int kInStep = 4;
   __m512 v;
   FUSED_RNN_INLINE VecF() {}
   FUSED_RNN_INLINE VecF(__m512 value) : v(value) {}
@@ -74,10 +75,11 @@ struct VecF : simd::VectorBase {
     const __m512 r = _mm512_rcp14_ps(x.v);
     return _mm512_fmadd_ps(_mm512_fnmadd_ps(x.v, r, _mm512_set1_ps(1)), r, r);
   }
+  // The same on the quotient.
   FUSED_RNN_INLINE friend VecF divide(VecF n, VecF d) {
-    const VecF r = reciprocal(d);
-    const __m512 q = _mm512_mul_ps(n.v, r.v);
-    return _mm512_fmadd_ps(_mm512_fnmadd_ps(q, d.v, n.v), r.v, q);
+    const __m512 r = _mm512_rcp14_ps(d.v);
+    const __m512 q = _mm512_mul_ps(n.v, r);
+    return _mm512_fmadd_ps(_mm512_fnmadd_ps(q, d.v, n.v), r, q);
   }
   // Lane l of the result is the sum of the lanes of v[l]: pairs of rows are interleaved and added, four times.
   FUSED_RNN_INLINE friend VecF sum_lanes(const VecF (&v)[16]) {
@@ -101,6 +103,7 @@ struct VecD : simd::VectorBase {
   using Scalar = double;
   static constexpr int kWidth = 8;
   static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 8, 8, 6};
+  static constexpr int kInStep = 4;
   __m512d v;
   FUSED_RNN_INLINE VecD() {}
   FUSED_RNN_INLINE VecD(__m512d value) : v(value) {}

@@ -31,6 +31,7 @@ struct Vec : simd::VectorBase {
   using Bits = typename N::Bits;
   static constexpr int kWidth = 16 / sizeof(A);
   static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 6, 4, 3};
+  static constexpr int kInStep = 1;
   Vector v;
   Vec() {}
   Vec(Vector value) : v(value) {}
