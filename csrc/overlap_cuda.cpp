@@ -4,6 +4,8 @@
 #include <ATen/cuda/CUDAEvent.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/native_dropout.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -178,13 +180,23 @@ std::optional<Stack> stack_of(const StackCall& s, bool training, bool backward) 
                s.dropout};
 }
 
+double scale_of(double dropout) { return 1 / (1 - dropout); }
+
+// dropped() of some rows, into others or the same.
+void drop_rows(Tensor to, const Tensor& from, const Tensor& left, double dropout) {
+  at::mul_out(to, from, left);
+  to.mul_(scale_of(dropout));
+}
+
 Tensor workspace_of(const Plan& plan, const Tensor& x) {
   return at::empty({plan.workspace_bytes}, x.options().dtype(at::kByte));
 }
 
 }  // namespace
 
-std::optional<std::vector<LayerOutputs>> overlapped_forward(const StackCall& s, bool save) {
+Tensor dropped(const Tensor& t, const Tensor& left, double dropout) { return at::mul(at::mul(t, left), scale_of(dropout)); }
+
+std::optional<StackOutputs> overlapped_forward(const StackCall& s, bool save) {
   const c10::cuda::CUDAGuard device_guard(s.x.device());
   const auto stack = stack_of(s, save, /*backward=*/false);
   if (!stack) return std::nullopt;
@@ -194,9 +206,18 @@ std::optional<std::vector<LayerOutputs>> overlapped_forward(const StackCall& s, 
 
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const MatmulPrecision precision(stack->layer.allow_tf32);
+  StackOutputs made;
   std::deque<ForwardLayer> layers;
   for (int64_t l = 0; l < s.layers; ++l) {
-    ForwardLayer& layer = layers.emplace_back(s, l == 0 ? s.x : layers.back().call.y, l);
+    Tensor x = l == 0 ? s.x : layers.back().call.y;
+    if (l > 0 && s.dropout > 0) {
+      // The call that the layers in turn would make, in their order, so it draws the same mask; what it makes of an output that is
+      // not there yet is written over.
+      const auto [room, left] = at::native_dropout(x, s.dropout, /*train=*/true);
+      made.inputs.push_back(x = room);
+      made.left.push_back(left);
+    }
+    ForwardLayer& layer = layers.emplace_back(s, x, l);
     layer.call = prepare_forward(layer.in, save);
     ForwardParams& p = layer.call.params;
     p.allow_tf32 = stack->layer.allow_tf32;
@@ -209,18 +230,22 @@ std::optional<std::vector<LayerOutputs>> overlapped_forward(const StackCall& s, 
     const ForwardLayer& layer = layers[task.layer];
     const ForwardParams& p = layer.call.params;
     if (!task.project) return cuda::forward_steps(p, plan, {task.first, task.end, layer.carry.data_ptr<float>()}, stream);
+    // With two directions the whole layer below is there.
+    if (task.layer > 0 && s.dropout > 0 && (p.D == 1 || task.first == 0)) {
+      const auto rows = [&](const Tensor& t) { return p.D == 1 ? t.slice(0, task.first, task.end) : t; };
+      drop_rows(rows(layer.x), rows(layers[task.layer - 1].call.y), rows(made.left[task.layer - 1]), s.dropout);
+    }
     for (int d = 0; d < p.D; ++d) {
       const int64_t first = d ? p.seq.T - task.end : task.first, end = d ? p.seq.T - task.first : task.end;
       project_rows(layer.in, layer.call, layer.x.view({p.seq.N, p.I}), d, first * p.seq.B, end * p.seq.B);
     }
   });
-  std::vector<LayerOutputs> outputs;
-  for (const ForwardLayer& layer : layers) outputs.push_back(forward_outputs(layer.call, save));
-  return outputs;
+  for (const ForwardLayer& layer : layers) made.layers.push_back(forward_outputs(layer.call, save));
+  return made;
 }
 
 std::optional<std::vector<LayerGradients>> overlapped_backward(const StackCall& s, const StackGradients& given,
-                                                               const std::vector<LayerOutputs>& saved,
+                                                               const StackOutputs& saved,
                                                                const std::vector<std::array<bool, 3>>& masks) {
   const c10::cuda::CUDAGuard device_guard(s.x.device());
   const auto stack = stack_of(s, /*training=*/true, /*backward=*/true);
@@ -234,7 +259,8 @@ std::optional<std::vector<LayerGradients>> overlapped_backward(const StackCall& 
   std::deque<BackwardLayer> layers;  // the first is the lowest
   for (int64_t l = s.layers - 1; l >= 0; --l) {
     const OptionalTensor dy = layers.empty() ? given.dy : OptionalTensor(layers.front().dx);
-    BackwardLayer& layer = layers.emplace_front(s, l == 0 ? s.x : std::get<0>(saved[l - 1]), l, dy, given, saved[l]);
+    const Tensor& x = l == 0 ? s.x : s.dropout > 0 ? saved.inputs[l - 1] : std::get<0>(saved.layers[l - 1]);
+    BackwardLayer& layer = layers.emplace_front(s, x, l, dy, given, saved.layers[l]);
     layer.call = prepare_backward(layer.in, layer.grads);
     BackwardParams& p = layer.call.params;
     p.allow_tf32 = stack->layer.allow_tf32;
@@ -251,7 +277,9 @@ std::optional<std::vector<LayerGradients>> overlapped_backward(const StackCall& 
     const BackwardLayer& above = layers[task.layer + 1];
     const int64_t first = (p.seq.T - task.end) * p.seq.B, end = (p.seq.T - task.first) * p.seq.B;
     const Tensor dg = above.call.d_gates.view({p.seq.N, slot_count(p.cell) * p.H}).slice(0, first, end);
-    input_gradient(above.in, input_columns(p.cell, p.H, dg), above.dx.view({p.seq.N, -1}).slice(0, first, end), /*d=*/0);
+    const Tensor dx = above.dx.view({p.seq.N, -1}).slice(0, first, end);
+    input_gradient(above.in, input_columns(p.cell, p.H, dg), dx, /*d=*/0);
+    if (s.dropout > 0) drop_rows(dx, dx, saved.left[task.layer].view({p.seq.N, -1}).slice(0, first, end), s.dropout);
   });
   std::vector<LayerGradients> gradients;
   for (int64_t l = 0; l < s.layers; ++l) {

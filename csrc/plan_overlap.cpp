@@ -42,8 +42,19 @@ struct Costs {
     const double bytes = (rows * (columns + inputs) + columns * inputs) * dtype_size(p.dtype);
     return p.D * (kLaunchUs + std::max(clocks / (kClockGhz * 1e3), us_of_bytes(bytes, sms)));
   }
+  // Some passes over the elements between two layers, two of them and a mask each.
+  double drop(int64_t steps, int passes, int sms) const {
+    if (stack.dropout == 0) return 0;
+    const double elements = double(steps) * stack.layer.B * stack.layer.I;
+    return passes * (kLaunchUs + us_of_bytes(elements * (2 * dtype_size(stack.layer.dtype) + 1), sms));
+  }
+  // What becomes of it in a task: the mask, then the scale.
+  double drop_rows(const OverlapTask& task, int sms) const {
+    return task.project && (stack.layer.backward || task.layer > 0) ? drop(task.end - task.first, 2, sms) : 0;
+  }
+  double draw() const { return stack.layer.backward ? 0 : (stack.layers - 1) * drop(stack.layer.T, 1, device.sm_count); }
   double in_turn() const {
-    double us = 0;
+    double us = (stack.layers - 1) * drop(stack.layer.T, 1, device.sm_count);
     for (int layer = 0; layer < stack.layers; ++layer) {
       us += scan(stack.layer.T);
       if (layer < stack.layers - 1 || !stack.layer.backward) us += project(layer, stack.layer.T, device.sm_count);
@@ -52,12 +63,15 @@ struct Costs {
   }
   // When the last task ends, if every stream makes its tasks one after another and a task waits for its `after`.
   double overlapped(const std::vector<OverlapTask>& tasks, int concurrent_layers, int idle_sms) const {
-    std::vector<double> ends, free(1 + concurrent_layers, 0.0);
+    std::vector<double> ends, free(1 + concurrent_layers, draw());
+    double host = 0;
     for (const OverlapTask& task : tasks) {
-      double start = std::max(free[task.stream], kHostUs * (1.0 + double(ends.size())));
+      const double dropped = drop_rows(task, idle_sms);
+      host += kHostUs * (dropped > 0 ? 2 : 1);
+      double start = std::max(free[task.stream], host);
       if (task.after >= 0) start = std::max(start, ends[task.after] + kLaunchUs);
       const int64_t steps = task.end - task.first;
-      ends.push_back(start + (task.project ? project(task.layer, steps, idle_sms) : scan(steps)));
+      ends.push_back(start + dropped + (task.project ? project(task.layer, steps, idle_sms) : scan(steps)));
       free[task.stream] = ends.back();
     }
     return *std::max_element(free.begin(), free.end());
@@ -76,7 +90,7 @@ int most_concurrent(const Stack& stack, const Plan& plan, const DeviceInfo& devi
 
 std::string obstacle(const Stack& stack, const Plan& plan) {
   if (!plan.persistent) return std::string("family ") + to_string(plan.family) + " takes all SMs in turn";
-  if (stack.dropout) return "dropout between the layers is applied to whole sequences";
+  if (stack.dropout >= 1) return "dropout leaves nothing of a layer's output";
   if (stack.packed) return "where the rows of a step of a packed sequence lie is known on the device only";
   if (stack.layer.backward && stack.layers == 1) return "there is one layer";
   if (stack.layer.backward && stack.layer.D == 2)

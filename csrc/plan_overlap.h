@@ -6,7 +6,8 @@
 //   scan(l, c)     needs project(l, c) and scan(l, c - 1)
 // Backward goes from the top layer down and from the last step to the first, and project(l, c) is the product that makes the
 // gradient of layer l's output from the gates of the layer above; the top layer has none. All projections run on stream 0, the
-// caller's; the recurrence of the n-th layer in this order on stream 1 + n % concurrent_layers.
+// caller's; the recurrence of the n-th layer in this order on stream 1 + n % concurrent_layers. Dropout between the layers is part
+// of project: forward of what comes in, backward of what goes out. Its masks are drawn before the first task.
 #pragma once
 #include <string>
 #include <vector>
@@ -19,8 +20,8 @@ struct Stack {
   Problem layer;        // each of the layers, forward or backward; I of those above the first
   int64_t first_input;  // I of the first
   int layers;
-  bool packed;   // rows are found by offsets, which only the device knows
-  bool dropout;  // between the layers
+  bool packed;     // rows are found by offsets, which only the device knows
+  double dropout;  // probability between the layers, 0: none
 };
 
 inline bool operator==(const Stack& a, const Stack& b) {

@@ -23,11 +23,11 @@ class StackFunction : public torch::autograd::Function<StackFunction> {
  public:
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& x,
                                                 const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
-                                                const StackCall* stack, const std::vector<LayerOutputs>* made) {
+                                                const StackCall* stack, const StackOutputs* made) {
     torch::autograd::variable_list results,
         saved{x, tensor_of(h0), tensor_of(c0), tensor_of(stack->lengths), tensor_of(stack->resets)};
     const auto append = [&](auto part) {
-      for (const LayerOutputs& layer : *made) results.push_back(std::get<decltype(part)::value>(layer));
+      for (const LayerOutputs& layer : made->layers) results.push_back(std::get<decltype(part)::value>(layer));
     };
     append(std::integral_constant<int, 0>{});
     append(std::integral_constant<int, 1>{});
@@ -35,12 +35,15 @@ class StackFunction : public torch::autograd::Function<StackFunction> {
     append(std::integral_constant<int, 3>{});
     append(std::integral_constant<int, 4>{});
     saved.insert(saved.end(), results.begin(), results.end());
+    saved.insert(saved.end(), made->inputs.begin(), made->inputs.end());
+    saved.insert(saved.end(), made->left.begin(), made->left.end());
     saved.insert(saved.end(), weights.begin(), weights.end());
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["has_biases"] = stack->has_biases;
     ctx->saved_data["cell"] = static_cast<int64_t>(stack->cell);
     ctx->saved_data["layers"] = stack->layers;
     ctx->saved_data["bidirectional"] = stack->bidirectional;
+    ctx->saved_data["dropout"] = stack->dropout;
     ctx->saved_data["need_x"] = x.requires_grad();
     ctx->saved_data["need_state"] = requires_grad(h0) || requires_grad(c0);
     const int64_t differentiable = stack->layers * (stack->cell == CellKind::kLstm ? 3 : 2);
@@ -53,14 +56,18 @@ class StackFunction : public torch::autograd::Function<StackFunction> {
                                                  torch::autograd::variable_list grads) {
     const auto saved = ctx->get_saved_variables();
     const int64_t layers = ctx->saved_data["layers"].toInt();
+    const double dropout = ctx->saved_data["dropout"].toDouble();
     constexpr size_t kFixed = 5;
-    const at::TensorList results = at::TensorList(saved).slice(kFixed, 5 * layers);
+    const size_t dropouts = dropout > 0 ? layers - 1 : 0;
+    const at::TensorList all(saved), results = all.slice(kFixed, 5 * layers),
+                                     inputs = all.slice(kFixed + 5 * layers, dropouts),
+                                     left = all.slice(kFixed + 5 * layers + dropouts, dropouts);
     const OptionalTensor h0 = optional_of(saved[1]), c0 = optional_of(saved[2]), lengths = optional_of(saved[3]),
                          resets = optional_of(saved[4]), offsets;
     const StackCall stack{saved[0],
                           h0,
                           c0,
-                          at::TensorList(saved).slice(kFixed + results.size()),
+                          all.slice(kFixed + 5 * layers + 2 * dropouts),
                           ctx->saved_data["has_biases"].toBool(),
                           lengths,
                           offsets,
@@ -68,13 +75,13 @@ class StackFunction : public torch::autograd::Function<StackFunction> {
                           static_cast<CellKind>(ctx->saved_data["cell"].toInt()),
                           layers,
                           ctx->saved_data["bidirectional"].toBool(),
-                          /*dropout=*/false};
-    std::vector<LayerOutputs> outputs;
+                          dropout};
+    StackOutputs outputs{{}, inputs.vec(), left.vec()};
     std::vector<std::array<bool, 3>> masks;
     StackGradients given{optional_of(grads[layers - 1]), {}, {}};
     for (int64_t l = 0; l < layers; ++l) {
-      outputs.emplace_back(results[l], results[layers + l], results[2 * layers + l], results[3 * layers + l],
-                           results[4 * layers + l]);
+      outputs.layers.emplace_back(results[l], results[layers + l], results[2 * layers + l], results[3 * layers + l],
+                                  results[4 * layers + l]);
       masks.push_back({l > 0 || ctx->saved_data["need_x"].toBool(), ctx->saved_data["need_state"].toBool(),
                        any_requires_grad(params_of_layer(stack.weights, l, layers))});
       given.dh_n.push_back(optional_of(grads[layers + l]));
@@ -88,23 +95,27 @@ class StackFunction : public torch::autograd::Function<StackFunction> {
   }
 
  private:
-  // Layer by layer; differentiable where autograd asks for that. hidden: gradients of the layers' outputs.
-  static std::vector<LayerGradients> in_turn(const StackCall& s, const StackGradients& given,
-                                             const std::vector<LayerOutputs>& outputs,
+  // Layer by layer; differentiable where autograd asks for that: then an input is made of the output below it again. hidden:
+  // gradients of the layers' outputs.
+  static std::vector<LayerGradients> in_turn(const StackCall& s, const StackGradients& given, const StackOutputs& outputs,
                                              const std::vector<std::array<bool, 3>>& masks,
                                              const torch::autograd::variable_list& hidden) {
     const int64_t directions = s.bidirectional ? 2 : 1;
     std::vector<LayerGradients> made(s.layers);
     Tensor dy = tensor_of(given.dy);
     for (int64_t l = s.layers - 1; l >= 0; --l) {
-      const auto& [y, h_n, c_n, gates, cs] = outputs[l];
+      const auto& [y, h_n, c_n, gates, cs] = outputs.layers[l];
+      Tensor x = l == 0 ? s.x : std::get<0>(outputs.layers[l - 1]);
+      if (l > 0 && s.dropout > 0) {
+        x = at::GradMode::is_enabled() ? dropped(x, outputs.left[l - 1], s.dropout) : outputs.inputs[l - 1];
+      }
       made[l] = layer_backward_op().call(
-          optional_of(dy), given.dh_n[l], given.dc_n[l], l == 0 ? s.x : std::get<0>(outputs[l - 1]),
-          states_of_layer(s.h0, l, directions, s.layers), states_of_layer(s.c0, l, directions, s.layers),
-          params_of_layer(s.weights, l, s.layers), s.has_biases, s.lengths, s.offsets, s.resets, y, gates, cs,
-          static_cast<int64_t>(s.cell), s.bidirectional, masks[l]);
+          optional_of(dy), given.dh_n[l], given.dc_n[l], x, states_of_layer(s.h0, l, directions, s.layers),
+          states_of_layer(s.c0, l, directions, s.layers), params_of_layer(s.weights, l, s.layers), s.has_biases, s.lengths,
+          s.offsets, s.resets, y, gates, cs, static_cast<int64_t>(s.cell), s.bidirectional, masks[l]);
       if (l == 0) break;
       dy = std::get<0>(made[l]);
+      if (s.dropout > 0) dy = dropped(dy, outputs.left[l - 1], s.dropout);
       if (hidden[l - 1].defined()) dy = at::add(dy, hidden[l - 1]);
     }
     return made;
@@ -152,7 +163,7 @@ std::optional<std::tuple<Tensor, Tensor, Tensor>> overlapped_rnn(
                        static_cast<CellKind>(cell),
                        num_layers,
                        bidirectional,
-                       dropout > 0 && training && num_layers > 1};
+                       training && num_layers > 1 ? dropout : 0.0};
   const bool differentiate = differentiates(x, h0, c0, weights);
   const auto made = overlapped_forward(call, differentiate);
   if (!made) return std::nullopt;
@@ -164,8 +175,8 @@ std::optional<std::tuple<Tensor, Tensor, Tensor>> overlapped_rnn(
     h_n.assign(results.begin() + num_layers, results.begin() + 2 * num_layers);
     c_n.assign(results.begin() + 2 * num_layers, results.begin() + 3 * num_layers);
   } else {
-    y = std::get<0>(made->back());
-    for (const auto& layer : *made) {
+    y = std::get<0>(made->layers.back());
+    for (const auto& layer : made->layers) {
       h_n.push_back(std::get<1>(layer));
       c_n.push_back(std::get<2>(layer));
     }

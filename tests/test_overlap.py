@@ -119,7 +119,8 @@ def test_plan_of_backward(row: tuple[Any, ...]) -> None:
 REASONS = [
     ("H100", {"forced": "step"}, "family step takes all SMs in turn"),
     ("H100", {}, "family step takes all SMs in turn"),
-    ("H100", {"forced": "grid", "dropout": True}, "dropout between the layers is applied to whole sequences"),
+    ("H100", {"forced": "grid", "dropout": 1.0}, "dropout leaves nothing of a layer's output"),
+    ("H100", {"forced": "cluster", "dropout": 0.5, "T": 64}, "chunks would save too little"),
     (
         "H100",
         {"forced": "cluster", "packed": True},
@@ -212,11 +213,15 @@ def test_layers_follow_each_other_a_chunk_apart() -> None:
 
 def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_RNN_PLAN", "cluster")
-    lstm = fused_rnn.LSTM(256, 256, num_layers=4, dropout=0.1, dtype=torch.float16, device="meta")
+    lstm = fused_rnn.LSTM(256, 256, num_layers=4, dropout=1.0, dtype=torch.float16, device="meta")
     x = torch.empty(256, 8, 256, dtype=torch.float16, device="meta")
     assert "forward: layers in turn, because dropout" in str(fused_rnn.explain(lstm, x, device="H100", show=False))
+    lstm.dropout = 0.1
+    with_dropout = fused_rnn.explain(lstm, x, device="H100", show=False).overlap
+    assert {name: plan["chunks"] for name, plan in with_dropout.items()} == {"forward": 4, "backward": 4}
     result = fused_rnn.explain(lstm.eval(), x, device="H100", show=False)
     assert {name: plan["chunks"] for name, plan in result.overlap.items()} == {"forward": 4, "backward": 4}
+    assert all(with_dropout[name]["us"] > plan["us"] for name, plan in result.overlap.items())
     assert "\nforward: overlap: 4 chunks of 64 steps, 4 recurrences at once on 64 SMs, projections on 68; " in str(result)
     monkeypatch.setenv("FUSED_RNN_OVERLAP", "0")
     assert fused_rnn.explain(lstm, x, device="H100", show=False).overlap["forward"]["chunks"] == 1
@@ -282,11 +287,66 @@ def test_bitwise_as_one_launch_after_the_other(family: str, tmp_path: Path) -> N
 
 
 @pytest.mark.gpu
-def test_differentiated_twice(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    lstm = fused_rnn.LSTM(24, 64, num_layers=3, device="cuda")
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("cell", [fused_rnn.LSTM, fused_rnn.GRU, fused_rnn.RNN])
+def test_dropout(cell: Any, bidirectional: bool, grad: bool, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The masks of the layers in turn, from the same seed."""
+    options = {"device": "cuda", "dtype": torch.float16}
+    rnn = cell(24, 64, num_layers=3, bidirectional=bidirectional, dropout=0.4, **options)
+    x = torch.randn(13, 9, 24, requires_grad=grad, **options)
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(7)
+        with torch.set_grad_enabled(grad):
+            y = rnn(x)[0]
+            return [y, *torch.autograd.grad(y.float().square().sum(), [x, *rnn.parameters()])] if grad else [y]
+
+    overlapped, again = run(), run()
+    assert all(torch.equal(a, b) for a, b in zip(overlapped, again, strict=True))
+    monkeypatch.setenv("FUSED_RNN_OVERLAP", "0")
+    for index, (actual, want) in enumerate(zip(overlapped, run(), strict=True)):
+        assert_near(f"tensor {index}", actual, want.double(), GRADIENT_TOLERANCE[torch.float16])
+
+
+@pytest.mark.gpu
+def test_dropout_in_a_graph(family: str) -> None:
+    """A replay draws new masks: those that a call from the generator's seed would draw."""
+    lstm = fused_rnn.LSTM(24, 64, num_layers=3, dropout=0.4, device="cuda", dtype=torch.float16)
+    x = torch.randn(13, 9, 24, device="cuda", dtype=torch.float16)
+
+    def run() -> list[Tensor]:
+        y = lstm(x)[0]
+        return [y, *torch.autograd.grad(y.float().square().sum(), lstm.parameters())]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    outputs = []
+    for seed in (1, 2):
+        torch.cuda.manual_seed(seed)
+        graph.replay()
+        torch.cuda.synchronize()
+        replayed = [t.clone() for t in captured]
+        torch.cuda.manual_seed(seed)
+        assert all(torch.equal(a, b) for a, b in zip(replayed, run(), strict=True))
+        outputs.append(replayed[0])
+    assert not torch.equal(*outputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_differentiated_twice(dropout: float, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lstm = fused_rnn.LSTM(24, 64, num_layers=3, dropout=dropout, device="cuda")
     x = torch.randn(13, 9, 24, device="cuda", requires_grad=True)
 
     def second() -> list[Tensor]:
+        torch.manual_seed(7)
         first = torch.autograd.grad(lstm(x)[0].square().sum(), [x, *lstm.parameters()], create_graph=True)
         return list(torch.autograd.grad(sum(g.square().sum() for g in first), [x, *lstm.parameters()]))
 

@@ -50,13 +50,34 @@ def any_order(tasks: list[OverlapTask], seed: int) -> list[OverlapTask]:
     return order
 
 
+def masks_of(layers: list[Layer], dropout: float) -> list[Tensor] | None:
+    """For each layer but the last, what its output is multiplied by: 0, or what keeps the mean."""
+    if not dropout:
+        return None
+    draw = torch.Generator().manual_seed(11)
+    shapes = [(layer.rows, layer.case.directions * layer.case.output) for layer in layers[:-1]]
+    return [(torch.rand(shape, generator=draw) >= dropout).double() / (1 - dropout) for shape in shapes]
+
+
+def dropped(t: Tensor, masks: list[Tensor] | None, below: int) -> Tensor:
+    """An output of layer `below`, or its gradient, after dropout."""
+    return t if masks is None else (t.double().reshape(masks[below].shape) * masks[below]).to(t.dtype)
+
+
 class StackRun:
     """The memory of all layers, and one task after the other. saved: what forward left, for backward."""
 
     def __init__(
-        self, sim: Simulator, layers: list[Layer], family: str, seed: int, saved: list[dict[str, Tensor]] | None = None
+        self,
+        sim: Simulator,
+        layers: list[Layer],
+        family: str,
+        seed: int,
+        saved: list[dict[str, Tensor]] | None = None,
+        masks: list[Tensor] | None = None,
     ) -> None:
         sim.reset(seed)
+        self.masks = masks
         self.sim, self.layers = sim, layers
         self.backward = saved is not None
         self.runs = [LayerRun(sim, layer, seed=seed, family=family) for layer in layers]
@@ -103,7 +124,7 @@ class StackRun:
     def project(self, task: OverlapTask) -> None:
         """As csrc/overlap_cuda.cpp: rows of the chunk's steps, for each direction, from what the layer below has left."""
         number, layer = task.layer, self.layers[task.layer]
-        x = self.output(number - 1, "y") if number else layer.data.input
+        x = dropped(self.output(number - 1, "y"), self.masks, number - 1) if number else layer.data.input
         projection, steps = self.runs[number].projection(x), layer.case.steps
         shape = (layer.case.directions, layer.rows, layer.slots, layer.case.hidden)
         for d in range(layer.case.directions):
@@ -113,7 +134,7 @@ class StackRun:
     def project_back(self, task: OverlapTask) -> None:
         """The rows of the chunk's steps of the gradient of the output, from what the layer above has left."""
         above, steps = task.layer + 1, self.layers[task.layer].case.steps
-        dy = self.runs[above].input_gradient(self.output(above, "d_gates"))
+        dy = dropped(self.runs[above].input_gradient(self.output(above, "d_gates")), self.masks, task.layer)
         rows = self.rows(above, steps - task.end, steps - task.first)
         self.change(self.params[task.layer].dy, tuple(dy.shape), rows, None, dy)
 
@@ -138,54 +159,63 @@ CASES = [
 ]
 
 
-def forward_in_turn(sim: Simulator, layers: list[Layer], family: str) -> list[dict[str, Tensor]]:
+def forward_in_turn(
+    sim: Simulator, layers: list[Layer], family: str, masks: list[Tensor] | None = None
+) -> list[dict[str, Tensor]]:
     results: list[dict[str, Tensor]] = []
     for number, layer in enumerate(layers):
-        done = with_input(layer, results[-1]["y"]) if number else layer
+        done = with_input(layer, dropped(results[-1]["y"], masks, number - 1)) if number else layer
         results.append(LayerRun(sim, done, family=family).forward())
     return results
 
 
 def backward_in_turn(
-    sim: Simulator, layers: list[Layer], saved: list[dict[str, Tensor]], family: str
+    sim: Simulator, layers: list[Layer], saved: list[dict[str, Tensor]], family: str, masks: list[Tensor] | None = None
 ) -> list[dict[str, Tensor]]:
     results: list[dict[str, Tensor]] = []
     dy = layers[-1].data.dy
-    for layer, kept in reversed([*zip(layers, saved, strict=True)]):
+    for number, (layer, kept) in reversed([*enumerate(zip(layers, saved, strict=True))]):
         data = dataclasses.replace(layer.data, dy=dy.reshape(layer.data.dy.shape))
         run = LayerRun(sim, dataclasses.replace(layer, data=data), family=family)
         results.insert(0, run.backward(kept))
         dy = run.input_gradient(results[0]["d_gates"])
+        dy = dropped(dy, masks, number - 1) if number else dy
     return results
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("family", ["grid", "cluster"])
 @pytest.mark.parametrize(("case", "chunk_steps", "concurrent"), CASES, ids=str)
 def test_any_order_gives_what_layers_in_turn_give(
-    sim: Simulator, case: Case, chunk_steps: int, concurrent: int, family: str
+    sim: Simulator, case: Case, chunk_steps: int, concurrent: int, family: str, dropout: float
 ) -> None:
     layers = layers_of(case)
-    want = forward_in_turn(sim, layers, family)
+    masks = masks_of(layers, dropout)
+    want = forward_in_turn(sim, layers, family, masks)
     tasks = tasks_of(sim, case, chunk_steps, concurrent)
     for seed in range(4):
-        stack = StackRun(sim, layers, family, seed)
+        stack = StackRun(sim, layers, family, seed, masks=masks)
         for task in any_order(tasks, seed):
             stack.run(task)
         stack.check(want, seed)
         stack.free()
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("family", ["grid", "cluster"])
 @pytest.mark.parametrize(
     ("case", "chunk_steps", "concurrent"), [c for c in CASES if c[0].layers > 1 and not c[0].bidirectional], ids=str
 )
-def test_any_order_backward(sim: Simulator, case: Case, chunk_steps: int, concurrent: int, family: str) -> None:
+def test_any_order_backward(
+    sim: Simulator, case: Case, chunk_steps: int, concurrent: int, family: str, dropout: float
+) -> None:
     layers = layers_of(case)
-    saved = forward_in_turn(sim, layers, family)
-    want = backward_in_turn(sim, layers, saved, family)
+    masks = masks_of(layers, dropout)
+    saved = forward_in_turn(sim, layers, family, masks)
+    want = backward_in_turn(sim, layers, saved, family, masks)
     tasks = tasks_of(sim, case, chunk_steps, concurrent, backward=True)
     for seed in range(4):
-        stack = StackRun(sim, layers, family, seed, saved)
+        stack = StackRun(sim, layers, family, seed, saved, masks)
         for task in any_order(tasks, seed):
             stack.run(task)
         stack.check(want, seed)
