@@ -121,7 +121,9 @@ def modes_of(lines: list[Line]) -> list[str]:
 
 def draw_ratios(plt: Any, lines: list[Line]) -> Any:
     """A panel a mode: a bar a case, smallest first, with the quartiles."""
-    figure, panels = plt.subplots(1, len(modes_of(lines)), figsize=(6 * len(modes_of(lines)), 4.5), squeeze=False)
+    most = max(sum(line["mode"] == mode for line in lines) for mode in modes_of(lines))
+    size = (max(6.0, 0.16 * most) * len(modes_of(lines)), 6)
+    figure, panels = plt.subplots(1, len(modes_of(lines)), figsize=size, squeeze=False)
     for axes, mode in zip(panels[0], modes_of(lines), strict=True):
         ordered = sorted((line for line in lines if line["mode"] == mode), key=lambda line: line["ratio"])
         ratios = [line["ratio"] for line in ordered]
@@ -132,7 +134,9 @@ def draw_ratios(plt: Any, lines: list[Line]) -> Any:
         axes.axhline(1.0, color="black", linewidth=0.8)
         axes.set_yscale("log")
         axes.set_ylabel("times faster than torch.nn")
-        axes.set_xlabel(f"{len(ordered)} cases")
+        names = [f"{line['cell']} {name_of(line)}" for line in ordered]
+        axes.set_xticks(range(len(ordered)), names, rotation=90, fontsize=6)
+        axes.margins(x=0.01)
         axes.set_title(f"{mode}: geometric mean {statistics.geometric_mean(ratios):.2f}")
         axes.legend(handles=[plt.Rectangle((0, 0), 1, 1, color=c, label=cell) for cell, c in COLOURS.items()])
     return figure

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -22,7 +23,13 @@ import fused_rnn
 from fused_rnn.bench.cases import BenchCase
 from fused_rnn.bench.sides import Side, make_sides
 
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+# Packed weights are not kept either, so that they count in every call.
+_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "0",
+    "MALLOC_ARENA_MAX": "1",
+    "FUSED_RNN_WEIGHT_CACHE": "0",
+}
 
 
 def _status(field: str) -> int:
@@ -33,12 +40,17 @@ def _status(field: str) -> int:
 
 
 def peak_bytes_cpu(side: Side) -> int:
-    """Resident memory that one call takes at most, beside what was resident before it; Linux."""
-    side.run()
+    """Resident memory that one call takes at most, beside what was resident before it; Linux.
+
+    Each call has a thread of its own, so that what a thread keeps from call to call counts.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(side.run).result()
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = _status("VmRSS")
-    side.run()
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(side.run).result()
     return max(0, _status("VmHWM") - before)
 
 
@@ -53,7 +65,7 @@ class Prober:
         """{"fused_rnn": bytes, "torch.nn": bytes}; raises RuntimeError if the process ended or took too long."""
         if self.process is None:
             path = os.pathsep.join([str(Path(fused_rnn.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-            env = os.environ | _ALLOCATOR | {"OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": path.rstrip(os.pathsep)}
+            env = os.environ | _ENVIRONMENT | {"OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": path.rstrip(os.pathsep)}
             command = [
                 sys.executable,
                 "-c",
