@@ -13,11 +13,13 @@
 #include <cstdlib>
 #include <deque>
 #include <string>
+#include <tuple>
 
 #include "cuda/backend.h"
 #include "ops.h"
 #include "ops_cuda.h"
 #include "plan_overlap.h"
+#include "recent.h"
 
 namespace fused_rnn {
 namespace {
@@ -49,26 +51,8 @@ Schedule make_schedule(const Stack& stack, const Plan& plan, int device, std::op
 
 // The latest schedules of the calling thread are kept.
 const Schedule& schedule_for(const Stack& stack, const Plan& plan, int device, std::optional<int> chunks) {
-  struct Entry {
-    Stack stack;
-    Family family;
-    int device;
-    std::optional<int> chunks;
-    Schedule schedule;
-  };
-  constexpr size_t kKept = 8;
-  static thread_local std::array<std::optional<Entry>, kKept> kept;
-  static thread_local size_t oldest = 0;
-  for (const auto& entry : kept) {
-    if (entry && entry->stack == stack && entry->family == plan.family && entry->device == device &&
-        entry->chunks == chunks) {
-      return entry->schedule;
-    }
-  }
-  auto& entry = kept[oldest];
-  entry = Entry{stack, plan.family, device, chunks, make_schedule(stack, plan, device, chunks)};
-  oldest = (oldest + 1) % kKept;
-  return entry->schedule;
+  static thread_local Recent<std::tuple<Stack, Family, int, std::optional<int>>, Schedule, 8> kept;
+  return kept.get({stack, plan.family, device, chunks}, [&] { return make_schedule(stack, plan, device, chunks); });
 }
 
 // Streams and events of the calling thread on one device, made once. A thread has its own, since a stream in a capture must

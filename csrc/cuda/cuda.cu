@@ -5,11 +5,13 @@
 #include <mutex>
 #include <simt.cuh>
 #include <stdexcept>
+#include <tuple>
 #include <vector>
 
 #include "backend.h"
 #include "kernels.h"
 #include "persistent_launch.h"
+#include "recent.h"
 
 namespace fused_rnn::cuda {
 namespace {
@@ -125,26 +127,12 @@ Problem problem_of(const BackwardParams& p) {
 }
 
 const Plan& plan_for(const Problem& problem, int device, std::optional<Family> forced) {
-  struct Entry {
-    Problem problem;
-    int device;
-    std::optional<Family> forced;
-    Plan plan;
-  };
-  constexpr size_t kKept = 16;
-  // A layer's forward and backward ask in turn, so a short list is searched; the oldest entry makes room.
-  static thread_local std::array<std::optional<Entry>, kKept> kept;
-  static thread_local size_t oldest = 0;
+  // A layer's forward and backward ask in turn.
+  static thread_local Recent<std::tuple<Problem, int, std::optional<Family>>, Plan, 16> kept;
   // Families tell one step from several, not how many.
   Problem key = problem;
   key.T = problem.T > 1 ? 2 : problem.T;
-  for (const auto& entry : kept) {
-    if (entry && entry->device == device && entry->forced == forced && entry->problem == key) return entry->plan;
-  }
-  auto& entry = kept[oldest];
-  entry = Entry{key, device, forced, make_plan(problem, device_info(device), forced)};
-  oldest = (oldest + 1) % kKept;
-  return entry->plan;
+  return kept.get({key, device, forced}, [&] { return make_plan(problem, device_info(device), forced); });
 }
 
 void forward(const ForwardParams& p, const Plan& plan, void* stream) {
