@@ -18,7 +18,7 @@ void measure() {
   for (int kib : {100, 200}) {
     simt::prepare(empty_kernel, "empty", kib * 1024);
     simt::allow_large_clusters(empty_kernel, "empty");
-    for (int blocks : {1, 2, 4, 8, 16}) {
+    for (int blocks = 1; blocks <= 16; ++blocks) {
       cudaLaunchConfig_t config{};
       config.gridDim = dim3(blocks);
       config.blockDim = dim3(256);
@@ -30,7 +30,9 @@ void measure() {
       config.attrs = &attribute;
       config.numAttrs = 1;
       int clusters = 0;
-      check(cudaOccupancyMaxActiveClusters(&clusters, empty_kernel, &config), "cudaOccupancyMaxActiveClusters");
+      // A size that the device does not have counts as none.
+      const cudaError_t status = cudaOccupancyMaxActiveClusters(&clusters, empty_kernel, &config);
+      if (cudaGetLastError() != cudaErrorInvalidClusterSize) check(status, "cudaOccupancyMaxActiveClusters");
       report("active_clusters", number("cluster", blocks) + ", " + number("smem_kib", kib), clusters, "clusters",
              "fit_cluster");
     }
