@@ -99,8 +99,7 @@ void multiply_into(const Tensor& out, const Tensor& a, bool transposed, const Te
   const int64_t M = left.size(0), N = b.size(1), K = left.size(1);
   const bool rows = out.stride(1) == 1 && a.stride(1) == 1 && b.stride(1) == 1;
   if (out.is_cpu() && rows && cpu::matmul_available(dtype_of(a), M, N, K)) {
-    const bool direct = out.scalar_type() == at::kFloat && !add;
-    const Tensor sums = direct ? out : at::empty({M, N}, out.options().dtype(at::kFloat));
+    const Tensor to = add ? at::empty({M, N}, out.options().dtype(at::kFloat)) : out;
     const cpu::MatmulParams p{dtype_of(a),
                               M,
                               N,
@@ -110,15 +109,12 @@ void multiply_into(const Tensor& out, const Tensor& a, bool transposed, const Te
                               transposed,
                               b.const_data_ptr(),
                               b.stride(0),
-                              static_cast<float*>(sums.data_ptr()),
-                              sums.stride(0)};
+                              to.data_ptr(),
+                              to.stride(0),
+                              dtype_of(to)};
     Workspace workspace;
     if (cpu::matmul(p, [&](int64_t bytes) { return workspace.take(bytes); })) {
-      if (add) {
-        out.add_(sums);
-      } else if (!direct) {
-        out.copy_(sums);
-      }
+      if (add) out.add_(to);
       return;
     }
   }

@@ -58,12 +58,12 @@ def tile_cases() -> Iterator[Case]:
         yield Case(cell, steps=2, batch=5, hidden=hidden, input_size=3)
     yield Case("LSTM", steps=3, batch=7, hidden=70, proj=37, bidirectional=True, ragged="packed", resets=True)
     yield Case("LSTM", steps=1, batch=2, hidden=70, proj=37)
-    # Parts of floats: blocks of 16 and 32 rows, chunks of 512 k and 256 columns in the weights' gradients.
+    # Parts of floats: blocks of 16 and 32 rows; chunks of 256 to 1536 k and of 512 columns in the weights' gradients.
     for cell, dtype, batch in itertools.product(("LSTM", "GRU", "RNN_TANH"), DTYPES, (16, 17, 33, 50)):
         yield Case(cell, steps=3, batch=batch, hidden=37 + batch, input_size=batch, dtype=dtype, ragged="lengths")
     for dtype in DTYPES:
-        yield Case("LSTM", steps=11, batch=50, hidden=72, input_size=300, proj=40, dtype=dtype, bidirectional=True)
-        yield Case("GRU", steps=13, batch=45, hidden=130, input_size=33, dtype=dtype)
+        yield Case("LSTM", steps=16, batch=50, hidden=72, input_size=300, proj=40, dtype=dtype, bidirectional=True)
+        yield Case("GRU", steps=37, batch=45, hidden=130, input_size=33, dtype=dtype)
 
 
 def extreme(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

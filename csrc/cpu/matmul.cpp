@@ -8,7 +8,7 @@
 namespace fused_rnn::cpu {
 namespace {
 
-constexpr int64_t kChunk = 512 * 256;         // elements of b packed at a time: as parts, a third of L2
+constexpr int64_t kChunk = 3 * 512 * 256;     // parts of b packed at a time: a third of L2
 constexpr int64_t kMostColumns = 512;         // of them: a is packed once for each
 constexpr int64_t kRows = 4 * kSplitRows;     // rows of a packed at a time
 constexpr int64_t kWork = 64 * 64 * 64;       // a product of fewer multiply-adds is not worth it
@@ -20,39 +20,39 @@ struct Sizes {
   SplitParts parts;
   int64_t columns, depth;  // of a chunk of b
   int64_t b_elements, a_elements;
+  int64_t sums;  // of a chunk of columns, kept until they are converted
 };
 
 Sizes sizes_of(const MatmulParams& p) {
   const SplitParts parts = split_parts(storage_index(p.dtype), /*rounded_rows=*/true);
-  const int64_t columns = p.N <= kMostColumns / 2 ? kMostColumns / 2 : kMostColumns, depth = kChunk / columns;
+  const int64_t columns = p.N <= kMostColumns / 2 ? kMostColumns / 2 : kMostColumns, depth = kChunk / parts.panels / columns;
   const int64_t blocks = split_blocks(depth);
-  return {parts, columns, depth, blocks * (columns / kSplitColumns) * parts.panels * kSplitTile,
-          blocks * (kRows / kSplitRows) * parts.rows * kSplitTile};
-}
-
-int64_t layout(void* base, const Sizes& sizes, int threads, uint16_t** b, uint16_t** a) {
-  Arena arena(base);
-  *b = arena.take<uint16_t>(sizes.b_elements);
-  *a = arena.take<uint16_t>(sizes.a_elements * threads);
-  return arena.used();
+  return {parts,
+          columns,
+          depth,
+          blocks * (columns / kSplitColumns) * parts.panels * kSplitTile,
+          blocks * (kRows / kSplitRows) * parts.rows * kSplitTile,
+          p.out_dtype != DType::kFloat32 && p.K > depth ? p.M * columns : 0};
 }
 
 class Matmul {
  public:
-  Matmul(const MatmulParams& p, const SplitKernels& kernels, int threads, const Allocate& allocate)
+  Matmul(const MatmulParams& p, const Kernels<float>& kernels, int threads, const Allocate& allocate)
       : p_(p),
-        kernels_(kernels),
+        kernels_(*kernels.split),
+        save_(p.out_dtype == DType::kFloat32 ? nullptr : kernels.save[storage_index(p.out_dtype)]),
         sizes_(sizes_of(p)),
         storage_(storage_index(p.dtype)),
         element_(dtype_size(p.dtype)),
         threads_(threads) {
-    layout(allocate(layout(nullptr, sizes_, threads, &b_, &a_)), sizes_, threads, &b_, &a_);
+    layout(allocate(layout(nullptr)));
     barrier_.reset(threads);
   }
   void run(int thread);
   bool finite() const { return !infinite_.load(); }
 
  private:
+  int64_t layout(void* base);
   void pack_b(int thread, int64_t k, int64_t depth, const Shape& shape, int64_t column);
   void pack_a(uint16_t* to, int64_t row, int64_t count, int64_t k, int64_t depth);
   void multiply_block(const uint16_t* a, int64_t row, int count, int64_t k, int64_t depth, const Shape& shape,
@@ -60,14 +60,24 @@ class Matmul {
 
   const MatmulParams& p_;
   const SplitKernels& kernels_;
+  void (*const save_)(const float* from, void* to, int64_t n);  // to the type of out, or null
   const Sizes sizes_;
   const int storage_;
   const int64_t element_;
   const int threads_;
   uint16_t *b_, *a_;
+  float* sums_;  // [M, sizes_.columns]
   Barrier barrier_;
   std::atomic<bool> infinite_{false};
 };
+
+int64_t Matmul::layout(void* base) {
+  Arena arena(base);
+  b_ = arena.take<uint16_t>(sizes_.b_elements);
+  a_ = arena.take<uint16_t>(sizes_.a_elements * threads_);
+  sums_ = arena.take<float>(sizes_.sums);
+  return arena.used();
+}
 
 const void* at(const void* base, int64_t index, int64_t size) { return static_cast<const char*>(base) + index * size; }
 
@@ -121,28 +131,30 @@ void Matmul::pack_a(uint16_t* to, int64_t row, int64_t count, int64_t k, int64_t
 
 void Matmul::multiply_block(const uint16_t* a, int64_t row, int count, int64_t k, int64_t depth, const Shape& shape,
                             int64_t column, int64_t panel) {
-  const bool add = k > 0;
   alignas(64) float tile[2 * kSplitRows * kMaxTileVectors * kSplitColumns];
   const int vectors = shape.vectors_of(panel);
   const int64_t start = shape.columns_before(panel), columns = int64_t{vectors} * kSplitColumns;
   const int64_t exist = std::min(columns, shape.units - start);
   const uint16_t* b = b_ + panel * shape.vectors * split_blocks(depth) * sizes_.parts.panels * kSplitTile;
-  float* out = p_.out + row * p_.out_stride + column + start;
-  const bool whole = exist == columns;
-  kernels_.gemm({depth,
-                 sizes_.parts,
-                 a,
-                 count,
-                 vectors,
-                 b,
-                 nullptr,
-                 whole && add,
-                 whole ? out : tile,
-                 whole ? p_.out_stride : columns,
-                 {}});
-  for (int r = 0; !whole && r < count; ++r) {
-    for (int64_t c = 0; c < exist; ++c) {
-      out[r * p_.out_stride + c] = tile[r * columns + c] + (add ? out[r * p_.out_stride + c] : 0.0f);
+  const int64_t first_out = row * p_.out_stride + column + start;
+  float *sums = tile, *out = static_cast<float*>(p_.out) + first_out;
+  int64_t stride = columns;
+  if (sizes_.sums) {
+    sums = sums_ + row * sizes_.columns + start, stride = sizes_.columns;
+  } else if (!save_ && exist == columns) {
+    sums = out, stride = p_.out_stride;
+  }
+  const bool add = k > 0 && sums != tile;
+  kernels_.gemm({depth, sizes_.parts, a, count, vectors, b, nullptr, add, sums, stride, {}});
+  if (save_) {
+    if (k + depth < p_.K) return;
+    char* to = static_cast<char*>(p_.out) + first_out * dtype_size(p_.out_dtype);
+    for (int r = 0; r < count; ++r) save_(sums + r * stride, to + r * p_.out_stride * dtype_size(p_.out_dtype), exist);
+  } else if (sums == tile) {
+    for (int r = 0; r < count; ++r) {
+      for (int64_t c = 0; c < exist; ++c) {
+        out[r * p_.out_stride + c] = tile[r * columns + c] + (k > 0 ? out[r * p_.out_stride + c] : 0.0f);
+      }
     }
   }
 }
@@ -196,7 +208,7 @@ bool matmul_in_float(DType dtype, int64_t M, int64_t N, int64_t K) {
 
 bool matmul(const MatmulParams& p, const Allocate& allocate) {
   const auto with_threads = [&](int threads, bool& finite) {
-    Matmul work(p, *selected_kernels().f32.split, threads, allocate);
+    Matmul work(p, selected_kernels().f32, threads, allocate);
     const bool complete = run_threads(threads, [&](int thread) { work.run(thread); });
     finite = work.finite();
     return complete;

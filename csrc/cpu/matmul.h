@@ -7,7 +7,7 @@
 namespace fused_rnn::cpu {
 
 // out [M, N] = a b. a is [M, K], or [K, M] with `a_transposed`; b is [K, N]. Strides in elements from row to
-// row; elements of a row are neighbours. a and b have dtype `dtype`, out is float.
+// row; elements of a row are neighbours. a and b have dtype `dtype`.
 struct MatmulParams {
   DType dtype;
   int64_t M, N, K;
@@ -16,8 +16,9 @@ struct MatmulParams {
   bool a_transposed;
   const void* b;
   int64_t b_stride;
-  float* out;
+  void* out;
   int64_t out_stride;
+  DType out_dtype;  // float, or as dtype
 };
 
 // Whether the instruction set in use has products of bfloat16 parts that gain for this dtype, and the product is large enough to gain from it.
