@@ -14,7 +14,7 @@ constexpr int64_t kRows = 4 * kSplitRows;     // rows of a packed at a time
 constexpr int64_t kWork = 64 * 64 * 64;       // a product of fewer multiply-adds is not worth it
 constexpr int64_t kFloatWork = 32 * 32 * 32;  // a product of fewer is not worth conversions to float
 // Multiply-adds for each element that is cut into parts: of fewer than this, MKL is done sooner (where they meet: 128 x 128). In 16 bits
-// torch's product takes a third to a half longer at 256 x 64 and at 192 x 64; fewer than 24 have not been measured to gain.
+// an LSTM and a GRU of 100x1x64x64 are 1.4 and 1.5 times as fast forward and backward with our own; below 24 nothing is gained.
 constexpr int64_t kWorkPerElement = 72, kWorkPerShortElement = 24;
 
 struct Sizes {
