@@ -33,9 +33,10 @@ double cost(const PlanInput& in, const Plan& plan) {
   return rounds * step * static_cast<double>(in.T) + (plan.threads() > 1 ? kRegion : 0);
 }
 
-// Up to this many rows in all (T * B) the weights are used as they lie. Packing was 2/3 of the time of an LSTM's 1x1x128x128 (0.11 ms with,
-// 0.04 ms without; Sapphire Rapids, 2026-11-21); where the two meet has not been measured.
-constexpr int64_t kDirectRows = 8;
+// Up to this many rows in all (T * B) the weights are used as they lie. With 12 and 16 rows that takes 0.7 to 0.85 of the time of packed
+// weights that are kept, and 0.4 to 0.8 of packing; with 24 and 32 rows and H=128 it takes 1.1 to 1.5 times as long as kept weights
+// (inference, fp32, Sapphire Rapids, 2026-11-21).
+constexpr int64_t kDirectRows = 16;
 
 }  // namespace
 
