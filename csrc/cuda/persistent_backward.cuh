@@ -212,8 +212,10 @@ __device__ __forceinline__ void persistent_backward(const BackwardSequence& s) {
       Element elements[Place::kPerThread];
 #pragma unroll
       for (int i = 0; i < Place::kPerThread; ++i) {
-        if (!last) backward.load(Place(tile, i), tile, backward.time(k), elements[i]);
-        backward.prefetch(Place(tile, i), tile, backward.time(k + kPrefetchSteps));
+        if (!last) {
+          backward.load(Place(tile, i), tile, backward.time(k), elements[i]);
+          backward.prefetch(Place(tile, i), tile, backward.time(k + kPrefetchSteps));
+        }
       }
       if (k > 0 && backward.has_exchange(k - 1)) backward.await_product(tile, k, buffer);
 #pragma unroll

@@ -94,7 +94,7 @@ MASKS = [
     (r"from_zero = was_active && ", "from_zero = "),
     (r"from_zero \? 0\.0f : ", ""),
     (r"if \(k > 0\) ", ""),
-    (r"if \(!last\) (backward\.load)", r"\1"),
+    (r"if \(!last\) (\{\n +backward\.load)", r"\1"),
     (r"if \(!last && (backward\.has_exchange\(k\))\) \{", r"if (\1) {"),
     (r"if \(!last && (backward\.has_exchange\(k\))\) \{", "if (!last) {"),
     (r"if \(k > 0 && (backward\.has_exchange\(k - 1\))\) ", r"if (\1) "),
