@@ -80,7 +80,7 @@ constexpr FUSED_RNN_HD int chunks_per_warp(PersistentShape s, int slices) {
 constexpr FUSED_RNN_HD int chunk_batch(PersistentShape s) {
   const int tiles = warp_tiles(s);
   if (s.cluster && m_groups(s) == 4) return 2;
-  if (s.backward) return s.unit_tiles > 1 ? 4 : s.math == MathKind::kFp32 && !s.cluster ? 6 : 8;
+  if (s.backward) return s.unit_tiles > 1 ? 4 : s.cluster ? 8 : 6;
   if (s.math == MathKind::kFp32) return tiles > 4 ? 2 : 4;
   return tiles == 9 ? 3 : tiles % 3 == 0 ? 5 : 4;
 }
