@@ -63,12 +63,23 @@ def measure(sides: list[Side], device: str, seconds: float) -> list[Timing]:
         # The first call may prepare things for later ones; one that takes long is not repeated for an estimate.
         once.append(first if first > seconds * 1e3 / 10 else timed(side, 2, device))
     share = max(deadline - time.monotonic(), 0.0) * 1e3 / 30 / len(sides)  # for about 30 rounds, where there is time
-    repeats = [max(1, round(min(SAMPLE_MS, share) / max(t, 1e-3))) for t in once]
+
+    def counts(times: list[float]) -> list[int]:
+        return [max(1, round(min(SAMPLE_MS, share) / max(t, 1e-3))) for t in times]
+
+    repeats = counts(once)
     samples: list[list[float]] = [[] for _ in sides]
+    checked = False
     while len(samples[0]) < FEWEST_ROUNDS or (len(samples[0]) < MOST_ROUNDS and time.monotonic() < deadline):
         start = len(samples[0]) % len(sides)  # nobody always runs after the same other one
         for index in (*range(start, len(sides)), *range(start)):
             samples[index].append(timed(sides[index], repeats[index], device))
+        if not checked:
+            # A first call that took long, and was not repeated, may have said nothing of the later ones.
+            better = counts([min(t, sample[0]) for t, sample in zip(once, samples, strict=True)])
+            if any(more > 2 * count for more, count in zip(better, repeats, strict=True)):
+                repeats, samples = better, [[] for _ in sides]
+            checked = True
     return [Timing(values) for values in samples]
 
 
