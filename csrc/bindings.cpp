@@ -34,13 +34,10 @@ pybind11::dict build_info() {
 
 pybind11::dict weight_cache() {
   const fused_rnn::cpu::KeptStatistics statistics = fused_rnn::cpu::kept_statistics();
-  pybind11::dict result;
-  result["limit"] = statistics.limit;
-  result["bytes"] = statistics.bytes;
-  result["matrices"] = statistics.matrices;
-  result["panels_found"] = statistics.panels_found;
-  result["panels_packed"] = statistics.panels_packed;
-  return result;
+  using pybind11::arg;
+  return pybind11::dict(arg("limit") = statistics.limit, arg("bytes") = statistics.bytes,
+                        arg("matrices") = statistics.matrices, arg("panels_found") = statistics.panels_found,
+                        arg("panels_packed") = statistics.panels_packed);
 }
 
 // Positional arguments of a METH_FASTCALL function.

@@ -229,33 +229,30 @@ def test_number_of_threads_changes_nothing(case: Case, cell: str, threads: None)
             assert torch.equal(a, b)
 
 
+def assert_same_on_two_threads(case: Case, states: int) -> None:
+    """Results and the gradients of so many initial states."""
+    seen = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        data = make_data(case)
+        with use_backend("cpu"):
+            results, grads = results_and_gradients(case, data)
+        seen.append([*results, *grads[1 : 1 + states]])
+    for a, b in zip(*seen, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("cell", ("LSTM", "GRU", "RNN_TANH"))
 @pytest.mark.parametrize("batch", (2, 21))
 def test_threads_in_bfloat16(cell: str, batch: int, instruction_set: str, threads: None) -> None:
     """The same on every instruction set, split by units and by rows."""
     case = Case(cell, steps=40, batch=batch, hidden=260, input_size=20, dtype=torch.bfloat16)
-    seen = []
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        data = make_data(case)
-        with use_backend("cpu"):
-            results, grads = results_and_gradients(case, data)
-        seen.append([*results, *grads[1 : 3 if cell == "LSTM" else 2]])
-    for a, b in zip(*seen, strict=True):
-        assert torch.equal(a, b)
+    assert_same_on_two_threads(case, states=2 if cell == "LSTM" else 1)
 
 
 def test_threads_with_projection(threads: None) -> None:
     case = Case("LSTM", steps=80, batch=2, hidden=300, proj=150, input_size=9)
-    seen = []
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        data = make_data(case)
-        with use_backend("cpu"):
-            results, grads = results_and_gradients(case, data)
-        seen.append([*results, *grads[1:3]])
-    for a, b in zip(*seen, strict=True):
-        assert torch.equal(a, b)
+    assert_same_on_two_threads(case, states=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -89,7 +89,7 @@ class ForwardScan {
   int64_t team_rows_, chunk_steps_, max_columns_;
   SplitRoom split_room_;                   // of a thread
   std::atomic<bool> infinite_[2][3] = {};  // of the three matrices
-  std::vector<KeptWeights> kept_;          // the same, direction by direction, or none
+  KeptWeights kept_[2][3];                 // the same; none in training
   // Workspace.
   LayerWeights<A> weights_[2];
   A* zeros_;
@@ -144,14 +144,13 @@ template <class A>
 void ForwardScan<A>::keep_weights() {
   if (p_.training) return;
   const Matrix<A>* matrices[] = {&x_matrix_, &h_matrix_, &r_matrix_};
-  kept_.reserve(static_cast<size_t>(p_.D) * 3);
   for (int d = 0; d < p_.D; ++d) {
     const void* sources[] = {p_.weights[d].w_ih, p_.weights[d].w_hh, p_.weights[d].w_hr};
     for (int i = 0; i < 3; ++i) {
       const Matrix<A>& m = *matrices[i];
       const Shape& s = m.shape;
-      kept_.emplace_back(KeptKey{sources[i], s.depth, s.units, s.gates, s.width, storage_, m.form, m.parts}, m.kept_bytes(),
-                         s.panels);
+      kept_[d][i].take({sources[i], s.depth, s.units, s.gates, s.width, storage_, m.form, m.parts}, m.kept_bytes(),
+                       s.panels);
     }
   }
 }
@@ -165,7 +164,7 @@ LayerWeights<A> ForwardScan<A>::layout_weights(Arena& arena, int d) {
   for (Matrix<A>* m : {&weights.x, &weights.h, &weights.r}) {
     m->source = sources[i];
     m->infinite = &infinite_[d][i];
-    m->kept = kept_.empty() ? nullptr : kept_[d * 3 + i].matrix();
+    m->kept = kept_[d][i].matrix();
     if (m->kept) {
       m->packed = static_cast<A*>(m->kept->aligned);
       m->split = static_cast<uint16_t*>(m->kept->aligned);

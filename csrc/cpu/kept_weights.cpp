@@ -64,7 +64,7 @@ int64_t kept_limit() {
   return limit;
 }
 
-KeptWeights::KeptWeights(const KeptKey& key, int64_t bytes, int64_t panels) {
+void KeptWeights::take(const KeptKey& key, int64_t bytes, int64_t panels) {
   if (bytes == 0 || bytes > kept_limit()) return;
   std::vector<std::unique_ptr<KeptMatrix>> dropped;  // freed when the store is free again
   if (Holder holder; holder) {

@@ -36,14 +36,15 @@ struct KeptMatrix {
   std::vector<KeptPanel> panels;
 };
 
-// A matrix that is out of the store, for one call; nothing if the store does not keep it.
+// A matrix that is out of the store, for one call; none until it is taken, or if the store does not keep it.
 class KeptWeights {
  public:
-  // Throws std::bad_alloc, with the store as it was.
-  KeptWeights(const KeptKey& key, int64_t bytes, int64_t panels);
+  KeptWeights() = default;
   ~KeptWeights();
-  KeptWeights(KeptWeights&& other) = default;
-  KeptWeights& operator=(KeptWeights&& other) = delete;
+  KeptWeights(const KeptWeights&) = delete;
+  KeptWeights& operator=(const KeptWeights&) = delete;
+  // Once. Throws std::bad_alloc, with the store as it was.
+  void take(const KeptKey& key, int64_t bytes, int64_t panels);
   KeptMatrix* matrix() const { return matrix_.get(); }
 
  private:
