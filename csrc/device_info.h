@@ -13,6 +13,9 @@ struct DeviceInfo {
   int threads_per_sm;    // resident threads
   int64_t l2_bytes;
   int max_cluster;  // blocks in a cluster, non-portable sizes included; 1: no clusters
+  // Compute capability that the kernels' code for this device was compiled for. It is older than the device where that runs the
+  // binary of an earlier minor version, or a PTX that the driver translates. 0: no code in this build runs there.
+  int compiled_for;
 };
 
 }  // namespace fused_rnn

@@ -32,14 +32,15 @@ constexpr TileSize kAllTiles[] = {TileSize::kSmall, TileSize::kMedium, TileSize:
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Multiply-adds per clock and SM.
-double math_rate(MathKind math, int compute_capability) {
+double math_rate(MathKind math, const DeviceInfo& device) {
+  const int compute_capability = device.compute_capability;
   const bool server = compute_capability == 80 || compute_capability == 90 || compute_capability == 100;
   switch (math) {
     case MathKind::kFp64: return server ? 32 : 2;
     case MathKind::kFp32: return compute_capability == 75 || compute_capability == 80 ? 64 : 128;
     case MathKind::kTf32: return server ? 512 : 256;
     case MathKind::kBf16:
-      if (compute_capability < 80) return 32;  // plain multiply-adds with conversions
+      if (device.compiled_for < 80) return 32;  // plain multiply-adds with conversions
       [[fallthrough]];
     default: return server ? 1024 : 512;
   }
@@ -71,7 +72,7 @@ int choose_stages(const Problem& problem, const DeviceInfo& device, KernelRole r
   const auto bytes = [&](int stages) { return cuda::smem_bytes(role, problem.cell, math, tile, stages); };
   if (bytes(cuda::kMinStages) > device.smem_per_block) return 0;
   const int64_t per_team = ceil_div(chunks, tile.teams);
-  const int most = device.compute_capability >= 90 ? cuda::kMaxStages : device.compute_capability >= 80 ? 4 : 2;
+  const int most = device.compiled_for >= 90 ? cuda::kMaxStages : device.compiled_for >= 80 ? 4 : 2;
   const int wanted = static_cast<int>(std::clamp<int64_t>(per_team + 1, cuda::kMinStages, most));
   const int two_blocks = std::min(device.smem_per_block, device.smem_per_sm / 2 - kReservedSmem);
   int stages = cuda::kMinStages;
@@ -88,9 +89,9 @@ double kernel_us(const Problem& problem, const DeviceInfo& device, MathKind math
   const double bytes = (rows + tile.batch) * k * cuda::storage_bytes(math);
   const double sm_us = per_sm * bytes / (kL2BytesPerClock * kClockGhz * 1e3);
   const double l2_us = blocks * bytes / (kL2BytesPerClock * kL2Share * device.sm_count * kClockGhz * 1e3);
-  const double math_us = per_sm * rows * tile.batch * k / (math_rate(math, device.compute_capability) * kClockGhz * 1e3);
+  const double math_us = per_sm * rows * tile.batch * k / (math_rate(math, device) * kClockGhz * 1e3);
   const double latency_us = double(ceil_div(chunks, tile.teams)) * kL2LatencyUs / std::max(1, plan.stages - 1);
-  const bool overlapped = device.compute_capability >= 90;
+  const bool overlapped = device.compiled_for >= 90;
   return (overlapped ? kOverlappedLaunchUs : kLaunchUs) + kBlockUs + std::max({sm_us, l2_us, math_us, latency_us});
 }
 
@@ -156,12 +157,20 @@ void check_problem(const Problem& p, const DeviceInfo& device) {
   if (p.P != p.H && p.cell != CellKind::kLstm) throw std::invalid_argument("only an LSTM can have a projection");
   if (p.P > p.H) throw std::invalid_argument("proj_size must be smaller than the hidden size");
   if (device.compute_capability < 75) {
-    throw std::invalid_argument("compute capability " + std::to_string(device.compute_capability / 10) + "." +
-                                std::to_string(device.compute_capability % 10) + " is older than 7.5");
+    throw std::invalid_argument("compute capability " + capability_text(device.compute_capability) + " is older than 7.5");
+  }
+  if (device.compiled_for < 75) {
+    throw std::invalid_argument("the kernels were not compiled for compute capability " +
+                                capability_text(device.compute_capability) + ", nor to PTX that it can run: add it to " +
+                                "TORCH_CUDA_ARCH_LIST and build again");
   }
 }
 
 }  // namespace
+
+std::string capability_text(int capability) {
+  return std::to_string(capability / 10) + "." + std::to_string(capability % 10);
+}
 
 const char* to_string(Family family) {
   switch (family) {
@@ -214,7 +223,7 @@ Plan plan_of(const Problem& problem, const DeviceInfo& device, MathKind math, Fa
     plan_persistent(problem, device, plan);
     return plan;
   }
-  plan.pdl = device.compute_capability >= 90;
+  plan.pdl = device.compiled_for >= 90;
   plan.workspace_bytes = workspace_layout(problem).bytes;
   const bool projected = problem.P != problem.H;
   for (KernelRole role : roles_of(problem, family)) {
@@ -229,8 +238,8 @@ Plan plan_of(const Problem& problem, const DeviceInfo& device, MathKind math, Fa
 
 Plan make_plan(const Problem& problem, const DeviceInfo& device, std::optional<Family> forced) {
   check_problem(problem, device);
-  // TF32 needs sm_80; before it, torch's permission to use it changes nothing.
-  const MathKind math = cuda::math_kind(problem.dtype, problem.allow_tf32 && device.compute_capability >= 80);
+  // TF32 needs code for sm_80; before it, torch's permission to use it changes nothing.
+  const MathKind math = cuda::math_kind(problem.dtype, problem.allow_tf32 && device.compiled_for >= 80);
   std::optional<Plan> chosen;
   std::vector<Rejection> rejected;
   std::vector<Candidate> candidates;

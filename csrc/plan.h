@@ -89,7 +89,7 @@ struct Plan {
   Family family;
   std::vector<KernelPlan> kernels;           // of the families kCell and kStep
   std::optional<PersistentPlan> persistent;  // of the others
-  bool pdl;                                  // launches may overlap (sm_90 and newer)
+  bool pdl;                                  // launches may overlap (code for sm_90 and newer)
   int64_t workspace_bytes;
   double us_per_step;  // sum over kernels
   std::string reason;

@@ -90,7 +90,8 @@ DeviceInfo device_of(const py::dict& device) {
           field("registers_per_sm"),
           field("threads_per_sm"),
           device["l2_bytes"].cast<int64_t>(),
-          field("max_cluster")};
+          field("max_cluster"),
+          field("compiled_for")};
 }
 
 std::optional<Family> family_of(const std::optional<std::string>& name) {
@@ -176,6 +177,7 @@ py::dict cuda_device(int index) {
   result["threads_per_sm"] = info.threads_per_sm;
   result["l2_bytes"] = info.l2_bytes;
   result["max_cluster"] = info.max_cluster;
+  result["compiled_for"] = info.compiled_for;
   return result;
 }
 #endif

@@ -149,7 +149,11 @@ Fit fit_family(const Problem& problem, const DeviceInfo& device, Family family) 
   const int needed = family == Family::kGrid ? 80 : 90;
   Fit fit{};
   if (device.compute_capability < needed) {
-    fit.reason = "needs compute capability " + std::to_string(needed / 10) + ".0";
+    fit.reason = "needs compute capability " + capability_text(needed);
+  } else if (device.compiled_for < needed) {
+    fit.reason = "needs code for compute capability " + capability_text(needed) + ", this build's for the device is for " +
+                 capability_text(device.compiled_for) + ": add " + capability_text(device.compute_capability) +
+                 " to TORCH_CUDA_ARCH_LIST and build again";
   } else if (problem.dtype == DType::kFloat64) {
     fit.reason = "has no fp64 kernels";
   } else if (problem.P != problem.H) {

@@ -4,6 +4,9 @@
 
 namespace fused_rnn {
 
+// "9.0" of 90.
+std::string capability_text(int capability);
+
 inline bool is_persistent(Family family) { return family == Family::kGrid || family == Family::kCluster; }
 
 // Why the family cannot serve the problem on the device; empty if it can.

@@ -24,11 +24,12 @@ def _device(cc: int, sms: int, block: int, sm: int, threads: int, l2: int, clust
     return {
         "compute_capability": cc, "sm_count": sms, "smem_per_block": block * _KIB, "smem_per_sm": sm * _KIB,
         "registers_per_sm": 65536, "threads_per_sm": threads, "l2_bytes": l2 << 20, "max_cluster": cluster,
+        "compiled_for": cc,
     }  # fmt: skip
 
 
-# What the planner knows of a device (csrc/device_info.h). CUDA programming guide, "Technical specifications per compute
-# capability", and the vendor's data sheets.
+# What the planner knows of a device (csrc/device_info.h), as if the kernels had been compiled for it. CUDA programming
+# guide, "Technical specifications per compute capability", and the vendor's data sheets.
 DEVICES = {
     "T4": _device(75, 40, 64, 64, 1024, 4, 1),
     "A100": _device(80, 108, 163, 164, 2048, 40, 1),
@@ -135,7 +136,8 @@ def explain(
         input: what would be passed to it: [T, B, I] ([B, T, I] with batch_first), [T, I] or a PackedSequence; for cells
             [B, I] or [I]. Its values are not read: a tensor on the meta device will do if ``device`` is given.
         device: plan for this GPU instead of the input's device; none has to be there. "T4", "A100", "RTX 3090",
-            "RTX 4090", "H100", "H200", "B200", "RTX 5090", or a mapping with the fields of csrc/device_info.h.
+            "RTX 4090", "H100", "H200", "B200", "RTX 5090", as if the kernels had been compiled for it, or a mapping with the
+            fields of csrc/device_info.h.
         training: whether backward is explained too; by default, whether autograd would record the call.
         show: whether to print it.
 

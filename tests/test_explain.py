@@ -225,6 +225,23 @@ def test_errors_of_device() -> None:
         explain(gru, x, device=0)  # type: ignore[arg-type]
 
 
+@needs_extension
+def test_code_of_another_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """explain shows why a family has no code; forced, it raises with the reason; without any code everything does."""
+    lstm = fused_rnn.LSTM(64, 256, dtype=torch.float16, device="meta")
+    x = meta(100, 16, 64, dtype=torch.float16)
+    device = {**DEVICES["B200"], "compiled_for": 80}
+    assert "not cluster: needs code for compute capability 9.0, this build's for the device is for 8.0: add 10.0 to " in str(
+        explain(lstm, x, device=device)
+    )
+    monkeypatch.setenv("FUSED_RNN_PLAN", "cluster")
+    with pytest.raises(ValueError, match="cluster cannot serve this layer: cluster needs code for .* TORCH_CUDA_ARCH_LIST"):
+        explain(lstm, x, device=device)
+    monkeypatch.delenv("FUSED_RNN_PLAN")
+    with pytest.raises(ValueError, match=r"not compiled for compute capability 10\.0, .* TORCH_CUDA_ARCH_LIST"):
+        explain(lstm, x, device={**device, "compiled_for": 0})
+
+
 @pytest.mark.gpu
 def test_on_the_gpu_that_is_there() -> None:
     lstm = fused_rnn.LSTM(64, 64, device="cuda")
@@ -233,3 +250,8 @@ def test_on_the_gpu_that_is_there() -> None:
     assert (
         result.backend == "cuda" and _backend._C.cuda_device(0)["compute_capability"] == capability[0] * 10 + capability[1]
     )
+    code = _backend._C.cuda_device(0)["compiled_for"]
+    assert 75 <= code <= capability[0] * 10 + capability[1]
+    built_for = {name.removesuffix("+PTX").rstrip("af") for name in fused_rnn.build_info()["cuda_architectures"]}
+    if "{}.{}".format(*capability) in built_for:
+        assert code == capability[0] * 10 + capability[1]

@@ -158,6 +158,68 @@ def test_old_device() -> None:
         C.plan(cell="lstm", dtype="float16", T=2, B=8, I=8, H=64, device=old)
 
 
+# Which code a device runs: a binary of its own major version (of an architecture-specific target, 9.0a, on that alone), else
+# a PTX that is not newer (and not architecture-specific), translated by the driver.
+@pytest.mark.parametrize(
+    ("name", "compiled_for", "families"),
+    [
+        ("H100", 90, {"step", "grid", "cluster"}),  # 9.0a, or 9.0
+        ("H100", 80, {"step", "grid"}),  # PTX of 8.0
+        ("H100", 75, {"step"}),
+        ("B200", 100, {"step", "grid", "cluster"}),
+        ("B200", 90, {"step", "grid", "cluster"}),  # PTX of 9.0
+        ("B200", 80, {"step", "grid"}),  # 8.0+PTX and 9.0a, which does not run there
+        ("RTX 5090", 80, {"step", "grid"}),
+        ("RTX 4090", 80, {"step", "grid"}),  # the binary of 8.0
+        ("A100", 75, {"step"}),
+        ("T4", 75, {"step"}),
+        ("T4", 0, set()),  # 8.0+PTX and 9.0a
+        ("B200", 0, set()),  # 9.0a alone
+    ],
+)
+def test_code_for_the_device(name: str, compiled_for: int, families: set[str]) -> None:
+    """A family whose code the device does not have is rejected, with what to do about it; all are where there is none."""
+    device = {**DEVICES[name], "compiled_for": compiled_for}
+    problem = {"cell": "lstm", "dtype": "float16", "T": 10, "B": 8, "I": 32, "H": 64, "device": device}
+    capability = device["compute_capability"] / 10
+    if not families:
+        text = rf"not compiled for compute capability {capability}, .* add it to TORCH_CUDA_ARCH_LIST and build again"
+        for forced in (None, "cell", "step", "grid", "cluster"):
+            with pytest.raises(ValueError, match=text):
+                C.plan(**problem, forced=forced)
+        return
+    result = C.plan(**problem)
+    assert set(result["candidates"]) == families
+    for family, needed in (("grid", 80), ("cluster", 90)):
+        if family in families:
+            assert C.plan(**problem, forced=family)["family"] == family
+        elif device["compute_capability"] >= needed:
+            reason = (
+                f"needs code for compute capability {needed / 10}, this build's for the device is for {compiled_for / 10}: "
+                f"add {capability} to TORCH_CUDA_ARCH_LIST and build again"
+            )
+            assert result["rejected"][family] == reason and f"not {family}: {reason}" in result["text"]
+            with pytest.raises(ValueError, match=f"kernel family {family} cannot serve this layer: {family} {reason}"):
+                C.plan(**problem, forced=family)
+
+
+def test_older_code_is_planned_as_such() -> None:
+    """What a newer device could do but its code does not: launches that overlap, asynchronous copies, TF32, bf16 by mma."""
+    problem = {"cell": "lstm", "T": 10, "B": 256, "I": 32, "H": 512, "allow_tf32": True}
+    for name in ("A100", "H100", "B200"):
+        for code in (75, 80, 90):
+            device = {**DEVICES[name], "compiled_for": min(code, DEVICES[name]["compute_capability"])}
+            code = device["compiled_for"]
+            result = C.plan(**problem, dtype="float32", device=device)
+            assert result["overlapped_launches"] == (code >= 90)
+            (forward,) = result["kernels"]
+            assert forward["math"] == ("fp32" if code < 80 else "tf32")
+            assert forward["stages"] <= {75: 2, 80: 4, 90: 8}[code]
+            bf16 = C.plan(**problem, dtype="bfloat16", device=device)["us_per_step"]
+            fp16 = C.plan(**problem, dtype="float16", device=device)["us_per_step"]
+            assert (bf16 > fp16) == (code < 80)
+
+
 def test_text() -> None:
     text = plan(P=16, H=128)["text"]
     for part in ("family step", "model, not measured", "forward: fp16", "project: fp16", "because", "not cell"):

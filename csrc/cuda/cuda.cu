@@ -57,7 +57,8 @@ struct Launcher {
   int stages;
   bool may_overlap;
 
-  Launcher(void (*kernel_address)(Step), const KernelPlan& plan, bool pdl) : kernel(kernel_address), stages(plan.stages) {
+  Launcher(void (*kernel_address)(Step), const KernelPlan& plan, bool pdl)
+      : kernel(kernel_address), stages(plan.stages), may_overlap(pdl) {
     config = {to_string(plan.role),
               static_cast<int>(plan.grid_x),
               static_cast<int>(plan.grid_y),
@@ -66,7 +67,7 @@ struct Launcher {
               plan.smem_bytes,
               1,
               false};
-    may_overlap = simt::prepare(kernel, config.name, plan.smem_bytes) >= 90 && pdl;
+    simt::prepare(kernel, config.name, plan.smem_bytes);
   }
 
   // The first launch of a layer waits for everything before it in the stream, so that later ones may read weights early.
@@ -113,7 +114,10 @@ const DeviceInfo& device_info(int device) {
     throw std::invalid_argument("no CUDA device " + std::to_string(device));
   }
   std::lock_guard<std::mutex> lock(mutex);
-  if (!known[device]) known[device] = simt::query_device(device);
+  if (!known[device]) {
+    const auto kernel = Kernels<MathKind::kFp32>::forward(KernelRole::kForward, CellKind::kLstm, TileSize::kSmall);
+    known[device] = simt::query_device(device, kernel);
+  }
   return *known[device];
 }
 

@@ -41,13 +41,7 @@ void launch_all(void (*kernel)(Arguments), const char* name, Arguments& argument
   const PersistentPlan& p = *plan.persistent;
   const bool cluster = plan.family == Family::kCluster;
   const int64_t B = arguments.p.seq.B, rows_per_group = int64_t{p.tiles} * kTileRows;
-  // Compiled for less, a kernel is empty.
-  const int compiled_for = simt::prepare(kernel, name, p.smem_bytes), needed = cluster ? 90 : 80;
-  if (compiled_for < needed) {
-    throw std::runtime_error(std::string("fused_rnn: kernel ") + name + ": compiled for compute capability " +
-                             std::to_string(compiled_for / 10) + "." + std::to_string(compiled_for % 10) + ", it needs " +
-                             std::to_string(needed / 10) + ".0: see TORCH_CUDA_ARCH_LIST");
-  }
+  simt::prepare(kernel, name, p.smem_bytes);
   if (cluster && p.slices > 8) simt::allow_large_clusters(kernel, name);
   for (int dir = 0; dir < arguments.p.D; dir += p.directions) {
     for (int64_t row = 0; row < B; row += p.groups * rows_per_group) {

@@ -436,19 +436,18 @@ inline void check(cudaError_t status, const std::string& what) {
 }
 
 // To be called on the device that launches before a kernel's first launch with more than 48 KiB of shared memory; cheap enough
-// for once per layer. Returns what the kernel's code was compiled for: 75, 80, 90, ... It is older than the device where the
-// driver translates a PTX, and then arch() is that of the PTX: below 90 pdl_wait() is empty.
+// for once per layer.
 template <class Params>
-int prepare(void (*kernel)(Params), const char* name, int smem_bytes) {
+void prepare(void (*kernel)(Params), const char* name, int smem_bytes) {
   struct Prepared {
     void (*kernel)(Params);
-    int device, smem_bytes, compiled_for;
+    int device, smem_bytes;
   };
   static thread_local std::vector<Prepared> prepared;
   int device = 0;
   check(cudaGetDevice(&device), "current device");
   for (const Prepared& p : prepared) {
-    if (p.kernel == kernel && p.device == device && p.smem_bytes >= smem_bytes) return p.compiled_for;
+    if (p.kernel == kernel && p.device == device && p.smem_bytes >= smem_bytes) return;
   }
   // What a thread finds and sets is that of all threads.
   static std::mutex mutex;
@@ -460,8 +459,7 @@ int prepare(void (*kernel)(Params), const char* name, int smem_bytes) {
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes),
         std::string("kernel ") + name + ": " + std::to_string(smem_bytes) + " bytes of shared memory");
   }
-  prepared.push_back({kernel, device, smem_bytes, attributes.ptxVersion});
-  return attributes.ptxVersion;
+  prepared.push_back({kernel, device, smem_bytes});
 }
 
 // Before the first launch of a kernel in clusters of more than 8 blocks.
@@ -505,8 +503,9 @@ void launch(void (*kernel)(Params), const LaunchConfig& config, void* stream, co
                     " bytes of shared memory");
 }
 
-// Properties of a device. Some ten attribute queries: callers keep the result.
-inline DeviceInfo query_device(int device) {
+// Properties of a device; `kernel`: any, all are compiled for the same architectures. Some ten queries: callers keep the result.
+template <class Params>
+DeviceInfo query_device(int device, void (*kernel)(Params)) {
   const auto get = [device](cudaDeviceAttr attribute) {
     int value = 0;
     check(cudaDeviceGetAttribute(&value, attribute, device), "device " + std::to_string(device));
@@ -521,6 +520,18 @@ inline DeviceInfo query_device(int device) {
   info.threads_per_sm = get(cudaDevAttrMaxThreadsPerMultiProcessor);
   info.l2_bytes = get(cudaDevAttrL2CacheSize);
   info.max_cluster = !get(cudaDevAttrClusterLaunch) ? 1 : info.compute_capability >= 120 ? 8 : 16;
+  int current = 0;
+  check(cudaGetDevice(&current), "current device");
+  check(cudaSetDevice(device), "device " + std::to_string(device));
+  cudaFuncAttributes code{};
+  const cudaError_t status = cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(kernel));
+  check(cudaSetDevice(current), "device " + std::to_string(current));
+  if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction) {
+    (void)cudaGetLastError();  // compiled_for stays 0
+  } else {
+    check(status, "code of the kernels");
+    info.compiled_for = code.ptxVersion;  // arch() / 10 in that code
+  }
   return info;
 }
 

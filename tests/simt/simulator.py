@@ -22,15 +22,16 @@ class DeviceInfo(ctypes.Structure):
         *((name, c_int) for name in ("registers_per_sm", "threads_per_sm")),
         ("l2_bytes", c_int64),
         ("max_cluster", c_int),
+        ("compiled_for", c_int),
     ]
 
 
 KIB = 1024
-H100 = DeviceInfo(90, 132, 227 * KIB, 228 * KIB, 65536, 2048, 50 << 20, 16)
-A100 = DeviceInfo(80, 108, 163 * KIB, 164 * KIB, 65536, 2048, 40 << 20, 1)
-T4 = DeviceInfo(75, 40, 64 * KIB, 64 * KIB, 65536, 1024, 4 << 20, 1)
+H100 = DeviceInfo(90, 132, 227 * KIB, 228 * KIB, 65536, 2048, 50 << 20, 16, 90)
+A100 = DeviceInfo(80, 108, 163 * KIB, 164 * KIB, 65536, 2048, 40 << 20, 1, 80)
+T4 = DeviceInfo(75, 40, 64 * KIB, 64 * KIB, 65536, 1024, 4 << 20, 1, 75)
 # A device that never was: one SM and little memory, so that small problems already meet its limits.
-TINY = DeviceInfo(90, 2, 100 * KIB, 100 * KIB, 65536, 1024, 1 << 20, 2)
+TINY = DeviceInfo(90, 2, 100 * KIB, 100 * KIB, 65536, 1024, 1 << 20, 2, 90)
 
 
 class Fault(AssertionError):
@@ -71,7 +72,6 @@ class Simulator:
     def reset(self, seed: int = 0, device: DeviceInfo = H100) -> None:
         """Frees all memory and starts over."""
         self.lib.simt_reset()
-        self.lib.simt_compiled_for(0)
         self.lib.simt_seed(seed)
         d = device
         limits = (d.compute_capability, d.sm_count, d.smem_per_block, d.smem_per_sm, d.registers_per_sm, d.threads_per_sm)

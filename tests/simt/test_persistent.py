@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import itertools
 from collections.abc import Iterator
@@ -17,10 +16,10 @@ from test_kernels import Simulated, run, run_without_d_h0
 
 KIB = 1024
 # Devices that never were: 4 SMs, on which groups of 2 blocks take turns; little shared memory, which limits a group's rows.
-test_kernels.DEVICES["FOUR"] = DeviceInfo(90, 4, 227 * KIB, 228 * KIB, 65536, 2048, 50 << 20, 16)
-test_kernels.DEVICES["SMALL"] = DeviceInfo(90, 40, 100 * KIB, 101 * KIB, 65536, 2048, 50 << 20, 4)
-test_kernels.DEVICES["CLUSTERS_OF_4"] = DeviceInfo(90, 40, 227 * KIB, 228 * KIB, 65536, 2048, 50 << 20, 4)
-test_kernels.DEVICES["CLUSTERS_OF_8"] = DeviceInfo(90, 40, 227 * KIB, 228 * KIB, 65536, 2048, 50 << 20, 8)
+test_kernels.DEVICES["FOUR"] = DeviceInfo(90, 4, 227 * KIB, 228 * KIB, 65536, 2048, 50 << 20, 16, 90)
+test_kernels.DEVICES["SMALL"] = DeviceInfo(90, 40, 100 * KIB, 101 * KIB, 65536, 2048, 50 << 20, 4, 90)
+test_kernels.DEVICES["CLUSTERS_OF_4"] = DeviceInfo(90, 40, 227 * KIB, 228 * KIB, 65536, 2048, 50 << 20, 4, 90)
+test_kernels.DEVICES["CLUSTERS_OF_8"] = DeviceInfo(90, 40, 227 * KIB, 228 * KIB, 65536, 2048, 50 << 20, 8, 90)
 
 F32 = torch.float32
 ARITHMETIC = [(F32, False), (F32, True), (torch.float16, False), (torch.bfloat16, False)]
@@ -172,25 +171,6 @@ def test_cut_at_any_step(sim: Simulator, simulated: Simulated) -> None:
 @pytest.mark.parametrize("simulated", [s for index, s in enumerate(CUT) if index % 3], ids=str)
 def test_cut_at_any_step_sweep(sim: Simulator, simulated: Simulated) -> None:
     run_cut(sim, simulated)
-
-
-@pytest.mark.parametrize(("family", "compiled_for"), [("grid", 75), ("cluster", 80)])
-def test_code_of_an_older_architecture_is_refused(sim: Simulator, family: str, compiled_for: int) -> None:
-    """A PTX that the driver translates: these kernels would do nothing."""
-    case = Case("LSTM", 2, 3, hidden=20, dtype=torch.float16)
-    layer_run = LayerRun(sim, Layer.of(case, make_data(case)), family=family)
-    sim.reset()
-    params, problem = layer_run.arguments(projected=True)
-    sim.lib.simt_compiled_for(compiled_for)
-    plan = layer_run.plan(problem)
-    params.workspace = sim.out("workspace", sim.lib.simt_plan_workspace(plan))
-    try:
-        with pytest.raises(
-            RuntimeError, match=f"kernel {family}_forward: compiled for .* {compiled_for / 10:.1f}, it needs "
-        ):
-            sim.check(sim.lib.simt_forward(ctypes.byref(params), plan))
-    finally:
-        sim.lib.simt_free_plan(plan)
 
 
 def test_default_run_is_large_enough() -> None:

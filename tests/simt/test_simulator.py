@@ -17,7 +17,7 @@ from torch import Tensor
 
 SEEDS = range(6)
 # Three SMs that hold 1024 threads each.
-THREE = DeviceInfo(90, 3, 100 * 1024, 101 * 1024, 65536, 1024, 1 << 20, 16)
+THREE = DeviceInfo(90, 3, 100 * 1024, 101 * 1024, 65536, 1024, 1 << 20, 16, 90)
 KERNELS = Path(__file__).parent / "kernels"
 
 

@@ -291,9 +291,8 @@ struct LaunchConfig {
 };
 
 template <class Params>
-int prepare(void (*kernel)(Params), const char* name, int smem_bytes) {
+void prepare(void (*kernel)(Params), const char* name, int smem_bytes) {
   simt_host::prepare_kernel(reinterpret_cast<const void*>(kernel), name, smem_bytes);
-  return simt_host::compiled_for ? simt_host::compiled_for : arch() / 10;
 }
 
 template <class Params>
@@ -316,10 +315,11 @@ void launch(void (*kernel)(Params), const LaunchConfig& config, void*, const Par
   simt_host::enqueue(std::move(spec));
 }
 
-inline DeviceInfo query_device(int) {
+template <class Params>
+DeviceInfo query_device(int, void (*)(Params)) {
   const simt_host::Limits& l = simt_host::limits;
-  return {l.compute_capability, l.sm_count,       l.smem_per_block,  l.smem_per_sm,
-          l.registers_per_sm,   l.threads_per_sm, int64_t{50} << 20, l.max_cluster};
+  return {l.compute_capability, l.sm_count,        l.smem_per_block, l.smem_per_sm, l.registers_per_sm,
+          l.threads_per_sm,     int64_t{50} << 20, l.max_cluster,    arch() / 10};
 }
 
 }  // namespace fused_rnn::simt

@@ -35,7 +35,6 @@ struct Limits {
   int compute_capability, sm_count, smem_per_block, smem_per_sm, registers_per_sm, threads_per_sm, max_cluster;
 };
 extern Limits limits;
-extern int compiled_for;  // what prepare says; 0: arch()
 
 enum AccessKind : unsigned {
   kRead = 0,

@@ -9,7 +9,6 @@ namespace simt_host {
 extern "C" __attribute__((noinline)) void simt_stopped() { asm volatile(""); }
 
 Limits limits{};
-int compiled_for = 0;
 Stats stats{};
 Context context{};
 
