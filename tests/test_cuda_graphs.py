@@ -25,6 +25,7 @@ def check_replay(run: Callable[[], list[Tensor]], inputs: list[Tensor]) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run()
+    graph.replay()
     before = [t.clone() for t in captured]
     with torch.no_grad():
         for tensor in inputs:

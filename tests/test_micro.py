@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,16 @@ def test_names_constants_that_the_planner_has(program: Path) -> None:
 def test_unknown_program() -> None:
     done = subprocess.run([sys.executable, str(FOLDER / "run.py"), "nonsense"], capture_output=True, text=True)
     assert done.returncode == 2 and "unknown: nonsense; known are clusters" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
+def test_compiles(program: Path) -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc on PATH")
+    command = [sys.executable, str(FOLDER / "run.py"), program.stem, "--build-only", "--arch", "sm_90a"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.gpu

@@ -115,8 +115,11 @@ const DeviceInfo& device_info(int device) {
   }
   std::lock_guard<std::mutex> lock(mutex);
   if (!known[device]) {
+    // Any will do: all are compiled for the same architectures.
     const auto kernel = Kernels<MathKind::kFp32>::forward(KernelRole::kForward, CellKind::kLstm, TileSize::kSmall);
-    known[device] = simt::query_device(device, kernel);
+    DeviceInfo info = simt::query_device(device);
+    info.compiled_for = simt::compiled_for(device, kernel);
+    known[device] = info;
   }
   return *known[device];
 }

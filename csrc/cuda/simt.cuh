@@ -503,9 +503,8 @@ void launch(void (*kernel)(Params), const LaunchConfig& config, void* stream, co
                     " bytes of shared memory");
 }
 
-// Properties of a device; `kernel`: any, all are compiled for the same architectures. Some ten queries: callers keep the result.
-template <class Params>
-DeviceInfo query_device(int device, void (*kernel)(Params)) {
+// Properties of a device, but for compiled_for. Some ten attribute queries: callers keep the result.
+inline DeviceInfo query_device(int device) {
   const auto get = [device](cudaDeviceAttr attribute) {
     int value = 0;
     check(cudaDeviceGetAttribute(&value, attribute, device), "device " + std::to_string(device));
@@ -520,6 +519,12 @@ DeviceInfo query_device(int device, void (*kernel)(Params)) {
   info.threads_per_sm = get(cudaDevAttrMaxThreadsPerMultiProcessor);
   info.l2_bytes = get(cudaDevAttrL2CacheSize);
   info.max_cluster = !get(cudaDevAttrClusterLaunch) ? 1 : info.compute_capability >= 120 ? 8 : 16;
+  return info;
+}
+
+// DeviceInfo::compiled_for of a kernel, as arch() / 10 in its code that the device runs.
+template <class Params>
+int compiled_for(int device, void (*kernel)(Params)) {
   int current = 0;
   check(cudaGetDevice(&current), "current device");
   check(cudaSetDevice(device), "device " + std::to_string(device));
@@ -527,12 +532,11 @@ DeviceInfo query_device(int device, void (*kernel)(Params)) {
   const cudaError_t status = cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(kernel));
   check(cudaSetDevice(current), "device " + std::to_string(current));
   if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction) {
-    (void)cudaGetLastError();  // compiled_for stays 0
-  } else {
-    check(status, "code of the kernels");
-    info.compiled_for = code.ptxVersion;  // arch() / 10 in that code
+    (void)cudaGetLastError();
+    return 0;
   }
-  return info;
+  check(status, "code of the kernels");
+  return code.ptxVersion;
 }
 
 }  // namespace fused_rnn::simt

@@ -315,11 +315,15 @@ void launch(void (*kernel)(Params), const LaunchConfig& config, void*, const Par
   simt_host::enqueue(std::move(spec));
 }
 
-template <class Params>
-DeviceInfo query_device(int, void (*)(Params)) {
+inline DeviceInfo query_device(int) {
   const simt_host::Limits& l = simt_host::limits;
-  return {l.compute_capability, l.sm_count,        l.smem_per_block, l.smem_per_sm, l.registers_per_sm,
-          l.threads_per_sm,     int64_t{50} << 20, l.max_cluster,    arch() / 10};
+  return {l.compute_capability, l.sm_count,         l.smem_per_block,
+          l.smem_per_sm,        l.registers_per_sm, l.threads_per_sm,
+          int64_t{50} << 20,    l.max_cluster,      0};
+}
+template <class Params>
+int compiled_for(int, void (*)(Params)) {
+  return arch() / 10;
 }
 
 }  // namespace fused_rnn::simt
