@@ -117,11 +117,18 @@ void product(const SplitCall& call) {
 #define FUSED_RNN_PANEL(j)                      \
   _tile_loadd(6, panel + (j) * kSplitTile, 64); \
   _tile_loadd(7, panel + (kPanelParts + (j)) * kSplitTile, 64)
-#define FUSED_RNN_FOUR     \
-  _tile_dpbf16ps(0, 4, 6); \
-  _tile_dpbf16ps(1, 4, 7); \
-  _tile_dpbf16ps(2, 5, 6); \
-  _tile_dpbf16ps(3, 5, 7)
+// Each product with its share of the lines to be prefetched: many requests in a row would fill the queue of lines on their way, and the
+// loads of tiles would wait for it. Against all of a block's lines at once 0.84 to 0.92 of the time of an LSTM's inference in fp32
+// (128x64x256, 256x32x512, 32x64x1024; Sapphire Rapids, 2026-11-22).
+#define FUSED_RNN_ONE(sum, row, panel)                             \
+  _tile_dpbf16ps(sum, row, panel);                                 \
+  for (; next < stop; next += 64) _mm_prefetch(next, _MM_HINT_T1); \
+  stop += share
+#define FUSED_RNN_FOUR    \
+  FUSED_RNN_ONE(0, 4, 6); \
+  FUSED_RNN_ONE(1, 4, 7); \
+  FUSED_RNN_ONE(2, 5, 6); \
+  FUSED_RNN_ONE(3, 5, 7)
 
 template <int kRowParts, int kPanelParts>
 void product_of_two(const SplitCall& call, int vector) {
@@ -145,10 +152,9 @@ void product_of_two(const SplitCall& call, int vector) {
   }
   const Prefetch& prefetch = call.prefetch;
   const char* next = prefetch.from + vector * (prefetch.step * blocks / call.vectors);
-  const int64_t fetch = prefetch.step * 2 / call.vectors;
+  const int64_t share = prefetch.step / (2 * call.vectors * split_products({kRowParts, kPanelParts}));
+  const char* stop = next + share;
   for (int64_t block = 0; block < blocks; ++block) {
-    for (int64_t i = 0; i < fetch; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
-    next += fetch;
     FUSED_RNN_ROWS(0);
     if constexpr (kPanelParts > 2) {
       FUSED_RNN_PANEL(2);
@@ -187,6 +193,7 @@ void product_of_two(const SplitCall& call, int vector) {
 }
 #undef FUSED_RNN_ROWS
 #undef FUSED_RNN_PANEL
+#undef FUSED_RNN_ONE
 #undef FUSED_RNN_FOUR
 
 template <int kRowParts, int kPanelParts>
@@ -237,6 +244,7 @@ const InstructionSet* amx_kernels() {
     static const SplitKernels split = [] {
       SplitKernels split = split_packing();
       split.gains[0] = split.gains[1] = split.gains[2] = true;
+      split.reads_once = true;
       split.rate = 16;
       split.gemm = amx::gemm;
       split.release = amx::release;

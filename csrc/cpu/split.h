@@ -65,8 +65,9 @@ struct SplitSource {
 };
 
 struct SplitKernels {
-  bool gains[3] = {};  // by storage index (kernels.h): whether products of parts are worth it
-  int rate = 0;        // a product takes the time of one multiply-add of vectors for so many rows and each k
+  bool gains[3] = {};       // by storage index (kernels.h): whether products of parts are worth it
+  bool reads_once = false;  // a call of up to 16 rows reads its panel once
+  int rate = 0;             // a product takes the time of one multiply-add of vectors for so many rows and each k
   // Packs up to 16 rows; returns a bit for each of them with a value that has no parts: infinite, or rounded to infinity.
   uint32_t (*pack_rows)(const float* const* rows, int n_rows, int64_t depth, int parts, uint16_t* out);
   // Packs a vector of columns by storage index (kernels.h), each a row of the source, or a column of it; `stride` elements of
