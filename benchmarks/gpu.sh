@@ -77,7 +77,8 @@ if ! stage build 180 "$python" setup.py build_ext --inplace; then
 fi
 "$python" -m fused_rnn info | tee -a "$log"
 stage micro 70 "$python" benchmarks/micro/run.py "${micro[@]}"
-stage tests 150 "$python" -m pytest -q -p no:cacheprovider --durations=10 "${tests[@]}"
+# -v: where a kernel hangs until the stage's time is out, the log has what went before; the stack of a test of 40 s says which.
+stage tests 150 "$python" -m pytest -v -o faulthandler_timeout=40 -p no:cacheprovider --durations=10 "${tests[@]}"
 grep -E '^[0-9]+ passed|^=+ .*(passed|failed)' "$log" | tail -n 1
 stage memcheck 50 bash -c 'sanitizer memcheck "$small"'
 stage racecheck 50 bash -c 'sanitizer racecheck "$small and not RNN"'

@@ -223,6 +223,25 @@ def test_a_spent_budget_is_said(few_cases: list[BenchCase], capsys: pytest.Captu
     assert "not measured, the budget of 0 s was spent: 3 cases" in out and str(TINY) in out
 
 
+def test_a_case_that_fails_does_not_stop_the_others(
+    few_cases: list[BenchCase], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, whole = tmp_path / "lines.jsonl", bench.result_lines
+
+    def result_lines(case: BenchCase, *args: Any) -> Any:
+        if case == few_cases[0]:
+            raise RuntimeError("kernel nonsense: no")
+        return whole(case, *args)
+
+    monkeypatch.setattr(bench, "result_lines", result_lines)
+    options = ["bench", "--device", "cpu", "--no-memory", "--budget", "5", "--baseline", "torch.nn", "--output", str(file)]
+    with pytest.raises(SystemExit, match="1 cases failed") as failure:
+        bench.main(parser().parse_args(options))
+    assert str(few_cases[0]) in str(failure.value)
+    assert "FAILED: kernel nonsense: no" in capsys.readouterr().out
+    assert len(file.read_text().splitlines()) == len(few_cases) - 1 > 0
+
+
 def test_options() -> None:
     with pytest.raises(SystemExit, match="step does not run on cpu; these do: torch.nn"):
         main(["bench", "--device", "cpu", "--baseline", "step"])

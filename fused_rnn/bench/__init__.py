@@ -180,6 +180,9 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measures the cases that args select; prints a table and returns the result lines.
 
     The budget is shared out evenly over the cases that are left; a case that finds it spent is not measured, and said so.
+
+    Raises:
+        SystemExit: options that do not fit; after all else, cases that failed.
     """
     if args.device == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -194,7 +197,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     work = list(itertools.product(args.threads or [torch.get_num_threads()], selected(args)))
     deadline = time.monotonic() + args.budget
     results: list[dict[str, Any]] = []
-    left_out = []
+    left_out, failed = [], []
     threads_before = torch.get_num_threads()
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads_before)
@@ -210,9 +213,16 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
                 if left <= 0:
                     left_out.append(str(case))
                     continue
-                lines, refused = result_lines(
-                    case, about, args.device, wanted, left / (len(work) - index), prober, args.plan
-                )
+                try:
+                    lines, refused = result_lines(
+                        case, about, args.device, wanted, left / (len(work) - index), prober, args.plan
+                    )
+                except RuntimeError as error:  # the cases after it are measured nevertheless
+                    failed.append(str(case))
+                    print(f"{case!s:58} FAILED: {error}", flush=True)
+                    if args.device == "cuda":
+                        torch.cuda.synchronize()  # raises, and ends the run, where the device can do nothing any more
+                    continue
                 _print_case(case, lines, refused)
                 results += lines
                 if args.output:
@@ -224,6 +234,8 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
         print(
             f"\nnot measured, the budget of {args.budget:g} s was spent: {len(left_out)} cases\n  " + "\n  ".join(left_out)
         )
+    if failed:
+        raise SystemExit(f"\nbench: {len(failed)} cases failed\n  " + "\n  ".join(failed))
     return results
 
 
