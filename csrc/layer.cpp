@@ -11,6 +11,7 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
+#include "cpu/previous.h"
 #include "products.h"
 
 namespace fused_rnn {
@@ -166,17 +167,32 @@ Tensor previous_rows(const LayerInputs& in, const Shapes& s, bool reverse) {
   return at::where(active, row + s.B, b + s.N);
 }
 
+// Of every row the h before its step [N, P]; y [N, P] is a strided view.
+Tensor previous_states(const LayerInputs& in, const Shapes& s, const Tensor& y, int d) {
+  const bool has_h0 = in.h0 && in.h0->defined();
+  if (in.x.is_cpu() && y.stride(1) == 1) {
+    std::vector<Tensor> kept;
+    const int64_t size = static_cast<int64_t>(y.element_size());
+    const Tensor h_prev = empty_like(y, {s.N, s.P});
+    const void* h0 = has_h0 ? contiguous(in.h0->select(0, d), kept) : nullptr;
+    cpu::previous_rows(
+        {sequence_of(in, s, kept), d == 1, s.P * size, y.const_data_ptr(), y.stride(0) * size, h0, h_prev.data_ptr()});
+    return h_prev;
+  }
+  const Tensor h0 = has_h0 ? in.h0->select(0, d) : at::zeros({s.B, s.P}, y.options());
+  Tensor h_prev = at::cat({y, h0}).index_select(0, previous_rows(in, s, d == 1));
+  if (in.resets) h_prev.masked_fill_(in.resets->reshape({s.N, 1}), 0);
+  return h_prev;
+}
+
 // d_rg^T h_prev [G*H, P]: d_rg [N, G*H] and y [N, P] are strided views, h_prev is never stored for dense batches.
 Tensor recurrent_weight_gradient(const LayerInputs& in, const Shapes& s, const Tensor& d_rg, const Tensor& y, int d) {
   const bool reverse = d == 1;
   const bool has_h0 = in.h0 && in.h0->defined();
   const bool shifted = !in.offsets && !in.resets && !(reverse && in.lengths && has_h0);
   if (!shifted) {
-    const Tensor h0 = has_h0 ? in.h0->select(0, d) : at::zeros({s.B, s.P}, y.options());
-    Tensor h_prev = at::cat({y, h0}).index_select(0, previous_rows(in, s, reverse));
-    if (in.resets) h_prev.masked_fill_(in.resets->reshape({s.N, 1}), 0);
     const Tensor dw = empty_like(y, {d_rg.size(1), s.P});
-    multiply_into(dw, d_rg, /*transposed=*/true, h_prev, /*add=*/false);
+    multiply_into(dw, d_rg, /*transposed=*/true, previous_states(in, s, y, d), /*add=*/false);
     return dw;
   }
   const Tensor later = reverse ? d_rg.slice(0, 0, s.N - s.B) : d_rg.slice(0, s.B, s.N);

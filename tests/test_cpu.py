@@ -255,6 +255,22 @@ def test_threads_with_projection(threads: None) -> None:
     assert_same_on_two_threads(case, states=2)
 
 
+@pytest.mark.parametrize("resets", (False, True))
+@pytest.mark.parametrize("ragged", ("dense", "lengths", "packed"))
+def test_weight_gradients_on_threads(ragged: str, resets: bool, threads: None) -> None:
+    """Every row's state before its step, gathered by several threads in either direction."""
+    case = Case("RNN_TANH", steps=60, batch=40, hidden=65, input_size=2, ragged=ragged, resets=resets, bidirectional=True,
+                dtype=torch.float64)  # fmt: skip
+    with use_backend("reference"):
+        expected = results_and_gradients(case, make_data(case))[1]
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        with use_backend("cpu"):
+            grads = results_and_gradients(case, make_data(case))[1]
+        for index, (actual, want) in enumerate(zip(grads, expected, strict=True)):
+            assert_near(f"gradient {index}", actual, want, GRADIENT_TOLERANCE[torch.float64])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_do_not_depend_on_their_batch(dtype: torch.dtype, instruction_set: str) -> None:
     """A row's sums are made in the same order whatever tile it is in, with weights in the same form."""
