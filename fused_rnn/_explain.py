@@ -87,12 +87,14 @@ class Explanation:
         if self.forced and self.backend == "cuda":
             lines.append(f"FUSED_RNN_PLAN={self.forced}")
         lines += [f"{name}: " + plan["text"].rstrip("\n") for name, plan in self.overlap.items()]
+        overlaps = any(plan["chunks"] > 1 for plan in self.overlap.values())
+        alone = "; its times are those of its recurrence alone, without overlap" * overlaps
         number = 1
         for layer, group in itertools.groupby(self.layers):
             last = number + len(list(group)) - 1
             which = f"layer {number}" if last == number else f"layers {number} to {last}, each"
             sizes = f"I={layer.I} H={layer.H}" + (f" P={layer.P}" if layer.P != layer.H else "")
-            lines.append(f"{which}: {sizes}, {layer.D} direction{'s' * (layer.D > 1)}")
+            lines.append(f"{which}: {sizes}, {layer.D} direction{'s' * (layer.D > 1)}{alone}")
             if layer.B == 0:
                 lines.append("  nothing to do: the batch is empty")
             for name, plan in (("forward", layer.forward), ("backward", layer.backward)):
@@ -128,8 +130,9 @@ def explain(
     """Prints and returns how ``module(input)`` would be carried out, without running it.
 
     On CUDA: for every layer (both directions together), forward and backward, the kernel family with its tiles, blocks,
-    shared memory, registers, the microseconds per step that the cost model expects, and why each other family was not
-    taken. On a CPU: the instruction set and how the threads divide the work. On the reference: why there are no kernels.
+    shared memory, registers, the microseconds per step that the cost model expects of the layer's kernels alone, and why
+    each other family was not taken; before the layers, whether they overlap in time and what that makes of the whole. On
+    a CPU: the instruction set and how the threads divide the work. On the reference: why there are no kernels.
 
     Args:
         module: fused_rnn's RNN, LSTM, GRU or one of its cells.

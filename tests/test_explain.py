@@ -226,6 +226,19 @@ def test_errors_of_device() -> None:
 
 
 @needs_extension
+def test_overlapping_layers_say_what_their_times_leave_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    lstm = fused_rnn.LSTM(256, 256, num_layers=4, dtype=torch.float16, device="meta")
+    x = meta(256, 8, 256, dtype=torch.float16)
+    monkeypatch.setenv("FUSED_RNN_PLAN", "grid")
+    alone = "1 direction; its times are those of its recurrence alone, without overlap\n"
+    for chunks, overlaps in (("4", True), ("0", False)):
+        monkeypatch.setenv("FUSED_RNN_OVERLAP", chunks)
+        text = str(explain(lstm, x, device="H100"))
+        assert ("forward: overlap: 4 chunks" in text) == overlaps == (alone in text)
+        assert ("forward: layers in turn, because" in text) != overlaps
+
+
+@needs_extension
 def test_code_of_another_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     """explain shows why a family has no code; forced, it raises with the reason; without any code everything does."""
     lstm = fused_rnn.LSTM(64, 256, dtype=torch.float16, device="meta")

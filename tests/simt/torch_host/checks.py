@@ -1,0 +1,117 @@
+"""What test_torch_host.py runs: the ops for CUDA with all they do around the kernels, against the reference."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1]), str(HERE.parents[2])]
+import build  # noqa: E402
+
+EXTENSION = build.load()
+
+from cases import CELLS, GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, Case, make_data  # noqa: E402
+from test_layers import assert_near, results_and_gradients  # noqa: E402
+
+import fused_rnn  # noqa: E402
+from fused_rnn import use_backend  # noqa: E402
+
+F16 = torch.float16
+torch.backends.cudnn.allow_tf32 = False
+
+
+def calls() -> tuple[int, int]:
+    """Calls of the backend so far: for whole layers, and for some steps of a layer."""
+    counts = (ctypes.c_int * 2)()
+    ctypes.CDLL(EXTENSION.__file__).torch_host_calls(counts)
+    return counts[0], counts[1]
+
+
+def cases() -> Iterator[Case]:
+    for cell in CELLS:
+        yield Case(cell, 5, 9, 4, 21, layers=2, bidirectional=True, ragged="lengths", resets=True)
+        yield Case(cell, 5, 9, 4, 21, layers=2, ragged="packed", dtype=F16)
+        yield Case(cell, 5, 3, 4, 21, layers=3, states=False, has_biases=False)
+        yield Case(cell, 1, 3, 4, 21)
+    yield Case("LSTM", 5, 3, 4, 21, proj=7, layers=2, bidirectional=True)
+    yield Case("GRU", 5, 3, 4, 21, layers=2, batch_first=True, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("overlap", ["0", "3"])
+@pytest.mark.parametrize("family", ["", "step", "grid", "cluster"])
+@pytest.mark.parametrize("case", list(cases()), ids=str)
+def test_against_fp64(case: Case, family: str, overlap: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    persistent = family in ("grid", "cluster")
+    if persistent and (case.proj or case.dtype == torch.float64):
+        pytest.skip("needs a family that has such a layer")
+    if overlap != "0" and not persistent:
+        pytest.skip("needs a family whose layers overlap")
+    monkeypatch.setenv("FUSED_RNN_PLAN", family)
+    monkeypatch.setenv("FUSED_RNN_OVERLAP", overlap)
+    data = make_data(case)
+    with use_backend("reference"):
+        expected, expected_grads = results_and_gradients(case, data.to(torch.float64))
+    before = calls()
+    with use_backend("cpu"):
+        results, grads = results_and_gradients(case, data)
+    whole, parts = (after - start for after, start in zip(calls(), before, strict=True))
+    overlaps = overlap != "0" and case.steps > 1 and case.ragged != "packed"
+    backward_overlaps = overlaps and case.layers > 1 and not case.bidirectional
+    assert whole == case.layers * (2 - overlaps - backward_overlaps)
+    assert (parts > 0) == overlaps
+    growth = max(1.0, math.sqrt(max(case.hidden, case.input_size) / 32))
+    for index, (actual, want) in enumerate(zip(results, expected, strict=True)):
+        assert_near(f"result {index}", actual, want, OUTPUT_TOLERANCE[case.dtype] * growth)
+    norm = 2 if case.cell == "RNN_RELU" and case.dtype == F16 else math.inf
+    for index, (actual, want) in enumerate(zip(grads, expected_grads, strict=True)):
+        assert_near(f"gradient {index}", actual, want, GRADIENT_TOLERANCE[case.dtype] * growth, norm)
+
+
+@pytest.mark.parametrize("family", ["grid", "cluster"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("cell", [fused_rnn.LSTM, fused_rnn.GRU, fused_rnn.RNN])
+def test_dropout(cell: type, bidirectional: bool, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The masks of the layers in turn, from the same seed; second derivatives too."""
+    monkeypatch.setenv("FUSED_RNN_PLAN", family)
+    rnn = cell(4, 20, num_layers=3, bidirectional=bidirectional, dropout=0.4)
+    x = torch.randn(7, 3, 4, requires_grad=True)
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(7)
+        y = rnn(x)[0]
+        inputs = [x, *rnn.parameters()]
+        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs, retain_graph=True)
+        return [y, *first, *second, *torch.autograd.grad(y.square().sum(), inputs)]
+
+    monkeypatch.setenv("FUSED_RNN_OVERLAP", "0")
+    expected = run()
+    monkeypatch.setenv("FUSED_RNN_OVERLAP", "3")
+    before = calls()
+    for index, (actual, want) in enumerate(zip(run(), expected, strict=True)):
+        assert_near(f"tensor {index}", actual, want.double(), 4 * GRADIENT_TOLERANCE[torch.float32])
+    assert calls()[1] > before[1]
+    with torch.no_grad():
+        torch.manual_seed(7)
+        assert_near("inference", rnn(x)[0], expected[0].double(), OUTPUT_TOLERANCE[torch.float32])
+
+
+def test_errors_of_a_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_RNN_PLAN", "grid")
+    lstm = fused_rnn.LSTM(4, 20, num_layers=2)
+    with torch.no_grad():
+        for chunks in ("-1", "many", "1025"):
+            monkeypatch.setenv("FUSED_RNN_OVERLAP", chunks)
+            with pytest.raises(ValueError, match=f"FUSED_RNN_OVERLAP: expected 0 to 1024, got '{chunks}'"):
+                lstm(torch.zeros(5, 3, 4))
+    monkeypatch.setenv("FUSED_RNN_OVERLAP", "0")
+    with pytest.raises(RuntimeError, match="kernel family grid cannot serve this layer: grid has no fp64 kernels"):
+        lstm.double()(torch.zeros(5, 3, 4).double())
