@@ -8,7 +8,6 @@ Gate order: LSTM i f g o, GRU r z n. Formulas: the documentation of torch.nn.RNN
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -328,7 +327,7 @@ def _check_batch_sizes(batch_sizes: Tensor, input: Tensor) -> None:
             f"on {batch_sizes.device}"
         )
     sizes = batch_sizes.tolist()
-    if not sizes or sizes[-1] < 1 or any(a < b for a, b in itertools.pairwise(sizes)):
+    if not sizes or sizes[-1] < 1 or sizes != sorted(sizes, reverse=True):
         raise ValueError(f"batch_sizes: expected positive, never growing numbers, got {sizes}")
     if sum(sizes) != input.shape[0]:
         raise ValueError(f"batch_sizes: expected a sum of {input.shape[0]} (input's rows), got {sum(sizes)}")
