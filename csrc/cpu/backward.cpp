@@ -46,8 +46,8 @@ class BackwardScan {
   void scan(Worker& w) const;
   void start(Worker& w) const;
   int64_t gather(Worker& w, int64_t t) const;
-  void step(Worker& w, int64_t active) const;
-  void store_sums(Worker& w, int64_t active) const;
+  void step(Worker& w, int64_t step, int64_t active) const;
+  void store_sums(Worker& w, int64_t step, int64_t active) const;
   void zero_inactive(const Worker& w, int64_t row) const;
   void finish(Worker& w) const;
   int64_t stored_gates(const Worker& w, int64_t row, int slot) const {
@@ -245,10 +245,11 @@ int64_t BackwardScan<A>::gather(Worker& w, int64_t t) const {
 
 // This rank's columns of pointers W_hh, stored to the places in w.store_rows.
 template <class A>
-void BackwardScan<A>::store_sums(Worker& w, int64_t active) const {
+void BackwardScan<A>::store_sums(Worker& w, int64_t step, int64_t active) const {
   const int64_t first = share_begin(h_shape_.panels, plan_.split, w.rank);
   const int64_t last = share_begin(h_shape_.panels, plan_.split, w.rank + 1);
-  for_tiles<A>(kernels_, matrices_[w.d].h, nullptr, w.pointers, active, first, last, w.tile, w.split,
+  const Matrix<A>& m = matrices_[w.d].h;
+  for_tiles<A>(kernels_, m, nullptr, w.pointers, active, panels_at(kernels_, m, active, first, last, step), w.tile, w.split,
                [&](int64_t begin, int count, int64_t p, int64_t end, const A* tile, int64_t stride) {
                  kernels_.store[storage_]({tile, stride, w.store_rows + begin, count, p_.P, h_shape_.unit_vector(p),
                                            h_shape_.unit_vector(end), false});
@@ -257,18 +258,19 @@ void BackwardScan<A>::store_sums(Worker& w, int64_t active) const {
 
 // This rank's units of a step.
 template <class A>
-void BackwardScan<A>::step(Worker& w, int64_t active) const {
+void BackwardScan<A>::step(Worker& w, int64_t step, int64_t active) const {
   const bool projected = r_shape_.panels > 0;
   const Shape& shape = projected ? r_shape_ : h_shape_;
   if (projected) {
-    store_sums(w, active);
+    store_sums(w, step, active);
     w.team->barrier.wait();
     for (int64_t i = 0; i < active; ++i) w.pointers[i] = w.store_rows[i].out_arithmetic;
   }
   const int64_t first = share_begin(shape.panels, plan_.split, w.rank);
   const int64_t last = share_begin(shape.panels, plan_.split, w.rank + 1);
-  for_tiles<A>(kernels_, projected ? matrices_[w.d].r : matrices_[w.d].h, nullptr, w.pointers, active, first, last, w.tile,
-               w.split, [&](int64_t begin, int count, int64_t p, int64_t end, const A* tile, int64_t stride) {
+  const Matrix<A>& m = projected ? matrices_[w.d].r : matrices_[w.d].h;
+  for_tiles<A>(kernels_, m, nullptr, w.pointers, active, panels_at(kernels_, m, active, first, last, step), w.tile, w.split,
+               [&](int64_t begin, int count, int64_t p, int64_t end, const A* tile, int64_t stride) {
                  kernels_.backward[cell_][storage_](
                      {tile, stride, w.rows + begin, count, p_.H, shape.unit_vector(p), shape.unit_vector(end)});
                });
@@ -288,7 +290,7 @@ void BackwardScan<A>::finish(Worker& w) const {
       kernels_.save[storage_](w.dc + i * h_padded_, stored_at(p_.d_c0, state * p_.H, size_), p_.H);
     }
   }
-  store_sums(w, w.n);
+  store_sums(w, 0, w.n);
 }
 
 template <class A>
@@ -296,7 +298,7 @@ void BackwardScan<A>::scan(Worker& w) const {
   start(w);
   w.team->barrier.wait();
   for (int64_t s = p_.seq.T - 1; s >= 0; --s) {
-    step(w, gather(w, w.d == 0 ? s : p_.seq.T - 1 - s));
+    step(w, s, gather(w, w.d == 0 ? s : p_.seq.T - 1 - s));
     w.team->barrier.wait();
   }
   finish(w);

@@ -73,7 +73,7 @@ class ForwardScan {
   void start(Worker& w) const;
   void project(Worker& w, int64_t begin, int64_t end) const;
   int64_t step(Worker& w, int64_t step, int64_t first_xg) const;
-  void project_output(Worker& w, int64_t t, int64_t active) const;
+  void project_output(Worker& w, int64_t step, int64_t active) const;
   void zero_inactive(const Worker& w, int64_t row) const;
   void finish(Worker& w) const;
   int64_t time_of(const Worker& w, int64_t step) const { return w.d == 0 ? step : p_.seq.T - 1 - step; }
@@ -293,7 +293,7 @@ void ForwardScan<A>::project(Worker& w, int64_t begin, int64_t end) const {
       w.pointers[count++] = static_cast<const A*>(x);
     }
   }
-  multiply<A>(kernels_, w.weights.x, w.weights.bias_x, w.pointers, count, w.first, w.last, w.split, w.xg);
+  multiply<A>(kernels_, w.weights.x, w.weights.bias_x, w.pointers, count, {w.first, w.last}, w.split, w.xg);
 }
 
 template <class A>
@@ -337,7 +337,8 @@ int64_t ForwardScan<A>::step(Worker& w, int64_t step, int64_t first_xg) const {
   }
   const A* init = p_.cell == CellKind::kGru ? w.weights.bias_h : nullptr;
   const int64_t panel_columns = h_shape_.vectors * h_shape_.width;
-  for_tiles<A>(kernels_, w.weights.h, init, w.pointers, active, w.first, w.last, w.tile, w.split,
+  const Panels panels = panels_at(kernels_, w.weights.h, active, w.first, w.last, step);
+  for_tiles<A>(kernels_, w.weights.h, init, w.pointers, active, panels, w.tile, w.split,
                [&](int64_t begin, int count, int64_t first, int64_t last, const A* tile, int64_t stride) {
                  const int64_t together = w.xg.rows_first ? last - first : 1;  // panels whose projections are neighbours
                  for (int64_t p = first; p < last; p += together) {
@@ -351,9 +352,10 @@ int64_t ForwardScan<A>::step(Worker& w, int64_t step, int64_t first_xg) const {
 
 // y = h W_hr^T, this rank's columns.
 template <class A>
-void ForwardScan<A>::project_output(Worker& w, int64_t, int64_t active) const {
+void ForwardScan<A>::project_output(Worker& w, int64_t step, int64_t active) const {
   for (int64_t i = 0; i < active; ++i) w.pointers[i] = w.rows[i].h;
-  for_tiles<A>(kernels_, w.weights.r, nullptr, w.pointers, active, w.r_first, w.r_last, w.tile, w.split,
+  const Panels panels = panels_at(kernels_, w.weights.r, active, w.r_first, w.r_last, step);
+  for_tiles<A>(kernels_, w.weights.r, nullptr, w.pointers, active, panels, w.tile, w.split,
                [&](int64_t begin, int count, int64_t first, int64_t last, const A* tile, int64_t stride) {
                  kernels_.store[storage_]({tile, stride, w.store_rows + begin, count, p_.P, r_shape_.unit_vector(first),
                                            r_shape_.unit_vector(last), true});
