@@ -148,9 +148,10 @@ def test_the_step_side_is_forced_and_only_it(monkeypatch: pytest.MonkeyPatch) ->
                  (("step", "step"), ("fused_rnn", None)))  # fmt: skip
     for side in (step, own):
         timing.timed(side, 2, "cpu")
-    assert seen == ["step"] * 3 + ["grid"] * 3  # the first of several is not counted
+    assert seen == ["step"] * 3 + ["grid"] * 3  # one call before those that count
     monkeypatch.delenv("FUSED_RNN_PLAN")
-    timing.timed(step, 1, "cpu")
+    timing.timed(step, 1, "cpu", warm_up=False)
+    assert len(seen) == 7
     assert "FUSED_RNN_PLAN" not in os.environ
 
 
@@ -159,9 +160,13 @@ def test_rounds_are_fair_and_end() -> None:
     sides = [Side(str(i), lambda i=i: calls.append(i)) for i in range(3)]  # type: ignore[misc]
     timings = timing.measure(sides, "cpu", 1e-9)
     assert [len(t.samples) for t in timings] == [timing.FEWEST_ROUNDS] * 3
-    assert {calls.count(i) for i in range(3)} == {1 + timing.FEWEST_ROUNDS}
-    firsts = [calls[3 + 3 * r] for r in range(timing.FEWEST_ROUNDS)]
+    assert {calls.count(i) for i in range(3)} == {1 + 2 * timing.FEWEST_ROUNDS}  # short calls: one more before each sample
+    firsts = [calls[3 + 6 * r] for r in range(timing.FEWEST_ROUNDS)]
     assert firsts == [0, 1, 2]
+    calls.clear()
+    long = Side("long", lambda: (calls.append(0), time.sleep(1.2e-3 * timing.WARM_UP_MS)))  # type: ignore[arg-type]
+    timing.measure([long], "cpu", 1e-9)
+    assert len(calls) == 1 + timing.FEWEST_ROUNDS
     slow, fast = timing.Timing([2.0, 4.0, 6.0]), timing.Timing([1.0, 1.0, 2.0])
     assert slow.ratios(fast)[1] == 3.0 and fast.quartiles()[1] == 1.0
 

@@ -1,5 +1,5 @@
-// K is cut into chunks, so that a chunk of b stays in L2: threads pack it together, then each multiplies its rows of a, block by
-// block.
+// K is cut into chunks, so that a chunk of b stays in L2: threads pack it together, then each multiplies its rows of a, group by
+// group. While the matrix unit multiplies one group, vectors pack the next.
 #include "matmul.h"
 
 #include "matrix.h"
@@ -55,9 +55,25 @@ class Matmul {
  private:
   int64_t layout(void* base);
   void pack_b(int thread, int64_t k, int64_t depth, const Shape& shape, int64_t column);
-  void pack_a(uint16_t* to, int64_t row, int64_t count, int64_t k, int64_t depth);
+  // A group of rows of a, some of k, and the quarters of tiles that are packed by now.
+  struct RowGroup {
+    uint16_t* to;
+    int64_t row, count, k, depth;
+    int64_t next = 0;
+    int64_t blocks() const { return (count + kSplitRows - 1) / kSplitRows; }
+    int64_t quarters() const { return 4 * blocks() * split_blocks(depth); }
+  };
+  // Packing some of a group at each round of products.
+  struct Packing {
+    Matmul& matmul;
+    RowGroup& group;
+    int64_t rounds;  // of all products meanwhile
+    int64_t done = 0;
+  };
+  void pack_a(RowGroup& group, int64_t quarters);
+  void multiply_group(const RowGroup& group, RowGroup& next, const Shape& shape, int64_t column);
   void multiply_block(const uint16_t* a, int64_t row, int count, int64_t k, int64_t depth, const Shape& shape,
-                      int64_t column, int64_t panel);
+                      int64_t column, int64_t panel, const Background& background);
 
   const MatmulParams& p_;
   const SplitKernels& kernels_;
@@ -66,8 +82,8 @@ class Matmul {
   const int storage_;
   const int64_t element_;
   const int threads_;
-  uint16_t *b_, *a_;
-  float* sums_;  // [M, sizes_.columns]
+  uint16_t *b_, *a_;  // of a two groups a thread
+  float* sums_;       // [M, sizes_.columns]
   Barrier barrier_;
   std::atomic<bool> infinite_{false};
 };
@@ -75,7 +91,7 @@ class Matmul {
 int64_t Matmul::layout(void* base) {
   Arena arena(base);
   b_ = arena.take<uint16_t>(sizes_.b_elements);
-  a_ = arena.take<uint16_t>(sizes_.a_elements * threads_);
+  a_ = arena.take<uint16_t>(2 * sizes_.a_elements * threads_);
   sums_ = arena.take<float>(sizes_.sums);
   return arena.used();
 }
@@ -111,27 +127,32 @@ void Matmul::pack_b(int thread, int64_t k, int64_t depth, const Shape& shape, in
   }
 }
 
-// `count` rows as blocks of 16. Columns are taken 32 deep and of all blocks at a time, so that whole lines of memory are used at once.
-void Matmul::pack_a(uint16_t* to, int64_t row, int64_t count, int64_t k, int64_t depth) {
+// Packs the group up to so many quarters of tiles. Columns of memory (a transposed) are taken 32 deep and for all blocks at a time, so that
+// whole lines are used at once.
+void Matmul::pack_a(RowGroup& group, int64_t quarters) {
   const auto pack = (p_.a_transposed ? kernels_.pack_columns : kernels_.pack_block)[storage_];
-  const int64_t tile = sizes_.parts.rows * kSplitTile, step = p_.a_transposed ? kSplitDepth : depth;
-  for (int64_t begin = 0; begin < depth; begin += step) {
-    if (p_.a_transposed) {
-      prefetch_rows(at(p_.a, (k + begin + step) * p_.a_stride + row, element_), p_.a_stride,
-                    std::min(depth - begin - step, step), count, element_);
+  const int64_t tile_elements = sizes_.parts.rows * kSplitTile, deep = split_blocks(group.depth), blocks = group.blocks();
+  for (; group.next < quarters; ++group.next) {
+    const int64_t tile = group.next / 4, quarter = group.next % 4;
+    const int64_t block = p_.a_transposed ? tile % blocks : tile / deep;
+    const int64_t begin = (p_.a_transposed ? tile / blocks : tile % deep) * kSplitDepth;
+    const int64_t row = group.row + block * kSplitRows, k = group.k + begin;
+    const int64_t depth = std::min<int64_t>(kSplitDepth, group.depth - begin);
+    if (p_.a_transposed && block == 0) {
+      const int64_t next = begin + kSplitDepth + 8 * quarter;
+      prefetch_rows(at(p_.a, (group.k + next) * p_.a_stride + row, element_), p_.a_stride,
+                    std::min<int64_t>(group.depth - next, 8), group.count, element_);
     }
-    for (int64_t r = 0; r < count; r += kSplitRows) {
-      const int64_t first = p_.a_transposed ? (k + begin) * p_.a_stride + row + r : (row + r) * p_.a_stride + k;
-      const SplitSource source{at(p_.a, first, element_), p_.a_stride,
-                               static_cast<int>(std::min<int64_t>(count - r, kSplitRows)), std::min(step, depth - begin)};
-      uint16_t* block = to + (r / kSplitRows * split_blocks(depth) + begin / kSplitDepth) * tile;
-      if (!pack(source, sizes_.parts.rows, block, tile)) infinite_.store(true);
-    }
+    const int lanes = static_cast<int>(std::min<int64_t>(group.count - block * kSplitRows, kSplitRows));
+    const int64_t first = p_.a_transposed ? k * p_.a_stride + row : row * p_.a_stride + k;
+    uint16_t* to = group.to + (block * deep + begin / kSplitDepth) * tile_elements;
+    const SplitSource source{at(p_.a, first, element_), p_.a_stride, lanes, depth};
+    if (!pack(source, sizes_.parts.rows, to, static_cast<int>(quarter))) infinite_.store(true);
   }
 }
 
 void Matmul::multiply_block(const uint16_t* a, int64_t row, int count, int64_t k, int64_t depth, const Shape& shape,
-                            int64_t column, int64_t panel) {
+                            int64_t column, int64_t panel, const Background& background) {
   alignas(64) float tile[2 * kSplitRows * kMaxTileVectors * kSplitColumns];
   const int vectors = shape.vectors_of(panel);
   const int64_t start = shape.columns_before(panel), columns = int64_t{vectors} * kSplitColumns;
@@ -146,7 +167,7 @@ void Matmul::multiply_block(const uint16_t* a, int64_t row, int count, int64_t k
     sums = out, stride = p_.out_stride;
   }
   const bool add = k > 0 && sums != tile;
-  kernels_.gemm({depth, sizes_.parts, a, count, vectors, b, nullptr, add, sums, stride, {}});
+  kernels_.gemm({depth, sizes_.parts, a, count, vectors, b, nullptr, add, sums, stride, {}, background});
   if (save_) {
     if (k + depth < p_.K) return;
     char* to = static_cast<char*>(p_.out) + first_out * dtype_size(p_.out_dtype);
@@ -160,8 +181,31 @@ void Matmul::multiply_block(const uint16_t* a, int64_t row, int count, int64_t k
   }
 }
 
+void Matmul::multiply_group(const RowGroup& group, RowGroup& next, const Shape& shape, int64_t column) {
+  const int64_t deep = split_blocks(group.depth), vectors = shape.columns() / shape.width;
+  Packing packing{*this, next, deep * vectors * group.blocks() / 4};
+  const Background background{[](void* context, int64_t, int64_t) {
+                                Packing& p = *static_cast<Packing*>(context);
+                                const int64_t quarters = p.group.quarters();
+                                p.matmul.pack_a(p.group, std::min(quarters, quarters * ++p.done / p.rounds));
+                              },
+                              &packing};
+  for (int64_t panel = 0; panel < shape.panels; ++panel) {
+    const int pair = shape.vectors_of(panel) % 2 == 0 ? 2 : 1;
+    for (int64_t r = 0; r < group.count;) {
+      const int64_t rows =
+          group.count - r >= pair * kSplitRows ? pair * kSplitRows : std::min<int64_t>(kSplitRows, group.count - r);
+      multiply_block(group.to + r / kSplitRows * deep * sizes_.parts.rows * kSplitTile, group.row + r,
+                     static_cast<int>(rows), group.k, group.depth, shape, column, panel,
+                     next.count > 0 ? background : Background{});
+      r += rows;
+    }
+  }
+  pack_a(next, next.quarters());
+}
+
 void Matmul::run(int thread) {
-  uint16_t* a = a_ + thread * sizes_.a_elements;
+  uint16_t* const a[] = {a_ + 2 * thread * sizes_.a_elements, a_ + (2 * thread + 1) * sizes_.a_elements};
   const int64_t row_blocks = (p_.M + kSplitRows - 1) / kSplitRows;
   const int64_t first = share_begin(row_blocks, threads_, thread) * kSplitRows;
   const int64_t last = std::min(share_begin(row_blocks, threads_, thread + 1) * kSplitRows, p_.M);
@@ -171,19 +215,17 @@ void Matmul::run(int thread) {
       const Shape shape(depth, std::min(sizes_.columns, p_.N - column), 1, kSplitColumns);
       pack_b(thread, k, depth, shape, column);
       barrier_.wait();
-      const int64_t block = split_blocks(depth) * sizes_.parts.rows * kSplitTile;
-      for (int64_t row = first; row < last; row += kRows) {
-        const int64_t count = std::min(kRows, last - row);
-        pack_a(a, row, count, k, depth);
-        for (int64_t panel = 0; panel < shape.panels; ++panel) {
-          const int pair = shape.vectors_of(panel) % 2 == 0 ? 2 : 1;
-          for (int64_t r = 0; r < count;) {
-            const int64_t rows =
-                count - r >= pair * kSplitRows ? pair * kSplitRows : std::min<int64_t>(kSplitRows, count - r);
-            multiply_block(a + r / kSplitRows * block, row + r, static_cast<int>(rows), k, depth, shape, column, panel);
-            r += rows;
-          }
-        }
+      const auto group_at = [&](int64_t row, int which) {
+        return RowGroup{a[which], row, std::clamp<int64_t>(last - row, 0, kRows), k, depth};
+      };
+      int which = 0;
+      RowGroup group = group_at(first, which);
+      pack_a(group, group.quarters());
+      while (group.count > 0) {
+        which = 1 - which;
+        RowGroup next = group_at(group.row + kRows, which);
+        multiply_group(group, next, shape, column);
+        group = next;
       }
       barrier_.wait();
     }

@@ -74,9 +74,10 @@ struct SplitKernels {
   // `out` from one block of k to the next. Returns whether all values have parts.
   bool (*pack_transposed[3])(const SplitSource& source, int parts, uint16_t* out, int64_t stride);
   bool (*pack_straight[3])(const SplitSource& source, int parts, uint16_t* out, int64_t stride);
-  // Packs a block of up to 16 rows (`lanes`), each a row of the source, or a column of it; returns as the functions above.
-  bool (*pack_block[3])(const SplitSource& source, int parts, uint16_t* out, int64_t stride);
-  bool (*pack_columns[3])(const SplitSource& source, int parts, uint16_t* out, int64_t stride);
+  // Packs a quarter of a row tile of up to 16 rows (`lanes`) and 32 k, each a row of the source, or a column of it; the tiles of all parts
+  // follow one another. Returns as the functions above.
+  bool (*pack_block[3])(const SplitSource& source, int parts, uint16_t* tile, int quarter);
+  bool (*pack_columns[3])(const SplitSource& source, int parts, uint16_t* tile, int quarter);
   void (*gemm)(const SplitCall& call);
   // Every thread that called gemm calls it at the end: hands the unit's registers back.
   void (*release)();

@@ -1,5 +1,7 @@
 // The packing of split.h with AVX-512. As in kernels_avx512.cpp nothing but functions of this file may be compiled between the
 // pragmas.
+#include <type_traits>
+
 #include "kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -23,8 +25,16 @@ inline __m512 load16(const Half* p, int n) { return _mm512_cvtph_ps(load16_bits(
 inline __m512 widen(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
 inline __m512 load16(const BFloat16* p, int n) { return widen(load16_bits(p, n)); }
 
-// A part is the upper half of a float, rounded, and the rest is exact. Returned in place, its lower half zero; the values keep the rest.
-inline __m512i take_part(__m512& values) {
+// Parts that hold every bit of a stored value.
+template <class Storage>
+constexpr int kAllParts = sizeof(Storage) == 4            ? 3
+                          : std::is_same_v<Storage, Half> ? 2
+                                                          : 1;
+
+// A part is the upper half of a float, rounded, and the rest is exact: returned in place, the values keep the rest. The part that leaves
+// no rest is the values themselves; their lower half is then zero or, near the smallest numbers, left out.
+inline __m512i take_part(__m512& values, bool leaves_rest) {
+  if (!leaves_rest) return _mm512_castps_si512(values);
   const __m512i rounded = _mm512_add_epi32(_mm512_castps_si512(values), _mm512_set1_epi32(0x8000));
   const __m512i part = _mm512_and_si512(rounded, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
   values = _mm512_sub_ps(values, _mm512_castsi512_ps(part));
@@ -36,7 +46,11 @@ inline __m512i in_order(__m512i low, __m512i high) {
                                                 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
   return _mm512_permutex2var_epi16(low, upper_halves, high);
 }
-inline __m512i in_pairs(__m512i even, __m512i odd) { return _mm512_or_si512(_mm512_srli_epi32(even, 16), odd); }
+inline __m512i in_pairs(__m512i even, __m512i odd) {
+  constexpr int kEvenOrUpperOdd = 0xf8;  // a | (b & c)
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  return _mm512_ternarylogic_epi32(_mm512_srli_epi32(even, 16), odd, upper, kEvenOrUpperOdd);
+}
 
 // The largest magnitude that was seen, as bits. NaN, infinities and what rounds to one have no parts.
 class Largest {
@@ -65,7 +79,8 @@ uint32_t pack_rows(const float* const* rows, int n_rows, int64_t depth, int part
       largest[r].see(a);
       largest[r].see(b);
       for (int part = 0; part < parts; ++part) {
-        const __m512i x = take_part(a), y = take_part(b);
+        const bool rest = part + 1 < kAllParts<float>;
+        const __m512i x = take_part(a, rest), y = take_part(b, rest);
         _mm512_storeu_si512(out + part * kSplitTile + r * kSplitDepth, in_order(x, y));
       }
     }
@@ -100,9 +115,9 @@ inline void transpose(__m512i (&rows)[16]) {
   }
 }
 
-// A panel's vector (kPanel), or a block of rows: the same numbers, a panel tile is a row tile with pairs of k transposed.
-template <class Storage, bool kPanel>
-bool pack_rows_of(const SplitSource& source, int parts, uint16_t* out, int64_t stride) {
+// A panel's vector whose columns are rows of the source.
+template <class Storage>
+bool pack_transposed(const SplitSource& source, int parts, uint16_t* out, int64_t stride) {
   const Storage* from = static_cast<const Storage*>(source.from);
   Largest largest;
   for (int64_t k = 0; k < source.depth; k += kSplitDepth, out += stride) {
@@ -116,39 +131,98 @@ bool pack_rows_of(const SplitSource& source, int parts, uint16_t* out, int64_t s
       largest.see(b[lane]);
     }
     for (int part = 0; part < parts; ++part) {
+      const bool rest = part + 1 < kAllParts<Storage>;
       __m512i rows[16];
       for (int lane = 0; lane < 16; ++lane) {
-        const __m512i x = take_part(a[lane]), y = take_part(b[lane]);
+        const __m512i x = take_part(a[lane], rest), y = take_part(b[lane], rest);
         rows[lane] = in_order(x, y);
       }
-      if constexpr (kPanel) transpose(rows);
+      transpose(rows);
       for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + part * kSplitTile + i * 32, rows[i]);
     }
   }
   return largest.has_parts();
 }
 
-template <class Storage, bool kPanel>
-bool pack_columns_of(const SplitSource& source, int parts, uint16_t* out, int64_t stride) {
+// A panel's vector whose columns are columns of the source.
+template <class Storage>
+bool pack_straight(const SplitSource& source, int parts, uint16_t* out, int64_t stride) {
   const Storage* from = static_cast<const Storage*>(source.from);
   Largest largest;
   for (int64_t k = 0; k < source.depth; k += kSplitDepth, out += stride) {
-    __m512 even[16], odd[16];
     for (int pair = 0; pair < 16; ++pair) {
       const int64_t at = k + 2 * pair;
-      even[pair] = at < source.depth ? load16(from + at * source.stride, source.lanes) : _mm512_setzero_ps();
-      odd[pair] = at + 1 < source.depth ? load16(from + (at + 1) * source.stride, source.lanes) : _mm512_setzero_ps();
-      largest.see(even[pair]);
-      largest.see(odd[pair]);
-    }
-    for (int part = 0; part < parts; ++part) {
-      __m512i rows[16];
-      for (int pair = 0; pair < 16; ++pair) {
-        const __m512i x = take_part(even[pair]), y = take_part(odd[pair]);
-        rows[pair] = in_pairs(x, y);
+      __m512 even = at < source.depth ? load16(from + at * source.stride, source.lanes) : _mm512_setzero_ps();
+      __m512 odd = at + 1 < source.depth ? load16(from + (at + 1) * source.stride, source.lanes) : _mm512_setzero_ps();
+      largest.see(even);
+      largest.see(odd);
+      for (int part = 0; part < parts; ++part) {
+        const bool rest = part + 1 < kAllParts<Storage>;
+        const __m512i x = take_part(even, rest), y = take_part(odd, rest);
+        _mm512_storeu_si512(out + part * kSplitTile + pair * 32, in_pairs(x, y));
       }
-      if constexpr (!kPanel) transpose(rows);
-      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + part * kSplitTile + i * 32, rows[i]);
+    }
+  }
+  return largest.has_parts();
+}
+
+// Four rows of a row tile.
+template <class Storage>
+bool pack_block(const SplitSource& source, int parts, uint16_t* tile, int quarter) {
+  const Storage* from = static_cast<const Storage*>(source.from);
+  Largest largest;
+  const int low = lanes_left(source.depth, 0), high = lanes_left(source.depth, 16);
+  for (int lane = 4 * quarter; lane < 4 * quarter + 4; ++lane) {
+    const Storage* row = from + lane * source.stride;
+    __m512 a = lane < source.lanes ? load16(row, low) : _mm512_setzero_ps();
+    __m512 b = lane < source.lanes && high > 0 ? load16(row + 16, high) : _mm512_setzero_ps();
+    largest.see(a);
+    largest.see(b);
+    for (int part = 0; part < parts; ++part) {
+      const bool rest = part + 1 < kAllParts<Storage>;
+      const __m512i x = take_part(a, rest), y = take_part(b, rest);
+      _mm512_storeu_si512(tile + part * kSplitTile + lane * kSplitDepth, in_order(x, y));
+    }
+  }
+  return largest.has_parts();
+}
+
+// Eight k of a row tile whose rows are columns of the source.
+template <class Storage>
+bool pack_columns(const SplitSource& source, int parts, uint16_t* tile, int quarter) {
+  const Storage* from = static_cast<const Storage*>(source.from);
+  Largest largest;
+  __m512 even[4], odd[4];
+  for (int pair = 0; pair < 4; ++pair) {
+    const int64_t at = 8 * quarter + 2 * pair;
+    even[pair] = at < source.depth ? load16(from + at * source.stride, source.lanes) : _mm512_setzero_ps();
+    odd[pair] = at + 1 < source.depth ? load16(from + (at + 1) * source.stride, source.lanes) : _mm512_setzero_ps();
+    largest.see(even[pair]);
+    largest.see(odd[pair]);
+  }
+  for (int part = 0; part < parts; ++part) {
+    const bool rest = part + 1 < kAllParts<Storage>;
+    __m512i t[4], u[4];
+    for (int pair = 0; pair < 4; ++pair) {
+      const __m512i x = take_part(even[pair], rest), y = take_part(odd[pair], rest);
+      t[pair] = in_pairs(x, y);
+    }
+    for (int half = 0; half < 2; ++half) {
+      const __m512i low = half ? _mm512_unpackhi_epi32(t[0], t[1]) : _mm512_unpacklo_epi32(t[0], t[1]);
+      const __m512i high = half ? _mm512_unpackhi_epi32(t[2], t[3]) : _mm512_unpacklo_epi32(t[2], t[3]);
+      u[2 * half] = _mm512_unpacklo_epi64(low, high);
+      u[2 * half + 1] = _mm512_unpackhi_epi64(low, high);
+    }
+    // u[c] has in its 128-bit lane l the four pairs of column 4 l + c.
+    uint16_t* to = tile + part * kSplitTile + 8 * quarter;
+    for (int c = 0; c < 4; ++c) {
+      const auto store = [&](int lane, __m128i pairs) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + (4 * lane + c) * kSplitDepth), pairs);
+      };
+      store(0, _mm512_castsi512_si128(u[c]));
+      store(1, _mm512_extracti32x4_epi32(u[c], 1));
+      store(2, _mm512_extracti32x4_epi32(u[c], 2));
+      store(3, _mm512_extracti32x4_epi32(u[c], 3));
     }
   }
   return largest.has_parts();
@@ -163,10 +237,10 @@ namespace {
 
 template <class Storage>
 void add_storage(SplitKernels& kernels, int storage) {
-  kernels.pack_transposed[storage] = split_pack::pack_rows_of<Storage, true>;
-  kernels.pack_straight[storage] = split_pack::pack_columns_of<Storage, true>;
-  kernels.pack_block[storage] = split_pack::pack_rows_of<Storage, false>;
-  kernels.pack_columns[storage] = split_pack::pack_columns_of<Storage, false>;
+  kernels.pack_transposed[storage] = split_pack::pack_transposed<Storage>;
+  kernels.pack_straight[storage] = split_pack::pack_straight<Storage>;
+  kernels.pack_block[storage] = split_pack::pack_block<Storage>;
+  kernels.pack_columns[storage] = split_pack::pack_columns<Storage>;
 }
 
 }  // namespace
