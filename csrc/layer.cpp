@@ -26,10 +26,15 @@ DType dtype_of(const Tensor& x) {
   }
 }
 
-namespace {
-// Uninitialised memory like x's; on a CPU without the dispatcher, whose share of a small step would be a tenth.
 Tensor empty_like(const Tensor& x, at::IntArrayRef shape) {
   return x.is_cpu() ? Tensor(at::detail::empty_cpu(shape, x.scalar_type())) : at::empty(shape, x.options());
+}
+
+namespace {
+
+// Rows or columns [begin, end) of a matrix.
+Tensor part(const Tensor& t, int64_t dim, int64_t begin, int64_t end) {
+  return begin == 0 && end == t.size(dim) ? t : t.slice(dim, begin, end);
 }
 
 struct Shapes {
@@ -195,13 +200,19 @@ Tensor recurrent_weight_gradient(const LayerInputs& in, const Shapes& s, const T
     multiply_into(dw, d_rg, /*transposed=*/true, previous_states(in, s, y, d), /*add=*/false);
     return dw;
   }
-  const Tensor later = reverse ? d_rg.slice(0, 0, s.N - s.B) : d_rg.slice(0, s.B, s.N);
-  const Tensor earlier = reverse ? y.slice(0, s.B, s.N) : y.slice(0, 0, s.N - s.B);
   const Tensor dw = empty_like(y, {d_rg.size(1), s.P});
-  multiply_into(dw, later, /*transposed=*/true, earlier, /*add=*/false);
+  const int64_t begin = reverse ? s.N - s.B : 0;  // of the first step
+  const bool later_steps = s.N > s.B;
+  if (later_steps) {
+    const Tensor later = part(d_rg, 0, reverse ? 0 : s.B, reverse ? s.N - s.B : s.N);
+    const Tensor earlier = part(y, 0, reverse ? s.B : 0, reverse ? s.N : s.N - s.B);
+    multiply_into(dw, later, /*transposed=*/true, earlier, /*add=*/false);
+  }
   if (has_h0) {
-    const Tensor first = reverse ? d_rg.slice(0, s.N - s.B, s.N) : d_rg.slice(0, 0, s.B);
-    multiply_into(dw, first, /*transposed=*/true, in.h0->select(0, d), /*add=*/true);
+    const Tensor first = part(d_rg, 0, begin, begin + s.B);
+    multiply_into(dw, first, /*transposed=*/true, in.h0->select(0, d), /*add=*/later_steps);
+  } else if (!later_steps) {
+    dw.zero_();
   }
   return dw;
 }
@@ -311,7 +322,7 @@ void input_gradient(const LayerInputs& in, const InputColumns& all, const Tensor
   const Tensor& w_ih = in.params[d * (static_cast<int64_t>(in.params.size()) / (in.bidirectional ? 2 : 1))];
   bool add = d > 0;
   for (const auto& [columns, first] : all) {
-    multiply_into(dx, columns, /*transposed=*/false, w_ih.slice(0, first, first + columns.size(1)), add);
+    multiply_into(dx, columns, /*transposed=*/false, part(w_ih, 0, first, first + columns.size(1)), add);
     add = true;
   }
 }
@@ -330,8 +341,8 @@ LayerGradients gradients_of_layer(const LayerInputs& in, const BackwardInputs& g
   Tensor dx;
   std::vector<Tensor> dparams;
   for (int d = 0; d < s.D; ++d) {
-    const Tensor dg = call.d_gates.select(0, d).view({s.N, S * H});
-    const Tensor d_rg = dg.slice(1, (S - G) * H, S * H);
+    const Tensor dg = (s.D == 1 ? call.d_gates : call.d_gates.select(0, d)).view({s.N, S * H});
+    const Tensor d_rg = part(dg, 1, (S - G) * H, S * H);
     const InputColumns columns_of_input = input_columns(in.cell, H, dg);
     if (mask.x) {
       if (!dx.defined()) dx = empty_like(in.x, {s.N, s.I});
@@ -344,12 +355,12 @@ LayerGradients gradients_of_layer(const LayerInputs& in, const BackwardInputs& g
     const Tensor dw_ih = empty_like(in.x, {G * H, s.I});
     const Tensor db_ih = empty_like(in.x, {G * H}), db_hh = empty_like(in.x, {G * H});
     for (const auto& [columns, first] : columns_of_input) {
-      const Tensor rows = dw_ih.slice(0, first, first + columns.size(1));
+      const Tensor rows = part(dw_ih, 0, first, first + columns.size(1));
       multiply_into(rows, columns, /*transposed=*/true, x, /*add=*/false);
-      if (in.has_biases) sum_rows_into(db_ih.slice(0, first, first + columns.size(1)), columns);
+      if (in.has_biases) sum_rows_into(part(db_ih, 0, first, first + columns.size(1)), columns);
     }
     dparams.push_back(dw_ih);
-    dparams.push_back(recurrent_weight_gradient(in, s, d_rg, y.slice(1, d * s.P, (d + 1) * s.P), d));
+    dparams.push_back(recurrent_weight_gradient(in, s, d_rg, part(y, 1, d * s.P, (d + 1) * s.P), d));
     if (in.has_biases) {
       if (gru) {
         sum_rows_into(db_hh, d_rg);

@@ -63,6 +63,8 @@ struct GradientMask {
 };
 
 // Raises for a dtype that no kernel has.
+// Uninitialised memory like x's; on a CPU without the dispatcher, whose share of a small step would be a tenth.
+Tensor empty_like(const Tensor& x, at::IntArrayRef shape);
 DType dtype_of(const Tensor& x);
 
 // Checks everything that memory safety depends on; raises with the name of the argument.

@@ -72,6 +72,9 @@ auto& layer_backward_differentiable_op() {
 // ---- autograd ----
 
 class LayerFunction : public torch::autograd::Function<LayerFunction> {
+  // What backward wants to know beside tensors, as bits: an entry of saved_data each would take longer than a small step.
+  enum : int64_t { kBiases = 1, kBidirectional = 2, kNeedX = 4, kNeedState = 8, kNeedWeights = 16, kCellShift = 8 };
+
  public:
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& x,
                                                 const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList params,
@@ -85,12 +88,10 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
         x, tensor_of(h0), tensor_of(c0), tensor_of(lengths), tensor_of(offsets), tensor_of(resets), y, gates, cs};
     saved.insert(saved.end(), params.begin(), params.end());
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["has_biases"] = has_biases;
-    ctx->saved_data["cell"] = cell;
-    ctx->saved_data["bidirectional"] = bidirectional;
-    ctx->saved_data["need_x"] = x.requires_grad();
-    ctx->saved_data["need_state"] = requires_grad(h0) || requires_grad(c0);
-    ctx->saved_data["need_weights"] = any_requires_grad(params);
+    const bool need_state = requires_grad(h0) || requires_grad(c0);
+    ctx->saved_data["call"] = (has_biases ? kBiases : 0) | (bidirectional ? kBidirectional : 0) |
+                              (x.requires_grad() ? kNeedX : 0) | (need_state ? kNeedState : 0) |
+                              (any_requires_grad(params) ? kNeedWeights : 0) | cell << kCellShift;
     torch::autograd::variable_list constant{gates, cs};
     if (static_cast<CellKind>(cell) != CellKind::kLstm) constant.push_back(c_n);
     ctx->mark_non_differentiable(constant);
@@ -103,17 +104,16 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     const auto saved = ctx->get_saved_variables();
     constexpr size_t kFixed = 9;
     const at::TensorList params = at::TensorList(saved).slice(kFixed);
-    const int64_t cell = ctx->saved_data["cell"].toInt();
-    const std::array<bool, 3> mask{ctx->saved_data["need_x"].toBool(), ctx->saved_data["need_state"].toBool(),
-                                   ctx->saved_data["need_weights"].toBool()};
+    const int64_t call = ctx->saved_data["call"].toInt(), cell = call >> kCellShift;
+    const std::array<bool, 3> mask{(call & kNeedX) != 0, (call & kNeedState) != 0, (call & kNeedWeights) != 0};
     torch::autograd::variable_list result(3 + params.size() + 6);  // one for every argument of forward
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return result;
     const bool lstm = static_cast<CellKind>(cell) == CellKind::kLstm;
-    auto [dx, dh0, dc0, dparams] = layer_backward_op().call(
-        optional_of(grads[0]), optional_of(grads[1]), lstm ? optional_of(grads[2]) : std::nullopt, saved[0],
-        optional_of(saved[1]), optional_of(saved[2]), params, ctx->saved_data["has_biases"].toBool(), optional_of(saved[3]),
-        optional_of(saved[4]), optional_of(saved[5]), saved[6], saved[7], saved[8], cell,
-        ctx->saved_data["bidirectional"].toBool(), mask);
+    auto [dx, dh0, dc0, dparams] =
+        layer_backward_op().call(optional_of(grads[0]), optional_of(grads[1]), lstm ? optional_of(grads[2]) : std::nullopt,
+                                 saved[0], optional_of(saved[1]), optional_of(saved[2]), params, (call & kBiases) != 0,
+                                 optional_of(saved[3]), optional_of(saved[4]), optional_of(saved[5]), saved[6], saved[7],
+                                 saved[8], cell, (call & kBidirectional) != 0, mask);
     if (mask[0]) result[0] = dx;
     if (mask[1] && saved[1].defined()) result[1] = dh0;
     if (mask[1] && lstm && saved[2].defined()) result[2] = dc0;
@@ -136,8 +136,7 @@ LayerOutputs layer_autograd(const Tensor& x, const OptionalTensor& h0, const Opt
   }
   auto out = LayerFunction::apply(x, h0, c0, params, has_biases, lengths, offsets, resets, cell, bidirectional);
   if (save) return {out[0], out[1], out[2], out[3], out[4]};
-  const auto empty = at::empty({0}, x.options());
-  return {out[0], out[1], out[2], empty, empty.clone()};
+  return {out[0], out[1], out[2], empty_like(x, {0}), empty_like(x, {0})};
 }
 
 // Inside backward with create_graph the gradients must be differentiable themselves: they are then made by the composite

@@ -7,8 +7,6 @@
 #include <ATen/ops/sum.h>
 
 #include <algorithm>
-#include <functional>
-#include <initializer_list>
 
 #include "cpu/matmul.h"
 #include "layer.h"
@@ -17,31 +15,13 @@
 namespace fused_rnn {
 namespace {
 
-// Up to this many rows the sums over rows are made here on a CPU: torch's dispatch takes longer than these loops.
-constexpr int64_t kFewRows = 8;
+// Sums over up to this many rows and elements are made here on a CPU: torch's dispatch takes longer than these loops.
+constexpr int64_t kFewRows = 64, kFewElements = 8 * 1024;
 
-// Whether the sums over the rows of all of these are made here.
-bool has_few_rows(std::initializer_list<std::reference_wrapper<const Tensor>> tensors, int64_t rows) {
-  return rows <= kFewRows && std::all_of(tensors.begin(), tensors.end(), [](const Tensor& t) {
-           const auto type = t.scalar_type();
-           return t.is_cpu() && t.stride(-1) == 1 && (type == at::kFloat || type == at::kDouble);
-         });
-}
-
-// out[m] = sum_k a[k][m] b[k], or that added to out.
-template <class A>
-void add_outer_products(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
-  const A *from_a = a.const_data_ptr<A>(), *from_b = b.const_data_ptr<A>();
-  const int64_t rows = a.size(0), columns = b.size(1);
-  for (int64_t m = 0; m < out.size(0); ++m) {
-    A* to = out.data_ptr<A>() + m * out.stride(0);
-    if (!add) std::fill_n(to, columns, A(0));
-    for (int64_t k = 0; k < rows; ++k) {
-      const A factor = from_a[k * a.stride(0) + m];
-      const A* row = from_b + k * b.stride(0);
-      for (int64_t n = 0; n < columns; ++n) to[n] += factor * row[n];
-    }
-  }
+bool is_small_sum(const Tensor& out, const Tensor& a) {
+  const auto type = a.scalar_type();
+  return a.is_cpu() && (type == at::kFloat || type == at::kDouble) && a.size(0) <= kFewRows && a.numel() <= kFewElements &&
+         a.stride(1) == 1 && out.is_contiguous();
 }
 
 // The sums of the columns of a [rows, columns] into out [columns].
@@ -80,7 +60,7 @@ void multiply_in_float(const Tensor& out, const Tensor& a, bool transposed, cons
 }  // namespace
 
 void sum_rows_into(const Tensor& out, const Tensor& a) {
-  if (!has_few_rows({out, a}, a.size(0))) {
+  if (!is_small_sum(out, a)) {
     Tensor target = out;
     at::sum_out(target, a, {0});
   } else if (a.scalar_type() == at::kFloat) {
@@ -91,34 +71,38 @@ void sum_rows_into(const Tensor& out, const Tensor& a) {
 }
 
 void multiply_into(const Tensor& out, const Tensor& a, bool transposed, const Tensor& b, bool add) {
-  if (transposed && has_few_rows({out, a, b}, a.size(0))) {
-    return a.scalar_type() == at::kFloat ? add_outer_products<float>(out, a, b, add)
-                                         : add_outer_products<double>(out, a, b, add);
-  }
-  const Tensor left = transposed ? a.t() : a;
-  const int64_t M = left.size(0), N = b.size(1), K = left.size(1);
-  const bool rows = out.stride(1) == 1 && a.stride(1) == 1 && b.stride(1) == 1;
-  if (out.is_cpu() && rows && cpu::matmul_available(dtype_of(a), M, N, K)) {
-    const Tensor to = add ? at::empty({M, N}, out.options().dtype(at::kFloat)) : out;
-    const cpu::MatmulParams p{dtype_of(a),
-                              M,
-                              N,
-                              K,
-                              a.const_data_ptr(),
-                              a.stride(0),
-                              transposed,
-                              b.const_data_ptr(),
-                              b.stride(0),
-                              to.data_ptr(),
-                              to.stride(0),
-                              dtype_of(to)};
+  const int64_t M = out.size(0), N = b.size(1), K = b.size(0);
+  if (out.is_cpu() && out.stride(1) == 1 && a.stride(1) == 1 && b.stride(1) == 1) {
+    const DType dtype = dtype_of(a);
+    const auto call = [&](const Tensor& to) {
+      return cpu::MatmulParams{dtype,
+                               M,
+                               N,
+                               K,
+                               a.const_data_ptr(),
+                               a.stride(0),
+                               transposed,
+                               b.const_data_ptr(),
+                               b.stride(0),
+                               to.data_ptr(),
+                               to.stride(0),
+                               dtype_of(to)};
+    };
     Workspace workspace;
-    if (cpu::matmul(p, [&](int64_t bytes) { return workspace.take(bytes); })) {
-      if (add) out.add_(to);
+    const auto allocate = [&](int64_t bytes) { return workspace.take(bytes); };
+    if (cpu::matmul_available(dtype, M, N, K)) {
+      const Tensor to = add ? at::empty({M, N}, out.options().dtype(at::kFloat)) : out;
+      if (cpu::matmul(call(to), allocate)) {
+        if (add) out.add_(to);
+        return;
+      }
+    } else if (cpu::small_matmul_available(dtype, M, N, K)) {
+      cpu::small_matmul(call(out), add, allocate);
       return;
     }
   }
   if (out.is_cpu() && cpu::matmul_in_float(dtype_of(a), M, N, K)) return multiply_in_float(out, a, transposed, b, add);
+  const Tensor left = transposed ? a.t() : a;
   if (add) {
     out.addmm_(left, b);
   } else {

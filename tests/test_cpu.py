@@ -64,7 +64,7 @@ def tile_cases() -> Iterator[Case]:
     for dtype in DTYPES:
         yield Case("LSTM", steps=16, batch=50, hidden=72, input_size=300, proj=40, dtype=dtype, bidirectional=True)
         yield Case("GRU", steps=37, batch=45, hidden=130, input_size=33, dtype=dtype)
-    # Recurrent weights larger than L2, few rows: panels in turning order; some of several panels at a time, the last one narrow.
+    # Recurrent weights larger than L2, few rows: every second step goes the other way; groups of panels, a narrow one.
     yield Case("LSTM", steps=17, batch=1, hidden=370, input_size=9)
     yield Case("GRU", steps=7, batch=3, hidden=450, input_size=9, ragged="lengths", resets=True)
     yield Case("RNN_TANH", steps=9, batch=2, hidden=650, input_size=9, bidirectional=True)

@@ -1,4 +1,4 @@
-// Matrix products outside the recurrence with the products of split.h: gradients of the weights and of the input.
+// Matrix products outside the recurrence: gradients of the weights and of the input.
 #pragma once
 #include <cstdint>
 
@@ -28,5 +28,10 @@ bool matmul_available(DType dtype, int64_t M, int64_t N, int64_t K);
 bool matmul_in_float(DType dtype, int64_t M, int64_t N, int64_t K);
 // Returns false, with anything in out, where a or b has a value that is infinite or near it: such products need another way.
 bool matmul(const MatmulParams& p, const Allocate& allocate);
+
+// out = a b, or that added to out, on the calling thread; dtype is float or double, and out's too.
+void small_matmul(const MatmulParams& p, bool add, const Allocate& allocate);
+// Whether such a product takes less time so than by a library, which has threads to wake.
+bool small_matmul_available(DType dtype, int64_t M, int64_t N, int64_t K);
 
 }  // namespace fused_rnn::cpu
