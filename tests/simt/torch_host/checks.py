@@ -38,6 +38,7 @@ def calls() -> tuple[int, int]:
 def cases() -> Iterator[Case]:
     for cell in CELLS:
         yield Case(cell, 5, 9, 4, 21, layers=2, bidirectional=True, ragged="lengths", resets=True)
+        yield Case(cell, 5, 9, 4, 21, layers=2, ragged="lengths", resets=True)
         yield Case(cell, 5, 9, 4, 21, layers=2, ragged="packed", dtype=F16)
         yield Case(cell, 5, 3, 4, 21, layers=3, states=False, has_biases=False)
         yield Case(cell, 1, 3, 4, 21)
