@@ -110,7 +110,8 @@ void product(const SplitCall& call) {
 #undef FUSED_RNN_PANEL
 #undef FUSED_RNN_STORE
 
-// 32 rows, two vectors at a time, pairs of parts in the same order as above: sums in tiles 0 to 3 take turns, and each tile that is read serves two products.
+// 32 rows, two vectors at a time, pairs of parts in the same order as above: sums in tiles 0 to 3 take turns, and each tile that is
+// read serves two products.
 #define FUSED_RNN_ROWS(i)                      \
   _tile_loadd(4, rows + (i) * kSplitTile, 64); \
   _tile_loadd(5, more_rows + (i) * kSplitTile, 64)

@@ -110,16 +110,14 @@ void prefetch_rows(const void* first, int64_t stride, int64_t count, int64_t col
 void Matmul::pack_b(int thread, int64_t k, int64_t depth, const Shape& shape, int64_t column) {
   const int64_t vectors = shape.columns() / kSplitColumns, tile = sizes_.parts.panels * kSplitTile;
   const int64_t first = share_begin(vectors, threads_, thread), last = share_begin(vectors, threads_, thread + 1);
-  const int64_t columns = std::min(shape.units, last * kSplitColumns) - first * kSplitColumns;
   for (int64_t begin = 0; begin < depth; begin += kSplitDepth) {
     const void* rows = at(p_.b, (k + begin) * p_.b_stride + column, element_);
     const int64_t next = std::min<int64_t>(depth - begin - kSplitDepth, kSplitDepth);
-    prefetch_rows(at(rows, kSplitDepth * p_.b_stride + first * kSplitColumns, element_), p_.b_stride, next, columns,
-                  element_);
     for (int64_t v = first; v < last; ++v) {
       const int64_t panel = v / shape.vectors, place = v % shape.vectors, panel_vectors = shape.vectors_of(panel);
       uint16_t* to = b_ + (panel * shape.vectors * split_blocks(depth) + begin / kSplitDepth * panel_vectors + place) * tile;
       const int lanes = static_cast<int>(std::min<int64_t>(shape.units - v * kSplitColumns, kSplitColumns));
+      prefetch_rows(at(rows, kSplitDepth * p_.b_stride + v * kSplitColumns, element_), p_.b_stride, next, lanes, element_);
       const SplitSource source{at(rows, v * kSplitColumns, element_), p_.b_stride, lanes,
                                std::min<int64_t>(kSplitDepth, depth - begin)};
       if (!kernels_.pack_straight[storage_](source, sizes_.parts.panels, to, panel_vectors * tile)) infinite_.store(true);
@@ -127,8 +125,8 @@ void Matmul::pack_b(int thread, int64_t k, int64_t depth, const Shape& shape, in
   }
 }
 
-// Packs the group up to so many quarters of tiles. Columns of memory (a transposed) are taken 32 deep and for all blocks at a time, so that
-// whole lines are used at once.
+// Packs the group up to so many quarters of tiles. Columns of memory (a transposed) are taken 32 deep and for all blocks at a time,
+// so that whole lines are used at once.
 void Matmul::pack_a(RowGroup& group, int64_t quarters) {
   const auto pack = (p_.a_transposed ? kernels_.pack_columns : kernels_.pack_block)[storage_];
   const int64_t tile_elements = sizes_.parts.rows * kSplitTile, deep = split_blocks(group.depth), blocks = group.blocks();
@@ -138,12 +136,12 @@ void Matmul::pack_a(RowGroup& group, int64_t quarters) {
     const int64_t begin = (p_.a_transposed ? tile / blocks : tile % deep) * kSplitDepth;
     const int64_t row = group.row + block * kSplitRows, k = group.k + begin;
     const int64_t depth = std::min<int64_t>(kSplitDepth, group.depth - begin);
-    if (p_.a_transposed && block == 0) {
+    const int lanes = static_cast<int>(std::min<int64_t>(group.count - block * kSplitRows, kSplitRows));
+    if (p_.a_transposed) {
       const int64_t next = begin + kSplitDepth + 8 * quarter;
       prefetch_rows(at(p_.a, (group.k + next) * p_.a_stride + row, element_), p_.a_stride,
-                    std::min<int64_t>(group.depth - next, 8), group.count, element_);
+                    std::min<int64_t>(group.depth - next, 8), lanes, element_);
     }
-    const int lanes = static_cast<int>(std::min<int64_t>(group.count - block * kSplitRows, kSplitRows));
     const int64_t first = p_.a_transposed ? k * p_.a_stride + row : row * p_.a_stride + k;
     uint16_t* to = group.to + (block * deep + begin / kSplitDepth) * tile_elements;
     const SplitSource source{at(p_.a, first, element_), p_.a_stride, lanes, depth};

@@ -21,7 +21,8 @@ struct MatmulParams {
   DType out_dtype;  // float, or as dtype
 };
 
-// Whether the instruction set in use has products of bfloat16 parts that gain for this dtype, and the product is large enough to gain from it.
+// Whether the instruction set in use has products of bfloat16 parts that gain for this dtype, and the product is large enough to
+// gain from it.
 bool matmul_available(DType dtype, int64_t M, int64_t N, int64_t K);
 // Whether torch should make such a product in float: of 16 bits, and the instruction set in use has no products for them. torch's own
 // have then no instructions either, or are not known to.

@@ -1,6 +1,6 @@
-// Products of bfloat16 pairs with sums in float, on a matrix unit (AMX) or on vectors (vdpbf16ps): a float is kept as the sum of up to three bfloat16 parts, each the rounded
-// remainder of those before it, and the product of two such sums leaves out the pairs of parts that count less than the last
-// bit. Three parts hold all 24 bits of a float, two all 11 of a float16, one is a bfloat16.
+// Products of bfloat16 pairs with sums in float, on a matrix unit (AMX) or on vectors (vdpbf16ps): a float is kept as the sum of up to
+// three bfloat16 parts, each the rounded remainder of those before it, and the product of two such sums leaves out the pairs of parts
+// that count less than the last bit. Three parts hold all 24 bits of a float, two all 11 of a float16, one is a bfloat16.
 //
 // Rows and panels are arrays of tiles of 1 KB. A row tile is [16 rows][32 k]; rows of a block are [K / 32][parts][tile]. A
 // panel tile is [16 pairs of k][16 columns][2]; a panel is [K / 32][vectors][parts][tile]. K is padded with zeros.
