@@ -155,6 +155,17 @@ def test_the_step_side_is_forced_and_only_it(monkeypatch: pytest.MonkeyPatch) ->
     assert "FUSED_RNN_PLAN" not in os.environ
 
 
+@pytest.mark.parametrize("mode", ["inference", "training_forward", "training"])
+def test_inference_records_no_graph(mode: str) -> None:
+    sides, _, _ = make_sides(BenchCase("GRU", "fp32", mode, 6, 3, 4, 5), "cpu", ["torch.nn"], 1)
+    for side in sides:
+        with side.active():
+            assert torch.is_grad_enabled() == (mode != "inference")
+            side.run()
+        assert torch.is_grad_enabled()
+    assert len(sides) == 2
+
+
 def test_rounds_are_fair_and_end() -> None:
     calls: list[int] = []
     sides = [Side(str(i), lambda i=i: calls.append(i)) for i in range(3)]  # type: ignore[misc]

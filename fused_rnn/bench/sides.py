@@ -30,15 +30,19 @@ class CannotServe(Exception):
 
 @dataclasses.dataclass
 class Side:
-    """One competitor: ``run`` makes one call; ``plan`` is the CUDA family it is forced to (FUSED_RNN_PLAN), if any."""
+    """One competitor: ``run`` makes one call; ``plan`` is the CUDA family it is forced to (FUSED_RNN_PLAN), if any;
+    ``gradients`` whether calls record a graph."""
 
     name: str
     run: Callable[[], None]
     plan: str | None = None
+    gradients: bool = True
 
-    def active(self) -> contextlib.AbstractContextManager[None]:
-        """Around any number of runs."""
-        return forced_plan(self.plan)
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Around any number of runs, which are then nothing but calls: entering torch.no_grad takes a third of a small one."""
+        with forced_plan(self.plan), torch.set_grad_enabled(self.gradients):
+            yield
 
 
 @contextlib.contextmanager
@@ -96,16 +100,17 @@ def make_sides(
     inputs = case.inputs(device)
     family = None if plan == "auto" else cheapest_family(ours, inputs[0], case.mode) if plan == "cheapest" else plan
     explained(ours, inputs[0], case.mode, family)
+    gradients = case.mode != "inference"
     with forced_plan(family):
-        sides, refused = [Side(OURS, module_run(ours, inputs, case.mode), plan=family)], {}
+        sides, refused = [Side(OURS, module_run(ours, inputs, case.mode), family, gradients)], {}
     for name in baselines:
         try:
             if name == "torch.nn":
-                sides.append(Side(name, module_run(theirs, inputs, case.mode)))
+                sides.append(Side(name, module_run(theirs, inputs, case.mode), None, gradients))
             elif name == "step":
-                sides.append(Side(name, module_run(ours, inputs, case.mode), plan="step"))
+                sides.append(Side(name, module_run(ours, inputs, case.mode), "step", gradients))
             elif name == "flashrnn":
-                sides.append(Side(name, flashrnn_run(case, theirs, inputs)))
+                sides.append(Side(name, flashrnn_run(case, theirs, inputs), None, gradients))
             else:
                 sides.append(Side(name, onnx_run(name, case, theirs, inputs, threads)))
         except CannotServe as reason:
@@ -114,7 +119,7 @@ def make_sides(
 
 
 def module_run(call: Callable[[Any], Any], inputs: list[Any], mode: str) -> Callable[[], None]:
-    """One call of a module-like function in the case's mode, its inputs taken in turn."""
+    """One call of a module-like function in the case's mode, its inputs taken in turn; for Side.active()."""
     rotation = itertools.cycle(inputs)
     parameters = list(call.parameters()) if isinstance(call, torch.nn.Module) else list(getattr(call, "weights", ()))
 
@@ -122,12 +127,8 @@ def module_run(call: Callable[[Any], Any], inputs: list[Any], mode: str) -> Call
         y = call(x)[0]
         return y.data if isinstance(x, PackedSequence) else y
 
-    def inference() -> None:
-        with torch.no_grad():
-            output_of(next(rotation))
-
     def forward() -> None:
-        output_of(next(rotation))
+        call(next(rotation))
 
     def training() -> None:
         x = next(rotation)
@@ -138,7 +139,7 @@ def module_run(call: Callable[[Any], Any], inputs: list[Any], mode: str) -> Call
     if mode == "training":
         with torch.no_grad():
             dy = torch.randn_like(output_of(inputs[0]))
-    return {"inference": inference, "training_forward": forward, "training": training}[mode]
+    return training if mode == "training" else forward
 
 
 # --- flashrnn: a package of CUDA kernels for one layer, which compiles itself for each size ---
