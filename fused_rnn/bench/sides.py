@@ -40,7 +40,7 @@ class Side:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Around any number of runs, which are then nothing but calls: entering torch.no_grad takes a third of a small one."""
+        """Around any number of runs, which are then calls alone: entering torch.no_grad takes a third of a small one."""
         with forced_plan(self.plan), torch.set_grad_enabled(self.gradients):
             yield
 
