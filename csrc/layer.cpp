@@ -10,8 +10,10 @@
 #include <ATen/ops/tanh.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
+#include <c10/util/accumulate.h>
 
 #include "cpu/previous.h"
+#include "kept_memory.h"
 #include "products.h"
 
 namespace fused_rnn {
@@ -31,6 +33,12 @@ Tensor empty_like(const Tensor& x, at::IntArrayRef shape) {
 }
 
 namespace {
+
+// The same for what only this library reads.
+Tensor empty_inside(const Tensor& x, at::IntArrayRef shape) {
+  const int64_t bytes = c10::multiply_integers(shape) * static_cast<int64_t>(x.element_size());
+  return x.is_cpu() && bytes >= KeptMemory::kLeast ? KeptMemory::empty(shape, x.scalar_type(), bytes) : empty_like(x, shape);
+}
 
 // Rows or columns [begin, end) of a matrix.
 Tensor part(const Tensor& t, int64_t dim, int64_t begin, int64_t end) {
@@ -236,7 +244,7 @@ ForwardCall prepare_forward(const LayerInputs& in, bool save) {
     call.y = empty_like(in.x, in.offsets ? at::DimVector{s.N, s.D * s.P} : at::DimVector{s.T, s.B, s.D * s.P});
   }
   if (lstm) call.c_n = empty_like(in.x, state_shape(in, s, s.H));
-  if (save && lstm) call.cs = empty_like(in.x, {s.D, s.N, s.H});
+  if (save && lstm) call.cs = empty_inside(in.x, {s.D, s.N, s.H});
 
   ForwardParams& p = call.params;
   p = {};
@@ -260,7 +268,7 @@ ForwardCall prepare_forward(const LayerInputs& in, bool save) {
 void allocate_gates(ForwardCall& call) {
   if (call.gates.defined()) return;
   ForwardParams& p = call.params;
-  call.gates = empty_like(call.y, {p.D, p.seq.N, slot_count(p.cell), p.H});
+  call.gates = empty_inside(call.y, {p.D, p.seq.N, slot_count(p.cell), p.H});
   p.gates = data_or_null(call.gates);
 }
 
@@ -285,8 +293,8 @@ BackwardCall prepare_backward(const LayerInputs& in, const BackwardInputs& grads
   if (lstm) check_tensor("cs", grads.cs, {s.D, s.N, s.H}, in.x, dtype);
 
   BackwardCall call;
-  call.d_gates = empty_like(in.x, {s.D, s.N, S, s.H});
-  if (s.projection) call.d_h = empty_like(in.x, {s.D, s.N, s.P});
+  call.d_gates = empty_inside(in.x, {s.D, s.N, S, s.H});
+  if (s.projection) call.d_h = empty_inside(in.x, {s.D, s.N, s.P});
   call.d_h0 = empty_like(in.x, {s.D, s.B, s.P});
   call.d_c0 = lstm ? empty_like(in.x, {s.D, s.B, s.H}) : empty_like(in.x, {0});
   call.x = in.x.contiguous();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import multiprocessing
@@ -10,6 +11,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -363,6 +365,54 @@ def _spin(stop: object) -> None:
     while not stop.is_set():  # type: ignore[attr-defined]
         for _ in range(10_000):
             pass
+
+
+def gates_of(steps: int) -> Tensor:
+    """What a forward for training saves, [1, steps * 64, 4, 256]: 256 KiB a step."""
+    module, x = fused_rnn.LSTM(8, 256), torch.randn(steps, 64, 8)
+    parameters = [p.detach() for p in module.parameters()]
+    return torch.ops.fused_rnn.layer(x, None, None, parameters, True, None, None, None, LSTM, False, True)[3]
+
+
+def resident() -> int:
+    """Bytes of this process, in MiB."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+
+
+def test_memory_of_a_step_is_kept_for_the_next() -> None:
+    first = gates_of(steps=40)
+    place, values = first.data_ptr(), first.clone()
+    second = gates_of(steps=40)
+    assert second.data_ptr() != place and torch.equal(first, values)
+    del first
+    third = gates_of(steps=36)  # in a block that is a tenth larger
+    assert third.data_ptr() == place
+    del second, third
+    with ThreadPoolExecutor(1) as other:  # freed by another thread than the one that made it, which is gone
+        fourth = other.submit(gates_of, 40).result()
+    assert fourth.data_ptr() != place
+    values = fourth.clone()
+    gates_of(steps=40)
+    assert torch.equal(fourth, values)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc/self/statm")
+def test_memory_that_is_kept_is_bounded() -> None:
+    def steps() -> tuple[int, int, int]:
+        before = resident()
+        for count in (400, 560, 700, 1000, 1200):  # 100 to 300 MiB
+            gates_of(count)
+        most = resident() - before
+        for _ in range(40):
+            gates_of(20)
+        return before, most, resident() - before
+
+    with ThreadPoolExecutor(1) as other:
+        before, most, later = other.submit(steps).result()
+    assert most < 256 + 40
+    assert later < 64 + 40, "what nothing asks for goes, but for the workspace"
+    assert resident() - before < 40, "and all of it with its thread"
 
 
 @pytest.mark.slow
