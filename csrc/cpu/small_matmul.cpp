@@ -1,7 +1,6 @@
 // Products of a size at which calling a library, or waking threads, takes longer than the work: by the vector kernels' tile, on the
 // calling thread.
 #include <algorithm>
-#include <cstring>
 
 #include "matmul.h"
 #include "matrix.h"
