@@ -185,13 +185,26 @@ std::tuple<Tensor, Tensor, Tensor> stack(const Layer& layer, const Tensor& input
   return {batch_first ? y.transpose(0, 1) : y, joined(h_n), joined(c_n)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> rnn(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
-                                       at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& offsets,
-                                       const OptionalTensor& resets, int64_t cell, int64_t num_layers, bool has_biases,
-                                       bool bidirectional, double dropout, bool training, bool batch_first) {
+// Lengths or offsets on input's device.
+OptionalTensor beside(const OptionalTensor& integers, const Tensor& input) {
+  if (!integers || integers->device() == input.device()) return integers;
 #ifdef FUSED_RNN_WITH_CUDA
-  if (auto results = overlapped_rnn(input, h0, c0, weights, lengths, offsets, resets, cell, num_layers, has_biases,
-                                    bidirectional, dropout, training, batch_first)) {
+  const bool from_host = input.is_cuda() && integers->is_cpu() && integers->scalar_type() == at::kLong;
+  if (from_host && nothing_intercepts() && is_plain(input) && is_plain(*integers)) return on_cuda(*integers, input);
+#endif
+  return integers->to(input.device());
+}
+
+std::tuple<Tensor, Tensor, Tensor> rnn(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
+                                       at::TensorList weights, const OptionalTensor& given_lengths,
+                                       const OptionalTensor& given_offsets, const OptionalTensor& resets, int64_t cell,
+                                       int64_t num_layers, bool has_biases, bool bidirectional, double dropout,
+                                       bool training, bool batch_first) {
+  const OptionalTensor lengths = beside(given_lengths, input), offsets = beside(given_offsets, input);
+#ifdef FUSED_RNN_WITH_CUDA
+  const OptionalTensor host_offsets = given_offsets && given_offsets->is_cpu() ? given_offsets : std::nullopt;
+  if (auto results = overlapped_rnn(input, h0, c0, weights, lengths, offsets, host_offsets, resets, cell, num_layers,
+                                    has_biases, bidirectional, dropout, training, batch_first)) {
     return *std::move(results);
   }
 #endif

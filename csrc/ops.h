@@ -48,11 +48,16 @@ bool nothing_intercepts();
 bool is_plain(const Tensor& t);
 
 #ifdef FUSED_RNN_WITH_CUDA
-// fused_rnn::rnn as a wavefront of chunks (plan_overlap.h), or none where the layers are to be called in turn.
+// fused_rnn::rnn as a wavefront of chunks (plan_overlap.h), or none where the layers are to be called in turn. host_offsets: the
+// offsets where they were given on the host.
 std::optional<std::tuple<Tensor, Tensor, Tensor>> overlapped_rnn(
     const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
-    const OptionalTensor& lengths, const OptionalTensor& offsets, const OptionalTensor& resets, int64_t cell,
-    int64_t num_layers, bool has_biases, bool bidirectional, double dropout, bool training, bool batch_first);
+    const OptionalTensor& lengths, const OptionalTensor& offsets, const OptionalTensor& host_offsets,
+    const OptionalTensor& resets, int64_t cell, int64_t num_layers, bool has_biases, bool bidirectional, double dropout,
+    bool training, bool batch_first);
+
+// Integers of the host on input's device, without a copy that the host would have to wait for or that a capture would refuse.
+Tensor on_cuda(const Tensor& integers, const Tensor& input);
 #endif
 
 }  // namespace fused_rnn

@@ -24,6 +24,14 @@ std::optional<Family> forced_family() {
   return name && *name ? std::optional<Family>(parse_family(name)) : std::nullopt;
 }
 
+Tensor on_cuda(const Tensor& integers, const Tensor& input) {
+  const c10::cuda::CUDAGuard device_guard(input.device());
+  Tensor result = at::empty(integers.sizes(), input.options().dtype(at::kLong));
+  cuda::write_integers(result.data_ptr<int64_t>(), integers.contiguous().const_data_ptr<int64_t>(), result.numel(),
+                       c10::cuda::getCurrentCUDAStream().stream());
+  return result;
+}
+
 void project_rows(const LayerInputs& in, const ForwardCall& call, const Tensor& x, int64_t d, int64_t first, int64_t end) {
   const ForwardParams& p = call.params;
   const int64_t columns = gate_count(p.cell) * p.H;

@@ -107,7 +107,7 @@ void run_tasks(const Schedule& schedule, const Run& run) {
 
 // The arguments of one layer of the stack.
 struct StackedInputs {
-  const Tensor x;  // [T, B, I], contiguous
+  const Tensor x;  // contiguous
   const OptionalTensor h0, c0;
   const LayerInputs in;
 
@@ -147,21 +147,43 @@ struct BackwardLayer : StackedInputs {
         grads{dy, given.dh_n[layer], given.dc_n[layer], std::get<0>(saved), std::get<3>(saved), std::get<4>(saved)} {}
 };
 
-// The stack, if its shapes are those of one; what does not fit is left to the layers, which say so. Of a packed sequence the
-// device alone knows the rows.
+// The rows of memory of the steps of a stack: those of time t begin at at(t).
+struct Rows {
+  int64_t batch;
+  const int64_t* offsets;  // null: dense
+
+  explicit Rows(const StackCall& s)
+      : batch(s.offsets ? s.h0->size(1) : s.x.size(1)),
+        offsets(s.offsets ? s.host_offsets->const_data_ptr<int64_t>() : nullptr) {}
+  int64_t at(int64_t t) const { return offsets ? offsets[t] : t * batch; }
+  // Of a contiguous [N, ...] or [T, B, ...], those of times [first, end).
+  Tensor of(const Tensor& t, int64_t first, int64_t end) const {
+    return t.view({-1, t.size(-1)}).slice(0, at(first), at(end));
+  }
+};
+
+// The stack, if its shapes are those of one; what does not fit is left to the layers, which say so. Where the rows of packed steps
+// lie must be known on the host.
 std::optional<Stack> stack_of(const StackCall& s, bool training, bool backward) {
   const at::TensorList params = params_of_layer(s.weights, s.layers - 1, s.layers);
-  if (s.x.dim() != 3 || s.x.numel() == 0 || params.size() < 2 || params[0].dim() != 2 || params[1].dim() != 2 ||
-      params[1].numel() == 0) {
+  const bool packed = s.offsets.has_value();
+  if (s.x.dim() != (packed ? 2 : 3) || s.x.numel() == 0 || params.size() < 2 || params[0].dim() != 2 ||
+      params[1].dim() != 2 || params[1].numel() == 0) {
     return std::nullopt;
   }
-  return Stack{{s.cell, dtype_of(s.x), allows_tf32(s.x), s.x.size(0), s.x.size(1), params[0].size(1),
-                params[1].size(0) / gate_count(s.cell), params[1].size(1), s.bidirectional ? 2 : 1, s.lengths.has_value(),
-                training, backward},
-               s.x.size(2),
-               static_cast<int>(s.layers),
-               s.offsets.has_value(),
-               s.dropout};
+  if (packed && (!s.host_offsets || s.host_offsets->scalar_type() != at::kLong || !s.host_offsets->is_contiguous() ||
+                 s.host_offsets->size(0) < 2 || !s.h0 || s.h0->dim() != 3)) {
+    return std::nullopt;
+  }
+  const Rows rows(s);
+  const int64_t T = packed ? s.host_offsets->size(0) - 1 : s.x.size(0);
+  return Stack{
+      {s.cell, dtype_of(s.x), allows_tf32(s.x), T, rows.batch, params[0].size(1), params[1].size(0) / gate_count(s.cell),
+       params[1].size(1), s.bidirectional ? 2 : 1, s.lengths.has_value() || packed, training, backward},
+      s.x.size(-1),
+      static_cast<int>(s.layers),
+      rows.at(T),
+      s.dropout};
 }
 
 double scale_of(double dropout) { return 1 / (1 - dropout); }
@@ -190,6 +212,7 @@ std::optional<StackOutputs> overlapped_forward(const StackCall& s, bool save) {
 
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const MatmulPrecision precision(stack->layer.allow_tf32);
+  const Rows all(s);
   StackOutputs made;
   std::deque<ForwardLayer> layers;
   for (int64_t l = 0; l < s.layers; ++l) {
@@ -216,12 +239,12 @@ std::optional<StackOutputs> overlapped_forward(const StackCall& s, bool save) {
     if (!task.project) return cuda::forward_steps(p, plan, {task.first, task.end, layer.carry.data_ptr<float>()}, stream);
     // With two directions the whole layer below is there.
     if (task.layer > 0 && s.dropout > 0 && (p.D == 1 || task.first == 0)) {
-      const auto rows = [&](const Tensor& t) { return p.D == 1 ? t.slice(0, task.first, task.end) : t; };
+      const auto rows = [&](const Tensor& t) { return p.D == 1 ? all.of(t, task.first, task.end) : t; };
       drop_rows(rows(layer.x), rows(layers[task.layer - 1].call.y), rows(made.left[task.layer - 1]), s.dropout);
     }
     for (int d = 0; d < p.D; ++d) {
       const int64_t first = d ? p.seq.T - task.end : task.first, end = d ? p.seq.T - task.first : task.end;
-      project_rows(layer.in, layer.call, layer.x.view({p.seq.N, p.I}), d, first * p.seq.B, end * p.seq.B);
+      project_rows(layer.in, layer.call, layer.x.view({p.seq.N, p.I}), d, all.at(first), all.at(end));
     }
   });
   for (const ForwardLayer& layer : layers) made.layers.push_back(forward_outputs(layer.call, save));
@@ -240,6 +263,7 @@ std::optional<std::vector<LayerGradients>> overlapped_backward(const StackCall& 
 
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const MatmulPrecision precision(stack->layer.allow_tf32);
+  const Rows all(s);
   std::deque<BackwardLayer> layers;  // the first is the lowest
   for (int64_t l = s.layers - 1; l >= 0; --l) {
     const OptionalTensor dy = layers.empty() ? given.dy : OptionalTensor(layers.front().dx);
@@ -259,7 +283,7 @@ std::optional<std::vector<LayerGradients>> overlapped_backward(const StackCall& 
     const BackwardParams& p = layer.call.params;
     if (!task.project) return cuda::backward_steps(p, plan, {task.first, task.end, layer.carry.data_ptr<float>()}, stream);
     const BackwardLayer& above = layers[task.layer + 1];
-    const int64_t first = (p.seq.T - task.end) * p.seq.B, end = (p.seq.T - task.first) * p.seq.B;
+    const int64_t first = all.at(p.seq.T - task.end), end = all.at(p.seq.T - task.first);
     const Tensor dg = above.call.d_gates.view({p.seq.N, slot_count(p.cell) * p.H}).slice(0, first, end);
     const Tensor dx = above.dx.view({p.seq.N, -1}).slice(0, first, end);
     input_gradient(above.in, input_columns(p.cell, p.H, dg), dx, /*d=*/0);

@@ -6,7 +6,8 @@
 
 namespace fused_rnn {
 
-// The arguments of a stack; x: [T, B, I] or packed [N, I]; dropout: the probability between the layers, 0: none.
+// The arguments of a stack; x: [T, B, I] or packed [N, I]; host_offsets: the offsets of packed rows where the host can read
+// them; dropout: the probability between the layers, 0: none.
 struct StackCall {
   const Tensor& x;
   const OptionalTensor& h0;
@@ -15,6 +16,7 @@ struct StackCall {
   bool has_biases;
   const OptionalTensor& lengths;
   const OptionalTensor& offsets;
+  const OptionalTensor& host_offsets;
   const OptionalTensor& resets;
   CellKind cell;
   int64_t layers;

@@ -131,12 +131,12 @@ py::dict plan(const std::string& cell, const std::string& dtype, int64_t T, int6
 
 py::dict overlap(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
                  const py::dict& device, std::optional<int64_t> P, int D, bool allow_tf32, bool ragged, bool training,
-                 bool backward, const std::optional<std::string>& forced, int layers, int64_t first_input, bool packed,
-                 double dropout, std::optional<int> chunks) {
+                 bool backward, const std::optional<std::string>& forced, int layers, int64_t first_input,
+                 std::optional<int64_t> rows, double dropout, std::optional<int> chunks) {
   const Problem problem = problem_of(cell, dtype, T, B, I, H, P, D, allow_tf32, ragged, training, backward);
   const DeviceInfo info = device_of(device);
   const Plan layer = make_plan(problem, info, family_of(forced));
-  const OverlapPlan made = plan_overlap({problem, first_input, layers, packed, dropout}, layer, info, chunks);
+  const OverlapPlan made = plan_overlap({problem, first_input, layers, rows.value_or(T * B), dropout}, layer, info, chunks);
   py::dict result;
   result["chunks"] = made.chunks;
   result["chunk_steps"] = made.chunk_steps;
@@ -221,10 +221,10 @@ void bind_plan(py::module_& module) {
   module.def("overlap", &overlap, py::kw_only(), py::arg("cell"), py::arg("dtype"), py::arg("T"), py::arg("B"), py::arg("I"),
              py::arg("H"), py::arg("device"), py::arg("P") = py::none(), py::arg("D") = 1, py::arg("allow_tf32") = false,
              py::arg("ragged") = false, py::arg("training") = false, py::arg("backward") = false,
-             py::arg("forced") = py::none(), py::arg("layers"), py::arg("first_input"), py::arg("packed") = false,
+             py::arg("forced") = py::none(), py::arg("layers"), py::arg("first_input"), py::arg("rows") = py::none(),
              py::arg("dropout") = 0.0, py::arg("chunks") = py::none(),
              "How the layers of a stack would overlap on a device given by its properties; I: of the layers above "
-             "the first. No GPU is needed.");
+             "the first; rows: in memory, if packed. No GPU is needed.");
   module.def("overlap_tasks", &tasks, py::arg("layers"), py::arg("directions"), py::arg("backward"), py::arg("T"),
              py::arg("chunk_steps"), py::arg("concurrent_layers"),
              "The parts of an overlap, in the order in which they go to their streams.");

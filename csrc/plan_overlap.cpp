@@ -28,6 +28,7 @@ struct Costs {
   const Plan& plan;
   const DeviceInfo& device;
 
+  double rows_of(int64_t steps) const { return double(steps) * stack.rows / stack.layer.T; }  // on average
   // The weights of all blocks are loaded again; `grid` clears its exchange.
   double scan(int64_t steps) const {
     const PersistentPlan& p = *plan.persistent;
@@ -36,7 +37,7 @@ struct Costs {
   }
   double project(int layer, int64_t steps, int sms) const {
     const Problem& p = stack.layer;
-    const double rows = double(steps) * p.B, columns = gate_count(p.cell) * p.H,
+    const double rows = rows_of(steps), columns = gate_count(p.cell) * p.H,
                  inputs = layer == 0 && !p.backward ? stack.first_input : p.I;
     const double clocks = rows * columns * inputs / (persistent_math_rate(plan.persistent->math, device) * sms);
     const double bytes = (rows * (columns + inputs) + columns * inputs) * dtype_size(p.dtype);
@@ -45,7 +46,7 @@ struct Costs {
   // Some passes over the elements between two layers, two of them and a mask each.
   double drop(int64_t steps, int passes, int sms) const {
     if (stack.dropout == 0) return 0;
-    const double elements = double(steps) * stack.layer.B * stack.layer.I;
+    const double elements = rows_of(steps) * stack.layer.I;
     return passes * (kLaunchUs + us_of_bytes(elements * (2 * dtype_size(stack.layer.dtype) + 1), sms));
   }
   // What becomes of it in a task: the mask, then the scale.
@@ -91,7 +92,6 @@ int most_concurrent(const Stack& stack, const Plan& plan, const DeviceInfo& devi
 std::string obstacle(const Stack& stack, const Plan& plan) {
   if (!plan.persistent) return std::string("family ") + to_string(plan.family) + " takes all SMs in turn";
   if (stack.dropout >= 1) return "dropout leaves nothing of a layer's output";
-  if (stack.packed) return "where the rows of a step of a packed sequence lie is known on the device only";
   if (stack.layer.backward && stack.layers == 1) return "there is one layer";
   if (stack.layer.backward && stack.layer.D == 2)
     return "the gradient of an output has a part from both ends of the sequence";

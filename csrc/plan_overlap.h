@@ -20,12 +20,12 @@ struct Stack {
   Problem layer;        // each of the layers, forward or backward; I of those above the first
   int64_t first_input;  // I of the first
   int layers;
-  bool packed;     // rows are found by offsets, which only the device knows
+  int64_t rows;    // in memory: T * B, fewer of a packed sequence
   double dropout;  // probability between the layers, 0: none
 };
 
 inline bool operator==(const Stack& a, const Stack& b) {
-  return a.layer == b.layer && a.first_input == b.first_input && a.layers == b.layers && a.packed == b.packed &&
+  return a.layer == b.layer && a.first_input == b.first_input && a.layers == b.layers && a.rows == b.rows &&
          a.dropout == b.dropout;
 }
 

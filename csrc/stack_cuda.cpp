@@ -24,8 +24,13 @@ class StackFunction : public torch::autograd::Function<StackFunction> {
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& x,
                                                 const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
                                                 const StackCall* stack, const StackOutputs* made) {
-    torch::autograd::variable_list results,
-        saved{x, tensor_of(h0), tensor_of(c0), tensor_of(stack->lengths), tensor_of(stack->resets)};
+    torch::autograd::variable_list results, saved{x,
+                                                  tensor_of(h0),
+                                                  tensor_of(c0),
+                                                  tensor_of(stack->lengths),
+                                                  tensor_of(stack->offsets),
+                                                  tensor_of(stack->host_offsets),
+                                                  tensor_of(stack->resets)};
     const auto append = [&](auto part) {
       for (const LayerOutputs& layer : made->layers) results.push_back(std::get<decltype(part)::value>(layer));
     };
@@ -57,13 +62,14 @@ class StackFunction : public torch::autograd::Function<StackFunction> {
     const auto saved = ctx->get_saved_variables();
     const int64_t layers = ctx->saved_data["layers"].toInt();
     const double dropout = ctx->saved_data["dropout"].toDouble();
-    constexpr size_t kFixed = 5;
+    constexpr size_t kFixed = 7;
     const size_t dropouts = dropout > 0 ? layers - 1 : 0;
     const at::TensorList all(saved), results = all.slice(kFixed, 5 * layers),
                                      inputs = all.slice(kFixed + 5 * layers, dropouts),
                                      left = all.slice(kFixed + 5 * layers + dropouts, dropouts);
     const OptionalTensor h0 = optional_of(saved[1]), c0 = optional_of(saved[2]), lengths = optional_of(saved[3]),
-                         resets = optional_of(saved[4]), offsets;
+                         offsets = optional_of(saved[4]), host_offsets = optional_of(saved[5]),
+                         resets = optional_of(saved[6]);
     const StackCall stack{saved[0],
                           h0,
                           c0,
@@ -71,6 +77,7 @@ class StackFunction : public torch::autograd::Function<StackFunction> {
                           ctx->saved_data["has_biases"].toBool(),
                           lengths,
                           offsets,
+                          host_offsets,
                           resets,
                           static_cast<CellKind>(ctx->saved_data["cell"].toInt()),
                           layers,
@@ -143,8 +150,9 @@ class StackFunction : public torch::autograd::Function<StackFunction> {
 
 std::optional<std::tuple<Tensor, Tensor, Tensor>> overlapped_rnn(
     const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
-    const OptionalTensor& lengths, const OptionalTensor& offsets, const OptionalTensor& resets, int64_t cell,
-    int64_t num_layers, bool has_biases, bool bidirectional, double dropout, bool training, bool batch_first) {
+    const OptionalTensor& lengths, const OptionalTensor& offsets, const OptionalTensor& host_offsets,
+    const OptionalTensor& resets, int64_t cell, int64_t num_layers, bool has_biases, bool bidirectional, double dropout,
+    bool training, bool batch_first) {
   const auto plain = [](const Tensor& t) { return t.is_cuda() && is_plain(t); };
   if (!plain(input) || num_layers < 1 || weights.size() % num_layers || !nothing_intercepts() || (h0 && !plain(*h0)) ||
       (c0 && !plain(*c0)) || !std::all_of(weights.begin(), weights.end(), plain)) {
@@ -159,6 +167,7 @@ std::optional<std::tuple<Tensor, Tensor, Tensor>> overlapped_rnn(
                        has_biases,
                        lengths,
                        offsets,
+                       host_offsets,
                        steps_first,
                        static_cast<CellKind>(cell),
                        num_layers,

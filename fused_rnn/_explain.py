@@ -326,7 +326,7 @@ def _overlap(
     problem = {
         "cell": cell, "dtype": dtype, "T": last.T, "B": last.B, "I": last.I, "H": last.H, "P": last.P, "D": last.D,
         "device": dict(device or {}), "allow_tf32": _tf32(dtype), "ragged": packed, "training": training, "forced": forced,
-        "layers": len(layers), "first_input": layers[0].I, "packed": packed, "chunks": int(chunks) if chunks else None,
+        "layers": len(layers), "first_input": layers[0].I, "rows": last.N, "chunks": int(chunks) if chunks else None,
         "dropout": float(module.dropout) if len(layers) > 1 and module.training else 0.0,
     }  # fmt: skip
     result = {"forward": _C().overlap(**problem)}

@@ -190,7 +190,7 @@ def run_rnn(
     """A stack of layers on the selected backend: (output, h_n, c_n), c_n empty without c. Batched or packed input only."""
     offsets = None
     if batch_sizes is not None:
-        offsets = torch.cat([batch_sizes.new_zeros(1), batch_sizes.cumsum(0)]).to(input.device, non_blocking=True)
+        offsets = torch.cat([batch_sizes.new_zeros(1), batch_sizes.cumsum(0)])
         if h0 is None:  # gives the ops the batch size, which packed rows do not show
             size = weights[1].shape[1]
             if cell == LSTM and len(weights) // (num_layers * (1 + bidirectional)) == 3 + 2 * has_biases:
@@ -204,6 +204,7 @@ def run_rnn(
             training, batch_first,
         )  # fmt: skip
     input, h0, c0, weights = _autocast(device_type, input, h0, c0, weights)
+    lengths = None if lengths is None else lengths.to(input.device)
     return reference.rnn(
         input, h0, c0, weights, lengths, offsets, resets, cell, num_layers, has_biases, bidirectional, dropout,
         training, batch_first,
@@ -336,7 +337,7 @@ def _check_batch_sizes(batch_sizes: Tensor, input: Tensor) -> None:
 def _check_masks(
     input: Tensor, steps: int, batch: int, batch_first: bool, packed: bool, lengths: Tensor | None, resets: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Checks lengths and resets; returns them on the input's device."""
+    """Checks lengths and resets; returns lengths as int64, where they are, and resets on the input's device."""
     if lengths is not None:
         if packed:
             raise ValueError("lengths: expected None with batch_sizes, which already give the lengths")
@@ -346,7 +347,7 @@ def _check_masks(
         _shape("lengths", lengths, [batch])
         if lengths.device.type == "cpu" and batch and not (0 <= int(lengths.min()) and int(lengths.max()) <= steps):
             raise ValueError(f"lengths: expected values from 0 to {steps}, got {lengths.tolist()}")
-        lengths = lengths.to(device=input.device, dtype=torch.int64, non_blocking=True)
+        lengths = lengths.to(torch.int64)
     if resets is not None:
         if resets.dtype != torch.bool:
             raise ValueError(f"resets: expected dtype torch.bool, got {resets.dtype}")

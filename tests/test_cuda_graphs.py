@@ -46,18 +46,24 @@ def gradients(results: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("lengths", [False, True])
+@pytest.mark.parametrize("ragged", ["dense", "lengths", "lengths on the host", "packed"])
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_stack(name: str, lengths: bool, training: bool, dtype: torch.dtype) -> None:
+def test_stack(name: str, ragged: str, training: bool, dtype: torch.dtype) -> None:
     module = getattr(fused_rnn, name)(24, 40, num_layers=3, bidirectional=True, device="cuda", dtype=dtype)
     function, weights = getattr(fused_rnn.functional, name.lower()), list(module.parameters())
-    x = torch.randn(13, 5, 24, device="cuda", dtype=dtype, requires_grad=training)
-    rows = torch.tensor([13, 2, 7, 1, 9], device="cuda") if lengths else None
+    lengths = torch.tensor([13, 2, 7, 1, 9])
+    shape, more = (13, 5, 24), {}
+    if ragged == "packed":
+        more = {"batch_sizes": torch.stack([(lengths > t).sum() for t in range(13)])}
+        shape = (int(lengths.sum()), 24)
+    elif ragged != "dense":
+        more = {"lengths": lengths.cuda() if ragged == "lengths" else lengths}
+    x = torch.randn(shape, device="cuda", dtype=dtype, requires_grad=training)
 
     def run() -> list[Tensor]:
         with torch.set_grad_enabled(training):
-            results = flat(function(x, weights, num_layers=3, bidirectional=True, lengths=rows))
+            results = flat(function(x, weights, num_layers=3, bidirectional=True, **more))
             return [*results, *gradients(results, [x, *weights])] if training else results
 
     check_replay(run, [x])

@@ -15,6 +15,7 @@ from test_cuda_graphs import check_replay
 from test_layers import assert_near, results_and_gradients
 from test_plan import DEVICES, C
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 import fused_rnn
 from fused_rnn import use_backend
@@ -122,11 +123,6 @@ REASONS = [
     ("H100", {"forced": "grid", "dropout": 1.0}, "dropout leaves nothing of a layer's output"),
     ("H100", {"forced": "cluster", "dropout": 0.5, "T": 64}, "chunks would save too little"),
     (
-        "H100",
-        {"forced": "cluster", "packed": True},
-        "where the rows of a step of a packed sequence lie is known on the device only",
-    ),
-    (
         "RTX 4090",
         {"forced": "grid", "H": 2048, "dtype": F16, "cell": "rnn_tanh"},
         "one layer's 128 blocks take the whole device",
@@ -149,6 +145,23 @@ def test_in_turn(row: tuple[Any, ...]) -> None:
     result = overlap(device, **more)
     assert (result["chunks"], result["concurrent_layers"], result["chunk_steps"]) == (1, 1, more.get("T", 256))
     assert result["text"] == f"layers in turn, because {reason}\n"
+
+
+def test_fewer_rows_of_packed_steps() -> None:
+    """Projections cost what their rows cost; the recurrence of a step does not ask for how many rows it runs."""
+    sizes: dict[str, Any] = {"forced": "cluster", "B": 128, "H": 512, "ragged": True}
+    dense, packed = overlap("H100", **sizes), overlap("H100", **sizes, rows=256 * 40)
+    assert dense == overlap("H100", **sizes, rows=256 * 128)
+    assert packed["us_in_turn"] < dense["us_in_turn"]
+
+
+def test_explain_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_RNN_PLAN", "cluster")
+    lstm = fused_rnn.LSTM(256, 256, num_layers=4, dtype=torch.float16)
+    rows = [torch.empty(n, 256, dtype=torch.float16) for n in (256, 200, 100, 9)]
+    packed = torch.nn.utils.rnn.pack_sequence(rows)
+    result = fused_rnn.explain(lstm, packed, device="H100", show=False)
+    assert {name: plan["chunks"] for name, plan in result.overlap.items()} == {"forward": 4, "backward": 4}
 
 
 def test_chunks_that_are_asked_for() -> None:
@@ -236,6 +249,7 @@ CASES = [
     Case("LSTM", 13, 9, 24, 64, layers=3, ragged="lengths", resets=True, dtype=torch.float16),
     Case("GRU", 13, 9, 24, 64, layers=4, batch_first=True, dtype=torch.bfloat16),
     Case("RNN_TANH", 13, 9, 24, 64, layers=2, bidirectional=True),
+    Case("LSTM", 13, 9, 24, 64, layers=3, ragged="packed", resets=True, dtype=torch.float16),
     Case("LSTM", 13, 9, 24, 64, layers=1, states=False),
 ]
 
@@ -357,14 +371,17 @@ def test_differentiated_twice(dropout: float, family: str, monkeypatch: pytest.M
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-def test_captured_in_a_graph(training: bool, family: str) -> None:
+def test_captured_in_a_graph(training: bool, packed: bool, family: str) -> None:
     lstm = fused_rnn.LSTM(24, 64, num_layers=3, device="cuda", dtype=torch.float16)
-    x = torch.randn(13, 9, 24, device="cuda", dtype=torch.float16, requires_grad=training)
+    batch_sizes = torch.tensor([9, 9, 8, 5, 5, 5, 4, 3, 3, 1, 1, 1, 1])
+    shape = (int(batch_sizes.sum()), 24) if packed else (13, 9, 24)
+    x = torch.randn(shape, device="cuda", dtype=torch.float16, requires_grad=training)
 
     def run() -> list[Tensor]:
         with torch.set_grad_enabled(training):
-            y = lstm(x)[0]
+            y = lstm(PackedSequence(x, batch_sizes))[0].data if packed else lstm(x)[0]
             return [y, *torch.autograd.grad(y.float().sum(), [x, *lstm.parameters()])] if training else [y]
 
     check_replay(run, [x])

@@ -36,4 +36,8 @@ struct StepRange {
 void forward_steps(const ForwardParams& params, const Plan& plan, const StepRange& range, void* stream);
 void backward_steps(const BackwardParams& params, const Plan& plan, const StepRange& range, void* stream);
 
+// Writes integers of the host to device memory. They travel as arguments of launches, so a capture keeps them and the host's may
+// change at once.
+void write_integers(int64_t* to, const int64_t* integers, int64_t count, void* stream);
+
 }  // namespace fused_rnn::cuda

@@ -23,7 +23,8 @@ def layers_of(case: Case) -> list[Layer]:
     for number in range(case.layers):
         size = case.input_size if number == 0 else case.directions * case.output
         one = dataclasses.replace(case, layers=1, input_size=size)
-        layers.append(Layer.of(one, make_data(one, seed=number)))
+        data = make_data(one)  # lengths are the same in all layers
+        layers.append(Layer.of(one, dataclasses.replace(data, weights=make_data(one, seed=number).weights)))
     return layers
 
 
@@ -107,8 +108,10 @@ class StackRun:
             self.project_back(task)
 
     def rows(self, layer: int, first: int, end: int) -> slice:
-        batch = self.layers[layer].case.batch
-        return slice(first * batch, end * batch)
+        """Of memory, those of times [first, end)."""
+        one = self.layers[layer]
+        at = one.case.batch * torch.arange(one.case.steps + 1) if one.offsets is None else one.offsets
+        return slice(int(at[first]), int(at[end]))
 
     def output(self, layer: int, name: str) -> Tensor:
         return self.sim.get(*self.runs[layer].outputs[name], self.layers[layer].case.dtype)
@@ -156,6 +159,8 @@ CASES = [
     (Case("GRU", 5, 3, 5, 20, layers=2, bidirectional=True, ragged="lengths", dtype=torch.float16), 2, 1),
     (Case("RNN_TANH", 8, 3, 5, 20, layers=4, states=False, dtype=torch.bfloat16), 2, 4),
     (Case("LSTM", 5, 3, 5, 20, bidirectional=True, dtype=torch.float16), 1, 1),
+    (Case("LSTM", 7, 9, 5, 21, layers=3, ragged="packed", resets=True, dtype=torch.float16), 2, 3),
+    (Case("GRU", 5, 3, 5, 20, layers=2, bidirectional=True, ragged="packed", dtype=torch.float16), 2, 1),
 ]
 
 

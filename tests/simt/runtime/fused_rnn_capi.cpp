@@ -70,6 +70,9 @@ extern "C" int simt_forward_steps(const ForwardParams* params, const Plan* plan,
     for (int i = 0; i < ranges; ++i) cuda::forward_steps(*params, *plan, {bounds[i], bounds[i + 1], carry}, nullptr);
   });
 }
+extern "C" int simt_write_integers(int64_t* to, const int64_t* integers, int64_t count) {
+  return simt_host::run_guarded([&] { cuda::write_integers(to, integers, count, nullptr); });
+}
 // The tasks of an overlap; returns how many there are.
 extern "C" int simt_overlap_tasks(int layers, int directions, bool backward, int64_t T, int64_t chunk_steps,
                                   int concurrent_layers, OverlapTask* tasks, int room) {

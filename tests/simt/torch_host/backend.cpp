@@ -93,6 +93,10 @@ const Plan& plan_for(const Problem& problem, int device, std::optional<Family> f
   return kept.get({problem, device, forced}, [&] { return make_plan(problem, kDevice, forced); });
 }
 
+void write_integers(int64_t* to, const int64_t* integers, int64_t count, void*) {
+  check(simulator<int(int64_t*, const int64_t*, int64_t)>("simt_write_integers")(to, integers, count));
+}
+
 void forward(const ForwardParams& params, const Plan& plan, void*) {
   ++calls;
   check(simulator<int(const ForwardParams*, const Plan*)>("simt_forward")(&params, &plan));

@@ -19,6 +19,8 @@ CHANGES = [
     ("ops.cpp", 'TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {\n  m.impl("layer", fused_rnn::layer_cpu);\n  '
      'm.impl("layer_backward", fused_rnn::layer_backward_cpu);\n}', ""),
     ("ops.cpp", "  if (!nothing_intercepts() || at::hasCallbacks()) return false;", "  return false;"),
+    ("ops.cpp", "if (!integers || integers->device() == input.device()) return", "if (!integers) return"),
+    ("ops.cpp", "from_host = input.is_cuda()", "from_host = input.is_cpu()"),
 ]  # fmt: skip
 
 
