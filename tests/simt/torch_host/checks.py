@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1]), str(HERE.parents[2])]
@@ -79,17 +80,22 @@ def test_against_fp64(case: Case, family: str, overlap: str, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("family", ["grid", "cluster"])
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("cell", [fused_rnn.LSTM, fused_rnn.GRU, fused_rnn.RNN])
-def test_dropout(cell: type, bidirectional: bool, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout(cell: type, bidirectional: bool, packed: bool, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The masks of the layers in turn, from the same seed; second derivatives too."""
     monkeypatch.setenv("FUSED_RNN_PLAN", family)
     rnn = cell(4, 20, num_layers=3, bidirectional=bidirectional, dropout=0.4)
-    x = torch.randn(7, 3, 4, requires_grad=True)
+    batch_sizes = torch.tensor([3, 3, 3, 2, 2, 1, 1])
+    x = torch.randn((int(batch_sizes.sum()), 4) if packed else (7, 3, 4), requires_grad=True)
+
+    def output() -> Tensor:
+        return rnn(PackedSequence(x, batch_sizes))[0].data if packed else rnn(x)[0]
 
     def run() -> list[Tensor]:
         torch.manual_seed(7)
-        y = rnn(x)[0]
+        y = output()
         inputs = [x, *rnn.parameters()]
         first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
         second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs, retain_graph=True)
@@ -104,7 +110,7 @@ def test_dropout(cell: type, bidirectional: bool, family: str, monkeypatch: pyte
     assert calls()[1] > before[1]
     with torch.no_grad():
         torch.manual_seed(7)
-        assert_near("inference", rnn(x)[0], expected[0].double(), OUTPUT_TOLERANCE[torch.float32])
+        assert_near("inference", output(), expected[0].double(), OUTPUT_TOLERANCE[torch.float32])
 
 
 def test_errors_of_a_stack(monkeypatch: pytest.MonkeyPatch) -> None:
