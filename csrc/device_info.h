@@ -1,5 +1,6 @@
 // What the kernels and their planner need to know of a device. No torch, no CUDA include.
 #pragma once
+#include <array>
 #include <cstdint>
 
 namespace fused_rnn {
@@ -16,6 +17,9 @@ struct DeviceInfo {
   // Compute capability that the kernels' code for this device was compiled for. It is older than the device where that runs the
   // binary of an earlier minor version, or a PTX that the driver translates. 0: no code in this build runs there.
   int compiled_for;
+  // [n]: clusters of n blocks that run at once where each block has an SM for itself; 0: the device runs none of that size, as a
+  // MIG slice or a card with incomplete groups of SMs may not. [1] == 0: not asked, the planner estimates from sm_count.
+  std::array<int, 17> active_clusters{};
 };
 
 }  // namespace fused_rnn

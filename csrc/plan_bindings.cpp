@@ -3,9 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <iterator>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/cpu.h"
 #include "cuda/persistent.h"
@@ -83,15 +85,24 @@ Problem problem_of(const std::string& cell, const std::string& dtype, int64_t T,
 
 DeviceInfo device_of(const py::dict& device) {
   const auto field = [&device](const char* name) { return device[name].cast<int>(); };
-  return {field("compute_capability"),
-          field("sm_count"),
-          field("smem_per_block"),
-          field("smem_per_sm"),
-          field("registers_per_sm"),
-          field("threads_per_sm"),
-          device["l2_bytes"].cast<int64_t>(),
-          field("max_cluster"),
-          field("compiled_for")};
+  DeviceInfo info{field("compute_capability"),
+                  field("sm_count"),
+                  field("smem_per_block"),
+                  field("smem_per_sm"),
+                  field("registers_per_sm"),
+                  field("threads_per_sm"),
+                  device["l2_bytes"].cast<int64_t>(),
+                  field("max_cluster"),
+                  field("compiled_for")};
+  if (device.contains("active_clusters")) {  // not in a description
+    const auto counts = device["active_clusters"].cast<std::vector<int>>();
+    if (counts.size() != info.active_clusters.size()) {
+      throw std::invalid_argument("active_clusters: expected " + std::to_string(info.active_clusters.size()) +
+                                  " numbers, got " + std::to_string(counts.size()));
+    }
+    std::copy(counts.begin(), counts.end(), info.active_clusters.begin());
+  }
+  return info;
 }
 
 std::optional<Family> family_of(const std::optional<std::string>& name) {
@@ -178,6 +189,7 @@ py::dict cuda_device(int index) {
   result["l2_bytes"] = info.l2_bytes;
   result["max_cluster"] = info.max_cluster;
   result["compiled_for"] = info.compiled_for;
+  result["active_clusters"] = info.active_clusters;
   return result;
 }
 #endif

@@ -51,8 +51,9 @@ double step_us(const PersistentShape& s, const PersistentPlan& plan, const Devic
       fragments * cuda::kTileUnits * cuda::chunk_step(s.math) * cuda::kTileRows / persistent_math_rate(s.math, device);
   // Products hide behind the reading of the weights, or that behind them; neither before the states have come.
   const double clocks = std::max({exchange, smem_traffic(s, plan) / kSmemBytesPerClock, products});
-  return plan.launches *
-         (plan.tiles * (kStepUs + clocks / (kClockGhz * 1e3)) + (s.cluster ? kClusterHandOffUs : kL2HandOffUs));
+  const int64_t turns =
+      s.cluster ? ceil_div(plan.groups * plan.directions, clusters_at_once(device, plan.slices)) : plan.launches;
+  return turns * (plan.tiles * (kStepUs + clocks / (kClockGhz * 1e3)) + (s.cluster ? kClusterHandOffUs : kL2HandOffUs));
 }
 
 // The largest number of batch tiles of a group, up to `wanted`, whose states fit the shared memory; 0: not even one.
@@ -109,38 +110,37 @@ Fit fit_grid(const Problem& problem, const DeviceInfo& device, MathKind math) {
 }
 
 // Clusters are independent: more than fit at once wait for their turn inside one launch. Blocks of more units make smaller
-// clusters, of which more run at once: the cost model says what is best.
+// clusters, of which more run at once, and clusters of more rows are fewer: the cost model says what is best.
 Fit fit_cluster(const Problem& problem, const DeviceInfo& device, MathKind math) {
   Fit best{};
   double best_us = 0;
   for (int unit_tiles = 1; unit_tiles <= kLargestUnitTiles; ++unit_tiles) {
     const PersistentShape shape{problem.cell, math, unit_tiles, problem.backward, true};
     const int slices = static_cast<int>(ceil_div(problem.H, cuda::slice_units(shape)));
-    if (slices > device.max_cluster) {
+    if (clusters_at_once(device, slices) == 0) {
       if (best.plan.unit_tiles) continue;
       best.reason = "needs a cluster of " + std::to_string(slices) + " blocks of " +
-                    std::to_string(cuda::slice_units(shape)) + " units, the device has clusters of " +
-                    std::to_string(device.max_cluster);
+                    std::to_string(cuda::slice_units(shape)) + " units, the device ";
+      best.reason += slices > device.max_cluster ? "has clusters of " + std::to_string(device.max_cluster)
+                                                 : "cannot run one of that size";
       continue;
     }
     const int64_t batch_tiles = ceil_div(problem.B, cuda::kTileRows);
-    const int64_t wanted = ceil_div(batch_tiles * problem.D, clusters_at_once(device, slices));
-    const int tiles = fitting_tiles(shape, device, slices, wanted);
-    if (tiles == 0) {
-      if (!best.plan.unit_tiles) best.reason = capacity_text(shape, device, slices);
-      continue;
+    const int most_tiles = fitting_tiles(shape, device, slices, batch_tiles);
+    if (most_tiles == 0 && !best.plan.unit_tiles) best.reason = capacity_text(shape, device, slices);
+    for (int tiles = 1; tiles <= most_tiles; ++tiles) {
+      PersistentPlan plan{};
+      plan.slices = slices;
+      plan.tiles = tiles;
+      plan.groups = static_cast<int>(ceil_div(batch_tiles, tiles));
+      plan.directions = problem.D;
+      plan.launches = 1;
+      fill(plan, shape);
+      const double us = step_us(shape, plan, device);
+      if (best.plan.unit_tiles && us >= best_us) continue;
+      best.plan = plan;
+      best_us = us;
     }
-    PersistentPlan plan{};
-    plan.slices = slices;
-    plan.tiles = tiles;
-    plan.groups = static_cast<int>(ceil_div(batch_tiles, tiles));
-    plan.directions = problem.D;
-    plan.launches = 1;
-    fill(plan, shape);
-    const double us = step_us(shape, plan, device);
-    if (best.plan.unit_tiles && us >= best_us) continue;
-    best.plan = plan;
-    best_us = us;
   }
   return best;
 }
@@ -181,9 +181,12 @@ double persistent_math_rate(MathKind math, const DeviceInfo& device) {
 
 // Clusters do not span the device's groups of SMs, of which some are incomplete: 7 clusters of 16 blocks fit an H100, 15 of 8.
 int64_t clusters_at_once(const DeviceInfo& device, int64_t blocks) {
+  if (blocks > std::min(device.max_cluster, cuda::kMaxClusterBlocks)) return 0;
+  if (device.active_clusters[1] > 0) return device.active_clusters[blocks];
   const int64_t all = device.sm_count / blocks;
-  return std::max<int64_t>(1, blocks >= 8 ? all - 1 : all);
+  return blocks >= 8 && all > 1 ? all - 1 : all;
 }
+static_assert(std::tuple_size<decltype(DeviceInfo::active_clusters)>::value == cuda::kMaxClusterBlocks + 1);
 
 std::string persistent_obstacle(const Problem& problem, const DeviceInfo& device, Family family) {
   const Fit fit = fit_family(problem, device, family);

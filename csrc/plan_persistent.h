@@ -18,7 +18,7 @@ void plan_persistent(const Problem& problem, const DeviceInfo& device, Plan& pla
 // Multiply-adds per clock and SM.
 double persistent_math_rate(cuda::MathKind math, const DeviceInfo& device);
 
-// Clusters of so many blocks that run at once.
+// Clusters of so many blocks that run at once; 0: the device runs none of that size.
 int64_t clusters_at_once(const DeviceInfo& device, int64_t blocks);
 
 std::string to_string(const PersistentPlan& plan);

@@ -29,7 +29,8 @@ def _device(cc: int, sms: int, block: int, sm: int, threads: int, l2: int, clust
 
 
 # What the planner knows of a device (csrc/device_info.h), as if the kernels had been compiled for it. CUDA programming
-# guide, "Technical specifications per compute capability", and the vendor's data sheets.
+# guide, "Technical specifications per compute capability", and the vendor's data sheets; these do not say how many clusters
+# run at once (active_clusters), which the planner then estimates.
 DEVICES = {
     "T4": _device(75, 40, 64, 64, 1024, 4, 1),
     "A100": _device(80, 108, 163, 164, 2048, 40, 1),
@@ -123,7 +124,7 @@ def explain(
     module: nn.Module,
     input: Tensor | PackedSequence,
     *,
-    device: str | Mapping[str, int] | None = None,
+    device: str | Mapping[str, Any] | None = None,
     training: bool | None = None,
     show: bool = True,
 ) -> Explanation:
@@ -140,7 +141,7 @@ def explain(
             [B, I] or [I]. Its values are not read: a tensor on the meta device will do if ``device`` is given.
         device: plan for this GPU instead of the input's device; none has to be there. "T4", "A100", "RTX 3090",
             "RTX 4090", "H100", "H200", "B200", "RTX 5090", as if the kernels had been compiled for it, or a mapping with the
-            fields of csrc/device_info.h.
+            fields of csrc/device_info.h, of which active_clusters may be left out.
         training: whether backward is explained too; by default, whether autograd would record the call.
         show: whether to print it.
 
@@ -242,7 +243,7 @@ def _dtype(module: nn.Module, data: Tensor, device_type: str) -> torch.dtype:
     return data.dtype
 
 
-def _described_device(device: str | Mapping[str, int] | None) -> Mapping[str, int] | None:
+def _described_device(device: str | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     if isinstance(device, Mapping):
         missing = [field for field in DEVICES["H100"] if field not in device]
         if missing:
@@ -280,7 +281,7 @@ def _backend_for(device_type: str, where: str, described: bool) -> tuple[str, st
 def _plan(
     backend: str,
     problem: dict[str, Any],
-    device: Mapping[str, int] | None,
+    device: Mapping[str, Any] | None,
     forced: str | None,
     packed: bool,
     training: bool,
@@ -313,7 +314,7 @@ def _overlap(
     layers: Sequence[LayerPlan],
     cell: str,
     dtype: str,
-    device: Mapping[str, int] | None,
+    device: Mapping[str, Any] | None,
     forced: str | None,
     packed: bool,
     training: bool,

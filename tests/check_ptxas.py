@@ -52,8 +52,9 @@ def find_nvcc() -> tuple[str, list[str]]:
 
 def kernel_name(mangled: str) -> str:
     """Readable name of an instantiation."""
-    if "zero_fill" in mangled:
-        return "zero_fill"
+    for name in ("zero_fill", "query"):
+        if f"{name}_kernel" in mangled:
+            return name
     found = re.search(r"KernelRoleE(\d).*?CellKindE(\d).*?MathKindE(\d).*?TileSizeE(\d)", mangled)
     if not found:
         return persistent_kernel_name(mangled)

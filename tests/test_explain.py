@@ -263,7 +263,14 @@ def test_on_the_gpu_that_is_there() -> None:
     assert (
         result.backend == "cuda" and _backend._C.cuda_device(0)["compute_capability"] == capability[0] * 10 + capability[1]
     )
-    code = _backend._C.cuda_device(0)["compiled_for"]
+    device = _backend._C.cuda_device(0)
+    code = device["compiled_for"]
+    clusters = device["active_clusters"]
+    if code >= 90:
+        assert clusters[device["max_cluster"]] >= 1 and not any(clusters[device["max_cluster"] + 1 :])
+        assert all(size * count <= device["sm_count"] for size, count in enumerate(clusters))
+    else:
+        assert clusters == [0] * 17
     assert 75 <= code <= capability[0] * 10 + capability[1]
     built_for = {name.removesuffix("+PTX").rstrip("af") for name in fused_rnn.build_info()["cuda_architectures"]}
     if "{}.{}".format(*capability) in built_for:

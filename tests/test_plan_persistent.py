@@ -115,6 +115,78 @@ def test_every_plan_fits_its_device() -> None:
     assert C
 
 
+def asked(sms: int, counts: dict[int, int], like: str = "H100") -> dict[str, Any]:
+    """A device that has been asked how many clusters of a size (the key) run at once; of other sizes none do."""
+    clusters = [{1: sms, **counts}.get(blocks, 0) for blocks in range(17)]
+    return {**DEVICES[like], "sm_count": sms, "max_cluster": max(counts, default=1), "active_clusters": clusters}
+
+
+# What might be found on real cards; the figures are made up.
+ASKED = {
+    "clusters of at most 8": asked(132, {2: 66, 3: 40, 4: 32, 5: 24, 6: 20, 7: 17, 8: 15}),
+    "3 of 16 at once": asked(114, {2: 57, 4: 27, 8: 12, 11: 7, 16: 3}),
+    "MIG slice": asked(16, {2: 8, 3: 5, 4: 4, 6: 2, 8: 2, 16: 1}),
+    "MIG slice, two groups of SMs": asked(14, {2: 7, 3: 4, 4: 3, 6: 2, 7: 2}),
+    "none at all": asked(132, {}),
+}
+
+
+# device, cell, dtype, batch, hidden, directions: groups, blocks, units, tiles, turns that the clusters take; or the reason
+ON_ASKED = [
+    ("clusters of at most 8", "lstm", F16, 8, 384, 1, (1, 8, 48, 1, 1)),
+    ("clusters of at most 8", "lstm", F16, 8, 512, 1, "a cluster of 11 blocks of 48 units, the device has clusters of 8"),
+    ("3 of 16 at once", "lstm", F16, 24, 768, 1, (3, 16, 48, 1, 1)),
+    ("3 of 16 at once", "lstm", F16, 64, 768, 1, (8, 16, 48, 1, 3)),
+    ("3 of 16 at once", "lstm", F16, 64, 768, 2, (4, 16, 48, 2, 3)),
+    ("3 of 16 at once", "gru", F16, 8, 640, 1, "a cluster of 14 blocks of 48 units, the device cannot run one of that size"),
+    ("MIG slice", "lstm", F16, 8, 768, 2, (1, 16, 48, 1, 2)),
+    ("MIG slice", "lstm", F16, 64, 256, 1, (2, 8, 32, 4, 1)),
+    ("MIG slice", "lstm", F16, 64, 128, 1, (4, 3, 48, 2, 1)),
+    (
+        "MIG slice, two groups of SMs",
+        "lstm",
+        F16,
+        8,
+        512,
+        1,
+        "a cluster of 11 blocks of 48 units, the device has clusters of 7",
+    ),
+    ("MIG slice, two groups of SMs", "gru", F16, 8, 128, 1, (1, 4, 32, 1, 1)),
+    ("none at all", "lstm", F16, 8, 128, 1, "a cluster of 3 blocks of 48 units, the device has clusters of 1"),
+    ("none at all", "lstm", F16, 8, 48, 1, (1, 1, 48, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("row", ON_ASKED, ids=lambda row: "-".join(map(str, row[:6])))
+def test_device_that_was_asked_for_its_clusters(row: tuple[Any, ...]) -> None:
+    name, cell, dtype, batch, hidden, directions, expected = row
+    problem = {"cell": cell, "dtype": dtype, "T": 10, "B": batch, "I": 32, "H": hidden, "D": directions}
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=f"cluster cannot serve this layer: cluster needs {expected}$"):
+            C.plan(**problem, device=ASKED[name], forced="cluster")
+        return
+    result = C.plan(**problem, device=ASKED[name], forced="cluster")
+    p = result["persistent"]
+    at_once = ASKED[name]["active_clusters"][p["blocks"]]
+    turns = -(-p["groups"] * directions // at_once)
+    assert (*(p[key] for key in ("groups", "blocks", "units", "tiles")), turns) == expected, result["text"]
+    # The model counts the turns: on a device that runs all clusters at once the same plan takes one.
+    alone = C.plan(**{**problem, "B": 8 * p["tiles"], "D": 1}, device=asked(132, {p["blocks"]: 1}), forced="cluster")
+    assert [alone["persistent"][key] for key in ("blocks", "tiles")] == [p["blocks"], p["tiles"]]
+    assert result["us_per_step"] == pytest.approx(turns * alone["us_per_step"])
+
+
+def test_device_that_was_not_asked_for_its_clusters() -> None:
+    """The estimate never has more blocks at once than there are SMs, and at least one cluster of up to that many."""
+    slice_ = {**DEVICES["H100"], "sm_count": 14}
+    problem = {"cell": "lstm", "dtype": F16, "T": 10, "B": 16, "I": 32}
+    assert C.plan(**problem, H=672, device=slice_, forced="cluster")["persistent"]["blocks"] == 14
+    with pytest.raises(ValueError, match="a cluster of 15 blocks of 48 units, the device cannot run one of that size"):
+        C.plan(**problem, H=720, device=slice_, forced="cluster")
+    with pytest.raises(ValueError, match="active_clusters: expected 17 numbers, got 2"):
+        C.plan(**problem, H=64, device={**slice_, "active_clusters": [0, 14]})
+
+
 def test_weights_of_cudnns_persistent_box() -> None:
     """LSTM, H=768, 16 bit: 288 KiB of weights in each of 16 blocks, more than the shared memory holds."""
     for backward, in_smem in ((False, 120), (True, 144)):
@@ -135,13 +207,13 @@ EXPECTED = [
     ("H100", "lstm", F16, 8, 256, False, {"step": 2.4, "grid": 1.14, "cluster": 0.6}, "cluster"),
     ("H100", "lstm", F16, 8, 256, True, {"step": 2.4, "grid": 1.72, "cluster": 0.57}, "cluster"),
     ("H100", "lstm", F16, 16, 768, True, {"step": 4.26, "grid": 3.26, "cluster": 1.48}, "cluster"),
-    ("H100", "lstm", F32, 64, 512, False, {"step": 3.99, "grid": 2.69, "cluster": 1.47}, "cluster"),
+    ("H100", "lstm", F32, 64, 512, False, {"step": 3.99, "grid": 2.69, "cluster": 2.93}, "grid"),
     ("H100", "lstm", F32, 64, 512, True, {"step": 6.62, "grid": 7.32, "cluster": 2.49}, "cluster"),
     ("H100", "gru", BF16, 64, 1024, False, {"step": 5.41, "grid": 4.63}, "grid"),
     ("H200", "lstm", F16, 8, 256, False, {"step": 2.4, "grid": 1.14, "cluster": 0.6}, "cluster"),
     ("H200", "lstm", F16, 8, 256, True, {"step": 2.4, "grid": 1.72, "cluster": 0.57}, "cluster"),
     ("H200", "lstm", F16, 16, 768, True, {"step": 4.26, "grid": 3.26, "cluster": 1.48}, "cluster"),
-    ("H200", "lstm", F32, 64, 512, False, {"step": 3.99, "grid": 2.69, "cluster": 1.47}, "cluster"),
+    ("H200", "lstm", F32, 64, 512, False, {"step": 3.99, "grid": 2.69, "cluster": 2.93}, "grid"),
     ("H200", "lstm", F32, 64, 512, True, {"step": 6.62, "grid": 7.32, "cluster": 2.49}, "cluster"),
     ("H200", "gru", BF16, 64, 1024, False, {"step": 5.41, "grid": 4.63}, "grid"),
     ("RTX 4090", "lstm", F16, 8, 256, False, {"step": 3.2, "grid": 1.14}, "grid"),

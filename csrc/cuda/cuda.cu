@@ -10,6 +10,7 @@
 
 #include "backend.h"
 #include "kernels.h"
+#include "persistent.h"
 #include "persistent_launch.h"
 #include "recent.h"
 
@@ -107,6 +108,14 @@ void check_projection(const Weights& weights, int64_t H, int64_t P) {
 
 }  // namespace
 
+namespace {
+
+struct Nothing {};
+// Stands for all kernels where a device is asked for its code and its clusters: all are compiled for the same architectures.
+__global__ void __launch_bounds__(kPersistentThreads) query_kernel(const Nothing) {}
+
+}  // namespace
+
 const DeviceInfo& device_info(int device) {
   static std::mutex mutex;
   static std::array<std::optional<DeviceInfo>, 128> known;
@@ -115,10 +124,8 @@ const DeviceInfo& device_info(int device) {
   }
   std::lock_guard<std::mutex> lock(mutex);
   if (!known[device]) {
-    // Any will do: all are compiled for the same architectures.
-    const auto kernel = Kernels<MathKind::kFp32>::forward(KernelRole::kForward, CellKind::kLstm, TileSize::kSmall);
     DeviceInfo info = simt::query_device(device);
-    info.compiled_for = simt::compiled_for(device, kernel);
+    simt::query_code(info, device, query_kernel, kPersistentThreads);
     known[device] = info;
   }
   return *known[device];

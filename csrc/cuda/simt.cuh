@@ -469,6 +469,36 @@ void allow_large_clusters(void (*kernel)(Params), const char* name) {
         std::string("kernel ") + name + ": clusters of more than 8 blocks");
 }
 
+// Clusters of so many blocks, more than one, that run at once on the current device; 0: it runs none of that size. `kernel` uses
+// no shared memory but the dynamic.
+template <class Params>
+int active_clusters(void (*kernel)(Params), int blocks, int threads, int smem_bytes) {
+  prepare(kernel, "active_clusters", smem_bytes);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = blocks;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = smem_bytes;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  const auto* const address = reinterpret_cast<const void*>(kernel);
+  int clusters = 0;
+  cudaError_t status = cudaSuccess;
+  if (blocks > 8) status = cudaFuncSetAttribute(address, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (status == cudaSuccess) status = cudaOccupancyMaxActiveClusters(&clusters, address, &config);
+  for (cudaError_t none : {cudaErrorInvalidClusterSize, cudaErrorInvalidValue, cudaErrorInvalidConfiguration,
+                           cudaErrorLaunchOutOfResources, cudaErrorNotSupported}) {
+    if (status != none) continue;
+    (void)cudaGetLastError();
+    return 0;
+  }
+  check(status, "clusters of " + std::to_string(blocks) + " blocks");
+  return clusters;
+}
+
 template <class Params>
 void launch(void (*kernel)(Params), const LaunchConfig& config, void* stream, const Params& params) {
   cudaLaunchConfig_t launch_config{};
@@ -503,7 +533,8 @@ void launch(void (*kernel)(Params), const LaunchConfig& config, void* stream, co
                     " bytes of shared memory");
 }
 
-// Properties of a device, but for compiled_for. Some ten attribute queries: callers keep the result.
+// Properties of a device, but for what query_code adds; max_cluster is what the architecture allows. Some ten attribute queries:
+// callers keep the result.
 inline DeviceInfo query_device(int device) {
   const auto get = [device](cudaDeviceAttr attribute) {
     int value = 0;
@@ -522,21 +553,45 @@ inline DeviceInfo query_device(int device) {
   return info;
 }
 
-// DeviceInfo::compiled_for of a kernel, as arch() / 10 in its code that the device runs.
-template <class Params>
-int compiled_for(int device, void (*kernel)(Params)) {
-  int current = 0;
-  check(cudaGetDevice(&current), "current device");
+// f() with the device as the current one, and, should a stream be being captured, with leave to do what must not be captured.
+template <class F>
+void on_device(int device, F&& f) {
+  struct Restore {
+    int device = -1;
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    ~Restore() {
+      if (device >= 0) (void)cudaSetDevice(device);
+      (void)cudaThreadExchangeStreamCaptureMode(&mode);
+    }
+  } before;
+  check(cudaThreadExchangeStreamCaptureMode(&before.mode), "capture mode");
+  check(cudaGetDevice(&before.device), "current device");
   check(cudaSetDevice(device), "device " + std::to_string(device));
-  cudaFuncAttributes code{};
-  const cudaError_t status = cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(kernel));
-  check(cudaSetDevice(current), "device " + std::to_string(current));
-  if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction) {
-    (void)cudaGetLastError();
-    return 0;
-  }
-  check(status, "code of the kernels");
-  return code.ptxVersion;
+  f();
+}
+
+// Adds to what query_device tells of a device compiled_for, as arch() / 10 of the kernel's code that the device runs, and the
+// clusters of so many threads a block that it runs at once, which code for sm_90 can ask for. `kernel` uses no shared memory.
+template <class Params>
+void query_code(DeviceInfo& info, int device, void (*kernel)(Params), int threads) {
+  on_device(device, [&] {
+    cudaFuncAttributes code{};
+    const cudaError_t status = cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(kernel));
+    if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction) {
+      (void)cudaGetLastError();
+      return;
+    }
+    check(status, "code of the kernels");
+    info.compiled_for = code.ptxVersion;
+    if (info.compiled_for < 90) return;
+    const int largest = info.max_cluster;
+    info.max_cluster = 1;
+    info.active_clusters[1] = info.sm_count;
+    for (int blocks = 2; blocks <= largest; ++blocks) {
+      info.active_clusters[blocks] = active_clusters(kernel, blocks, threads, info.smem_per_block);
+      if (info.active_clusters[blocks] > 0) info.max_cluster = blocks;
+    }
+  });
 }
 
 }  // namespace fused_rnn::simt

@@ -23,6 +23,7 @@ class DeviceInfo(ctypes.Structure):
         ("l2_bytes", c_int64),
         ("max_cluster", c_int),
         ("compiled_for", c_int),
+        ("active_clusters", c_int * 17),
     ]
 
 

@@ -7,12 +7,13 @@ import itertools
 import math
 import os
 from collections.abc import Iterator
+from ctypes import byref, c_bool
 
 import pytest
 import torch
 from cases import CELLS, DTYPES, GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, Case, layer_cases, make_data
 from layers import Layer, LayerRun, NoPlan, expected, gradients, relu_gradients
-from simulator import A100, H100, T4, TINY, Simulator
+from simulator import A100, H100, T4, TINY, DeviceInfo, Simulator
 from torch import Tensor
 
 # TF32 has the mantissa of fp16: products of operands rounded to 11 bits.
@@ -210,6 +211,22 @@ def test_tile_beyond_the_device_is_refused(sim: Simulator) -> None:
     layer_run = LayerRun(sim, Layer.of(case, make_data(case)), device=TINY, tile=TOO_LARGE_FOR_TINY)
     with pytest.raises(RuntimeError, match=r"bytes of shared memory: invalid argument \(a block has at most 102400\)"):
         layer_run.forward()
+
+
+def test_device_is_asked_once(sim: Simulator) -> None:
+    """The limits of the simulated device as the backend finds them, clusters included; later they are what they were."""
+    sim.lib.simt_device_info.restype = c_bool
+    found = DeviceInfo()
+    for number, device in ((70, TINY), (71, H100)):
+        sim.reset(device=device)
+        assert sim.lib.simt_device_info(number, byref(found))
+        fields = ("compute_capability", "sm_count", "smem_per_block", "threads_per_sm", "max_cluster")
+        assert [getattr(found, field) for field in fields] == [getattr(device, field) for field in fields]
+        assert found.compiled_for == 90
+        clusters = [device.sm_count // blocks if 1 <= blocks <= device.max_cluster else 0 for blocks in range(17)]
+        assert list(found.active_clusters) == clusters
+    assert sim.lib.simt_device_info(70, byref(found)) and found.sm_count == TINY.sm_count
+    assert not sim.lib.simt_device_info(128, byref(found))
 
 
 def test_empty_batch(sim: Simulator) -> None:

@@ -322,8 +322,9 @@ inline DeviceInfo query_device(int) {
           int64_t{50} << 20,    l.max_cluster,      0};
 }
 template <class Params>
-int compiled_for(int, void (*)(Params)) {
-  return arch() / 10;
+void query_code(DeviceInfo& info, int, void (*)(Params), int) {
+  info.compiled_for = arch() / 10;
+  for (int blocks = 1; blocks <= info.max_cluster; ++blocks) info.active_clusters[blocks] = info.sm_count / blocks;
 }
 
 }  // namespace fused_rnn::simt

@@ -1,6 +1,7 @@
 // The CUDA backend's own host code on the simulated device.
 #include <algorithm>
 #include <optional>
+#include <stdexcept>
 #include <string>
 
 #include "capi.h"
@@ -51,6 +52,15 @@ extern "C" void simt_sizes(int* sizes) {
   sizes[1] = sizeof(BackwardParams);
   sizes[2] = sizeof(Problem);
   sizes[3] = sizeof(DeviceInfo);
+}
+// What the backend finds out about the device; kept for each number. Returns whether there is such a device.
+extern "C" bool simt_device_info(int number, DeviceInfo* info) {
+  try {
+    *info = cuda::device_info(number);
+    return true;
+  } catch (const std::invalid_argument&) {
+    return false;
+  }
 }
 extern "C" void simt_free_plan(Plan* plan) { delete plan; }
 extern "C" void simt_problem_forward(const ForwardParams* params, Problem* problem) { *problem = cuda::problem_of(*params); }

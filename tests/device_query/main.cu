@@ -1,0 +1,30 @@
+// simt::query_device and simt::query_code on a device that is made up: a program of the library's own host code (simt.cuh, which
+// the simulator replaces) and of a CUDA runtime that knows no more than what it takes. Prints compiled_for, max_cluster and
+// active_clusters, or the error.
+#include <cstdio>
+#include <cstdlib>
+#include <simt.cuh>
+
+#include "runtime.h"
+
+namespace {
+
+struct Nothing {};
+__global__ void kernel(const Nothing) {}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  int* const fields[] = {&made_up.device,  &made_up.capability, &made_up.compiled_for,
+                         &made_up.largest, &made_up.error,      &made_up.none};
+  for (int* field : fields) *field = std::atoi(*++arguments);
+  try {
+    fused_rnn::DeviceInfo info = fused_rnn::simt::query_device(made_up.device);
+    fused_rnn::simt::query_code(info, made_up.device, kernel, 256);
+    std::printf("%d %d", info.compiled_for, info.max_cluster);
+    for (int clusters : info.active_clusters) std::printf(" %d", clusters);
+  } catch (const std::runtime_error& error) {
+    std::printf("%s", error.what());
+  }
+  return as_before() ? 0 : 2;
+}
