@@ -6,7 +6,7 @@ Compiles sources with nvcc, disassembles them with nvdisasm and, for every kerne
 the graph of its branches. The loop over time is the largest cycle of that graph that has products in it. Proved of it:
 * no plain load from global memory has an address made from the pointer to W_hh: a data-flow analysis follows that pointer
   from the kernel's arguments, and must itself find such loads before the loop, or it fails;
-* nothing is loaded from or stored to local memory (spilled);
+* nothing is loaded from or stored to local memory (spilled), and nothing empties the L1 of the SM;
 * with tensor cores (all arithmetic but strict fp32): as many operands of weights as the planner counts on lie in registers
   that nothing in the loop writes, and the instructions are those of the planned kind; strict fp32 has none of them.
 Not proved: what a driver makes of PTX, and how long anything takes. nvcc is found as tests/check_ptxas.py finds it; nvdisasm
@@ -406,6 +406,8 @@ def check_kernel(kernel: Kernel, parameters: int, probe: dict) -> tuple[str, lis
     local = [kernel.code[i].text for i in loop if kernel.code[i].opcode.startswith(("LDL", "STL"))]
     if local:
         wrong.append(f"{name}: local memory in the time loop: {local[0]}")
+    if any(kernel.code[i].opcode == "CCTL.IVALL" for i in loop):
+        wrong.append(f"{name}: L1 is emptied in the time loop, by an acquire of all memory")
     written = {register for i in loop for register in result_registers(kernel.code[i])}
     figures = f"{len(before)} loads of W_hh before the time loop, {len(inside)} in it"
     if tensor_core:

@@ -66,6 +66,8 @@ def test_weights_that_stay() -> None:
         (("BAR.SYNC 0x0", "LDS.128 R12, [R40]"), "1 operands of weights stay in registers, 2 are planned"),
         (("BAR.SYNC 0x0", "MOV R11, R40"), "1 operands of weights stay in registers, 2 are planned"),
         (("BAR.SYNC 0x0", "LDL.64 R40, [R41]"), "local memory in the time loop"),
+        (("BAR.SYNC 0x0", "@P1 CCTL.IVALL"), "L1 is emptied in the time loop"),
+        (("BAR.SYNC 0x0", "CCTL.E.PF2 [R40]"), None),
         (("HMMA.16816.F32", "FFMA"), "inside a loop"),
     ],
 )

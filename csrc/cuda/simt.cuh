@@ -358,7 +358,7 @@ __device__ __forceinline__ void mbarrier_init(MBarrier* barrier, int arrivals = 
   __trap();
 #endif
 }
-// An arrival in the current phase: what the thread did before it is visible to whoever awaits the phase.
+// An arrival in the current phase: what the thread wrote to shared memory before it is visible to whoever awaits the phase.
 __device__ __forceinline__ void mbarrier_arrive(MBarrier* barrier) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
@@ -376,19 +376,30 @@ __device__ __forceinline__ void mbarrier_expect(MBarrier* barrier, int bytes) {
   __trap();
 #endif
 }
+// PTX 8.6: waits without an order of memory, and fences for shared memory alone.
+constexpr bool kHasSharedFence = __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1208;
 // Until the phase of that parity (phase number % 2) has ended, which is the current phase or the one before it. What came in by
-// store_async is then visible to the caller.
+// store_async is then visible to the caller. An acquire of all memory would make every warp discard its SM's L1 (CCTL.IVALL).
 __device__ __forceinline__ void mbarrier_wait(MBarrier* barrier, int parity) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
   uint32_t done;
   do {
-    asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(address), "r"(parity)
-        : "memory");
+    if constexpr (kHasSharedFence) {
+      asm volatile(
+          "{\n.reg .pred p;\nmbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+          : "=r"(done)
+          : "r"(address), "r"(parity)
+          : "memory");
+    } else {
+      asm volatile(
+          "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+          : "=r"(done)
+          : "r"(address), "r"(parity)
+          : "memory");
+    }
   } while (!done);
+  if constexpr (kHasSharedFence) asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
 #else
   __trap();
 #endif
