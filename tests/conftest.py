@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+from collections.abc import Generator
 
 import pytest
 import torch
@@ -41,3 +43,52 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if missing and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=missing))
+    items.sort(key=_blocks_wait)
+
+
+def _blocks_wait(item: pytest.Item) -> int:
+    """Tests on a GPU of kernels whose blocks wait for each other come last: where these hang, the others have run."""
+    call = getattr(item, "callspec", None)
+    waiting = (None, "grid", "cluster")
+    family = call.params.get("family") if call and item.get_closest_marker("gpu") else None
+    return waiting.index(family) if family in waiting else 0
+
+
+# Seconds after which a test, and with it its process, is ended: a kernel that hangs ends no other way. 0: never.
+LIMIT = float(os.environ.get("FUSED_RNN_TEST_LIMIT", "0"))
+STACKS = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps what is standard error now: while a test runs, pytest captures it, and a process that is ended loses that."""
+    config.stash[STACKS] = os.dup(2)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """What a kernel does wrong is an error of the test that launched it, not of the next one that waits for the GPU."""
+    if LIMIT:
+        faulthandler.dump_traceback_later(LIMIT, exit=True, file=item.config.stash[STACKS])
+    try:
+        result = yield
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return result
+    finally:
+        if LIMIT:
+            faulthandler.cancel_dump_traceback_later()
+
+
+def pytest_runtest_logfinish() -> None:
+    """Some errors of a kernel end the CUDA context: whatever the process asks of the GPU fails from then on.
+
+    Under pytest-xdist the process ends, and another one goes on with the tests after this; else all tests end here.
+    """
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit(f"the CUDA context is lost: {error}", returncode=1)

@@ -291,7 +291,7 @@ def test_bitwise_as_one_launch_after_the_other(family: str, tmp_path: Path) -> N
     """100 times what a process gives whose host waits for every launch: no task begins before what it reads is there."""
     file, here = tmp_path / "serial.pt", str(Path(__file__).parent)
     environment = {**os.environ, "CUDA_LAUNCH_BLOCKING": "1", "PYTHONPATH": f"{here}:{os.environ.get('PYTHONPATH', '')}"}
-    subprocess.run([sys.executable, "-c", SERIAL, str(file)], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", SERIAL, str(file)], check=True, env=environment, timeout=45)
     serial = torch.load(file)
     for case, want in zip(CASES, serial, strict=True):
         different = torch.zeros(len(want), dtype=torch.int64, device="cuda")
