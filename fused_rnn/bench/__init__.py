@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import faulthandler
 import itertools
 import json
 import platform
@@ -42,6 +43,7 @@ FIELDS = (
     "bidirectional", "lengths", "plan", "ms", "ms_p25", "ms_p75", "baseline", "baseline_ms", "us_per_step",
     "floor_us_per_step",
 )  # fmt: skip
+CASE_LIMIT = 40  # seconds
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -167,6 +169,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=float, default=480.0, help="seconds for the whole run (480)")
     parser.add_argument("--no-memory", action="store_true", help="CPU: do not measure memory")
     parser.add_argument("--output", type=Path, help="append a line of JSON for each case and baseline to this file")
+    parser.add_argument("--first", type=int, default=0, help="leave out so many cases at the beginning (0)")
+    text = f"keep in this file the number of the case that has begun, at last 'end'; one of {CASE_LIMIT} s ends the process"
+    parser.add_argument("--begun", type=Path, help=text)
 
 
 def selected(args: argparse.Namespace) -> list[BenchCase]:
@@ -209,6 +214,11 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
                 stack.callback(prober.close)
             _print_head(about)
             for index, (_, case) in group:
+                if index < args.first:
+                    continue
+                if args.begun:
+                    args.begun.write_text(str(index))
+                    faulthandler.dump_traceback_later(CASE_LIMIT, exit=True, file=2)
                 left = deadline - time.monotonic()
                 if left <= 0:
                     left_out.append(str(case))
@@ -229,6 +239,9 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
                     args.output.parent.mkdir(parents=True, exist_ok=True)
                     with args.output.open("a") as file:
                         file.writelines(json.dumps(line) + "\n" for line in lines)
+    if args.begun:
+        faulthandler.cancel_dump_traceback_later()
+        args.begun.write_text("end")
     _print_means(results)
     if left_out:
         print(
