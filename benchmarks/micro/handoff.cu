@@ -14,7 +14,8 @@ using namespace micro::handoff;
 
 void measure() {
   constexpr int kIterations = 10000;
-  const int sms = simt::query_device(0).sm_count;
+  const fused_rnn::DeviceInfo device = simt::query_device(0);
+  const int sms = device.sm_count;
   constexpr int kMostBlocks = 256;
   HandOff p{};
   p.iterations = kIterations;
@@ -23,12 +24,12 @@ void measure() {
   p.flags = device_array<uint32_t>(32 * kMostBlocks);
   p.ticks = device_array<Ticks>(1);
   const auto timed = [&](void (*kernel)(HandOff), const char* name, int blocks) {
-    // Blocks of 100 KiB: one on each SM.
-    simt::prepare(kernel, name, 100 * 1024);
+    // All that a block may have: one on each SM.
+    simt::prepare(kernel, name, device.smem_per_block);
     return median_of_launches(p.ticks, [&] {
       check(cudaMemset(p.tagged, 0, 2 * kMostBlocks * kWords * sizeof(simt::TaggedWord)), "memset");
       check(cudaMemset(p.flags, 0, 32 * kMostBlocks * sizeof(uint32_t)), "memset");
-      simt::launch(kernel, {name, blocks, 1, 1, kThreads, 100 * 1024, 1, false, true}, nullptr, p);
+      simt::launch(kernel, {name, blocks, 1, 1, kThreads, device.smem_per_block, 1, false, true}, nullptr, p);
     });
   };
   const struct {

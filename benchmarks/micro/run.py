@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from check_ptxas import find_nvcc  # noqa: E402
 
 NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.cu")))
-TIMEOUT = 60  # seconds for one program: each takes a few
+TIMEOUT = 15  # seconds for one program: each takes a few
 
 
 def build(name: str, arch: str, target: Path, link: bool) -> None:
