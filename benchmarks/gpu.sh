@@ -52,7 +52,7 @@ has_module() { "$python" -c "import $1" 2>/dev/null; }
 
 sanitizer() { # tool, pytest's -k: only our kernels are watched
   compute-sanitizer --tool "$1" --kernel-name kns=fused_rnn --error-exitcode 9 $([ "$device" = cpu ] && echo --require-cuda-init no) \
-    "$python" -m pytest -q -x -p no:cacheprovider "$test_file" -k "$2"
+    "$python" -m pytest -v -x -p no:cacheprovider "$test_file" -k "$2"
 }
 export -f sanitizer
 export python device
