@@ -35,7 +35,7 @@ def planned(cell: str, dtype: str, batch: int, hidden: int, device: str, family:
         return str(reason).split(f"{family} ", 2)[-1], None
     plans: list[dict[str, Any]] = [layer.forward, layer.backward or {}]
     us = " / ".join(f"{plan['us_per_step']:.2f}" for plan in plans)
-    total = sum(plan["us_per_step"] for plan in plans)
+    total = sum(plan["us"] for plan in plans)
     if family == "step":
         return us, total
     held = [plan["persistent"] for plan in plans]

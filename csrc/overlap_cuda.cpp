@@ -206,7 +206,7 @@ std::optional<StackOutputs> overlapped_forward(const StackCall& s, bool save) {
   const c10::cuda::CUDAGuard device_guard(s.x.device());
   const auto stack = stack_of(s, save, /*backward=*/false);
   if (!stack) return std::nullopt;
-  const Plan& plan = cuda::plan_for(stack->layer, s.x.get_device(), forced_family());
+  const Plan& plan = cuda::plan_for(stack->layer, s.x.get_device(), family_choice());
   const Schedule& schedule = schedule_for(*stack, plan, s.x.get_device(), forced_chunks());
   if (schedule.tasks.empty()) return std::nullopt;
 
@@ -257,7 +257,7 @@ std::optional<std::vector<LayerGradients>> overlapped_backward(const StackCall& 
   const c10::cuda::CUDAGuard device_guard(s.x.device());
   const auto stack = stack_of(s, /*training=*/true, /*backward=*/true);
   if (!stack) return std::nullopt;
-  const Plan& plan = cuda::plan_for(stack->layer, s.x.get_device(), forced_family());
+  const Plan& plan = cuda::plan_for(stack->layer, s.x.get_device(), family_choice());
   const Schedule& schedule = schedule_for(*stack, plan, s.x.get_device(), forced_chunks());
   if (schedule.tasks.empty()) return std::nullopt;
 

@@ -27,6 +27,7 @@ constexpr double kBlockUs = 0.5;             // table, partial sums, pointwise p
 constexpr int kReservedSmem = 1024;          // the system's share of a block's shared memory
 
 constexpr KernelRole kAllForward[] = {KernelRole::kForward, KernelRole::kProject};
+constexpr Family kAllFamilies[] = {Family::kCell, Family::kStep, Family::kGrid, Family::kCluster};
 constexpr TileSize kAllTiles[] = {TileSize::kSmall, TileSize::kMedium, TileSize::kLarge};
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -193,11 +194,13 @@ const char* to_string(KernelRole role) {
   return "?";
 }
 
-Family parse_family(const std::string& name) {
-  for (Family family : {Family::kCell, Family::kStep, Family::kGrid, Family::kCluster}) {
-    if (name == to_string(family)) return family;
+FamilyChoice parse_choice(const std::string& name) {
+  if (name == "cheapest") return {std::nullopt, true};
+  for (Family family : kAllFamilies) {
+    if (name == to_string(family)) return {family, false};
   }
-  throw std::invalid_argument("unknown kernel family '" + name + "'; known are: cell, step, grid, cluster");
+  throw std::invalid_argument("unknown kernel family '" + name +
+                              "'; known are: cell, step, grid, cluster, and cheapest of them");
 }
 
 WorkspaceLayout workspace_layout(const Problem& p) {
@@ -215,73 +218,110 @@ WorkspaceLayout workspace_layout(const Problem& p) {
 
 namespace {
 
+// What families other than kCell leave to a matrix product of the caller.
+double projection_us(const Problem& p, const DeviceInfo& device, MathKind math) {
+  const double rows = double(p.T) * p.B, columns = double(gate_count(p.cell)) * p.H, inputs = double(p.I);
+  const double bytes = (rows * (columns + inputs) + columns * inputs) * dtype_size(p.dtype);
+  const double math_us = rows * columns * inputs / (math_rate(math, device) * device.sm_count * kClockGhz * 1e3);
+  const double l2_us = bytes / (kL2BytesPerClock * kL2Share * device.sm_count * kClockGhz * 1e3);
+  return p.D * (kLaunchUs + std::max(math_us, l2_us));
+}
+
 // Kernels, memory and cost of a family that has no obstacle.
 Plan plan_of(const Problem& problem, const DeviceInfo& device, MathKind math, Family family) {
   Plan plan{};
   plan.family = family;
   if (is_persistent(family)) {
     plan_persistent(problem, device, plan);
-    return plan;
+  } else {
+    plan.pdl = device.compiled_for >= 90;
+    plan.workspace_bytes = workspace_layout(problem).bytes;
+    const bool projected = problem.P != problem.H;
+    for (KernelRole role : roles_of(problem, family)) {
+      plan.kernels.push_back(plan_kernel(problem, device, math, role, plan.reason));
+      // Without a projection the gradient of a state is needed once, for h0.
+      if (role != KernelRole::kStateGrad || projected) plan.us_per_step += plan.kernels.back().us;
+    }
   }
-  plan.pdl = device.compiled_for >= 90;
-  plan.workspace_bytes = workspace_layout(problem).bytes;
-  const bool projected = problem.P != problem.H;
-  for (KernelRole role : roles_of(problem, family)) {
-    plan.kernels.push_back(plan_kernel(problem, device, math, role, plan.reason));
-    // Without a projection the gradient of a state is needed once, for h0.
-    if (role != KernelRole::kStateGrad || projected) plan.us_per_step += plan.kernels.back().us;
-  }
+  plan.us = plan.us_once + problem.T * plan.us_per_step;
+  if (!problem.backward && family != Family::kCell) plan.us += projection_us(problem, device, math);
   return plan;
+}
+
+// Of the plans of the families that can serve the problem, in their order; null if it may be none of them.
+const Plan* choose(const std::vector<Plan>& plans, const FamilyChoice& choice) {
+  const Plan* chosen = nullptr;
+  for (const Plan& plan : plans) {
+    if (choice.forced ? plan.family != *choice.forced : !choice.cheapest && is_persistent(plan.family)) continue;
+    if (!chosen || (choice.cheapest && plan.us < chosen->us)) chosen = &plan;
+  }
+  return chosen;
+}
+
+// Why another plan than this is taken.
+std::string rejection(const Plan& plan, const Plan* chosen, const FamilyChoice& choice) {
+  if (choice.forced) return std::string(to_string(*choice.forced)) + " is forced";
+  const std::string name = to_string(plan.family);
+  if (choice.cheapest) {
+    char text[100];
+    std::snprintf(text, sizeof text, "%.1f us expected for the layer, %s takes %.1f", plan.us, to_string(chosen->family),
+                  chosen->us);
+    return text;
+  }
+  if (is_persistent(plan.family)) {
+    return "never run on a GPU yet, so it is taken only when asked for (FUSED_RNN_PLAN=" + name + " or cheapest)";
+  }
+  return std::string(to_string(chosen->family)) + " serves it with one launch less";
 }
 
 }  // namespace
 
-Plan make_plan(const Problem& problem, const DeviceInfo& device, std::optional<Family> forced) {
+Plan make_plan(const Problem& problem, const DeviceInfo& device, const FamilyChoice& choice) {
   check_problem(problem, device);
   // TF32 needs code for sm_80; before it, torch's permission to use it changes nothing.
   const MathKind math = cuda::math_kind(problem.dtype, problem.allow_tf32 && device.compiled_for >= 80);
-  std::optional<Plan> chosen;
+  std::vector<Plan> plans;
   std::vector<Rejection> rejected;
   std::vector<Candidate> candidates;
-  for (Family family : {Family::kCell, Family::kStep, Family::kGrid, Family::kCluster}) {
+  for (Family family : kAllFamilies) {
     std::string reason = obstacle(problem, device, family);
-    Plan plan{};
     if (reason.empty()) {
       try {
-        plan = plan_of(problem, device, math, family);
-        candidates.push_back({family, plan.us_per_step, plan.persistent});
+        plans.push_back(plan_of(problem, device, math, family));
+        const Plan& plan = plans.back();
+        candidates.push_back({family, plan.us_per_step, plan.us, plan.persistent});
       } catch (const std::invalid_argument& error) {
         reason = error.what();
       }
     }
-    if (reason.empty()) {
-      if (forced && *forced != family) {
-        reason = std::string(to_string(*forced)) + " is forced";
-      } else if (!forced && is_persistent(family)) {
-        reason = std::string("never run on a GPU yet, so it is taken only when forced (FUSED_RNN_PLAN=") +
-                 to_string(family) + ")";
-      } else if (chosen) {
-        reason = std::string(to_string(chosen->family)) + " serves it with one launch less";
-      } else {
-        chosen = std::move(plan);
-      }
-    }
     if (!reason.empty()) rejected.push_back({family, reason});
   }
+  const Plan* const chosen = choose(plans, choice);
+  for (const Plan& plan : plans) {
+    if (&plan != chosen) rejected.push_back({plan.family, rejection(plan, chosen, choice)});
+  }
+  std::sort(rejected.begin(), rejected.end(),
+            [](const Rejection& a, const Rejection& b) { return static_cast<int>(a.family) < static_cast<int>(b.family); });
   if (!chosen) {
-    std::string message = forced ? std::string("kernel family ") + to_string(*forced) + " cannot serve this layer"
-                                 : "no kernel family can serve this layer";
-    for (const Rejection& rejection : rejected) {
-      if (forced && rejection.family != *forced) continue;
-      message += std::string(": ") + to_string(rejection.family) + " " + rejection.reason;
+    std::string message = choice.forced
+                              ? std::string("kernel family ") + to_string(*choice.forced) + " cannot serve this layer"
+                              : "no kernel family can serve this layer";
+    for (const Rejection& one : rejected) {
+      if (choice.forced && one.family != *choice.forced) continue;
+      message += std::string(": ") + to_string(one.family) + " " + one.reason;
     }
     throw std::invalid_argument(message);
   }
-  chosen->rejected = std::move(rejected);
-  const auto cheaper = [](const Candidate& a, const Candidate& b) { return a.us_per_step < b.us_per_step; };
-  chosen->cheapest = std::min_element(candidates.begin(), candidates.end(), cheaper)->family;
-  chosen->candidates = std::move(candidates);
-  return *std::move(chosen);
+  Plan plan = *chosen;
+  if (choice.forced || choice.cheapest) {
+    plan.reason = std::string(to_string(plan.family)) +
+                  (choice.forced ? " is forced; " : " is the cheapest by the cost model; ") + plan.reason;
+  }
+  plan.rejected = std::move(rejected);
+  const auto cheaper = [](const Candidate& a, const Candidate& b) { return a.us < b.us; };
+  plan.cheapest = std::min_element(candidates.begin(), candidates.end(), cheaper)->family;
+  plan.candidates = std::move(candidates);
+  return plan;
 }
 
 std::string to_string(const Plan& plan) {
@@ -302,10 +342,10 @@ std::string to_string(const Plan& plan) {
   }
   if (plan.persistent) text += to_string(*plan.persistent);
   text += "  because " + plan.reason + "\n";
-  text += "  could serve, us per step by the model:";
+  text += "  could serve, us per step (for the layer) by the model:";
   for (const Candidate& c : plan.candidates) {
-    std::snprintf(line, sizeof line, "%s %s %.2f", c.family == plan.candidates[0].family ? "" : ",", to_string(c.family),
-                  c.us_per_step);
+    std::snprintf(line, sizeof line, "%s %s %.2f (%.1f)", c.family == plan.candidates[0].family ? "" : ",",
+                  to_string(c.family), c.us_per_step, c.us);
     text += line;
   }
   text += std::string("; cheapest: ") + to_string(plan.cheapest) + "\n";

@@ -31,13 +31,23 @@ inline bool operator==(const Problem& a, const Problem& b) {
 
 // kCell: one step, input and recurrent product in one kernel. kStep: one launch per step, input projection made by the caller.
 // kGrid, kCluster: one launch per layer, weights held on the chip (cuda/persistent.h). These two have never run on a GPU, only
-// in the simulator: no plan chooses them by itself, they must be forced.
+// in the simulator: no plan chooses them by itself, they must be asked for.
 enum class Family : int { kCell, kStep, kGrid, kCluster };
+
+// Who decides among the families that can serve a problem. Without either, kCell before kStep and nothing else.
+struct FamilyChoice {
+  std::optional<Family> forced;
+  bool cheapest = false;  // the least time by the cost model, kGrid and kCluster included
+};
+
+inline bool operator==(const FamilyChoice& a, const FamilyChoice& b) {
+  return a.forced == b.forced && a.cheapest == b.cheapest;
+}
 
 const char* to_string(Family family);
 const char* to_string(cuda::KernelRole role);
-// "cell", "step", "grid", "cluster"; throws std::invalid_argument with the list of names otherwise.
-Family parse_family(const std::string& name);
+// "cell", "step", "grid", "cluster" or "cheapest"; throws std::invalid_argument with the list of names otherwise.
+FamilyChoice parse_choice(const std::string& name);
 
 // One kernel of the plan; the launches of a step follow the order of Plan::kernels.
 struct KernelPlan {
@@ -81,7 +91,7 @@ struct Rejection {
 // A family that could serve the problem, chosen or not, and what the cost model expects of it.
 struct Candidate {
   Family family;
-  double us_per_step;
+  double us_per_step, us;
   std::optional<PersistentPlan> persistent;
 };
 
@@ -92,15 +102,17 @@ struct Plan {
   bool pdl;                                  // launches may overlap (code for sm_90 and newer)
   int64_t workspace_bytes;
   double us_per_step;  // sum over kernels
+  double us_once;      // of the recurrence, beside its steps: launch and weights of persistent kernels
+  double us;           // of the layer: all steps, us_once and, forward, the input projection
   std::string reason;
   std::vector<Rejection> rejected;
   std::vector<Candidate> candidates;
-  Family cheapest;  // of the candidates, by the cost model
+  Family cheapest;  // of the candidates: the least us
 };
 
 // Throws std::invalid_argument if no family (or not the forced one) can serve the problem on the device; the message has the
 // reasons.
-Plan make_plan(const Problem& problem, const DeviceInfo& device, std::optional<Family> forced = std::nullopt);
+Plan make_plan(const Problem& problem, const DeviceInfo& device, const FamilyChoice& choice = {});
 
 std::string to_string(const Plan& plan);
 

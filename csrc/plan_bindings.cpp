@@ -105,21 +105,20 @@ DeviceInfo device_of(const py::dict& device) {
   return info;
 }
 
-std::optional<Family> family_of(const std::optional<std::string>& name) {
-  return name ? std::optional<Family>(parse_family(*name)) : std::nullopt;
-}
+FamilyChoice choice_of(const std::optional<std::string>& name) { return name ? parse_choice(*name) : FamilyChoice{}; }
 
 py::dict plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
               const py::dict& device, std::optional<int64_t> P, int D, bool allow_tf32, bool ragged, bool training,
               bool backward, const std::optional<std::string>& forced) {
   const Problem problem = problem_of(cell, dtype, T, B, I, H, P, D, allow_tf32, ragged, training, backward);
-  const Plan made = make_plan(problem, device_of(device), family_of(forced));
+  const Plan made = make_plan(problem, device_of(device), choice_of(forced));
   py::list kernels;
   for (const KernelPlan& kernel : made.kernels) kernels.append(to_dict(problem, kernel));
   py::dict candidates;
   for (const Candidate& candidate : made.candidates) {
     py::dict entry;
     entry["us_per_step"] = candidate.us_per_step;
+    entry["us"] = candidate.us;
     if (candidate.persistent) entry["persistent"] = to_dict(*candidate.persistent);
     candidates[to_string(candidate.family)] = entry;
   }
@@ -132,6 +131,7 @@ py::dict plan(const std::string& cell, const std::string& dtype, int64_t T, int6
   result["overlapped_launches"] = made.pdl;
   result["workspace_bytes"] = made.workspace_bytes;
   result["us_per_step"] = made.us_per_step;
+  result["us"] = made.us;
   result["reason"] = made.reason;
   result["rejected"] = rejected;
   result["candidates"] = candidates;
@@ -146,7 +146,7 @@ py::dict overlap(const std::string& cell, const std::string& dtype, int64_t T, i
                  std::optional<int64_t> rows, double dropout, std::optional<int> chunks) {
   const Problem problem = problem_of(cell, dtype, T, B, I, H, P, D, allow_tf32, ragged, training, backward);
   const DeviceInfo info = device_of(device);
-  const Plan layer = make_plan(problem, info, family_of(forced));
+  const Plan layer = make_plan(problem, info, choice_of(forced));
   const OverlapPlan made = plan_overlap({problem, first_input, layers, rows.value_or(T * B), dropout}, layer, info, chunks);
   py::dict result;
   result["chunks"] = made.chunks;

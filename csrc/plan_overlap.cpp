@@ -29,12 +29,8 @@ struct Costs {
   const DeviceInfo& device;
 
   double rows_of(int64_t steps) const { return double(steps) * stack.rows / stack.layer.T; }  // on average
-  // The weights of all blocks are loaded again; `grid` clears its exchange.
-  double scan(int64_t steps) const {
-    const PersistentPlan& p = *plan.persistent;
-    const double launch = kLaunchUs * (plan.family == Family::kGrid ? 2 : 1) + us_of_bytes(p.weight_bytes, 1);
-    return p.launches * launch + steps * plan.us_per_step;
-  }
+  // The weights of all blocks are loaded again.
+  double scan(int64_t steps) const { return plan.us_once + steps * plan.us_per_step; }
   double project(int layer, int64_t steps, int sms) const {
     const Problem& p = stack.layer;
     const double rows = rows_of(steps), columns = gate_count(p.cell) * p.H,

@@ -15,6 +15,7 @@ using cuda::PersistentShape;
 namespace {
 
 constexpr double kClockGhz = 1.7;
+constexpr double kLaunchUs = 2.1;           // from one launch in a stream to the next
 constexpr double kL2HandOffUs = 0.75;       // a store and the load that sees it: 160 ns one way, 600 ns under load
 constexpr double kClusterHandOffUs = 0.25;  // a push and the barrier that counts it
 constexpr double kL2BytesPerClock = 25;     // into one SM while all SMs read (5.5 TB/s on an H100)
@@ -43,6 +44,11 @@ double smem_traffic(const PersistentShape& s, const PersistentPlan& plan) {
   return weights + sums + states;
 }
 
+// How often blocks run that together take the device: clusters that do not fit at once wait inside the launch.
+int64_t turns(const PersistentShape& s, const PersistentPlan& plan, const DeviceInfo& device) {
+  return s.cluster ? ceil_div(plan.groups * plan.directions, clusters_at_once(device, plan.slices)) : plan.launches;
+}
+
 double step_us(const PersistentShape& s, const PersistentPlan& plan, const DeviceInfo& device) {
   const double exchange = s.cluster ? 0 : cuda::exchange_words(s, plan.slices) * 8.0 / kL2BytesPerClock;
   // Multiply-adds of a block: fragments of 16 rows by one chunk, times 8 batch rows.
@@ -51,9 +57,14 @@ double step_us(const PersistentShape& s, const PersistentPlan& plan, const Devic
       fragments * cuda::kTileUnits * cuda::chunk_step(s.math) * cuda::kTileRows / persistent_math_rate(s.math, device);
   // Products hide behind the reading of the weights, or that behind them; neither before the states have come.
   const double clocks = std::max({exchange, smem_traffic(s, plan) / kSmemBytesPerClock, products});
-  const int64_t turns =
-      s.cluster ? ceil_div(plan.groups * plan.directions, clusters_at_once(device, plan.slices)) : plan.launches;
-  return turns * (plan.tiles * (kStepUs + clocks / (kClockGhz * 1e3)) + (s.cluster ? kClusterHandOffUs : kL2HandOffUs));
+  return turns(s, plan, device) *
+         (plan.tiles * (kStepUs + clocks / (kClockGhz * 1e3)) + (s.cluster ? kClusterHandOffUs : kL2HandOffUs));
+}
+
+// What each turn does before its first step: the launch (`grid` clears its exchange first) and the loading of the weights.
+double once_us(const PersistentShape& s, const PersistentPlan& plan, const DeviceInfo& device) {
+  const double weights = turns(s, plan, device) * plan.weight_bytes / (kL2BytesPerClock * kClockGhz * 1e3);
+  return plan.launches * kLaunchUs * (s.cluster ? 1 : 2) + weights;
 }
 
 // The largest number of batch tiles of a group, up to `wanted`, whose states fit the shared memory; 0: not even one.
@@ -205,7 +216,8 @@ void plan_persistent(const Problem& problem, const DeviceInfo& device, Plan& pla
         fit.plan.groups * fit.plan.directions * cuda::grid_exchange_bytes(shape, fit.plan.slices, fit.plan.tiles);
   }
   plan.us_per_step = step_us(shape, fit.plan, device);
-  plan.reason = std::string(to_string(plan.family)) + " is forced; it has run in the simulator only, never on a GPU";
+  plan.us_once = once_us(shape, fit.plan, device);
+  plan.reason = "it has run in the simulator only, never on a GPU";
 }
 
 std::string to_string(const PersistentPlan& p) {

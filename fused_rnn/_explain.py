@@ -74,7 +74,7 @@ class Explanation:
     backend: str  # "cuda", "cpu" or "reference"
     device: str  # what it was explained for
     why: str  # this backend
-    forced: str | None  # the kernel family that FUSED_RNN_PLAN asks for
+    forced: str | None  # FUSED_RNN_PLAN: a kernel family, or "cheapest"
     layers: tuple[LayerPlan, ...]
     overlap: dict[str, dict[str, Any]]  # on CUDA, "forward" and "backward" (if forward's do): whether the layers overlap
 

@@ -28,8 +28,6 @@ from fused_rnn.bench.sides import (
     BASELINES,
     CannotServe,
     Side,
-    cheapest_family,
-    explained,
     flashrnn_run,
     make_sides,
     missing,
@@ -337,7 +335,7 @@ def test_the_gpu_path_with_a_stand_in_for_cuda(
         assert not lines and out.count("plan cell is left out: kernel family cell cannot serve this layer") == 2
         return
     families = [line["plan"]["forward"]["family"] for line in lines]
-    assert plan != "grid" or set(families) == {"grid"}
+    assert set(families) == {"auto": {"step"}, "grid": {"grid"}, "cheapest": {"cluster"}}[plan]
     for line, family in zip(lines, families, strict=True):
         assert tuple(line)[: len(bench.FIELDS)] == bench.FIELDS and json.loads(json.dumps(line)) == line
         assert line["baseline"] in ("torch.nn", "step") and (line["baseline"] != "step" or family != "step")
@@ -348,21 +346,6 @@ def test_the_gpu_path_with_a_stand_in_for_cuda(
         assert figures["forward"]["smem_bytes"] > 0 and figures["forward"]["expected_us_per_step"] > 0
         assert ("backward" in figures) == (line["mode"] == "training")
     assert [line["baseline"] for line in lines].count("torch.nn") == 2 and "100%" in out
-
-
-@pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the compiled extension")
-def test_cheapest_family(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_rnn, "explain", functools.partial(fused_rnn.explain, device="H100"))
-    lstm, x = fused_rnn.LSTM(64, 512, dtype=torch.float16), torch.zeros(9, 8, 64, dtype=torch.float16)
-    costs = {}
-    for family in ("step", "grid", "cluster"):
-        plans = explained(lstm, x, "training", family).layers[0]
-        costs[family] = plans.forward["us_per_step"] + (plans.backward or {})["us_per_step"]
-    assert cheapest_family(lstm, x, "training") == min(costs, key=costs.__getitem__)
-    assert cheapest_family(lstm.double(), x.double(), "inference") == "step"
-    assert cheapest_family(lstm.half(), x[:1], "inference") in ("cell", "cluster", "grid")
-    monkeypatch.undo()
-    assert cheapest_family(fused_rnn.GRU(3, 4), torch.zeros(2, 1, 3), "inference") is None
 
 
 @pytest.mark.gpu

@@ -78,8 +78,22 @@ def test_forced_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match=f"kernel family {family} cannot serve this layer: {family} needs compute"):
             explain(lstm, x, device="T4")
     monkeypatch.setenv("FUSED_RNN_PLAN", "fast")
-    with pytest.raises(ValueError, match="unknown kernel family 'fast'"):
+    with pytest.raises(ValueError, match="unknown kernel family 'fast'; known are: .*, and cheapest of them"):
         explain(lstm, x, device="H100")
+
+
+@needs_extension
+def test_cheapest_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each layer and pass its own, and where a family cannot serve a layer, another."""
+    monkeypatch.setenv("FUSED_RNN_PLAN", "cheapest")
+    lstm = fused_rnn.LSTM(64, 512, num_layers=2, device="meta")
+    x = meta(100, 64, 64)
+    result = explain(lstm, x, device="H100", training=True)
+    assert [(layer.forward["family"], layer.backward["family"]) for layer in result.layers] == [("grid", "cluster")] * 2
+    assert "FUSED_RNN_PLAN=cheapest\n" in str(result) and "because grid is the cheapest by the cost model" in str(result)
+    for dtype, device in ((torch.float64, "H100"), (torch.float16, "T4")):
+        result = explain(lstm.to(dtype), x.to(dtype), device=device)
+        assert result.layers[0].forward["family"] == "step"
 
 
 @needs_extension

@@ -52,9 +52,7 @@ def skip_unless_served(case: Case, family: str) -> None:
             pytest.skip(f"needs another GPU: {reason}")
 
 
-@pytest.mark.parametrize("case", list(cases()), ids=str)
-def test_against_fp64(case: Case, family: str) -> None:
-    skip_unless_served(case, family)
+def check_against_fp64(case: Case) -> None:
     data = make_data(case, "cuda")
     with use_backend("reference"):
         expected, expected_grads = results_and_gradients(case, data.to(torch.float64))
@@ -65,6 +63,20 @@ def test_against_fp64(case: Case, family: str) -> None:
         assert_near(f"result {index}", actual, want, OUTPUT_TOLERANCE[case.dtype] * growth)
     for index, (actual, want) in enumerate(zip(grads, expected_grads, strict=True)):
         assert_near(f"gradient {index}", actual, want, GRADIENT_TOLERANCE[case.dtype] * growth)
+
+
+@pytest.mark.parametrize("case", list(cases()), ids=str)
+def test_against_fp64(case: Case, family: str) -> None:
+    skip_unless_served(case, family)
+    check_against_fp64(case)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("hidden", "dtype"), [(1024, torch.float16), (512, torch.float32)], ids=str)
+def test_cheapest_families(cell: str, hidden: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes at which the cost model takes one family forward and another backward on an H100."""
+    monkeypatch.setenv("FUSED_RNN_PLAN", "cheapest")
+    check_against_fp64(Case(cell, steps=12, batch=64, input_size=64, hidden=hidden, dtype=dtype))
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from typing import Any
 
 import pytest
@@ -81,7 +83,7 @@ def test_never_chosen_unforced(name: str, backward: bool) -> None:
             assert "needs compute capability" in result["rejected"][family]
         else:
             assert result["rejected"][family] == (
-                f"never run on a GPU yet, so it is taken only when forced (FUSED_RNN_PLAN={family})"
+                f"never run on a GPU yet, so it is taken only when asked for (FUSED_RNN_PLAN={family} or cheapest)"
             )
 
 
@@ -235,7 +237,8 @@ EXPECTED = [
 def test_expected_microseconds(row: tuple[Any, ...]) -> None:
     """Frozen outputs of the cost model: a change of its constants or of a layout shows here. Not measurements."""
     name, cell, dtype, batch, hidden, backward, expected, cheapest = row
-    result = plan(name, cell=cell, dtype=dtype, B=batch, H=hidden, backward=backward, training=True, allow_tf32=True)
+    problem = {"cell": cell, "dtype": dtype, "T": 100, "B": batch, "H": hidden, "backward": backward, "allow_tf32": True}
+    result = plan(name, training=True, **problem)
     found = {family: round(entry["us_per_step"], 2) for family, entry in result["candidates"].items()}
     assert found == expected, result["text"]
     assert result["cheapest"] == cheapest and f"cheapest: {cheapest}\n" in result["text"]
@@ -244,3 +247,73 @@ def test_expected_microseconds(row: tuple[Any, ...]) -> None:
     for family in {"cell", "step", "grid", "cluster"} - {"step"}:
         never_run = "never run on a GPU yet" in result["rejected"][family]
         assert never_run == (family in found)
+    asked_for = plan(name, training=True, forced="cheapest", **problem)
+    assert asked_for["family"] == cheapest and asked_for["candidates"] == result["candidates"]
+
+
+def test_cheapest_says_why() -> None:
+    result = plan(B=8, H=256, T=100, forced="cheapest")
+    us = {family: f"{entry['us']:.1f}" for family, entry in result["candidates"].items()}
+    assert result["family"] == "cluster"
+    assert result["reason"] == "cluster is the cheapest by the cost model; it has run in the simulator only, never on a GPU"
+    assert result["rejected"] == {
+        "cell": "serves one time step, not 100",
+        "step": f"{us['step']} us expected for the layer, cluster takes {us['cluster']}",
+        "grid": f"{us['grid']} us expected for the layer, cluster takes {us['cluster']}",
+    }
+    assert plan("T4", H=256, forced="cheapest")["reason"].startswith(
+        "step is the cheapest by the cost model; forward (units x"
+    )
+
+
+@pytest.mark.parametrize("name", [*DEVICES, *ASKED])
+def test_cheapest_serves_what_some_family_can(name: str) -> None:
+    """The least of what each family forced would take; an error where all raise."""
+    device = DEVICES.get(name) or ASKED[name]
+    tiny = {**device, "smem_per_block": 4096}
+    served = 0
+    for cell, dtype, (steps, batch, hidden), more, limits in itertools.product(
+        ("rnn_tanh", "gru", "lstm"),
+        (F16, F32, F64),
+        ((1, 1, 33), (1, 64, 512), (2, 8, 256), (40, 8, 768), (1000, 600, 2048)),
+        ({}, {"P": 20}, {"backward": True, "D": 2}),
+        (device, tiny),
+    ):
+        if "P" in more and cell != "lstm":
+            continue
+        problem = {"cell": cell, "dtype": dtype, "T": steps, "B": batch, "I": 77, "H": hidden, "training": True, **more}
+        made = {}
+        for family in ("cell", "step", "grid", "cluster"):
+            with contextlib.suppress(ValueError):
+                made[family] = C.plan(**problem, device=limits, forced=family)
+        if not made:
+            with pytest.raises(
+                ValueError, match="no kernel family can serve this layer: cell .*: step .*: grid .*: cluster "
+            ):
+                C.plan(**problem, device=limits, forced="cheapest")
+            continue
+        served += 1
+        result = C.plan(**problem, device=limits, forced="cheapest")
+        least = min(made, key=lambda family: made[family]["us"])
+        assert result["family"] == result["cheapest"] == least, result["text"]
+        assert {**made[least], "reason": "", "rejected": "", "text": ""} == {
+            **result,
+            "reason": "",
+            "rejected": "",
+            "text": "",
+        }
+    assert served > 80
+
+
+def test_cheapest_depends_on_the_number_of_steps() -> None:
+    """A persistent family loads its weights first, and for one step only `cell` needs no launch of its own for the input."""
+    families = [plan(B=8, H=512, I=512, T=steps, forced="cheapest")["family"] for steps in (1, 2, 4, 8, 100)]
+    assert families[0] == "cell" and families[-1] == "cluster" and sorted(families, key=families.index) == families
+    for family in ("step", "grid", "cluster"):
+        problem = {"B": 8, "H": 512, "backward": True, "forced": family}
+        short, long = (plan(T=steps, **problem) for steps in (10, 110))
+        assert long["us"] - short["us"] == pytest.approx(100 * short["us_per_step"])
+        once = short["us"] - 10 * short["us_per_step"]
+        weights = short.get("persistent", {}).get("weight_bytes_in_registers", 0)
+        # Launches of 2.1 us, `grid` clears its exchange in one; 25 bytes a clock of 1.7 GHz at least.
+        assert once == pytest.approx({"step": 0, "grid": 4.2, "cluster": 2.1}[family] + weights / 42.5e3, abs=1e-9)

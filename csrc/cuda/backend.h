@@ -18,8 +18,8 @@ Problem problem_of(const ForwardParams& params);
 Problem problem_of(const BackwardParams& params);
 
 // make_plan for a device, with the latest plans of the calling thread kept; the kept one may come from a layer that differs in
-// the number of steps beyond the first, which no family asks for.
-const Plan& plan_for(const Problem& problem, int device, std::optional<Family> forced = std::nullopt);
+// the number of steps beyond the first, which no family asks for: its `us` and `cheapest` are then that layer's.
+const Plan& plan_for(const Problem& problem, int device, const FamilyChoice& choice = {});
 
 // params.workspace: plan.workspace_bytes bytes, 256-byte aligned, contents irrelevant.
 // Family kCell reads params.x and ignores what gates holds (null unless training); family kStep finds the projection

@@ -140,13 +140,13 @@ Problem problem_of(const BackwardParams& p) {
   return {p.cell, p.dtype, p.allow_tf32, p.seq.T, p.seq.B, 0, p.H, p.P, p.D, p.seq.lengths || p.seq.offsets, true, true};
 }
 
-const Plan& plan_for(const Problem& problem, int device, std::optional<Family> forced) {
+const Plan& plan_for(const Problem& problem, int device, const FamilyChoice& choice) {
   // A layer's forward and backward ask in turn.
-  static thread_local Recent<std::tuple<Problem, int, std::optional<Family>>, Plan, 16> kept;
-  // Families tell one step from several, not how many.
+  static thread_local Recent<std::tuple<Problem, int, FamilyChoice>, Plan, 16> kept;
+  // Families tell one step from several, not how many; which of them is the cheapest depends on it.
   Problem key = problem;
-  key.T = problem.T > 1 ? 2 : problem.T;
-  return kept.get({key, device, forced}, [&] { return make_plan(problem, device_info(device), forced); });
+  if (!choice.cheapest) key.T = problem.T > 1 ? 2 : problem.T;
+  return kept.get({key, device, choice}, [&] { return make_plan(problem, device_info(device), choice); });
 }
 
 void forward(const ForwardParams& p, const Plan& plan, void* stream) {

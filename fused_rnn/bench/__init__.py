@@ -87,9 +87,9 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def plan_of(module: torch.nn.Module, x: Any, mode: str, family: str | None) -> dict[str, Any]:
-    """Family and main figures of the first layer's plan, forward and (training) backward."""
-    explanation = explained(module, x, mode, family)
+def plan_of(module: torch.nn.Module, x: Any, mode: str, asked_for: str | None) -> dict[str, Any]:
+    """Family and main figures of the first layer's plan, forward and (training) backward, under this FUSED_RNN_PLAN."""
+    explanation = explained(module, x, mode, asked_for)
     layer = explanation.layers[0]
     result: dict[str, Any] = {"backend": explanation.backend}
     for name, plan in (("forward", layer.forward), ("backward", layer.backward if mode == "training" else None)):
@@ -116,15 +116,15 @@ def result_lines(
     baselines: list[str],
     seconds: float,
     prober: Prober | None,
-    family: str,
+    asked_for: str,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """(a result line for every baseline that has the case, why the others have not)."""
     start = time.monotonic()
     threads = torch.get_num_threads()
     try:
-        sides, refused, (module, x) = make_sides(case, device, baselines, threads, family)
+        sides, refused, (module, x) = make_sides(case, device, baselines, threads, asked_for)
     except CannotServe as reason:
-        return [], {f"plan {family}": str(reason)}
+        return [], {f"plan {asked_for}": str(reason)}
     plan = plan_of(module, x, case.mode, sides[0].plan)
     families = {figures["family"] for figures in plan.values() if isinstance(figures, dict) and "family" in figures}
     if families == {"step"} and any(side.plan == "step" for side in sides):
@@ -164,7 +164,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, nargs="+", help="CPU: everything with each of these numbers of threads")
     parser.add_argument(
         "--plan", choices=("auto", "cheapest", *FAMILIES), default="auto",
-        help="GPU: the kernel family; cheapest: that of the planner's model, also where auto does not take it (auto)",
+        help="GPU: the kernel family; cheapest: what the planner's model expects to be, for each layer and pass (auto)",
     )  # fmt: skip
     parser.add_argument("--budget", type=float, default=480.0, help="seconds for the whole run (480)")
     parser.add_argument("--no-memory", action="store_true", help="CPU: do not measure memory")

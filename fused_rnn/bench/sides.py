@@ -30,8 +30,8 @@ class CannotServe(Exception):
 
 @dataclasses.dataclass
 class Side:
-    """One competitor: ``run`` makes one call; ``plan`` is the CUDA family it is forced to (FUSED_RNN_PLAN), if any;
-    ``gradients`` whether calls record a graph."""
+    """One competitor: ``run`` makes one call; ``plan`` is its FUSED_RNN_PLAN, if any; ``gradients`` whether calls record a
+    graph."""
 
     name: str
     run: Callable[[], None]
@@ -46,42 +46,28 @@ class Side:
 
 
 @contextlib.contextmanager
-def forced_plan(family: str | None) -> Iterator[None]:
+def forced_plan(plan: str | None) -> Iterator[None]:
     """FUSED_RNN_PLAN inside a block; None leaves it as it is."""
     before = os.environ.get("FUSED_RNN_PLAN")
-    if family is not None:
-        os.environ["FUSED_RNN_PLAN"] = family
+    if plan is not None:
+        os.environ["FUSED_RNN_PLAN"] = plan
     try:
         yield
     finally:
-        if family is not None:
+        if plan is not None:
             if before is None:
                 del os.environ["FUSED_RNN_PLAN"]
             else:
                 os.environ["FUSED_RNN_PLAN"] = before
 
 
-def explained(module: torch.nn.Module, x: Any, mode: str, family: str | None) -> fused_rnn._explain.Explanation:
-    """The plan under a forced family; CannotServe, with the planner's reason, if that has no such case."""
+def explained(module: torch.nn.Module, x: Any, mode: str, plan: str | None) -> fused_rnn._explain.Explanation:
+    """The plan under this FUSED_RNN_PLAN; CannotServe, with the planner's reason, if that has no such case."""
     try:
-        with forced_plan(family):
+        with forced_plan(plan):
             return fused_rnn.explain(module, x, training=mode != "inference", show=False)
     except ValueError as reason:
         raise CannotServe(str(reason)) from None
-
-
-def cheapest_family(module: torch.nn.Module, x: Any, mode: str) -> str | None:
-    """The kernel family that serves all layers of a case, both passes, in the least time by the planner's model; None on a
-    backend without families."""
-    costs: dict[str, float] = {}
-    for family in FAMILIES:
-        with contextlib.suppress(CannotServe):
-            explanation = explained(module, x, mode, family)
-            if explanation.backend != "cuda":
-                return None
-            passes = [plan for layer in explanation.layers for plan in (layer.forward, layer.backward) if plan]
-            costs[family] = sum(plan["us_per_step"] for plan in passes)
-    return min(costs, key=costs.__getitem__)
 
 
 def missing(baseline: str) -> str | None:
@@ -94,15 +80,15 @@ def make_sides(
 ) -> tuple[list[Side], dict[str, str], Any]:
     """(fused_rnn's side, then one a baseline; why others cannot; our module and its first input).
 
-    plan: "auto" (what a call would take), "cheapest" (see cheapest_family) or a kernel family.
+    plan: "auto" (what a call would take by itself) or a value of FUSED_RNN_PLAN.
     """
     ours, theirs = case.modules(device)
     inputs = case.inputs(device)
-    family = None if plan == "auto" else cheapest_family(ours, inputs[0], case.mode) if plan == "cheapest" else plan
-    explained(ours, inputs[0], case.mode, family)
+    asked_for = None if plan == "auto" else plan
+    explained(ours, inputs[0], case.mode, asked_for)
     gradients = case.mode != "inference"
-    with forced_plan(family):
-        sides, refused = [Side(OURS, module_run(ours, inputs, case.mode), family, gradients)], {}
+    with forced_plan(asked_for):
+        sides, refused = [Side(OURS, module_run(ours, inputs, case.mode), asked_for, gradients)], {}
     for name in baselines:
         try:
             if name == "torch.nn":

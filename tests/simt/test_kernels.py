@@ -12,7 +12,7 @@ from ctypes import byref, c_bool
 import pytest
 import torch
 from cases import CELLS, DTYPES, GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, Case, layer_cases, make_data
-from layers import Layer, LayerRun, NoPlan, expected, gradients, relu_gradients
+from layers import CELL_NUMBER, DTYPE_NUMBER, FAMILIES, Layer, LayerRun, NoPlan, Problem, expected, gradients, relu_gradients
 from simulator import A100, H100, T4, TINY, DeviceInfo, Simulator
 from torch import Tensor
 
@@ -227,6 +227,24 @@ def test_device_is_asked_once(sim: Simulator) -> None:
         assert list(found.active_clusters) == clusters
     assert sim.lib.simt_device_info(70, byref(found)) and found.sm_count == TINY.sm_count
     assert not sim.lib.simt_device_info(128, byref(found))
+
+
+def test_kept_plans(sim: Simulator) -> None:
+    """Only the choice of the cheapest family depends on the number of steps, once there are several."""
+    sim.reset(device=H100)
+    lstm, f16 = CELL_NUMBER["LSTM"], DTYPE_NUMBER[torch.float16]
+
+    def ask(steps: int, choice: bytes) -> tuple[str, bool]:
+        problem, same = Problem(lstm, f16, False, steps, 8, 64, 512, 512, 1), c_bool()
+        return FAMILIES[sim.lib.simt_plan_for(byref(problem), 72, choice, byref(same))], same.value
+
+    assert [ask(steps, b"") for steps in (1, 2, 100, 3)] == [
+        *(("cell", False), ("step", False), ("step", True), ("step", True))
+    ]
+    assert [ask(steps, b"grid") for steps in (2, 100)] == [("grid", False), ("grid", True)]
+    assert [ask(steps, b"cheapest") for steps in (2, 100, 2, 1, 1)] == [
+        *(("step", False), ("cluster", False), ("step", False), ("cell", False), ("cell", True))
+    ]
 
 
 def test_empty_batch(sim: Simulator) -> None:

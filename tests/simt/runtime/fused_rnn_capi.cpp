@@ -18,8 +18,9 @@ std::string text;
 // A plan on the heap; null with simt_plan_text() saying why there is none. forced: -1 or a Family.
 extern "C" Plan* simt_make_plan(const Problem* problem, const DeviceInfo* device, int forced) {
   try {
-    const auto family = forced < 0 ? std::nullopt : std::optional<Family>(static_cast<Family>(forced));
-    auto* plan = new Plan(make_plan(*problem, *device, family));
+    FamilyChoice choice;
+    if (forced >= 0) choice.forced = static_cast<Family>(forced);
+    auto* plan = new Plan(make_plan(*problem, *device, choice));
     text = to_string(*plan);
     return plan;
   } catch (const std::exception& e) {
@@ -61,6 +62,14 @@ extern "C" bool simt_device_info(int number, DeviceInfo* info) {
   } catch (const std::invalid_argument&) {
     return false;
   }
+}
+// The family of the plan that the backend keeps for the device of that number, and whether it is the one of the last call.
+extern "C" int simt_plan_for(const Problem* problem, int number, const char* choice, bool* same) {
+  static const Plan* last = nullptr;
+  const Plan& plan = cuda::plan_for(*problem, number, *choice ? parse_choice(choice) : FamilyChoice{});
+  *same = &plan == last;
+  last = &plan;
+  return static_cast<int>(plan.family);
 }
 extern "C" void simt_free_plan(Plan* plan) { delete plan; }
 extern "C" void simt_problem_forward(const ForwardParams* params, Problem* problem) { *problem = cuda::problem_of(*params); }

@@ -88,9 +88,9 @@ Problem problem_of(const BackwardParams& params) {
   simulator<void(const BackwardParams*, Problem*)>("simt_problem_backward")(&params, &problem);
   return problem;
 }
-const Plan& plan_for(const Problem& problem, int device, std::optional<Family> forced) {
-  static Recent<std::tuple<Problem, int, std::optional<Family>>, Plan, 16> kept;
-  return kept.get({problem, device, forced}, [&] { return make_plan(problem, kDevice, forced); });
+const Plan& plan_for(const Problem& problem, int device, const FamilyChoice& choice) {
+  static Recent<std::tuple<Problem, int, FamilyChoice>, Plan, 16> kept;
+  return kept.get({problem, device, choice}, [&] { return make_plan(problem, kDevice, choice); });
 }
 
 void write_integers(int64_t* to, const int64_t* integers, int64_t count, void*) {

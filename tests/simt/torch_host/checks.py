@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from test_layers import assert_near, results_and_gradients  # noqa: E402
 
 import fused_rnn  # noqa: E402
 from fused_rnn import use_backend  # noqa: E402
+from fused_rnn._explain import DEVICES  # noqa: E402
 
 F16 = torch.float16
 torch.backends.cudnn.allow_tf32 = False
@@ -49,14 +51,25 @@ def cases() -> Iterator[Case]:
     yield Case("GRU", 5, 3, 4, 21, layers=2, batch_first=True, dtype=torch.float64)
 
 
+def persistent(case: Case, choice: str) -> tuple[bool, bool]:
+    """Whether forward and backward of a case (of any layer, if it has several steps) are made by a persistent family."""
+    problem = {
+        "cell": case.cell.lower(), "dtype": str(case.dtype).removeprefix("torch."), "T": case.steps, "B": case.batch,
+        "I": case.input_size, "H": case.hidden, "P": case.output, "D": case.directions, "training": True,
+    }  # fmt: skip
+    device = DEVICES["H100"]  # as in backend.cpp
+    forced = choice or None
+    plans = [EXTENSION.plan(**problem, device=device, backward=backward, forced=forced) for backward in (False, True)]
+    return plans[0]["family"] in ("grid", "cluster"), plans[1]["family"] in ("grid", "cluster")
+
+
 @pytest.mark.parametrize("overlap", ["0", "3"])
-@pytest.mark.parametrize("family", ["", "step", "grid", "cluster"])
+@pytest.mark.parametrize("family", ["", "step", "grid", "cluster", "cheapest"])
 @pytest.mark.parametrize("case", list(cases()), ids=str)
 def test_against_fp64(case: Case, family: str, overlap: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    persistent = family in ("grid", "cluster")
-    if persistent and (case.proj or case.dtype == torch.float64):
+    if family in ("grid", "cluster") and (case.proj or case.dtype == torch.float64):
         pytest.skip("needs a family that has such a layer")
-    if overlap != "0" and not persistent:
+    if overlap != "0" and family in ("", "step"):
         pytest.skip("needs a family whose layers overlap")
     monkeypatch.setenv("FUSED_RNN_PLAN", family)
     monkeypatch.setenv("FUSED_RNN_OVERLAP", overlap)
@@ -67,16 +80,35 @@ def test_against_fp64(case: Case, family: str, overlap: str, monkeypatch: pytest
     with use_backend("cpu"):
         results, grads = results_and_gradients(case, data)
     whole, parts = (after - start for after, start in zip(calls(), before, strict=True))
-    overlaps = overlap != "0" and case.steps > 1
-    backward_overlaps = overlaps and case.layers > 1 and not case.bidirectional
+    may_overlap = overlap != "0" and case.steps > 1
+    overlaps, backward_overlaps = (may_overlap and family_may for family_may in persistent(case, family))
+    backward_overlaps = backward_overlaps and case.layers > 1 and not case.bidirectional
     assert whole == case.layers * (2 - overlaps - backward_overlaps)
-    assert (parts > 0) == overlaps
+    assert (parts > 0) == (overlaps or backward_overlaps)
     growth = max(1.0, math.sqrt(max(case.hidden, case.input_size) / 32))
     for index, (actual, want) in enumerate(zip(results, expected, strict=True)):
         assert_near(f"result {index}", actual, want, OUTPUT_TOLERANCE[case.dtype] * growth)
     norm = 2 if case.cell == "RNN_RELU" and case.dtype == F16 else math.inf
     for index, (actual, want) in enumerate(zip(grads, expected_grads, strict=True)):
         assert_near(f"gradient {index}", actual, want, GRADIENT_TOLERANCE[case.dtype] * growth, norm)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F16], ids=str)
+@pytest.mark.parametrize("cell", [fused_rnn.LSTM, fused_rnn.GRU, fused_rnn.RNN])
+def test_backward_by_another_family(cell: type, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a forward saves, the backward of every family reads."""
+    rnn = cell(4, 36, dtype=dtype)
+    x, dy = torch.randn(5, 9, 4, dtype=dtype), torch.randn(5, 9, 36, dtype=dtype)
+    exact = cell(4, 36, dtype=torch.float64)
+    exact.load_state_dict(rnn.state_dict())
+    with use_backend("reference"):
+        expected = torch.autograd.grad(exact(x.double())[0], list(exact.parameters()), dy.double())
+    for first, then in itertools.permutations(("step", "grid", "cluster"), 2):
+        monkeypatch.setenv("FUSED_RNN_PLAN", first)
+        y = rnn(x)[0]
+        monkeypatch.setenv("FUSED_RNN_PLAN", then)
+        for actual, want in zip(torch.autograd.grad(y, list(rnn.parameters()), dy), expected, strict=True):
+            assert_near(f"{first}, then {then}", actual, want, GRADIENT_TOLERANCE[dtype] * math.sqrt(36 / 32))
 
 
 @pytest.mark.parametrize("family", ["grid", "cluster"])
