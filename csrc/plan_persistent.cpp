@@ -169,8 +169,8 @@ Fit fit_family(const Problem& problem, const DeviceInfo& device, Family family) 
     fit.reason = "has no fp64 kernels";
   } else if (problem.P != problem.H) {
     fit.reason = "has no projection";
-  } else if (problem.T >= (int64_t{1} << 31)) {
-    fit.reason = "numbers the steps with 32 bits";
+  } else if (problem.T >= (int64_t{1} << 31) / problem.B) {
+    fit.reason = "numbers the rows of all steps with 32 bits";
   } else if (device.registers_per_sm < kRegisters) {
     fit.reason = "needs " + std::to_string(kRegisters) + " registers of an SM";
   } else {

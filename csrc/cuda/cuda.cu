@@ -1,4 +1,5 @@
 // Host side of the families `cell` and `step`: one or two launches per time step, back to back on the caller's stream.
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <initializer_list>
@@ -143,9 +144,11 @@ Problem problem_of(const BackwardParams& p) {
 const Plan& plan_for(const Problem& problem, int device, const FamilyChoice& choice) {
   // A layer's forward and backward ask in turn.
   static thread_local Recent<std::tuple<Problem, int, FamilyChoice>, Plan, 16> kept;
-  // Families tell one step from several, not how many; which of them is the cheapest depends on it.
+  // Families tell one step from several, not how many, unless these are too many for the persistent ones; which of them is the
+  // cheapest depends on it.
   Problem key = problem;
-  if (!choice.cheapest) key.T = problem.T > 1 ? 2 : problem.T;
+  const bool many = problem.T >= (int64_t{1} << 31) / std::max<int64_t>(problem.B, 1);
+  if (!choice.cheapest && problem.T > 1 && !many) key.T = 2;
   return kept.get({key, device, choice}, [&] { return make_plan(problem, device_info(device), choice); });
 }
 

@@ -31,16 +31,16 @@ struct GridExchange {
         chunks(chunk_count(shape, l.slices)) {}
 
   __device__ __forceinline__ void start() {}
-  __device__ __forceinline__ void begin(int, int64_t) {}
-  static __device__ __forceinline__ uint32_t tag(int64_t step) { return static_cast<uint32_t>(step) + 1; }
-  __device__ __forceinline__ simt::TaggedWord* fragment(int tile, int chunk, int64_t step) const {
-    return words_ + ((static_cast<int64_t>(step & 1) * tiles + tile) * chunks + chunk) * 64;
+  __device__ __forceinline__ void begin(int, uint32_t) {}
+  static __device__ __forceinline__ uint32_t tag(uint32_t step) { return step + 1; }
+  __device__ __forceinline__ simt::TaggedWord* fragment(int tile, int chunk, uint32_t step) const {
+    return words_ + ((static_cast<int>(step & 1) * tiles + tile) * chunks + chunk) * 64;
   }
 
-  __device__ __forceinline__ void request(Packet& packet, int tile, int chunk, int64_t step) const {
+  __device__ __forceinline__ void request(Packet& packet, int tile, int chunk, uint32_t step) const {
     simt::load_tagged(packet.word, fragment(tile, chunk, step) + 2 * simt::lane_id());
   }
-  __device__ __forceinline__ void await(Packet& packet, int tile, int chunk, int64_t step) const {
+  __device__ __forceinline__ void await(Packet& packet, int tile, int chunk, uint32_t step) const {
     const auto missing = [&] { return packet.word[0].tag != tag(step) || packet.word[1].tag != tag(step); };
     while (simt::ballot(missing())) {
       if (missing()) request(packet, tile, chunk, step);
@@ -52,7 +52,7 @@ struct GridExchange {
   }
 
   // The state of one unit; with 16-bit types the lane of the even unit of a pair stores for both.
-  __device__ __forceinline__ void publish(float value, int unit, int b, int tile, int chunk0, int64_t step) const {
+  __device__ __forceinline__ void publish(float value, int unit, int b, int tile, int chunk0, uint32_t step) const {
     constexpr bool kPairs = Chunk::kStep == 16;
     const float other = kPairs ? simt::shuffle_xor(value, 1) : 0.0f;
     if (kPairs && unit % 2) return;

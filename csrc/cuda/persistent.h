@@ -124,9 +124,7 @@ constexpr FUSED_RNN_HD int scatter_floats(PersistentShape s, int slices) { retur
 
 // Batch tiles whose running states (h and c, or their gradients) a thread keeps in registers: the first, or none where the
 // weights leave no room (ptxas). In `grid` the packets under way take that room.
-constexpr FUSED_RNN_HD int tiles_in_registers(PersistentShape s) {
-  return !s.cluster || (scatters(s) && s.unit_tiles == 3) ? 0 : 1;
-}
+constexpr FUSED_RNN_HD int tiles_in_registers(PersistentShape s) { return !s.cluster || s.unit_tiles == 3 ? 0 : 1; }
 // Bytes of one fragment: 4 registers of 32 lanes.
 constexpr int kFragmentBytes = 4 * 32 * 4;
 // fp32: the states of one chunk, [k][batch row], the upper half of k 4 floats further. A warp has two in turn.
@@ -149,34 +147,38 @@ constexpr FUSED_RNN_HD FragmentCount fragment_count(PersistentShape s, int slice
   return {total, total - in_smem, in_smem};
 }
 
-// Dynamic shared memory of a block, in this order, each part a multiple of 16 bytes.
+// Dynamic shared memory of a block, in this order, each part a multiple of 16 bytes. Those up to the weights begin where the
+// compiler knows: nothing is computed, and no register held, to find them.
 struct PersistentSmem {
-  int weights;   // gather: [warp][chunk beyond the registers][tile of M of the warp][lane][4] words
-                 // scatter: [warp][tile of M beyond the registers][chunk][lane][4] words
+  int lengths;   // [kMaxBatchTiles][row]: number of active steps, 32 bits
+  int biases;    // forward: [gate][unit of the slice] floats, b_hh
+  int barriers;  // cluster: [2][kMaxBatchTiles]
   int partials;  // gather: [2][chunk group] partial sums, used in turn
                  // scatter: [2][chunk] own_words: gradients of the slice's gates, used in turn
   int scratch;   // gather, fp32 only: [warp][2] scratch
-  int state;     // [2: h and c, or their gradients][tile beyond tiles_in_registers][row][unit of the slice] floats
-  int lengths;   // [tile][row]: number of active steps
-  int barriers;  // cluster: [2][tile]
+  int weights;   // gather: [warp][chunk beyond the registers][tile of M of the warp][lane][4] words
+                 // scatter: [warp][tile of M beyond the registers][chunk][lane][4] words
+  int state;     // [tile beyond tiles_in_registers][2: h and c, or their gradients][row][unit of the slice] floats
   int exchange;  // cluster: [2][tile] exchange_words or scatter_floats
   int total;
 };
 constexpr FUSED_RNN_HD PersistentSmem persistent_smem(PersistentShape s, int slices, int tiles) {
   PersistentSmem m{};
   int at = 0;
-  m.weights = at;
-  at += kPersistentWarps * fragment_count(s, slices).in_smem * kFragmentBytes;
+  m.lengths = at;
+  at += kMaxBatchTiles * kTileRows * 4;
+  m.biases = at;
+  if (!s.backward) at += gate_count(s.cell) * slice_units(s) * 4;
+  m.barriers = at;
+  if (s.cluster) at += 2 * kMaxBatchTiles * 8;
   m.partials = at;
   at += 2 * 4 * (scatters(s) ? scatter_chunks(s) * own_words(s.math) : k_groups(s) * partial_floats(s));
   m.scratch = at;
   if (!scatters(s) && s.math == MathKind::kFp32) at += kPersistentWarps * 2 * kScratchFloats * 4;
+  m.weights = at;
+  at += kPersistentWarps * fragment_count(s, slices).in_smem * kFragmentBytes;
   m.state = at;
   at += 2 * (tiles - tiles_in_registers(s)) * kTileRows * slice_units(s) * 4;
-  m.lengths = at;
-  at += tiles * kTileRows * 8;
-  m.barriers = at;
-  if (s.cluster) at += 2 * tiles * 8;
   m.exchange = at;
   if (s.cluster) at += 2 * tiles * 4 * (scatters(s) ? scatter_floats(s, slices) : exchange_words(s, slices));
   m.total = at;

@@ -15,36 +15,46 @@ namespace fused_rnn::cuda {
 template <class G>
 struct PersistentBackward : BlockElements<G> {
   using Base = BlockElements<G>;
-  using Base::active, Base::block, Base::exists, Base::gate_index, Base::memory_row, Base::product, Base::publish,
-      Base::state;
-  using Base::state_index, Base::unit_of;
+  using Base::active, Base::block, Base::c_index, Base::exists, Base::gate_index, Base::H, Base::length, Base::product,
+      Base::publish, Base::reset, Base::row_of_batch, Base::state, Base::state_index, Base::y_index;
   using Storage = typename G::Storage;
   using C = DeviceCell<G::kCell>;
   using Place = ElementPlace<G>;
-  // What an element needs beside the product, requested before it.
+  // What an element needs beside the product, requested before it and looked at after it.
   struct Element {
-    float a[C::kSlots];
-    float dy, h_prev, h, c_prev, c;
+    Storage a[C::kSlots];
+    Storage dy, h_prev, h, c_prev, c;
+    unsigned char from_zero;  // its state was reset before the step: not 0
+  };
+  // What is stored of a step.
+  struct Result {
+    Storage d[C::kSlots];
+    bool active;
   };
 
   const BackwardParams& p;
   const PersistentLaunch& l;
+  int first_step, steps;
 
   __device__ __forceinline__ PersistentBackward(const BackwardSequence& s, const BlockPlace& place, ProductOf<G>& weights)
-      : Base{s.p.seq, s.p.H, place, weights, s.l.tiles, {}}, p(s.p), l(s.l) {}
+      : Base{s.p.seq, static_cast<int>(s.p.H), s.p.D, place, weights, {}},
+        p(s.p),
+        l(s.l),
+        first_step(static_cast<int>(s.l.first_step)),
+        steps(static_cast<int>(s.l.steps)) {}
 
   __device__ __forceinline__ float carry(const Place& e, int tile) const { return Base::kept(0, e, tile); }
   __device__ __forceinline__ float dc(const Place& e, int tile) const { return Base::kept(1, e, tile); }
-  __device__ __forceinline__ int64_t time(int64_t k) const {
-    return block.dir ? l.first_step + k : p.seq.T - 1 - l.first_step - k;
+  __device__ __forceinline__ int time(int k) const {
+    return block.dir ? first_step + k : static_cast<int>(p.seq.T) - 1 - first_step - k;
   }
   // What the launch before left, and this one leaves, of the gradient of h (0) or c (1).
   __device__ __forceinline__ float& carried(int which, const Place& e, int tile) const {
     return l.carry[which * p.D * p.seq.B * p.H + state_index(e, tile)];
   }
-  __device__ __forceinline__ bool is_last_launch() const { return l.first_step + l.steps == p.seq.T; }
-  __device__ __forceinline__ float output(const void* tensor, int64_t row, const Place& e) const {
-    return simt::to_float(static_cast<const Storage*>(tensor)[(row * p.D + block.dir) * p.H + unit_of(e)]);
+  __device__ __forceinline__ bool is_last_launch() const { return first_step + steps == p.seq.T; }
+  static __device__ __forceinline__ const Storage& element(const void* tensor, uint64_t index) {
+    return static_cast<const Storage*>(tensor)[index];
   }
 
   __device__ __forceinline__ void begin(int tile) {
@@ -54,61 +64,63 @@ struct PersistentBackward : BlockElements<G> {
       if (!e.mine) continue;
       float dh = 0.0f, dc = 0.0f;
       if (exists(e, tile)) {
-        dh = l.first_step > 0 ? carried(0, e, tile) : state(p.dh_n, e, tile);
-        if constexpr (C::kHasC) dc = l.first_step > 0 ? carried(1, e, tile) : state(p.dc_n, e, tile);
+        dh = first_step > 0 ? carried(0, e, tile) : simt::to_float(state(p.dh_n, e, tile));
+        if constexpr (C::kHasC) dc = first_step > 0 ? carried(1, e, tile) : simt::to_float(state(p.dc_n, e, tile));
       }
       Base::keep(0, e, tile, dh);
       if constexpr (C::kHasC) Base::keep(1, e, tile, dc);
     }
   }
 
-  __device__ __forceinline__ void load(const Place& e, int tile, int64_t t, Element& x) const {
+  // What follows in this order is the step before in that of forward.
+  __device__ __forceinline__ void load(const Place& e, int tile, int k, const StepRows& rows, Element& x) const {
     x = Element{};
-    if (!exists(e, tile) || !active(e, tile, t)) return;
-    const int64_t row = memory_row(e, tile, t), previous = block.dir ? t + 1 : t - 1;
-    if (p.dy) x.dy = output(p.dy, row, e);
+    if (!exists(e, tile)) return;
+    const int steps_of_row = length(e, tile);
+    if (!active(time(k), steps_of_row)) return;
+    const int row = rows.now + row_of_batch(e, tile), previous = rows.next + row_of_batch(e, tile);
+    if (p.dy) x.dy = element(p.dy, y_index(e, row));
     if constexpr (C::kSaved > 0) {
-      const auto* gates = static_cast<const Storage*>(p.gates) + gate_index(e, row);
+      const Storage* gates = &element(p.gates, gate_index(e, row));
 #pragma unroll
-      for (int slot = 0; slot < C::kSaved; ++slot) x.a[slot] = simt::to_float(gates[slot * p.H]);
+      for (int slot = 0; slot < C::kSaved; ++slot) x.a[slot] = gates[slot * H];
     } else {
-      x.h = output(p.y, row, e);
+      x.h = element(p.y, y_index(e, row));
     }
-    const bool from_zero = is_reset(p.seq, row), from_row = active(e, tile, previous);
+    x.from_zero = reset(e, tile, time(k), rows.now, steps_of_row);
+    // Of a reset row they are not used.
+    const bool from_row = active(time(k + 1), steps_of_row);
     if constexpr (G::kCell == CellKind::kGru) {
-      if (!from_zero) x.h_prev = from_row ? output(p.y, memory_row(e, tile, previous), e) : state(p.h0, e, tile);
+      x.h_prev = from_row ? element(p.y, y_index(e, previous)) : state(p.h0, e, tile);
     }
     if constexpr (C::kHasC) {
-      const auto* cs = static_cast<const Storage*>(p.cs) + block.dir * p.seq.N * p.H + unit_of(e);
-      x.c = simt::to_float(cs[row * p.H]);
-      if (!from_zero) {
-        x.c_prev = from_row ? simt::to_float(cs[memory_row(e, tile, previous) * p.H]) : state(p.c0, e, tile);
-      }
+      x.c = element(p.cs, c_index(e, row));
+      x.c_prev = from_row ? element(p.cs, c_index(e, previous)) : state(p.c0, e, tile);
     }
+    const int ahead = row + rows.ahead(kPrefetchSteps);
+    if (active(time(k + kPrefetchSteps), steps_of_row) && Base::hints(e, ahead)) prefetch(e, ahead);
   }
 
-  // For a later step.
-  __device__ __forceinline__ void prefetch(const Place& e, int tile, int64_t t) const {
-    if (!exists(e, tile) || !Base::hints(e, tile, t)) return;
-    const int64_t row = memory_row(e, tile, t), output = (row * p.D + block.dir) * p.H + unit_of(e);
-    if (p.dy) simt::prefetch_l2(static_cast<const Storage*>(p.dy) + output);
+  // Hints that a row of memory will be read.
+  __device__ __forceinline__ void prefetch(const Place& e, int row) const {
+    if (p.dy) simt::prefetch_l2(&element(p.dy, y_index(e, row)));
     if constexpr (C::kSaved > 0) {
-      const auto* gates = static_cast<const Storage*>(p.gates) + gate_index(e, row);
+      const Storage* gates = &element(p.gates, gate_index(e, row));
 #pragma unroll
-      for (int slot = 0; slot < C::kSaved; ++slot) simt::prefetch_l2(gates + slot * p.H);
+      for (int slot = 0; slot < C::kSaved; ++slot) simt::prefetch_l2(gates + slot * H);
     }
     if constexpr (C::kHasC) {
-      simt::prefetch_l2(static_cast<const Storage*>(p.cs) + (block.dir * p.seq.N + row) * p.H + unit_of(e));
+      simt::prefetch_l2(&element(p.cs, c_index(e, row)));
     } else {
-      simt::prefetch_l2(static_cast<const Storage*>(p.y) + output);
+      simt::prefetch_l2(&element(p.y, y_index(e, row)));
     }
   }
 
   // Exchange k carries the gradients of step k on to the step before it; the sequence's last one serves d_h0 alone.
-  __device__ __forceinline__ bool has_exchange(int64_t k) const { return k + 1 < l.steps || !is_last_launch() || p.d_h0; }
+  __device__ __forceinline__ bool has_exchange(int k) const { return k + 1 < steps || !is_last_launch() || p.d_h0; }
 
   // d_rg of exchange k - 1 times W_hh, of one element.
-  __device__ __forceinline__ float product_sum(const Place& e, int tile, int64_t k, int buffer) const {
+  __device__ __forceinline__ float product_sum(const Place& e, int tile, int k, int buffer) const {
     if constexpr (G::kScatters) {
       return product.sum(e.unit, e.b, tile, k - 1);
     } else {
@@ -116,46 +128,52 @@ struct PersistentBackward : BlockElements<G> {
     }
   }
 
-  // One element: adds the product (if there was one), applies the derivative, hands d_rg to the next product, stores.
-  __device__ __forceinline__ void finish(const Place& e, int tile, int64_t k, const Element& x, int buffer) {
-    const int64_t t = time(k);
-    float d[C::kSlots] = {};
-    bool was_active = false, from_zero = false;
-    if (exists(e, tile)) {
-      was_active = active(e, tile, t);
-      from_zero = was_active && is_reset(p.seq, memory_row(e, tile, t));
-      float dh = carry(e, tile), bypass = 0.0f;
-      if (k > 0) dh += product_sum(e, tile, k, buffer);
-      if (was_active) {
-        float dc_state = C::kHasC ? dc(e, tile) : 0.0f;
-        C::backward(p.cell, x.a, x.h_prev, x.c_prev, x.c, x.h, dh + x.dy, dc_state, d, bypass);
-        if constexpr (C::kHasC) Base::keep(1, e, tile, from_zero ? 0.0f : dc_state);
-        dh = from_zero ? 0.0f : bypass;
-      }
-      Base::keep(0, e, tile, dh);
-    }
-    // What goes through the weights, as it is stored.
-    Storage stored[C::kSlots];
+  // One element: adds the product (if there was one), applies the derivative, hands d_rg to the next product.
+  __device__ __forceinline__ void finish(const Place& e, int tile, int k, const Element& x, int buffer, Result& result) {
+    if (!e.mine) return;
+    const int steps_of_row = length(e, tile);
+    result.active = exists(e, tile) && active(time(k), steps_of_row);
+    float d[C::kSlots] = {}, dh = carry(e, tile), dc_state = C::kHasC ? dc(e, tile) : 0.0f;
+    if (k > 0) dh += product_sum(e, tile, k, buffer);
+    simt::issue_loads();
+    if (result.active) {
+      float a[C::kSlots], bypass = 0.0f;
 #pragma unroll
-    for (int slot = 0; slot < C::kSlots; ++slot) stored[slot] = simt::from_float<Storage>(d[slot]);
+      for (int slot = 0; slot < C::kSlots; ++slot) a[slot] = simt::to_float(x.a[slot]);
+      const float h_prev = x.from_zero ? 0.0f : simt::to_float(x.h_prev);
+      const float c_prev = x.from_zero ? 0.0f : simt::to_float(x.c_prev);
+      C::backward(p.cell, a, h_prev, c_prev, simt::to_float(x.c), simt::to_float(x.h), dh + simt::to_float(x.dy), dc_state,
+                  d, bypass);
+      dh = x.from_zero ? 0.0f : bypass;
+      if (x.from_zero) dc_state = 0.0f;
+    }
+    Base::keep(0, e, tile, dh);
+    if constexpr (C::kHasC) Base::keep(1, e, tile, dc_state);
+    // What goes through the weights, as it is stored.
+#pragma unroll
+    for (int slot = 0; slot < C::kSlots; ++slot) result.d[slot] = simt::from_float<Storage>(d[slot]);
 #pragma unroll
     for (int g = 0; g < C::kGates; ++g) {
       if (!has_exchange(k)) break;
-      const float d_rg = from_zero ? 0.0f : simt::to_float(stored[C::kSlots - C::kGates + g]);
+      const float d_rg = x.from_zero ? 0.0f : simt::to_float(result.d[C::kSlots - C::kGates + g]);
       if constexpr (G::kScatters) {
-        if (e.mine) product.put(buffer, g, e.unit, e.b, d_rg);
+        product.put(buffer, g, e.unit, e.b, d_rg);
       } else {
         publish(e, tile, k, g, d_rg);
       }
     }
-    if (!exists(e, tile) || (!was_active && p.seq.offsets)) return;
-    auto* d_gates = static_cast<Storage*>(p.d_gates) + gate_index(e, memory_row(e, tile, t));
+  }
+
+  // Stores the gradients of a step whose first row of memory is `first`; zeros where a row is inactive.
+  __device__ __forceinline__ void store(const Place& e, int tile, int first, const Result& result) const {
+    if (!exists(e, tile) || (!result.active && p.seq.offsets)) return;
+    auto* d_gates = static_cast<Storage*>(p.d_gates) + gate_index(e, simt::opaque(first + row_of_batch(e, tile)));
 #pragma unroll
-    for (int slot = 0; slot < C::kSlots; ++slot) d_gates[slot * p.H] = stored[slot];
+    for (int slot = 0; slot < C::kSlots; ++slot) d_gates[slot * H] = result.d[slot];
   }
 
   // Until product_sum is there; with the gather product, this makes it.
-  __device__ __forceinline__ void await_product(int tile, int64_t k, int buffer) const {
+  __device__ __forceinline__ void await_product(int tile, int k, int buffer) const {
     if constexpr (G::kScatters) {
       product.exchange.begin(tile, k - 1);
     } else {
@@ -171,7 +189,7 @@ struct PersistentBackward : BlockElements<G> {
     if (!exists(e, tile)) return;
     const bool goes_on = !is_last_launch();
     if (goes_on || p.d_h0) {
-      const float dh = carry(e, tile) + product_sum(e, tile, l.steps, buffer);
+      const float dh = carry(e, tile) + product_sum(e, tile, steps, buffer);
       if (goes_on) {
         carried(0, e, tile) = dh;
       } else {
@@ -203,34 +221,47 @@ __device__ __forceinline__ void persistent_backward(const BackwardSequence& s) {
   simt::sync_block();
   for (int tile = 0; tile < block.tiles; ++tile) backward.begin(tile);
 
+  StepRows rows(s.p.seq, [&](int k) { return backward.time(k); });
+  Element x[Place::kPerThread];
+  const auto load = [&](int tile, int k) {
+#pragma unroll
+    for (int i = 0; i < Place::kPerThread; ++i) backward.load(Place(tile, i), tile, k, rows, x[i]);
+  };
+  if constexpr (Place::kEarly) load(0, 0);
   int buffer = 0;
 #pragma unroll 1
-  for (uint32_t k = 0; k <= static_cast<uint32_t>(s.l.steps); ++k) {
+  for (int k = 0; k <= backward.steps; ++k) {
 #pragma unroll 1
     for (int tile = 0; tile < block.tiles; ++tile) {
-      const bool last = k == static_cast<uint32_t>(s.l.steps);
-      Element elements[Place::kPerThread];
-#pragma unroll
-      for (int i = 0; i < Place::kPerThread; ++i) {
-        if (!last) {
-          backward.load(Place(tile, i), tile, backward.time(k), elements[i]);
-          backward.prefetch(Place(tile, i), tile, backward.time(k + kPrefetchSteps));
-        }
+      const bool last = k == backward.steps;
+      if constexpr (!Place::kEarly) {
+        if (!last) load(tile, k);
       }
       if (k > 0 && backward.has_exchange(k - 1)) backward.await_product(tile, k, buffer);
+      if (last) {
+#pragma unroll
+        for (int i = 0; i < Place::kPerThread; ++i) backward.end(Place(tile, i), tile, buffer);
+        buffer ^= 1;
+        continue;
+      }
+      typename PersistentBackward<G>::Result results[Place::kPerThread];
 #pragma unroll
       for (int i = 0; i < Place::kPerThread; ++i) {
-        if (last) {
-          backward.end(Place(tile, i), tile, buffer);
-        } else {
-          backward.finish(Place(tile, i), tile, k, elements[i], buffer);
-        }
+        backward.finish(Place(tile, i), tile, k, x[i], buffer, results[i]);
+        if constexpr (!Place::kEarly) backward.store(Place(tile, i), tile, rows.now, results[i]);
       }
       if constexpr (G::kScatters) {
-        if (!last && backward.has_exchange(k)) {
+        if (backward.has_exchange(k)) {
           simt::sync_block();
           product.run(buffer, tile, k);
         }
+      }
+      const int row = rows.now;
+      const bool same_step = tile + 1 < block.tiles;
+      if (!same_step) rows.advance(s.p.seq, backward.time(k + 3));
+      if constexpr (Place::kEarly) {
+        if (same_step || k + 1 < backward.steps) load(same_step ? tile + 1 : 0, same_step ? k : k + 1);
+        backward.store(Place(tile, 0), tile, row, results[0]);
       }
       buffer ^= 1;
     }

@@ -8,14 +8,18 @@
 
 namespace fused_rnn::cuda {
 
-// Row b is active at t = 0 .. count - 1; none if that is negative.
-__device__ __forceinline__ int64_t count_active(const Sequence& seq, int64_t b) {
+// Row b is active at t = 0 .. count - 1.
+__device__ __forceinline__ int count_active(const Sequence& seq, int64_t b) {
+  const int T = static_cast<int>(seq.T);
   if (b >= seq.B) return 0;
-  if (seq.lengths) return seq.lengths[b] < seq.T ? seq.lengths[b] : seq.T;
-  if (!seq.offsets) return seq.T;
-  int64_t low = 0, high = seq.T;
+  if (seq.lengths) {
+    const int64_t length = seq.lengths[b];
+    return length < 0 ? 0 : length < T ? static_cast<int>(length) : T;
+  }
+  if (!seq.offsets) return T;
+  int low = 0, high = T;
   while (low < high) {
-    const int64_t middle = (low + high) / 2;
+    const int middle = low + (high - low) / 2;
     if (b < seq.offsets[middle + 1] - seq.offsets[middle]) {
       low = middle + 1;
     } else {
@@ -25,23 +29,51 @@ __device__ __forceinline__ int64_t count_active(const Sequence& seq, int64_t b) 
   return low;
 }
 
+// Rows of memory of the first batch row at a step and at the two after it in the order of the scan; no matter which where there is no
+// such step. Those of packed sequences are loaded, so each is asked for a step before it is used.
+struct StepRows {
+  int now, next, coming;
+
+  // At step 0; time(step): of a step.
+  template <class Time>
+  __device__ __forceinline__ StepRows(const Sequence& seq, const Time& time)
+      : now(row_at(seq, time(0))), next(row_at(seq, time(1))), coming(row_at(seq, time(2))) {}
+  // Goes on by a step; time: of the third after the one that is left.
+  __device__ __forceinline__ void advance(const Sequence& seq, int time) {
+    now = next;
+    next = coming;
+    coming = row_at(seq, time);
+  }
+  // Rows to a step some steps later: of packed sequences a guess, the number of rows taken for constant.
+  __device__ __forceinline__ int ahead(int steps) const { return (next - now) * steps; }
+
+ private:
+  static __device__ __forceinline__ int row_at(const Sequence& seq, int time) {
+    if (!seq.offsets) return time * static_cast<int>(seq.B);
+    return time >= 0 && time < static_cast<int>(seq.T) ? static_cast<int>(seq.offsets[time]) : 0;
+  }
+};
+
 // One element of a batch tile: where it is, and whether the calling thread has it. Tiles alternate between the two halves of
 // the threads where half of them suffice.
 template <class G>
 struct ElementPlace {
-  static constexpr int kElements = G::kUnits * kTileRows;
+  static constexpr unsigned kElements = G::kUnits * kTileRows;
   static constexpr int kPerThread = (kElements + kPersistentThreads - 1) / kPersistentThreads;
-  static_assert(kElements % 32 == 0, "whole warps take part");
+  static constexpr bool kHalf = 2 * kElements == kPersistentThreads;
+  static_assert(kHalf || kElements >= kPersistentThreads);
+  // Whether what the next step needs is requested before the results of this one are stored, so that it is there when the states
+  // come, whose wait awaits all loads in a cluster. For two elements there are no registers.
+  static constexpr bool kEarly = G::kCluster && kPerThread == 1;
   int unit, b;
   int number;  // of the thread's elements of the tile
   bool mine;
 
   __device__ __forceinline__ ElementPlace(int tile, int e) : number(e) {
-    const int shift = 2 * kElements <= kPersistentThreads && tile % 2 ? kPersistentThreads / 2 : 0;
-    const int index = (simt::thread_x() + shift) % kPersistentThreads + e * kPersistentThreads;
+    const unsigned thread = simt::thread_x(), index = kHalf ? thread % kElements : thread + e * kPersistentThreads;
     unit = index % G::kUnits;
     b = index / G::kUnits;
-    mine = index < kElements;
+    mine = kHalf ? thread / kElements == tile % 2u : index < kElements;
   }
 };
 
@@ -52,7 +84,8 @@ using ProductOf = std::conditional_t<G::kScatters, ScatterProduct<G>, Persistent
 constexpr int kPrefetchSteps = 4;
 
 // What forward and backward ask about elements. A thread keeps two fp32 values of each of its elements: those of the group's
-// first batch tile in registers (tiles_in_registers), those of others in shared memory.
+// first batch tile in registers (tiles_in_registers), those of others in shared memory. A step is a chain of latencies with little
+// to hide them, so indices are 32 bits wide but for those of memory.
 template <class G>
 struct BlockElements {
   using Storage = typename G::Storage;
@@ -60,63 +93,77 @@ struct BlockElements {
   using Place = ElementPlace<G>;
 
   const Sequence& seq;
-  int64_t H;
+  int H, D;
   const BlockPlace& block;
   ProductOf<G>& product;
-  int tiles;  // of the launch's groups
   float first_tile[2][Place::kPerThread];
   static constexpr int kInRegisters = tiles_in_registers(G::shape());
 
-  __device__ __forceinline__ int64_t unit_of(const Place& e) const { return block.slice * G::kUnits + e.unit; }
-  __device__ __forceinline__ int64_t row_of_batch(const Place& e, int tile) const {
+  __device__ __forceinline__ int unit_of(const Place& e) const { return block.slice * G::kUnits + e.unit; }
+  __device__ __forceinline__ int row_of_batch(const Place& e, int tile) const {
     return block.first_row + tile * kTileRows + e.b;
   }
   __device__ __forceinline__ bool exists(const Place& e, int tile) const {
-    return e.mine && unit_of(e) < H && row_of_batch(e, tile) < seq.B;
+    return e.mine && unit_of(e) < H && tile * kTileRows + e.b < block.rows;
   }
-  __device__ __forceinline__ bool active(const Place& e, int tile, int64_t t) const {
-    return t >= 0 && t < product.lengths()[tile * kTileRows + e.b];
+  // Active steps of an element that exists.
+  __device__ __forceinline__ int length(const Place& e, int tile) const { return product.lengths()[tile * kTileRows + e.b]; }
+  static __device__ __forceinline__ bool active(int t, int length) {
+    return static_cast<unsigned>(t) < static_cast<unsigned>(length);
   }
-  // Indices: of a state [D, B, H], of a row of memory at time t, of slot 0 of `gates` [D, N, S, H] in a row.
-  __device__ __forceinline__ int64_t state_index(const Place& e, int tile) const {
-    return (block.dir * seq.B + row_of_batch(e, tile)) * H + unit_of(e);
+  // Whether the state of an element is replaced by zeros before the time whose first row is `row`: as it is loaded, 0 or not.
+  __device__ __forceinline__ unsigned char reset(const Place& e, int tile, int t, int row, int length) const {
+    if (!seq.resets || !active(t, length)) return 0;
+    return reinterpret_cast<const unsigned char*>(seq.resets)[row + row_of_batch(e, tile)];
   }
-  __device__ __forceinline__ int64_t memory_row(const Place& e, int tile, int64_t t) const {
-    return row_of(seq, t, row_of_batch(e, tile));
+  // Indices: of a state [D, B, H]; in a row of memory, of slot 0 of `gates` [D, N, S, H], of `cs` [D, N, H], of `y` [N, D, H].
+  __device__ __forceinline__ uint64_t state_index(const Place& e, int tile) const {
+    const unsigned row = row_of_batch(e, tile);
+    return multiply_add(row + (block.dir ? static_cast<unsigned>(seq.B) : 0u), H, unit_of(e));
   }
-  __device__ __forceinline__ int64_t gate_index(const Place& e, int64_t row) const {
-    return (block.dir * seq.N + row) * C::kSlots * H + unit_of(e);
+  __device__ __forceinline__ uint64_t gate_index(const Place& e, int row) const {
+    return multiply_add(row_of_direction(row), C::kSlots * H, unit_of(e));
+  }
+  __device__ __forceinline__ uint64_t c_index(const Place& e, int row) const {
+    return multiply_add(row_of_direction(row), H, unit_of(e));
+  }
+  __device__ __forceinline__ uint64_t y_index(const Place& e, int row) const {
+    return multiply_add(row, D * H, simt::opaque(block.dir * H + unit_of(e)));
   }
   // An element of [D, B, H], zero if there is no tensor.
-  __device__ __forceinline__ float state(const void* tensor, const Place& e, int tile) const {
-    return tensor ? simt::to_float(static_cast<const Storage*>(tensor)[state_index(e, tile)]) : 0.0f;
+  __device__ __forceinline__ Storage state(const void* tensor, const Place& e, int tile) const {
+    return tensor ? static_cast<const Storage*>(tensor)[state_index(e, tile)] : Storage{};
   }
   __device__ __forceinline__ float kept(int which, const Place& e, int tile) const {
     if constexpr (kInRegisters > 0) {
       if (tile == 0) return first_tile[which][e.number];
     }
-    return product.state(which, tile - kInRegisters, e.unit, e.b, tiles - kInRegisters);
+    return product.state(which, tile - kInRegisters, e.unit, e.b);
   }
   __device__ __forceinline__ void keep(int which, const Place& e, int tile, float value) {
     if (kInRegisters > 0 && tile == 0) {
       first_tile[which][e.number] = value;
     } else {
-      product.state(which, tile - kInRegisters, e.unit, e.b, tiles - kInRegisters) = value;
+      product.state(which, tile - kInRegisters, e.unit, e.b) = value;
     }
   }
-  // Whether the thread, whose element exists, hints for its neighbours: 8 of them lie in one or two sectors of 32 bytes.
-  __device__ __forceinline__ bool hints(const Place& e, int tile, int64_t t) const {
-    return e.unit % 8 == 0 && active(e, tile, t);
+  // Whether the thread hints for its neighbours that a row will be read: 8 of them lie in one or two sectors of 32 bytes. A guessed
+  // row may lie behind the last.
+  __device__ __forceinline__ bool hints(const Place& e, int row) const {
+    return e.unit % 8 == 0 && row < static_cast<int>(seq.N);
   }
-  // Rows of memory from a batch row's place at one time to that at another.
-  __device__ __forceinline__ int64_t rows_between(int64_t from, int64_t to) const {
-    return seq.offsets ? seq.offsets[to] - seq.offsets[from] : (to - from) * seq.B;
-  }
-  // The value of gate `gate` (0 forward) for exchange `step`; by all threads.
-  __device__ __forceinline__ void publish(const Place& e, int tile, int64_t step, int gate, float value) const {
+  // The value of gate `gate` (0 forward) for exchange `step`; by all threads that have the element, which are whole warps.
+  __device__ __forceinline__ void publish(const Place& e, int tile, uint32_t step, int gate, float value) const {
     const int per_gate = product.exchange.chunks / published(G::shape()), per_slice = G::kUnits / G::Chunk::kStep;
-    if (e.mine) product.exchange.publish(value, e.unit, e.b, tile, gate * per_gate + block.slice * per_slice, step);
+    product.exchange.publish(value, e.unit, e.b, tile, gate * per_gate + block.slice * per_slice, step);
   }
+
+ private:
+  __device__ __forceinline__ unsigned row_of_direction(int row) const {
+    return static_cast<unsigned>(row) + (block.dir ? static_cast<unsigned>(seq.N) : 0u);
+  }
+  // One instruction.
+  static __device__ __forceinline__ uint64_t multiply_add(unsigned a, unsigned b, unsigned c) { return uint64_t{a} * b + c; }
 };
 
 }  // namespace fused_rnn::cuda

@@ -2,8 +2,9 @@
 //   h[t] = cell(a[t], W_hh h[t-1] + b_hh)   for the slice's units, row by row of the batch.
 // A thread finishes elements (unit, row) of each batch tile, always the same ones, and keeps their h and c in fp32, in
 // registers or in shared memory that no other thread touches. Per step and tile: the projection is requested, the product awaits the states of all
-// slices, the sums of the warps meet at the one barrier, the elements are finished and their new states published.
-// What is published for step s is the state before it, zero where the row is reset. Steps are counted from the launch's first.
+// slices, the sums of the warps meet at the one barrier, the elements are finished and their new states published; only then are
+// results stored. What is published for step s is the state before it, zero where the row is reset. Steps are counted from
+// the launch's first.
 #pragma once
 #include "persistent_elements.cuh"
 
@@ -12,19 +13,33 @@ namespace fused_rnn::cuda {
 template <class G>
 struct PersistentForward : BlockElements<G> {
   using Base = BlockElements<G>;
-  using Base::active, Base::block, Base::exists, Base::gate_index, Base::memory_row, Base::product, Base::publish,
-      Base::state;
-  using Base::state_index, Base::unit_of;
+  using Base::active, Base::block, Base::c_index, Base::exists, Base::gate_index, Base::H, Base::length, Base::product,
+      Base::publish, Base::reset, Base::row_of_batch, Base::state, Base::state_index, Base::unit_of, Base::y_index;
   using Storage = typename G::Storage;
   using C = DeviceCell<G::kCell>;
   using Place = ElementPlace<G>;
+  // What an element needs beside the product, requested before it and looked at after it.
+  struct Element {
+    Storage projection[C::kGates];
+    unsigned char reset;  // before the next step: not 0
+  };
+  // What is stored of a step.
+  struct Result {
+    Storage a[C::kSlots], c, h;
+    bool active;
+  };
 
   const ForwardParams& p;
   const PersistentLaunch& l;
+  int first_step, steps;
 
   __device__ __forceinline__ PersistentForward(const ForwardSequence& s, const BlockPlace& place,
                                                PersistentProduct<G>& weights)
-      : Base{s.p.seq, s.p.H, place, weights, s.l.tiles, {}}, p(s.p), l(s.l) {}
+      : Base{s.p.seq, static_cast<int>(s.p.H), s.p.D, place, weights, {}},
+        p(s.p),
+        l(s.l),
+        first_step(static_cast<int>(s.l.first_step)),
+        steps(static_cast<int>(s.l.steps)) {}
 
   __device__ __forceinline__ float h(const Place& e, int tile) const { return Base::kept(0, e, tile); }
   __device__ __forceinline__ float c(const Place& e, int tile) const { return Base::kept(1, e, tile); }
@@ -32,77 +47,93 @@ struct PersistentForward : BlockElements<G> {
     Base::keep(0, e, tile, h_state);
     if constexpr (C::kHasC) Base::keep(1, e, tile, c_state);
   }
-  __device__ __forceinline__ int64_t time(int64_t step) const {
-    return block.dir ? p.seq.T - 1 - l.first_step - step : l.first_step + step;
+  __device__ __forceinline__ int time(int step) const {
+    return block.dir ? static_cast<int>(p.seq.T) - 1 - first_step - step : first_step + step;
   }
 
-  __device__ __forceinline__ int64_t later(int64_t t) const { return block.dir ? t - kPrefetchSteps : t + kPrefetchSteps; }
-
-  // Whether the state is replaced by zeros before time t.
-  __device__ __forceinline__ bool reset(const Place& e, int tile, int64_t t) const {
-    return p.seq.resets && active(e, tile, t) && p.seq.resets[memory_row(e, tile, t)];
-  }
-
-  // The states before step 0, which it publishes.
-  __device__ __forceinline__ void begin(int tile) {
+  // The states before step 0, which it publishes. row: of memory, the first of time(0).
+  __device__ __forceinline__ void begin(int tile, int row) {
 #pragma unroll
     for (int i = 0; i < Place::kPerThread; ++i) {
       const Place e(tile, i);
       float h0 = 0.0f, c0 = 0.0f;
-      if (exists(e, tile) && !reset(e, tile, time(0))) {
-        h0 = state(l.first_step > 0 ? p.h_n : p.h0, e, tile);
-        if constexpr (C::kHasC) c0 = l.first_step > 0 ? l.carry[state_index(e, tile)] : state(p.c0, e, tile);
+      if (exists(e, tile) && !reset(e, tile, time(0), row, length(e, tile))) {
+        h0 = simt::to_float(state(first_step > 0 ? p.h_n : p.h0, e, tile));
+        if constexpr (C::kHasC) c0 = first_step > 0 ? l.carry[state_index(e, tile)] : simt::to_float(state(p.c0, e, tile));
       }
-      if (e.mine) keep(e, tile, h0, c0);
+      if (!e.mine) continue;
+      keep(e, tile, h0, c0);
       publish(e, tile, 0, 0, h0);
     }
   }
 
-  // Accumulators of one element before the product: projection and biases.
-  __device__ __forceinline__ void load(const Place& e, int tile, int64_t t, float (&a)[C::kSlots]) const {
+  __device__ __forceinline__ void load(const Place& e, int tile, int step, const StepRows& rows, Element& x) const {
+    x = Element{};
+    if (!exists(e, tile)) return;
+    const int steps_of_row = length(e, tile);
+    x.reset = reset(e, tile, time(step + 1), rows.next, steps_of_row);
+    if (!active(time(step), steps_of_row)) return;
+    const int row = rows.now + row_of_batch(e, tile);
+    const auto* projection = static_cast<const Storage*>(p.gates) + gate_index(e, row);
 #pragma unroll
-    for (int slot = 0; slot < C::kSlots; ++slot) a[slot] = 0.0f;
-    if (!exists(e, tile) || !active(e, tile, t)) return;
-    const auto* projection = static_cast<const Storage*>(p.gates) + gate_index(e, memory_row(e, tile, t));
-    if (Base::hints(e, tile, later(t))) {
-      const auto* hinted = projection + Base::rows_between(t, later(t)) * C::kSlots * p.H;
+    for (int g = 0; g < C::kGates; ++g) x.projection[g] = projection[g * H];
+    const int ahead = rows.ahead(kPrefetchSteps);
+    if (!active(time(step + kPrefetchSteps), steps_of_row) || !Base::hints(e, row + ahead)) return;
+    projection += int64_t{ahead} * (C::kSlots * H);
 #pragma unroll
-      for (int g = 0; g < C::kGates; ++g) simt::prefetch_l2(hinted + g * p.H);
-    }
-    const auto* b_hh = static_cast<const Storage*>(block.dir ? p.weights[1].b_hh : p.weights[0].b_hh);
-#pragma unroll
-    for (int g = 0; g < C::kGates; ++g) {
-      a[g] += simt::to_float(projection[g * p.H]);
-      if (b_hh) a[C::recurrent_slot(g)] += simt::to_float(b_hh[g * p.H + unit_of(e)]);
-    }
+    for (int g = 0; g < C::kGates; ++g) simt::prefetch_l2(projection + g * H);
   }
 
-  // After the barrier: adds the product, applies the cell, publishes the state for the next step, stores.
-  __device__ __forceinline__ void finish(const Place& e, int tile, int64_t step, float (&a)[C::kSlots], int buffer) {
-    const int64_t t = time(step);
-    float h_state = 0.0f, c_state = 0.0f;
-    bool was_active = false;
-    if (exists(e, tile)) {
-      const float h_prev = h(e, tile), c_prev = C::kHasC ? c(e, tile) : 0.0f;
-      was_active = active(e, tile, t);
-      h_state = h_prev;
-      c_state = c_prev;
-      if (was_active) {
+  // After the barrier: adds the product, applies the cell and publishes the state for the next step.
+  __device__ __forceinline__ void finish(const Place& e, int tile, int step, const Element& x, int buffer, Result& result) {
+    if (!e.mine) return;
+    const bool there = exists(e, tile);
+    const int steps_of_row = length(e, tile);
+    result.active = there && active(time(step), steps_of_row);
+    const float h_prev = G::kCell == CellKind::kGru ? h(e, tile) : 0.0f, c_prev = C::kHasC ? c(e, tile) : 0.0f;
+    float a[C::kSlots] = {};
 #pragma unroll
-        for (int g = 0; g < C::kGates; ++g) a[C::recurrent_slot(g)] += product.sum(buffer, g, e.unit, e.b);
-        C::forward(p.cell, a, h_prev, c_prev, h_state, c_state);
-      }
+    for (int g = 0; g < C::kGates; ++g) a[g] = simt::to_float(x.projection[g]);
+#pragma unroll
+    for (int g = 0; g < C::kGates; ++g) {
+      a[C::recurrent_slot(g)] += product.bias(g, e.unit) + product.sum(buffer, g, e.unit, e.b);
     }
-    const Storage h_stored = simt::from_float<Storage>(h_state);
-    const float c_stored = c_state;
-    h_state = simt::to_float(h_stored);
-    if (step + 1 < l.steps) {
-      if (exists(e, tile) && reset(e, tile, time(step + 1))) h_state = c_state = 0.0f;
+    simt::issue_loads();
+    float h_state, c_state = c_prev;
+    if (result.active) {
+      C::forward(p.cell, a, h_prev, c_prev, h_state, c_state);
+    } else {
+      h_state = h(e, tile);
+    }
+#pragma unroll
+    for (int slot = 0; slot < C::kSlots; ++slot) result.a[slot] = simt::from_float<Storage>(a[slot]);
+    result.c = simt::from_float<Storage>(c_state);
+    result.h = simt::from_float<Storage>(h_state);
+    h_state = simt::to_float(result.h);
+    if (step + 1 < steps) {
+      if (x.reset) h_state = c_state = 0.0f;
       publish(e, tile, step + 1, 0, h_state);
     }
-    if (!exists(e, tile)) return;
-    keep(e, tile, h_state, c_state);
-    if (was_active || !p.seq.offsets) store(e, tile, t, was_active, h_stored, c_stored, a);
+    if (there) keep(e, tile, h_state, c_state);
+  }
+
+  // Stores what is kept of a step whose first row of memory is `first`; zeros where a row is inactive.
+  __device__ __forceinline__ void store(const Place& e, int tile, int first, const Result& result) const {
+    if (!exists(e, tile) || (!result.active && p.seq.offsets)) return;
+    const int row = simt::opaque(first + row_of_batch(e, tile));
+    const Storage zero = simt::from_float<Storage>(0.0f);
+    static_cast<Storage*>(p.y)[y_index(e, row)] = result.active ? result.h : zero;
+    if (!p.training) return;
+    if constexpr (C::kSaved > 0) {
+      auto* gates = static_cast<Storage*>(p.gates) + gate_index(e, row);
+#pragma unroll
+      for (int slot = 0; slot < C::kSaved; ++slot) {
+        gates[slot * H] = result.active ? result.a[slot] : zero;
+      }
+    }
+    if constexpr (C::kHasC) {
+      static_cast<Storage*>(p.cs)[c_index(e, row)] = result.active ? result.c : zero;
+    }
   }
 
   // The states after the launch's last step.
@@ -113,7 +144,7 @@ struct PersistentForward : BlockElements<G> {
       if (!exists(e, tile)) continue;
       static_cast<Storage*>(p.h_n)[state_index(e, tile)] = simt::from_float<Storage>(h(e, tile));
       if constexpr (C::kHasC) {
-        if (l.first_step + l.steps < p.seq.T) {
+        if (first_step + steps < p.seq.T) {
           l.carry[state_index(e, tile)] = c(e, tile);
         } else {
           static_cast<Storage*>(p.c_n)[state_index(e, tile)] = simt::from_float<Storage>(c(e, tile));
@@ -121,33 +152,23 @@ struct PersistentForward : BlockElements<G> {
       }
     }
   }
-
- private:
-  // Everything kept of a row at time t; zeros where the row is inactive.
-  __device__ __forceinline__ void store(const Place& e, int tile, int64_t t, bool was_active, Storage h_stored,
-                                        float c_stored, const float (&a)[C::kSlots]) const {
-    const int64_t row = memory_row(e, tile, t);
-    const Storage zero = simt::from_float<Storage>(0.0f);
-    static_cast<Storage*>(p.y)[(row * p.D + block.dir) * p.H + unit_of(e)] = was_active ? h_stored : zero;
-    if (!p.training) return;
-    if constexpr (C::kSaved > 0) {
-      auto* gates = static_cast<Storage*>(p.gates) + gate_index(e, row);
-#pragma unroll
-      for (int slot = 0; slot < C::kSaved; ++slot) {
-        gates[slot * p.H] = was_active ? simt::from_float<Storage>(a[slot]) : zero;
-      }
-    }
-    if constexpr (C::kHasC) {
-      static_cast<Storage*>(p.cs)[(block.dir * p.seq.N + row) * p.H + unit_of(e)] =
-          was_active ? simt::from_float<Storage>(c_stored) : zero;
-    }
-  }
 };
+
+// The recurrent biases of a slice, zeros where there are none; read after the next barrier.
+template <class G>
+__device__ __forceinline__ void load_biases(const PersistentProduct<G>& product, const void* b_hh, int H, int slice) {
+  constexpr int kGates = Cell<G::kCell>::kGates;
+  for (int i = simt::thread_x(); i < kGates * G::kUnits; i += kPersistentThreads) {
+    const int gate = i / G::kUnits, unit = slice * G::kUnits + i % G::kUnits;
+    const bool has_bias = b_hh && unit < H;
+    product.bias(gate, i % G::kUnits) =
+        has_bias ? simt::to_float(static_cast<const typename G::Storage*>(b_hh)[gate * H + unit]) : 0.0f;
+  }
+}
 
 template <class G>
 __device__ __forceinline__ void persistent_forward(const ForwardSequence& s) {
   using Place = ElementPlace<G>;
-  constexpr int kSlots = Cell<G::kCell>::kSlots;
   const BlockPlace block = block_place(s.l, s.p.seq.B);
   PersistentProduct<G> product(block.dir ? s.p.weights[1].w_hh : s.p.weights[0].w_hh, s.p.H, s.l, block.slice, block.group);
   PersistentForward<G> forward(s, block, product);
@@ -155,28 +176,41 @@ __device__ __forceinline__ void persistent_forward(const ForwardSequence& s) {
   for (int i = simt::thread_x(); i < block.tiles * kTileRows; i += kPersistentThreads) {
     product.lengths()[i] = count_active(s.p.seq, block.first_row + i);
   }
+  load_biases(product, block.dir ? s.p.weights[1].b_hh : s.p.weights[0].b_hh, forward.H, block.slice);
   product.exchange.start();
   simt::sync_block();
-  for (int tile = 0; tile < block.tiles; ++tile) forward.begin(tile);
+  StepRows rows(s.p.seq, [&](int step) { return forward.time(step); });
+  for (int tile = 0; tile < block.tiles; ++tile) forward.begin(tile, rows.now);
 
+  typename PersistentForward<G>::Element x[Place::kPerThread];
+  const auto load = [&](int tile, int step) {
+#pragma unroll
+    for (int i = 0; i < Place::kPerThread; ++i) forward.load(Place(tile, i), tile, step, rows, x[i]);
+  };
+  if constexpr (Place::kEarly) load(0, 0);
   int buffer = 0;
-  // The planner refuses a T beyond 32 bits.
 #pragma unroll 1
-  for (uint32_t step = 0; step < static_cast<uint32_t>(s.l.steps); ++step) {
-    const int64_t t = forward.time(step);
+  for (int step = 0; step < forward.steps; ++step) {
 #pragma unroll 1
     for (int tile = 0; tile < block.tiles; ++tile) {
-      float a[Place::kPerThread][kSlots];
-#pragma unroll
-      for (int i = 0; i < Place::kPerThread; ++i) {
-        forward.load(Place(tile, i), tile, t, a[i]);
-      }
+      if constexpr (!Place::kEarly) load(tile, step);
       typename PersistentProduct<G>::Sums sums;
       product.run(sums, tile, step);
       product.store_sums(sums, buffer);
       simt::sync_block();
+      typename PersistentForward<G>::Result results[Place::kPerThread];
 #pragma unroll
-      for (int i = 0; i < Place::kPerThread; ++i) forward.finish(Place(tile, i), tile, step, a[i], buffer);
+      for (int i = 0; i < Place::kPerThread; ++i) {
+        forward.finish(Place(tile, i), tile, step, x[i], buffer, results[i]);
+        if constexpr (!Place::kEarly) forward.store(Place(tile, i), tile, rows.now, results[i]);
+      }
+      const int row = rows.now;
+      const bool same_step = tile + 1 < block.tiles;
+      if (!same_step) rows.advance(s.p.seq, forward.time(step + 3));
+      if constexpr (Place::kEarly) {
+        if (same_step || step + 1 < forward.steps) load(same_step ? tile + 1 : 0, same_step ? step : step + 1);
+        forward.store(Place(tile, 0), tile, row, results[0]);
+      }
       buffer ^= 1;
     }
   }

@@ -26,7 +26,8 @@ struct PersistentGeometry {
 struct BlockPlace {
   int slice, group, dir;
   int tiles;  // with rows below B, 1 to l.tiles; the same in all blocks of a group
-  int64_t first_row;
+  int rows;   // of the group that are below B
+  int first_row;
 };
 __device__ __forceinline__ BlockPlace block_place(const PersistentLaunch& l, int64_t B) {
   BlockPlace place;
@@ -34,10 +35,10 @@ __device__ __forceinline__ BlockPlace block_place(const PersistentLaunch& l, int
   const int group = simt::block_x() / l.slices;
   place.group = group;
   place.dir = l.first_dir + group / l.groups;
-  place.first_row = l.first_row + static_cast<int64_t>(group % l.groups) * l.tiles * kTileRows;
-  const int64_t rows = B - place.first_row;
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  place.tiles = tiles < l.tiles ? static_cast<int>(tiles) : l.tiles;
+  place.first_row = simt::opaque(static_cast<int>(l.first_row) + group % l.groups * l.tiles * kTileRows);
+  const int rows = static_cast<int>(B) - place.first_row, most = l.tiles * kTileRows;
+  place.rows = rows < most ? rows : most;
+  place.tiles = (place.rows + kTileRows - 1) / kTileRows;
   return place;
 }
 
@@ -45,19 +46,26 @@ template <class G>
 class BlockMemory {
  public:
   __device__ __forceinline__ explicit BlockMemory(const PersistentLaunch& l)
-      : smem_(persistent_smem(G::shape(), l.slices, l.tiles)) {}
+      : states_(persistent_smem(G::shape(), l.slices, l.tiles).state) {}
 
-  // What a thread keeps of element `unit`, `b` of a tile between steps; which: 0 or 1.
-  __device__ __forceinline__ float& state(int which, int tile, int unit, int b, int tiles) const {
-    return reinterpret_cast<float*>(simt::dynamic_smem() +
-                                    smem_.state)[((which * tiles + tile) * kTileRows + b) * G::kUnits + unit];
+  // What a thread keeps of element `unit`, `b` of a tile between steps; which: 0 or 1. tile: of those beyond the registers.
+  __device__ __forceinline__ float& state(int which, int tile, int unit, int b) const {
+    return at<float>(states_)[((tile * 2 + which) * kTileRows + b) * G::kUnits + unit];
   }
-  __device__ __forceinline__ int64_t* lengths() const {
-    return reinterpret_cast<int64_t*>(simt::dynamic_smem() + smem_.lengths);
+  static __device__ __forceinline__ int* lengths() { return at<int>(kSmem.lengths); }
+  static __device__ __forceinline__ float& bias(int gate, int unit) {
+    return at<float>(kSmem.biases)[gate * G::kUnits + unit];
   }
 
  protected:
-  PersistentSmem smem_;
+  static constexpr PersistentSmem kSmem = persistent_smem(G::shape(), 1, 1);  // its places up to the weights
+  template <class T>
+  static __device__ __forceinline__ T* at(int offset) {
+    return reinterpret_cast<T*>(simt::dynamic_smem() + offset);
+  }
+
+ private:
+  int states_;  // bytes
 };
 
 }  // namespace fused_rnn::cuda

@@ -50,7 +50,7 @@ class PersistentProduct : public BlockMemory<G> {
   }
 
   // sums = weights x the states of `step` of batch tile `tile`, over the warp's chunks.
-  __device__ __forceinline__ void run(Sums& sums, int tile, int64_t step) {
+  __device__ __forceinline__ void run(Sums& sums, int tile, uint32_t step) {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
@@ -89,7 +89,7 @@ class PersistentProduct : public BlockMemory<G> {
 
   // A batch of chunks in registers goes with as many in shared memory, whose loads hide behind the former's products. States
   // of chunks that the warp does not have are zeros, so that no branch stands between the loads of a batch.
-  __device__ __forceinline__ void run_paired(Sums& sums, int tile, int64_t step) {
+  __device__ __forceinline__ void run_paired(Sums& sums, int tile, uint32_t step) {
     int beyond = 0;  // chunks in shared memory that are done
 #pragma unroll
     for (int first = 0; first < kRegisterChunks; first += kBatch) {
@@ -111,7 +111,7 @@ class PersistentProduct : public BlockMemory<G> {
   }
 
   // Where the states come from afar: one batch is requested before the one before it is awaited.
-  __device__ __forceinline__ void run_in_turn(Sums& sums, int tile, int64_t step) {
+  __device__ __forceinline__ void run_in_turn(Sums& sums, int tile, uint32_t step) {
     Packet now[kBatch], next[kBatch];
     request(now, 0, tile, step);
 #pragma unroll
@@ -163,27 +163,27 @@ class PersistentProduct : public BlockMemory<G> {
     });
   }
 
-  __device__ __forceinline__ void request(Packet (&packets)[kBatch], int first, int tile, int64_t step) const {
+  __device__ __forceinline__ void request(Packet (&packets)[kBatch], int first, int tile, uint32_t step) const {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       if (first + i < chunks_) exchange.request(packets[i], tile, chunk_of(first + i), step);
     }
   }
   __device__ __forceinline__ void multiply(Sums& sums, Packet& packet, const uint32_t (&weights)[kTiles][4], int i, int tile,
-                                           int64_t step) const {
+                                           uint32_t step) const {
     exchange.await(packet, tile, chunk_of(i), step);
     uint32_t x[2];
     Exchange::words(packet, x);
-    auto* scratch = reinterpret_cast<float*>(simt::dynamic_smem() + this->smem_.scratch);
+    auto* scratch = this->template at<float>(this->kSmem.scratch);
     Chunk::multiply(sums, weights, x, scratch + (simt::warp_id() * 2 + i % 2) * kScratchFloats);
   }
   __device__ __forceinline__ void multiply_zeros_beyond(Sums& sums, const uint32_t (&weights)[kTiles][4], int i, int tile,
-                                                        int64_t step) const {
+                                                        uint32_t step) const {
     Packet packet{};
     if (i < chunks_) exchange.request(packet, tile, chunk_of(i), step);
     multiply(sums, packet, weights, i, tile, step);
   }
-  __device__ __forceinline__ void multiply_smem_chunk(Sums& sums, int i, int tile, int64_t step) const {
+  __device__ __forceinline__ void multiply_smem_chunk(Sums& sums, int i, int tile, uint32_t step) const {
     uint32_t weights[kTiles][4];
     load_smem_weights(weights, i);
     multiply_zeros_beyond(sums, weights, i, tile, step);
@@ -198,11 +198,11 @@ class PersistentProduct : public BlockMemory<G> {
   }
   __device__ __forceinline__ uint32_t* smem_fragment(int i, int m) const {
     const int index = (simt::warp_id() * smem_chunks_ + i - kRegisterChunks) * kTiles + m;
-    return reinterpret_cast<uint32_t*>(simt::dynamic_smem() + this->smem_.weights) + index * 128 + simt::lane_id() * 4;
+    return this->template at<uint32_t>(this->kSmem.weights) + index * 128 + simt::lane_id() * 4;
   }
   __device__ __forceinline__ float* partial(int buffer, int k_group, int m) const {
-    return reinterpret_cast<float*>(simt::dynamic_smem() + this->smem_.partials) +
-           (buffer * kKGroups + k_group) * partial_floats(G::shape()) + m * kTileRows * kPartialPitch;
+    return this->template at<float>(this->kSmem.partials) + (buffer * kKGroups + k_group) * partial_floats(G::shape()) +
+           m * kTileRows * kPartialPitch;
   }
 
   uint32_t weights_[kRegisterChunks][kTiles][4];

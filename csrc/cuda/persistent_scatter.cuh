@@ -22,19 +22,18 @@ class ScatterProduct : public BlockMemory<G> {
  public:
   // w_hh: [gates, H, H] of this direction.
   __device__ __forceinline__ ScatterProduct(const void* w_hh, int64_t H, const PersistentLaunch& l, int slice, int)
-      : BlockMemory<G>(l), exchange(l, G::shape()), slice_(slice), all_tiles_(l.slices * G::kUnitTiles) {
-    smem_tiles_ = smem_tiles(G::shape(), l.slices);
+      : BlockMemory<G>(l), exchange(l, G::shape()), slice_(slice) {
     const auto* weights = static_cast<const Storage*>(w_hh);
 #pragma unroll
     for (int j = 0; j < kRegisterTiles; ++j) {
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
         weights_[j][c][0] = weights_[j][c][1] = weights_[j][c][2] = weights_[j][c][3] = 0;
-        if (tile_of(j) < all_tiles_) load_fragment(weights_[j][c], weights, H, tile_of(j), c);
+        if (tile_of(j) < all_tiles()) load_fragment(weights_[j][c], weights, H, tile_of(j), c);
       }
     }
 #pragma unroll 1
-    for (int j = kRegisterTiles; j < kRegisterTiles + smem_tiles_; ++j) {
+    for (int j = kRegisterTiles; j < kRegisterTiles + smem_tiles_of_warp(); ++j) {
 #pragma unroll 1
       for (int c = 0; c < kChunks; ++c) {
         simt::Vec<uint32_t, 4> words;
@@ -51,18 +50,20 @@ class ScatterProduct : public BlockMemory<G> {
   }
 
   // Multiplies what was put to `buffer` and sends the sums to their owners.
-  __device__ __forceinline__ void run(int buffer, int tile, int64_t step) const {
+  __device__ __forceinline__ void run(int buffer, int tile, uint32_t step) const {
     run_with<kRegisterTiles>(buffer, tile, step);
   }
 
   // The sum of what all blocks sent for one element; after exchange.begin.
-  __device__ __forceinline__ float sum(int unit, int b, int tile, int64_t step) const {
+  __device__ __forceinline__ float sum(int unit, int b, int tile, uint32_t step) const {
     return exchange.sum(b * G::kUnits + unit, tile, step);
   }
 
   ClusterScatter exchange;
 
  private:
+  __device__ __forceinline__ int all_tiles() const { return exchange.ranks * G::kUnitTiles; }
+  __device__ __forceinline__ int smem_tiles_of_warp() const { return smem_tiles(G::shape(), exchange.ranks); }
   // Tile of M of the warp's j-th.
   static __device__ __forceinline__ int tile_of(int j) { return simt::warp_id() + j * kPersistentWarps; }
 
@@ -79,9 +80,9 @@ class ScatterProduct : public BlockMemory<G> {
 
   // kCount: tiles of M of every warp, those in registers and those in shared memory.
   template <int kCount>
-  __device__ __forceinline__ void run_with(int buffer, int tile, int64_t step) const {
+  __device__ __forceinline__ void run_with(int buffer, int tile, uint32_t step) const {
     if constexpr (kCount < kTiles) {
-      if (kCount < kRegisterTiles + smem_tiles_) return run_with<kCount + 1>(buffer, tile, step);
+      if (kCount < kRegisterTiles + smem_tiles_of_warp()) return run_with<kCount + 1>(buffer, tile, step);
     }
     float sums[kCount][Chunk::kAcc];
 #pragma unroll
@@ -109,23 +110,23 @@ class ScatterProduct : public BlockMemory<G> {
     for (int j = 0; j < kCount; ++j) send(sums[j], tile_of(j), tile, step);
   }
 
-  __device__ __forceinline__ void send(const float (&sums)[Chunk::kAcc], int m_tile, int tile, int64_t step) const {
-    if (m_tile >= all_tiles_) return;
+  __device__ __forceinline__ void send(const float (&sums)[Chunk::kAcc], int m_tile, int tile, uint32_t step) const {
+    if (m_tile >= all_tiles()) return;
     const RowPiece piece = Chunk::rows(sums);
     const int unit = m_tile % G::kUnitTiles * kTileUnits + piece.unit;
     exchange.push(piece, m_tile / G::kUnitTiles, piece.b * G::kUnits + unit, slice_, tile, step);
   }
 
   __device__ __forceinline__ uint32_t* own(int buffer, int chunk) const {
-    return reinterpret_cast<uint32_t*>(simt::dynamic_smem() + this->smem_.partials) + (buffer * kChunks + chunk) * kOwnWords;
+    return this->template at<uint32_t>(this->kSmem.partials) + (buffer * kChunks + chunk) * kOwnWords;
   }
   __device__ __forceinline__ uint32_t* smem_fragment(int j, int chunk) const {
-    const int index = (simt::warp_id() * smem_tiles_ + j - kRegisterTiles) * kChunks + chunk;
-    return reinterpret_cast<uint32_t*>(simt::dynamic_smem() + this->smem_.weights) + index * 128 + simt::lane_id() * 4;
+    const int index = (simt::warp_id() * smem_tiles_of_warp() + j - kRegisterTiles) * kChunks + chunk;
+    return this->template at<uint32_t>(this->kSmem.weights) + index * 128 + simt::lane_id() * 4;
   }
 
   uint32_t weights_[kRegisterTiles][kChunks][4];
-  int slice_, all_tiles_, smem_tiles_;
+  int slice_;
 };
 
 }  // namespace fused_rnn::cuda

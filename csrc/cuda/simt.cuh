@@ -49,7 +49,10 @@ __device__ __forceinline__ unsigned char* dynamic_smem() {
 
 // All threads of the block.
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
-// The same; returns whether any thread's predicate held.
+// A fence for the compiler, by whole warps: loads that stand before it are issued before what follows. It would rather delay some,
+// to save registers, and what needs them then waits.
+__device__ __forceinline__ void issue_loads() { __syncwarp(); }
+// The same as sync_block; returns whether any thread's predicate held.
 __device__ __forceinline__ bool sync_block_or(bool predicate) { return __syncthreads_or(predicate) != 0; }
 // All 32 threads of the warp.
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
@@ -162,6 +165,26 @@ __device__ __forceinline__ T from_float(V value) {
 
 __device__ __forceinline__ uint32_t float_bits(float value) { return __float_as_uint(value); }
 __device__ __forceinline__ float bits_float(uint32_t bits) { return __uint_as_float(bits); }
+
+// 2 to the power of x: 2 ulp. Results below 2^-126 are 0.
+__device__ __forceinline__ float exp2(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+// 1 / x: 1 ulp. 0 of infinities and of |x| above 2^126.
+__device__ __forceinline__ float reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// The same value, of which the compiler does not know how it was made: it keeps the value alone, not its parts too, and what is
+// made of it is made anew.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 
 // N values loaded or stored at once; the address is aligned to the whole.
 template <class T, int kSize>

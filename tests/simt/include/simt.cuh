@@ -75,6 +75,7 @@ __forceinline__ bool sync_block_or(bool predicate) {
   return predicate;
 }
 __forceinline__ void sync_warp() { simt_host::warp_collective("sync_warp", ~0u, nullptr, nullptr, true, SIMT_HERE); }
+__forceinline__ void issue_loads() { simt_host::warp_collective("issue_loads", ~0u, nullptr, nullptr, true, SIMT_HERE); }
 __forceinline__ void sync_named(int id, int threads) { simt_host::barrier(id, threads, nullptr, SIMT_HERE); }
 
 namespace detail {
@@ -173,6 +174,18 @@ __forceinline__ float bits_float(uint32_t bits) {
   std::memcpy(&value, &bits, 4);
   return value;
 }
+
+// With errors of the size that the device's have.
+__forceinline__ float exp2(float x) {
+  const float result = std::exp2(x) * (1 + 0x1p-22f);
+  return result < 0x1p-126f ? 0.0f : result;
+}
+__forceinline__ float reciprocal(float x) {
+  const float result = (1 - 0x1p-23f) / x;
+  return std::fabs(x) > 0x1p126f ? 0.0f : result;
+}
+
+__forceinline__ int opaque(int value) { return value; }
 
 template <class T, int kSize>
 struct alignas(sizeof(T) * kSize) Vec {
