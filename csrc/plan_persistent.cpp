@@ -169,7 +169,7 @@ Fit fit_family(const Problem& problem, const DeviceInfo& device, Family family) 
     fit.reason = "has no fp64 kernels";
   } else if (problem.P != problem.H) {
     fit.reason = "has no projection";
-  } else if (problem.T >= (int64_t{1} << 31) / problem.B) {
+  } else if (!numbers_rows(problem)) {
     fit.reason = "numbers the rows of all steps with 32 bits";
   } else if (device.registers_per_sm < kRegisters) {
     fit.reason = "needs " + std::to_string(kRegisters) + " registers of an SM";
@@ -198,6 +198,8 @@ int64_t clusters_at_once(const DeviceInfo& device, int64_t blocks) {
   return blocks >= 8 && all > 1 ? all - 1 : all;
 }
 static_assert(std::tuple_size<decltype(DeviceInfo::active_clusters)>::value == cuda::kMaxClusterBlocks + 1);
+
+bool numbers_rows(const Problem& problem) { return problem.T + 8 < (int64_t{1} << 31) / std::max<int64_t>(problem.B, 1); }
 
 std::string persistent_obstacle(const Problem& problem, const DeviceInfo& device, Family family) {
   const Fit fit = fit_family(problem, device, family);

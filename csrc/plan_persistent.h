@@ -9,6 +9,10 @@ std::string capability_text(int capability);
 
 inline bool is_persistent(Family family) { return family == Family::kGrid || family == Family::kCluster; }
 
+// Whether 32 bits number the rows of all steps, as the persistent families need it: also of some steps beyond the last, whose rows
+// are computed or guessed and not used.
+bool numbers_rows(const Problem& problem);
+
 // Why the family cannot serve the problem on the device; empty if it can.
 std::string persistent_obstacle(const Problem& problem, const DeviceInfo& device, Family family);
 

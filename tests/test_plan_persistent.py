@@ -62,6 +62,8 @@ REFUSED = [
     ("RTX 4090", "cluster", 64, BF16, {}, "cluster needs compute capability 9.0"),
     ("RTX 4090", "grid", 2048, BF16, {}, "bytes of shared memory each beside the registers, the device has 101376"),
     ("H200", "cluster", 1024, BF16, {}, "needs a cluster of 22 blocks of 48 units, the device has clusters of 16"),
+    ("H100", "grid", 64, BF16, {"T": 2**28 - 8, "B": 8}, "numbers the rows of all steps with 32 bits"),
+    ("H100", "cluster", 64, BF16, {"T": 1, "B": 2**31}, "numbers the rows of all steps with 32 bits"),
 ]
 
 
@@ -71,6 +73,12 @@ def test_refused(row: tuple[Any, ...]) -> None:
     with pytest.raises(ValueError, match=f"kernel family {family} cannot serve this layer: ") as error:
         plan(name, H=hidden, dtype=dtype, forced=family, **more)
     assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("family", ["grid", "cluster"])
+def test_most_steps(family: str) -> None:
+    """32 bits number the rows of the steps and of some beyond the last."""
+    assert plan(T=2**28 - 9, B=8, H=64, dtype=BF16, forced=family)["family"] == family
 
 
 @pytest.mark.parametrize("name", DEVICES)

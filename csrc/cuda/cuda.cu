@@ -1,5 +1,4 @@
 // Host side of the families `cell` and `step`: one or two launches per time step, back to back on the caller's stream.
-#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <initializer_list>
@@ -13,6 +12,7 @@
 #include "kernels.h"
 #include "persistent.h"
 #include "persistent_launch.h"
+#include "plan_persistent.h"
 #include "recent.h"
 
 namespace fused_rnn::cuda {
@@ -147,8 +147,7 @@ const Plan& plan_for(const Problem& problem, int device, const FamilyChoice& cho
   // Families tell one step from several, not how many, unless these are too many for the persistent ones; which of them is the
   // cheapest depends on it.
   Problem key = problem;
-  const bool many = problem.T >= (int64_t{1} << 31) / std::max<int64_t>(problem.B, 1);
-  if (!choice.cheapest && problem.T > 1 && !many) key.T = 2;
+  if (!choice.cheapest && problem.T > 1 && numbers_rows(problem)) key.T = 2;
   return kept.get({key, device, choice}, [&] { return make_plan(problem, device_info(device), choice); });
 }
 
