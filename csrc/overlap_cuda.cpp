@@ -62,7 +62,8 @@ struct Lanes {
   std::vector<at::cuda::CUDAEvent> events;  // one for each task
 
   void prepare(size_t stream_count, size_t event_count, c10::DeviceIndex device) {
-    while (streams.size() < stream_count) streams.push_back(c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device));
+    // The recurrences run there: of the SMs that come free they go before the matrix products beside them.
+    while (streams.size() < stream_count) streams.push_back(c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device));
     if (events.size() < event_count) events.resize(event_count);
   }
 };
