@@ -11,12 +11,12 @@ constexpr CellKind kernel_cell(CellKind cell) {
   return cell == CellKind::kRnnRelu || cell == CellKind::kRnnIdentity ? CellKind::kRnnTanh : cell;
 }
 
-// A float whose sigmoid takes four instructions of the special function units and no branch, where the quotient and exp of the
-// math library branch, one sigmoid after another: a step waits for them. Its error is that of exp2 and the reciprocal, 2 ulp and
-// 1, and of the rounded exponent: below 2e-7.
+// A float whose sigmoid takes four instructions, two of them of the special function units, and no branch, where the quotient and
+// exp of the math library branch, one sigmoid after another: a step waits for them. Its error is that of exp2 and the reciprocal,
+// 2 ulp and 1, and of the rounded exponent: below 2e-7, and 0 stands for what is below 2^-126.
 struct DeviceFloat {
   float v;
-  FUSED_RNN_HD DeviceFloat() = default;
+  DeviceFloat() = default;
   FUSED_RNN_HD explicit DeviceFloat(float value) : v(value) {}
 };
 FUSED_RNN_HD DeviceFloat operator+(DeviceFloat a, DeviceFloat b) { return DeviceFloat(a.v + b.v); }

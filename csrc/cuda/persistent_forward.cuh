@@ -3,7 +3,8 @@
 // A thread finishes elements (unit, row) of each batch tile, always the same ones, and keeps their h and c in fp32, in
 // registers or in shared memory that no other thread touches. Per step and tile: the projection is requested, the product awaits the states of all
 // slices, the sums of the warps meet at the one barrier, the elements are finished and their new states published; only then are
-// results stored. What is published for step s is the state before it, zero where the row is reset. Steps are counted from
+// results stored. In a cluster, blocks of up to 32 units request the projection for the next tile or step before they store
+// (ElementPlace::kEarly). What is published for step s is the state before it, zero where the row is reset. Steps are counted from
 // the launch's first.
 #pragma once
 #include "persistent_elements.cuh"
