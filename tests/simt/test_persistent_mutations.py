@@ -32,25 +32,38 @@ CASES = [
     Simulated(Case("LSTM", 3, 9, 4, 12, **ALL_ON), 3, "cluster"),
     # Several launches over one workspace.
     Simulated(Case("RNN_TANH", 2, 75, 4, 20, bidirectional=True, **ALL_ON), 2, "grid", "FOUR"),
+    # Groups of several tiles in a cluster: one block, whose threads have half a tile's elements each; blocks of 48 units.
+    Simulated(Case("LSTM", 3, 17, 4, 16, bidirectional=True, **ALL_ON), 1, "cluster", "FOUR"),
+    Simulated(Case("RNN_TANH", 3, 17, 4, 16, bidirectional=True, **PACKED), 1, "cluster", "FOUR"),
+    Simulated(Case("LSTM", 3, 17, 4, 150, **ALL_ON), 1, "cluster", "FOUR"),
+    # Packed sequences longer than the distance of the prefetch; in one direction, its guess goes beyond the last row.
+    Simulated(Case("LSTM", 6, 9, 4, 21, bidirectional=True, **PACKED), 1, "cluster"),
+    Simulated(Case("GRU", 6, 9, 4, 21, **PACKED), 1, "cluster"),
+    # Clusters of more than 4 and of more than 8 blocks.
+    Simulated(Case("GRU", 2, 1, 4, 70, dtype=F16), 1, "cluster"),
+    Simulated(Case("LSTM", 2, 1, 4, 140, dtype=F16), 1, "cluster"),
     # More chunks, and weights in shared memory.
     Simulated(Case("LSTM", 3, 3, 4, 150, **ALL_ON), 1, "cluster", "CLUSTERS_OF_4"),
+    Simulated(Case("LSTM", 2, 1, 4, 285, dtype=F32), 1, "cluster", "CLUSTERS_OF_8", tf32=True),
     Simulated(Case("GRU", 1, 3, 4, 517, dtype=F32), 1, "grid"),
 ]
 
 # Mutants that no test can catch, because the program means the same without the line, and why.
 _BATCHES = "saves a branch for each chunk of a batch that the warp does not have"
+_NO_ELEMENT = (
+    "what a unit beyond the last computes is zero: its weights, bias, projection and state are; rows beyond B are inactive"
+)
 EQUIVALENT: dict[str, str] = {
-    "persistent_scatter.cuh `if (tile_of(j) < all_tiles_) load_fragment` -> `load_fragment`": (
-        "fragments beyond the last are zeros by their own masks; without the branch ptxas spills 1000 bytes"
+    "persistent_elements.cuh `return e.unit % 8 == 0 &&` -> `return`": "saves hints: neighbours give the same",
+    "persistent_scatter.cuh `if (tile_of(j) < all_tiles()) load_fragment` -> `load_fragment`": (
+        "fragments beyond the last are zeros by their own masks; the branch saves their making"
     ),
     "persistent_product.cuh `if (first >= chunks_) break;` -> ``": _BATCHES,
     "persistent_product.cuh `if (first >= chunks_) break;` -> `` #2": _BATCHES,
-    "persistent_forward.cuh `was_active ? simt::from_float<Storage>(a[slot]) : zero` -> "
-    "`simt::from_float<Storage>(a[slot])` #2": (
-        "the accumulators of a row that is not active are zeros; without the choice ptxas spills where it has 255 registers"
-    ),
-    "persistent_memory.cuh `tiles < l.tiles ? static_cast<int>(tiles) : l.tiles` -> `l.tiles`": (
-        "saves work: tiles without rows have no elements, and all blocks of a group have the same tiles"
+    "persistent_forward.cuh `result.active = there &&` -> `result.active =`": _NO_ELEMENT,
+    "persistent_backward.cuh `result.active = exists(e, tile) &&` -> `result.active =`": _NO_ELEMENT,
+    "persistent_forward.cuh `if (there) keep` -> `keep`": (
+        "the place of an element that does not exist is the thread's own, and nobody reads it"
     ),
     "exchange_grid.cuh `if (missing()) request` -> `request`": "saves loads: words that have come stay as they are",
 }
@@ -73,6 +86,6 @@ def work(sim: Simulator) -> None:
 
 @pytest.mark.slow
 def test_persistent_mutants_are_caught() -> None:
-    assert {"FOUR", "CLUSTERS_OF_4"} <= set(DEVICES)
+    assert {"FOUR", "CLUSTERS_OF_4", "CLUSTERS_OF_8"} <= set(DEVICES)
     results = survey(all_mutants(), replacement, work, "persistent-mutants-progress.txt")
     check(results, EQUIVALENT, "persistent-mutants.txt")

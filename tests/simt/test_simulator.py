@@ -103,6 +103,7 @@ WRONG = [
     ("deadlock", "deadlock", [r"threads 0-31 wait at barrier 1", r"barrier 2 has 32 of 64", line_of("simt::sync_named")]),
     ("divergent_warp", "divergent warp", [line_of("simt::shuffle_xor")]),
     ("write_past_end", "out of bounds", [r"write of 4 bytes .* past the end of out", line_of("write_past_end_kernel")]),
+    ("prefetch_far", "out of bounds", [r"far from all memory of the device", line_of("simt::prefetch_l2")]),
     ("misaligned", "misaligned access", [r"read of 8 bytes", r"of in", line_of("simt::load_vec")]),
     ("hole", "poison in output", [r"out\[(5|69)\] was not written"]),
     ("poison", "poison in output", [r"poison was read by: poison block", line_of("void poison_kernel")]),

@@ -58,6 +58,10 @@ __global__ void divergent_warp_kernel(const Small p) {
 }
 
 __global__ void write_past_end_kernel(const Small p) { p.out[global_index() + 1] = 0; }
+__global__ void prefetch_far_kernel(const Small p) {
+  p.out[global_index()] = 0;
+  simt::prefetch_l2(p.in + (int64_t{1} << 34));
+}
 __global__ void write_input_kernel(const Small p) { const_cast<float*>(p.in)[global_index()] = p.out[0] = 1; }
 __global__ void misaligned_kernel(const Small p) { p.out[global_index()] = simt::load_vec<2>(p.in + simt::thread_x()).v[0]; }
 __global__ void hole_kernel(const Small p) {
@@ -316,6 +320,7 @@ constexpr Entry kEntries[] = {
     {"deadlock", deadlock_kernel, nullptr},
     {"divergent_warp", divergent_warp_kernel, nullptr},
     {"write_past_end", write_past_end_kernel, nullptr},
+    {"prefetch_far", prefetch_far_kernel, nullptr},
     {"write_input", write_input_kernel, nullptr},
     {"misaligned", misaligned_kernel, nullptr},
     {"hole", hole_kernel, nullptr},

@@ -243,10 +243,13 @@ void check_access(const void* address, size_t bytes, unsigned kind, uintptr_t pc
 
 void check_access_of(Thread& thread, const void* address, size_t bytes, unsigned kind, uintptr_t pc) {
   if (!in_arena(address)) {
-    // A small address is a null pointer plus an offset. Others are the kernel's own locals and constants.
-    if (reinterpret_cast<uintptr_t>(address) < 65536) {
+    // A small address is a null pointer plus an offset. Others are the kernel's own locals and constants, for which nobody hints.
+    const bool null = reinterpret_cast<uintptr_t>(address) < 65536;
+    if (null || kind & kHint) {
       fault("out of bounds",
-            access_name(kind, bytes) + " by " + thread.name() + " at " + where(pc) + " through a null pointer", pc);
+            access_name(kind, bytes) + " by " + thread.name() + " at " + where(pc) +
+                (null ? " through a null pointer" : ", far from all memory of the device"),
+            pc);
     }
     return;
   }
