@@ -1,5 +1,5 @@
 // Capacity of the persistent families: do the weights of a layer fit the registers and the shared memory of the blocks of one
-// group, and how many groups run at once. The times are a model from published figures; nothing here has been measured.
+// group, and how many groups run at once. The times are a model; nothing here has been measured.
 #include "plan_persistent.h"
 
 #include <algorithm>

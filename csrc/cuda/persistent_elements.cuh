@@ -80,7 +80,7 @@ struct ElementPlace {
 template <class G>
 using ProductOf = std::conditional_t<G::kScatters, ScatterProduct<G>, PersistentProduct<G>>;
 
-// Steps between the hint that a row will be read and its reading. A step takes as little as 0.4 us, memory 0.6 to 0.8 us.
+// Steps between the hint that a row will be read and its reading. A step may take as little as 0.4 us, memory 0.6 to 0.8 us.
 constexpr int kPrefetchSteps = 4;
 
 // What forward and backward ask about elements. A thread keeps two fp32 values of each of its elements: those of the group's
