@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <launch.cuh>
 #include <simt.cuh>
 #include <string>
 #include <ticks.cuh>

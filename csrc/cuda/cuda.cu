@@ -2,6 +2,7 @@
 #include <array>
 #include <cstdint>
 #include <initializer_list>
+#include <launch.cuh>
 #include <mutex>
 #include <simt.cuh>
 #include <stdexcept>

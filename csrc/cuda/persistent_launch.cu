@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <launch.cuh>
 #include <simt.cuh>
 #include <stdexcept>
 #include <string>

@@ -154,7 +154,7 @@ def build(
     units += [Unit(f, tuple(host), for_runtime) for f in runtime if f != api]
     if backend:
         planner = sorted(f for f in csrc.glob("plan*.cpp") if not f.stem.endswith("_bindings"))
-        units += [Unit(f, tuple(host), for_host) for f in [api, *planner, *sorted((csrc / "cuda").glob("*.cpp"))]]
+        units += [Unit(f, tuple(host), for_host) for f in [api, *planner]]
     with ThreadPoolExecutor(jobs) as pool:
         objects = list(pool.map(_compile, units))
     target = CACHE / f"simt-{_hash(sanitize, *(o.name for o in objects))}.so"

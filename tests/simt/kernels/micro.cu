@@ -1,4 +1,7 @@
 // The exchanging kernels of the microbenchmarks (benchmarks/micro), for test_micro_kernels.py: do they end, without a race?
+#include <launch.cuh>
+#include <string>
+
 #include "../../../benchmarks/micro/handoff_kernels.cuh"
 #include "../../../benchmarks/micro/push_kernels.cuh"
 #include "../runtime/capi.h"

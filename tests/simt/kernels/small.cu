@@ -1,5 +1,8 @@
 // Little kernels with known answers for the simulator's own tests: each is right, or wrong in the one way that its name says.
+#include <launch.cuh>
 #include <simt.cuh>
+#include <stdexcept>
+#include <string>
 
 #include "../runtime/capi.h"
 
