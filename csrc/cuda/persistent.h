@@ -123,8 +123,8 @@ constexpr FUSED_RNN_HD int scatter_floats(PersistentShape s, int slices) { retur
 // ---- memory ----
 
 // Batch tiles whose running states (h and c, or their gradients) a thread keeps in registers: the first, or none where the
-// weights leave no room (ptxas). In `grid` the packets under way take that room.
-constexpr FUSED_RNN_HD int tiles_in_registers(PersistentShape s) { return !s.cluster || s.unit_tiles == 3 ? 0 : 1; }
+// weights leave no room (ptxas) or two threads take turns (blocks of 16 units). In `grid` the packets under way take that room.
+constexpr FUSED_RNN_HD int tiles_in_registers(PersistentShape s) { return s.cluster && s.unit_tiles == 2 ? 1 : 0; }
 // Bytes of one fragment: 4 registers of 32 lanes.
 constexpr int kFragmentBytes = 4 * 32 * 4;
 // fp32: the states of one chunk, [k][batch row], the upper half of k 4 floats further. A warp has two in turn.

@@ -2,7 +2,7 @@
 // the last step to the first, row b active at t has
 //   dh[t] = dy[t] + carry + d_rg[next] W_hh
 // and the cell's derivative gives d_gates[t], the gradient of c and the part of dh that bypasses W_hh. A thread keeps, for its
-// elements, carry and the gradient of c in fp32, in registers or in shared memory that no other thread touches. At first they are dh_n and dc_n;
+// elements, carry and the gradient of c in fp32, as forward keeps its states. At first they are dh_n and dc_n;
 // a step before which the row was reset, or at which it is inactive, publishes zeros for d_rg. Then dh[t] is complete without
 // a case for the end of a row, and what remains after the first step is the gradient of the initial state.
 // Exchange k belongs to the launch's k-th step of the backward scan. With the gather product it carries d_rg, and the product is part of
@@ -15,8 +15,8 @@ namespace fused_rnn::cuda {
 template <class G>
 struct PersistentBackward : BlockElements<G> {
   using Base = BlockElements<G>;
-  using Base::active, Base::block, Base::c_index, Base::exists, Base::gate_index, Base::H, Base::length, Base::product,
-      Base::publish, Base::reset, Base::row_of_batch, Base::state, Base::state_index, Base::y_index;
+  using Base::active, Base::c_index, Base::exists, Base::first_step, Base::gate_index, Base::H, Base::length, Base::product,
+      Base::publish, Base::reset, Base::row_of_batch, Base::state, Base::state_index, Base::steps, Base::time, Base::y_index;
   using Storage = typename G::Storage;
   using C = DeviceCell<G::kCell>;
   using Place = ElementPlace<G>;
@@ -34,20 +34,12 @@ struct PersistentBackward : BlockElements<G> {
 
   const BackwardParams& p;
   const PersistentLaunch& l;
-  int first_step, steps;
 
   __device__ __forceinline__ PersistentBackward(const BackwardSequence& s, const BlockPlace& place, ProductOf<G>& weights)
-      : Base{s.p.seq, static_cast<int>(s.p.H), s.p.D, place, weights, {}},
-        p(s.p),
-        l(s.l),
-        first_step(static_cast<int>(s.l.first_step)),
-        steps(static_cast<int>(s.l.steps)) {}
+      : Base(s, place, weights), p(s.p), l(s.l) {}
 
   __device__ __forceinline__ float carry(const Place& e, int tile) const { return Base::kept(0, e, tile); }
   __device__ __forceinline__ float dc(const Place& e, int tile) const { return Base::kept(1, e, tile); }
-  __device__ __forceinline__ int time(int k) const {
-    return block.dir ? first_step + k : static_cast<int>(p.seq.T) - 1 - first_step - k;
-  }
   // What the launch before left, and this one leaves, of the gradient of h (0) or c (1).
   __device__ __forceinline__ float& carried(int which, const Place& e, int tile) const {
     return l.carry[which * p.D * p.seq.B * p.H + state_index(e, tile)];
@@ -128,11 +120,11 @@ struct PersistentBackward : BlockElements<G> {
     }
   }
 
-  // One element: adds the product (if there was one), applies the derivative, hands d_rg to the next product.
+  // One element: adds the product (if there was one), applies the derivative, hands d_rg to the next product. Elements that do not
+  // exist go along, as forward.
   __device__ __forceinline__ void finish(const Place& e, int tile, int k, const Element& x, int buffer, Result& result) {
     if (!e.mine) return;
-    const int steps_of_row = length(e, tile);
-    result.active = exists(e, tile) && active(time(k), steps_of_row);
+    result.active = active(time(k), length(e, tile));
     float d[C::kSlots] = {}, dh = carry(e, tile), dc_state = C::kHasC ? dc(e, tile) : 0.0f;
     if (k > 0) dh += product_sum(e, tile, k, buffer);
     simt::issue_loads();
@@ -223,11 +215,11 @@ __device__ __forceinline__ void persistent_backward(const BackwardSequence& s) {
 
   StepRows rows(s.p.seq, [&](int k) { return backward.time(k); });
   Element x[Place::kPerThread];
-  const auto load = [&](int tile, int k) {
+  const auto load = [&](int turn, int tile, int k, const StepRows& its_rows) {
 #pragma unroll
-    for (int i = 0; i < Place::kPerThread; ++i) backward.load(Place(tile, i), tile, k, rows, x[i]);
+    for (int i = 0; i < Place::kPerThread; ++i) backward.load(Place(turn, i), tile, k, its_rows, x[i]);
   };
-  if constexpr (Place::kEarly) load(0, 0);
+  if constexpr (Place::kEarly) load(0, 0, 0, rows);
   int buffer = 0;
 #pragma unroll 1
   for (int k = 0; k <= backward.steps; ++k) {
@@ -235,20 +227,32 @@ __device__ __forceinline__ void persistent_backward(const BackwardSequence& s) {
     for (int tile = 0; tile < block.tiles; ++tile) {
       const bool last = k == backward.steps;
       if constexpr (!Place::kEarly) {
-        if (!last) load(tile, k);
+        if (!last) load(tile, tile, k, rows);
       }
       if (k > 0 && backward.has_exchange(k - 1)) backward.await_product(tile, k, buffer);
       if (last) {
 #pragma unroll
-        for (int i = 0; i < Place::kPerThread; ++i) backward.end(Place(tile, i), tile, buffer);
+        for (int i = 0; i < Place::kPerThread; ++i) {
+          backward.end(Place(Place::turn(tile, buffer + block.tiles), i), tile, buffer);
+        }
         buffer ^= 1;
         continue;
       }
+      const bool same_step = tile + 1 < block.tiles, has_next = same_step || k + 1 < backward.steps;
+      const int next = same_step ? tile + 1 : 0, row = rows.now;
       typename PersistentBackward<G>::Result results[Place::kPerThread];
+      if constexpr (Place::kAlternate) {
+        if (const Place e(buffer, 0); e.mine) {
+          backward.finish(e, tile, k, x[0], buffer, results[0]);
+        } else if (has_next) {
+          load(buffer ^ 1, next, same_step ? k : k + 1, same_step ? rows : rows.following());
+        }
+      } else {
 #pragma unroll
-      for (int i = 0; i < Place::kPerThread; ++i) {
-        backward.finish(Place(tile, i), tile, k, x[i], buffer, results[i]);
-        if constexpr (!Place::kEarly) backward.store(Place(tile, i), tile, rows.now, results[i]);
+        for (int i = 0; i < Place::kPerThread; ++i) {
+          backward.finish(Place(tile, i), tile, k, x[i], buffer, results[i]);
+          if constexpr (!Place::kEarly) backward.store(Place(tile, i), tile, rows.now, results[i]);
+        }
       }
       if constexpr (G::kScatters) {
         if (backward.has_exchange(k)) {
@@ -256,11 +260,10 @@ __device__ __forceinline__ void persistent_backward(const BackwardSequence& s) {
           product.run(buffer, tile, k);
         }
       }
-      const int row = rows.now;
-      const bool same_step = tile + 1 < block.tiles;
+      if constexpr (Place::kAlternate) backward.store(Place(buffer, 0), tile, row, results[0]);
       if (!same_step) rows.advance(s.p.seq, backward.time(k + 3));
-      if constexpr (Place::kEarly) {
-        if (same_step || k + 1 < backward.steps) load(same_step ? tile + 1 : 0, same_step ? k : k + 1);
+      if constexpr (Place::kEarly && !Place::kAlternate) {
+        if (has_next) load(next, next, same_step ? k : k + 1, rows);
         backward.store(Place(tile, 0), tile, row, results[0]);
       }
       buffer ^= 1;

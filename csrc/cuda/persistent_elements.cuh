@@ -44,6 +44,13 @@ struct StepRows {
     next = coming;
     coming = row_at(seq, time);
   }
+  // Those of the next step; what is coming after them stays unknown.
+  __device__ __forceinline__ StepRows following() const {
+    StepRows rows = *this;
+    rows.now = next;
+    rows.next = coming;
+    return rows;
+  }
   // Rows to a step some steps later: of packed sequences a guess, the number of rows taken for constant.
   __device__ __forceinline__ int ahead(int steps) const { return (next - now) * steps; }
 
@@ -54,26 +61,31 @@ struct StepRows {
   }
 };
 
-// One element of a batch tile: where it is, and whether the calling thread has it. Tiles alternate between the two halves of
-// the threads where half of them suffice.
+// One element of a batch tile: where it is, and whether the calling thread has it. Where half of the threads suffice, half turn % 2
+// has it.
 template <class G>
 struct ElementPlace {
   static constexpr unsigned kElements = G::kUnits * kTileRows;
   static constexpr int kPerThread = (kElements + kPersistentThreads - 1) / kPersistentThreads;
   static constexpr bool kHalf = 2 * kElements == kPersistentThreads;
   static_assert(kHalf || kElements >= kPersistentThreads);
-  // Whether what the next step needs is requested before the results of this one are stored, so that it is there when the states
-  // come, whose wait awaits all loads in a cluster. For two elements there are no registers.
+  // Whether turns go on from step to step: while a half finishes its elements, the other requests what it needs for its own turn,
+  // which is the next. Otherwise a half has the same tiles in all steps.
+  static constexpr bool kAlternate = G::kCluster && kHalf;
+  // Whether what the next tile or step needs is requested before the results of this one are stored, so that it is there when the
+  // states come, whose wait awaits all loads in a cluster. For two elements there are no registers.
   static constexpr bool kEarly = G::kCluster && kPerThread == 1;
   int unit, b;
   int number;  // of the thread's elements of the tile
   bool mine;
 
-  __device__ __forceinline__ ElementPlace(int tile, int e) : number(e) {
+  // The turn in which a tile is finished; count: of the tiles finished in all steps before.
+  static __device__ __forceinline__ int turn(int tile, int count) { return kAlternate ? count : tile; }
+  __device__ __forceinline__ ElementPlace(int turn, int e) : number(e) {
     const unsigned thread = simt::thread_x(), index = kHalf ? thread % kElements : thread + e * kPersistentThreads;
     unit = index % G::kUnits;
     b = index / G::kUnits;
-    mine = kHalf ? thread / kElements == tile % 2u : index < kElements;
+    mine = kHalf ? thread / kElements == turn % 2u : index < kElements;
   }
 };
 
@@ -96,9 +108,25 @@ struct BlockElements {
   int H, D;
   const BlockPlace& block;
   ProductOf<G>& product;
-  float first_tile[2][Place::kPerThread];
+  int first_step, steps;  // of the launch
+  float first_tile[2][Place::kPerThread] = {};
   static constexpr int kInRegisters = tiles_in_registers(G::shape());
 
+  // s: ForwardSequence or BackwardSequence.
+  template <class S>
+  __device__ __forceinline__ BlockElements(const S& s, const BlockPlace& place, ProductOf<G>& weights)
+      : seq(s.p.seq),
+        H(static_cast<int>(s.p.H)),
+        D(s.p.D),
+        block(place),
+        product(weights),
+        first_step(static_cast<int>(s.l.first_step)),
+        steps(static_cast<int>(s.l.steps)) {}
+
+  // The time of one of the launch's steps; backward scans from the other end.
+  __device__ __forceinline__ int time(int step) const {
+    return G::kBackward == (block.dir != 0) ? first_step + step : static_cast<int>(seq.T) - 1 - first_step - step;
+  }
   __device__ __forceinline__ int unit_of(const Place& e) const { return block.slice * G::kUnits + e.unit; }
   __device__ __forceinline__ int row_of_batch(const Place& e, int tile) const {
     return block.first_row + tile * kTileRows + e.b;

@@ -1,11 +1,12 @@
 // A whole forward sequence of one layer in one launch (persistent.h has the geometry): with a = W_ih x + b_ih from `gates`,
 //   h[t] = cell(a[t], W_hh h[t-1] + b_hh)   for the slice's units, row by row of the batch.
-// A thread finishes elements (unit, row) of each batch tile, always the same ones, and keeps their h and c in fp32, in
-// registers or in shared memory that no other thread touches. Per step and tile: the projection is requested, the product awaits the states of all
-// slices, the sums of the warps meet at the one barrier, the elements are finished and their new states published; only then are
-// results stored. In a cluster, blocks of up to 32 units request the projection for the next tile or step before they store
-// (ElementPlace::kEarly). What is published for step s is the state before it, zero where the row is reset. Steps are counted from
-// the launch's first.
+// A thread finishes elements (unit, row) of each batch tile, always the same ones, and keeps their h and c in fp32, in registers
+// or in shared memory, where only the thread that takes turns with it touches them too (ElementPlace::kAlternate). Per step and
+// tile: the projection is requested, the product awaits the states of all slices, the sums of the warps meet at the one barrier, the
+// elements are finished and their new states published; only then are results stored. In a cluster, blocks of 32 units request the
+// projection for the next tile or step before they store (ElementPlace::kEarly); in blocks of 16, where half of the threads have an
+// element, the other half does so at the same time. What is published for step s is the state before it, zero where the row is
+// reset. Steps are counted from the launch's first.
 #pragma once
 #include "persistent_elements.cuh"
 
@@ -14,8 +15,9 @@ namespace fused_rnn::cuda {
 template <class G>
 struct PersistentForward : BlockElements<G> {
   using Base = BlockElements<G>;
-  using Base::active, Base::block, Base::c_index, Base::exists, Base::gate_index, Base::H, Base::length, Base::product,
-      Base::publish, Base::reset, Base::row_of_batch, Base::state, Base::state_index, Base::unit_of, Base::y_index;
+  using Base::active, Base::block, Base::c_index, Base::exists, Base::first_step, Base::gate_index, Base::H, Base::length,
+      Base::product, Base::publish, Base::reset, Base::row_of_batch, Base::state, Base::state_index, Base::steps, Base::time,
+      Base::y_index;
   using Storage = typename G::Storage;
   using C = DeviceCell<G::kCell>;
   using Place = ElementPlace<G>;
@@ -32,24 +34,16 @@ struct PersistentForward : BlockElements<G> {
 
   const ForwardParams& p;
   const PersistentLaunch& l;
-  int first_step, steps;
 
   __device__ __forceinline__ PersistentForward(const ForwardSequence& s, const BlockPlace& place,
                                                PersistentProduct<G>& weights)
-      : Base{s.p.seq, static_cast<int>(s.p.H), s.p.D, place, weights, {}},
-        p(s.p),
-        l(s.l),
-        first_step(static_cast<int>(s.l.first_step)),
-        steps(static_cast<int>(s.l.steps)) {}
+      : Base(s, place, weights), p(s.p), l(s.l) {}
 
   __device__ __forceinline__ float h(const Place& e, int tile) const { return Base::kept(0, e, tile); }
   __device__ __forceinline__ float c(const Place& e, int tile) const { return Base::kept(1, e, tile); }
   __device__ __forceinline__ void keep(const Place& e, int tile, float h_state, float c_state) {
     Base::keep(0, e, tile, h_state);
     if constexpr (C::kHasC) Base::keep(1, e, tile, c_state);
-  }
-  __device__ __forceinline__ int time(int step) const {
-    return block.dir ? static_cast<int>(p.seq.T) - 1 - first_step - step : first_step + step;
   }
 
   // The states before step 0, which it publishes. row: of memory, the first of time(0).
@@ -85,12 +79,11 @@ struct PersistentForward : BlockElements<G> {
     for (int g = 0; g < C::kGates; ++g) simt::prefetch_l2(projection + g * H);
   }
 
-  // After the barrier: adds the product, applies the cell and publishes the state for the next step.
+  // After the barrier: adds the product, applies the cell and publishes the state for the next step. Elements that do not exist go
+  // along: rows from B on are never active, and units from H on stay zeros, as their biases, weights and projections are.
   __device__ __forceinline__ void finish(const Place& e, int tile, int step, const Element& x, int buffer, Result& result) {
     if (!e.mine) return;
-    const bool there = exists(e, tile);
-    const int steps_of_row = length(e, tile);
-    result.active = there && active(time(step), steps_of_row);
+    result.active = active(time(step), length(e, tile));
     const float h_prev = G::kCell == CellKind::kGru ? h(e, tile) : 0.0f, c_prev = C::kHasC ? c(e, tile) : 0.0f;
     float a[C::kSlots] = {};
 #pragma unroll
@@ -115,7 +108,7 @@ struct PersistentForward : BlockElements<G> {
       if (x.reset) h_state = c_state = 0.0f;
       publish(e, tile, step + 1, 0, h_state);
     }
-    if (there) keep(e, tile, h_state, c_state);
+    keep(e, tile, h_state, c_state);
   }
 
   // Stores what is kept of a step whose first row of memory is `first`; zeros where a row is inactive.
@@ -138,10 +131,10 @@ struct PersistentForward : BlockElements<G> {
   }
 
   // The states after the launch's last step.
-  __device__ __forceinline__ void end(int tile) const {
+  __device__ __forceinline__ void end(int tile, int turn) const {
 #pragma unroll
     for (int i = 0; i < Place::kPerThread; ++i) {
-      const Place e(tile, i);
+      const Place e(turn, i);
       if (!exists(e, tile)) continue;
       static_cast<Storage*>(p.h_n)[state_index(e, tile)] = simt::from_float<Storage>(h(e, tile));
       if constexpr (C::kHasC) {
@@ -184,38 +177,48 @@ __device__ __forceinline__ void persistent_forward(const ForwardSequence& s) {
   for (int tile = 0; tile < block.tiles; ++tile) forward.begin(tile, rows.now);
 
   typename PersistentForward<G>::Element x[Place::kPerThread];
-  const auto load = [&](int tile, int step) {
+  const auto load = [&](int turn, int tile, int step, const StepRows& its_rows) {
 #pragma unroll
-    for (int i = 0; i < Place::kPerThread; ++i) forward.load(Place(tile, i), tile, step, rows, x[i]);
+    for (int i = 0; i < Place::kPerThread; ++i) forward.load(Place(turn, i), tile, step, its_rows, x[i]);
   };
-  if constexpr (Place::kEarly) load(0, 0);
+  if constexpr (Place::kEarly) load(0, 0, 0, rows);
   int buffer = 0;
 #pragma unroll 1
   for (int step = 0; step < forward.steps; ++step) {
 #pragma unroll 1
     for (int tile = 0; tile < block.tiles; ++tile) {
-      if constexpr (!Place::kEarly) load(tile, step);
+      if constexpr (!Place::kEarly) load(tile, tile, step, rows);
       typename PersistentProduct<G>::Sums sums;
       product.run(sums, tile, step);
       product.store_sums(sums, buffer);
       simt::sync_block();
+      const bool same_step = tile + 1 < block.tiles, has_next = same_step || step + 1 < forward.steps;
+      const int next = same_step ? tile + 1 : 0;
       typename PersistentForward<G>::Result results[Place::kPerThread];
+      if constexpr (Place::kAlternate) {
+        if (const Place e(buffer, 0); e.mine) {
+          forward.finish(e, tile, step, x[0], buffer, results[0]);
+          forward.store(e, tile, rows.now, results[0]);
+        } else if (has_next) {
+          load(buffer ^ 1, next, same_step ? step : step + 1, same_step ? rows : rows.following());
+        }
+      } else {
 #pragma unroll
-      for (int i = 0; i < Place::kPerThread; ++i) {
-        forward.finish(Place(tile, i), tile, step, x[i], buffer, results[i]);
-        if constexpr (!Place::kEarly) forward.store(Place(tile, i), tile, rows.now, results[i]);
+        for (int i = 0; i < Place::kPerThread; ++i) {
+          forward.finish(Place(tile, i), tile, step, x[i], buffer, results[i]);
+          if constexpr (!Place::kEarly) forward.store(Place(tile, i), tile, rows.now, results[i]);
+        }
       }
       const int row = rows.now;
-      const bool same_step = tile + 1 < block.tiles;
       if (!same_step) rows.advance(s.p.seq, forward.time(step + 3));
-      if constexpr (Place::kEarly) {
-        if (same_step || step + 1 < forward.steps) load(same_step ? tile + 1 : 0, same_step ? step : step + 1);
+      if constexpr (Place::kEarly && !Place::kAlternate) {
+        if (has_next) load(next, next, same_step ? step : step + 1, rows);
         forward.store(Place(tile, 0), tile, row, results[0]);
       }
       buffer ^= 1;
     }
   }
-  for (int tile = 0; tile < block.tiles; ++tile) forward.end(tile);
+  for (int tile = 0; tile < block.tiles; ++tile) forward.end(tile, Place::turn(tile, buffer + block.tiles + tile));
 }
 
 template <class G>

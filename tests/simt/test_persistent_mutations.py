@@ -50,9 +50,6 @@ CASES = [
 
 # Mutants that no test can catch, because the program means the same without the line, and why.
 _BATCHES = "saves a branch for each chunk of a batch that the warp does not have"
-_NO_ELEMENT = (
-    "what a unit beyond the last computes is zero: its weights, bias, projection and state are; rows beyond B are inactive"
-)
 EQUIVALENT: dict[str, str] = {
     "persistent_elements.cuh `return e.unit % 8 == 0 &&` -> `return`": "saves hints: neighbours give the same",
     "persistent_scatter.cuh `if (tile_of(j) < all_tiles()) load_fragment` -> `load_fragment`": (
@@ -60,11 +57,6 @@ EQUIVALENT: dict[str, str] = {
     ),
     "persistent_product.cuh `if (first >= chunks_) break;` -> ``": _BATCHES,
     "persistent_product.cuh `if (first >= chunks_) break;` -> `` #2": _BATCHES,
-    "persistent_forward.cuh `result.active = there &&` -> `result.active =`": _NO_ELEMENT,
-    "persistent_backward.cuh `result.active = exists(e, tile) &&` -> `result.active =`": _NO_ELEMENT,
-    "persistent_forward.cuh `if (there) keep` -> `keep`": (
-        "the place of an element that does not exist is the thread's own, and nobody reads it"
-    ),
     "exchange_grid.cuh `if (missing()) request` -> `request`": "saves loads: words that have come stay as they are",
 }
 
