@@ -92,10 +92,11 @@ struct PersistentForward : BlockElements<G> {
     for (int g = 0; g < C::kGates; ++g) {
       a[C::recurrent_slot(g)] += product.bias(g, e.unit) + product.sum(buffer, g, e.unit, e.b);
     }
+    C::sigmoids(a);
     simt::issue_loads();
     float h_state, c_state = c_prev;
     if (result.active) {
-      C::forward(p.cell, a, h_prev, c_prev, h_state, c_state);
+      C::forward_of_sigmoids(p.cell, a, h_prev, c_prev, h_state, c_state);
     } else {
       h_state = h(e, tile);
     }
