@@ -52,7 +52,7 @@ def find_nvcc() -> tuple[str, list[str]]:
 
 def kernel_name(mangled: str) -> str:
     """Readable name of an instantiation."""
-    for name in ("zero_fill", "query"):
+    for name in ("zero_fill", "write_integers", "query"):
         if f"{name}_kernel" in mangled:
             return name
     found = re.search(r"KernelRoleE(\d).*?CellKindE(\d).*?MathKindE(\d).*?TileSizeE(\d)", mangled)
