@@ -77,6 +77,13 @@ def wide_blocks() -> Iterator[Simulated]:
     for cell, hidden in itertools.product(("LSTM", "GRU"), (50, 100)):
         case = Case(cell, steps=3, batch=9, hidden=hidden, ragged="lengths", resets=True, dtype=torch.float16)
         yield Simulated(case, 20, "cluster", "CLUSTERS_OF_4")
+    # Blocks of 32 units and groups of several tiles, of which registers hold the first one's states.
+    for cell, hidden, (dtype, tf32) in [
+        *((cell, 50, arithmetic) for cell in ("GRU", "RNN_TANH") for arithmetic in ARITHMETIC),
+        *(("LSTM", 50, (F32, False)), ("LSTM", 100, (F32, True)), ("LSTM", 50, (torch.float16, False))),
+    ]:
+        case = Case(cell, steps=3, batch=17, hidden=hidden, ragged="lengths", resets=True, dtype=dtype)
+        yield Simulated(case, 2, "cluster", "FOUR", tf32=tf32)
 
 
 def alone() -> Iterator[Simulated]:
