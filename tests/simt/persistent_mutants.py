@@ -175,12 +175,14 @@ ONLY = {
     "persistent_math.cuh": ["grid_fp16", "grid_fp32", "cluster_fp16", "cluster_fp32"],
 }
 
-# Kernels of family cluster that no case runs are left out: those of 32 units a block, and all of 48 but LSTM's.
+# Kernels of family cluster that no case runs are left out: those of 32 units a block but RNN's, and those of 48 but LSTM's.
+_LEFT_OUT = 'throw std::invalid_argument("not among the mutants");'
+_RNN = "std::integral_constant<CellKind, CellKind::kRnnTanh>{}"
 LEFT_OUT = [
-    (r"\n    case 2: .*", ""),
+    (r"case 2: return with_cell\(", f"case 2: if (kernel_cell(cell) != CellKind::kRnnTanh) {_LEFT_OUT} return f({_RNN}, "),
     (
         r"(kGru: |default: )(return f\(.*;)",
-        r'\1if constexpr (decltype(tiles)::value == 1) \2 else throw std::invalid_argument("not among the mutants");',
+        rf"\1if constexpr (decltype(tiles)::value == 1) \2 else {_LEFT_OUT}",
     ),
 ]
 

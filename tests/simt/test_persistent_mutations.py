@@ -47,7 +47,7 @@ CASES = [
     Simulated(Case("LSTM", 2, 1, 4, 285, dtype=F32), 1, "cluster", "CLUSTERS_OF_8", tf32=True),
     Simulated(Case("GRU", 1, 3, 4, 517, dtype=F32), 1, "grid"),
     # Blocks of 32 units: registers hold the states of the first of several tiles.
-    Simulated(Case("GRU", 3, 17, 4, 50, **ALL_ON), 1, "cluster", "FOUR"),
+    Simulated(Case("RNN_TANH", 3, 17, 4, 50, **ALL_ON), 1, "cluster", "FOUR"),
 ]
 
 # Mutants that no test can catch, because the program means the same without the line, and why.
