@@ -157,6 +157,16 @@ class LayerRun:
             self.plan_text = self.sim.lib.simt_plan_text().decode()
         return plan
 
+    def plans(self) -> list[str]:
+        """The texts of the plans of forward and backward; nothing runs."""
+        self.sim.reset(self.seed, self.device)
+        _, problem = self.arguments(projected=False)
+        texts = []
+        for problem.backward in (False, True):
+            self.sim.lib.simt_free_plan(self.plan(problem))
+            texts.append(self.plan_text)
+        return texts
+
     def _weights(self, params: Any) -> None:
         case, put = self.layer.case, self.sim.put
         for d in range(case.directions):

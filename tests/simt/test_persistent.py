@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import itertools
 from collections.abc import Iterator
@@ -20,6 +21,18 @@ test_kernels.DEVICES["FOUR"] = DeviceInfo(90, 4, 227 * KIB, 228 * KIB, 65536, 20
 test_kernels.DEVICES["SMALL"] = DeviceInfo(90, 40, 100 * KIB, 101 * KIB, 65536, 2048, 50 << 20, 4, 90)
 test_kernels.DEVICES["CLUSTERS_OF_4"] = DeviceInfo(90, 40, 227 * KIB, 228 * KIB, 65536, 2048, 50 << 20, 4, 90)
 test_kernels.DEVICES["CLUSTERS_OF_8"] = DeviceInfo(90, 40, 227 * KIB, 228 * KIB, 65536, 2048, 50 << 20, 8, 90)
+
+
+def one_group(family: str, hidden: int, units: int) -> str:
+    """A device that runs one group at a time, of blocks of so many units: groups then take all tiles of rows that fit."""
+    blocks = -(-hidden // units)
+    name = f"ONE_{family.upper()}_OF_{blocks}"
+    active = (ctypes.c_int * 17)()
+    if family == "cluster":
+        active[1] = active[blocks] = 1
+    test_kernels.DEVICES[name] = DeviceInfo(90, blocks, 227 * KIB, 228 * KIB, 65536, 2048, 50 << 20, 16, 90, active)
+    return name
+
 
 F32 = torch.float32
 ARITHMETIC = [(F32, False), (F32, True), (torch.float16, False), (torch.bfloat16, False)]
@@ -77,13 +90,33 @@ def wide_blocks() -> Iterator[Simulated]:
     for cell, hidden in itertools.product(("LSTM", "GRU"), (50, 100)):
         case = Case(cell, steps=3, batch=9, hidden=hidden, ragged="lengths", resets=True, dtype=torch.float16)
         yield Simulated(case, 20, "cluster", "CLUSTERS_OF_4")
-    # Blocks of 32 units and groups of several tiles, of which registers hold the first one's states.
-    for cell, hidden, (dtype, tf32) in [
-        *((cell, 50, arithmetic) for cell in ("GRU", "RNN_TANH") for arithmetic in ARITHMETIC),
-        *(("LSTM", 50, (F32, False)), ("LSTM", 100, (F32, True)), ("LSTM", 50, (torch.float16, False))),
-    ]:
-        case = Case(cell, steps=3, batch=17, hidden=hidden, ragged="lengths", resets=True, dtype=dtype)
-        yield Simulated(case, 2, "cluster", "FOUR", tf32=tf32)
+
+
+def every_kernel() -> Iterator[tuple[Simulated, str]]:
+    """Every kernel on groups of one tile and of several, and what the texts of its plans say."""
+    arithmetic = enumerate(itertools.product(("LSTM", "GRU", "RNN_TANH"), ARITHMETIC))
+    for (index, (cell, (dtype, tf32))), tiles in itertools.product(arithmetic, (1, 3)):
+        options = {"ragged": ("lengths", "packed", "dense")[index % 3], "resets": True, "dtype": dtype}
+        for family, units in (("grid", 16), ("cluster", 16), ("cluster", 32), ("cluster", 48)):
+            case = Case(cell, steps=3, batch=8 * tiles - 7, hidden=66, **options)
+            simulated = Simulated(case, 1, family, one_group(family, case.hidden, units), tf32=tf32)
+            yield simulated, f"each of {units} units and {tiles} tile"
+
+
+def every_kernel_with_shared_weights() -> Iterator[tuple[Simulated, str]]:
+    """Every kernel whose weights, in the largest layers that some device holds, go beyond the registers, with the
+    smallest hidden size at which those of forward and of backward do (RNN, TF32, grid: of backward only)."""
+    sizes = {
+        ("grid", 16): {"LSTM": (386, 514, 1026, 1026), "GRU": (514, 642, 1282, 1282), "RNN_TANH": (1538, 1538)},
+        ("cluster", 32): {"LSTM": (258, 258), "GRU": (258, 386)},
+        ("cluster", 48): {"LSTM": (98, 194, 434, 434), "GRU": (98, 242, 482, 482), "RNN_TANH": (482, 626)},
+    }
+    for ((family, units), cells), tiles in itertools.product(sizes.items(), (1, 2)):
+        for cell, hidden in cells.items():
+            for (dtype, tf32), size in zip(ARITHMETIC, hidden, strict=False):
+                case = Case(cell, steps=2, batch=8 * tiles - 7, hidden=size, ragged="lengths", dtype=dtype)
+                simulated = Simulated(case, 1, family, one_group(family, size, units), tf32=tf32)
+                yield simulated, f"each of {units} units and {tiles} tile"
 
 
 def alone() -> Iterator[Simulated]:
@@ -95,22 +128,20 @@ def alone() -> Iterator[Simulated]:
         yield Simulated(case, 4, "cluster", tf32=tf32)
 
 
-def shared_weights() -> Iterator[Simulated]:
-    """Weights beyond the registers."""
-    yield Simulated(Case("LSTM", steps=2, batch=3, hidden=267), 1, "grid")
-    yield Simulated(Case("GRU", steps=1, batch=3, hidden=517), 1, "grid")
-    yield Simulated(Case("LSTM", steps=2, batch=3, hidden=517), 1, "grid", tf32=True)
-    yield Simulated(Case("LSTM", steps=2, batch=3, hidden=190), 1, "cluster", "CLUSTERS_OF_4", tf32=True)
-    yield Simulated(Case("LSTM", steps=2, batch=3, hidden=285), 1, "cluster", "CLUSTERS_OF_8", tf32=True)
-
-
 def whole_chip() -> Iterator[Simulated]:
     """The largest layers that 16 blocks hold."""
     for cell, dtype in (("LSTM", torch.float16), ("LSTM", torch.bfloat16), ("GRU", torch.float16)):
         yield Simulated(Case(cell, steps=2, batch=3, hidden=768, dtype=dtype), 1, "cluster")
 
 
-ALL = [*many_seeds(), *options(), *groups(), *wide_blocks(), *alone(), *shared_weights(), *whole_chip()]
+def whole_device() -> Iterator[Simulated]:
+    """The largest layers that the blocks of a whole device hold."""
+    for cell, dtype in (("LSTM", torch.float16), ("GRU", torch.bfloat16)):
+        yield Simulated(Case(cell, steps=2, batch=9, hidden=2048, ragged="lengths", dtype=dtype), 1, "grid")
+        yield Simulated(Case(cell, steps=2, batch=9, hidden=1024, ragged="lengths", dtype=dtype), 1, "grid", "A100")
+
+
+ALL = [*many_seeds(), *options(), *groups(), *wide_blocks(), *alone(), *whole_chip()]
 
 
 # Every third case is run by default: 3 has no factor in common with the four kinds of arithmetic that the lists cycle
@@ -121,6 +152,48 @@ OTHERS = [s for index, s in enumerate(ALL) if index % 3]
 
 @pytest.mark.parametrize("simulated", DEFAULT, ids=str)
 def test_persistent(sim: Simulator, simulated: Simulated) -> None:
+    run(sim, simulated)
+
+
+EVERY_KERNEL = [*every_kernel()]
+SHARED_WEIGHTS = [*every_kernel_with_shared_weights()]
+
+
+def plans(sim: Simulator, s: Simulated) -> list[str]:
+    layer = Layer.of(s.case, make_data(s.case))
+    return LayerRun(sim, layer, family=s.family, device=test_kernels.DEVICES[s.device], tf32=s.tf32).plans()
+
+
+@pytest.mark.parametrize(("simulated", "text"), [*EVERY_KERNEL, *SHARED_WEIGHTS], ids=str)
+def test_plan_of_every_kernel(sim: Simulator, simulated: Simulated, text: str) -> None:
+    for plan in plans(sim, simulated):
+        assert text in plan
+
+
+@pytest.mark.parametrize("simulated", [s for s, _ in SHARED_WEIGHTS], ids=str)
+def test_plan_has_shared_weights(sim: Simulator, simulated: Simulated) -> None:
+    forward, backward = plans(sim, simulated)
+    fits_always = simulated.case.cell == "RNN_TANH" and simulated.family == "grid" and simulated.tf32
+    assert (" 0 in shared memory" in forward) == fits_always
+    assert " 0 in shared memory" not in backward
+
+
+@pytest.mark.parametrize("simulated", [s for s, _ in [*EVERY_KERNEL, *SHARED_WEIGHTS] if s.case.hidden < 300], ids=str)
+def test_every_kernel(sim: Simulator, simulated: Simulated) -> None:
+    run(sim, simulated)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "simulated",
+    [
+        *(dataclasses.replace(s, seeds=20) for s, _ in EVERY_KERNEL),
+        *(s for s, _ in SHARED_WEIGHTS if s.case.hidden >= 300),
+        *whole_device(),
+    ],
+    ids=str,
+)
+def test_every_kernel_sweep(sim: Simulator, simulated: Simulated) -> None:
     run(sim, simulated)
 
 
@@ -181,7 +254,7 @@ def test_cut_at_any_step_sweep(sim: Simulator, simulated: Simulated) -> None:
 
 
 def test_default_run_is_large_enough() -> None:
-    assert len(DEFAULT) + len(CUT[::3]) + len(test_kernels.DEFAULT) + len(test_kernels.OLDER) >= 300
+    assert len(DEFAULT) + len(EVERY_KERNEL) + len(CUT[::3]) + len(test_kernels.DEFAULT) + len(test_kernels.OLDER) >= 300
 
 
 @pytest.mark.parametrize("family", FAMILIES)

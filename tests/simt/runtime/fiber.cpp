@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <vector>
 
@@ -20,7 +21,10 @@ constexpr size_t kStackBytes = 256 << 10;
 #else
 constexpr size_t kStackBytes = 64 << 10;
 #endif
+// Stacks with a guard page below. Those beyond have none: a guard makes two mappings of one, and a process has 65530.
+constexpr int kGuardedStacks = 16384;
 std::vector<void*> free_stacks;
+int stacks = 0;
 }  // namespace
 
 void* acquire_stack(size_t* bytes) {
@@ -33,8 +37,10 @@ void* acquire_stack(size_t* bytes) {
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   void* memory =
       mmap(nullptr, kStackBytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) abort();
-  mprotect(memory, page, PROT_NONE);
+  if (memory == MAP_FAILED || (stacks++ < kGuardedStacks && mprotect(memory, page, PROT_NONE) != 0)) {
+    std::perror("simulator: no memory for another thread's stack");
+    std::abort();
+  }
   return static_cast<char*>(memory) + page;
 }
 
