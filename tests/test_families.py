@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 import fused_rnn
 from fused_rnn import _backend, use_backend
+from fused_rnn._explain import DEVICES
 
 pytestmark = pytest.mark.gpu
 FAMILIES = ("step", "grid", "cluster")
@@ -37,19 +40,50 @@ def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return request.param
 
 
-def skip_unless_served(case: Case, family: str) -> None:
-    """Skips with the planner's reason where the family cannot serve the case on this GPU."""
-    device = _backend._C.cuda_device(torch.cuda.current_device())
+def plans(case: Case, family: str, device: dict[str, int], tf32: bool) -> list[dict[str, Any]]:
+    """Of forward and backward; ValueError with the planner's reason where the family cannot serve the case."""
     problem = {
         "cell": case.cell.lower(), "dtype": str(case.dtype).removeprefix("torch."), "T": case.steps, "B": case.batch,
         "I": case.input_size, "H": case.hidden, "D": case.directions, "ragged": case.ragged != "dense", "training": True,
     }  # fmt: skip
-    tf32 = torch.backends.cudnn.allow_tf32
-    for backward in (False, True):
-        try:
-            _backend._C.plan(device=device, allow_tf32=tf32, backward=backward, forced=family, **problem)
-        except ValueError as reason:
-            pytest.skip(f"needs another GPU: {reason}")
+    plan = _backend._C.plan
+    return [plan(device=device, allow_tf32=tf32, backward=b, forced=family, **problem) for b in (False, True)]
+
+
+def skip_unless_served(case: Case, family: str) -> None:
+    """Skips with the planner's reason where the family cannot serve the case on this GPU."""
+    try:
+        plans(case, family, _backend._C.cuda_device(torch.cuda.current_device()), torch.backends.cudnn.allow_tf32)
+    except ValueError as reason:
+        pytest.skip(f"needs another GPU: {reason}")
+
+
+def kernels(plan: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """What differs in the code that runs: tiles, arithmetic; several tiles in turn; weights beyond the registers."""
+    if held := plan.get("persistent"):
+        return [(held["math"], held["units"], held["tiles"] > 1, held["weight_bytes_in_smem"] > 0, held["launches"] > 1)]
+    return [(k["name"], k["math"], k["tile"]) for k in plan["kernels"]]
+
+
+def every_kernel() -> Iterator[tuple[Case, str, bool]]:
+    """(case, family, TF32): the smallest sizes, of these, with which an H100 runs each of its kernels."""
+    sizes = itertools.product(
+        (17, 33, 66, 100, 130, 200, 235, 256, 300, 390, 512, 640, 768, 1026, 1537, 2048), (1, 9, 17, 64, 130, 256, 400)
+    )
+    arithmetic = ((torch.float32, False), (torch.float32, True), (torch.float16, False), (torch.bfloat16, False))
+    in_order = sorted(sizes, key=lambda size: size[0] * size[0] * size[1])
+    for family, cell, (dtype, tf32) in itertools.product(FAMILIES, CELLS, arithmetic):
+        seen: set[tuple[Any, ...]] = set()
+        for hidden, batch in in_order:
+            case = Case(cell, steps=4, batch=batch, input_size=8, hidden=hidden, ragged="lengths", dtype=dtype)
+            try:
+                of_both = plans(case, family, DEVICES["H100"], tf32)
+            except ValueError:
+                continue
+            found = {(backward, kernel) for backward, plan in enumerate(of_both) for kernel in kernels(plan)}
+            if not found <= seen:
+                seen |= found
+                yield case, family, tf32
 
 
 def check_against_fp64(case: Case) -> None:
@@ -59,14 +93,24 @@ def check_against_fp64(case: Case) -> None:
     with use_backend("cuda"):
         results, grads = results_and_gradients(case, data)
     growth = max(1.0, math.sqrt(max(case.hidden, case.input_size) / 32))
+    tf32 = case.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    of_dtype = torch.float16 if tf32 else case.dtype  # both have 10 bits of mantissa
     for index, (actual, want) in enumerate(zip(results, expected, strict=True)):
-        assert_near(f"result {index}", actual, want, OUTPUT_TOLERANCE[case.dtype] * growth)
+        assert_near(f"result {index}", actual, want, OUTPUT_TOLERANCE[of_dtype] * growth)
     for index, (actual, want) in enumerate(zip(grads, expected_grads, strict=True)):
-        assert_near(f"gradient {index}", actual, want, GRADIENT_TOLERANCE[case.dtype] * growth)
+        assert_near(f"gradient {index}", actual, want, GRADIENT_TOLERANCE[of_dtype] * growth)
 
 
 @pytest.mark.parametrize("case", list(cases()), ids=str)
 def test_against_fp64(case: Case, family: str) -> None:
+    skip_unless_served(case, family)
+    check_against_fp64(case)
+
+
+@pytest.mark.parametrize(("case", "family", "tf32"), list(every_kernel()), ids=str)
+def test_every_kernel(case: Case, family: str, tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_RNN_PLAN", family)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
     skip_unless_served(case, family)
     check_against_fp64(case)
 
@@ -130,7 +174,7 @@ def test_captured_in_a_graph(cell: str, family: str) -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_tf32_follows_torchs_switch(cell: str, family: str) -> None:
+def test_tf32_follows_torchs_switch(cell: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """10 bits of mantissa in the products: an error between those of fp32 and fp16."""
     case = Case(cell, steps=7, batch=9, input_size=64, hidden=128)
     if torch.cuda.get_device_capability() < (8, 0):
@@ -138,16 +182,12 @@ def test_tf32_follows_torchs_switch(cell: str, family: str) -> None:
     data = make_data(case, "cuda")
     with use_backend("reference"):
         expected = call(case, data.to(torch.float64))[0].detach()
-    before = torch.backends.cudnn.allow_tf32
-    try:
-        torch.backends.cudnn.allow_tf32 = True
-        skip_unless_served(case, family)
-        with use_backend("cuda"), torch.no_grad():
-            result = call(case, data)[0]
-        module = fused_rnn.LSTM(64, 128, device="cuda")
-        plan = fused_rnn.explain(module, data.input.detach(), show=False).layers[0].forward
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    skip_unless_served(case, family)
+    with use_backend("cuda"), torch.no_grad():
+        result = call(case, data)[0]
+    module = fused_rnn.LSTM(64, 128, device="cuda")
+    plan = fused_rnn.explain(module, data.input.detach(), show=False).layers[0].forward
     assert "tf32" in plan["text"]
     error = float((result.double() - expected).abs().max())
     assert 1e-6 < error < OUTPUT_TOLERANCE[torch.float16]

@@ -7,6 +7,7 @@ import itertools
 from typing import Any
 
 import pytest
+from test_families import every_kernel, kernels, plans
 from test_plan import DEVICES, C, plan
 
 F16, BF16, F32, F64 = "float16", "bfloat16", "float32", "float64"
@@ -47,6 +48,22 @@ def test_fits(row: tuple[Any, ...]) -> None:
     assert tuple(p[key] for key in ("launches", "groups", "blocks", "units", "tiles")) == expected, result["text"]
     assert p["smem_bytes"] <= DEVICES[name]["smem_per_block"]
     assert f"{family} is forced; it has run in the simulator only, never on a GPU" in result["text"]
+
+
+def test_gpu_tests_run_every_kernel() -> None:
+    """The cases of test_families.test_every_kernel on an H100: all that are compiled, most also on several tiles."""
+    one_tile, several = set(), set()
+    for case, family, tf32 in every_kernel():
+        if family != "step":
+            for backward, made in enumerate(plans(case, family, DEVICES["H100"], tf32)):
+                [(math, units, has_several, *_)] = kernels(made)
+                (several if has_several else one_tile).add((family, case.cell, math, units, backward))
+    of_family = {("grid", 16), ("cluster", 16), ("cluster", 32), ("cluster", 48)}
+    combinations = itertools.product(("LSTM", "GRU", "RNN_TANH"), ("fp32", "tf32", "fp16", "bf16"), of_family, (0, 1))
+    compiled = {(family, cell, math, units, backward) for cell, math, (family, units), backward in combinations}
+    assert one_tile == compiled
+    # Blocks of 16 units form clusters of which so many run at once that larger blocks serve large batches better.
+    assert {kernel for kernel in compiled if kernel[0] == "grid" or kernel[3] > 16} <= several
 
 
 # device, family, hidden, dtype, further arguments: what the reason says
