@@ -14,9 +14,10 @@ from test_layers import assert_near, call, results_and_gradients
 from torch import Tensor
 
 import fused_rnn
-from fused_rnn import _backend, use_backend
+from fused_rnn import use_backend
 from fused_rnn._explain import DEVICES
 
+C = pytest.importorskip("fused_rnn._C", reason="the extension is not built")
 pytestmark = pytest.mark.gpu
 FAMILIES = ("step", "grid", "cluster")
 CELLS = ("RNN_TANH", "GRU", "LSTM")
@@ -46,14 +47,13 @@ def plans(case: Case, family: str, device: dict[str, int], tf32: bool) -> list[d
         "cell": case.cell.lower(), "dtype": str(case.dtype).removeprefix("torch."), "T": case.steps, "B": case.batch,
         "I": case.input_size, "H": case.hidden, "D": case.directions, "ragged": case.ragged != "dense", "training": True,
     }  # fmt: skip
-    plan = _backend._C.plan
-    return [plan(device=device, allow_tf32=tf32, backward=b, forced=family, **problem) for b in (False, True)]
+    return [C.plan(device=device, allow_tf32=tf32, backward=b, forced=family, **problem) for b in (False, True)]
 
 
 def skip_unless_served(case: Case, family: str) -> None:
     """Skips with the planner's reason where the family cannot serve the case on this GPU."""
     try:
-        plans(case, family, _backend._C.cuda_device(torch.cuda.current_device()), torch.backends.cudnn.allow_tf32)
+        plans(case, family, C.cuda_device(torch.cuda.current_device()), torch.backends.cudnn.allow_tf32)
     except ValueError as reason:
         pytest.skip(f"needs another GPU: {reason}")
 
