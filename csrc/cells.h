@@ -12,7 +12,8 @@
 //   kHasC    a second state c
 //   recurrent_slot(g)  the accumulator that gate g of the recurrent product (and b_hh) is added to; gate g of the input
 //                      product is added to slot g
-//   forward(a, h_prev, c_prev, h, c)   a: accumulators in, saved values out
+//   forward(a, h_prev, c_prev, h, c)   a: accumulators in, saved values out; where there are gates with a sigmoid, in two parts:
+//   sigmoids(a), which depend on nothing else, and forward_of_sigmoids(a, h_prev, c_prev, h, c)
 //   backward(a, h_prev, c_prev, c, h, dh, dc, d, dh_prev)
 //        a: saved values, h_prev/c_prev: state before the step, c/h: state after, dh: total gradient of h,
 //        dc: gradient of c from the next step in, of c_prev out, d: gradients in the slot order of BackwardParams::d_gates,
@@ -93,14 +94,23 @@ struct Cell<CellKind::kLstm> {
   static constexpr FUSED_RNN_HD int recurrent_slot(int gate) { return gate; }
 
   template <class V>
-  static FUSED_RNN_HD void forward(V (&a)[kSlots], const V&, const V& c_prev, V& h, V& c) {
+  static FUSED_RNN_HD void sigmoids(V (&a)[kSlots]) {
     using namespace math;
     a[0] = sigmoid(a[0]);
     a[1] = sigmoid(a[1]);
-    a[2] = tanh(a[2]);
     a[3] = sigmoid(a[3]);
+  }
+  template <class V>
+  static FUSED_RNN_HD void forward_of_sigmoids(V (&a)[kSlots], const V&, const V& c_prev, V& h, V& c) {
+    using namespace math;
+    a[2] = tanh(a[2]);
     c = a[1] * c_prev + a[0] * a[2];
     h = a[3] * tanh(c);
+  }
+  template <class V>
+  static FUSED_RNN_HD void forward(V (&a)[kSlots], const V& h_prev, const V& c_prev, V& h, V& c) {
+    sigmoids(a);
+    forward_of_sigmoids(a, h_prev, c_prev, h, c);
   }
 
   template <class V>
@@ -127,12 +137,21 @@ struct Cell<CellKind::kGru> {
   static constexpr FUSED_RNN_HD int recurrent_slot(int gate) { return gate == 2 ? 3 : gate; }
 
   template <class V>
-  static FUSED_RNN_HD void forward(V (&a)[kSlots], const V& h_prev, const V&, V& h, V&) {
+  static FUSED_RNN_HD void sigmoids(V (&a)[kSlots]) {
     using namespace math;
     a[0] = sigmoid(a[0]);
     a[1] = sigmoid(a[1]);
+  }
+  template <class V>
+  static FUSED_RNN_HD void forward_of_sigmoids(V (&a)[kSlots], const V& h_prev, const V&, V& h, V&) {
+    using namespace math;
     a[2] = tanh(a[2] + a[0] * a[3]);
     h = a[2] + a[1] * (h_prev - a[2]);
+  }
+  template <class V>
+  static FUSED_RNN_HD void forward(V (&a)[kSlots], const V& h_prev, const V& c_prev, V& h, V& c) {
+    sigmoids(a);
+    forward_of_sigmoids(a, h_prev, c_prev, h, c);
   }
 
   template <class V>

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, Case, make_data
-from test_layers import assert_near, call, results_and_gradients
+from test_layers import assert_near, call, check_not_a_number_ends_with_a_reset, results_and_gradients
 from torch import Tensor
 
 import fused_rnn
@@ -113,6 +113,14 @@ def test_every_kernel(case: Case, family: str, tf32: bool, monkeypatch: pytest.M
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
     skip_unless_served(case, family)
     check_against_fp64(case)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_not_a_number_ends_with_a_reset(cell: str, dtype: torch.dtype, family: str) -> None:
+    case = Case(cell, steps=5, batch=17, input_size=5, hidden=66, resets=True, dtype=dtype)
+    skip_unless_served(case, family)
+    check_not_a_number_ends_with_a_reset(case, "cuda")
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -14,52 +14,50 @@ constexpr CellKind kernel_cell(CellKind cell) {
 // A float whose sigmoid takes four instructions, two of them of the special function units, and no branch, where the quotient and
 // exp of the math library branch, one sigmoid after another: a step waits for them. Its error is that of exp2 and the reciprocal,
 // 2 ulp and 1, and of the rounded exponent: below 2e-7, and 0 stands for what is below 2^-126.
-// kGiven: what a sigmoid would be taken of is that sigmoid already.
-template <bool kGiven>
 struct DeviceFloat {
   float v;
   DeviceFloat() = default;
   FUSED_RNN_HD explicit DeviceFloat(float value) : v(value) {}
 };
-template <bool kGiven>
-FUSED_RNN_HD DeviceFloat<kGiven> operator+(DeviceFloat<kGiven> a, DeviceFloat<kGiven> b) {
-  return DeviceFloat<kGiven>(a.v + b.v);
+FUSED_RNN_HD DeviceFloat operator+(DeviceFloat a, DeviceFloat b) { return DeviceFloat(a.v + b.v); }
+FUSED_RNN_HD DeviceFloat operator-(DeviceFloat a, DeviceFloat b) { return DeviceFloat(a.v - b.v); }
+FUSED_RNN_HD DeviceFloat operator*(DeviceFloat a, DeviceFloat b) { return DeviceFloat(a.v * b.v); }
+__device__ __forceinline__ DeviceFloat sigmoid(DeviceFloat x) {
+  return DeviceFloat(simt::reciprocal(1.0f + simt::exp2(-1.44269504f * x.v)));
 }
-template <bool kGiven>
-FUSED_RNN_HD DeviceFloat<kGiven> operator-(DeviceFloat<kGiven> a, DeviceFloat<kGiven> b) {
-  return DeviceFloat<kGiven>(a.v - b.v);
-}
-template <bool kGiven>
-FUSED_RNN_HD DeviceFloat<kGiven> operator*(DeviceFloat<kGiven> a, DeviceFloat<kGiven> b) {
-  return DeviceFloat<kGiven>(a.v * b.v);
-}
-__device__ __forceinline__ DeviceFloat<false> sigmoid(DeviceFloat<false> x) {
-  return DeviceFloat<false>(simt::reciprocal(1.0f + simt::exp2(-1.44269504f * x.v)));
-}
-__device__ __forceinline__ DeviceFloat<true> sigmoid(DeviceFloat<true> x) { return x; }
-template <bool kGiven>
-__device__ __forceinline__ DeviceFloat<kGiven> tanh(DeviceFloat<kGiven> x) {
-  return DeviceFloat<kGiven>(math::tanh(x.v));
+__device__ __forceinline__ DeviceFloat tanh(DeviceFloat x) { return DeviceFloat(math::tanh(x.v)); }
+
+// f of an array as DeviceFloats, and what f leaves in it.
+template <int kCount, class F>
+__device__ __forceinline__ void as_device_floats(float (&a)[kCount], F&& f) {
+  DeviceFloat values[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i].v = a[i];
+  f(values);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) a[i] = values[i].v;
 }
 
 template <CellKind kCell>
 struct DeviceCell : Cell<kCell> {
-  static __device__ __forceinline__ void forward(CellKind, float (&a)[Cell<kCell>::kSlots], float h_prev, float c_prev,
+  static __device__ __forceinline__ void forward(CellKind cell, float (&a)[Cell<kCell>::kSlots], float h_prev, float c_prev,
                                                  float& h, float& c) {
-    forward_of<false>(a, h_prev, c_prev, h, c);
+    sigmoids(a);
+    forward_of_sigmoids(cell, a, h_prev, c_prev, h, c);
   }
-  // The same in two parts. With a fence between them the sigmoids run side by side; else the compiler begins one of them only after
-  // the tanh of the new c, which does not need it.
+  // The two parts. With a fence between them the sigmoids run side by side; else the compiler begins one of them only after the
+  // tanh of the new c, which does not need it.
   static __device__ __forceinline__ void sigmoids(float (&a)[Cell<kCell>::kSlots]) {
-#pragma unroll
-    for (int slot = 0; slot < Cell<kCell>::kSlots; ++slot) {
-      const bool is_sigmoid = kCell == CellKind::kLstm ? slot != 2 : slot < 2;
-      if (is_sigmoid) a[slot] = sigmoid(DeviceFloat<false>(a[slot])).v;
-    }
+    as_device_floats(a, [](DeviceFloat(&slots)[Cell<kCell>::kSlots]) { Cell<kCell>::sigmoids(slots); });
   }
   static __device__ __forceinline__ void forward_of_sigmoids(CellKind, float (&a)[Cell<kCell>::kSlots], float h_prev,
                                                              float c_prev, float& h, float& c) {
-    forward_of<true>(a, h_prev, c_prev, h, c);
+    DeviceFloat new_h, new_c;
+    as_device_floats(a, [&](DeviceFloat(&slots)[Cell<kCell>::kSlots]) {
+      Cell<kCell>::forward_of_sigmoids(slots, DeviceFloat(h_prev), DeviceFloat(c_prev), new_h, new_c);
+    });
+    h = new_h.v;
+    if constexpr (Cell<kCell>::kHasC) c = new_c.v;
   }
   static FUSED_RNN_HD void forward(CellKind, double (&a)[Cell<kCell>::kSlots], double h_prev, double c_prev, double& h,
                                    double& c) {
@@ -69,21 +67,6 @@ struct DeviceCell : Cell<kCell> {
   static FUSED_RNN_HD void backward(CellKind, const V (&a)[Cell<kCell>::kSlots], const V& h_prev, const V& c_prev,
                                     const V& c, const V& h, const V& dh, V& dc, V (&d)[Cell<kCell>::kSlots], V& dh_prev) {
     Cell<kCell>::backward(a, h_prev, c_prev, c, h, dh, dc, d, dh_prev);
-  }
-
- private:
-  template <bool kGiven>
-  static __device__ __forceinline__ void forward_of(float (&a)[Cell<kCell>::kSlots], float h_prev, float c_prev, float& h,
-                                                    float& c) {
-    using V = DeviceFloat<kGiven>;
-    V slots[Cell<kCell>::kSlots], new_h, new_c;
-#pragma unroll
-    for (int slot = 0; slot < Cell<kCell>::kSlots; ++slot) slots[slot].v = a[slot];
-    Cell<kCell>::forward(slots, V(h_prev), V(c_prev), new_h, new_c);
-#pragma unroll
-    for (int slot = 0; slot < Cell<kCell>::kSlots; ++slot) a[slot] = slots[slot].v;
-    h = new_h.v;
-    if constexpr (Cell<kCell>::kHasC) c = new_c.v;
   }
 };
 

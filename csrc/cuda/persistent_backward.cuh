@@ -120,11 +120,10 @@ struct PersistentBackward : BlockElements<G> {
     }
   }
 
-  // One element: adds the product (if there was one), applies the derivative, hands d_rg to the next product. Elements that do not
-  // exist go along, as forward.
+  // One element: adds the product (if there was one), applies the derivative, hands d_rg to the next product.
   __device__ __forceinline__ void finish(const Place& e, int tile, int k, const Element& x, int buffer, Result& result) {
     if (!e.mine) return;
-    result.active = active(time(k), length(e, tile));
+    result.active = Base::takes_part(e, tile, time(k));
     float d[C::kSlots] = {}, dh = carry(e, tile), dc_state = C::kHasC ? dc(e, tile) : 0.0f;
     if (k > 0) dh += product_sum(e, tile, k, buffer);
     simt::issue_loads();

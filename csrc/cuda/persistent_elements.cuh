@@ -40,8 +40,7 @@ struct StepRows {
       : now(row_at(seq, time(0))), next(row_at(seq, time(1))), coming(row_at(seq, time(2))) {}
   // Goes on by a step; time: of the third after the one that is left.
   __device__ __forceinline__ void advance(const Sequence& seq, int time) {
-    now = next;
-    next = coming;
+    *this = following();
     coming = row_at(seq, time);
   }
   // Those of the next step; what is coming after them stays unknown.
@@ -138,6 +137,11 @@ struct BlockElements {
   __device__ __forceinline__ int length(const Place& e, int tile) const { return product.lengths()[tile * kTileRows + e.b]; }
   static __device__ __forceinline__ bool active(int t, int length) {
     return static_cast<unsigned>(t) < static_cast<unsigned>(length);
+  }
+  // Whether an element takes part in the step at time t: rows from B on have no active steps. Units from H on publish the zeros that
+  // they begin with: their own sums, of weights that are zero, are no numbers where a state is none, and would outlast its reset.
+  __device__ __forceinline__ bool takes_part(const Place& e, int tile, int t) const {
+    return unit_of(e) < H && active(t, length(e, tile));
   }
   // Whether the state of an element is replaced by zeros before the time whose first row is `row`: as it is loaded, 0 or not.
   __device__ __forceinline__ unsigned char reset(const Place& e, int tile, int t, int row, int length) const {

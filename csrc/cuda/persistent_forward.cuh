@@ -79,11 +79,10 @@ struct PersistentForward : BlockElements<G> {
     for (int g = 0; g < C::kGates; ++g) simt::prefetch_l2(projection + g * H);
   }
 
-  // After the barrier: adds the product, applies the cell and publishes the state for the next step. Elements that do not exist go
-  // along: rows from B on are never active, and units from H on stay zeros, as their biases, weights and projections are.
+  // After the barrier: adds the product, applies the cell and publishes the state for the next step.
   __device__ __forceinline__ void finish(const Place& e, int tile, int step, const Element& x, int buffer, Result& result) {
     if (!e.mine) return;
-    result.active = active(time(step), length(e, tile));
+    result.active = Base::takes_part(e, tile, time(step));
     const float h_prev = G::kCell == CellKind::kGru ? h(e, tile) : 0.0f, c_prev = C::kHasC ? c(e, tile) : 0.0f;
     float a[C::kSlots] = {};
 #pragma unroll
@@ -219,6 +218,7 @@ __device__ __forceinline__ void persistent_forward(const ForwardSequence& s) {
       buffer ^= 1;
     }
   }
+  // buffer has the parity of all tiles finished; those of the last step are the last block.tiles of them.
   for (int tile = 0; tile < block.tiles; ++tile) forward.end(tile, Place::turn(tile, buffer + block.tiles + tile));
 }
 

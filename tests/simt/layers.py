@@ -140,6 +140,7 @@ class LayerRun:
         self.outputs: dict[str, tuple[int, tuple[int, ...]]] = {}  # address and shape
         self.cuts: list[int] = []  # steps at which a new launch takes over, for persistent families
         self.plan_text = ""
+        self.finite = True  # whether the results have to be
         sizes = (c_int * 4)()
         lib.simt_sizes(sizes)
         here = [ctypes.sizeof(t) for t in (ForwardParams, BackwardParams, Problem, DeviceInfo)]
@@ -275,7 +276,7 @@ class LayerRun:
         case, layer, sim = self.layer.case, self.layer, self.sim
         results = {name: sim.get(*place, case.dtype) for name, place in self.outputs.items()}
         for name, tensor in results.items():
-            sim.check_output(name, self.outputs[name][0], tensor)
+            sim.check_output(name, self.outputs[name][0], tensor, self.finite)
         for name in ("gates", "cs"):
             if name in results:
                 assert not results[name][:, ~layer.active].any(), f"{name} is not 0 at an inactive row"

@@ -126,6 +126,35 @@ def run_wild_lengths(sim: Simulator, s: Simulated) -> None:
         assert torch.equal(tensor, want[name]), name
 
 
+def run_not_a_number(sim: Simulator, s: Simulated) -> None:
+    """A row of the batch that is not a number is one again from its next reset on, backward before it; no other notices."""
+    data, clean = make_data(s.case), make_data(s.case)
+    for d in (data, clean):
+        d.resets[:] = False
+        d.resets[2, 0] = True
+    data.input[0, 0], data.dy[-1, 0] = math.nan, math.nan
+    layer = Layer.of(s.case, data)
+    early = (layer.batch_of_row == 0) & (layer.step_of_row < 2)
+    late = (layer.batch_of_row == 0) & (layer.step_of_row >= 2)
+    options = {"family": s.family, "device": DEVICES[s.device], "tf32": s.tf32, "tile": s.tile}
+    want_run, layer_run = LayerRun(sim, Layer.of(s.case, clean), **options), LayerRun(sim, layer, **options)
+    layer_run.finite = False
+    want = want_run.forward()
+    found, untouched = layer_run.forward(), {"y": ~early, "gates": (slice(None), ~early), "cs": (slice(None), ~early)}
+    want_grads, grads = want_run.backward(want), layer_run.backward(want)
+    untouched |= {"d_gates": (slice(None), ~late)}
+    assert found["y"][early].isnan().all() and grads["d_gates"][:, late].isnan().any()
+    for name, tensor in (found | grads).items():
+        places = untouched.get(name, ...)
+        assert torch.equal(tensor[places], (want | want_grads)[name][places]), name
+
+
+@pytest.mark.parametrize("cell", ["RNN_TANH", "RNN_RELU", "GRU", "LSTM"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_not_a_number_ends_with_a_reset(sim: Simulator, cell: str, dtype: torch.dtype) -> None:
+    run_not_a_number(sim, Simulated(Case(cell, steps=5, batch=3, hidden=21, resets=True, dtype=dtype), family="step"))
+
+
 F32 = torch.float32
 ARITHMETIC = [*((dtype, False) for dtype in DTYPES), (F32, True)]
 

@@ -13,7 +13,7 @@ import torch
 from cases import CELLS, Case, make_data
 from layers import Layer, LayerRun
 from simulator import DeviceInfo, Simulator
-from test_kernels import Simulated, run, run_without_d_h0
+from test_kernels import Simulated, run, run_not_a_number, run_without_d_h0
 
 KIB = 1024
 # Devices that never were: 4 SMs, on which groups of 2 blocks take turns; little shared memory, which limits a group's rows.
@@ -195,6 +195,12 @@ def test_every_kernel(sim: Simulator, simulated: Simulated) -> None:
 )
 def test_every_kernel_sweep(sim: Simulator, simulated: Simulated) -> None:
     run(sim, simulated)
+
+
+@pytest.mark.parametrize("simulated", [s for s, _ in EVERY_KERNEL], ids=str)
+def test_not_a_number_ends_with_a_reset(sim: Simulator, simulated: Simulated) -> None:
+    case = dataclasses.replace(simulated.case, steps=5, ragged="dense")
+    run_not_a_number(sim, dataclasses.replace(simulated, case=case))
 
 
 @pytest.mark.parametrize("family", ["step", *FAMILIES])

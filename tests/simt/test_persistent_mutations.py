@@ -5,13 +5,15 @@ The table of all mutants is written to build/simt/persistent-mutants.txt.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import Case
 from mutation_survey import check, survey
 from persistent_mutants import all_mutants, replacement
 from simulator import Simulator
-from test_kernels import DEVICES, Simulated, run, run_wild_lengths, run_without_d_h0, run_without_gradients
+from test_kernels import DEVICES, Simulated, run, run_not_a_number, run_wild_lengths, run_without_d_h0, run_without_gradients
 from test_persistent import run_cut  # and its devices
 
 F16, F32 = torch.float16, torch.float32
@@ -76,6 +78,8 @@ def work(sim: Simulator) -> None:
         run_cut(sim, case, wants_d_h0=False)
     for case in CASES[2:4]:
         run_cut(sim, case)
+    for case in CASES[3:5]:
+        run_not_a_number(sim, replace(case, case=replace(case.case, ragged="dense")))
 
 
 @pytest.mark.slow
