@@ -20,7 +20,7 @@ constexpr double kClockGhz = 1.7;
 constexpr double kLaunchUs = 2.1;           // from one launch in a stream to the next
 constexpr double kL2HandOffUs = 0.75;       // a store and the load that sees it: 160 ns one way, 600 ns under load
 constexpr double kClusterHandOffUs = 0.42;  // from a push to the next product; the push and its barrier alone take 0.25
-constexpr double kTurnsHandOffUs = 0.27;    // the same in blocks of 16 units, where half of the threads load ahead meanwhile
+constexpr double kTurnsHandOffUs = 0.27;    // the same where half of the threads load ahead meanwhile
 constexpr double kL2BytesPerClock = 25;     // into one SM while all SMs read (5.5 TB/s on an H100)
 constexpr double kSmemBytesPerClock = 128;
 constexpr double kStepUs = 0.4;       // partial sums, block barrier, pointwise part
@@ -60,7 +60,7 @@ double step_us(const PersistentShape& s, const PersistentPlan& plan, const Devic
       fragments * cuda::kTileUnits * cuda::chunk_step(s.math) * cuda::kTileRows / persistent_math_rate(s.math, device);
   // Products hide behind the reading of the weights, or that behind them; neither before the states have come.
   const double clocks = std::max({exchange, smem_traffic(s, plan) / kSmemBytesPerClock, products});
-  const double hand_off = !s.cluster ? kL2HandOffUs : s.unit_tiles == 1 ? kTurnsHandOffUs : kClusterHandOffUs;
+  const double hand_off = !s.cluster ? kL2HandOffUs : cuda::takes_turns(s) ? kTurnsHandOffUs : kClusterHandOffUs;
   return turns(s, plan, device) * (plan.tiles * (kStepUs + clocks / (kClockGhz * 1e3)) + hand_off);
 }
 

@@ -55,6 +55,10 @@ constexpr FUSED_RNN_HD int slice_units(PersistentShape s) { return kTileUnits * 
 constexpr FUSED_RNN_HD bool scatters(PersistentShape s) { return s.backward && s.cluster && gate_count(s.cell) > 1; }
 // Gates that a slice publishes (or multiplies itself) in each step: 1 state forward, gradients of all gates backward.
 constexpr FUSED_RNN_HD int published(PersistentShape s) { return s.backward ? gate_count(s.cell) : 1; }
+// Whether half of the threads, which have the elements of one tile, and the other half take turns (blocks of 16 units).
+constexpr FUSED_RNN_HD bool takes_turns(PersistentShape s) {
+  return s.cluster && 2 * slice_units(s) * kTileRows == kPersistentThreads;
+}
 
 // ---- gather ----
 
@@ -123,8 +127,10 @@ constexpr FUSED_RNN_HD int scatter_floats(PersistentShape s, int slices) { retur
 // ---- memory ----
 
 // Batch tiles whose running states (h and c, or their gradients) a thread keeps in registers: the first, or none where the
-// weights leave no room (ptxas) or two threads take turns (blocks of 16 units). In `grid` the packets under way take that room.
-constexpr FUSED_RNN_HD int tiles_in_registers(PersistentShape s) { return s.cluster && s.unit_tiles == 2 ? 1 : 0; }
+// weights leave no room (ptxas) or two threads take turns. In `grid` the packets under way take that room.
+constexpr FUSED_RNN_HD int tiles_in_registers(PersistentShape s) {
+  return !s.cluster || s.unit_tiles == 3 || takes_turns(s) ? 0 : 1;
+}
 // Bytes of one fragment: 4 registers of 32 lanes.
 constexpr int kFragmentBytes = 4 * 32 * 4;
 // fp32: the states of one chunk, [k][batch row], the upper half of k 4 floats further. A warp has two in turn.

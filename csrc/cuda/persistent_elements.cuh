@@ -70,7 +70,7 @@ struct ElementPlace {
   static_assert(kHalf || kElements >= kPersistentThreads);
   // Whether turns go on from step to step: while a half finishes its elements, the other requests what it needs for its own turn,
   // which is the next. Otherwise a half has the same tiles in all steps.
-  static constexpr bool kAlternate = G::kCluster && kHalf;
+  static constexpr bool kAlternate = takes_turns(G::shape());
   // Whether what the next tile or step needs is requested before the results of this one are stored, so that it is there when the
   // states come, whose wait awaits all loads in a cluster. For two elements there are no registers.
   static constexpr bool kEarly = G::kCluster && kPerThread == 1;
