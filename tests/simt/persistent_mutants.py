@@ -108,7 +108,6 @@ MASKS = [
     (r"if \(!active\(time\(step \+ kPrefetchSteps\), steps_of_row\) \|\| ", "if ("),
     (r" \|\| !Base::hints\(e, row \+ ahead\)", ""),
     (r"result\.active = Base::takes_part\(.*;", "result.active = true;"),
-    (r"return unit_of\(e\) < H && active\(t, .*;", "return active(t, length(e, tile));"),
     (r"return unit_of\(e\) < H && active\(t, .*;", "return unit_of(e) < H;"),
     (r"if \(result\.active\) \{", "if (true) {"),
     (r"if \(step \+ 1 < steps\) \{", "{"),
