@@ -197,10 +197,22 @@ def test_every_kernel_sweep(sim: Simulator, simulated: Simulated) -> None:
     run(sim, simulated)
 
 
-@pytest.mark.parametrize("simulated", [s for s, _ in EVERY_KERNEL], ids=str)
+def dense(s: Simulated) -> Simulated:
+    return dataclasses.replace(s, case=dataclasses.replace(s.case, steps=5, ragged="dense"))
+
+
+NOT_A_NUMBER = [dense(s) for s, _ in EVERY_KERNEL]
+
+
+@pytest.mark.parametrize("simulated", NOT_A_NUMBER[::5], ids=str)
 def test_not_a_number_ends_with_a_reset(sim: Simulator, simulated: Simulated) -> None:
-    case = dataclasses.replace(simulated.case, steps=5, ragged="dense")
-    run_not_a_number(sim, dataclasses.replace(simulated, case=case))
+    run_not_a_number(sim, simulated)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("simulated", [s for index, s in enumerate(NOT_A_NUMBER) if index % 5], ids=str)
+def test_not_a_number_ends_with_a_reset_sweep(sim: Simulator, simulated: Simulated) -> None:
+    run_not_a_number(sim, simulated)
 
 
 @pytest.mark.parametrize("family", ["step", *FAMILIES])
