@@ -435,17 +435,24 @@ def test_flops_and_roofline() -> None:
     assert bench.sgemm_gflops(size=64, rounds=2) > 0
 
 
-def test_a_first_call_that_prepares_things() -> None:
+def test_a_first_call_that_prepares_things(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is taken for no measure of the later ones: both sides' samples hold as many calls."""
-    calls = {"slow start": 0, "even": 0}
+    now, calls = 0.0, {"slow start": 0, "even": 0}
 
     def side(name: str, first: float) -> Side:
         def run() -> None:
+            nonlocal now
             calls[name] += 1
-            time.sleep(first if calls[name] == 1 else 2e-4)
+            now += first if calls[name] == 1 else 2e-4
 
         return Side(name, run)
 
+    def pause(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    clock = types.SimpleNamespace(monotonic=lambda: now, perf_counter=lambda: now, sleep=pause)
+    monkeypatch.setattr(timing, "time", clock)
     timings = timing.measure([side("slow start", 0.3), side("even", 2e-4)], "cpu", 0.9)
     assert calls["slow start"] > 0.5 * calls["even"]
     slow, even = (t.quartiles()[1] for t in timings)
