@@ -23,4 +23,7 @@ inline bool differentiates(const Tensor& x, const OptionalTensor& h, const Optio
 inline OptionalTensor optional_of(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 inline Tensor tensor_of(const OptionalTensor& t) { return t ? *t : Tensor(); }
 
+// Lengths or resets for backward: callers write into one buffer for call after call.
+inline Tensor own(const OptionalTensor& t) { return t && t->defined() ? t->clone() : Tensor(); }
+
 }  // namespace fused_rnn

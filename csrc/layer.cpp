@@ -4,6 +4,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/clamp.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/searchsorted.h>
@@ -45,17 +46,23 @@ Tensor part(const Tensor& t, int64_t dim, int64_t begin, int64_t end) {
   return begin == 0 && end == t.size(dim) ? t : t.slice(dim, begin, end);
 }
 
-struct Shapes {
-  int64_t T, B, N, I, H, P;
-  int D;
-  int64_t per_direction;  // parameters of one direction
-  bool projection;
-};
+// A storage may be smaller than its tensors: FSDP and others free it by resizing it to 0.
+void check_memory(const char* name, const Tensor& t) {
+  TORCH_CHECK(t.layout() == at::kStrided, name, ": expected a dense tensor (torch.strided), got layout ", t.layout());
+  if (t.numel() == 0) return;
+  int64_t elements = t.storage_offset() + 1;
+  for (int64_t d = 0; d < t.dim(); ++d) elements += (t.size(d) - 1) * t.stride(d);
+  const auto available = static_cast<int64_t>(t.storage().nbytes());
+  TORCH_CHECK(elements * static_cast<int64_t>(t.element_size()) <= available, name,
+              ": expected memory for a tensor of shape ", t.sizes(), ", got a storage of ", available,
+              " bytes (freed or resized after the tensor was made)");
+}
 
 void check_tensor(const char* name, const Tensor& t, at::IntArrayRef shape, const Tensor& x, at::ScalarType dtype) {
   TORCH_CHECK(t.device() == x.device(), name, ": expected device ", x.device(), " (input's), got ", t.device());
   TORCH_CHECK(t.scalar_type() == dtype, name, ": expected dtype ", dtype, ", got ", t.scalar_type());
   TORCH_CHECK(t.sizes() == shape, name, ": expected shape ", shape, ", got ", t.sizes());
+  check_memory(name, t);
 }
 
 void check_optional(const char* name, const OptionalTensor& t, at::IntArrayRef shape, const Tensor& x,
@@ -63,16 +70,15 @@ void check_optional(const char* name, const OptionalTensor& t, at::IntArrayRef s
   if (t && t->defined()) check_tensor(name, *t, shape, x, dtype);
 }
 
-at::DimVector state_shape(const LayerInputs& in, const Shapes& s, int64_t size) {
+at::DimVector state_shape(const LayerInputs& in, const LayerShapes& s, int64_t size) {
   return in.one_step ? at::DimVector{s.B, size} : at::DimVector{s.D, s.B, size};
 }
 
-Shapes check_layer(const LayerInputs& in) {
+LayerShapes check_layer(const LayerInputs& in) {
   dtype_of(in.x);
-  const int cell = static_cast<int>(in.cell);
-  TORCH_CHECK_VALUE(cell >= 0 && cell <= 4, "cell: expected 0 to 4, got ", cell);
+  check_memory("input", in.x);
   const int64_t G = gate_count(in.cell);
-  Shapes s{};
+  LayerShapes s{};
   s.D = in.bidirectional ? 2 : 1;
   const int64_t count = static_cast<int64_t>(in.params.size());
   const int64_t base = in.has_biases ? 4 : 2;
@@ -100,6 +106,7 @@ Shapes check_layer(const LayerInputs& in) {
     s.B = in.h0->size(1);
     s.N = in.x.size(0);
     check_tensor("offsets", *in.offsets, {s.T + 1}, in.x, at::kLong);
+    if (in.offsets->is_cpu()) check_offsets(*in.offsets, s.B, s.N);
   } else {
     s.T = in.one_step ? 1 : in.x.size(0);
     s.B = in.x.size(in.one_step ? 0 : 1);
@@ -108,6 +115,8 @@ Shapes check_layer(const LayerInputs& in) {
   TORCH_CHECK(s.T > 0, "input: expected at least 1 time step, got 0");
   const auto dtype = in.x.scalar_type();
   check_optional("h0", in.h0, state_shape(in, s, s.P), in.x, dtype);
+  TORCH_CHECK_VALUE(in.cell == CellKind::kLstm || !in.c0 || !in.c0->defined(),
+                    "c0: expected None for a cell without c, got ", in.c0->sizes());
   check_optional("c0", in.c0, state_shape(in, s, s.H), in.x, dtype);
   check_optional("lengths", in.lengths, {s.B}, in.x, at::kLong);
   if (packed) {
@@ -140,24 +149,37 @@ const void* contiguous(const OptionalTensor& t, std::vector<Tensor>& kept) {
 
 void* data_or_null(const Tensor& t) { return t.defined() && t.numel() ? t.data_ptr() : nullptr; }
 
-Sequence sequence_of(const LayerInputs& in, const Shapes& s, std::vector<Tensor>& kept) {
+const int64_t* offsets_of(const LayerInputs& in, const LayerShapes& s, std::vector<Tensor>& kept) {
+  if (!in.offsets) return nullptr;
+  if (!in.offsets->is_cuda()) return static_cast<const int64_t*>(contiguous(in.offsets, kept));
+  kept.push_back(at::clamp(*in.offsets, 0, s.N).contiguous());
+  return kept.back().const_data_ptr<int64_t>();
+}
+
+Sequence sequence_of(const LayerInputs& in, const LayerShapes& s, std::vector<Tensor>& kept) {
   return {s.T,
           s.B,
           s.N,
           static_cast<const int64_t*>(contiguous(in.lengths, kept)),
-          static_cast<const int64_t*>(contiguous(in.offsets, kept)),
+          offsets_of(in, s, kept),
           static_cast<const bool*>(contiguous(in.resets, kept))};
 }
 
-Weights weights_of(const LayerInputs& in, const Shapes& s, int d, std::vector<Tensor>& kept) {
+Weights weights_of(const LayerInputs& in, const LayerShapes& s, int d, std::vector<Tensor>& kept) {
   const auto w = in.params.slice(d * s.per_direction, s.per_direction);
   return {contiguous(w[0], kept), contiguous(w[1], kept), in.has_biases ? contiguous(w[2], kept) : nullptr,
           in.has_biases ? contiguous(w[3], kept) : nullptr,
           s.projection ? contiguous(w[s.per_direction - 1], kept) : nullptr};
 }
 
+// [N, 1] bool, true at rows that take part; only for dense batches with lengths.
+Tensor active_rows(const LayerInputs& in, const LayerShapes& s) {
+  const Tensor t = at::arange(s.T, in.x.options().dtype(at::kLong)).unsqueeze(1);
+  return (t < in.lengths->unsqueeze(0)).reshape({s.N, 1});
+}
+
 // For every row of memory the row of cat(y, h0) that was its h before the step: [N].
-Tensor previous_rows(const LayerInputs& in, const Shapes& s, bool reverse) {
+Tensor previous_rows(const LayerInputs& in, const LayerShapes& s, bool reverse) {
   const auto options = in.x.options().dtype(at::kLong);
   const Tensor row = at::arange(s.N, options);
   if (in.offsets) {
@@ -181,7 +203,7 @@ Tensor previous_rows(const LayerInputs& in, const Shapes& s, bool reverse) {
 }
 
 // Of every row the h before its step [N, P]; y [N, P] is a strided view.
-Tensor previous_states(const LayerInputs& in, const Shapes& s, const Tensor& y, int d) {
+Tensor previous_states(const LayerInputs& in, const LayerShapes& s, const Tensor& y, int d) {
   const bool has_h0 = in.h0 && in.h0->defined();
   if (in.x.is_cpu() && y.stride(1) == 1) {
     std::vector<Tensor> kept;
@@ -195,22 +217,30 @@ Tensor previous_states(const LayerInputs& in, const Shapes& s, const Tensor& y, 
   const Tensor h0 = has_h0 ? in.h0->select(0, d) : at::zeros({s.B, s.P}, y.options());
   Tensor h_prev = at::cat({y, h0}).index_select(0, previous_rows(in, s, d == 1));
   if (in.resets) h_prev.masked_fill_(in.resets->reshape({s.N, 1}), 0);
+  if (in.lengths) h_prev.masked_fill_(active_rows(in, s).logical_not_(), 0);
   return h_prev;
 }
 
-// d_rg^T h_prev [G*H, P]: d_rg [N, G*H] and y [N, P] are strided views, h_prev is never stored for dense batches.
-Tensor recurrent_weight_gradient(const LayerInputs& in, const Shapes& s, const Tensor& d_rg, const Tensor& y, int d) {
+// d_rg^T h_prev [G*H, P] of direction d. d_rg [N, G*H] is a strided view. Where every row takes part in every step, h_prev is y moved by one
+// step and never stored; otherwise rows that take no part get zeros, as their y and h0 may be NaN, and 0 * NaN is not 0.
+Tensor recurrent_weight_gradient(const LayerInputs& in, const LayerShapes& s, const Tensor& d_rg,
+                                 const OptionalTensor& y_of_all, int d) {
   const bool reverse = d == 1;
   const bool has_h0 = in.h0 && in.h0->defined();
-  const bool shifted = !in.offsets && !in.resets && !(reverse && in.lengths && has_h0);
+  const bool shifted = !in.offsets && !in.resets && !in.lengths;
+  const bool later_steps = s.T > 1;
+  Tensor y;
+  if (y_of_all) {
+    y = part(y_of_all->reshape({s.N, s.D * s.P}), 1, d * s.P, (d + 1) * s.P);
+  } else if (!shifted) {
+    y = empty_like(in.x, {s.N, s.P});  // of a single step: never read
+  }
+  const Tensor dw = empty_like(in.x, {d_rg.size(1), s.P});
   if (!shifted) {
-    const Tensor dw = empty_like(y, {d_rg.size(1), s.P});
     multiply_into(dw, d_rg, /*transposed=*/true, previous_states(in, s, y, d), /*add=*/false);
     return dw;
   }
-  const Tensor dw = empty_like(y, {d_rg.size(1), s.P});
   const int64_t begin = reverse ? s.N - s.B : 0;  // of the first step
-  const bool later_steps = s.N > s.B;
   if (later_steps) {
     const Tensor later = part(d_rg, 0, reverse ? 0 : s.B, reverse ? s.N - s.B : s.N);
     const Tensor earlier = part(y, 0, reverse ? s.B : 0, reverse ? s.N : s.N - s.B);
@@ -225,16 +255,41 @@ Tensor recurrent_weight_gradient(const LayerInputs& in, const Shapes& s, const T
   return dw;
 }
 
-// [N, 1] bool, true at rows that take part; only for dense batches with lengths.
-Tensor active_rows(const LayerInputs& in, const Shapes& s) {
-  const Tensor t = at::arange(s.T, in.x.options().dtype(at::kLong)).unsqueeze(1);
-  return (t < in.lengths->unsqueeze(0)).reshape({s.N, 1});
-}
-
 }  // namespace
 
+CellKind cell_of(int64_t cell) {
+  TORCH_CHECK_VALUE(cell >= 0 && cell <= 4, "cell: expected 0 to 4, got ", cell);
+  return static_cast<CellKind>(cell);
+}
+
+bool backward_reads_output(CellKind cell, int64_t steps, bool weight_gradients) {
+  switch (cell) {
+    case CellKind::kRnnTanh:
+    case CellKind::kRnnRelu:
+    case CellKind::kRnnIdentity: return true;
+    case CellKind::kGru: return steps > 1;
+    case CellKind::kLstm: break;
+  }
+  return steps > 1 && weight_gradients;
+}
+
+void check_offsets(const Tensor& offsets, int64_t B, int64_t N) {
+  const Tensor contiguous = offsets.contiguous();
+  const int64_t* at = contiguous.const_data_ptr<int64_t>();
+  const int64_t T = contiguous.size(0) - 1;
+  TORCH_CHECK_VALUE(at[0] == 0 && at[T] == N, "offsets: expected numbers from 0 to ", N, " (input's rows), got ", at[0],
+                    " to ", at[T]);
+  int64_t most = B;
+  for (int64_t t = 0; t < T; ++t) {
+    // Each lies in [0, N] by now, so that the difference does not overflow.
+    TORCH_CHECK_VALUE(at[t + 1] >= at[t] && at[t + 1] <= N && at[t + 1] - at[t] <= most, "offsets: expected steps of 0 to ",
+                      B, " rows (the batch size) that never grow, got ", at[t], " and ", at[t + 1], " around step ", t);
+    most = at[t + 1] - at[t];
+  }
+}
+
 ForwardCall prepare_forward(const LayerInputs& in, bool save) {
-  const Shapes s = check_layer(in);
+  const LayerShapes s = check_layer(in);
   ForwardCall call;
   const bool lstm = in.cell == CellKind::kLstm;
   call.h_n = empty_like(in.x, state_shape(in, s, s.P));
@@ -279,13 +334,14 @@ LayerOutputs forward_outputs(const ForwardCall& call, bool save) {
           call.cs.defined() ? call.cs : empty()};
 }
 
-BackwardCall prepare_backward(const LayerInputs& in, const BackwardInputs& grads) {
-  const Shapes s = check_layer(in);
+BackwardCall prepare_backward(const LayerInputs& in, const BackwardInputs& grads, GradientMask mask) {
+  const LayerShapes s = check_layer(in);
   const auto dtype = in.x.scalar_type();
   const bool lstm = in.cell == CellKind::kLstm;
   const int64_t S = slot_count(in.cell);
   const auto y_shape = in.offsets ? at::DimVector{s.N, s.D * s.P} : at::DimVector{s.T, s.B, s.D * s.P};
-  check_tensor("y", grads.y, y_shape, in.x, dtype);
+  TORCH_CHECK_VALUE(grads.y || !backward_reads_output(in.cell, s.T, mask.weights), "y: expected forward's output, got None");
+  check_optional("y", grads.y, y_shape, in.x, dtype);
   check_optional("dy", grads.dy, y_shape, in.x, dtype);
   check_optional("dh_n", grads.dh_n, {s.D, s.B, s.P}, in.x, dtype);
   if (lstm) check_optional("dc_n", grads.dc_n, {s.D, s.B, s.H}, in.x, dtype);
@@ -293,11 +349,11 @@ BackwardCall prepare_backward(const LayerInputs& in, const BackwardInputs& grads
   if (lstm) check_tensor("cs", grads.cs, {s.D, s.N, s.H}, in.x, dtype);
 
   BackwardCall call;
+  call.shapes = s;
   call.d_gates = empty_inside(in.x, {s.D, s.N, S, s.H});
   if (s.projection) call.d_h = empty_inside(in.x, {s.D, s.N, s.P});
   call.d_h0 = empty_like(in.x, {s.D, s.B, s.P});
   call.d_c0 = lstm ? empty_like(in.x, {s.D, s.B, s.H}) : empty_like(in.x, {0});
-  call.x = in.x.contiguous();
 
   BackwardParams& p = call.params;
   p = {};
@@ -337,14 +393,13 @@ void input_gradient(const LayerInputs& in, const InputColumns& all, const Tensor
 
 LayerGradients gradients_of_layer(const LayerInputs& in, const BackwardInputs& grads, const BackwardCall& call,
                                   GradientMask mask) {
-  const Shapes s = check_layer(in);
+  const LayerShapes& s = call.shapes;
   const int64_t G = gate_count(in.cell), S = slot_count(in.cell), H = s.H;
   const bool gru = in.cell == CellKind::kGru;
   const auto empty = [&] { return empty_like(in.x, {0}); };
-  Tensor x = call.x.view({s.N, s.I});
+  Tensor x = mask.weights ? in.x.contiguous().view({s.N, s.I}) : Tensor();
   // The d_gates of padding are 0, but its x may hold anything, and 0 * NaN is not 0.
   if (in.lengths && mask.weights) x = at::where(active_rows(in, s), x, 0);
-  const Tensor y = grads.y.reshape({s.N, s.D * s.P});
 
   Tensor dx;
   std::vector<Tensor> dparams;
@@ -368,7 +423,7 @@ LayerGradients gradients_of_layer(const LayerInputs& in, const BackwardInputs& g
       if (in.has_biases) sum_rows_into(part(db_ih, 0, first, first + columns.size(1)), columns);
     }
     dparams.push_back(dw_ih);
-    dparams.push_back(recurrent_weight_gradient(in, s, d_rg, part(y, 1, d * s.P, (d + 1) * s.P), d));
+    dparams.push_back(recurrent_weight_gradient(in, s, d_rg, grads.y, d));
     if (in.has_biases) {
       if (gru) {
         sum_rows_into(db_hh, d_rg);

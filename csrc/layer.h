@@ -35,6 +35,14 @@ struct LayerInputs {
   bool one_step = false;  // a cell's: x [B, I], states [B, H]
 };
 
+// The checked sizes of a layer's call; letters as in params.h.
+struct LayerShapes {
+  int64_t T, B, N, I, H, P;
+  int D;
+  int64_t per_direction;  // parameters of one direction
+  bool projection;
+};
+
 // A filled ForwardParams with the tensors that own its memory.
 struct ForwardCall {
   ForwardParams params;
@@ -43,7 +51,7 @@ struct ForwardCall {
 };
 struct BackwardCall {
   BackwardParams params;
-  Tensor x;  // contiguous
+  LayerShapes shapes;
   Tensor d_gates, d_h, d_h0, d_c0;
   std::vector<Tensor> kept;
 };
@@ -52,7 +60,7 @@ struct BackwardInputs {
   const OptionalTensor& dy;
   const OptionalTensor& dh_n;
   const OptionalTensor& dc_n;
-  const Tensor& y;
+  const OptionalTensor& y;  // none where backward does not read it
   const Tensor& gates;
   const Tensor& cs;
 };
@@ -62,14 +70,26 @@ struct GradientMask {
   bool x, state, weights;
 };
 
-// Raises for a dtype that no kernel has.
 // Uninitialised memory like x's; on a CPU without the dispatcher, whose share of a small step would be a tenth.
 Tensor empty_like(const Tensor& x, at::IntArrayRef shape);
+// Raises for a dtype that no kernel has.
 DType dtype_of(const Tensor& x);
+// An op's argument `cell`; raises for a number that is no cell's.
+CellKind cell_of(int64_t cell);
 
-// Checks everything that memory safety depends on; raises with the name of the argument.
+// Whether backward of `steps` steps reads forward's output y. An RNN's kernels compute the derivative from y. The others read y only as the
+// state before a later step: a GRU for its derivative, an LSTM for the gradient of W_hh.
+bool backward_reads_output(CellKind cell, int64_t steps, bool weight_gradients);
+
+// Raises unless the offsets of packed rows, on a CPU, are those of N rows in all and at most B in a step: from 0 to N, in steps that never
+// grow.
+void check_offsets(const Tensor& offsets, int64_t B, int64_t N);
+
+// Both check everything that memory safety depends on, and raise with the name of the argument: device, dtype, layout, shape and memory
+// of every tensor, and the values of offsets on a CPU. On CUDA, where reading them would wait for the device, offsets are cut to [0, N]
+// instead; lengths are cut by the kernels.
 ForwardCall prepare_forward(const LayerInputs& in, bool save);
-BackwardCall prepare_backward(const LayerInputs& in, const BackwardInputs& grads);
+BackwardCall prepare_backward(const LayerInputs& in, const BackwardInputs& grads, GradientMask mask);
 
 // Gives the call its gates buffer even when nothing is saved: room for the input projection.
 void allocate_gates(ForwardCall& call);

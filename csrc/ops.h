@@ -1,5 +1,7 @@
 // C++ signatures of the ops' schemas (ops.cpp), for typed dispatch and for their registration in other files.
 #pragma once
+#include <ATen/core/dispatch/Dispatcher.h>
+
 #include <array>
 
 #include "layer.h"
@@ -15,7 +17,7 @@ using LayerBackwardSignature = LayerGradients(const OptionalTensor& dy, const Op
                                               const OptionalTensor& dc_n, const Tensor& x, const OptionalTensor& h0,
                                               const OptionalTensor& c0, at::TensorList params, bool has_biases,
                                               const OptionalTensor& lengths, const OptionalTensor& offsets,
-                                              const OptionalTensor& resets, const Tensor& y, const Tensor& gates,
+                                              const OptionalTensor& resets, const OptionalTensor& y, const Tensor& gates,
                                               const Tensor& cs, int64_t cell, bool bidirectional, std::array<bool, 3> mask);
 
 using RnnSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor& input, const OptionalTensor& h0,
@@ -27,6 +29,12 @@ using RnnSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor& input, con
 
 using CellSignature = std::tuple<Tensor, Tensor>(const Tensor& input, const OptionalTensor& h, const OptionalTensor& c,
                                                  at::TensorList params, bool has_biases, int64_t cell);
+
+// The ops of one layer, through the dispatcher.
+using LayerOp = c10::TypedOperatorHandle<LayerSignature>;
+using LayerBackwardOp = c10::TypedOperatorHandle<LayerBackwardSignature>;
+const LayerOp& layer_op();
+const LayerBackwardOp& layer_backward_op();
 
 // Whether a call on these tensors concerns the CPU kernels, and autograd, alone: autocast, dispatch modes, tracing, subclasses and
 // the profiler have no part in it, so that it need not go through the dispatcher.

@@ -52,7 +52,7 @@ LayerOutputs layer_cuda(const Tensor& x, const OptionalTensor& h0, const Optiona
                         bool has_biases, const OptionalTensor& lengths, const OptionalTensor& offsets,
                         const OptionalTensor& resets, int64_t cell, bool bidirectional, bool save) {
   const c10::cuda::CUDAGuard device_guard(x.device());
-  const LayerInputs in{x, h0, c0, params, has_biases, lengths, offsets, resets, static_cast<CellKind>(cell), bidirectional};
+  const LayerInputs in{x, h0, c0, params, has_biases, lengths, offsets, resets, cell_of(cell), bidirectional};
   ForwardCall call = prepare_forward(in, save);
   if (call.params.seq.B > 0) {
     call.params.allow_tf32 = allows_tf32(x);
@@ -73,13 +73,14 @@ LayerOutputs layer_cuda(const Tensor& x, const OptionalTensor& h0, const Optiona
 LayerGradients layer_backward_cuda(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
                                    const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                                    at::TensorList params, bool has_biases, const OptionalTensor& lengths,
-                                   const OptionalTensor& offsets, const OptionalTensor& resets, const Tensor& y,
+                                   const OptionalTensor& offsets, const OptionalTensor& resets, const OptionalTensor& y,
                                    const Tensor& gates, const Tensor& cs, int64_t cell, bool bidirectional,
                                    std::array<bool, 3> mask) {
   const c10::cuda::CUDAGuard device_guard(x.device());
-  const LayerInputs in{x, h0, c0, params, has_biases, lengths, offsets, resets, static_cast<CellKind>(cell), bidirectional};
+  const LayerInputs in{x, h0, c0, params, has_biases, lengths, offsets, resets, cell_of(cell), bidirectional};
   const BackwardInputs grads{dy, dh_n, dc_n, y, gates, cs};
-  BackwardCall call = prepare_backward(in, grads);
+  const GradientMask wanted{mask[0], mask[1], mask[2]};
+  BackwardCall call = prepare_backward(in, grads, wanted);
   const bool allow_tf32 = allows_tf32(x);
   const MatmulPrecision precision(allow_tf32);
   if (call.params.seq.B > 0) {
@@ -90,7 +91,7 @@ LayerGradients layer_backward_cuda(const OptionalTensor& dy, const OptionalTenso
     call.params.workspace = workspace.data_ptr();
     cuda::backward(call.params, plan, c10::cuda::getCurrentCUDAStream().stream());
   }
-  return gradients_of_layer(in, grads, call, {mask[0], mask[1], mask[2]});
+  return gradients_of_layer(in, grads, call, wanted);
 }
 
 }  // namespace

@@ -137,6 +137,7 @@ struct ForwardLayer : StackedInputs {
 
 struct BackwardLayer : StackedInputs {
   OptionalTensor dy;  // of all layers but the last the dx of the one above
+  const OptionalTensor y;
   const BackwardInputs grads;
   BackwardCall call;
   Tensor workspace, carry, dx;
@@ -145,7 +146,8 @@ struct BackwardLayer : StackedInputs {
                 const StackGradients& given, const LayerOutputs& saved)
       : StackedInputs(s, input, layer),
         dy(output_gradient),
-        grads{dy, given.dh_n[layer], given.dc_n[layer], std::get<0>(saved), std::get<3>(saved), std::get<4>(saved)} {}
+        y(std::get<0>(saved)),
+        grads{dy, given.dh_n[layer], given.dc_n[layer], y, std::get<3>(saved), std::get<4>(saved)} {}
 };
 
 // The rows of memory of the steps of a stack: those of time t begin at at(t).
@@ -193,6 +195,11 @@ double scale_of(double dropout) { return 1 / (1 - dropout); }
 void drop_rows(Tensor to, const Tensor& from, const Tensor& left, double dropout) {
   at::mul_out(to, from, left);
   to.mul_(scale_of(dropout));
+}
+
+// What is left to do of a layer's gradients: dx of the layers above the first is a task of the schedule.
+GradientMask masks_of(const std::vector<std::array<bool, 3>>& masks, int64_t layer) {
+  return {layer == 0 && masks[layer][0], masks[layer][1], masks[layer][2]};
 }
 
 Tensor workspace_of(const Plan& plan, const Tensor& x) {
@@ -270,7 +277,7 @@ std::optional<std::vector<LayerGradients>> overlapped_backward(const StackCall& 
     const OptionalTensor dy = layers.empty() ? given.dy : OptionalTensor(layers.front().dx);
     const Tensor& x = l == 0 ? s.x : s.dropout > 0 ? saved.inputs[l - 1] : std::get<0>(saved.layers[l - 1]);
     BackwardLayer& layer = layers.emplace_front(s, x, l, dy, given, saved.layers[l]);
-    layer.call = prepare_backward(layer.in, layer.grads);
+    layer.call = prepare_backward(layer.in, layer.grads, masks_of(masks, l));
     BackwardParams& p = layer.call.params;
     p.allow_tf32 = stack->layer.allow_tf32;
     if (!(masks[l][1] && layer.h0)) p.d_h0 = nullptr;
@@ -292,8 +299,7 @@ std::optional<std::vector<LayerGradients>> overlapped_backward(const StackCall& 
   });
   std::vector<LayerGradients> gradients;
   for (int64_t l = 0; l < s.layers; ++l) {
-    gradients.push_back(gradients_of_layer(layers[l].in, layers[l].grads, layers[l].call,
-                                           {l == 0 && masks[l][0], masks[l][1], masks[l][2]}));
+    gradients.push_back(gradients_of_layer(layers[l].in, layers[l].grads, layers[l].call, masks_of(masks, l)));
   }
   return gradients;
 }

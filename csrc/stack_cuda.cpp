@@ -1,5 +1,4 @@
 // A stack of layers whose parts overlap on CUDA (overlap_cuda.cpp), as a function of autograd.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/cat.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -11,14 +10,17 @@
 namespace fused_rnn {
 namespace {
 
-auto& layer_backward_op() {
-  static auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("fused_rnn::layer_backward", "").typed<LayerBackwardSignature>();
-  return op;
+// A tensor without elements that has t's version: it changes when t is written in place.
+Tensor version_of(const Tensor& t) {
+  const Tensor witness = at::empty({0}, t.options());
+  torch::autograd::impl::set_version_counter(witness, torch::autograd::impl::version_counter(t));
+  return witness;
 }
 
 // One node of the graph, whose backward overlaps too. Its results, in this order, are every layer's y, h_n, c_n, gates and cs.
-// Only the last y goes to the caller, but where gradients are differentiated the others have gradients too.
+// Only the last y goes to the caller, but where gradients are differentiated the others have gradients too. The caller may write into
+// its results before backward runs: final states are not kept, and the last y is kept as layer_autograd.cpp does, as an alias with its
+// version then.
 class StackFunction : public torch::autograd::Function<StackFunction> {
  public:
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& x,
@@ -27,10 +29,10 @@ class StackFunction : public torch::autograd::Function<StackFunction> {
     torch::autograd::variable_list results, saved{x,
                                                   tensor_of(h0),
                                                   tensor_of(c0),
-                                                  tensor_of(stack->lengths),
+                                                  own(stack->lengths),
                                                   tensor_of(stack->offsets),
                                                   tensor_of(stack->host_offsets),
-                                                  tensor_of(stack->resets)};
+                                                  own(stack->resets)};
     const auto append = [&](auto part) {
       for (const LayerOutputs& layer : made->layers) results.push_back(std::get<decltype(part)::value>(layer));
     };
@@ -39,11 +41,16 @@ class StackFunction : public torch::autograd::Function<StackFunction> {
     append(std::integral_constant<int, 2>{});
     append(std::integral_constant<int, 3>{});
     append(std::integral_constant<int, 4>{});
-    saved.insert(saved.end(), results.begin(), results.end());
+    const int64_t layers = stack->layers;
+    saved.insert(saved.end(), results.begin(), results.begin() + layers - 1);
+    saved.push_back(results[layers - 1].variable_data());
+    saved.insert(saved.end(), results.begin() + 3 * layers, results.end());
     saved.insert(saved.end(), made->inputs.begin(), made->inputs.end());
     saved.insert(saved.end(), made->left.begin(), made->left.end());
     saved.insert(saved.end(), weights.begin(), weights.end());
     ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["output_version"] = version_of(results[layers - 1]);
+    ctx->saved_data["output_version_then"] = static_cast<int64_t>(results[layers - 1]._version());
     ctx->saved_data["has_biases"] = stack->has_biases;
     ctx->saved_data["cell"] = static_cast<int64_t>(stack->cell);
     ctx->saved_data["layers"] = stack->layers;
@@ -64,22 +71,23 @@ class StackFunction : public torch::autograd::Function<StackFunction> {
     const double dropout = ctx->saved_data["dropout"].toDouble();
     constexpr size_t kFixed = 7;
     const size_t dropouts = dropout > 0 ? layers - 1 : 0;
-    const at::TensorList all(saved), results = all.slice(kFixed, 5 * layers),
-                                     inputs = all.slice(kFixed + 5 * layers, dropouts),
-                                     left = all.slice(kFixed + 5 * layers + dropouts, dropouts);
+    constexpr int64_t kOfLayer = 3;  // y, gates, cs
+    const at::TensorList all(saved), results = all.slice(kFixed, kOfLayer * layers),
+                                     inputs = all.slice(kFixed + kOfLayer * layers, dropouts),
+                                     left = all.slice(kFixed + kOfLayer * layers + dropouts, dropouts);
     const OptionalTensor h0 = optional_of(saved[1]), c0 = optional_of(saved[2]), lengths = optional_of(saved[3]),
                          offsets = optional_of(saved[4]), host_offsets = optional_of(saved[5]),
                          resets = optional_of(saved[6]);
     const StackCall stack{saved[0],
                           h0,
                           c0,
-                          all.slice(kFixed + 5 * layers + 2 * dropouts),
+                          all.slice(kFixed + kOfLayer * layers + 2 * dropouts),
                           ctx->saved_data["has_biases"].toBool(),
                           lengths,
                           offsets,
                           host_offsets,
                           resets,
-                          static_cast<CellKind>(ctx->saved_data["cell"].toInt()),
+                          cell_of(ctx->saved_data["cell"].toInt()),
                           layers,
                           ctx->saved_data["bidirectional"].toBool(),
                           dropout};
@@ -87,21 +95,35 @@ class StackFunction : public torch::autograd::Function<StackFunction> {
     std::vector<std::array<bool, 3>> masks;
     StackGradients given{optional_of(grads[layers - 1]), {}, {}};
     for (int64_t l = 0; l < layers; ++l) {
-      outputs.layers.emplace_back(results[l], results[layers + l], results[2 * layers + l], results[3 * layers + l],
-                                  results[4 * layers + l]);
+      outputs.layers.emplace_back(results[l], Tensor(), Tensor(), results[layers + l], results[2 * layers + l]);
       masks.push_back({l > 0 || ctx->saved_data["need_x"].toBool(), ctx->saved_data["need_state"].toBool(),
                        any_requires_grad(params_of_layer(stack.weights, l, layers))});
       given.dh_n.push_back(optional_of(grads[layers + l]));
       given.dc_n.push_back(stack.cell == CellKind::kLstm ? optional_of(grads[2 * layers + l]) : std::nullopt);
     }
+    if (ctx->saved_data["output_version"].toTensor()._version() != ctx->saved_data["output_version_then"].toInt()) {
+      std::get<0>(outputs.layers.back()) = last_output(stack, outputs);
+    }
     const bool hidden = std::any_of(grads.begin(), grads.begin() + layers - 1, [](const Tensor& t) { return t.defined(); });
     std::optional<std::vector<LayerGradients>> made;
-    if (!hidden && !at::GradMode::is_enabled()) made = overlapped_backward(stack, given, outputs, masks);
+    if (!hidden && !at::GradMode::is_enabled() && nothing_intercepts())
+      made = overlapped_backward(stack, given, outputs, masks);
     if (!made) made = in_turn(stack, given, outputs, masks, grads);
     return gradients_of_arguments(stack, *made, masks);
   }
 
  private:
+  // The last layer's y once more, of what is saved below it.
+  static Tensor last_output(const StackCall& s, const StackOutputs& outputs) {
+    const int64_t last = s.layers - 1, directions = s.bidirectional ? 2 : 1;
+    const Tensor x = last == 0 ? s.x : s.dropout > 0 ? outputs.inputs[last - 1] : std::get<0>(outputs.layers[last - 1]);
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return std::get<0>(layer_op().call(x, states_of_layer(s.h0, last, directions, s.layers),
+                                       states_of_layer(s.c0, last, directions, s.layers),
+                                       params_of_layer(s.weights, last, s.layers), s.has_biases, s.lengths, s.offsets,
+                                       s.resets, static_cast<int64_t>(s.cell), s.bidirectional, /*save=*/false));
+  }
+
   // Layer by layer; differentiable where autograd asks for that: then an input is made of the output below it again. hidden:
   // gradients of the layers' outputs.
   static std::vector<LayerGradients> in_turn(const StackCall& s, const StackGradients& given, const StackOutputs& outputs,
@@ -169,7 +191,7 @@ std::optional<std::tuple<Tensor, Tensor, Tensor>> overlapped_rnn(
                        offsets,
                        host_offsets,
                        steps_first,
-                       static_cast<CellKind>(cell),
+                       cell_of(cell),
                        num_layers,
                        bidirectional,
                        training && num_layers > 1 ? dropout : 0.0};

@@ -15,6 +15,21 @@ _STATES = {reference.LSTM: 4, reference.GRU: 4}  # slots of the saved gates (csr
 _GATES = {reference.LSTM: 4, reference.GRU: 3}
 
 
+def _check_fake(x: Tensor, cell: int, **others: Tensor | Sequence[Tensor] | None) -> None:
+    """Raises unless all tensors of a call are on one device, its floating-point tensors have one dtype, and the cell exists.
+
+    One tensor on the meta device is enough for torch to call a fake kernel, whose results are uninitialised memory.
+    """
+    if not 0 <= cell <= 4:
+        raise ValueError(f"cell: expected 0 to 4, got {cell}")
+    for name, value in others.items():
+        for tensor in [value] if isinstance(value, Tensor) else value or ():
+            if tensor.device != x.device:
+                raise RuntimeError(f"{name}: expected device {x.device} (input's), got {tensor.device}")
+            if tensor.dtype.is_floating_point and tensor.dtype != x.dtype:
+                raise RuntimeError(f"{name}: expected dtype {x.dtype} (input's), got {tensor.dtype}")
+
+
 def _fake_layer(
     x: Tensor,
     h0: Tensor | None,
@@ -29,6 +44,7 @@ def _fake_layer(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Shapes of fused_rnn::layer's results."""
+    _check_fake(x, cell, h0=h0, c0=c0, params=params, lengths=lengths, offsets=offsets, resets=resets)
     directions = 2 if bidirectional else 1
     w_hh = params[1]
     hidden, out = w_hh.shape[0] // _GATES.get(cell, 1), w_hh.shape[1]
@@ -56,7 +72,7 @@ def _fake_layer_backward(
     lengths: Tensor | None,
     offsets: Tensor | None,
     resets: Tensor | None,
-    y: Tensor,
+    y: Tensor | None,
     gates: Tensor,
     cs: Tensor,
     cell: int,
@@ -64,6 +80,7 @@ def _fake_layer_backward(
     mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Shapes of fused_rnn::layer_backward's results."""
+    _check_fake(x, cell, h0=h0, c0=c0, params=params, lengths=lengths, offsets=offsets, resets=resets)
     return (
         x.new_empty(x.shape) if mask[0] else x.new_empty(0),
         h0.new_empty(h0.shape) if mask[1] and h0 is not None else x.new_empty(0),
@@ -84,7 +101,7 @@ def _layer_backward_differentiable(
     lengths: Tensor | None,
     offsets: Tensor | None,
     resets: Tensor | None,
-    y: Tensor,
+    y: Tensor | None,
     gates: Tensor,
     cs: Tensor,
     cell: int,
@@ -129,6 +146,24 @@ def _layer_backward_differentiable(
     return grads[0], grads[1], grads[2], grads[3:]
 
 
+def _layer_backward_batched(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, tuple[Any, ...]]:
+    """fused_rnn::layer_backward under vmap, as of ``torch.autograd.grad(is_grads_batched=True)``: once for each sample.
+
+    Gradients of weights are sums over a sample's own rows, so the samples do not fold into one batch.
+    """
+
+    def sample(arg: Any, dim: Any, index: int) -> Any:
+        if isinstance(arg, (list, tuple)) and isinstance(dim, (list, tuple)):
+            return [sample(a, d, index) for a, d in zip(arg, dim, strict=True)]
+        return arg.select(dim, index) if isinstance(dim, int) else arg
+
+    op = torch.ops.fused_rnn.layer_backward.default
+    results = [op(*(sample(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
+    stacked = tuple(torch.stack(parts) for parts in zip(*(r[:3] for r in results), strict=True))
+    dparams = [torch.stack(parts) for parts in zip(*(r[3] for r in results), strict=True)]
+    return (*stacked, dparams), (0, 0, 0, [0] * len(dparams))
+
+
 if _C is not None:
     rnn = torch.ops.fused_rnn.rnn.default
     cell = torch.ops.fused_rnn.cell.default
@@ -138,5 +173,6 @@ if _C is not None:
     eager_cell = _C.cell
     torch.library.register_fake("fused_rnn::layer", _fake_layer)
     torch.library.register_fake("fused_rnn::layer_backward", _fake_layer_backward)
+    torch.library.register_vmap("fused_rnn::layer_backward", _layer_backward_batched)
     _library = torch.library.Library("fused_rnn", "IMPL")
     _library.impl("layer_backward_differentiable", _layer_backward_differentiable, "CompositeImplicitAutograd")

@@ -69,11 +69,14 @@ def _scan(
             keep = ~resets[rows].unsqueeze(-1)
             h_t = torch.where(keep, h_t, 0)
             c_t = None if c_t is None else torch.where(keep, c_t, 0)
+        if lengths is not None:  # the state of a row without a step here may hold anything, as its padding may
+            active = (t < lengths).unsqueeze(-1)
+            h_t = torch.where(active, h_t, 0)
+            c_t = None if c_t is None else torch.where(active, c_t, 0)
         new_h, new_c = step(x_t, h_t, c_t, params, has_biases, cell)
         if lengths is None:
             outputs.append(new_h)
         else:
-            active = (t < lengths).unsqueeze(-1)
             outputs.append(torch.where(active, new_h, 0))
             new_h = torch.where(active, new_h, h[:n])
             new_c = None if new_c is None or c is None else torch.where(active, new_c, c[:n])

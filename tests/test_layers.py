@@ -256,7 +256,10 @@ def test_more_steps_than_65535(backend: str) -> None:
 
 @pytest.mark.parametrize("cell", ["RNN_TANH", "GRU", "LSTM"])
 def test_inference_mode_and_threads(cell: str, backend: str) -> None:
-    """Calls from several Python threads at once, in inference mode, give what one call gives."""
+    """Calls from several Python threads at once, in inference mode, give what one call gives.
+
+    The kernels' results are the same bit for bit. The reference calls torch's products, which differ on some processors.
+    """
     case = Case(cell, steps=30, batch=9, hidden=40, bidirectional=True)
     data = make_data(case, "cuda" if backend == "cuda" else "cpu")
     with use_backend(backend):
@@ -269,4 +272,6 @@ def test_inference_mode_and_threads(cell: str, backend: str) -> None:
 
         with ThreadPoolExecutor(4) as pool:
             for results in pool.map(work, range(16)):
-                assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+                for found, wanted in zip(results, expected, strict=True):
+                    tolerance = OUTPUT_TOLERANCE[case.dtype] if backend == "reference" else 0
+                    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)

@@ -8,11 +8,10 @@
 namespace fused_rnn::cpu {
 namespace {
 
-constexpr int64_t kChunk = 3 * 512 * 256;     // parts of b packed at a time: a third of L2
-constexpr int64_t kMostColumns = 512;         // of them: a is packed once for each
-constexpr int64_t kRows = 4 * kSplitRows;     // rows of a packed at a time
-constexpr int64_t kWork = 64 * 64 * 64;       // a product of fewer multiply-adds is not worth it
-constexpr int64_t kFloatWork = 32 * 32 * 32;  // a product of fewer is not worth conversions to float
+constexpr int64_t kChunk = 3 * 512 * 256;  // parts of b packed at a time: a third of L2
+constexpr int64_t kMostColumns = 512;      // of them: a is packed once for each
+constexpr int64_t kRows = 4 * kSplitRows;  // rows of a packed at a time
+constexpr int64_t kWork = 64 * 64 * 64;    // a product of fewer multiply-adds is not worth it
 // Multiply-adds for each element that is cut into parts: of fewer than this, MKL is done sooner (where they meet: 128 x 128). In 16 bits
 // an LSTM and a GRU of 100x1x64x64 are 1.4 and 1.5 times as fast forward and backward with our own; below 24 nothing is gained.
 constexpr int64_t kWorkPerElement = 72, kWorkPerShortElement = 24;
@@ -237,15 +236,6 @@ bool matmul_available(DType dtype, int64_t M, int64_t N, int64_t K) {
   return dtype != DType::kFloat64 && gains_from_parts(selected_kernels().f32, storage_index(dtype)) && M > 0 && N > 0 &&
          K >= kSplitDepth && M * N * K >= kWork &&
          M * N >= (dtype == DType::kFloat32 ? kWorkPerElement : kWorkPerShortElement) * (M + N);
-}
-
-bool matmul_in_float(DType dtype, int64_t M, int64_t N, int64_t K) {
-#if defined(__x86_64__)
-  return dtype_size(dtype) == 2 && !gains_from_parts(selected_kernels().f32, storage_index(dtype)) &&
-         M * N * K >= kFloatWork;
-#else
-  return false;  // other processors' libraries have products of 16 bits
-#endif
 }
 
 bool matmul(const MatmulParams& p, const Allocate& allocate) {

@@ -24,13 +24,10 @@ struct MatmulParams {
 // Whether the instruction set in use has products of bfloat16 parts that gain for this dtype, and the product is large enough to
 // gain from it.
 bool matmul_available(DType dtype, int64_t M, int64_t N, int64_t K);
-// Whether torch should make such a product in float: of 16 bits, and the instruction set in use has no products for them. torch's own
-// have then no instructions either, or are not known to.
-bool matmul_in_float(DType dtype, int64_t M, int64_t N, int64_t K);
 // Returns false, with anything in out, where a or b has a value that is infinite or near it: such products need another way.
 bool matmul(const MatmulParams& p, const Allocate& allocate);
 
-// out = a b, or that added to out, on the calling thread; dtype is float or double, and out's too.
+// out = a b, or that added to out, on the calling thread; out has the dtype of a and b.
 void small_matmul(const MatmulParams& p, bool add, const Allocate& allocate);
 // Whether such a product takes less time so than by a library, which has threads to wake.
 bool small_matmul_available(DType dtype, int64_t M, int64_t N, int64_t K);

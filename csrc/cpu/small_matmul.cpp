@@ -23,20 +23,28 @@ void transpose(const MatmulParams& p, A* to) {
   }
 }
 
+// Where the parts of the workspace lie; all null to ask for its size.
 template <class A>
-void multiply_small(const MatmulParams& p, bool add, const Allocate& allocate) {
-  const Kernels<A>& kernels = kernels_of<A>(selected_kernels());
-  const int64_t width = kernels.width, whole = p.N / width * width;
-  const bool transposes = p.a_transposed && p.K > 1;
-  A *rows = nullptr, *last_columns = nullptr, *tile = nullptr;
-  const auto layout = [&](void* base) {
+struct Room {
+  A *rows, *last_columns, *tile;
+  int64_t bytes;
+
+  Room(const MatmulParams& p, int width, void* base) {
     Arena arena(base);
-    rows = arena.take<A>(transposes ? p.M * p.K : 0);
-    last_columns = arena.take<A>(whole < p.N ? p.K * width : 0);
+    rows = arena.take<A>(transposes(p) ? p.M * p.K : 0);
+    last_columns = arena.take<A>(p.N % width ? p.K * width : 0);
     tile = arena.take<A>(kTileBytes / static_cast<int64_t>(sizeof(A)));
-    return arena.used();
-  };
-  layout(allocate(layout(nullptr)));
+    bytes = arena.used();
+  }
+  static bool transposes(const MatmulParams& p) { return p.a_transposed && p.K > 1; }
+};
+
+template <class A>
+void multiply_small(const MatmulParams& p, bool add, const Kernels<A>& kernels, void* workspace) {
+  const int64_t width = kernels.width, whole = p.N / width * width;
+  const bool transposes = Room<A>::transposes(p);
+  const Room<A> room(p, kernels.width, workspace);
+  A *const rows = room.rows, *const last_columns = room.last_columns, *const tile = room.tile;
   const A* b = static_cast<const A*>(p.b);
   if (transposes) transpose(p, rows);
   for (int64_t k = 0; whole < p.N && k < p.K; ++k) {
@@ -76,19 +84,64 @@ void multiply_small(const MatmulParams& p, bool add, const Allocate& allocate) {
   }
 }
 
+template <class A>
+void multiply(const MatmulParams& p, bool add, const Allocate& allocate) {
+  const Kernels<A>& kernels = kernels_of<A>(selected_kernels());
+  multiply_small(p, add, kernels, allocate(Room<A>(p, kernels.width, nullptr).bytes));
+}
+
+// Of 16 bits, in float.
+void multiply_converted(const MatmulParams& p, bool add, const Allocate& allocate) {
+  const Kernels<float>& kernels = selected_kernels().f32;
+  const int storage = storage_index(p.dtype);
+  const int64_t a_rows = p.a_transposed ? p.K : p.M, a_columns = p.a_transposed ? p.M : p.K;
+  MatmulParams q = p;
+  q.dtype = q.out_dtype = DType::kFloat32;
+  q.a_stride = a_columns;
+  q.b_stride = q.out_stride = p.N;
+  const int64_t inner = Room<float>(q, kernels.width, nullptr).bytes;
+  float *a = nullptr, *b = nullptr, *out = nullptr, *row = nullptr;
+  char* workspace = nullptr;
+  const auto layout = [&](void* base) {
+    Arena arena(base);
+    workspace = arena.take<char>(inner);
+    a = arena.take<float>(a_rows * a_columns);
+    b = arena.take<float>(p.K * p.N);
+    out = arena.take<float>(p.M * p.N);
+    row = arena.take<float>(p.N);
+    return arena.used();
+  };
+  layout(allocate(layout(nullptr)));
+  const auto stored = [](const void* from, int64_t index) { return stored_at(from, index, 2); };
+  for (int64_t i = 0; i < a_rows; ++i) kernels.load[storage](stored(p.a, i * p.a_stride), a + i * a_columns, a_columns);
+  for (int64_t i = 0; i < p.K; ++i) kernels.load[storage](stored(p.b, i * p.b_stride), b + i * p.N, p.N);
+  q.a = a, q.b = b, q.out = out;
+  multiply_small(q, /*add=*/false, kernels, workspace);
+  for (int64_t i = 0; i < p.M; ++i) {
+    void* to = stored_at(p.out, i * p.out_stride, 2);
+    if (add) {
+      kernels.load[storage](to, row, p.N);
+      for (int64_t n = 0; n < p.N; ++n) out[i * p.N + n] += row[n];
+    }
+    kernels.save[storage](out + i * p.N, to, p.N);
+  }
+}
+
 }  // namespace
 
 bool small_matmul_available(DType dtype, int64_t M, int64_t N, int64_t K) {
   if (M == 0 || N == 0 || K == 0) return false;
-  if (dtype == DType::kFloat32) return M * N * K <= kWorkPerLane * selected_kernels().f32.width;
-  return dtype == DType::kFloat64 && M * N * K <= kWorkPerLane * selected_kernels().f64.width;
+  const InstructionSet& kernels = selected_kernels();
+  return M * N * K <= kWorkPerLane * (dtype == DType::kFloat64 ? kernels.f64.width : kernels.f32.width);
 }
 
 void small_matmul(const MatmulParams& p, bool add, const Allocate& allocate) {
-  with_arithmetic(p.dtype, [&](auto a) {
-    multiply_small<decltype(a)>(p, add, allocate);
-    return 0;
-  });
+  switch (p.dtype) {
+    case DType::kFloat64: return multiply<double>(p, add, allocate);
+    case DType::kFloat32: return multiply<float>(p, add, allocate);
+    case DType::kFloat16:
+    case DType::kBFloat16: return multiply_converted(p, add, allocate);
+  }
 }
 
 }  // namespace fused_rnn::cpu
