@@ -74,6 +74,11 @@ at::DimVector state_shape(const LayerInputs& in, const LayerShapes& s, int64_t s
   return in.one_step ? at::DimVector{s.B, size} : at::DimVector{s.D, s.B, size};
 }
 
+// Whether c0 is float where the others have 16 bits: c_n is then float too.
+bool has_wide_c(const LayerInputs& in) {
+  return in.x.element_size() == 2 && in.c0 && in.c0->defined() && in.c0->scalar_type() == at::kFloat;
+}
+
 LayerShapes check_layer(const LayerInputs& in) {
   dtype_of(in.x);
   check_memory("input", in.x);
@@ -117,7 +122,7 @@ LayerShapes check_layer(const LayerInputs& in) {
   check_optional("h0", in.h0, state_shape(in, s, s.P), in.x, dtype);
   TORCH_CHECK_VALUE(in.cell == CellKind::kLstm || !in.c0 || !in.c0->defined(),
                     "c0: expected None for a cell without c, got ", in.c0->sizes());
-  check_optional("c0", in.c0, state_shape(in, s, s.H), in.x, dtype);
+  check_optional("c0", in.c0, state_shape(in, s, s.H), in.x, has_wide_c(in) ? at::kFloat : dtype);
   check_optional("lengths", in.lengths, {s.B}, in.x, at::kLong);
   if (packed) {
     check_optional("resets", in.resets, {s.N}, in.x, at::kBool);
@@ -145,6 +150,13 @@ const void* contiguous(const Tensor& t, std::vector<Tensor>& kept) {
 }
 const void* contiguous(const OptionalTensor& t, std::vector<Tensor>& kept) {
   return t && t->defined() ? contiguous(*t, kept) : nullptr;
+}
+
+// The same of t in another dtype: of a wide c backward reads what it reads of every other, values and gradients of the layer's dtype.
+const void* contiguous(const OptionalTensor& t, at::ScalarType dtype, std::vector<Tensor>& kept) {
+  if (!t || !t->defined() || t->scalar_type() == dtype) return contiguous(t, kept);
+  kept.push_back(t->to(dtype).contiguous());
+  return kept.back().const_data_ptr();
 }
 
 void* data_or_null(const Tensor& t) { return t.defined() && t.numel() ? t.data_ptr() : nullptr; }
@@ -298,13 +310,14 @@ ForwardCall prepare_forward(const LayerInputs& in, bool save) {
   } else {
     call.y = empty_like(in.x, in.offsets ? at::DimVector{s.N, s.D * s.P} : at::DimVector{s.T, s.B, s.D * s.P});
   }
-  if (lstm) call.c_n = empty_like(in.x, state_shape(in, s, s.H));
+  if (lstm) call.c_n = empty_like(has_wide_c(in) ? *in.c0 : in.x, state_shape(in, s, s.H));
   if (save && lstm) call.cs = empty_inside(in.x, {s.D, s.N, s.H});
 
   ForwardParams& p = call.params;
   p = {};
   p.cell = in.cell;
   p.dtype = dtype_of(in.x);
+  p.wide_c = has_wide_c(in);
   p.I = s.I, p.H = s.H, p.P = s.P, p.D = s.D;
   p.seq = sequence_of(in, s, call.kept);
   p.x = contiguous(in.x, call.kept);
@@ -344,7 +357,7 @@ BackwardCall prepare_backward(const LayerInputs& in, const BackwardInputs& grads
   check_optional("y", grads.y, y_shape, in.x, dtype);
   check_optional("dy", grads.dy, y_shape, in.x, dtype);
   check_optional("dh_n", grads.dh_n, {s.D, s.B, s.P}, in.x, dtype);
-  if (lstm) check_optional("dc_n", grads.dc_n, {s.D, s.B, s.H}, in.x, dtype);
+  if (lstm) check_optional("dc_n", grads.dc_n, {s.D, s.B, s.H}, in.x, has_wide_c(in) ? at::kFloat : dtype);
   if (S > 1) check_tensor("gates", grads.gates, {s.D, s.N, S, s.H}, in.x, dtype);
   if (lstm) check_tensor("cs", grads.cs, {s.D, s.N, s.H}, in.x, dtype);
 
@@ -362,14 +375,14 @@ BackwardCall prepare_backward(const LayerInputs& in, const BackwardInputs& grads
   p.H = s.H, p.P = s.P, p.D = s.D;
   p.seq = sequence_of(in, s, call.kept);
   p.h0 = contiguous(in.h0, call.kept);
-  p.c0 = contiguous(in.c0, call.kept);
+  p.c0 = contiguous(in.c0, dtype, call.kept);
   for (int d = 0; d < s.D; ++d) p.weights[d] = weights_of(in, s, d, call.kept);
   p.y = contiguous(grads.y, call.kept);
   p.gates = S > 1 ? contiguous(grads.gates, call.kept) : nullptr;
   p.cs = lstm ? contiguous(grads.cs, call.kept) : nullptr;
   p.dy = contiguous(grads.dy, call.kept);
   p.dh_n = contiguous(grads.dh_n, call.kept);
-  p.dc_n = lstm ? contiguous(grads.dc_n, call.kept) : nullptr;
+  p.dc_n = lstm ? contiguous(grads.dc_n, dtype, call.kept) : nullptr;
   p.d_gates = data_or_null(call.d_gates);
   p.d_h = data_or_null(call.d_h);
   p.d_h0 = data_or_null(call.d_h0);
@@ -440,8 +453,8 @@ LayerGradients gradients_of_layer(const LayerInputs& in, const BackwardInputs& g
     }
   }
   if (mask.x) dx = dx.view(in.x.sizes());
-  return {mask.x ? dx : empty(), mask.state && in.h0 ? call.d_h0 : empty(), mask.state && in.c0 ? call.d_c0 : empty(),
-          dparams};
+  return {mask.x ? dx : empty(), mask.state && in.h0 ? call.d_h0 : empty(),
+          mask.state && in.c0 ? call.d_c0.to(in.c0->scalar_type()) : empty(), dparams};
 }
 
 }  // namespace fused_rnn

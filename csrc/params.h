@@ -69,15 +69,17 @@ struct ForwardParams {
   Sequence seq;
   const void* x;   // [N, I]
   const void* h0;  // [D, B, P] or null (zeros)
-  const void* c0;  // [D, B, H] or null (zeros); LSTM only
+  const void* c0;  // [D, B, H] or null (zeros), in float where wide_c; LSTM only
   Weights weights[2];
-  void* y;        // [N, D * P]; inactive rows of a dense batch are written with 0
-  void* h_n;      // [D, B, P]: state after each row's last active step (its initial state if it has none)
-  void* c_n;      // [D, B, H]; LSTM only
-  void* gates;    // [D, N, S, H]: activated gates for backward, 0 at inactive rows when training. CUDA: holds the projection
-                  // on entry, unless the family is `cell`, which computes it. CPU: null unless training.
-  void* cs;       // [D, N, H]: c after each step, in dtype, 0 at inactive rows; LSTM only; null unless training
-  bool training;  // gates and cs are kept for backward (RNN cells keep neither: their derivative needs y alone)
+  void* y;      // [N, D * P]; inactive rows of a dense batch are written with 0
+  void* h_n;    // [D, B, P]: state after each row's last active step (its initial state if it has none)
+  void* c_n;    // [D, B, H], in float where wide_c; LSTM only
+  void* gates;  // [D, N, S, H]: activated gates for backward, 0 at inactive rows when training. CUDA: holds the projection
+                // on entry, unless the family is `cell`, which computes it. CPU: null unless training.
+  void* cs;     // [D, N, H]: c after each step, in dtype, 0 at inactive rows; LSTM only; null unless training
+  bool
+      wide_c;  // 16-bit dtypes: c0 and c_n are float, so that c goes from call to call as it goes from step to step, unrounded
+  bool training;    // gates and cs are kept for backward (RNN cells keep neither: their derivative needs y alone)
   void* workspace;  // CUDA: Plan::workspace_bytes, 256-byte aligned; CPU: set by the call
 };
 

@@ -26,7 +26,8 @@ def _check_fake(x: Tensor, cell: int, **others: Tensor | Sequence[Tensor] | None
         for tensor in [value] if isinstance(value, Tensor) else value or ():
             if tensor.device != x.device:
                 raise RuntimeError(f"{name}: expected device {x.device} (input's), got {tensor.device}")
-            if tensor.dtype.is_floating_point and tensor.dtype != x.dtype:
+            wide = name == "c0" and tensor.dtype == torch.float32 and x.dtype.itemsize == 2
+            if tensor.dtype.is_floating_point and tensor.dtype != x.dtype and not wide:
                 raise RuntimeError(f"{name}: expected dtype {x.dtype} (input's), got {tensor.dtype}")
 
 
@@ -54,7 +55,7 @@ def _fake_layer(
     return (
         x.new_empty(*x.shape[:-1], directions * out),
         x.new_empty(directions, batch, out),
-        x.new_empty(directions, batch, hidden) if lstm else x.new_empty(0),
+        (x if c0 is None else c0).new_empty(directions, batch, hidden) if lstm else x.new_empty(0),
         x.new_empty(directions, rows, slots, hidden) if save and slots else x.new_empty(0),
         x.new_empty(directions, rows, hidden) if save and lstm else x.new_empty(0),
     )

@@ -28,8 +28,8 @@ def step(
     if cell == LSTM:
         assert c is not None
         i, f, g, o = (gi + gh).chunk(4, dim=-1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * c.tanh()
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()  # of c's dtype, which may be wider than the others'
+        h = (o.sigmoid() * c.tanh()).to(x.dtype)
         if len(params) == 2 * (1 + has_biases) + 1:
             h = torch.nn.functional.linear(h, params[-1])
         return h, c

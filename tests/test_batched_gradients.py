@@ -53,7 +53,9 @@ def test_batched_gradients_equal_single_ones(kind: str, dtype: torch.dtype, back
                 single = torch.autograd.grad(chosen, inputs, [g[i] for g in grads], **kwargs)
                 for batched, expected in zip(found, single, strict=True):
                     if dtype == torch.bfloat16 and backend == "reference":
-                        torch.testing.assert_close(batched[i], expected, rtol=0.05, atol=0.05)  # torch's products of another shape
+                        torch.testing.assert_close(
+                            batched[i], expected, rtol=0.05, atol=0.05
+                        )  # torch's products of another shape
                     else:
                         torch.testing.assert_close(batched[i], expected, rtol=0, atol=0 if backend != "reference" else 1e-12)
 

@@ -81,7 +81,9 @@ class ForwardScan {
   const ForwardParams& p_;
   const Kernels<A>& kernels_;
   const int storage_, cell_;
-  const int64_t size_;  // of a stored element
+  const int64_t size_;   // of a stored element
+  const int c_storage_;  // of c0 and c_n
+  const int64_t c_size_;
   const Shape x_shape_, h_shape_, r_shape_;
   const int64_t h_padded_, p_padded_;
   const Matrix<A> x_matrix_, h_matrix_, r_matrix_;  // forms, without memory
@@ -106,6 +108,8 @@ ForwardScan<A>::ForwardScan(const ForwardParams& p, const Kernels<A>& kernels, i
       storage_(storage_index(p.dtype)),
       cell_(static_cast<int>(p.cell)),
       size_(dtype_size(p.dtype)),
+      c_storage_(p.wide_c ? storage_index(DType::kFloat32) : storage_),
+      c_size_(p.wide_c ? dtype_size(DType::kFloat32) : size_),
       x_shape_(p.I, p.H, gate_count(p.cell), kernels.width),
       h_shape_(p.P, p.H, gate_count(p.cell), kernels.width),
       r_shape_(p.weights[0].w_hr ? Shape(p.H, p.P, 1, kernels.width) : Shape()),
@@ -272,7 +276,7 @@ void ForwardScan<A>::start(Worker& w) const {
     for (int copy = 0; copy < 2; ++copy) std::fill_n(w.h[copy] + i * p_padded_, p_padded_, A(0));
     std::fill_n(w.c + i * h_padded_, h_padded_, A(0));
     if (p_.h0) kernels_.load[storage_](stored_at(p_.h0, state * p_.P, size_), w.h[0] + i * p_padded_, p_.P);
-    if (p_.c0) kernels_.load[storage_](stored_at(p_.c0, state * p_.H, size_), w.c + i * h_padded_, p_.H);
+    if (p_.c0) kernels_.load[c_storage_](stored_at(p_.c0, state * p_.H, c_size_), w.c + i * h_padded_, p_.H);
   }
 }
 
@@ -368,7 +372,7 @@ void ForwardScan<A>::finish(Worker& w) const {
     const TeamRow& row = w.team->rows[i];
     const int64_t state = w.d * p_.seq.B + row.b;
     kernels_.save[storage_](w.h[row.length & 1] + i * p_padded_, stored_at(p_.h_n, state * p_.P, size_), p_.P);
-    if (p_.c_n) kernels_.save[storage_](w.c + i * h_padded_, stored_at(p_.c_n, state * p_.H, size_), p_.H);
+    if (p_.c_n) kernels_.save[c_storage_](w.c + i * h_padded_, stored_at(p_.c_n, state * p_.H, c_size_), p_.H);
   }
 }
 

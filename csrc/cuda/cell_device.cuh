@@ -11,6 +11,21 @@ constexpr CellKind kernel_cell(CellKind cell) {
   return cell == CellKind::kRnnRelu || cell == CellKind::kRnnIdentity ? CellKind::kRnnTanh : cell;
 }
 
+// c0 at `index`, which must be there, and c_n (params.h, wide_c).
+template <class Storage>
+__device__ __forceinline__ auto load_c0(const ForwardParams& p, int64_t index) {
+  using Acc = decltype(simt::to_float(Storage{}));
+  return p.wide_c ? Acc(static_cast<const float*>(p.c0)[index]) : simt::to_float(static_cast<const Storage*>(p.c0)[index]);
+}
+template <class Storage, class Acc>
+__device__ __forceinline__ void store_c_n(const ForwardParams& p, int64_t index, Acc c) {
+  if (p.wide_c) {
+    static_cast<float*>(p.c_n)[index] = static_cast<float>(c);
+  } else {
+    static_cast<Storage*>(p.c_n)[index] = simt::from_float<Storage>(c);
+  }
+}
+
 // A float whose sigmoid takes four instructions, two of them of the special function units, and no branch, where the quotient and
 // exp of the math library branch, one sigmoid after another: a step waits for them. Its error is that of exp2 and the reciprocal,
 // 2 ulp and 1, and of the rounded exponent: below 2e-7, and 0 stands for what is below 2^-126.

@@ -132,7 +132,7 @@ struct ForwardElements {
         if (info.flags & kHasPrevious) {
           c_prev[e] = static_cast<const Acc*>(s.c)[state_index(e)];
         } else if (s.p.c0) {
-          c_prev[e] = simt::to_float(static_cast<const Storage*>(s.p.c0)[state_index(e)]);
+          c_prev[e] = load_c0<Storage>(s.p, state_index(e));
         }
       }
     }
@@ -172,10 +172,7 @@ struct ForwardElements {
 
   __device__ __forceinline__ void store_c(int e, const RowInfo& info, Acc c) const {
     const int64_t state = state_index(e);
-    auto* c_n = static_cast<Storage*>(s.p.c_n);
-    if (info.flags & kNever) {
-      c_n[state] = s.p.c0 ? static_cast<const Storage*>(s.p.c0)[state] : simt::from_float<Storage>(Acc(0));
-    }
+    if (info.flags & kNever) store_c_n<Storage>(s.p, state, s.p.c0 ? load_c0<Storage>(s.p, state) : Acc(0));
     const bool active = info.flags & kActive;
     if (s.p.training && (active || !s.p.seq.offsets)) {
       static_cast<Storage*>(s.p.cs)[(dir * s.p.seq.N + info.row) * s.p.H + first_unit + unit_of(e)] =
@@ -183,7 +180,7 @@ struct ForwardElements {
     }
     if (!active) return;
     static_cast<Acc*>(s.c)[state] = c;
-    if (!(info.flags & kHasNext)) c_n[state] = simt::from_float<Storage>(c);
+    if (!(info.flags & kHasNext)) store_c_n<Storage>(s.p, state, c);
   }
 };
 

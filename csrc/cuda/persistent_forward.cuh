@@ -54,7 +54,10 @@ struct PersistentForward : BlockElements<G> {
       float h0 = 0.0f, c0 = 0.0f;
       if (exists(e, tile) && !reset(e, tile, time(0), row, length(e, tile))) {
         h0 = simt::to_float(state(first_step > 0 ? p.h_n : p.h0, e, tile));
-        if constexpr (C::kHasC) c0 = first_step > 0 ? l.carry[state_index(e, tile)] : simt::to_float(state(p.c0, e, tile));
+        if constexpr (C::kHasC) {
+          const auto index = state_index(e, tile);
+          c0 = first_step > 0 ? l.carry[index] : p.c0 ? load_c0<Storage>(p, index) : 0.0f;
+        }
       }
       if (!e.mine) continue;
       keep(e, tile, h0, c0);
@@ -141,7 +144,7 @@ struct PersistentForward : BlockElements<G> {
         if (first_step + steps < p.seq.T) {
           l.carry[state_index(e, tile)] = c(e, tile);
         } else {
-          static_cast<Storage*>(p.c_n)[state_index(e, tile)] = simt::from_float<Storage>(c(e, tile));
+          store_c_n<Storage>(p, state_index(e, tile), c(e, tile));
         }
       }
     }

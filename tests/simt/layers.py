@@ -87,6 +87,11 @@ class Layer:
     def slots(self) -> int:
         return 1 if self.case.cell.startswith("RNN") else 4
 
+    @property
+    def c_dtype(self) -> torch.dtype:
+        """Of c0 and c_n: the case's, or float32 where the data say so (csrc/params.h, wide_c)."""
+        return self.case.dtype if self.data.c0 is None else self.data.c0.dtype
+
     def direction(self, d: int) -> list[Tensor]:
         n = len(self.data.weights) // self.case.directions
         return self.data.weights[d * n : (d + 1) * n]
@@ -230,8 +235,13 @@ class LayerRun:
                 self.sim.close(base + place * size, size)
 
     def _outputs(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
-        size = self.layer.case.dtype.itemsize
-        return {name: self.sim.out(name, size * int(torch.tensor(shape).prod())) for name, shape in shapes.items()}
+        return {
+            name: self.sim.out(name, self.dtype_of(name).itemsize * int(torch.tensor(shape).prod()))
+            for name, shape in shapes.items()
+        }
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self.layer.c_dtype if name == "c_n" else self.layer.case.dtype
 
     def forward(self) -> dict[str, Tensor]:
         """y [N, D*P], h_n, c_n, and when training gates [D, N, S, H] and cs [D, N, H]."""
@@ -244,7 +254,7 @@ class LayerRun:
         """The parameters of forward, in device memory, and its problem; projected: gates holds the input projection."""
         case, layer = self.layer.case, self.layer
         sim, n, d, h = self.sim, self.layer.rows, case.directions, case.hidden
-        params = ForwardParams(I=case.input_size, training=self.training)
+        params = ForwardParams(I=case.input_size, training=self.training, wide_c=layer.c_dtype != case.dtype)
         self._common(params)
         params.x = sim.put("x", layer.data.input)
         shapes = {"y": (n, d * case.output), "h_n": (d, case.batch, case.output)}
@@ -273,8 +283,8 @@ class LayerRun:
 
     def results(self) -> dict[str, Tensor]:
         """What a call left in the memory that arguments() or backward_arguments() has given it."""
-        case, layer, sim = self.layer.case, self.layer, self.sim
-        results = {name: sim.get(*place, case.dtype) for name, place in self.outputs.items()}
+        layer, sim = self.layer, self.sim
+        results = {name: sim.get(*place, self.dtype_of(name)) for name, place in self.outputs.items()}
         for name, tensor in results.items():
             sim.check_output(name, self.outputs[name][0], tensor, self.finite)
         for name in ("gates", "cs"):

@@ -235,6 +235,36 @@ def test_lengths_out_of_range(sim: Simulator, family: str) -> None:
     run_wild_lengths(sim, Simulated(Case("LSTM", steps=3, ragged="lengths", bidirectional=True), family=family))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["cell", "step", "grid", "cluster"])
+def test_wide_c(sim: Simulator, family: str, dtype: torch.dtype) -> None:
+    """c0 and c_n in float32: two calls, the second with the states that the first left, are one call over both halves."""
+    steps = 1 if family == "cell" else 4
+    case = Case("LSTM", steps=steps, batch=5, hidden=24, dtype=dtype, resets=True, ragged="lengths")
+    data = make_data(case)
+    data.c0 = torch.randn(1, 5, 24, generator=torch.Generator().manual_seed(1))
+    data.lengths = torch.tensor([steps, 0, steps, steps // 2, steps])
+
+    def run(first: int, end: int, h0: Tensor, c0: Tensor) -> dict[str, Tensor]:
+        part = dataclasses.replace(case, steps=end - first)
+        lengths = (data.lengths - first).clamp(0, end - first)
+        cut = dataclasses.replace(data, lengths=lengths, h0=h0, c0=c0)
+        cut.input, cut.resets, cut.dy = data.input[first:end], data.resets[first:end], data.dy[first:end]
+        return LayerRun(sim, Layer.of(part, cut), training=False, family=family).forward()
+
+    whole = run(0, steps, data.h0, data.c0)
+    assert whole["c_n"].dtype == torch.float32 and torch.equal(whole["c_n"][0, 1], data.c0[0, 1])
+    assert not torch.equal(whole["c_n"], whole["c_n"].to(dtype).float())
+    want = expected(Layer.of(case, data))[0]
+    assert_near("c_n", whole["c_n"], want[2], OUTPUT_TOLERANCE[dtype])
+    if steps == 1:
+        return
+    first = run(0, 2, data.h0, data.c0)
+    second = run(2, 4, first["h_n"], first["c_n"])
+    assert torch.equal(torch.cat([first["y"], second["y"]]), whole["y"])
+    assert torch.equal(second["h_n"], whole["h_n"]) and torch.equal(second["c_n"], whole["c_n"])
+
+
 def test_tile_beyond_the_device_is_refused(sim: Simulator) -> None:
     case = Case("LSTM", steps=2, hidden=64, batch=8)
     layer_run = LayerRun(sim, Layer.of(case, make_data(case)), device=TINY, tile=TOO_LARGE_FOR_TINY)
