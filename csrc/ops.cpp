@@ -152,6 +152,8 @@ Tensor joined(const std::vector<Tensor>& states) {
 
 OptionalTensor states_of_layer(const OptionalTensor& states, int64_t layer, int64_t directions, int64_t layers) {
   if (!states || layers == 1) return states;
+  TORCH_CHECK(states->dim() == 3 && states->sym_size(0) == layers * directions, "h0, c0: expected shape [",
+              layers * directions, ", B, .] (num_layers * directions), got ", states->sym_sizes());
   return states->slice(0, layer * directions, (layer + 1) * directions);
 }
 
