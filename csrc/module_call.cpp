@@ -3,10 +3,12 @@
 // every other case and for arguments that do not fit: nn.Module.__call__ then runs forward, which raises what there is to raise.
 #include "module_call.h"
 
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "ops.h"
@@ -91,7 +93,7 @@ class Fields {
   PyObject* get(PyObject* name) const { return PyDict_GetItemWithError(dict_, name); }  // borrowed
   bool read(PyObject* name, int64_t& value) const {
     PyObject* item = get(name);
-    if (!item || !PyLong_Check(item)) return false;
+    if (!item || !PyLong_CheckExact(item)) return false;  // not a bool
     value = PyLong_AsLongLong(item);
     return !(value == -1 && PyErr_Occurred());
   }
@@ -153,6 +155,11 @@ class BorrowedState {
   OptionalTensor state_;
 };
 
+bool same_dtype(const Tensor& input, const std::vector<Tensor>& weights) {
+  return std::all_of(weights.begin(), weights.end(),
+                     [&](const Tensor& w) { return w.scalar_type() == input.scalar_type(); });
+}
+
 bool fits(const OptionalTensor& state, at::IntArrayRef shape, const Tensor& input) {
   return !state || (state->sizes() == shape && state->scalar_type() == input.scalar_type());
 }
@@ -197,7 +204,7 @@ PyObject* call_layers(const Fields& fields, int64_t cell, const Tensor& input, c
   }
   const std::vector<Tensor>& weights = borrowed.tensors();
   if (input.dim() != 3 || input.size(2) != input_size || input.size(0) == 0 || input.size(1) == 0 ||
-      input.scalar_type() != weights[0].scalar_type() || !runs_plainly_on_cpu(input, h0, c0, weights)) {
+      !same_dtype(input, weights) || !runs_plainly_on_cpu(input, h0, c0, weights)) {
     return nullptr;
   }
   const int64_t rows = num_layers * (bidirectional ? 2 : 1), batch = input.size(batch_first ? 0 : 1);
@@ -222,7 +229,7 @@ PyObject* call_cell(const Fields& fields, int64_t cell, const Tensor& input, con
   }
   const std::vector<Tensor>& weights = borrowed.tensors();
   if (input.dim() != 2 || input.size(1) != input_size || input.size(0) == 0 ||
-      (weights.size() != 2 && weights.size() != 4) || input.scalar_type() != weights[0].scalar_type() ||
+      (weights.size() != 2 && weights.size() != 4) || !same_dtype(input, weights) ||
       !fits(h, {input.size(0), hidden}, input) || !fits(c, {input.size(0), hidden}, input) ||
       !runs_plainly_on_cpu(input, h, c, weights)) {
     return nullptr;
@@ -265,7 +272,8 @@ int64_t cell_by_name(const Fields& fields, bool is_cell) {
 }
 
 PyObject* call(PyObject* module, PyObject* input, PyObject* hx) {
-  if (!THPVariable_CheckExact(input)) return nullptr;
+  if (!THPVariable_CheckExact(input) || at::impl::torch_function_mode_enabled()) return nullptr;
+  if (THPVariable_Unpack(input).is_complex() || THPVariable_Unpack(input).is_nested()) return nullptr;  // have no kernels
   const auto dict = pybind11::reinterpret_steal<pybind11::object>(PyObject_GenericGetDict(module, nullptr));
   if (!dict || !PyDict_Check(dict.ptr())) return nullptr;
   const Fields fields(dict.ptr());
