@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -77,16 +78,23 @@ def why_not_native(device_type: str) -> str | None:
     return f"fused_rnn has no kernels for {device_type!r} tensors"
 
 
-def uses_ops(device_type: str) -> bool:
-    """True if the compiled ops serve this device type now, False if the reference does.
+def uses_ops(device_type: str, dtype: torch.dtype) -> bool:
+    """True if the compiled ops serve this device type and dtype now, False if the reference does.
 
     Raises:
-        RuntimeError: a backend was forced that cannot serve the device type, or torch.func's transforms or forward-mode AD.
+        RuntimeError: a backend was forced that cannot serve the device type, or complex numbers, or torch.func's transforms
+            or forward-mode AD.
     """
+    if dtype.is_complex:
+        return _left_to_reference("complex", "for complex numbers", f"there are no kernels for {dtype}")
     if not torch.compiler.is_compiling() and (
         torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
     ):
-        return _uses_ops_in_transforms()
+        return _left_to_reference(
+            "torch.func",
+            "inside torch.func transforms and forward-mode AD",
+            "torch.func transforms (vmap, grad, jvp) and forward-mode AD do not reach the compiled kernels",
+        )
     if _forced is None:
         native = _native.get(device_type, False)
         if not native:
@@ -102,23 +110,32 @@ def uses_ops(device_type: str) -> bool:
     return True
 
 
-def _uses_ops_in_transforms() -> bool:
+def _left_to_reference(key: str, where: str, reason: str) -> bool:
+    """False: what only the reference serves; raises where another backend is forced."""
     if _forced not in (None, "reference"):
-        raise RuntimeError(
-            f"backend {_forced!r} is forced but inside torch.func transforms and forward-mode AD only the reference runs"
-        )
+        raise RuntimeError(f"backend {_forced!r} is forced but {where} only the reference runs")
     if _forced is None:
-        _warn_once(
-            "torch.func", "torch.func transforms (vmap, grad, jvp) and forward-mode AD do not reach the compiled kernels"
-        )
+        _warn_once(key, reason)
     return False
 
 
+# Where the files of frames lie that are no caller's: this package, torch, and the code that torch.fx generates.
+_OUR_FRAMES = (os.path.dirname(__file__) + os.sep, os.path.dirname(torch.__file__) + os.sep, "<eval_with_key>")
+
+
 def _warn_once(key: str, reason: str) -> None:
+    """Warns that the reference runs, at the line of the first caller outside fused_rnn and torch."""
     if key in _warned:
         return
     _warned.add(key)
-    warnings.warn(f"fused_rnn runs on its slow Python reference: {reason}", RuntimeWarning, stacklevel=4)
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OUR_FRAMES):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(f"fused_rnn runs on its slow Python reference: {reason}", RuntimeWarning, stacklevel=level)
+
+
+# What torch.compiler.assume_constant_result sets, without its import of Dynamo: Dynamo calls the function while it compiles.
+_warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def forced_backend() -> str | None:

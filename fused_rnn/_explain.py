@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import _backend, functional
+from fused_rnn import _backend, _checks, functional
 from fused_rnn.cells import _Cell
 from fused_rnn.functional import CELLS
 from fused_rnn.modules import _Layer
@@ -161,7 +161,7 @@ def explain(
     if training is None:
         training = torch.is_grad_enabled() and (data.requires_grad or any(p.requires_grad for p in module.parameters()))
     where = device if isinstance(device, str) else str(data.device) if device is None else "the given device"
-    backend, why = _backend_for(device_type, where, described is not None)
+    backend, why = _backend_for(device_type, dtype, where, described is not None)
     forced = os.environ.get("FUSED_RNN_PLAN") or None
     if backend == "cuda" and described is None:
         described = _C().cuda_device(torch.cuda.current_device() if data.device.index is None else data.device.index)
@@ -234,12 +234,11 @@ def _sizes(module: nn.Module, input: Tensor | PackedSequence) -> tuple[list[dict
 def _dtype(module: nn.Module, data: Tensor, device_type: str) -> torch.dtype:
     """The dtype in which the call runs; raises where input and weights differ outside autocast."""
     weight = next(p for p in module.parameters())
-    if functional._autocast_on(device_type) and data.dtype != torch.float64:
+    if functional._autocast_on(device_type) and data.is_floating_point() and data.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     if data.dtype != weight.dtype:
         raise ValueError(f"input: expected dtype {weight.dtype} (the module's), got {data.dtype}")
-    if data.dtype not in functional._DTYPES:
-        raise ValueError(f"input: expected dtype float64, float32, float16 or bfloat16, got {data.dtype}")
+    _checks.check_dtype(data)
     return data.dtype
 
 
@@ -259,11 +258,15 @@ def _described_device(device: str | Mapping[str, Any] | None) -> Mapping[str, An
     raise ValueError(f"device: expected one of {', '.join(DEVICES)}, got {device!r}")
 
 
-def _backend_for(device_type: str, where: str, described: bool) -> tuple[str, str]:
+def _backend_for(device_type: str, dtype: torch.dtype, where: str, described: bool) -> tuple[str, str]:
     """(backend, why), with the errors of a call."""
     forced = _backend.forced_backend()
     if forced == "reference":
         return "reference", "it is forced"
+    if dtype.is_complex:
+        if forced is not None:
+            raise RuntimeError(f"backend {forced!r} is forced but for complex numbers only the reference runs")
+        return "reference", f"there are no kernels for {dtype}"
     if forced is not None and forced != device_type:
         raise RuntimeError(f"backend {forced!r} is forced but the input is on {device_type!r}")
     if described:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_rnn import _checks
 from fused_rnn._quick_call import QuickCall, watch
 from fused_rnn.functional import CELLS, run_cell
-from fused_rnn.modules import _refuse_scripting, check_like, type_name
+from fused_rnn.modules import _refuse_scripting, check_layout, check_like, check_parameters, type_name
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
@@ -29,42 +30,57 @@ class _Cell(QuickCall, nn.RNNCellBase):
     __prepare_scriptable__ = _refuse_scripting
 
     def _weights(self) -> list[Tensor]:
-        """[w_ih, w_hh] or [w_ih, w_hh, b_ih, b_hh] as they are now: parameters, or what replaces them by name."""
+        """[w_ih, w_hh] or [w_ih, w_hh, b_ih, b_hh] as they are now: parameters, or what replaces them by name.
+
+        One bias that is None counts as zeros, as in torch.nn's cells.
+        """
         parameters = self.__dict__["_parameters"]
         try:
             weights = [parameters[name] for name in _WITH_BIASES]
         except KeyError:
             weights = [getattr(self, name) for name in _WITH_BIASES]
-        return weights[:2] if weights[2] is None else weights
+        if weights[2] is None or weights[3] is None:
+            bias = weights[3] if weights[2] is None else weights[2]
+            if bias is None:
+                return weights[:2]
+            weights = [torch.zeros_like(bias) if weight is None else weight for weight in weights]
+        return weights
 
     def _run(self, cell: int, input: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Checks and runs one step of input [B, I] or [I], which has been checked to be one of them: (h', c').
-
-        All is tested in one expression; only if it fails are the checks made one by one, in torch.nn's order, to raise.
-        """
+        """Checks and runs one step of input [B, I] or [I], which has been checked to be one of them: (h', c')."""
+        if input.layout is not torch.strided or input.is_nested:
+            check_layout(input, "input")
         unbatched = input.dim() == 1
         if unbatched:
             input = input.unsqueeze(0)
             h = None if h is None else h.unsqueeze(0)
             c = None if c is None else c.unsqueeze(0)
-        fields = self.__dict__
         weights = self._weights()
-        first, size, dtype, device = weights[0], input.shape, input.dtype, input.device
-        state_size = (size[0], fields["hidden_size"])
-        if not (
-            size[1] == fields["input_size"]
-            and dtype == first.dtype
-            and device == first.device
-            and (h is None or (h.shape == state_size and h.dtype == dtype and h.device == device))
-            and (c is None or (c.shape == state_size and c.dtype == dtype and c.device == device))
-        ):
-            self._raise_torchs_error(input, first, h, c)
+        if torch._C._get_tracing_state() is None:
+            self._check(input, h, c, weights)
+        else:
+            with _checks.untraced():
+                self._check(input, h, c, weights)
         new_h, new_c = run_cell(cell, input, h, c, weights, len(weights) == 4)
         if unbatched:
             return new_h.squeeze(0), new_c.squeeze(0) if cell == _LSTM else new_c
         return new_h, new_c
 
-    def _raise_torchs_error(self, input: Tensor, first: Tensor, h: Tensor | None, c: Tensor | None) -> None:
+    def _check(self, input: Tensor, h: Tensor | None, c: Tensor | None, weights: list[Tensor]) -> None:
+        """Tests all in one expression; only if it fails are the checks made one by one, in torch.nn's order, to raise."""
+        fields = self.__dict__
+        size, dtype, device = input.shape, input.dtype, input.device
+        state_size = (size[0], fields["hidden_size"])
+        if not (
+            size[1] == fields["input_size"]
+            and (h is None or h.shape == state_size)
+            and (c is None or c.shape == state_size)
+            and _checks.fit(weights, dtype, device)
+            and (h is None or _checks.fit((h,) if c is None else (h, c), dtype, device))
+        ):
+            self._raise_torchs_error(input, weights, h, c)
+
+    def _raise_torchs_error(self, input: Tensor, weights: list[Tensor], h: Tensor | None, c: Tensor | None) -> None:
         """Raises what torch.nn (2.15) raises first; returns where nothing is wrong (dtypes that differ under autocast)."""
         batch, hidden = input.size(0), self.hidden_size
         if input.size(1) != self.input_size:
@@ -77,11 +93,16 @@ class _Cell(QuickCall, nn.RNNCellBase):
             if state.size(0) != batch:
                 raise RuntimeError(f"Input batch size {batch} doesn't match hidden{index} batch size {state.size(0)}")
             raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {hidden}")
-        if input.dtype != first.dtype and not torch._C._is_any_autocast_enabled():
-            raise RuntimeError(f"mat1 and mat2 must have the same dtype, but got {type_name(input)} and {type_name(first)}")
-        for tensor, name in ((first, "parameter"), (h, "hidden"), (c, "hidden")):
-            if tensor is not None:
-                check_like(input, tensor, name)
+        alike = len({None if weight is None else weight.dtype for weight in weights}) == 1
+        if alike and input.dtype != weights[0].dtype and not torch._C._is_any_autocast_enabled():
+            raise RuntimeError(
+                f"mat1 and mat2 must have the same dtype, but got {type_name(input)} and {type_name(weights[0])}"
+            )
+        check_parameters(input, _WITH_BIASES[: len(weights)], weights)
+        for state in (h, c):
+            if state is not None:
+                check_layout(state, "hidden")
+                check_like(input, state, "hidden")
 
     def _run_single_state(self, cell: int, input: Tensor, hx: Tensor | None) -> Tensor:
         dim = input.dim()

@@ -5,19 +5,22 @@ Every class is a subclass of torch.nn's own and keeps its constructor. What diff
 * RNN has a third nonlinearity, "identity".
 * Weights are separate tensors, always: ``flatten_parameters`` does nothing, and ``_flat_weights`` is not a cache but is read
   from the parameters at each use, so it is never stale and holds nothing alive.
+* Complex numbers run on the reference, with a warning. Weights and inputs in another layout than torch.strided (sparse, nested,
+  mkldnn) are errors.
 * A packed input with a wrong ``hx`` is an error in every class.
 * ``torch.jit.script`` is not supported (``torch.jit.trace`` is).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import functional
+from fused_rnn import _checks
 from fused_rnn._quick_call import QuickCall, watch
 from fused_rnn.functional import CELLS, run_rnn
 
@@ -54,6 +57,29 @@ def check_like(input: Tensor, tensor: Tensor, name: str) -> None:
             f"Input and {name} tensors are not the same dtype, found input tensor with {type_name(input)} "
             f"and {name} tensor with {type_name(tensor)}"
         )
+
+
+def check_parameters(input: Tensor, names: Sequence[str], weights: Sequence[Any]) -> None:
+    """Raises, by its name, for the first weight that is no dense tensor of input's device and, outside autocast, dtype.
+
+    In torch's words, which name no weight, where all weights are alike: then the input does not fit the module.
+    """
+    for name, weight in zip(names, weights, strict=True):
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"expected Tensor as parameter {name}, but got {type(weight).__name__}")
+        problem = _checks.layout_problem(weight)
+        if problem is not None:
+            raise RuntimeError(f"parameter {name}: {problem}")
+    alike = len({(weight.dtype, weight.device) for weight in weights}) == 1
+    for name, weight in zip(names, weights, strict=True):
+        check_like(input, weight, "parameter" if alike else f"parameter {name}")
+
+
+def check_layout(tensor: Tensor, name: str) -> None:
+    """Raises RuntimeError unless the tensor is dense. Before sizes are read, which some nested tensors do not have."""
+    problem = _checks.layout_problem(tensor)
+    if problem is not None:
+        raise RuntimeError(f"{name}: {problem}")
 
 
 class _FlatWeights(list[Any]):
@@ -139,33 +165,15 @@ class _Layer(QuickCall, nn.RNNBase):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Checks a batched or packed input and runs the layers on it: (output, h_n, c_n).
 
-        All is tested in one expression; only if it fails are torch.nn's methods called, in torch.nn's order, to raise. Reads
-        the instance's fields from its __dict__: an attribute of an nn.Module takes three times as long.
+        Reads the instance's fields from its __dict__: an attribute of an nn.Module takes three times as long.
         """
         fields = self.__dict__
         weights = self._weights()
-        first, num_layers, bidirectional = weights[0], fields["num_layers"], bool(fields["bidirectional"])
-        batch_first = fields["batch_first"] and batch_sizes is None
-        size, dtype, device = input.shape, input.dtype, input.device
-        if batch_sizes is not None:
-            functional._check_batch_sizes(batch_sizes, input)
-            batch, steps = int(batch_sizes[0]), 1
+        if torch._C._get_tracing_state() is None:
+            self._check(input, h0, c0, weights, batch_sizes)
         else:
-            batch, steps = (size[0], size[1]) if batch_first else (size[1], size[0])
-        hidden, rows = fields["hidden_size"], num_layers * 2 if bidirectional else num_layers
-        if not (
-            steps > 0
-            and dtype == first.dtype
-            and device == first.device
-            and size[-1] == fields["input_size"]
-            and len(size) == (3 if batch_sizes is None else 2)
-            and (
-                h0 is None
-                or (h0.shape == (rows, batch, fields["proj_size"] or hidden) and h0.dtype == dtype and h0.device == device)
-            )
-            and (c0 is None or (c0.shape == (rows, batch, hidden) and c0.dtype == dtype and c0.device == device))
-        ):
-            self._raise_torchs_error(input, first, h0, c0, batch_sizes, (rows, batch, hidden), steps)
+            with _checks.untraced():
+                self._check(input, h0, c0, weights, batch_sizes)
         if sorted_indices is not None and h0 is not None:
             h0 = h0.index_select(1, sorted_indices)
             c0 = None if c0 is None else c0.index_select(1, sorted_indices)
@@ -175,19 +183,63 @@ class _Layer(QuickCall, nn.RNNBase):
             h0,
             c0,
             weights,
-            num_layers,
-            fields["bias"],
-            bidirectional,
+            fields["num_layers"],
+            bool(fields["bias"]),
+            bool(fields["bidirectional"]),
             fields["dropout"],
             bool(fields["training"]),
-            batch_first,
+            bool(fields["batch_first"]) and batch_sizes is None,
             batch_sizes,
         )
+
+    def _check(
+        self, input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], batch_sizes: Tensor | None
+    ) -> None:
+        """All is tested in one expression; only if it fails are torch.nn's methods called, in torch.nn's order, to raise."""
+        fields = self.__dict__
+        hidden, num_layers = fields["hidden_size"], fields["num_layers"]
+        if not (
+            type(num_layers) is int
+            and num_layers > 0
+            and type(fields["bias"]) is type(fields["bidirectional"]) is type(fields["batch_first"]) is bool
+            and type(fields["training"]) is bool
+        ):
+            self._check_fields()
+        if input.layout is not torch.strided or input.is_nested:
+            check_layout(input, "input")
+        size, dtype, device = input.shape, input.dtype, input.device
+        if batch_sizes is not None:
+            _checks.check_batch_sizes(batch_sizes, input)
+            batch, steps = int(batch_sizes[0]), 1
+        else:
+            batch, steps = (size[0], size[1]) if fields["batch_first"] else (size[1], size[0])
+        rows = num_layers * 2 if fields["bidirectional"] else num_layers
+        if not (
+            steps > 0
+            and size[-1] == fields["input_size"]
+            and len(size) == (3 if batch_sizes is None else 2)
+            and (h0 is None or h0.shape == (rows, batch, fields["proj_size"] or hidden))
+            and (c0 is None or c0.shape == (rows, batch, hidden))
+            and _checks.fit(weights, dtype, device)
+            and (h0 is None or _checks.fit((h0,) if c0 is None else (h0, c0), dtype, device))
+        ):
+            self._raise_torchs_error(input, weights, h0, c0, batch_sizes, (rows, batch, hidden), steps)
+
+    def _check_fields(self) -> None:
+        """Raises for a field that somebody has changed since the constructor checked it. 0 and 1 will do for a bool."""
+        for field in ("bias", "bidirectional", "batch_first", "training"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value not in (0, 1):
+                raise TypeError(f"{field}: expected a bool, got {type(value).__name__}")
+        if type(self.num_layers) is not int:
+            raise TypeError(f"num_layers: expected an int, got {type(self.num_layers).__name__}")
+        if self.num_layers < 1:
+            raise ValueError(f"num_layers: expected at least 1, got {self.num_layers}")
 
     def _raise_torchs_error(
         self,
         input: Tensor,
-        first: Tensor,
+        weights: list[Tensor],
         h0: Tensor | None,
         c0: Tensor | None,
         batch_sizes: Tensor | None,
@@ -195,7 +247,8 @@ class _Layer(QuickCall, nn.RNNBase):
         steps: int,
     ) -> None:
         """Raises what torch.nn raises first; returns where nothing is wrong (dtypes that differ under autocast)."""
-        self.check_input(input, batch_sizes)
+        if weights[0] is not None:  # torch.nn's check reads its dtype
+            self.check_input(input, batch_sizes)
         if h0 is not None:
             size = (*expected[:2], self.proj_size or self.hidden_size)
             self.check_hidden_size(h0, size, f"Expected hidden{'' if c0 is None else '[0]'} size {{}}, got {{}}")
@@ -203,9 +256,11 @@ class _Layer(QuickCall, nn.RNNBase):
             self.check_hidden_size(c0, expected, "Expected hidden[1] size {}, got {}")
         if steps == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        for tensor, name in ((first, "parameter"), (h0, "hidden"), (c0, "hidden")):
-            if tensor is not None:
-                check_like(input, tensor, name)
+        check_parameters(input, self._flat_weights_names, weights)
+        for state in (h0, c0):
+            if state is not None:
+                check_layout(state, "hidden")
+                check_like(input, state, "hidden")
 
     def _forward_single_state(self, cell: int, input: Tensor | PackedSequence, hx: Tensor | None) -> tuple[Any, Tensor]:
         """Forward of the cells with one state (RNN, GRU)."""

@@ -57,35 +57,35 @@ def _scan(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One direction over time; see csrc/params.h (Sequence) for lengths, offsets and resets."""
-    starts = offsets.tolist() if offsets is not None else None
-    steps = x.shape[0] if starts is None else len(starts) - 1
+    sizes = None if offsets is None else offsets.diff().tolist()
+    xs = x.unbind() if sizes is None else x.split(sizes)
+    masks = None if resets is None else resets.unbind() if sizes is None else resets.split(sizes)
     outputs: list[Tensor] = []
-    for t in reversed(range(steps)) if reverse else range(steps):
-        rows = t if starts is None else slice(starts[t], starts[t + 1])
-        x_t = x[rows]
-        n = x_t.shape[0]  # the rows of a packed step are the first n of the batch
+    for t in reversed(range(len(xs))) if reverse else range(len(xs)):
+        n = None if sizes is None else sizes[t]  # the rows of a packed step are the first n of the batch
         h_t, c_t = h[:n], None if c is None else c[:n]
-        if resets is not None:
-            keep = ~resets[rows].unsqueeze(-1)
+        if masks is not None:
+            keep = ~masks[t].unsqueeze(-1)
             h_t = torch.where(keep, h_t, 0)
             c_t = None if c_t is None else torch.where(keep, c_t, 0)
         if lengths is not None:  # the state of a row without a step here may hold anything, as its padding may
             active = (t < lengths).unsqueeze(-1)
             h_t = torch.where(active, h_t, 0)
             c_t = None if c_t is None else torch.where(active, c_t, 0)
-        new_h, new_c = step(x_t, h_t, c_t, params, has_biases, cell)
+        new_h, new_c = step(xs[t], h_t, c_t, params, has_biases, cell)
         if lengths is None:
             outputs.append(new_h)
         else:
             outputs.append(torch.where(active, new_h, 0))
             new_h = torch.where(active, new_h, h[:n])
             new_c = None if new_c is None or c is None else torch.where(active, new_c, c[:n])
-        h = torch.cat([new_h, h[n:]]) if n < h.shape[0] else new_h
+        ended = n is not None and n < h.shape[0]  # rows that took no part in this step keep their state
+        h = torch.cat([new_h, h[n:]]) if ended else new_h
         if c is not None and new_c is not None:
-            c = torch.cat([new_c, c[n:]]) if n < c.shape[0] else new_c
+            c = torch.cat([new_c, c[n:]]) if ended else new_c
     if reverse:
         outputs.reverse()
-    return torch.stack(outputs) if starts is None else torch.cat(outputs), h, c
+    return torch.stack(outputs) if sizes is None else torch.cat(outputs), h, c
 
 
 def layer(
