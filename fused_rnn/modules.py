@@ -5,8 +5,8 @@ Every class is a subclass of torch.nn's own and keeps its constructor. What diff
 * RNN has a third nonlinearity, "identity".
 * Weights are separate tensors, always: ``flatten_parameters`` does nothing, and ``_flat_weights`` is not a cache but is read
   from the parameters at each use, so it is never stale and holds nothing alive.
-* Complex numbers run on the reference, with a warning. Weights and inputs in another layout than torch.strided (sparse, nested,
-  mkldnn) are errors.
+* Complex numbers run on the reference, with a warning. Tensors in another layout than torch.strided (sparse, nested, mkldnn)
+  are errors.
 * A packed input with a wrong ``hx`` is an error in every class.
 * ``torch.jit.script`` is not supported (``torch.jit.trace`` is).
 """
