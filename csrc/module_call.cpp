@@ -163,6 +163,11 @@ bool same_dtype(const Tensor& input, const std::vector<Tensor>& weights) {
 bool fits(const OptionalTensor& state, at::IntArrayRef shape, const Tensor& input) {
   return !state || (state->sizes() == shape && state->scalar_type() == input.scalar_type());
 }
+// An LSTM's c may be float where the input has 16 bits.
+bool c_fits(const OptionalTensor& c, at::IntArrayRef shape, const Tensor& input) {
+  return fits(c, shape, input) ||
+         (input.element_size() == 2 && c->scalar_type() == at::kFloat && c->sizes() == shape);
+}
 
 // Runs f without the GIL, and with the tensors owned, where it takes long enough for another thread to gain from it: more than
 // `work` multiply-adds, some ten microseconds.
@@ -208,7 +213,7 @@ PyObject* call_layers(const Fields& fields, int64_t cell, const Tensor& input, c
     return nullptr;
   }
   const int64_t rows = num_layers * (bidirectional ? 2 : 1), batch = input.size(batch_first ? 0 : 1);
-  if (!fits(h0, {rows, batch, proj ? proj : hidden}, input) || !fits(c0, {rows, batch, hidden}, input)) return nullptr;
+  if (!fits(h0, {rows, batch, proj ? proj : hidden}, input) || !c_fits(c0, {rows, batch, hidden}, input)) return nullptr;
   auto [y, h_n, c_n] = run(input, h0, c0, weights, input.size(0) * input.size(1), [&] {
     return rnn_on_cpu(input, h0, c0, weights, std::nullopt, std::nullopt, std::nullopt, cell, num_layers, bias,
                       bidirectional, dropout, training, batch_first);
@@ -230,7 +235,7 @@ PyObject* call_cell(const Fields& fields, int64_t cell, const Tensor& input, con
   const std::vector<Tensor>& weights = borrowed.tensors();
   if (input.dim() != 2 || input.size(1) != input_size || input.size(0) == 0 ||
       (weights.size() != 2 && weights.size() != 4) || !same_dtype(input, weights) ||
-      !fits(h, {input.size(0), hidden}, input) || !fits(c, {input.size(0), hidden}, input) ||
+      !fits(h, {input.size(0), hidden}, input) || !c_fits(c, {input.size(0), hidden}, input) ||
       !runs_plainly_on_cpu(input, h, c, weights)) {
     return nullptr;
   }

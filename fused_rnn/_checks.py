@@ -76,11 +76,18 @@ def _check_shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:
         raise ValueError(f"{name}: expected shape {list(expected)}, got {list(tensor.shape)}")
 
 
+def is_wide_c(c: Tensor, input: Tensor) -> bool:
+    """Whether c is the float32 c of an LSTM of 16 bits, which then returns its last c in float32 too."""
+    return c.dtype == torch.float32 and input.dtype in (torch.float16, torch.bfloat16)
+
+
 def _check_like_input(name: str, tensor: Any, input: Tensor, autocast: bool) -> None:
     check_tensor(name, tensor)
     if tensor.device != input.device:
         raise ValueError(f"{name}: expected device {input.device} (input's), got {tensor.device}")
-    if tensor.dtype != input.dtype and not (autocast and tensor.dtype.is_floating_point and input.dtype.is_floating_point):
+    wide = name in ("c", "c0") and is_wide_c(tensor, input)
+    cast = autocast and tensor.dtype.is_floating_point and input.dtype.is_floating_point
+    if tensor.dtype != input.dtype and not cast and not wide:
         raise ValueError(f"{name}: expected dtype {input.dtype} (input's), got {tensor.dtype}")
 
 

@@ -102,7 +102,7 @@ class _Cell(QuickCall, nn.RNNCellBase):
         for state in (h, c):
             if state is not None:
                 check_layout(state, "hidden")
-                check_like(input, state, "hidden")
+                check_like(input, state, "hidden", wide=state is c)
 
     def _run_single_state(self, cell: int, input: Tensor, hx: Tensor | None) -> Tensor:
         dim = input.dim()
@@ -143,7 +143,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
     """torch.nn.LSTMCell in one kernel."""
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """input [B, I] or [I], hx (h, c), each [B, H] or [H], or None -> (h', c')."""
+        """input [B, I] or [I], hx (h, c), each [B, H] or [H], or None -> (h', c'). A float32 c with 16-bit input gives one."""
         dim = input.dim()
         if dim != 2 and dim != 1:
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {dim}D instead")

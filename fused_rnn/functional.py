@@ -46,7 +46,8 @@ def lstm(
         input: [T, B, I]; [B, T, I] with batch_first; [T, I] unbatched; or packed rows [N, I] with batch_sizes. float64,
             float32, float16 or bfloat16; complex64 and complex128 run on the slow reference.
         weights: L*D groups of 2 to 5 tensors, see the module's documentation.
-        hx: (h0 [L*D, B, P], c0 [L*D, B, H]) (without B for unbatched input), or None for zeros.
+        hx: (h0 [L*D, B, P], c0 [L*D, B, H]) (without B for unbatched input), or None for zeros. With 16-bit input c0 may be
+            float32, and c_n then is: a sequence cut into calls that hand it on is computed as a whole.
         num_layers: L.
         has_biases: whether every group has b_ih and b_hh.
         bidirectional: D = 2: groups alternate between the forward and the backward direction.

@@ -7,6 +7,8 @@ Every class is a subclass of torch.nn's own and keeps its constructor. What diff
   from the parameters at each use, so it is never stale and holds nothing alive.
 * Complex numbers run on the reference, with a warning. Tensors in another layout than torch.strided (sparse, nested, mkldnn)
   are errors.
+* An LSTM of 16 bits takes a float32 ``c0`` and then returns ``c_n`` in float32. Inside a call c is float32 in any case; handed
+  on so, a sequence may be cut into calls without rounding c at each cut. Under autocast states are cast as all tensors are.
 * A packed input with a wrong ``hx`` is an error in every class.
 * ``torch.jit.script`` is not supported (``torch.jit.trace`` is).
 """
@@ -45,13 +47,18 @@ def type_name(tensor: Tensor) -> str:
     return tensor.type().rsplit(".", 1)[-1].removesuffix("Tensor")
 
 
-def check_like(input: Tensor, tensor: Tensor, name: str) -> None:
-    """Raises RuntimeError, in torch's words, unless the tensor is on input's device and, outside autocast, of its dtype."""
+def check_like(input: Tensor, tensor: Tensor, name: str, wide: bool = False) -> None:
+    """Raises RuntimeError, in torch's words, unless the tensor is on input's device and, outside autocast, of its dtype.
+
+    wide: the tensor is an LSTM's c, which may be float32 where the input has 16 bits.
+    """
     if tensor.device != input.device:
         raise RuntimeError(
             f"Input and {name} tensors are not at the same device, found input tensor at {input.device} "
             f"and {name} tensor at {tensor.device}"
         )
+    if wide and _checks.is_wide_c(tensor, input):
+        return
     if tensor.dtype != input.dtype and not torch._C._is_any_autocast_enabled():
         raise RuntimeError(
             f"Input and {name} tensors are not the same dtype, found input tensor with {type_name(input)} "
@@ -260,7 +267,7 @@ class _Layer(QuickCall, nn.RNNBase):
         for state in (h0, c0):
             if state is not None:
                 check_layout(state, "hidden")
-                check_like(input, state, "hidden")
+                check_like(input, state, "hidden", wide=state is c0)
 
     def _forward_single_state(self, cell: int, input: Tensor | PackedSequence, hx: Tensor | None) -> tuple[Any, Tensor]:
         """Forward of the cells with one state (RNN, GRU)."""
