@@ -12,6 +12,7 @@ from fused_rnn import _backend
 
 _GLOBAL_HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 _call_module = None if _backend._C is None else _backend._C.call_module
+_torch_call = nn.Module.__call__
 
 
 class QuickCall:
@@ -19,11 +20,27 @@ class QuickCall:
     or subclasses have a part in it, else by nn.Module's."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _call_module is not None and not kwargs and _backend._forced is None and not is_compiling():
-            result = _call_module(self, *args)
-            if result is not None:
-                return result
+        if not is_compiling():
+            if _call_module is not None and not kwargs and _backend._forced is None:
+                result = _call_module(self, *args)
+                if result is not None:
+                    return result
+            if nn.Module.__call__ is not _torch_call and type(self).__module__.startswith("fused_rnn."):
+                return self._call_as_torchs(*args, **kwargs)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def _call_as_torchs(self, *args: Any, **kwargs: Any) -> Any:
+        """The call while torch.fx traces, which it does by a ``__call__`` of its own in nn.Module.
+
+        A tracer takes a module for a leaf, one node that calls it, if ``module.__module__`` begins with "torch.nn"
+        (torch.fx.Tracer.is_leaf_module, which other tracers inherit). The layers and cells are leaves as torch.nn's are,
+        so they bear that name while a tracer looks at them. Subclasses are traced, as torch.nn's are.
+        """
+        self.__dict__["__module__"] = nn.RNNBase.__module__
+        try:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.__dict__.pop("__module__", None)
 
 
 def watch(*forwards: tuple[Callable[..., Any], bool, int]) -> None:
