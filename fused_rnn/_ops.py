@@ -1,4 +1,4 @@
-"""Python names of the C++ ops, and the parts of their registration that are Python: fake kernels and double backward."""
+"""Python names of the C++ ops, and the parts of their registration that are Python: fake kernels, double backward, flops."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn import reference
+from fused_rnn import _flops, reference
 from fused_rnn._backend import _C
 
 _STATES = {reference.LSTM: 4, reference.GRU: 4}  # slots of the saved gates (csrc/params.h); RNN cells save none
@@ -177,3 +177,4 @@ if _C is not None:
     torch.library.register_vmap("fused_rnn::layer_backward", _layer_backward_batched)
     _library = torch.library.Library("fused_rnn", "IMPL")
     _library.impl("layer_backward_differentiable", _layer_backward_differentiable, "CompositeImplicitAutograd")
+    _flops.register()
