@@ -8,6 +8,7 @@ attributes that others put on it, modules shared between parents, the root modul
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
 import warnings
 from collections.abc import Iterator
@@ -102,13 +103,24 @@ def _why_not(module: nn.Module, target: type[nn.Module] | None, caller: str) -> 
 
 def _set_class(module: nn.Module, target: type[nn.Module]) -> None:
     """Change the class in place; the weight caches that torch.nn's layers keep and ours do not come and go with it."""
-    layer = isinstance(module, nn.RNNBase)
-    for cache in _CACHES if layer else ():
-        module.__dict__.pop(cache, None)
-    module.__dict__.pop("_weights_override", None)
+    if not isinstance(module, nn.RNNBase):
+        module.__class__ = target
+        return
+    assigned = _assigned_weights(module)
     module.__class__ = target
-    if layer:
-        module._init_flat_weights()  # type: ignore[operator]
+    for cache in (*_CACHES, "_weights_override"):
+        module.__dict__.pop(cache, None)
+    module._init_flat_weights()
+    if assigned is not None:
+        module._flat_weights = assigned
+
+
+def _assigned_weights(layer: nn.RNNBase) -> list[Any] | None:
+    """``_flat_weights`` if it was assigned and forward would use it, None if forward would use the named weights."""
+    layer._update_flat_weights()
+    weights = list(layer._flat_weights)
+    named = [getattr(layer, name, None) for name in layer._flat_weights_names]
+    return None if len(weights) == len(named) and all(map(operator.is_, weights, named)) else weights
 
 
 _NAMESPACES = (nn, nn.modules, nn.modules.rnn)

@@ -4,7 +4,7 @@ Every class is a subclass of torch.nn's own and keeps its constructor. What diff
 
 * RNN has a third nonlinearity, "identity".
 * Weights are separate tensors, always: ``flatten_parameters`` does nothing, and ``_flat_weights`` is not a cache but is read
-  from the parameters at each use, so it is never stale and holds nothing alive.
+  from the parameters at each use, so it is never stale and holds nothing alive. Assigning it works as in torch.nn.
 * Complex numbers run on the reference, with a warning. Tensors in another layout than torch.strided (sparse, nested, mkldnn)
   are errors.
 * An LSTM of 16 bits takes a float32 ``c0`` and then returns ``c_n`` in float32. Inside a call c is float32 in any case; handed
@@ -15,8 +15,9 @@ Every class is a subclass of torch.nn's own and keeps its constructor. What diff
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -90,11 +91,35 @@ def check_layout(tensor: Tensor, name: str) -> None:
 
 
 class _FlatWeights(list[Any]):
-    """A snapshot of the weights in order. Writing another tensor into it would change nothing, so that is an error."""
+    """The weights of a layer in order, as they were when ``_flat_weights`` was read. Writing another tensor into it assigns
+    ``_flat_weights`` with that one replaced, as in torch.nn."""
+
+    def __init__(self, layer: _Layer, weights: Iterable[Any]) -> None:
+        super().__init__(weights)
+        self._layer = layer
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        if self[index] is not value:
-            raise TypeError("_flat_weights is read from the parameters: assign the parameter itself by its name")
+        weights = list(self._layer._flat_weights)
+        weights[index] = value
+        self._layer._flat_weights = weights
+        super().__setitem__(index, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # a copy is a plain list
+        return list, (list(self),)
+
+
+class _Override(NamedTuple):
+    """What forward uses instead of the named weights, after ``_flat_weights`` was assigned."""
+
+    weights: list[Any]
+    named: list[weakref.ref[Any] | None]  # the named weights at that moment
+
+    def is_outdated(self, named: list[Any]) -> bool:
+        """Whether a weight has been replaced under its name since: then it and all the other named ones count again."""
+        return any(
+            weight is not None and ref is not None and ref() is not weight
+            for weight, ref in zip(named, self.named, strict=True)
+        )
 
 
 class _Layer(QuickCall, nn.RNNBase):
@@ -107,32 +132,52 @@ class _Layer(QuickCall, nn.RNNBase):
         (parametrizations, weight_norm, prune, DataParallel replicas)."""
         fields = self.__dict__
         if "_weights_override" in fields:
-            return fields["_weights_override"]
+            return self._overriding_weights()
         parameters = fields["_parameters"]
         try:
             return [parameters[name] for name in fields["_flat_weights_names"]]
         except KeyError:
             return [getattr(self, name) for name in fields["_flat_weights_names"]]
 
+    def _named_weights(self) -> list[Any]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    def _overriding_weights(self) -> list[Any]:
+        """What ``_flat_weights`` was set to; the named weights if one of them has been replaced since."""
+        named, override = self._named_weights(), self.__dict__["_weights_override"]
+        if override.is_outdated(named):
+            del self.__dict__["_weights_override"]
+            return named
+        return override.weights
+
     @property
     def _flat_weights(self) -> list[Tensor | None]:
-        if "_weights_override" in self.__dict__:
-            return self.__dict__["_weights_override"]
-        return _FlatWeights(getattr(self, name, None) for name in self._flat_weights_names)
+        override = "_weights_override" in self.__dict__
+        return _FlatWeights(self, self._overriding_weights() if override else self._named_weights())
 
     @_flat_weights.setter
     def _flat_weights(self, value: list[Tensor | None]) -> None:
-        """Assigning other tensors than the named weights makes forward use them, until the named ones are assigned back."""
-        named = [getattr(self, name, None) for name in self._flat_weights_names]
+        """Assigning other tensors than the named weights makes forward use them. The last write wins: until a weight is
+        assigned by its name, the named ones are assigned back, or the module is moved; copies have the named ones. All
+        this is as in torch.nn, except that there an assignment by name also wins over a later one of the list, unless
+        there was a call in between."""
+        named = self._named_weights()
         self.__dict__.pop("_weights_override", None)
-        if len(value) == len(named) and any(new is not old for new, old in zip(value, named, strict=True)):
-            self.__dict__["_weights_override"] = list(value)
+        if len(value) != len(named) or any(new is not old for new, old in zip(value, named, strict=False)):
+            refs = [None if weight is None else weakref.ref(weight) for weight in named]
+            self.__dict__["_weights_override"] = _Override(list(value), refs)
 
     def __setattr__(self, attr: str, value: Any) -> None:
         nn.Module.__setattr__(self, attr, value)
 
     def _init_flat_weights(self) -> None:
         self.__dict__.pop("_weights_override", None)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.__dict__.pop(
+            "_weights_override", None
+        )  # before, too: torch.utils.swap_tensors refuses weakly referenced tensors
+        return super()._apply(fn, recurse)
 
     def _update_flat_weights(self) -> None:
         pass

@@ -252,46 +252,6 @@ def test_reparametrizations(backend: str, name: str, how: str) -> None:
             assert_close(pair[0](x, hx), results[0][3])
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_assigning_flat_weights(name: str) -> None:
-    """Subclasses that drop weights out swap the list for one call: they get the weights they put there."""
-    ours, theirs = make_pair(name, 4, 6, dtype=torch.float64)
-    x, hx = example(ours, dtype=torch.float64)
-    with use_backend("reference"):
-        expected = ours(x, hx)
-        for module in (ours, theirs):
-            kept = module._flat_weights
-            module._flat_weights = [w * 2 for w in kept]
-            module.changed = module(x, hx)
-            module._flat_weights = kept
-        assert_close(ours.changed, theirs.changed)
-        assert_close(ours(x, hx), expected)
-        with pytest.raises(TypeError, match="assign the parameter itself"):
-            ours._flat_weights[0] = torch.zeros(1)
-
-
-def test_recurrent_dropout_subclass(backend: str) -> None:
-    class Dropped(fused_rnn.LSTM):
-        def forward(self, input: Any, hx: Any = None) -> Any:
-            kept = self._flat_weights
-            self._flat_weights = [
-                w * 0 if n.startswith("weight_hh") else w for n, w in zip(self._flat_weights_names, kept, strict=True)
-            ]
-            result = super().forward(input, hx)
-            self._flat_weights = kept
-            return result
-
-    device = device_of(backend)
-    with use_backend(backend):
-        module = Dropped(4, 6, dtype=torch.float64, device=device)
-        plain = fused_rnn.LSTM(4, 6, dtype=torch.float64, device=device)
-        plain.load_state_dict(module.state_dict())
-        x, _ = example(module, dtype=torch.float64, device=device)
-        assert not torch.equal(module(x)[0], plain(x)[0])
-        nn.init.zeros_(plain.weight_hh_l0)
-        assert_close(module(x), plain(x))
-
-
 # --- hooks, replicas, tracing ---
 
 
