@@ -4,8 +4,9 @@ from fused_rnn import functional
 from fused_rnn._backend import build_info, use_backend
 from fused_rnn._explain import explain
 from fused_rnn.cells import GRUCell, LSTMCell, RNNCell
-from fused_rnn.convert import convert, patched, revert
+from fused_rnn.convert import convert, revert
 from fused_rnn.modules import GRU, LSTM, RNN
+from fused_rnn.patch import patched
 
 __version__ = "0.1.0.dev0"
 

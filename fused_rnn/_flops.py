@@ -1,8 +1,9 @@
 """How many floating point operations the ops take, for torch.utils.flop_counter.FlopCounterMode.
 
 Matrix products count, 2*m*n*k each, as torch counts its own; element-wise operations do not. A dispatch mode sees
-``layer`` and ``layer_backward``: ``rnn``, ``cell`` and the differentiable form of backward are made of these or of torch's ops.
-Numbers are those of torch.nn's GRU, RNN and cells (and of LSTM where it does not run as one op of a library, which counts 0).
+``layer`` and ``layer_backward``: ``rnn``, ``cell`` and the differentiable form of backward consist of these or of torch's
+ops. The numbers are those of torch.nn's GRU, RNN and cells, and of its LSTM where that is not one op of a library, which
+counts 0.
 
 Symbols: N rows of input (T*B, or a packed input's), D directions, G gates, I, H, P sizes of input, hidden state and output.
 """

@@ -1,4 +1,4 @@
-"""Put the fused layers into models: convert and revert change models that are built, patched the ones being built.
+"""Put the fused layers into models that are built, and take them out again. For models being built: patched.py.
 
 convert changes the class of each layer in place instead of building a new object. The object stays the same, and with it
 everything that refers to it or hangs on it: Parameters (and so optimizers), buffers, hooks and their handles, training mode,
@@ -7,107 +7,116 @@ attributes that others put on it, modules shared between parents, the root modul
 
 from __future__ import annotations
 
-import contextlib
 import operator
-import threading
 import warnings
-from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from fused_rnn import cells, modules
+from fused_rnn import _subclass, cells, modules
+from fused_rnn._subclass import FUSED
 from fused_rnn.functional import _DTYPES
 
-__all__ = ["convert", "patched", "revert"]
+__all__ = ["convert", "revert"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
-_FUSED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.RNN: modules.RNN,
-    nn.LSTM: modules.LSTM,
-    nn.GRU: modules.GRU,
-    nn.RNNCell: cells.RNNCell,
-    nn.LSTMCell: cells.LSTMCell,
-    nn.GRUCell: cells.GRUCell,
-}
-_TORCH = {fused: original for original, fused in _FUSED.items()}
+_TORCH = {fused: original for original, fused in FUSED.items()}
 _CACHES = ("_flat_weights", "_flat_weight_refs")
 
 
-def convert(model: _Model) -> _Model:
+def convert(model: _Model, *, subclasses: bool = False) -> _Model:
     """Make every torch.nn recurrent layer and cell inside a model, or the model itself, a fused one, in place.
 
-    Exact types only. A warning names the recurrent modules left as they are: subclasses (their forward may differ),
-    parametrized ones (their class is made at run time: convert first, then parametrize), ones whose forward was replaced on
-    the instance, ones of a dtype without kernels (complex), and TorchScript's, which cannot be changed. Modules that torch
-    does not know as submodules (kept in a plain list) are not reached.
+    Args:
+        model: any module.
+        subclasses: also change subclasses of torch.nn's layers and cells whose forward calls ``super().forward``. Such a
+            module gets a class made of its own and the fused one: it stays an instance of its class, and pickles and
+            copies as before.
+
+    A warning names the recurrent modules left as they are: subclasses without ``subclasses=True``, or those that it cannot
+    serve, with the reason; parametrized ones (their class is made at run time: convert first, then parametrize), ones whose
+    forward was replaced on the instance, ones of a dtype without kernels (complex), and TorchScript's, which cannot be
+    changed. Modules that torch does not know as submodules (kept in a plain list) are not reached.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: model is not a torch.nn.Module.
+        TypeError: model is not a torch.nn.Module, or subclasses is not a bool.
     """
-    return _swap(model, _FUSED, "convert")
+    if not isinstance(subclasses, bool):
+        raise TypeError(f"subclasses: expected a bool, got {type(subclasses).__name__}")
+    return _swap(model, "convert", subclasses)
 
 
 def revert(model: _Model) -> _Model:
-    """Undo :func:`convert`, in place: every fused layer and cell becomes torch.nn's. Returns the same model.
+    """Undo :func:`convert`, in place: every fused layer and cell becomes torch.nn's, or of its own class again.
 
-    Left as they are, with a warning: subclasses, parametrized modules, and those that torch.nn has no class for
-    (nonlinearity "identity").
+    Left as they are, with a warning: instances of subclasses of ours, parametrized modules, and those that torch.nn has no
+    class for (nonlinearity "identity"). Returns the same model.
     """
-    return _swap(model, _TORCH, "revert")
+    return _swap(model, "revert")
 
 
-def _swap(model: _Model, classes: dict[type[nn.Module], type[nn.Module]], caller: str) -> _Model:
+def _swap(model: _Model, caller: str, subclasses: bool = False) -> _Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: expected a torch.nn.Module, got {type(model).__name__}")
     left = []
     for name, module in model.named_modules():
-        target = classes.get(type(module))
-        reason = _why_not(module, target, caller)
+        target = _target(module, caller, subclasses)
+        reason = target if isinstance(target, str) else None if target is None else _why_not(module, caller)
         if reason is not None:
             left.append(f"{name or 'the model itself'} ({type(module).__name__}: {reason})")
-        elif target is not None:
+        elif isinstance(target, type):
             _set_class(module, target)
     if left:
         warnings.warn(f"fused_rnn.{caller} left unchanged: {', '.join(left)}", UserWarning, stacklevel=3)
     return model
 
 
-def _why_not(module: nn.Module, target: type[nn.Module] | None, caller: str) -> str | None:
-    """Why a recurrent module stays as it is; None if it is to be changed or is not recurrent or needs no change."""
+def _target(module: nn.Module, caller: str, subclasses: bool) -> type[nn.Module] | str | None:
+    """The class that a module is to get, why a recurrent module stays as it is, or None: it is another kind of module."""
+    cls = type(module)
+    target = FUSED.get(cls) if caller == "convert" else _TORCH.get(cls) or _subclass.torch_class(cls)
     if target is not None:
-        if "forward" in module.__dict__:
-            return "its forward was replaced on the instance"
-        if getattr(module, "nonlinearity", None) == "identity":
-            return "torch.nn has no nonlinearity 'identity'"
-        dtype = next((p.dtype for p in module.parameters(recurse=False)), None)
-        if caller == "convert" and dtype is not None and dtype not in _DTYPES:
-            return f"no kernels for {dtype}"
-        return None
+        return target
     if isinstance(module, torch.jit.ScriptModule):
         original = getattr(module, "original_name", "")
-        return "a TorchScript module cannot be changed" if original in {c.__name__ for c in _FUSED} else None
+        return "a TorchScript module cannot be changed" if original in {c.__name__ for c in FUSED} else None
     ours = isinstance(module, (modules._Layer, cells._Cell))
     theirs = isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and not ours
     if not (theirs if caller == "convert" else ours):
         return None
     if nn.utils.parametrize.is_parametrized(module):
         return f"parametrized; {caller} first, then parametrize"
-    return "a subclass"
+    if caller == "revert":
+        return "a subclass"
+    return _subclass.derived(cls) if subclasses else "a subclass; see subclasses=True"
+
+
+def _why_not(module: nn.Module, caller: str) -> str | None:
+    """Why a module of a class that has a counterpart stays as it is; None if it is to be changed."""
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    if getattr(module, "nonlinearity", None) == "identity":
+        return "torch.nn has no nonlinearity 'identity'"
+    dtype = next((p.dtype for p in module.parameters(recurse=False)), None)
+    if caller == "convert" and dtype is not None and dtype not in _DTYPES:
+        return f"no kernels for {dtype}"
+    if caller == "convert" and type(module) not in FUSED:
+        own = _subclass.clashes(module)
+        return own and f"its attribute {own} has the name of one of the fused class's"
+    return None
 
 
 def _set_class(module: nn.Module, target: type[nn.Module]) -> None:
     """Change the class in place; the weight caches that torch.nn's layers keep and ours do not come and go with it."""
-    if not isinstance(module, nn.RNNBase):
-        module.__class__ = target
-        return
-    assigned = _assigned_weights(module)
+    assigned = _assigned_weights(module) if isinstance(module, nn.RNNBase) else None
     module.__class__ = target
+    if not isinstance(module, nn.RNNBase):
+        return
     for cache in (*_CACHES, "_weights_override"):
         module.__dict__.pop(cache, None)
     module._init_flat_weights()
@@ -121,39 +130,3 @@ def _assigned_weights(layer: nn.RNNBase) -> list[Any] | None:
     weights = list(layer._flat_weights)
     named = [getattr(layer, name, None) for name in layer._flat_weights_names]
     return None if len(weights) == len(named) and all(map(operator.is_, weights, named)) else weights
-
-
-_NAMESPACES = (nn, nn.modules, nn.modules.rnn)
-_patch_lock = threading.Lock()
-_patch_depth = 0
-_replaced: list[tuple[Any, str, Any]] = []
-
-
-@contextlib.contextmanager
-def patched() -> Iterator[None]:
-    """Make torch.nn.RNN, LSTM, GRU, RNNCell, LSTMCell and GRUCell name the fused classes inside a ``with`` block.
-
-    For models that are built by code one cannot change: ``with fused_rnn.patched(): model = build()``. Names that were
-    imported before (``from torch.nn import LSTM``) are not reached: use :func:`convert` there. The names are the process's,
-    so other threads see them too. Blocks may nest and may overlap between threads: the last one to end restores the names,
-    on an exception as well, except a name that someone else has replaced in the meantime.
-    """
-    global _patch_depth
-    with _patch_lock:
-        _patch_depth += 1
-        if _patch_depth == 1:
-            for namespace in _NAMESPACES:
-                for original, fused in _FUSED.items():
-                    _replaced.append((namespace, original.__name__, getattr(namespace, original.__name__)))
-                    setattr(namespace, original.__name__, fused)
-    try:
-        yield
-    finally:
-        with _patch_lock:
-            _patch_depth -= 1
-            if _patch_depth == 0:
-                fused_classes = tuple(_FUSED.values())
-                for namespace, name, value in _replaced:
-                    if getattr(namespace, name) in fused_classes:
-                        setattr(namespace, name, value)
-                _replaced.clear()

@@ -1,12 +1,10 @@
-"""convert, revert and patched: what is swapped, what is kept, what is left alone and said."""
+"""convert and revert: what is swapped, what is kept, what is left alone and said."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-import threading
 import weakref
-from typing import Any
 
 import pytest
 import torch
@@ -176,7 +174,7 @@ def test_exact_types_only() -> None:
     text = found[0][1]
     assert text.startswith("fused_rnn.convert left unchanged: ")
     for part in (
-        "a (Sub: a subclass)",
+        "a (Sub: a subclass; see subclasses=True)",
         "b (ParametrizedGRU: parametrized; convert first, then parametrize)",
         "c (LSTM: its forward was replaced on the instance)",
         "d (RecursiveScriptModule: a TorchScript module cannot be changed)",
@@ -239,88 +237,3 @@ def test_meta_half_and_frozen() -> None:
     fused_rnn.convert(model)
     assert model[0].weight_ih_l0.is_meta and model[1].weight_ih_l0.dtype == torch.bfloat16
     assert not any(p.requires_grad for p in model.parameters())
-
-
-# --- patched ---
-
-NAMESPACES = (nn, nn.modules, nn.modules.rnn)
-
-
-def names() -> list[Any]:
-    return [getattr(namespace, name) for namespace in NAMESPACES for name in CLASSES]
-
-
-ORIGINAL = names()
-
-
-def test_patched_names() -> None:
-    with fused_rnn.patched():
-        assert names() == [getattr(fused_rnn, name) for _ in NAMESPACES for name in CLASSES]
-        model = Model()
-        with fused_rnn.patched():
-            assert nn.LSTM is fused_rnn.LSTM
-        assert nn.LSTM is fused_rnn.LSTM
-        theirs = ORIGINAL[CLASSES.index("GRU")](4, 6)
-        assert type(fused_rnn.convert(theirs)) is fused_rnn.GRU and type(fused_rnn.revert(theirs)) is ORIGINAL[2]
-    assert names() == ORIGINAL
-    assert {type(m) for m in recurrent(model)} == set(FUSED.values())
-    torch.manual_seed(3)
-    with fused_rnn.patched():
-        ours = Model()
-    torch.manual_seed(3)
-    for a, b in zip(ours.parameters(), Model().parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_patched_restores_after_an_exception() -> None:
-    with pytest.raises(ZeroDivisionError), fused_rnn.patched(), fused_rnn.patched():
-        raise ZeroDivisionError
-    assert names() == ORIGINAL
-
-
-def test_patched_as_decorator() -> None:
-    @fused_rnn.patched()
-    def build() -> nn.Module:
-        return nn.LSTM(4, 6)
-
-    assert type(build()) is fused_rnn.LSTM and names() == ORIGINAL
-
-
-def test_patched_blocks_that_overlap_in_time() -> None:
-    """Two threads whose blocks interleave, first in first out: ours until the last one ends, torch.nn's after."""
-    first_in, second_in, first_out = threading.Event(), threading.Event(), threading.Event()
-    seen: list[bool] = []
-
-    def first() -> None:
-        with fused_rnn.patched():
-            first_in.set()
-            second_in.wait(10)
-        first_out.set()
-
-    def second() -> None:
-        first_in.wait(10)
-        with fused_rnn.patched():
-            second_in.set()
-            first_out.wait(10)
-            seen.append(nn.LSTM is fused_rnn.LSTM)
-
-    threads = [threading.Thread(target=f) for f in (first, second)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert seen == [True] and names() == ORIGINAL
-
-
-def test_patched_leaves_others_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name replaced before is put back as it was found; one replaced inside the block stays."""
-
-    class Other(nn.LSTM):
-        pass
-
-    monkeypatch.setattr(nn, "LSTM", Other)
-    monkeypatch.setattr(nn, "GRU", nn.GRU)  # what the end of the test puts back, outside the block
-    with fused_rnn.patched():
-        assert nn.LSTM is fused_rnn.LSTM
-        monkeypatch.setattr(nn, "GRU", Other)
-    assert nn.LSTM is Other and nn.GRU is Other and nn.modules.rnn.GRU is ORIGINAL[2]

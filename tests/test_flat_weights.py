@@ -1,4 +1,4 @@
-"""_flat_weights: assigned, or one of its items, before and after weights by their names; what copies, convert, revert keep."""
+"""_flat_weights assigned, or one of its items, before and after weights by name; what copies, convert and revert keep."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ COPIES = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", LAYERS)
 def test_which_weights_count(name: str, change: str) -> None:
-    """After every order of assigning _flat_weights and the weights by name, and in copies: the weights that torch.nn uses."""
+    """After every order of assigning _flat_weights and weights by name, and in copies: the weights that torch.nn uses."""
     for how, copied in COPIES.items():
         if change == "set while parametrized" and how == "pickle":
             continue  # torch refuses
