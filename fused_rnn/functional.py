@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._C import _get_tracing_state, _has_torch_function_variadic
 
-from fused_rnn import _checks, _ops, reference
+from fused_rnn import _checks, _onnx, _ops, reference
 from fused_rnn._backend import uses_ops
 from fused_rnn.reference import GRU, LSTM, RNN_IDENTITY, RNN_RELU, RNN_TANH
 
@@ -202,7 +202,8 @@ def run_rnn(
             batch: Any = int(batch_sizes[0]) if _get_tracing_state() is None else batch_sizes[0]
             h0 = input.new_zeros(num_layers * (1 + bidirectional), batch, size)
     device_type = input.device.type
-    if uses_ops(device_type, input.dtype):
+    for_onnx = torch.compiler.is_exporting() and _onnx.exporting()
+    if not for_onnx and uses_ops(device_type, input.dtype):
         # Modes see the op's call, and so do subclasses, wherever in it they are.
         seen = torch.compiler.is_compiling() or _has_torch_function_variadic(
             input, h0, c0, lengths, offsets, resets, *weights
@@ -214,6 +215,11 @@ def run_rnn(
         )  # fmt: skip
     input, h0, c0, weights = _autocast(device_type, input, h0, c0, weights)
     lengths = None if lengths is None else lengths.to(input.device)
+    if for_onnx:
+        return _onnx.rnn(
+            input, h0, c0, weights, lengths, offsets, resets, cell, num_layers, has_biases, bidirectional, dropout,
+            training, batch_first,
+        )  # fmt: skip
     if _get_tracing_state() is None:
         batch = input.shape[0 if batch_first else 1] if batch_sizes is None else int(batch_sizes[0])
         _checks.check_call(cell, input, h0, c0, weights, num_layers, has_biases, bidirectional, dropout, batch)
@@ -233,7 +239,7 @@ def run_cell(
 ) -> tuple[Tensor, Tensor]:
     """One step of a cell on the selected backend: (h', c'), c' empty without c. Batched input only."""
     device_type = input.device.type
-    if uses_ops(device_type, input.dtype):
+    if not (torch.compiler.is_exporting() and _onnx.exporting()) and uses_ops(device_type, input.dtype):
         seen = torch.compiler.is_compiling() or _has_torch_function_variadic(input, h, c, *params)
         op = _ops.cell if seen else _ops.eager_cell
         return op(input, h, c, params, has_biases, cell)

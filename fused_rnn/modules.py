@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import _checks
+from fused_rnn import _checks, _onnx
 from fused_rnn._quick_call import QuickCall, watch
 from fused_rnn.functional import CELLS, run_rnn
 
@@ -221,6 +221,8 @@ class _Layer(QuickCall, nn.RNNBase):
         """
         fields = self.__dict__
         weights = self._weights()
+        if batch_sizes is not None and torch.compiler.is_exporting() and _onnx.exporting():
+            _onnx.refuse_packed()
         if torch._C._get_tracing_state() is None:
             self._check(input, h0, c0, weights, batch_sizes)
         else:

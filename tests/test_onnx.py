@@ -1,0 +1,178 @@
+"""torch.onnx.export(model, args, dynamo=True) of models with our layers and cells as they are, run by onnxruntime.
+
+The packages are optional (``pip install '.[real-models]'``); a test skips by the name of the one it lacks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from module_pairs import CELLS, LAYERS, flatten
+from torch import Tensor, nn
+from torch.export import Dim
+
+import fused_rnn
+from fused_rnn import functional
+
+MISSING = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+pytestmark = [
+    pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}"),
+    pytest.mark.filterwarnings("ignore"),  # the exporter's own deprecations
+]
+
+# Two correct implementations in float32 (tests/module_pairs.py).
+TOLERANCE = 2e-5
+
+
+def export(model: nn.Module, args: tuple[Any, ...], shapes: Any, path: Path) -> tuple[Any, Counter[str]]:
+    """(a session of onnxruntime, how many nodes there are of each operator)."""
+    import onnxruntime
+
+    program = torch.onnx.export(model.eval(), args, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    program.save(path)
+    operators = Counter(node.op_type for node in program.model.graph.all_nodes())
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]), operators
+
+
+def check(session: Any, model: nn.Module, args: tuple[Any, ...]) -> None:
+    """Every output within TOLERANCE of the model's in float64."""
+    names = [i.name for i in session.get_inputs()]
+    tensors = flatten(args)
+    found = session.run(None, {name: t.numpy() for name, t in zip(names, tensors, strict=True)})
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(wide(v) for v in value)
+        return value.double() if value.is_floating_point() else value
+
+    with torch.no_grad():
+        expected = flatten(model.double()(*wide(args)))
+    model.float()
+    assert len(found) == len(expected)
+    for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert a.shape == b.shape, index
+        assert (torch.from_numpy(a).double() - b).abs().max() <= TOLERANCE, index
+
+
+class Several(nn.Module):
+    """Layers of one class in all forms, on one input [B, T, 4] and one state of each row."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        cls = getattr(fused_rnn, name)
+        self.plain = cls(4, 6)
+        self.stack = cls(4, 6, num_layers=2, bidirectional=True, batch_first=True)
+        self.bare = cls(12, 6, bias=False, bidirectional=True)
+        if name == "RNN":
+            self.relu = cls(4, 6, nonlinearity="relu", bidirectional=True)
+            self.identity = cls(4, 6, nonlinearity="identity")
+
+    def forward(self, x, h):
+        steps = x.transpose(0, 1)
+        state = (h, h * 0.5) if isinstance(self.plain, nn.LSTM) else h
+        two = (h.expand(2, -1, -1), h.expand(2, -1, -1)) if isinstance(self.plain, nn.LSTM) else h.expand(2, -1, -1)
+        y, last = self.stack(x)
+        out = [self.plain(steps), self.plain(steps, state), (y, last), self.bare(y.transpose(0, 1), two)]
+        if hasattr(self, "relu"):
+            out += [self.relu(steps), self.identity(steps, state)]
+        return out
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name: str, tmp_path: Path) -> None:
+    """One node a layer; any T and B, also those at the edges."""
+    model = Several(name)
+    shapes = {"x": {0: Dim("B"), 1: Dim("T")}, "h": {1: Dim("B")}}
+    session, operators = export(model, (torch.randn(3, 5, 4), torch.randn(1, 3, 6)), shapes, tmp_path / "m.onnx")
+    assert operators[name] == (7 if name == "RNN" else 5)
+    for batch, steps in ((3, 5), (2, 9), (1, 1)):
+        check(session, model, (torch.randn(batch, steps, 4), torch.randn(1, batch, 6)))
+
+
+class Step(nn.Module):
+    """All cells, with states and without; one that is a subclass of ours, and an unbatched one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = nn.ModuleList(getattr(fused_rnn, name)(4, 6, bias=name != "GRUCell") for name in CELLS)
+        self.identity = fused_rnn.RNNCell(4, 6, nonlinearity="identity")
+
+    def forward(self, x, h):
+        out = [self.identity(x, h), self.cells[0](x[0], h[0])]
+        for cell in self.cells:
+            out += [cell(x), cell(x, (h, h) if isinstance(cell, nn.LSTMCell) else h)]
+        return out
+
+
+def test_cells(tmp_path: Path) -> None:
+    model = Step()
+    shapes = {"x": {0: Dim("B")}, "h": {0: Dim("B")}}
+    session, operators = export(model, (torch.randn(3, 4), torch.randn(3, 6)), shapes, tmp_path / "m.onnx")
+    assert operators["Sigmoid"] > 0 and not {"Loop", "Scan", "RNN", "LSTM", "GRU"} & set(operators)
+    for batch in (3, 1, 7):
+        check(session, model, (torch.randn(batch, 4), torch.randn(batch, 6)))
+
+
+def test_projection_is_a_loop_of_any_length(tmp_path: Path) -> None:
+    """ONNX's LSTM has none."""
+    model = fused_rnn.LSTM(4, 6, proj_size=2, bidirectional=True)
+    session, operators = export(model, (torch.randn(5, 3, 4),), ({0: Dim("T"), 1: Dim("B")},), tmp_path / "m.onnx")
+    assert operators["Scan"] == 2
+    for steps, batch in ((5, 3), (9, 2)):
+        check(session, model, (torch.randn(steps, batch, 4),))
+
+
+class Masked(nn.Module):
+    """The public functions with lengths (one of them 0, none as long as T) and with resets."""
+
+    def __init__(self, resets: bool) -> None:
+        super().__init__()
+        self.resets = resets
+        self.gru, self.lstm = (cls(4, 6, bidirectional=True) for cls in (fused_rnn.GRU, fused_rnn.LSTM))
+
+    def forward(self, x, h, lengths, resets):
+        options: Any = {"bidirectional": True, "lengths": lengths, "batch_first": True}
+        if self.resets:
+            options["resets"] = resets
+        gru = functional.gru(x, list(self.gru.parameters()), h, **options)
+        return gru, functional.lstm(x, list(self.lstm.parameters()), (h, h * 0.5), **options)
+
+
+@pytest.mark.parametrize("resets", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_lengths_and_resets(resets: bool, tmp_path: Path) -> None:
+    def example(batch: int, steps: int) -> tuple[Tensor, ...]:
+        lengths = torch.arange(batch) * (steps - 1) // (batch - 1)
+        return torch.randn(batch, steps, 4), torch.randn(2, batch, 6), lengths, torch.rand(batch, steps) < 0.4
+
+    model = Masked(resets)
+    batch, steps = Dim("B"), Dim("T")
+    shapes = {"x": {0: batch, 1: steps}, "h": {1: batch}, "lengths": {0: batch}, "resets": {0: batch, 1: steps}}
+    session, operators = export(model, example(3, 5), shapes, tmp_path / "m.onnx")
+    assert operators["Scan"] == (4 if resets else 0) and operators["GRU"] == operators["LSTM"] == (0 if resets else 1)
+    for size in ((3, 5), (2, 7), (4, 3)):
+        args = example(*size)
+        check(session, model, args)
+
+
+def test_packed_input_is_refused(tmp_path: Path) -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = fused_rnn.GRU(4, 6)
+
+        def forward(self, x):
+            return self.rnn(nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 3, 2])))[1]
+
+    with pytest.raises(Exception, match="a PackedSequence has no counterpart in ONNX; export with padded input"):
+        export(Packed(), (torch.randn(5, 3, 4),), None, tmp_path / "m.onnx")
+
+
+def test_a_plain_export_keeps_our_ops() -> None:
+    """ONNX's operators appear in torch.onnx's export only."""
+    program = torch.export.export(fused_rnn.GRU(4, 6).eval(), (torch.randn(5, 3, 4),))
+    assert "onnx" not in str(program.graph) and "fused_rnn" in str(program.graph)
