@@ -1,6 +1,6 @@
 """Drop-in torch.nn RNN, LSTM, GRU and their cells with hand-written CUDA and CPU kernels."""
 
-from fused_rnn import functional
+from fused_rnn import _opacus, functional
 from fused_rnn._backend import build_info, use_backend
 from fused_rnn._explain import explain
 from fused_rnn.cells import GRUCell, LSTMCell, RNNCell
@@ -25,3 +25,5 @@ __all__ = [
     "revert",
     "use_backend",
 ]
+
+_opacus.register()

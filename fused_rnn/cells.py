@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_rnn import _checks
+from fused_rnn import _checks, _opacus
 from fused_rnn._quick_call import QuickCall, watch
 from fused_rnn.functional import CELLS, run_cell
 from fused_rnn.modules import _refuse_scripting, check_layout, check_like, check_parameters, type_name
@@ -28,6 +28,7 @@ class _Cell(QuickCall, nn.RNNCellBase):
     """What the three cells share: where the weights come from, the checks, and the call."""
 
     __prepare_scriptable__ = _refuse_scripting
+    ft_compute_sample_grad = _opacus.ft_compute_sample_grad
 
     def _weights(self) -> list[Tensor]:
         """[w_ih, w_hh] or [w_ih, w_hh, b_ih, b_hh] as they are now: parameters, or what replaces them by name.

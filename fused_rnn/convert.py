@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fused_rnn import _subclass, cells, modules
+from fused_rnn import _opacus, _subclass, cells, modules
 from fused_rnn._subclass import FUSED
 from fused_rnn.functional import _DTYPES
 
@@ -48,6 +48,7 @@ def convert(model: _Model, *, subclasses: bool = False) -> _Model:
     """
     if not isinstance(subclasses, bool):
         raise TypeError(f"subclasses: expected a bool, got {type(subclasses).__name__}")
+    _opacus.register()
     return _swap(model, "convert", subclasses)
 
 

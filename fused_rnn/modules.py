@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import _checks, _onnx
+from fused_rnn import _checks, _onnx, _opacus
 from fused_rnn._quick_call import QuickCall, watch
 from fused_rnn.functional import CELLS, run_rnn
 
@@ -203,6 +203,7 @@ class _Layer(QuickCall, nn.RNNBase):
         self.__dict__.pop("_flat_weight_refs", None)
 
     __prepare_scriptable__ = _refuse_scripting
+    ft_compute_sample_grad = _opacus.ft_compute_sample_grad
 
     # --- checks and the call ---
 

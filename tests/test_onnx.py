@@ -1,6 +1,6 @@
 """torch.onnx.export(model, args, dynamo=True) of models with our layers and cells as they are, run by onnxruntime.
 
-The packages are optional (``pip install '.[real-models]'``); a test skips by the name of the one it lacks.
+The packages are optional (``pip install '.[tools]'``); a test skips by the name of the one it lacks.
 """
 
 from __future__ import annotations
@@ -68,9 +68,11 @@ class Several(nn.Module):
         self.plain = cls(4, 6)
         self.stack = cls(4, 6, num_layers=2, bidirectional=True, batch_first=True)
         self.bare = cls(12, 6, bias=False, bidirectional=True)
+        self.more = nn.ModuleList()
         if name == "RNN":
-            self.relu = cls(4, 6, nonlinearity="relu", bidirectional=True)
-            self.identity = cls(4, 6, nonlinearity="identity")
+            self.more = nn.ModuleList(
+                [cls(4, 6, nonlinearity="relu"), cls(4, 6, nonlinearity="identity", bidirectional=True)]
+            )
 
     def forward(self, x, h):
         steps = x.transpose(0, 1)
@@ -78,9 +80,7 @@ class Several(nn.Module):
         two = (h.expand(2, -1, -1), h.expand(2, -1, -1)) if isinstance(self.plain, nn.LSTM) else h.expand(2, -1, -1)
         y, last = self.stack(x)
         out = [self.plain(steps), self.plain(steps, state), (y, last), self.bare(y.transpose(0, 1), two)]
-        if hasattr(self, "relu"):
-            out += [self.relu(steps), self.identity(steps, state)]
-        return out
+        return out + [layer(steps) for layer in self.more]
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -95,7 +95,7 @@ def test_layers(name: str, tmp_path: Path) -> None:
 
 
 class Step(nn.Module):
-    """All cells, with states and without; one that is a subclass of ours, and an unbatched one."""
+    """All cells, with states and without, and an unbatched one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,11 +118,12 @@ def test_cells(tmp_path: Path) -> None:
         check(session, model, (torch.randn(batch, 4), torch.randn(batch, 6)))
 
 
-def test_projection_is_a_loop_of_any_length(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bidirectional", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_projection_is_a_loop_of_any_length(bidirectional: bool, tmp_path: Path) -> None:
     """ONNX's LSTM has none."""
-    model = fused_rnn.LSTM(4, 6, proj_size=2, bidirectional=True)
+    model = fused_rnn.LSTM(4, 6, proj_size=2, bidirectional=bidirectional)
     session, operators = export(model, (torch.randn(5, 3, 4),), ({0: Dim("T"), 1: Dim("B")},), tmp_path / "m.onnx")
-    assert operators["Scan"] == 2
+    assert operators["Scan"] == 1 + bidirectional
     for steps, batch in ((5, 3), (9, 2)):
         check(session, model, (torch.randn(steps, batch, 4),))
 
@@ -143,7 +144,8 @@ class Masked(nn.Module):
         return gru, functional.lstm(x, list(self.lstm.parameters()), (h, h * 0.5), **options)
 
 
-@pytest.mark.parametrize("resets", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("resets", [False, True])
 def test_lengths_and_resets(resets: bool, tmp_path: Path) -> None:
     def example(batch: int, steps: int) -> tuple[Tensor, ...]:
         lengths = torch.arange(batch) * (steps - 1) // (batch - 1)

@@ -1,0 +1,57 @@
+"""What Opacus (differential privacy) is told about the layers and cells: no per-sample gradients of its making.
+
+Opacus knows layers by their exact type. One that it does not know it differentiates by itself, from its first argument and
+its first result alone: a cell's gradients would be wrong, without an error, for a state that is not zeros.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+def _advice(module: nn.Module) -> str:
+    name = next(cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("fused_rnn."))
+    if isinstance(module, nn.RNNCellBase):
+        return f"fused_rnn.{name} has no per-sample gradients, and Opacus has no cells: build the step of nn.Linear layers"
+    return (
+        f"fused_rnn.{name} has no per-sample gradients: use opacus.layers.DP{name}, which takes its state_dict "
+        "(or fused_rnn.revert, then opacus.validators.ModuleValidator.fix, for LSTM and GRU)"
+    )
+
+
+def _no_attribute(module: nn.Module) -> Any:
+    raise AttributeError("ft_compute_sample_grad")
+
+
+def _refuse(module: nn.Module, value: Any) -> None:
+    """Opacus's GradSampleModule sets this attribute of a layer whose type it does not know."""
+    register()
+    raise NotImplementedError(_advice(module))
+
+
+ft_compute_sample_grad = property(_no_attribute, _refuse)
+
+
+def register() -> None:
+    """Tells Opacus's ModuleValidator, where Opacus is loaded: it replaces LSTM and GRU as torch.nn's, and refuses others."""
+    opacus = sys.modules.get("opacus")
+    validator = getattr(getattr(opacus, "validators", None), "ModuleValidator", None)
+    if validator is None:
+        return
+    from fused_rnn._subclass import FUSED
+
+    errors = opacus.validators.errors  # type: ignore[union-attr]
+    for original, fused in FUSED.items():
+        fixer = validator.FIXERS.get(original)
+        kind = errors.NotYetSupportedModuleError if fixer is None else errors.ShouldReplaceModuleError
+        validator.VALIDATORS.setdefault(fused, _validate(kind))
+        if fixer is not None:
+            validator.FIXERS.setdefault(fused, fixer)
+
+
+def _validate(kind: type[Exception]) -> Callable[[nn.Module], list[Exception]]:
+    return lambda module: [kind(_advice(module))]
