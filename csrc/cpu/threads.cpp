@@ -4,6 +4,8 @@
 #include <chrono>
 #include <ctime>
 
+#include "processors.h"
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -87,7 +89,8 @@ void pause() {
 int thread_limit() {
 #ifdef _OPENMP
   if (forked.load(std::memory_order_relaxed) || omp_in_parallel()) return 1;
-  const int threads = omp_get_max_threads();
+  int threads = omp_get_max_threads();
+  if (threads > 1) threads = std::min(threads, processors());
   return threads == 1 ? 1 : crowd.limit(threads);
 #else
   return 1;

@@ -6,9 +6,10 @@
 
 namespace fused_rnn::cpu {
 
-// The most threads that a call made here and now may use: omp_get_max_threads(), fewer for a while after calls whose threads
-// lacked cores; 1 inside a parallel region, without OpenMP, and in a forked child (whose copy of the parent's thread pool has no
-// threads behind it). Results do not depend on it.
+// The most threads that a call made here and now may use: omp_get_max_threads(), at most as many as there are processors for
+// this process (processors.h), fewer for a while after calls whose threads lacked cores; 1 inside a parallel region, without
+// OpenMP, and in a forked child (whose copy of the parent's thread pool has no threads behind it). Results do not depend on
+// it.
 int thread_limit();
 
 // Runs work(thread) for thread = 0 .. threads - 1, all at once. False, with nothing run, if fewer threads were to be had.
