@@ -1,80 +1,39 @@
-// Memory of large tensors that a training step on a CPU has for itself: what forward saves, and backward's gradients of the gates.
+// Memory of calls on a CPU that is kept for the next one: workspaces (workspace.h), what a training forward saves, and
+// backward's gradients of the gates. New memory has to be mapped and cleared page by page: a tenth of a training step of
+// LSTM 128x64x256x256, and half of one where a virtual machine hands freed pages back to its host; a sixth of the time of
+// LSTM 64x8x1024x1024.
+//
+// Blocks of kLeastShared bytes or more are kept for all threads together, up to kMostShared bytes, and for kIdleSeconds.
+// Smaller ones stay with their thread, one each: a small call takes it and puts it back by an exchange, without a lock.
 #pragma once
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/from_blob.h>
-#include <c10/core/impl/alloc_cpu.h>
 
-#include <algorithm>
-#include <memory>
-#include <vector>
+#include <cstdint>
 
 namespace fused_rnn {
 
-// A thread keeps what it frees for its next call, up to kMostKept bytes, until kPatience requests did not want it. An allocator returns
-// memory of tens of megabytes to the system at once, and new pages have to be mapped and cleared: a tenth of a training step of LSTM
-// 128x64x256x256, and half of one where a virtual machine hands freed pages back to its host.
 class KeptMemory {
  public:
-  static constexpr int64_t kLeast = int64_t{4} * 1024 * 1024, kMostKept = int64_t{256} * 1024 * 1024;
+  static constexpr int64_t kLeastShared = int64_t{1} << 20, kMostShared = int64_t{256} << 20;
+  static constexpr double kIdleSeconds = 10;
 
   // Uninitialised memory of at least kLeast bytes as a tensor.
-  static at::Tensor empty(at::IntArrayRef shape, at::ScalarType type, int64_t bytes) {
-    int64_t size = bytes;
-    void* memory = gone_ ? c10::alloc_cpu(bytes) : kept_.take(size);
-    return at::from_blob(memory, shape, [size](void* freed) { give(freed, size); }, at::TensorOptions(type));
-  }
+  static constexpr int64_t kLeast = int64_t{4} << 20;
+  static at::Tensor empty(at::IntArrayRef shape, at::ScalarType type, int64_t bytes);
 
- private:
-  static constexpr int kPatience = 32;
-  struct Free {
-    void operator()(void* memory) const { c10::free_cpu(memory); }
+  // Memory of at least so many bytes, aligned to 64; `bytes` becomes its size.
+  static void* take_workspace(int64_t& bytes);
+  static void give_workspace(void* memory, int64_t bytes);
+
+  struct Statistics {
+    int64_t shared_bytes, shared_blocks;
+    int64_t thread_bytes, threads;  // of threads that run and have called
   };
-  struct Block {
-    std::unique_ptr<void, Free> memory;
-    int64_t bytes;
-    int idle;
-  };
-
-  ~KeptMemory() { gone_ = true; }
-
-  // A block of `bytes` or up to a quarter more; bytes becomes its size.
-  void* take(int64_t& bytes) {
-    auto best = blocks_.end();
-    for (auto block = blocks_.begin(); block != blocks_.end(); ++block) {
-      const bool fits = block->bytes >= bytes && block->bytes <= bytes + bytes / 4;
-      if (fits && (best == blocks_.end() || block->bytes < best->bytes)) best = block;
-      ++block->idle;
-    }
-    void* memory = nullptr;
-    if (best != blocks_.end()) {
-      bytes = best->bytes;
-      memory = best->memory.release();
-      blocks_.erase(best);
-    }
-    blocks_.erase(std::remove_if(blocks_.begin(), blocks_.end(), [](const Block& b) { return b.idle > kPatience; }),
-                  blocks_.end());
-    return memory ? memory : c10::alloc_cpu(bytes);
-  }
-
-  static void give(void* memory, int64_t bytes) {
-    Block block{std::unique_ptr<void, Free>(memory), bytes, 0};
-    if (gone_ || bytes > kMostKept) return;
-    std::vector<Block>& blocks = kept_.blocks_;
-    int64_t sum = bytes;
-    for (const Block& b : blocks) sum += b.bytes;
-    while (sum > kMostKept) {  // the oldest go first
-      sum -= blocks.front().bytes;
-      blocks.erase(blocks.begin());
-    }
-    blocks.push_back(std::move(block));
-  }
-
-  std::vector<Block> blocks_;
-  static thread_local bool gone_;  // tensors may outlive what their thread keeps
-  static thread_local KeptMemory kept_;
+  static Statistics statistics();
+  // Frees what no call has in use; returns its bytes.
+  static int64_t free();
+  // Instead of kIdleSeconds, for tests.
+  static void set_idle_seconds(double seconds);
 };
-
-inline thread_local bool KeptMemory::gone_ = false;
-inline thread_local KeptMemory KeptMemory::kept_;
 
 }  // namespace fused_rnn

@@ -20,6 +20,7 @@ struct KeptKey {
   SplitParts parts;
 
   bool operator==(const KeptKey& other) const;
+  uint64_t hash() const;
 };
 
 struct KeptPanel {
@@ -32,8 +33,10 @@ struct KeptMatrix {
   KeptKey key;
   std::unique_ptr<char[]> memory;
   void* aligned = nullptr;  // to 64 bytes
-  int64_t bytes = 0;
+  int64_t bytes = 0;        // what it takes, bookkeeping included
   std::vector<KeptPanel> panels;
+  // In the store: its neighbours by the time of the last use, and the next one of its bucket.
+  KeptMatrix *older = nullptr, *newer = nullptr, *next = nullptr;
 };
 
 // A matrix that is out of the store, for one call; none until it is taken, or if the store does not keep it.
@@ -58,7 +61,12 @@ struct KeptStatistics {
 KeptStatistics kept_statistics();
 void count_kept_panels(int64_t found, int64_t packed);
 
-// Bytes that the store may hold: FUSED_RNN_WEIGHT_CACHE in MiB, read once (std::invalid_argument if that is no number), or 256 MiB.
+// Frees what no call has out; returns its bytes.
+int64_t free_kept_weights();
+
+// Bytes that the store may hold: FUSED_RNN_WEIGHT_CACHE (settings.h).
+constexpr int64_t kDefaultKeptLimit = int64_t{256} << 20;
 int64_t kept_limit();
+void set_kept_limit(int64_t bytes);
 
 }  // namespace fused_rnn::cpu

@@ -122,6 +122,14 @@ struct StoreCall {
   bool rounded;  // out_arithmetic takes the value as stored
 };
 
+// Keys of content_hash.h, random for each process.
+constexpr int64_t kHashBlock = 2048;  // bytes
+struct HashKeys {
+  uint64_t words[kHashBlock / 8];
+  uint64_t mix[16];
+};
+const HashKeys& hash_keys();
+
 template <class A>
 struct Kernels {
   int width;                          // W
@@ -131,10 +139,10 @@ struct Kernels {
   void (*forward[kCells][kStorages])(const ForwardCall<A>&);
   void (*backward[kCells][kStorages])(const BackwardCall<A>&);
   void (*store[kStorages])(const StoreCall<A>&);
-  void (*load[kStorages])(const void* from, A* to, int64_t n);         // storage to arithmetic
-  void (*save[kStorages])(const A* from, void* to, int64_t n);         // arithmetic to storage
-  const SplitKernels* split;                                           // products of bfloat16 parts, or null
-  uint64_t (*hash)(const void* data, int64_t bytes, uint64_t before);  // content_hash.h
+  void (*load[kStorages])(const void* from, A* to, int64_t n);  // storage to arithmetic
+  void (*save[kStorages])(const A* from, void* to, int64_t n);  // arithmetic to storage
+  const SplitKernels* split;                                    // products of bfloat16 parts, or null
+  uint64_t (*hash)(const HashKeys& keys, const void* data, int64_t bytes, uint64_t before);  // content_hash.h
 };
 
 // Panels that one gemm call takes: few rows need several panels in flight to hide the latency of the FMA.

@@ -1,5 +1,9 @@
 #include "matrix.h"
 
+#include <cstring>
+#include <memory>
+#include <new>
+
 namespace fused_rnn::cpu {
 namespace {
 
@@ -100,19 +104,77 @@ void pack_panels(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first, i
   }
 }
 
-// Of what a panel of a transposed matrix is made from.
+// What a panel of a transposed matrix is made from: of each gate `units` neighbouring rows.
+struct PanelSource {
+  int64_t unit, units, row_bytes;
+  int64_t bytes_of_gate() const { return units * row_bytes; }
+};
+template <class A>
+PanelSource source_of(const Matrix<A>& m, int64_t panel) {
+  const Shape& s = m.shape;
+  const int64_t unit = s.unit_vector(panel) * s.width;
+  const int64_t vectors = s.vectors_of(panel) / s.gates;
+  return {unit, std::min(vectors * s.width, s.units - unit), s.depth * element_size(m)};
+}
+template <class A>
+const char* rows_of_gate(const Matrix<A>& m, const PanelSource& source, int gate) {
+  return static_cast<const char*>(m.source) + (gate * m.shape.units + source.unit) * source.row_bytes;
+}
+
 template <class A>
 uint64_t source_hash(const Kernels<A>& kernels, const Matrix<A>& m, int64_t panel) {
-  const Shape& s = m.shape;
-  const int64_t row_bytes = s.depth * element_size(m), first = s.columns_before(panel) / s.width;
+  const PanelSource source = source_of(m, panel);
   uint64_t hash = 0;
-  for (int v = 0; v < s.vectors_of(panel); ++v) {
-    const int64_t unit = (first + v) / s.gates * s.width, gate = (first + v) % s.gates;
-    const int64_t rows = std::clamp<int64_t>(s.units - unit, 0, s.width);
-    hash = kernels.hash(static_cast<const char*>(m.source) + (gate * s.units + unit) * row_bytes, rows * row_bytes, hash);
-  }
+  for (int gate = 0; gate < m.shape.gates; ++gate)
+    hash = kernels.hash(hash_keys(), rows_of_gate(m, source, gate), source.bytes_of_gate(), hash);
   return hash;
 }
+
+// Makes a panel of a kept matrix. It is made from a copy of its source, and so is its hash: weights that another thread
+// changes meanwhile never leave a panel beside the hash of others.
+template <class A>
+class PanelMaker {
+ public:
+  PanelMaker(const Kernels<A>& kernels, const Matrix<A>& m) : kernels_(kernels), m_(m) {}
+
+  void make(int64_t panel) {
+    std::atomic<bool> infinite{false};
+    KeptPanel& kept = m_.kept->panels[panel];
+    kept.made = false;
+    Matrix<A> one = m_;
+    one.infinite = &infinite;
+    const PanelSource source = source_of(m_, panel);
+    const int64_t gate_bytes = source.bytes_of_gate(), bytes = m_.shape.gates * gate_bytes;
+    if (!reserve(bytes)) {  // then the panel serves this call alone
+      pack_panels(kernels_, one, panel, panel + 1);
+      kept.infinite = infinite.load();
+      return;
+    }
+    for (int gate = 0; gate < m_.shape.gates; ++gate)
+      std::memcpy(copy_.get() + gate * gate_bytes, rows_of_gate(m_, source, gate), static_cast<size_t>(gate_bytes));
+    const int64_t columns = m_.shape.columns_before(panel);
+    one.shape = Shape(m_.shape.depth, source.units, m_.shape.gates, m_.shape.width);
+    one.source = copy_.get();
+    one.kept = nullptr;
+    if (m_.form == Form::kPacked) one.packed += columns * m_.shape.depth;
+    if (m_.form == Form::kSplit) one.split += columns / m_.shape.width * m_.vector_elements();
+    pack_panels(kernels_, one, 0, 1);
+    kept = {source_hash(kernels_, one, 0), true, infinite.load()};
+  }
+
+ private:
+  // No exception leaves a parallel region.
+  bool reserve(int64_t bytes) {
+    if (bytes > size_) copy_.reset(new (std::nothrow) char[static_cast<size_t>(bytes)]);
+    if (bytes > size_) size_ = copy_ ? bytes : 0;
+    return copy_ != nullptr;
+  }
+
+  const Kernels<A>& kernels_;
+  const Matrix<A>& m_;
+  std::unique_ptr<char[]> copy_;
+  int64_t size_ = 0;
+};
 
 }  // namespace
 
@@ -122,17 +184,12 @@ void pack(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first, int64_t 
     pack_panels(kernels, m, first, last);
     return;
   }
+  PanelMaker<A> maker(kernels, m);
   int64_t packed = 0;
   for (int64_t p = first; p < last; ++p) {
-    KeptPanel& kept = m.kept->panels[p];
-    const uint64_t hash = source_hash(kernels, m, p);
-    if (!kept.made || kept.hash != hash) {
-      std::atomic<bool> infinite{false};
-      Matrix<A> one = m;
-      one.infinite = &infinite;
-      kept.made = false;
-      pack_panels(kernels, one, p, p + 1);
-      kept = {hash, true, infinite.load()};
+    const KeptPanel& kept = m.kept->panels[p];
+    if (!kept.made || kept.hash != source_hash(kernels, m, p)) {
+      maker.make(p);
       ++packed;
     }
     if (kept.infinite) m.infinite->store(true, std::memory_order_relaxed);

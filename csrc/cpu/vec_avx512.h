@@ -6,8 +6,46 @@ namespace fused_rnn::cpu::avx512 {
 
 #define FUSED_RNN_INLINE [[gnu::always_inline]] inline
 
+// The state of content_hash.h: each block's sums of products of 32 bits, and of its words, in eight lanes.
+struct VectorHash {
+  static constexpr int kStripe = 64;
+  __m512i mixed;
+
+  FUSED_RNN_INLINE VectorHash(const HashKeys& keys, uint64_t before) {
+    mixed = _mm512_xor_si512(_mm512_set1_epi64(static_cast<int64_t>(before)), _mm512_loadu_si512(keys.mix));
+  }
+  FUSED_RNN_INLINE void add(const HashKeys& keys, const char* from, int64_t stripes) {
+    __m512i products = _mm512_setzero_si512(), words = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int64_t s = 0; s < stripes; ++s) {
+      const __m512i word = _mm512_loadu_si512(from + s * kStripe);
+      const __m512i keyed = _mm512_add_epi32(word, _mm512_loadu_si512(keys.words + s * (kStripe / 8)));
+      products = _mm512_add_epi64(products, _mm512_mul_epu32(keyed, _mm512_srli_epi64(keyed, 32)));
+      words = _mm512_add_epi64(words, word);
+    }
+    mix(products, keys.mix[8] | 1);
+    mix(words, keys.mix[9] | 1);
+  }
+  FUSED_RNN_INLINE uint64_t result(const HashKeys& keys) const {
+    uint64_t lanes[8], hash = keys.mix[10];
+    _mm512_storeu_si512(lanes, mixed);
+    for (uint64_t lane : lanes) {
+      hash = (hash ^ lane) * (keys.mix[11] | 1);
+      hash ^= hash >> 32;
+    }
+    return hash;
+  }
+
+ private:
+  FUSED_RNN_INLINE void mix(__m512i sums, uint64_t odd) {
+    const __m512i product = _mm512_mullo_epi64(_mm512_xor_si512(mixed, sums), _mm512_set1_epi64(static_cast<int64_t>(odd)));
+    mixed = _mm512_rol_epi64(product, 29);
+  }
+};
+
 struct VecF : simd::VectorBase {
   using Scalar = float;
+  using Hash = VectorHash;
   static constexpr int kWidth = 16;
   static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 8, 8, 6};
   static constexpr int kInStep = 4;
@@ -101,6 +139,7 @@ struct VecF : simd::VectorBase {
 
 struct VecD : simd::VectorBase {
   using Scalar = double;
+  using Hash = VectorHash;
   static constexpr int kWidth = 8;
   static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 8, 8, 6};
   static constexpr int kInStep = 4;
