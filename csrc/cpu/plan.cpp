@@ -48,8 +48,8 @@ SplitParts split_parts(int storage, bool rounded_rows) {
 
 Form choose_form(const FormInput& in) {
   if (in.all_rows <= kDirectRows) return Form::kDirect;
-  if (!in.splits) return Form::kPacked;
-  if (in.parts.panels == 1) return Form::kSplit;  // half the bytes, and faster for one row too
+  if (!in.splits || in.depth == 0) return Form::kPacked;  // without depth there are no tiles of parts
+  if (in.parts.panels == 1) return Form::kSplit;          // half the bytes, and faster for one row too
   // Cycles per vector of columns: the matrix unit's, with a quarter more for the rows' parts, and those of two vector units, which
   // reach four fifths of their peak.
   const int64_t blocks = split_blocks(in.depth) * ((in.rows + kSplitRows - 1) / kSplitRows);
