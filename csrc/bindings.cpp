@@ -6,10 +6,18 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include "cpu/cpu.h"
 #include "cpu/kept_weights.h"
+#include "cpu/kernels.h"
+#include "cpu/processors.h"
+#include "kept_memory.h"
 #include "module_call.h"
 #include "ops.h"
+#include "settings.h"
 
 namespace fused_rnn {
 void bind_plan(pybind11::module_& module);  // plan_bindings.cpp
@@ -38,6 +46,28 @@ pybind11::dict weight_cache() {
   return pybind11::dict(arg("limit") = statistics.limit, arg("bytes") = statistics.bytes,
                         arg("matrices") = statistics.matrices, arg("panels_found") = statistics.panels_found,
                         arg("panels_packed") = statistics.panels_packed);
+}
+
+pybind11::dict kept_memory() {
+  const fused_rnn::KeptMemory::Statistics statistics = fused_rnn::KeptMemory::statistics();
+  using pybind11::arg;
+  return pybind11::dict(arg("shared_bytes") = statistics.shared_bytes, arg("shared_blocks") = statistics.shared_blocks,
+                        arg("thread_bytes") = statistics.thread_bytes, arg("threads") = statistics.threads);
+}
+
+int64_t free_memory() {
+  const pybind11::gil_scoped_release no_gil;
+  const int64_t bytes = fused_rnn::KeptMemory::free() + fused_rnn::cpu::free_kept_weights();
+#ifdef __GLIBC__
+  malloc_trim(0);  // smaller blocks otherwise stay in the heaps of the threads that asked for them
+#endif
+  return bytes;
+}
+
+uint64_t content_hash(const Tensor& tensor) {
+  TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous(), "tensor: expected contiguous memory of a CPU");
+  return fused_rnn::cpu::selected_kernels().f32.hash(fused_rnn::cpu::hash_keys(), tensor.const_data_ptr(),
+                                                     static_cast<int64_t>(tensor.nbytes()), 0);
 }
 
 // Positional arguments of a METH_FASTCALL function.
@@ -150,6 +180,21 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Packed weights that are kept from one inference to the next on a CPU: limit and bytes, matrices that no call has "
         "in use, and "
         "panels of weights found as they were or packed, since the process began.");
+  m.def("kept_memory", &kept_memory,
+        "Memory of calls that is kept on a CPU for the next one: bytes and blocks that all threads share, bytes that single "
+        "threads have, and how many threads there are that have called.");
+  m.def("free_memory", &free_memory,
+        "Frees the memory and the packed weights that no call has in use; returns their bytes.");
+  m.def("set_idle_seconds", &fused_rnn::KeptMemory::set_idle_seconds,
+        "After how many seconds memory that all threads share and none wants is freed (10), for tests.");
+  m.def(
+      "content_hash", [](pybind11::handle tensor) { return content_hash(THPVariable_Unpack(tensor.ptr())); },
+      "Of a CPU tensor's memory, as panels of weights are recognised by it (csrc/cpu/content_hash.h).");
+  m.def("processors", &fused_rnn::cpu::processors, "How many processors the calling thread may use.");
+  m.def("processors_of_groups", &fused_rnn::cpu::processors_of_groups, pybind11::arg("groups"), pybind11::arg("mount"),
+        "Processors' worth of time that control groups allow, 0 for no limit (csrc/cpu/processors.h).");
+  m.def("set_setting", &fused_rnn::set_setting, pybind11::arg("name"), pybind11::arg("value"),
+        "What an environment variable chooses (csrc/settings.h); an empty value is the default.");
   fused_rnn::bind_plan(m);
   if (PyModule_AddFunctions(m.ptr(), fast_calls) != 0) throw pybind11::error_already_set();
 }

@@ -8,20 +8,14 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <cstdlib>
-
 #include "cuda/backend.h"
 #include "ops.h"
+#include "settings.h"
 
 namespace fused_rnn {
 
 bool allows_tf32(const Tensor& x) {
   return x.scalar_type() == at::kFloat && at::globalContext().allowTF32CuDNN(at::Float32Op::RNN);
-}
-
-FamilyChoice family_choice() {
-  const char* name = std::getenv("FUSED_RNN_PLAN");
-  return name && *name ? parse_choice(name) : FamilyChoice{};
 }
 
 Tensor on_cuda(const Tensor& integers, const Tensor& input) {
@@ -57,7 +51,7 @@ LayerOutputs layer_cuda(const Tensor& x, const OptionalTensor& h0, const Optiona
   if (call.params.seq.B > 0) {
     call.params.allow_tf32 = allows_tf32(x);
     const MatmulPrecision precision(call.params.allow_tf32);
-    const Plan& plan = cuda::plan_for(cuda::problem_of(call.params), x.get_device(), family_choice());
+    const Plan& plan = cuda::plan_for(cuda::problem_of(call.params), x.get_device(), family_setting());
     if (plan.family != Family::kCell) {
       allocate_gates(call);
       const Tensor rows = x.reshape({call.params.seq.N, call.params.I});
@@ -86,7 +80,7 @@ LayerGradients layer_backward_cuda(const OptionalTensor& dy, const OptionalTenso
   if (call.params.seq.B > 0) {
     call.params.allow_tf32 = allow_tf32;
     if (!(mask[1] && h0)) call.params.d_h0 = nullptr;  // one launch less
-    const Plan& plan = cuda::plan_for(cuda::problem_of(call.params), x.get_device(), family_choice());
+    const Plan& plan = cuda::plan_for(cuda::problem_of(call.params), x.get_device(), family_setting());
     const Tensor workspace = at::empty({plan.workspace_bytes}, x.options().dtype(at::kByte));
     call.params.workspace = workspace.data_ptr();
     cuda::backward(call.params, plan, c10::cuda::getCurrentCUDAStream().stream());

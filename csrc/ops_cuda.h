@@ -20,9 +20,6 @@ struct MatmulPrecision {
   }
 };
 
-// FUSED_RNN_PLAN.
-FamilyChoice family_choice();
-
 // x W_ih^T + b_ih of direction d in rows [first, end) of memory, into the first G slots of call.gates; x: [N, I].
 void project_rows(const LayerInputs& in, const ForwardCall& call, const Tensor& x, int64_t d, int64_t first, int64_t end);
 

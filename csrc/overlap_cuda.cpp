@@ -10,7 +10,6 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <array>
-#include <cstdlib>
 #include <deque>
 #include <string>
 #include <tuple>
@@ -20,20 +19,10 @@
 #include "ops_cuda.h"
 #include "plan_overlap.h"
 #include "recent.h"
+#include "settings.h"
 
 namespace fused_rnn {
 namespace {
-
-// FUSED_RNN_OVERLAP: the number of chunks; 0 and 1: none.
-std::optional<int> forced_chunks() {
-  const char* text = std::getenv("FUSED_RNN_OVERLAP");
-  if (!text || !*text) return std::nullopt;
-  char* end = nullptr;
-  const long chunks = std::strtol(text, &end, 10);
-  TORCH_CHECK_VALUE(*end == '\0' && chunks >= 0 && chunks <= 1024, "FUSED_RNN_OVERLAP: expected 0 to 1024, got '", text,
-                    "'");
-  return static_cast<int>(chunks);
-}
 
 struct Schedule {
   OverlapPlan plan;
@@ -214,8 +203,8 @@ std::optional<StackOutputs> overlapped_forward(const StackCall& s, bool save) {
   const c10::cuda::CUDAGuard device_guard(s.x.device());
   const auto stack = stack_of(s, save, /*backward=*/false);
   if (!stack) return std::nullopt;
-  const Plan& plan = cuda::plan_for(stack->layer, s.x.get_device(), family_choice());
-  const Schedule& schedule = schedule_for(*stack, plan, s.x.get_device(), forced_chunks());
+  const Plan& plan = cuda::plan_for(stack->layer, s.x.get_device(), family_setting());
+  const Schedule& schedule = schedule_for(*stack, plan, s.x.get_device(), chunk_setting());
   if (schedule.tasks.empty()) return std::nullopt;
 
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -265,8 +254,8 @@ std::optional<std::vector<LayerGradients>> overlapped_backward(const StackCall& 
   const c10::cuda::CUDAGuard device_guard(s.x.device());
   const auto stack = stack_of(s, /*training=*/true, /*backward=*/true);
   if (!stack) return std::nullopt;
-  const Plan& plan = cuda::plan_for(stack->layer, s.x.get_device(), family_choice());
-  const Schedule& schedule = schedule_for(*stack, plan, s.x.get_device(), forced_chunks());
+  const Plan& plan = cuda::plan_for(stack->layer, s.x.get_device(), family_setting());
+  const Schedule& schedule = schedule_for(*stack, plan, s.x.get_device(), chunk_setting());
   if (schedule.tasks.empty()) return std::nullopt;
 
   const at::AutoDispatchBelowADInplaceOrView below_autograd;

@@ -1,7 +1,7 @@
 """Drop-in torch.nn RNN, LSTM, GRU and their cells with hand-written CUDA and CPU kernels."""
 
 from fused_rnn import _opacus, functional
-from fused_rnn._backend import build_info, use_backend
+from fused_rnn._backend import build_info, free_memory, use_backend
 from fused_rnn._explain import explain
 from fused_rnn.cells import GRUCell, LSTMCell, RNNCell
 from fused_rnn.convert import convert, revert
@@ -20,6 +20,7 @@ __all__ = [
     "build_info",
     "convert",
     "explain",
+    "free_memory",
     "functional",
     "patched",
     "revert",

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 
-from fused_rnn._build import build_record, load_extension
+from fused_rnn._build import build_record
+from fused_rnn._settings import extension as _C
+from fused_rnn._settings import import_error
 
 BACKENDS = ("cuda", "cpu", "reference")
-
-# The package works without its extension, on the reference; import_error then says why it is not there.
-_C, import_error = load_extension()
 
 
 def _checked(name: str, where: str) -> str:
@@ -46,6 +45,22 @@ def build_info() -> dict[str, Any]:
         this machine can run), ``torch``, ``torch_cuda``, ``python`` and ``nvcc`` (versions it was built with).
     """
     return {} if _C is None else {**(build_record() or {}), **_C.build_info()}
+
+
+def free_memory() -> int:
+    """Free the memory on a CPU that the calls of all threads keep for the next one.
+
+    That is workspaces, blocks of what training steps saved, and packed weights.
+
+    Running calls, and graphs that wait for their backward, are not disturbed: what they use comes back later. The next
+    calls are slower, as they ask the system for memory and pack weights again. Without it, memory that no thread wants
+    goes back about ten seconds later, when some thread calls a layer; packed weights stay, up to
+    ``FUSED_RNN_WEIGHT_CACHE``.
+
+    Returns:
+        The number of bytes freed; 0 where nothing was compiled.
+    """
+    return 0 if _C is None else int(_C.free_memory())
 
 
 def has_cpu_kernels() -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import _backend, _checks, functional
+from fused_rnn import _backend, _checks, _settings, functional
 from fused_rnn.cells import _Cell
 from fused_rnn.functional import CELLS
 from fused_rnn.modules import _Layer
@@ -162,7 +161,7 @@ def explain(
         training = torch.is_grad_enabled() and (data.requires_grad or any(p.requires_grad for p in module.parameters()))
     where = device if isinstance(device, str) else str(data.device) if device is None else "the given device"
     backend, why = _backend_for(device_type, dtype, where, described is not None)
-    forced = os.environ.get("FUSED_RNN_PLAN") or None
+    forced = _settings.value("FUSED_RNN_PLAN") or None
     if backend == "cuda" and described is None:
         described = _C().cuda_device(torch.cuda.current_device() if data.device.index is None else data.device.index)
     cell = _CELL_NAMES[_kind(module)]
@@ -326,7 +325,7 @@ def _overlap(
     last = layers[-1]
     if not isinstance(module, _Layer) or last.B == 0:
         return {}
-    chunks = os.environ.get("FUSED_RNN_OVERLAP")
+    chunks = _settings.value("FUSED_RNN_OVERLAP")
     problem = {
         "cell": cell, "dtype": dtype, "T": last.T, "B": last.B, "I": last.I, "H": last.H, "P": last.P, "D": last.D,
         "device": dict(device or {}), "allow_tf32": _tf32(dtype), "ragged": packed, "training": training, "forced": forced,

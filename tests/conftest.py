@@ -8,6 +8,7 @@ from collections.abc import Generator
 
 import pytest
 import torch
+from settings import setting as setting
 
 from fused_rnn._backend import has_cpu_kernels, has_cuda_kernels
 

@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from settings import Setting
 
 import fused_rnn
-from fused_rnn import _backend, bench
+from fused_rnn import _backend, _settings, bench
 from fused_rnn.__main__ import main, parser
 from fused_rnn.bench import timing
 from fused_rnn.bench.cases import CELLS, CPU_SHAPES, GPU_SIZES, MODES, BenchCase, cpu_cases, gpu_cases
@@ -137,20 +138,18 @@ def test_flashrnn_side_computes_the_same() -> None:
     flashrnn_run(case, theirs, case.inputs("cpu"), backend="vanilla")()
 
 
-def test_the_step_side_is_forced_and_only_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSED_RNN_PLAN", "grid")
-    seen: list[str | None] = []
-    import os
-
-    step, own = (Side(name, lambda: seen.append(os.environ.get("FUSED_RNN_PLAN")), plan) for name, plan in
+def test_the_step_side_is_forced_and_only_it(setting: Setting) -> None:
+    setting("FUSED_RNN_PLAN", "grid")
+    seen: list[str] = []
+    step, own = (Side(name, lambda: seen.append(_settings.value("FUSED_RNN_PLAN")), plan) for name, plan in
                  (("step", "step"), ("fused_rnn", None)))  # fmt: skip
     for side in (step, own):
         timing.timed(side, 2, "cpu")
     assert seen == ["step"] * 3 + ["grid"] * 3  # one call before those that count
-    monkeypatch.delenv("FUSED_RNN_PLAN")
+    setting("FUSED_RNN_PLAN", "")
     timing.timed(step, 1, "cpu", warm_up=False)
     assert len(seen) == 7
-    assert "FUSED_RNN_PLAN" not in os.environ
+    assert _settings.value("FUSED_RNN_PLAN") == ""
 
 
 @pytest.mark.parametrize("mode", ["inference", "training_forward", "training"])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, Case, make_data
+from settings import Setting
 from test_layers import assert_near, call, check_not_a_number_ends_with_a_reset, results_and_gradients
 from torch import Tensor
 
@@ -36,8 +37,8 @@ def cases() -> Iterator[Case]:
 
 
 @pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FUSED_RNN_PLAN", request.param)
+def family(request: pytest.FixtureRequest, setting: Setting) -> str:
+    setting("FUSED_RNN_PLAN", request.param)
     return request.param
 
 
@@ -108,8 +109,8 @@ def test_against_fp64(case: Case, family: str) -> None:
 
 
 @pytest.mark.parametrize(("case", "family", "tf32"), list(every_kernel()), ids=str)
-def test_every_kernel(case: Case, family: str, tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSED_RNN_PLAN", family)
+def test_every_kernel(case: Case, family: str, tf32: bool, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting("FUSED_RNN_PLAN", family)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
     skip_unless_served(case, family)
     check_against_fp64(case)
@@ -125,9 +126,9 @@ def test_not_a_number_ends_with_a_reset(cell: str, dtype: torch.dtype, family: s
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize(("hidden", "dtype"), [(1024, torch.float16), (512, torch.float32)], ids=str)
-def test_cheapest_families(cell: str, hidden: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cheapest_families(cell: str, hidden: int, dtype: torch.dtype, setting: Setting) -> None:
     """Sizes at which the cost model takes one family forward and another backward on an H100."""
-    monkeypatch.setenv("FUSED_RNN_PLAN", "cheapest")
+    setting("FUSED_RNN_PLAN", "cheapest")
     check_against_fp64(Case(cell, steps=12, batch=64, input_size=64, hidden=hidden, dtype=dtype))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import GRADIENT_TOLERANCE, Case, make_data
+from settings import Setting
 from test_cuda_graphs import check_replay
 from test_layers import assert_near, results_and_gradients
 from test_plan import DEVICES, C
@@ -155,8 +156,8 @@ def test_fewer_rows_of_packed_steps() -> None:
     assert packed["us_in_turn"] < dense["us_in_turn"]
 
 
-def test_explain_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSED_RNN_PLAN", "cluster")
+def test_explain_packed(setting: Setting) -> None:
+    setting("FUSED_RNN_PLAN", "cluster")
     lstm = fused_rnn.LSTM(256, 256, num_layers=4, dtype=torch.float16)
     rows = [torch.empty(n, 256, dtype=torch.float16) for n in (256, 200, 100, 9)]
     packed = torch.nn.utils.rnn.pack_sequence(rows)
@@ -224,8 +225,8 @@ def test_layers_follow_each_other_a_chunk_apart() -> None:
         assert projected.index((0, chunk)) < projected.index((1, chunk - 1))
 
 
-def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSED_RNN_PLAN", "cluster")
+def test_explain(setting: Setting) -> None:
+    setting("FUSED_RNN_PLAN", "cluster")
     lstm = fused_rnn.LSTM(256, 256, num_layers=4, dropout=1.0, dtype=torch.float16, device="meta")
     x = torch.empty(256, 8, 256, dtype=torch.float16, device="meta")
     assert "forward: layers in turn, because dropout" in str(fused_rnn.explain(lstm, x, device="H100", show=False))
@@ -236,7 +237,7 @@ def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {name: plan["chunks"] for name, plan in result.overlap.items()} == {"forward": 4, "backward": 4}
     assert all(with_dropout[name]["us"] > plan["us"] for name, plan in result.overlap.items())
     assert "\nforward: overlap: 4 chunks of 64 steps, 4 recurrences at once on 64 SMs, projections on 68; " in str(result)
-    monkeypatch.setenv("FUSED_RNN_OVERLAP", "0")
+    setting("FUSED_RNN_OVERLAP", "0")
     assert fused_rnn.explain(lstm, x, device="H100", show=False).overlap["forward"]["chunks"] == 1
     assert fused_rnn.explain(fused_rnn.LSTMCell(4, 5), torch.zeros(3, 4), device="H100", show=False).overlap == {}
     assert fused_rnn.explain(fused_rnn.LSTM(4, 5), torch.zeros(3, 2, 4), show=False).overlap == {}
@@ -255,11 +256,11 @@ CASES = [
 
 
 @pytest.fixture(params=FAMILY)
-def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def family(request: pytest.FixtureRequest, setting: Setting) -> str:
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < FAMILY[request.param]:
         pytest.skip(f"needs a GPU of compute capability {FAMILY[request.param]}")
-    monkeypatch.setenv("FUSED_RNN_PLAN", request.param)
-    monkeypatch.setenv("FUSED_RNN_OVERLAP", "4")
+    setting("FUSED_RNN_PLAN", request.param)
+    setting("FUSED_RNN_OVERLAP", "4")
     return str(request.param)
 
 
@@ -271,10 +272,10 @@ def everything(case: Case) -> list[Tensor]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_near_layers_in_turn(case: Case, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_near_layers_in_turn(case: Case, family: str, setting: Setting) -> None:
     """Not bitwise: cuBLAS may multiply fewer rows by another algorithm."""
     overlapped = everything(case)
-    monkeypatch.setenv("FUSED_RNN_OVERLAP", "0")
+    setting("FUSED_RNN_OVERLAP", "0")
     for index, (actual, want) in enumerate(zip(overlapped, everything(case), strict=True)):
         assert_near(f"tensor {index}", actual, want.double(), GRADIENT_TOLERANCE[case.dtype])
 
@@ -304,7 +305,7 @@ def test_bitwise_as_one_launch_after_the_other(family: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("cell", [fused_rnn.LSTM, fused_rnn.GRU, fused_rnn.RNN])
-def test_dropout(cell: Any, bidirectional: bool, grad: bool, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout(cell: Any, bidirectional: bool, grad: bool, family: str, setting: Setting) -> None:
     """The masks of the layers in turn, from the same seed."""
     options = {"device": "cuda", "dtype": torch.float16}
     rnn = cell(24, 64, num_layers=3, bidirectional=bidirectional, dropout=0.4, **options)
@@ -318,7 +319,7 @@ def test_dropout(cell: Any, bidirectional: bool, grad: bool, family: str, monkey
 
     overlapped, again = run(), run()
     assert all(torch.equal(a, b) for a, b in zip(overlapped, again, strict=True))
-    monkeypatch.setenv("FUSED_RNN_OVERLAP", "0")
+    setting("FUSED_RNN_OVERLAP", "0")
     for index, (actual, want) in enumerate(zip(overlapped, run(), strict=True)):
         assert_near(f"tensor {index}", actual, want.double(), GRADIENT_TOLERANCE[torch.float16])
 
@@ -355,7 +356,7 @@ def test_dropout_in_a_graph(family: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_differentiated_twice(dropout: float, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_differentiated_twice(dropout: float, family: str, setting: Setting) -> None:
     lstm = fused_rnn.LSTM(24, 64, num_layers=3, dropout=dropout, device="cuda")
     x = torch.randn(13, 9, 24, device="cuda", requires_grad=True)
 
@@ -365,7 +366,7 @@ def test_differentiated_twice(dropout: float, family: str, monkeypatch: pytest.M
         return list(torch.autograd.grad(sum(g.square().sum() for g in first), [x, *lstm.parameters()]))
 
     overlapped = second()
-    monkeypatch.setenv("FUSED_RNN_OVERLAP", "0")
+    setting("FUSED_RNN_OVERLAP", "0")
     for index, (actual, want) in enumerate(zip(overlapped, second(), strict=True)):
         assert_near(f"gradient {index}", actual, want.double(), 4 * GRADIENT_TOLERANCE[torch.float32])
 

@@ -9,11 +9,14 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from settings import Setting
 from test_cpu import INSTRUCTION_SETS
 from torch import Tensor, nn
 
@@ -23,7 +26,7 @@ from fused_rnn._backend import has_cpu_kernels
 
 pytestmark = [
     pytest.mark.skipif(not has_cpu_kernels(), reason="needs the compiled extension"),
-    pytest.mark.skipif("FUSED_RNN_WEIGHT_CACHE" in os.environ, reason="needs the cache as it is by default"),
+    pytest.mark.skipif(bool(os.environ.get("FUSED_RNN_WEIGHT_CACHE")), reason="needs the cache as it is by default"),
 ]
 
 STEPS, BATCH, SIZE, HIDDEN = 3, 7, 37, 52
@@ -32,8 +35,8 @@ SEEDS = itertools.count()
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)
-def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FUSED_RNN_CPU", request.param)
+def instruction_set(request: pytest.FixtureRequest, setting: Setting) -> str:
+    setting("FUSED_RNN_CPU", request.param)
     return request.param
 
 
@@ -292,8 +295,186 @@ def test_no_cache() -> None:
     assert (cache["most"], cache["bytes"], cache["matrices"], cache["panels_found"]) == (0, 0, 0, 0)
 
 
-@pytest.mark.parametrize("limit", ("-1", "many", "1.5"))
-def test_a_limit_that_is_none(limit: str) -> None:
-    done = in_a_process(limit)
-    assert done.returncode != 0
-    assert f"FUSED_RNN_WEIGHT_CACHE={limit}: expected a number of MiB" in done.stderr
+# --- the hash by which panels are recognised ---
+
+
+def words_of(t: Tensor) -> Tensor:
+    return t.view(torch.int64)
+
+
+def flip(words: Tensor, place: int, bit: int) -> None:
+    words[place] ^= -(2**63) if bit == 63 else 1 << bit
+
+
+def collision_of_the_old_hash(words: Tensor, random: torch.Generator) -> None:
+    """A float64 negated, another changed by 3e-8 of itself."""
+    stripe = (8, 16, 32)[int(torch.randint(3, (), generator=random))]
+    place = int(torch.randint(len(words) - stripe, (), generator=random))
+    flip(words, place, 63)
+    flip(words, place + stripe, 28)
+
+
+def bits_of_two_words(words: Tensor, random: torch.Generator) -> None:
+    """Signs, exponents and last bits, of a float64 or of either float32, some lanes or blocks apart."""
+    bits = (63, 62, 52, 55, 31, 30, 23, 0, 1, 32, 33, 28, 60)
+    first = int(torch.randint(len(words), (), generator=random))
+    step = (1, 2, 4, 8, 16, 32, 64, 256, 512)[int(torch.randint(9, (), generator=random))]
+    flip(words, first, bits[int(torch.randint(len(bits), (), generator=random))])
+    if torch.rand((), generator=random) < 0.8:
+        flip(words, (first + step) % len(words), bits[int(torch.randint(len(bits), (), generator=random))])
+
+
+def swapped(words: Tensor, random: torch.Generator) -> None:
+    """Two words, neighbours, lanes or blocks apart."""
+    step = (1, 2, 8, 16, 64, 128, 256, 512)[int(torch.randint(8, (), generator=random))]
+    first = int(torch.randint(len(words) - step, (), generator=random))
+    a, b = int(words[first]), int(words[first + step])
+    words[first], words[first + step] = b, a
+
+
+def moved(words: Tensor, random: torch.Generator) -> None:
+    """A stretch turned by some places: every word stands in another lane."""
+    length = int(torch.randint(2, len(words), (), generator=random))
+    words[:length] = words[:length].roll(int(torch.randint(1, length, (), generator=random)))
+
+
+def zeros_of_other_signs(words: Tensor, random: torch.Generator) -> None:
+    """Some words become 0, and some of these -0."""
+    for _ in range(int(torch.randint(1, 4, (), generator=random))):
+        place = int(torch.randint(len(words), (), generator=random))
+        words[place] = 0
+        if torch.rand((), generator=random) < 0.5:
+            flip(words, place, 63)
+
+
+def small_sums(words: Tensor, random: torch.Generator) -> None:
+    """What one word gains another loses."""
+    first, second = (int(i) for i in torch.randperm(len(words), generator=random)[:2])
+    by = 1 << int(torch.randint(62, (), generator=random))
+    words[first] += by
+    words[second] -= by
+
+
+STRUCTURED = (collision_of_the_old_hash, bits_of_two_words, swapped, moved, zeros_of_other_signs, small_sums)
+
+
+@pytest.mark.parametrize("change", STRUCTURED, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("source", ("randn", "zeros", "ones"))
+def test_no_structured_change_keeps_the_hash(
+    source: str, change: Callable[[Tensor, torch.Generator], None], instruction_set: str
+) -> None:
+    content_hash = _backend._C.content_hash  # type: ignore[union-attr]
+    random = torch.Generator().manual_seed(0)
+    for dtype in (torch.float64, torch.float32):
+        base = torch.randn(600, generator=random, dtype=torch.float64)
+        if source != "randn":
+            base = torch.full((600,), float(source == "ones"), dtype=torch.float64)
+        if dtype == torch.float32:
+            base = base.repeat(2).float().view(torch.float64)
+        expected = content_hash(base)
+        assert content_hash(base.clone()) == expected
+        for _ in range(400):
+            other = base.clone()
+            change(words_of(other), random)
+            assert (content_hash(other) == expected) == bool((words_of(other) == words_of(base)).all())
+
+
+@pytest.mark.parametrize("size", (1, 7, 8, 63, 64, 65, 2047, 2048, 2049, 5000))
+def test_every_bit_counts(size: int, instruction_set: str) -> None:
+    content_hash = _backend._C.content_hash  # type: ignore[union-attr]
+    base = torch.zeros(size, dtype=torch.uint8)
+    seen = {content_hash(base)}
+    for place in {0, size // 3, size // 2, size - 1}:
+        for bit in range(8):
+            other = base.clone()
+            other[place] = 1 << bit
+            seen.add(content_hash(other))
+    assert len(seen) == 1 + 8 * len({0, size // 3, size // 2, size - 1})
+
+
+def test_keys_are_those_of_the_process() -> None:
+    code = "import torch; from fused_rnn import _backend; print(_backend._C.content_hash(torch.ones(100)))"
+    hashes = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in "ab"}
+    assert len(hashes) == 2
+
+
+@pytest.mark.parametrize("stripe", (8, 16, 32))
+def test_a_weight_negated_and_another_changed_by_little(stripe: int, instruction_set: str) -> None:
+    module, x = layer(dtype=torch.float64)
+    infer(module, x)
+    words = words_of(module.weight_hh_l0.data.view(-1))
+    flip(words, 5, 63)
+    flip(words, 5 + stripe, 28)
+    assert torch.equal(infer(module, x), fresh(module, x))
+
+
+# --- weights that change while they are packed ---
+
+
+def stale_rounds(seconds: float) -> tuple[int, int]:
+    """(rounds whose kept weights were wrong afterwards, rounds): A -> B -> A while other threads infer."""
+    torch.manual_seed(next(SEEDS))
+    module, x = fused_rnn.LSTM(256, 256).eval(), torch.randn(3, 7, 256)
+    a = [p.detach().clone() for p in module.parameters()]
+    b = [p + 0.1 for p in a]
+    expected = infer(module, x)
+    stop = threading.Event()
+
+    def swap(values: list[Tensor]) -> None:
+        for parameter, value in zip(module.parameters(), values, strict=True):
+            parameter.data.copy_(value)
+
+    def work() -> None:
+        while not stop.is_set():
+            infer(module, x)
+
+    stale = rounds = 0
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        stop.clear()
+        worker = threading.Thread(target=work)
+        worker.start()
+        for _ in range(5):
+            swap(b)
+            swap(a)
+        stop.set()
+        worker.join()
+        stale += not torch.equal(infer(module, x), expected)
+        rounds += 1
+        if stale:
+            fused_rnn.free_memory()
+    return stale, rounds
+
+
+@pytest.mark.parametrize("seconds", (2, pytest.param(30, marks=pytest.mark.slow)))
+def test_weights_that_change_while_they_are_packed(seconds: float) -> None:
+    stale, rounds = stale_rounds(seconds)
+    assert rounds > 3
+    assert stale == 0
+
+
+# --- many small matrices ---
+
+MANY = """
+import json, torch, fused_rnn
+from fused_rnn import _backend
+cells = [fused_rnn.GRUCell(1, 1) for _ in range({count})]
+x = torch.randn(17, 1)
+with torch.no_grad():
+    first = [cell(x) for cell in cells]
+    cache = _backend._C.weight_cache()
+    again = [cell(x) for cell in cells[-100:]]
+assert all(torch.equal(a, b) for a, b in zip(first[-100:], again))
+print(json.dumps([cache, _backend._C.weight_cache()]))
+"""
+
+
+@pytest.mark.parametrize("count", (300, pytest.param(10000, marks=pytest.mark.slow)))
+def test_many_small_matrices(count: int) -> None:
+    """Their number is bounded, what is kept about them counts as memory, and each is found again."""
+    done = subprocess.run([sys.executable, "-c", MANY.format(count=count)], capture_output=True, text=True, check=True)
+    before, after = json.loads(done.stdout)
+    assert before["matrices"] == min(2 * count, 16384)
+    assert before["bytes"] >= 200 * before["matrices"]
+    assert after["panels_found"] - before["panels_found"] >= 200
+    assert after["panels_packed"] == before["panels_packed"]

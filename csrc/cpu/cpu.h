@@ -23,9 +23,10 @@ void backward(BackwardParams& p, const Allocate& allocate);
 Plan forward_plan(const ForwardParams& p);
 Plan backward_plan(const BackwardParams& p);
 
-// The instruction set in use: FUSED_RNN_CPU if set (std::invalid_argument if that one is not available), else the best
-// available.
+// The instruction set in use: the one set, else the best available.
 const char* instruction_set();
+// FUSED_RNN_CPU (settings.h); empty: the best available. Throws std::invalid_argument if that one is not available.
+void set_instruction_set(const std::string& name);
 // The instruction sets that were compiled in and that this machine can run, best first.
 std::vector<std::string> available_instruction_sets();
 

@@ -1,5 +1,5 @@
 // The choice of the instruction set.
-#include <cstdlib>
+#include <atomic>
 #include <stdexcept>
 #include <utility>
 
@@ -23,6 +23,16 @@ std::vector<Candidate> candidates() {
   return all;
 }
 
+const InstructionSet* best_kernels() {
+  for (const Candidate& c : candidates()) {
+    if (const InstructionSet* kernels = c.kernels()) return kernels;
+  }
+  return portable_kernels();
+}
+
+// One that has been asked for; null: the best.
+std::atomic<const InstructionSet*> forced{nullptr};
+
 }  // namespace
 
 std::vector<std::string> available_instruction_sets() {
@@ -34,19 +44,24 @@ std::vector<std::string> available_instruction_sets() {
 }
 
 const InstructionSet& selected_kernels() {
-  const char* forced = std::getenv("FUSED_RNN_CPU");
-  static const InstructionSet* const best = [] {
-    for (const Candidate& c : candidates()) {
-      if (const InstructionSet* kernels = c.kernels()) return kernels;
-    }
-    return portable_kernels();
-  }();
-  if (!forced || !*forced) return *best;
-  for (const Candidate& c : candidates()) {
-    if (std::string(forced) == c.name && c.kernels()) return *c.kernels();
+  static const InstructionSet* const best = best_kernels();
+  const InstructionSet* const kernels = forced.load(std::memory_order_relaxed);
+  return kernels ? *kernels : *best;
+}
+
+void set_instruction_set(const std::string& name) {
+  if (name.empty()) {
+    forced = nullptr;
+    return;
   }
-  std::string message = std::string("FUSED_RNN_CPU=") + forced + ": expected one of the instruction sets available here:";
-  for (const std::string& name : available_instruction_sets()) message += " " + name;
+  for (const Candidate& c : candidates()) {
+    if (name == c.name && c.kernels()) {
+      forced = c.kernels();
+      return;
+    }
+  }
+  std::string message = "FUSED_RNN_CPU=" + name + ": expected one of the instruction sets available here:";
+  for (const std::string& available : available_instruction_sets()) message += " " + available;
   throw std::invalid_argument(message);
 }
 

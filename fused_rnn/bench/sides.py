@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 import fused_rnn
+from fused_rnn import _settings
 from fused_rnn.bench.cases import BenchCase
 
 OURS = "fused_rnn"
@@ -48,17 +48,8 @@ class Side:
 @contextlib.contextmanager
 def forced_plan(plan: str | None) -> Iterator[None]:
     """FUSED_RNN_PLAN inside a block; None leaves it as it is."""
-    before = os.environ.get("FUSED_RNN_PLAN")
-    if plan is not None:
-        os.environ["FUSED_RNN_PLAN"] = plan
-    try:
+    with _settings.use("FUSED_RNN_PLAN", _settings.value("FUSED_RNN_PLAN") if plan is None else plan):
         yield
-    finally:
-        if plan is not None:
-            if before is None:
-                del os.environ["FUSED_RNN_PLAN"]
-            else:
-                os.environ["FUSED_RNN_PLAN"] = before
 
 
 def explained(module: torch.nn.Module, x: Any, mode: str, plan: str | None) -> fused_rnn._explain.Explanation:

@@ -1,0 +1,159 @@
+"""Sizes around those of tiles, and sizes of 0, on every instruction set: forward and backward against fp64 and torch.nn."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CELLS, DTYPES, GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, Case, Data, make_data
+from test_cpu import AVAILABLE
+from test_layers import assert_near, call, results_and_gradients
+from torch import Tensor, nn
+
+import fused_rnn
+from fused_rnn import _settings, use_backend
+from fused_rnn._backend import has_cpu_kernels
+
+pytestmark = pytest.mark.skipif(not has_cpu_kernels(), reason="needs the compiled extension")
+HERE = Path(__file__).parent
+
+# Around 4, 8 and 16 units of a vector, 8 and 16 rows of a tile, 32 k of a tile of parts, panels of 16 to 64 columns.
+FEATURES = (0, 1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33)
+UNITS = (*FEATURES[1:], 63, 64, 65)
+BATCHES = (0, 1, 2, 5, 7, 8, 9, 15, 16, 17, 33)
+STEPS = (1, 2, 3)
+SMOOTH = [cell for cell in CELLS if cell != "RNN_RELU"]  # in 16 bits relu's derivative jumps
+
+
+def data_of(case: Case) -> Data:
+    """As make_data, which takes its weights from torch.nn's layers; these refuse an input_size of 0."""
+    if case.input_size > 0:
+        return make_data(case)
+    data = make_data(dataclasses.replace(case, input_size=1))
+    data.input = data.input[..., :0].contiguous()
+    per_direction = len(data.weights) // case.directions
+    for i in range(0, len(data.weights), per_direction):
+        data.weights[i] = data.weights[i][:, :0].contiguous()
+    return data
+
+
+def check(case: Case) -> None:
+    """Training and inference of a case on every instruction set of this machine."""
+    data = data_of(case)
+    with use_backend("reference"):
+        expected, expected_grads = results_and_gradients(case, data.to(torch.float64))
+    for name in AVAILABLE:
+        with _settings.use("FUSED_RNN_CPU", name), use_backend("cpu"):
+            results, grads = results_and_gradients(case, data)
+            with torch.no_grad():
+                again = call(case, data)
+        for i, (actual, inferred, want) in enumerate(zip(results, again, expected, strict=True)):
+            assert_near(f"{case}, {name}: result {i}", actual, want, 1.5 * OUTPUT_TOLERANCE[case.dtype])
+            assert_near(f"{case}, {name}: inference {i}", inferred, want, 1.5 * OUTPUT_TOLERANCE[case.dtype])
+        for i, (actual, want) in enumerate(zip(grads, expected_grads, strict=True)):
+            assert_near(f"{case}, {name}: gradient {i}", actual, want, 1.5 * GRADIENT_TOLERANCE[case.dtype])
+
+
+def projections(hidden: int) -> tuple[int, ...]:
+    return tuple(sorted({p for p in (0, 1, hidden // 2, hidden - 1) if p < hidden}))
+
+
+def pairs() -> Iterator[Case]:
+    """Every input size with every hidden size; the other dimensions, cells and dtypes in turn."""
+    for i, (features, hidden) in enumerate(itertools.product(FEATURES, UNITS)):
+        cell, dtype = SMOOTH[i % 4], DTYPES[i // 4 % 4]
+        proj = projections(hidden)[i // 16 % len(projections(hidden))] if cell == "LSTM" else 0
+        batch, steps = BATCHES[i % len(BATCHES)], STEPS[i // 2 % 3]
+        yield Case(cell, steps, batch, features, hidden, proj, dtype=dtype, bidirectional=i % 5 == 0)
+
+
+def rows() -> Iterator[Case]:
+    """Every number of rows and steps with every cell and dtype; sizes of units and features in turn."""
+    for i, (cell, dtype, batch) in enumerate(itertools.product(SMOOTH, DTYPES, BATCHES)):
+        yield Case(cell, STEPS[i % 3], batch, FEATURES[i * 5 % 14], UNITS[i * 7 % 16], dtype=dtype)
+
+
+CASES = [*pairs(), *rows()]
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_sizes_around_tiles(part: int) -> None:
+    for case in CASES[part::8]:
+        check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", SMOOTH)
+def test_every_size_with_every_other(cell: str, dtype: torch.dtype, batch: int) -> None:
+    for i, (features, hidden) in enumerate(itertools.product(FEATURES, UNITS)):
+        for proj in projections(hidden) if cell == "LSTM" and i % 3 == 0 else (0,):
+            check(Case(cell, STEPS[i % 3], batch, features, hidden, proj, dtype=dtype))
+
+
+@pytest.mark.parametrize("batch", (0, 1, 17))
+@pytest.mark.parametrize("kind", ("RNNCell", "LSTMCell", "GRUCell"))
+def test_cells_without_features_as_torch_nn(kind: str, batch: int, backend: str) -> None:
+    """input_size 0, and no rows: the results and gradients of torch.nn's."""
+    torch.manual_seed(0)
+    theirs = getattr(nn, kind)(0, 8)
+    ours = getattr(fused_rnn, kind)(0, 8)
+    ours.load_state_dict(theirs.state_dict())
+    device = "cuda" if backend == "cuda" else "cpu"
+
+    def results(cell: nn.Module) -> list[Tensor]:
+        cell.to(device)
+        x = torch.zeros((batch, 0), device=device, requires_grad=True)
+        out = cell(x)
+        h = out if isinstance(out, Tensor) else out[0]
+        inputs = [x, *cell.parameters()]
+        return [h, *torch.autograd.grad(h.square().sum(), inputs, allow_unused=True, materialize_grads=True)]
+
+    with use_backend(backend):
+        found = results(ours)
+    for actual, want in zip(found, results(theirs), strict=True):
+        torch.testing.assert_close(actual, want)
+
+
+@pytest.mark.parametrize("kind", ("RNN", "LSTM", "GRU"))
+def test_layers_without_features_or_steps_as_torch_nn(kind: str, backend: str) -> None:
+    for module in (getattr(nn, kind), getattr(fused_rnn, kind)):
+        with pytest.raises(ValueError, match="input_size must be greater than zero"):
+            module(0, 8)
+    device = "cuda" if backend == "cuda" else "cpu"
+    empty = torch.zeros(0, 2, 3, device=device)
+    with pytest.raises(RuntimeError):
+        getattr(nn, kind)(3, 4).to(device)(empty)
+    with use_backend(backend), pytest.raises(RuntimeError, match="sequence length to be larger than 0|at least 1 time step"):
+        getattr(fused_rnn, kind)(3, 4).to(device)(empty)
+
+
+def test_explain_of_no_features() -> None:
+    for device in (None, "H100", "T4"):
+        for dtype in (torch.float32, torch.bfloat16):
+            fused_rnn.explain(
+                fused_rnn.GRUCell(0, 8, dtype=dtype), torch.zeros(17, 0, dtype=dtype), device=device, show=False
+            )
+
+
+def test_forms_of_matrices_of_any_size(tmp_path: Path) -> None:
+    """Also for instruction sets with products of parts, which this machine may lack."""
+    compiler = os.environ.get("CXX", "c++").split()
+    if shutil.which(compiler[0]) is None:
+        pytest.skip("needs a C++ compiler")
+    sources = [str(HERE / "cpu_forms" / "main.cpp"), str(HERE.parent / "csrc" / "cpu" / "plan.cpp")]
+    command = [*compiler, "-std=c++17", f"-I{HERE.parent / 'csrc'}", *sources, "-o", str(tmp_path / "program")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([str(tmp_path / "program")], capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
+    split, others = map(int, done.stdout.split())
+    assert split > 1000 and others > 100
