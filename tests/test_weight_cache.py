@@ -394,8 +394,8 @@ def test_every_bit_counts(size: int, instruction_set: str) -> None:
 
 def test_keys_are_those_of_the_process() -> None:
     code = "import torch; from fused_rnn import _backend; print(_backend._C.content_hash(torch.ones(100)))"
-    hashes = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in "ab"}
-    assert len(hashes) == 2
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) != _backend._C.content_hash(torch.ones(100))  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("stripe", (8, 16, 32))
