@@ -1,34 +1,16 @@
-// Packed matrices, the arena that workspaces are laid out with, and the product of many rows with a range of panels.
+// Packed matrices, and the product of many rows with a range of panels.
 #pragma once
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <utility>
 
+#include "arena.h"
 #include "kept_weights.h"
 #include "kernels.h"
 #include "plan.h"
 
 namespace fused_rnn::cpu {
-
-constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// Lays arrays out one after the other from a base address; with a null base it only counts bytes.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <class E>
-  E* take(int64_t count) {
-    E* at = base_ ? reinterpret_cast<E*>(base_ + used_) : nullptr;
-    used_ += round_up(count * static_cast<int64_t>(sizeof(E)), 64);
-    return at;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
 
 // A packed [depth, units * gates] matrix (kernels.h): panels of `vectors` vectors, the last of `tail` if that is not 0.
 struct Shape {

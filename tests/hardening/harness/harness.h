@@ -1,0 +1,71 @@
+// The CPU kernels (csrc/cpu, no torch) on arrays of the harness's own, for sanitizers. test_cpu_kernels.py compiles and runs it.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cpu/cpu.h"
+#include "cpu/kernels.h"
+
+namespace harness {
+
+// ---- openmp.cpp ----
+// What OpenMP offers from now on, and what a region is given of it at most.
+void set_threads(int most, int granted = 1 << 20);
+
+// ---- sets.cpp ----
+// The instruction sets that were linked in and that this machine can run; "parts" is parts.cpp.
+std::vector<std::string> sets();
+void select_set(const std::string& name);
+
+// ---- memory.cpp ----
+// How an array lies: between redzones of the heap, or with a page that nobody may touch right behind or right before it. A masked
+// access of AVX-512 and a tile of AMX, which AddressSanitizer does not see, cannot pass such a page.
+enum class Place { kHeap, kEnd, kStart };
+
+class Array {
+ public:
+  Array() = default;
+  Array(int64_t bytes, Place place);
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
+  Array(Array&& other) noexcept;
+  Array& operator=(Array&& other) noexcept;
+  ~Array();
+  void* data() const { return data_; }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  void* data_ = nullptr;
+  void* base_ = nullptr;
+  int64_t bytes_ = 0, mapped_ = 0;
+};
+
+// Fills with bytes of ones: a NaN in every format, so that reading what was never written shows in a result.
+void fill_with_nan(void* data, int64_t bytes);
+// Whether all bytes that AddressSanitizer holds for gaps (csrc/cpu/arena.h) are as they were filled.
+bool gaps_are_untouched(const void* data, int64_t bytes);
+
+// From the next one on, the n-th allocation (0: the first) by operator new or through allocation_point fails, and no other, on the
+// calling thread. Returns whether it came to that when disarmed.
+void fail_allocation(int64_t n);
+bool disarm();
+// For allocators of the harness: throws std::bad_alloc if it is their turn.
+void allocation_point();
+
+class NoFailures {
+ public:
+  NoFailures();
+  ~NoFailures();
+
+ private:
+  int64_t left_;
+};
+
+// ---- report ----
+// What the process prints should it die from here on.
+void set_case(const std::string& text);
+void report_case_at_death();
+
+}  // namespace harness

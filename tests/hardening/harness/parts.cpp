@@ -1,0 +1,222 @@
+// An instruction set in plain C++ with what AVX-512 and AMX have: 16 floats in a vector, and products of bfloat16 parts (csrc/cpu/split.h)
+// for every storage type. The layout and the loops of such products run, under sanitizers, on machines that lack the instructions.
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/kernel_table.h"
+#include "cpu/matrix.h"
+#include "harness.h"
+
+namespace fused_rnn::cpu {
+namespace parts {
+
+template <class A>
+struct Vec : simd::VectorBase {
+  using Scalar = A;
+  static constexpr int kWidth = 64 / sizeof(A);
+  static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 8, 8, 6};
+  static constexpr int kInStep = 4;
+  A lanes[kWidth];
+
+  Vec() {}
+  explicit Vec(A value) { std::fill_n(lanes, kWidth, value); }
+  template <class F>
+  static Vec of(F&& f) {
+    Vec result;
+    for (int i = 0; i < kWidth; ++i) result.lanes[i] = f(i);
+    return result;
+  }
+  static Vec broadcast(const A* p) { return Vec(*p); }
+  static Vec load_pinned(const A* p) { return load_partial(p, kWidth); }
+  template <class Storage>
+  static Vec load(const Storage* p) {
+    return load_partial(p, kWidth);
+  }
+  template <class Storage>
+  static Vec load_partial(const Storage* p, int n) {
+    return of([&](int i) { return i < n ? to_arithmetic(p[i]) : A(0); });
+  }
+  template <class Storage>
+  void store(Storage* p) const {
+    store_partial(p, kWidth);
+  }
+  template <class Storage>
+  void store_partial(Storage* p, int n) const {
+    for (int i = 0; i < n; ++i) store_converted(lanes[i], p + i);
+  }
+  friend Vec operator+(const Vec& a, const Vec& b) {
+    return of([&](int i) { return a.lanes[i] + b.lanes[i]; });
+  }
+  friend Vec operator-(const Vec& a, const Vec& b) {
+    return of([&](int i) { return a.lanes[i] - b.lanes[i]; });
+  }
+  friend Vec operator*(const Vec& a, const Vec& b) {
+    return of([&](int i) { return a.lanes[i] * b.lanes[i]; });
+  }
+  friend Vec multiply_add(const Vec& a, const Vec& b, const Vec& c) {
+    return of([&](int i) { return a.lanes[i] * b.lanes[i] + c.lanes[i]; });
+  }
+  friend Vec select_less(const Vec& a, const Vec& b, const Vec& x, const Vec& y) {
+    return of([&](int i) { return a.lanes[i] < b.lanes[i] ? x.lanes[i] : y.lanes[i]; });
+  }
+  friend Vec clamp(const Vec& x, const Vec& low, const Vec& high) {
+    return select_less(high, x, high, select_less(x, low, low, x));
+  }
+  friend Vec round_to_integer(const Vec& x) {
+    return of([&](int i) { return std::nearbyint(x.lanes[i]); });
+  }
+  friend Vec power_of_two(const Vec& n) {
+    return of([&](int i) { return std::exp2(n.lanes[i]); });
+  }
+  friend Vec reciprocal(const Vec& x) {
+    return of([&](int i) { return A(1) / x.lanes[i]; });
+  }
+  friend Vec divide(const Vec& n, const Vec& d) {
+    return of([&](int i) { return n.lanes[i] / d.lanes[i]; });
+  }
+};
+
+// Takes the part off a value; false where it has none.
+bool take_part(float& value, uint16_t& part) {
+  BFloat16 rounded;
+  store_converted(value, &rounded);
+  part = rounded.bits;
+  const float back = to_arithmetic(rounded);
+  value -= back;
+  return std::isfinite(back);
+}
+
+float part_value(uint16_t bits) { return to_arithmetic(BFloat16{bits}); }
+
+// Writes all parts of a value, part by part one tile further.
+bool write_parts(float value, int parts, uint16_t* at) {
+  bool finite = true;
+  for (int part = 0; part < parts; ++part) finite &= take_part(value, at[part * kSplitTile]);
+  return finite;
+}
+
+uint32_t pack_rows(const float* const* rows, int n_rows, int64_t depth, int parts, uint16_t* out) {
+  uint32_t infinite = 0;
+  for (int64_t block = 0; block < split_blocks(depth); ++block, out += parts * kSplitTile) {
+    for (int r = 0; r < n_rows; ++r) {
+      for (int i = 0; i < kSplitDepth; ++i) {
+        const int64_t k = block * kSplitDepth + i;
+        const bool finite = write_parts(k < depth ? rows[r][k] : 0.0f, parts, out + r * kSplitDepth + i);
+        if (!finite) infinite |= 1u << r;
+      }
+    }
+  }
+  return infinite;
+}
+
+template <class Storage>
+float value_at(const SplitSource& source, int64_t lane, int64_t k, bool lanes_are_rows) {
+  if (lane >= source.lanes || k >= source.depth) return 0;
+  return to_arithmetic(
+      static_cast<const Storage*>(source.from)[lanes_are_rows ? lane * source.stride + k : k * source.stride + lane]);
+}
+
+// A panel's vector.
+template <class Storage, bool kTransposed>
+bool pack_vector(const SplitSource& source, int parts, uint16_t* out, int64_t stride) {
+  bool finite = true;
+  for (int64_t block = 0; block < split_blocks(source.depth); ++block, out += stride) {
+    for (int i = 0; i < kSplitDepth; ++i) {
+      for (int lane = 0; lane < kSplitColumns; ++lane) {
+        const float value = value_at<Storage>(source, lane, block * kSplitDepth + i, kTransposed);
+        finite &= write_parts(value, parts, out + i / 2 * 2 * kSplitColumns + lane * 2 + i % 2);
+      }
+    }
+  }
+  return finite;
+}
+
+template <class Storage>
+bool pack_block(const SplitSource& source, int parts, uint16_t* tile, int quarter) {
+  bool finite = true;
+  for (int lane = 4 * quarter; lane < 4 * quarter + 4; ++lane) {
+    for (int i = 0; i < kSplitDepth; ++i) {
+      finite &= write_parts(value_at<Storage>(source, lane, i, true), parts, tile + lane * kSplitDepth + i);
+    }
+  }
+  return finite;
+}
+template <class Storage>
+bool pack_columns(const SplitSource& source, int parts, uint16_t* tile, int quarter) {
+  bool finite = true;
+  for (int lane = 0; lane < kSplitRows; ++lane) {
+    for (int i = 8 * quarter; i < 8 * quarter + 8; ++i) {
+      finite &= write_parts(value_at<Storage>(source, lane, i, false), parts, tile + lane * kSplitDepth + i);
+    }
+  }
+  return finite;
+}
+
+void gemm(const SplitCall& call) {
+  const int64_t blocks = split_blocks(call.depth);
+  for (int r = 0; r < call.n_rows; ++r) {
+    for (int c = 0; c < call.vectors * kSplitColumns; ++c) {
+      float& out = call.out[r * call.out_stride + c];
+      if (!call.add) out = call.init ? call.init[c] : 0.0f;
+    }
+  }
+  const uint16_t* panel = call.panel;
+  for (int64_t block = 0; block < blocks; ++block) {
+    for (int r = 0; r < call.n_rows; ++r) {
+      const uint16_t* rows = call.rows + (r / kSplitRows * blocks + block) * call.parts.rows * kSplitTile;
+      for (int v = 0; v < call.vectors; ++v) {
+        for (int c = 0; c < kSplitColumns; ++c) {
+          float sum = 0;
+          for (int i = 0; i < call.parts.rows; ++i) {
+            for (int j = 0; j < call.parts.panels && i + j < std::max(call.parts.rows, 1); ++j) {
+              const uint16_t* row = rows + i * kSplitTile + r % kSplitRows * kSplitDepth;
+              const uint16_t* column = panel + (v * call.parts.panels + j) * kSplitTile + 2 * c;
+              for (int k = 0; k < kSplitDepth; ++k) {
+                sum += part_value(row[k]) * part_value(column[k / 2 * 2 * kSplitColumns + k % 2]);
+              }
+            }
+          }
+          call.out[r * call.out_stride + v * kSplitColumns + c] += sum;
+        }
+      }
+    }
+    panel += call.vectors * call.parts.panels * kSplitTile;
+    if (call.background.run) call.background.run(call.background.context, block, blocks);
+  }
+}
+
+template <class Storage>
+void add_storage(SplitKernels& kernels, int storage) {
+  kernels.gains[storage] = true;
+  kernels.pack_transposed[storage] = pack_vector<Storage, true>;
+  kernels.pack_straight[storage] = pack_vector<Storage, false>;
+  kernels.pack_block[storage] = pack_block<Storage>;
+  kernels.pack_columns[storage] = pack_columns<Storage>;
+}
+
+}  // namespace parts
+
+const InstructionSet* parts_kernels() {
+  static const SplitKernels split = [] {
+    SplitKernels split;
+    split.reads_once = true;
+    split.rate = 16;
+    split.pack_rows = parts::pack_rows;
+    parts::add_storage<float>(split, 0);
+    parts::add_storage<Half>(split, 1);
+    parts::add_storage<BFloat16>(split, 2);
+    split.gemm = parts::gemm;
+    split.release = [] {};
+    return split;
+  }();
+  static const Kernels<float> f32 = [] {
+    Kernels<float> table = make_kernels<parts::Vec<float>>();
+    table.split = &split;
+    return table;
+  }();
+  static const Kernels<double> f64 = make_kernels<parts::Vec<double>>();
+  static const InstructionSet set{"parts", f32, f64};
+  return &set;
+}
+
+}  // namespace fused_rnn::cpu

@@ -1,0 +1,41 @@
+"""What tests here change of the process, each in one place."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+
+import fused_rnn
+
+
+def instruction_sets() -> list[str]:
+    """Those of the CPU kernels that this machine can run."""
+    return fused_rnn.build_info().get("cpu_instruction_sets", [])
+
+
+@contextlib.contextmanager
+def use_instruction_set(name: str) -> Iterator[None]:
+    """The CPU kernels of this instruction set serve every call inside the block."""
+    before = os.environ.get("FUSED_RNN_CPU")
+    os.environ["FUSED_RNN_CPU"] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["FUSED_RNN_CPU"]
+        else:
+            os.environ["FUSED_RNN_CPU"] = before
+
+
+@contextlib.contextmanager
+def use_threads(count: int) -> Iterator[None]:
+    """At most so many threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
