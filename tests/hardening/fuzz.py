@@ -26,7 +26,7 @@ import oracle
 import torch
 from cases import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE
 from fuzz_cases import LAYOUTS, Arguments, Case, Draw, draw_arguments, draw_case, place
-from settings import use_instruction_set, use_threads
+from process_state import use_instruction_set, use_threads
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 

@@ -7,7 +7,7 @@ import random
 
 import torch
 from cases import CELLS, DTYPES, GATES
-from settings import instruction_sets
+from process_state import instruction_sets
 from torch import Tensor
 
 STEPS = (1, 1, 2, 3, 5, 8)

@@ -1,7 +1,7 @@
 """Calls of the ops and of the bindings with arguments that lie. test_hostile.py runs this in a process of its own.
 
 A call either raises an exception of Python or returns what it should. A line of JSON is printed for every call, whatever
-became of it: its name, and what is wrong ("": nothing). `python tests/hardening/hostile.py NAME` makes the call of that name alone.
+became of it: its name, and what is wrong ("": nothing). `python tests/hardening/hostile.py NAME` makes that call alone.
 """
 
 from __future__ import annotations

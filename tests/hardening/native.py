@@ -40,6 +40,8 @@ ENVIRONMENT = {
     "TSAN_OPTIONS": "halt_on_error=1:second_deadlock_stack=1",
 }
 LIBRARIES = {"sanitized": ("asan", "ubsan"), "guarded": (), "threads": ("tsan",)}
+# Files of csrc/cpu that the harness has others for.
+REPLACED = ("instruction_set", "processors")
 # Files of csrc/cpu that are not for every machine, by instruction set.
 KERNELS = {
     "avx2": ["kernels_avx2"],
@@ -84,7 +86,7 @@ def sources(sets: Sequence[str]) -> Iterator[Path]:
     conditional = {name for names in KERNELS.values() for name in names}
     wanted = {name for instruction_set in sets for name in KERNELS.get(instruction_set, [])}
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-        if source.stem != "instruction_set" and (source.stem not in conditional or source.stem in wanted):
+        if source.stem not in REPLACED and (source.stem not in conditional or source.stem in wanted):
             yield source
     yield from sorted((HERE / "harness").glob("*.cpp"))
 

@@ -12,7 +12,9 @@ import tempfile
 from pathlib import Path
 
 import fuzz
+import fuzz_cases
 import pytest
+import torch
 
 from fused_rnn._backend import has_cpu_kernels
 
@@ -56,12 +58,12 @@ def test_every_kind_of_case_is_drawn() -> None:
     """Each value of each choice within some hundred cases."""
     cases = [fuzz.draw_case(fuzz.generator_of(0, number)) for number in range(600)]
     for field, values in {
-        "kind": fuzz.CELLS,
-        "form": fuzz.FORMS,
-        "dtype": fuzz.DTYPES,
-        "rows": fuzz.ROWS,
-        "mode": fuzz.MODES,
-        "steps": fuzz.STEPS,
+        "kind": fuzz_cases.CELLS,
+        "form": fuzz_cases.FORMS,
+        "dtype": fuzz_cases.DTYPES,
+        "rows": fuzz_cases.ROWS,
+        "mode": fuzz_cases.MODES,
+        "steps": fuzz_cases.STEPS,
     }.items():
         assert {getattr(case, field) for case in cases} == set(values), field
     for flag in ("bidirectional", "has_biases", "batch_first", "unbatched", "lengths", "resets", "states", "edits", "tied"):
@@ -70,11 +72,11 @@ def test_every_kind_of_case_is_drawn() -> None:
 
 @pytest.mark.parametrize("layout", sorted(set(fuzz.LAYOUTS)))
 def test_layouts_keep_the_values(layout: str) -> None:
-    values = fuzz.torch.randn(3, 4, 5)
+    values = torch.randn(3, 4, 5)
     placed = fuzz.place(values, layout, fuzz.generator_of(0, 0))
     assert placed.shape == values.shape
     if layout != "expanded":
-        assert fuzz.torch.equal(placed, values)
+        assert torch.equal(placed, values)
 
 
 def test_parse() -> None:

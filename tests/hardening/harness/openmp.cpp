@@ -19,6 +19,12 @@ void run_as(void (*region)(void*), void* data, int number, int count) {
 
 }  // namespace
 
+namespace fused_rnn::cpu {
+// In place of csrc/cpu/processors.cpp: the harness's own number of threads is the limit.
+int processors();
+int processors() { return 64; }
+}  // namespace fused_rnn::cpu
+
 namespace harness {
 void set_threads(int most, int granted) { most_threads = most, granted_threads = granted; }
 }  // namespace harness

@@ -10,6 +10,11 @@ import torch
 
 import fused_rnn
 
+try:
+    from fused_rnn import _settings
+except ImportError:  # read from the environment at every call
+    _settings = None
+
 
 def instruction_sets() -> list[str]:
     """Those of the CPU kernels that this machine can run."""
@@ -19,15 +24,23 @@ def instruction_sets() -> list[str]:
 @contextlib.contextmanager
 def use_instruction_set(name: str) -> Iterator[None]:
     """The CPU kernels of this instruction set serve every call inside the block."""
-    before = os.environ.get("FUSED_RNN_CPU")
-    os.environ["FUSED_RNN_CPU"] = name
+    with _setting("FUSED_RNN_CPU", name):
+        assert fused_rnn.build_info()["cpu_instruction_set"] == name
+        yield
+
+
+@contextlib.contextmanager
+def _setting(name: str, value: str) -> Iterator[None]:
+    if _settings is not None:
+        with _settings.use(name, value):
+            yield
+        return
+    before = os.environ.get(name, "")
+    os.environ[name] = value
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["FUSED_RNN_CPU"]
-        else:
-            os.environ["FUSED_RNN_CPU"] = before
+        os.environ[name] = before
 
 
 @contextlib.contextmanager
