@@ -135,9 +135,10 @@ def _loops(
     y, h_n, c_n = [], [], []
     for direction, params in enumerate(groups):
         hidden = params[0].shape[0] // (4 if cell == LSTM else 3 if cell == GRU else 1)
-        state = [x.new_zeros(x.shape[1], params[1].shape[1]) if h0 is None else h0[direction]]
+        # Copies of given states: of views, torch.export took the batch size for a constant (torch 2.13).
+        state = [x.new_zeros(x.shape[1], params[1].shape[1]) if h0 is None else h0[direction].clone()]
         if cell == LSTM:
-            state.append(x.new_zeros(x.shape[1], hidden) if c0 is None else c0[direction])
+            state.append(x.new_zeros(x.shape[1], hidden) if c0 is None else c0[direction].clone())
         outputs, state = _loop(x, state, params, has_biases, lengths, resets, cell, reverse=direction == 1)
         y.append(outputs)
         h_n.append(state[0])

@@ -144,7 +144,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
     """torch.nn.LSTMCell in one kernel."""
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """input [B, I] or [I], hx (h, c), each [B, H] or [H], or None -> (h', c'). A float32 c with 16-bit input gives one."""
+        """input [B, I] or [I], hx (h, c), each [B, H] or [H], or None -> (h', c'). c' is float32 where c is."""
         dim = input.dim()
         if dim != 2 and dim != 1:
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {dim}D instead")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _get_tracing_state, _has_torch_function_variadic
+from torch.compiler import is_exporting
 
 from fused_rnn import _checks, _onnx, _ops, reference
 from fused_rnn._backend import uses_ops
@@ -202,7 +203,7 @@ def run_rnn(
             batch: Any = int(batch_sizes[0]) if _get_tracing_state() is None else batch_sizes[0]
             h0 = input.new_zeros(num_layers * (1 + bidirectional), batch, size)
     device_type = input.device.type
-    for_onnx = torch.compiler.is_exporting() and _onnx.exporting()
+    for_onnx = is_exporting() and _onnx.exporting()
     if not for_onnx and uses_ops(device_type, input.dtype):
         # Modes see the op's call, and so do subclasses, wherever in it they are.
         seen = torch.compiler.is_compiling() or _has_torch_function_variadic(
@@ -239,7 +240,7 @@ def run_cell(
 ) -> tuple[Tensor, Tensor]:
     """One step of a cell on the selected backend: (h', c'), c' empty without c. Batched input only."""
     device_type = input.device.type
-    if not (torch.compiler.is_exporting() and _onnx.exporting()) and uses_ops(device_type, input.dtype):
+    if not (is_exporting() and _onnx.exporting()) and uses_ops(device_type, input.dtype):
         seen = torch.compiler.is_compiling() or _has_torch_function_variadic(input, h, c, *params)
         op = _ops.cell if seen else _ops.eager_cell
         return op(input, h, c, params, has_biases, cell)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_exporting
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import _checks, _onnx, _opacus
@@ -222,7 +223,7 @@ class _Layer(QuickCall, nn.RNNBase):
         """
         fields = self.__dict__
         weights = self._weights()
-        if batch_sizes is not None and torch.compiler.is_exporting() and _onnx.exporting():
+        if batch_sizes is not None and is_exporting() and _onnx.exporting():
             _onnx.refuse_packed()
         if torch._C._get_tracing_state() is None:
             self._check(input, h0, c0, weights, batch_sizes)

@@ -122,10 +122,17 @@ def test_cells(tmp_path: Path) -> None:
 def test_projection_is_a_loop_of_any_length(bidirectional: bool, tmp_path: Path) -> None:
     """ONNX's LSTM has none."""
     model = fused_rnn.LSTM(4, 6, proj_size=2, bidirectional=bidirectional)
-    session, operators = export(model, (torch.randn(5, 3, 4),), ({0: Dim("T"), 1: Dim("B")},), tmp_path / "m.onnx")
-    assert operators["Scan"] == 1 + bidirectional
-    for steps, batch in ((5, 3), (9, 2)):
-        check(session, model, (torch.randn(steps, batch, 4),))
+    rows = 1 + bidirectional
+
+    def example(steps: int, batch: int) -> tuple[Any, ...]:
+        return torch.randn(steps, batch, 4), (torch.randn(rows, batch, 2), torch.randn(rows, batch, 6))
+
+    batch = Dim("B")
+    shapes = ({0: Dim("T"), 1: batch}, ({1: batch}, {1: batch}))
+    session, operators = export(model, example(5, 3), shapes, tmp_path / "m.onnx")
+    assert operators["Scan"] == rows
+    for size in ((5, 3), (9, 2)):
+        check(session, model, example(*size))
 
 
 class Masked(nn.Module):
