@@ -92,7 +92,7 @@ def test_validator(name: str) -> None:
 
 
 @needs_opacus
-@pytest.mark.parametrize("first", ["opacus", "fused_rnn"])
+@pytest.mark.parametrize("first", ["opacus", pytest.param("fused_rnn", marks=pytest.mark.slow)])
 def test_either_import_first(first: str) -> None:
     code = f"""
 import {first}, fused_rnn, opacus
