@@ -40,7 +40,11 @@ int64_t width_of(DType dtype) {
   return dtype == DType::kFloat64 ? set.f64.width : set.f32.width;
 }
 
-Problem random_problem(uint64_t seed, bool small) {
+// Multiply-adds of forward, about.
+int64_t work_of(const Problem& p) { return p.T * p.B * p.D * fused_rnn::gate_count(p.cell) * p.H * (p.I + p.P + 8); }
+
+// Of at most so much work.
+Problem random_problem(uint64_t seed, int64_t most) {
   const Dims rows{1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 32, 33, 34, 50};
   for (Random random(seed);;) {
     Problem p{};
@@ -59,15 +63,14 @@ Problem random_problem(uint64_t seed, bool small) {
     p.biases = random.below(4) != 0;
     p.infinite = random.below(10) == 0;
     p.seed = random.next();
-    const int64_t work = p.T * p.B * p.D * fused_rnn::gate_count(p.cell) * p.H * (p.I + p.P + 8);
-    if (work <= (small ? 100000 : 2000000)) return p;
+    if (work_of(p) <= most) return p;
   }
 }
 
 void run_layer(const std::string& set, uint64_t seed) {
   select_set(set);
   Random random(seed);
-  const Problem p = random_problem(random.next(), false);
+  const Problem p = random_problem(random.next(), 2000000);
   const Inputs inputs = make_inputs(p);
   const Place place = static_cast<Place>(random.below(3));
   const int threads = 1 + static_cast<int>(random.below(4));
@@ -227,22 +230,38 @@ void run_allocations(const std::string& set) {
   }
 }
 
+// Plans seen: teams of each direction, of parts of the batch, and of several threads.
+struct {
+  int directions = 0, batch = 0, split = 0;
+} seen;
+
 // A layer's call on several threads, then the same inferences by several callers at once.
 void run_threads(uint64_t seed) {
   Random random(seed);
   const std::vector<std::string> all = sets();
-  const std::string set = random.pick(all);
-  select_set(set);
-  const Problem p = random_problem(random.next(), true);
+  // The model in plain C++ takes ten times as long as vectors.
+  const bool parts = random.below(4) == 0;
+  select_set(parts ? "parts" : all.front());
+  const int threads = 2 + static_cast<int>(random.below(3));
+  set_threads(threads);
+  Problem p{};
+  do {
+    p = random_problem(random.next(), 100000);
+    p.T = 3, p.I = random.pick(Dims{3, 17}), p.B = random.pick(Dims{1, 2, 3, 5, 9, 16, 33});
+    p.P = p.H = random.pick(Dims{48, 96, 130, 200, 270});
+    if (p.cell == CellKind::kLstm && random.flip()) p.P = 40;
+  } while (work_of(p) > (parts ? 500000 : 5000000) || (plan_of(p, false).threads() == 1 && plan_of(p, true).threads() == 1));
+  for (const bool backward : {false, true}) {
+    const cpu::Plan plan = plan_of(p, backward);
+    seen.directions += plan.direction_teams > 1, seen.batch += plan.batch_teams > 1, seen.split += plan.split > 1;
+  }
   const Inputs inputs = make_inputs(p);
-  set_threads(2 + static_cast<int>(random.below(3)));
-  set_case(p.name());
+  set_case(p.name() + ", " + std::to_string(threads) + " threads");
   train(p, inputs, Place::kHeap);
   const Results first = infer(p, inputs, Place::kHeap);
-  expect_equal(infer(p, inputs, Place::kHeap), first);
   set_threads(1 + static_cast<int>(random.below(2)));
   std::vector<std::thread> callers;
-  std::vector<std::string> errors(3);
+  std::vector<std::string> errors(2);
   for (std::string& error : errors) {
     callers.emplace_back([&] {
       try {
@@ -311,6 +330,8 @@ int run(int count, char** args) {
     make_fault(args[2]);
   } else if (mode == "threads" && count == 5) {
     run_for(args + 2, [&](uint64_t seed) { run_threads(seed); });
+    std::printf("plans with teams by direction: %d, by batch: %d, of several threads: %d\n", seen.directions, seen.batch,
+                seen.split);
   } else {
     std::fprintf(stderr, "usage: the first lines of main.cpp\n");
     return 2;

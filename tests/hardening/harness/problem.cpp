@@ -44,6 +44,25 @@ std::string Problem::name() const {
          "-" + dtypes[static_cast<int>(dtype)] + " on " + instruction_set();
 }
 
+Plan plan_of(const Problem& p, bool backward) {
+  const char projection = 0;  // its address says that there is one
+  const void* const w_hr = p.P == p.H ? nullptr : &projection;
+  if (backward) {
+    BackwardParams params{};
+    params.cell = p.cell, params.dtype = p.dtype;
+    params.H = p.H, params.P = p.P, params.D = p.D;
+    params.seq = {p.T, p.B, p.T * p.B, nullptr, nullptr, nullptr};
+    params.weights[0].w_hr = params.weights[1].w_hr = w_hr;
+    return backward_plan(params);
+  }
+  ForwardParams params{};
+  params.cell = p.cell, params.dtype = p.dtype;
+  params.I = p.I, params.H = p.H, params.P = p.P, params.D = p.D;
+  params.seq = {p.T, p.B, p.T * p.B, nullptr, nullptr, nullptr};
+  params.weights[0].w_hr = params.weights[1].w_hr = w_hr;
+  return forward_plan(params);
+}
+
 Inputs make_inputs(const Problem& p) {
   Random random(p.seed);
   Inputs in;
