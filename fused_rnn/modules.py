@@ -7,8 +7,8 @@ Every class is a subclass of torch.nn's own and keeps its constructor. What diff
   from the parameters at each use, so it is never stale and holds nothing alive. Assigning it works as in torch.nn.
 * Complex numbers run on the reference, with a warning. Tensors in another layout than torch.strided (sparse, nested, mkldnn)
   are errors.
-* An LSTM of 16 bits takes a float32 ``c0`` and then returns ``c_n`` in float32. Inside a call c is float32 in any case; handed
-  on so, a sequence may be cut into calls without rounding c at each cut. Under autocast states are cast as all tensors are.
+* An LSTM of 16 bits takes a float32 ``c0`` and then returns ``c_n`` in float32. Inside a call c is float32 in any case,
+  so that it is not rounded between the calls of a stream either. Under autocast states are cast as all tensors are.
 * A packed input with a wrong ``hx`` is an error in every class.
 * ``torch.jit.script`` is not supported (``torch.jit.trace`` is).
 """
