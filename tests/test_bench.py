@@ -456,3 +456,10 @@ def test_a_first_call_that_prepares_things(monkeypatch: pytest.MonkeyPatch) -> N
     assert calls["slow start"] > 0.5 * calls["even"]
     slow, even = (t.quartiles()[1] for t in timings)
     assert slow < 2 * even
+
+
+def test_machine_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No git on the machine: results name the version."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(bench, "sgemm_gflops", lambda: 1.0)
+    assert bench.machine("cpu")["commit"] == fused_rnn.__version__

@@ -48,15 +48,10 @@ CASE_LIMIT = 40  # seconds
 
 def machine(device: str) -> dict[str, Any]:
     """What a result depends on besides the case."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    with contextlib.suppress(FileNotFoundError):
-        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
-    label = (commit.stdout.strip() + "+changes" * bool(changed.stdout.strip())) if commit.stdout else fused_rnn.__version__
     on_gpu = device == "cuda"
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": label,
+        "commit": _commit(),
         "device": torch.cuda.get_device_properties(0).name if on_gpu else _cpu_name(),
         "driver": driver() if on_gpu else None,
         "torch": torch.__version__,
@@ -67,6 +62,19 @@ def machine(device: str) -> dict[str, Any]:
         "instruction_set": None if on_gpu else fused_rnn.build_info().get("cpu_instruction_set"),
         "sgemm_gflops": None if on_gpu else sgemm_gflops(),
     }
+
+
+def _commit() -> str:
+    """The commit of the source tree, with +changes where files differ from it; the version where git or its folder is missing."""
+
+    def git(*arguments: str) -> str:
+        with contextlib.suppress(FileNotFoundError):
+            command = ["git", "-C", str(Path(__file__).parent), *arguments]
+            return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        return ""
+
+    commit = git("rev-parse", "--short", "HEAD")
+    return commit + "+changes" * bool(git("status", "--porcelain", "-uno")) if commit else fused_rnn.__version__
 
 
 def sgemm_gflops(size: int = 1024, rounds: int = 12) -> float:
