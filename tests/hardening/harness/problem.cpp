@@ -6,6 +6,8 @@
 #include <limits>
 #include <stdexcept>
 
+#include "cpu/previous.h"
+
 namespace harness {
 
 using namespace fused_rnn;
@@ -175,6 +177,35 @@ class Call {
     cpu::backward(backward_, [this](int64_t bytes) { return workspace(bytes); });
     check();
   }
+  // Every row's h before its step, bit by bit.
+  void previous() const {
+    const Sequence& s = forward_.seq;
+    const int64_t row_bytes = p_.P * dtype_size(p_.dtype);
+    for (int d = 0; d < p_.D; ++d) {
+      const Array found(s.N * row_bytes, place_);
+      const char* y = static_cast<const char*>(forward_.y) + d * row_bytes;
+      const char* h0 = forward_.h0 ? static_cast<const char*>(forward_.h0) + d * p_.B * row_bytes : nullptr;
+      previous_rows({s, d == 1, row_bytes, y, p_.D * row_bytes, h0, found.data()});
+      const std::vector<char> zeros(static_cast<size_t>(row_bytes), 0);
+      for (int64_t t = 0; t < p_.T; ++t) {
+        for (int64_t b = 0; b < p_.B; ++b) {
+          if (s.offsets && !is_active(s, t, b)) continue;  // no row
+          const int64_t row = row_of(s, t, b), before = d == 0 ? t - 1 : t + 1;
+          const char* expected = zeros.data();
+          if (is_active(s, t, b) && !is_reset(s, row)) {
+            if (is_active(s, before, b)) {
+              expected = y + row_of(s, before, b) * p_.D * row_bytes;
+            } else if (h0) {
+              expected = h0 + b * row_bytes;
+            }
+          }
+          if (std::memcmp(static_cast<const char*>(found.data()) + row * row_bytes, expected, zeros.size()) != 0) {
+            throw std::runtime_error("previous_rows: row " + std::to_string(row));
+          }
+        }
+      }
+    }
+  }
   // Puts results of another call in the place of what forward kept.
   void replace_saved(const Results& saved) {
     for (const char* name : {"y", "gates", "cs"}) {
@@ -281,6 +312,10 @@ Results train(const Problem& problem, const Inputs& inputs, Place place, const R
   call.forward();
   if (saved) call.replace_saved(*saved);
   call.backward();
+  {
+    const NoFailures none;
+    call.previous();
+  }
   const NoFailures none;
   return call.results();
 }
