@@ -201,7 +201,7 @@ def draw_arguments(case: Case, r: random.Random) -> Arguments:
     if resets is not None and resets.dim() == 2 and r.random() < 0.5:
         resets = resets.t().contiguous().t()
     weights: list[Tensor] = []
-    rows_of_gates, scale = GATES.get(case.kind, 1) * case.hidden, case.hidden**-0.5
+    rows_of_gates, scale = GATES.get(case.kind, 1) * case.hidden, max(case.hidden, case.inputs) ** -0.5
     for layer in range(case.layers):
         for _ in range(d):
             inputs = case.inputs if layer == 0 else d * case.output

@@ -66,6 +66,7 @@ class NoFailures {
 // ---- report ----
 // What the process prints should it die from here on.
 void set_case(const std::string& text);
+std::string get_case();
 void report_case_at_death();
 
 }  // namespace harness

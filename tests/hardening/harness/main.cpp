@@ -309,7 +309,8 @@ void run_for(const char* const* args, F&& run) {
     try {
       run(seed * 1000003 + number);
     } catch (const std::exception& error) {
-      throw std::runtime_error("case " + std::to_string(number) + " of seed " + std::to_string(seed) + ": " + error.what());
+      throw std::runtime_error("case " + std::to_string(number) + " of seed " + std::to_string(seed) + ", " + get_case() +
+                               ": " + error.what());
     }
     ++number, ++done;
   } while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds);

@@ -136,6 +136,8 @@ namespace harness {
 
 void set_case(const std::string& text) { std::snprintf(current_case, sizeof current_case, "%s\n", text.c_str()); }
 
+std::string get_case() { return std::string(current_case, std::strcspn(current_case, "\n")); }
+
 void report_case_at_death() {
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
   __sanitizer_set_death_callback(print_case);

@@ -100,7 +100,8 @@ Inputs make_inputs(const Problem& p) {
     return result;
   };
   const int64_t G = gate_count(p.cell);
-  const double scale = 1 / std::sqrt(static_cast<double>(p.H));
+  // Sums of the order of 1, so that their rounding is that of tests/cases.py.
+  const double scale = 1 / std::sqrt(static_cast<double>(std::max(p.H, p.I)));
   in.x = values(in.N * p.I, 2);
   if (p.states) in.h0 = values(p.D * p.B * p.P, 1);
   if (p.states && p.cell == CellKind::kLstm) in.c0 = values(p.D * p.B * p.H, 1);
