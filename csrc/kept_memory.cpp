@@ -190,10 +190,18 @@ OwnSlot& own_slot() {
 }  // namespace
 
 at::Tensor KeptMemory::empty(at::IntArrayRef shape, at::ScalarType type, int64_t bytes) {
-  int64_t size = bytes;
-  void* memory = take_shared(Use::kTensor, size);
-  return at::from_blob(
-      memory, shape, [size](void* freed) { give_shared(Use::kTensor, freed, size); }, at::TensorOptions(type));
+  // Gives the memory back once, when the tensor is gone or could not be made.
+  struct Block {
+    void* memory = nullptr;
+    int64_t size;
+    ~Block() {
+      if (memory) give_shared(Use::kTensor, memory, size);
+    }
+  };
+  const auto block = std::make_shared<Block>();
+  block->size = bytes;
+  block->memory = take_shared(Use::kTensor, block->size);
+  return at::from_blob(block->memory, shape, [block](void*) {}, at::TensorOptions(type));
 }
 
 void* KeptMemory::take_workspace(int64_t& bytes) {

@@ -26,7 +26,7 @@ def _check_fake(x: Tensor, cell: int, **others: Tensor | Sequence[Tensor] | None
         for tensor in [value] if isinstance(value, Tensor) else value or ():
             if tensor.device != x.device:
                 raise RuntimeError(f"{name}: expected device {x.device} (input's), got {tensor.device}")
-            wide = name == "c0" and tensor.dtype == torch.float32 and x.dtype.itemsize == 2
+            wide = name in ("c0", "dc_n") and tensor.dtype == torch.float32 and x.dtype.itemsize == 2
             if tensor.dtype.is_floating_point and tensor.dtype != x.dtype and not wide:
                 raise RuntimeError(f"{name}: expected dtype {x.dtype} (input's), got {tensor.dtype}")
 
@@ -81,7 +81,10 @@ def _fake_layer_backward(
     mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Shapes of fused_rnn::layer_backward's results."""
-    _check_fake(x, cell, h0=h0, c0=c0, params=params, lengths=lengths, offsets=offsets, resets=resets)
+    _check_fake(
+        x, cell, dy=dy, dh_n=dh_n, dc_n=dc_n, h0=h0, c0=c0, params=params, lengths=lengths, offsets=offsets, resets=resets,
+        y=y, gates=gates, cs=cs,
+    )  # fmt: skip
     return (
         x.new_empty(x.shape) if mask[0] else x.new_empty(0),
         h0.new_empty(h0.shape) if mask[1] and h0 is not None else x.new_empty(0),

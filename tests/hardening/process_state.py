@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 
 import torch
 
 import fused_rnn
-
-try:
-    from fused_rnn import _settings
-except ImportError:  # read from the environment at every call
-    _settings = None
+from fused_rnn import _settings
 
 
 def instruction_sets() -> list[str]:
@@ -24,23 +19,9 @@ def instruction_sets() -> list[str]:
 @contextlib.contextmanager
 def use_instruction_set(name: str) -> Iterator[None]:
     """The CPU kernels of this instruction set serve every call inside the block."""
-    with _setting("FUSED_RNN_CPU", name):
+    with _settings.use("FUSED_RNN_CPU", name):
         assert fused_rnn.build_info()["cpu_instruction_set"] == name
         yield
-
-
-@contextlib.contextmanager
-def _setting(name: str, value: str) -> Iterator[None]:
-    if _settings is not None:
-        with _settings.use(name, value):
-            yield
-        return
-    before = os.environ.get(name, "")
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        os.environ[name] = before
 
 
 @contextlib.contextmanager
