@@ -65,7 +65,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The commit of the source tree, with +changes where files differ from it; the version where git or its folder is missing."""
+    """The commit of the source tree, with +changes where files differ; the version where git or its folder is missing."""
 
     def git(*arguments: str) -> str:
         with contextlib.suppress(FileNotFoundError):
