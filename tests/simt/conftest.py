@@ -42,14 +42,3 @@ def sim_sm75() -> Simulator:
 def small() -> Simulator:
     """Little kernels with known answers."""
     return Simulator(builder.build(SMALL))
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The slow tests here take an hour and more: they run only when -m asks for them."""
-    if config.getoption("markexpr"):
-        return
-    here = Path(__file__).parent
-    slow = [item for item in items if item.get_closest_marker("slow") and here in item.path.parents]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in set(slow)]
