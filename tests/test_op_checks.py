@@ -72,7 +72,7 @@ def test_values_of_offsets(kind: str, what: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ("RNN", "GRU", "LSTM"))
-@pytest.mark.parametrize("sizes", ([2, 2, 2], [100_000, 100_000], [-2, 6], [1, 3], [4, 0, 0]), ids=str)
+@pytest.mark.parametrize("sizes", ([2, 2, 2], [100_000, 100_000], [-2, 6], [1, 3]), ids=str)
 def test_traced_module_with_other_batch_sizes(kind: str, sizes: list[int]) -> None:
     """A graph carries the checks that its Python source made no longer."""
     module = getattr(fused_rnn, kind)(5, 8)
