@@ -176,6 +176,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info,
         "cuda: whether CUDA kernels were built; cpu_instruction_set: the one in use; cpu_instruction_sets: those that this "
         "machine can run.");
+  m.def(
+      "cells",
+      [] {
+        pybind11::list all;
+        for (int cell = 0; cell < fused_rnn::kCellCount; ++cell) {
+          const auto traits = fused_rnn::traits_of(static_cast<fused_rnn::CellKind>(cell));
+          all.append(
+              pybind11::make_tuple(traits.name, traits.gates, traits.slots, traits.saved, traits.has_c, traits.reads_h));
+        }
+        return all;
+      },
+      "csrc/params.h's list of cells: (name, gates, slots, saved, has_c, reads_h) of each.");
   m.def("weight_cache", &weight_cache,
         "Packed weights that are kept from one inference to the next on a CPU: limit and bytes, matrices that no call has "
         "in use, and "

@@ -6,10 +6,7 @@
 // forget gate of Gers et al. 2000, GRU after Cho et al. 2014 in the variant whose reset gate multiplies W_hn h + b_hn.
 //
 // Every cell has
-//   kGates   gate blocks in the weights
-//   kSlots   accumulators of a unit, in the slot order of ForwardParams::gates
-//   kSaved   slots kept for backward (0: y alone suffices)
-//   kHasC    a second state c
+//   kGates, kSlots, kSaved, kHasC, kReadsH   what the list in params.h says of it; slots in the order of ForwardParams::gates
 //   recurrent_slot(g)  the accumulator that gate g of the recurrent product (and b_hh) is added to; gate g of the input
 //                      product is added to slot g
 //   forward(a, h_prev, c_prev, h, c)   a: accumulators in, saved values out; where there are gates with a sigmoid, in two parts:
@@ -43,14 +40,20 @@ FUSED_RNN_HD float relu_mask(float y, float d) { return y > 0.0f ? d : 0.0f; }
 FUSED_RNN_HD double relu_mask(double y, double d) { return y > 0.0 ? d : 0.0; }
 }  // namespace math
 
+// The list's line of a cell as constants.
+template <CellKind kKind>
+struct CellConstants {
+  static constexpr int kGates = traits_of(kKind).gates, kSlots = traits_of(kKind).slots, kSaved = traits_of(kKind).saved;
+  static constexpr bool kHasC = traits_of(kKind).has_c, kReadsH = traits_of(kKind).reads_h;
+};
+
 template <CellKind kKind>
 struct Cell;
 
 // h' = act(x W_ih^T + b_ih + h W_hh^T + b_hh)
 template <CellKind kKind>
-struct RnnCell {
-  static constexpr int kGates = 1, kSlots = 1, kSaved = 0;
-  static constexpr bool kHasC = false;
+struct RnnCell : CellConstants<kKind> {
+  using CellConstants<kKind>::kSlots;
   static constexpr FUSED_RNN_HD int recurrent_slot(int) { return 0; }
 
   template <class V>
@@ -88,9 +91,7 @@ struct Cell<CellKind::kRnnIdentity> : RnnCell<CellKind::kRnnIdentity> {};
 
 // c' = f c + i g,  h' = o tanh(c')   (with a projection the kernel applies W_hr to this h')
 template <>
-struct Cell<CellKind::kLstm> {
-  static constexpr int kGates = 4, kSlots = 4, kSaved = 4;
-  static constexpr bool kHasC = true;
+struct Cell<CellKind::kLstm> : CellConstants<CellKind::kLstm> {
   static constexpr FUSED_RNN_HD int recurrent_slot(int gate) { return gate; }
 
   template <class V>
@@ -131,9 +132,7 @@ struct Cell<CellKind::kLstm> {
 
 // n = tanh(x_n + r hn),  h' = n + z (h - n),  hn = W_hn h + b_hn
 template <>
-struct Cell<CellKind::kGru> {
-  static constexpr int kGates = 3, kSlots = 4, kSaved = 4;
-  static constexpr bool kHasC = false;
+struct Cell<CellKind::kGru> : CellConstants<CellKind::kGru> {
   static constexpr FUSED_RNN_HD int recurrent_slot(int gate) { return gate == 2 ? 3 : gate; }
 
   template <class V>

@@ -1,4 +1,4 @@
-// Run-time cell and dtype to template arguments: the only switches on either.
+// A cell known at run time as a template argument.
 #pragma once
 #include <stdexcept>
 
@@ -15,11 +15,10 @@ struct CellTag {
 template <class F>
 auto dispatch_cell(CellKind cell, F&& f) {
   switch (cell) {
-    case CellKind::kRnnTanh: return f(CellTag<CellKind::kRnnTanh>{});
-    case CellKind::kRnnRelu: return f(CellTag<CellKind::kRnnRelu>{});
-    case CellKind::kRnnIdentity: return f(CellTag<CellKind::kRnnIdentity>{});
-    case CellKind::kLstm: return f(CellTag<CellKind::kLstm>{});
-    case CellKind::kGru: return f(CellTag<CellKind::kGru>{});
+#define FUSED_RNN_CELL(kind, ...) \
+  case CellKind::kind: return f(CellTag<CellKind::kind>{});
+    FUSED_RNN_CELLS(FUSED_RNN_CELL)
+#undef FUSED_RNN_CELL
   }
   throw std::invalid_argument("unknown cell kind");
 }

@@ -120,8 +120,8 @@ LayerShapes check_layer(const LayerInputs& in) {
   TORCH_CHECK(s.T > 0, "input: expected at least 1 time step, got 0");
   const auto dtype = in.x.scalar_type();
   check_optional("h0", in.h0, state_shape(in, s, s.P), in.x, dtype);
-  TORCH_CHECK_VALUE(in.cell == CellKind::kLstm || !in.c0 || !in.c0->defined(),
-                    "c0: expected None for a cell without c, got ", in.c0->sizes());
+  TORCH_CHECK_VALUE(traits_of(in.cell).has_c || !in.c0 || !in.c0->defined(), "c0: expected None for a cell without c, got ",
+                    in.c0->sizes());
   check_optional("c0", in.c0, state_shape(in, s, s.H), in.x, has_wide_c(in) ? at::kFloat : dtype);
   check_optional("lengths", in.lengths, {s.B}, in.x, at::kLong);
   if (packed) {
@@ -270,19 +270,13 @@ Tensor recurrent_weight_gradient(const LayerInputs& in, const LayerShapes& s, co
 }  // namespace
 
 CellKind cell_of(int64_t cell) {
-  TORCH_CHECK_VALUE(cell >= 0 && cell <= 4, "cell: expected 0 to 4, got ", cell);
+  TORCH_CHECK_VALUE(cell >= 0 && cell < kCellCount, "cell: expected 0 to ", kCellCount - 1, ", got ", cell);
   return static_cast<CellKind>(cell);
 }
 
 bool backward_reads_output(CellKind cell, int64_t steps, bool weight_gradients) {
-  switch (cell) {
-    case CellKind::kRnnTanh:
-    case CellKind::kRnnRelu:
-    case CellKind::kRnnIdentity: return true;
-    case CellKind::kGru: return steps > 1;
-    case CellKind::kLstm: break;
-  }
-  return steps > 1 && weight_gradients;
+  const CellTraits traits = traits_of(cell);
+  return traits.saved == 0 || (steps > 1 && (traits.reads_h || weight_gradients));
 }
 
 void check_offsets(const Tensor& offsets, int64_t B, int64_t N) {
@@ -303,15 +297,15 @@ void check_offsets(const Tensor& offsets, int64_t B, int64_t N) {
 ForwardCall prepare_forward(const LayerInputs& in, bool save) {
   const LayerShapes s = check_layer(in);
   ForwardCall call;
-  const bool lstm = in.cell == CellKind::kLstm;
+  const bool has_c = traits_of(in.cell).has_c;
   call.h_n = empty_like(in.x, state_shape(in, s, s.P));
   if (in.one_step) {
     call.y = call.h_n;  // the same values
   } else {
     call.y = empty_like(in.x, in.offsets ? at::DimVector{s.N, s.D * s.P} : at::DimVector{s.T, s.B, s.D * s.P});
   }
-  if (lstm) call.c_n = empty_like(has_wide_c(in) ? *in.c0 : in.x, state_shape(in, s, s.H));
-  if (save && lstm) call.cs = empty_inside(in.x, {s.D, s.N, s.H});
+  if (has_c) call.c_n = empty_like(has_wide_c(in) ? *in.c0 : in.x, state_shape(in, s, s.H));
+  if (save && has_c) call.cs = empty_inside(in.x, {s.D, s.N, s.H});
 
   ForwardParams& p = call.params;
   p = {};
@@ -329,7 +323,7 @@ ForwardCall prepare_forward(const LayerInputs& in, bool save) {
   p.c_n = data_or_null(call.c_n);
   p.cs = data_or_null(call.cs);
   p.training = save;
-  if (save && slot_count(in.cell) > 1) allocate_gates(call);
+  if (save && traits_of(in.cell).saved > 0) allocate_gates(call);
   return call;
 }
 
@@ -342,7 +336,7 @@ void allocate_gates(ForwardCall& call) {
 
 LayerOutputs forward_outputs(const ForwardCall& call, bool save) {
   const auto empty = [&] { return empty_like(call.y, {0}); };
-  const bool keep_gates = save && slot_count(call.params.cell) > 1;
+  const bool keep_gates = save && traits_of(call.params.cell).saved > 0;
   return {call.y, call.h_n, call.c_n.defined() ? call.c_n : empty(), keep_gates ? call.gates : empty(),
           call.cs.defined() ? call.cs : empty()};
 }
@@ -350,23 +344,24 @@ LayerOutputs forward_outputs(const ForwardCall& call, bool save) {
 BackwardCall prepare_backward(const LayerInputs& in, const BackwardInputs& grads, GradientMask mask) {
   const LayerShapes s = check_layer(in);
   const auto dtype = in.x.scalar_type();
-  const bool lstm = in.cell == CellKind::kLstm;
+  const bool has_c = traits_of(in.cell).has_c;
   const int64_t S = slot_count(in.cell);
+  const bool saves = traits_of(in.cell).saved > 0;
   const auto y_shape = in.offsets ? at::DimVector{s.N, s.D * s.P} : at::DimVector{s.T, s.B, s.D * s.P};
   TORCH_CHECK_VALUE(grads.y || !backward_reads_output(in.cell, s.T, mask.weights), "y: expected forward's output, got None");
   check_optional("y", grads.y, y_shape, in.x, dtype);
   check_optional("dy", grads.dy, y_shape, in.x, dtype);
   check_optional("dh_n", grads.dh_n, {s.D, s.B, s.P}, in.x, dtype);
-  if (lstm) check_optional("dc_n", grads.dc_n, {s.D, s.B, s.H}, in.x, has_wide_c(in) ? at::kFloat : dtype);
-  if (S > 1) check_tensor("gates", grads.gates, {s.D, s.N, S, s.H}, in.x, dtype);
-  if (lstm) check_tensor("cs", grads.cs, {s.D, s.N, s.H}, in.x, dtype);
+  if (has_c) check_optional("dc_n", grads.dc_n, {s.D, s.B, s.H}, in.x, has_wide_c(in) ? at::kFloat : dtype);
+  if (saves) check_tensor("gates", grads.gates, {s.D, s.N, S, s.H}, in.x, dtype);
+  if (has_c) check_tensor("cs", grads.cs, {s.D, s.N, s.H}, in.x, dtype);
 
   BackwardCall call;
   call.shapes = s;
   call.d_gates = empty_inside(in.x, {s.D, s.N, S, s.H});
   if (s.projection) call.d_h = empty_inside(in.x, {s.D, s.N, s.P});
   call.d_h0 = empty_like(in.x, {s.D, s.B, s.P});
-  call.d_c0 = lstm ? empty_like(in.x, {s.D, s.B, s.H}) : empty_like(in.x, {0});
+  call.d_c0 = has_c ? empty_like(in.x, {s.D, s.B, s.H}) : empty_like(in.x, {0});
 
   BackwardParams& p = call.params;
   p = {};
@@ -378,11 +373,11 @@ BackwardCall prepare_backward(const LayerInputs& in, const BackwardInputs& grads
   p.c0 = contiguous(in.c0, dtype, call.kept);
   for (int d = 0; d < s.D; ++d) p.weights[d] = weights_of(in, s, d, call.kept);
   p.y = contiguous(grads.y, call.kept);
-  p.gates = S > 1 ? contiguous(grads.gates, call.kept) : nullptr;
-  p.cs = lstm ? contiguous(grads.cs, call.kept) : nullptr;
+  p.gates = saves ? contiguous(grads.gates, call.kept) : nullptr;
+  p.cs = has_c ? contiguous(grads.cs, call.kept) : nullptr;
   p.dy = contiguous(grads.dy, call.kept);
   p.dh_n = contiguous(grads.dh_n, call.kept);
-  p.dc_n = lstm ? contiguous(grads.dc_n, dtype, call.kept) : nullptr;
+  p.dc_n = has_c ? contiguous(grads.dc_n, dtype, call.kept) : nullptr;
   p.d_gates = data_or_null(call.d_gates);
   p.d_h = data_or_null(call.d_h);
   p.d_h0 = data_or_null(call.d_h0);
@@ -391,8 +386,9 @@ BackwardCall prepare_backward(const LayerInputs& in, const BackwardInputs& grads
 }
 
 InputColumns input_columns(CellKind cell, int64_t H, const Tensor& dg) {
-  if (cell != CellKind::kGru) return {{dg, 0}};
-  return {{dg.slice(1, H, 3 * H), 0}, {dg.slice(1, 0, H), 2 * H}};
+  const int64_t G = gate_count(cell);
+  if (slot_count(cell) == G) return {{dg, 0}};
+  return {{dg.slice(1, H, G * H), 0}, {dg.slice(1, 0, H), (G - 1) * H}};
 }
 
 void input_gradient(const LayerInputs& in, const InputColumns& all, const Tensor& dx, int64_t d) {
@@ -408,7 +404,7 @@ LayerGradients gradients_of_layer(const LayerInputs& in, const BackwardInputs& g
                                   GradientMask mask) {
   const LayerShapes& s = call.shapes;
   const int64_t G = gate_count(in.cell), S = slot_count(in.cell), H = s.H;
-  const bool gru = in.cell == CellKind::kGru;
+  const bool apart = S > G;  // the gradient of b_hh is not that of b_ih
   const auto empty = [&] { return empty_like(in.x, {0}); };
   Tensor x = mask.weights ? in.x.contiguous().view({s.N, s.I}) : Tensor();
   // The d_gates of padding are 0, but its x may hold anything, and 0 * NaN is not 0.
@@ -438,7 +434,7 @@ LayerGradients gradients_of_layer(const LayerInputs& in, const BackwardInputs& g
     dparams.push_back(dw_ih);
     dparams.push_back(recurrent_weight_gradient(in, s, d_rg, grads.y, d));
     if (in.has_biases) {
-      if (gru) {
+      if (apart) {
         sum_rows_into(db_hh, d_rg);
       } else {
         db_hh.copy_(db_ih);

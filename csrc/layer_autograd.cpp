@@ -67,14 +67,14 @@ class LayerNode final : public torch::autograd::Node {
     const bool any = std::any_of(grads.begin(), grads.end(), [](const Tensor& t) { return t.defined(); });
     const GradientMask mask = wanted();
     if (!any || !(mask.x || mask.state || mask.weights)) return result;
-    const bool lstm = cell_ == CellKind::kLstm;
+    const bool has_c = traits_of(cell_).has_c;
     // All of them also where gradients are to be differentiated, and to make y again.
     const Arguments a = at::GradMode::is_enabled() || written() ? all_arguments() : arguments(mask);
     const OptionalTensor y = has_y_ ? optional_of(output(a)) : std::nullopt;
     auto [dx, dh0, dc0, dparams] = layer_backward_op().call(
-        optional_of(grads[0]), optional_of(grads[1]), lstm ? optional_of(grads[2]) : std::nullopt, a.x, a.h0, a.c0, a.params,
-        has_biases_, optional_of(lengths_), optional_of(offsets_.unpack()), optional_of(resets_), y, gates_.unpack(),
-        cs_.unpack(), static_cast<int64_t>(cell_), bidirectional_, {mask.x, mask.state, mask.weights});
+        optional_of(grads[0]), optional_of(grads[1]), has_c ? optional_of(grads[2]) : std::nullopt, a.x, a.h0, a.c0,
+        a.params, has_biases_, optional_of(lengths_), optional_of(offsets_.unpack()), optional_of(resets_), y,
+        gates_.unpack(), cs_.unpack(), static_cast<int64_t>(cell_), bidirectional_, {mask.x, mask.state, mask.weights});
     if (mask.x) result[0] = dx;
     if (mask.state && has_h0_) result[1] = dh0;
     if (mask.state && has_c0_) result[2] = dc0;
@@ -116,7 +116,7 @@ class LayerNode final : public torch::autograd::Node {
   Arguments arguments(GradientMask mask) const {
     const auto get = [](const SavedVariable& saved, bool check) { return check ? saved.unpack() : unchecked(saved); };
     Arguments a{get(x_, mask.weights),
-                optional_of(get(h0_, mask.weights || cell_ == CellKind::kGru)),
+                optional_of(get(h0_, mask.weights || traits_of(cell_).reads_h)),
                 optional_of(c0_.unpack()),
                 {}};
     const size_t per_direction = params_.size() / (bidirectional_ ? 2 : 1);
@@ -188,7 +188,7 @@ LayerOutputs layer_autograd(const Tensor& x, const OptionalTensor& h0, const Opt
   static_cast<LayerNode*>(node.get())->keep(out, any_requires_grad(params));
   torch::autograd::set_history(std::get<0>(out), node);
   torch::autograd::set_history(std::get<1>(out), node);
-  if (in.cell == CellKind::kLstm) torch::autograd::set_history(std::get<2>(out), node);
+  if (traits_of(in.cell).has_c) torch::autograd::set_history(std::get<2>(out), node);
   if (!save) std::get<3>(out) = std::get<4>(out) = empty_like(x, {0});
   return out;
 }

@@ -9,7 +9,6 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
-#include <cstring>
 
 #include "ops.h"
 
@@ -61,6 +60,7 @@ struct Watched {
   PyTypeObject* module = nullptr;  // nn.Module
   PyObject* call = nullptr;        // its __call__
   PyObject* global_hooks = nullptr;
+  PyObject* cells = nullptr;  // dict: the number of a cell by its mode or nonlinearity
 };
 Watched& watched() {
   static Watched all;
@@ -165,8 +165,7 @@ bool fits(const OptionalTensor& state, at::IntArrayRef shape, const Tensor& inpu
 }
 // An LSTM's c may be float where the input has 16 bits.
 bool c_fits(const OptionalTensor& c, at::IntArrayRef shape, const Tensor& input) {
-  return fits(c, shape, input) ||
-         (input.element_size() == 2 && c->scalar_type() == at::kFloat && c->sizes() == shape);
+  return fits(c, shape, input) || (input.element_size() == 2 && c->scalar_type() == at::kFloat && c->sizes() == shape);
 }
 
 // Runs f without the GIL, and with the tensors owned, where it takes long enough for another thread to gain from it: more than
@@ -265,15 +264,11 @@ const Watched::Forward* plain_forward(PyObject* module, const Fields& fields) {
   return nullptr;
 }
 
-// The cell of an RNN by its `mode` or an RNNCell's `nonlinearity`; -1 if it is neither's.
+// The cell of an RNN by its `mode` or an RNNCell's `nonlinearity`; -1 if it is no cell's.
 int64_t cell_by_name(const Fields& fields, bool is_cell) {
-  PyObject* field = fields.get(is_cell ? names().nonlinearity : names().mode);
-  const char* name = field && PyUnicode_Check(field) ? PyUnicode_AsUTF8(field) : nullptr;
-  constexpr const char* kNames[2][3] = {{"RNN_TANH", "RNN_RELU", "RNN_IDENTITY"}, {"tanh", "relu", "identity"}};
-  for (int64_t cell = 0; name && cell < 3; ++cell) {
-    if (std::strcmp(name, kNames[is_cell][cell]) == 0) return cell;
-  }
-  return -1;
+  PyObject* name = fields.get(is_cell ? names().nonlinearity : names().mode);
+  PyObject* cell = name && PyUnicode_Check(name) ? PyDict_GetItemWithError(watched().cells, name) : nullptr;
+  return cell ? PyLong_AsLongLong(cell) : -1;
 }
 
 PyObject* call(PyObject* module, PyObject* input, PyObject* hx) {
@@ -287,7 +282,7 @@ PyObject* call(PyObject* module, PyObject* input, PyObject* hx) {
   const int64_t cell = forward->cell >= 0 ? forward->cell : cell_by_name(fields, forward->is_cell);
   if (cell < 0) return nullptr;
   BorrowedState h, c;
-  if (static_cast<CellKind>(cell) == CellKind::kLstm && hx && hx != Py_None) {
+  if (traits_of(static_cast<CellKind>(cell)).has_c && hx && hx != Py_None) {
     if (!PyTuple_Check(hx) || PyTuple_GET_SIZE(hx) != 2 || PyTuple_GET_ITEM(hx, 0) == Py_None ||
         PyTuple_GET_ITEM(hx, 1) == Py_None || !h.read(PyTuple_GET_ITEM(hx, 0)) || !c.read(PyTuple_GET_ITEM(hx, 1))) {
       return nullptr;
@@ -310,8 +305,9 @@ PyObject* call_module(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 PyObject* watch_modules(PyObject*, PyObject* args) {
-  PyObject *module = nullptr, *global_hooks = nullptr, *forwards = nullptr;
-  if (!PyArg_ParseTuple(args, "O!O!O!", &PyType_Type, &module, &PyTuple_Type, &global_hooks, &PyTuple_Type, &forwards)) {
+  PyObject *module = nullptr, *global_hooks = nullptr, *forwards = nullptr, *cells = nullptr;
+  if (!PyArg_ParseTuple(args, "O!O!O!O!", &PyType_Type, &module, &PyTuple_Type, &global_hooks, &PyTuple_Type, &forwards,
+                        &PyDict_Type, &cells)) {
     return nullptr;
   }
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(global_hooks); ++i) {
@@ -333,9 +329,11 @@ PyObject* watch_modules(PyObject*, PyObject* args) {
   all.module = reinterpret_cast<PyTypeObject*>(module);
   all.call = _PyType_Lookup(all.module, names().call);
   all.global_hooks = global_hooks;
+  all.cells = cells;
   Py_INCREF(module);
   Py_INCREF(all.call);
   Py_INCREF(global_hooks);
+  Py_INCREF(cells);
   Py_RETURN_NONE;
 }
 

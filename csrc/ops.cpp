@@ -117,8 +117,8 @@ std::tuple<Tensor, Tensor> cell_step(const Tensor& input, const OptionalTensor& 
   const auto lifted = [](const OptionalTensor& t) { return t ? OptionalTensor(t->unsqueeze(0)) : std::nullopt; };
   auto [y, h_n, c_n, gates, cs] = layer_op().call(input.unsqueeze(0), lifted(h), lifted(c), params, has_biases, std::nullopt,
                                                   std::nullopt, std::nullopt, cell, /*bidirectional=*/false, /*save=*/false);
-  const bool lstm = cell_of(cell) == CellKind::kLstm;
-  return {y.squeeze(0), lstm ? c_n.squeeze(0) : c_n};
+  const bool has_c = traits_of(cell_of(cell)).has_c;
+  return {y.squeeze(0), has_c ? c_n.squeeze(0) : c_n};
 }
 
 }  // namespace
@@ -176,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor> rnn_on_cpu(const Tensor& input, const Optiona
   if (differentiates(input, h0, c0, weights)) {
     auto [y, h_n, c_n] = rnn(input, h0, c0, weights, lengths, offsets, resets, cell, num_layers, has_biases, bidirectional,
                              dropout, training, batch_first);
-    return {y, h_n, cell_of(cell) == CellKind::kLstm ? c_n : Tensor()};
+    return {y, h_n, traits_of(cell_of(cell)).has_c ? c_n : Tensor()};
   }
   const at::AutoDispatchBelowADInplaceOrView guard;
   const auto layer = [&](const Tensor& x, const OptionalTensor& h, const OptionalTensor& c, at::TensorList params,
@@ -195,7 +195,7 @@ std::tuple<Tensor, Tensor> cell_on_cpu(const Tensor& input, const OptionalTensor
                                        at::TensorList params, bool has_biases, int64_t cell) {
   if (differentiates(input, h, c, params)) {
     auto [new_h, new_c] = cell_step(input, h, c, params, has_biases, cell);
-    return {new_h, cell_of(cell) == CellKind::kLstm ? new_c : Tensor()};
+    return {new_h, traits_of(cell_of(cell)).has_c ? new_c : Tensor()};
   }
   const at::AutoDispatchBelowADInplaceOrView guard;
   ForwardCall call = prepare_forward({input, h, c, params, has_biases, std::nullopt, std::nullopt, std::nullopt,

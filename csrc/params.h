@@ -21,11 +21,52 @@
 
 namespace fused_rnn {
 
-enum class CellKind : int { kRnnTanh = 0, kRnnRelu = 1, kRnnIdentity = 2, kLstm = 3, kGru = 4 };
+// Every cell, once. The enum, its counts, the dispatch, the CPU's tables and CUDA's instantiations are made of this list; the formulas are
+// in cells.h, and fused_rnn/_kinds.py is its twin in Python (tests/test_kinds.py compares them).
+// X(kind, name, gates, slots, saved, has_c, reads_h)
+//   gates    blocks of the weights
+//   slots    accumulators of a unit
+//   saved    slots kept for backward; 0: y alone suffices
+//   has_c    a second state c
+//   reads_h  the step reads h outside the recurrent product, so that backward hands a part of the gradient of h past the product
+#define FUSED_RNN_CELLS(X)                               \
+  X(kRnnTanh, "rnn_tanh", 1, 1, 0, false, false)         \
+  X(kRnnRelu, "rnn_relu", 1, 1, 0, false, false)         \
+  X(kRnnIdentity, "rnn_identity", 1, 1, 0, false, false) \
+  X(kLstm, "lstm", 4, 4, 4, true, false)                 \
+  X(kGru, "gru", 3, 4, 4, false, true)
+
+enum class CellKind : int {
+#define FUSED_RNN_CELL(kind, ...) kind,
+  FUSED_RNN_CELLS(FUSED_RNN_CELL)
+#undef FUSED_RNN_CELL
+};
+
+// What the list says of one cell.
+struct CellTraits {
+  const char* name;
+  int gates, slots, saved;
+  bool has_c, reads_h;
+};
+
+constexpr FUSED_RNN_HD CellTraits traits_of(CellKind cell) {
+  switch (cell) {
+#define FUSED_RNN_CELL(kind, ...) \
+  case CellKind::kind: return {__VA_ARGS__};
+    FUSED_RNN_CELLS(FUSED_RNN_CELL)
+#undef FUSED_RNN_CELL
+  }
+  return {};
+}
+
+#define FUSED_RNN_CELL(...) +1
+constexpr int kCellCount = 0 FUSED_RNN_CELLS(FUSED_RNN_CELL);
+#undef FUSED_RNN_CELL
+
 enum class DType : int { kFloat64 = 0, kFloat32 = 1, kFloat16 = 2, kBFloat16 = 3 };
 
-constexpr FUSED_RNN_HD int gate_count(CellKind cell) { return cell == CellKind::kLstm ? 4 : cell == CellKind::kGru ? 3 : 1; }
-constexpr FUSED_RNN_HD int slot_count(CellKind cell) { return cell == CellKind::kLstm || cell == CellKind::kGru ? 4 : 1; }
+constexpr FUSED_RNN_HD int gate_count(CellKind cell) { return traits_of(cell).gates; }
+constexpr FUSED_RNN_HD int slot_count(CellKind cell) { return traits_of(cell).slots; }
 constexpr int64_t dtype_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 // Where the rows of a batch of sequences lie and which take part in a step. At most one of lengths and offsets is given.

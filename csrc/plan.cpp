@@ -207,7 +207,8 @@ WorkspaceLayout workspace_layout(const Problem& p) {
   const int64_t units = p.D * p.B * p.H;
   const auto aligned = [](int64_t bytes) { return ceil_div(bytes, 256) * 256; };
   WorkspaceLayout layout{};
-  if (p.cell == CellKind::kLstm || (p.cell == CellKind::kGru && p.backward)) {
+  const CellTraits cell = traits_of(p.cell);
+  if (cell.has_c || (cell.reads_h && p.backward)) {
     layout.carry_bytes = units * (p.dtype == DType::kFloat64 ? 8 : 4);
   }
   layout.hidden = aligned(layout.carry_bytes);

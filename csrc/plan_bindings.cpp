@@ -21,7 +21,6 @@ namespace {
 
 namespace py = pybind11;
 
-constexpr const char* kCells[] = {"rnn_tanh", "rnn_relu", "rnn_identity", "lstm", "gru"};
 constexpr const char* kDTypes[] = {"float64", "float32", "float16", "bfloat16"};
 constexpr const char* kTiles[] = {"small", "medium", "large"};
 constexpr const char* kMaths[] = {"fp64", "fp32", "tf32", "fp16", "bf16"};
@@ -32,6 +31,13 @@ Enum parse(const char* what, const std::string& name, const char* const (&names)
     if (name == names[i]) return static_cast<Enum>(i);
   }
   throw std::invalid_argument(std::string("unknown ") + what + " '" + name + "'");
+}
+
+CellKind parse_cell(const std::string& name) {
+  for (int cell = 0; cell < kCellCount; ++cell) {
+    if (name == traits_of(static_cast<CellKind>(cell)).name) return static_cast<CellKind>(cell);
+  }
+  throw std::invalid_argument("unknown cell '" + name + "'");
 }
 
 py::dict to_dict(const Problem& problem, const KernelPlan& kernel) {
@@ -69,18 +75,9 @@ py::dict to_dict(const PersistentPlan& plan) {
 
 Problem problem_of(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
                    std::optional<int64_t> P, int D, bool allow_tf32, bool ragged, bool training, bool backward) {
-  return {parse<CellKind>("cell", cell, kCells),
-          parse<DType>("dtype", dtype, kDTypes),
-          allow_tf32,
-          T,
-          B,
-          I,
-          H,
-          P.value_or(H),
-          D,
-          ragged,
-          training,
-          backward};
+  return {
+      parse_cell(cell), parse<DType>("dtype", dtype, kDTypes), allow_tf32, T, B, I, H, P.value_or(H), D, ragged, training,
+      backward};
 }
 
 DeviceInfo device_of(const py::dict& device) {
@@ -196,7 +193,7 @@ py::dict cuda_device(int index) {
 
 py::dict cpu_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
                   std::optional<int64_t> P, int D, bool training, bool backward) {
-  const CellKind kind = parse<CellKind>("cell", cell, kCells);
+  const CellKind kind = parse_cell(cell);
   const DType type = parse<DType>("dtype", dtype, kDTypes);
   const Sequence sequence{T, B, T * B, nullptr, nullptr, nullptr};
   static constexpr char kProjection = 0;  // any address: the plan asks only whether there is one

@@ -58,7 +58,7 @@ class StackFunction : public torch::autograd::Function<StackFunction> {
     ctx->saved_data["dropout"] = stack->dropout;
     ctx->saved_data["need_x"] = x.requires_grad();
     ctx->saved_data["need_state"] = requires_grad(h0) || requires_grad(c0);
-    const int64_t differentiable = stack->layers * (stack->cell == CellKind::kLstm ? 3 : 2);
+    const int64_t differentiable = stack->layers * (traits_of(stack->cell).has_c ? 3 : 2);
     ctx->mark_non_differentiable({results.begin() + differentiable, results.end()});
     ctx->set_materialize_grads(false);
     return results;
@@ -99,7 +99,7 @@ class StackFunction : public torch::autograd::Function<StackFunction> {
       masks.push_back({l > 0 || ctx->saved_data["need_x"].toBool(), ctx->saved_data["need_state"].toBool(),
                        any_requires_grad(params_of_layer(stack.weights, l, layers))});
       given.dh_n.push_back(optional_of(grads[layers + l]));
-      given.dc_n.push_back(stack.cell == CellKind::kLstm ? optional_of(grads[2 * layers + l]) : std::nullopt);
+      given.dc_n.push_back(traits_of(stack.cell).has_c ? optional_of(grads[2 * layers + l]) : std::nullopt);
     }
     if (ctx->saved_data["output_version"].toTensor()._version() != ctx->saved_data["output_version_then"].toInt()) {
       std::get<0>(outputs.layers.back()) = last_output(stack, outputs);

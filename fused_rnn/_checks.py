@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn.reference import GRU, LSTM, RNN_IDENTITY, RNN_RELU, RNN_TANH
+from fused_rnn._kinds import KINDS, LSTM, NUMBER_OF_NONLINEARITY, RNN_RELU
 
-GATES = {RNN_TANH: 1, RNN_RELU: 1, RNN_IDENTITY: 1, LSTM: 4, GRU: 3}
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # those with kernels
 COMPLEX = (torch.complex64, torch.complex128)  # served by the reference
-_NONLINEARITIES = {"tanh": RNN_TANH, "relu": RNN_RELU, "identity": RNN_IDENTITY}
 _STRIDED = torch.strided
 
 
@@ -95,7 +93,7 @@ def _check_like_input(name: str, tensor: Any, input: Tensor, autocast: bool) -> 
 
 
 def rnn_kind(nonlinearity: Any) -> int:
-    kind = _NONLINEARITIES.get(nonlinearity) if isinstance(nonlinearity, str) else None
+    kind = NUMBER_OF_NONLINEARITY.get(nonlinearity) if isinstance(nonlinearity, str) else None
     if kind is None:
         raise ValueError(f"nonlinearity: expected 'tanh', 'relu' or 'identity', got {nonlinearity!r}")
     return kind
@@ -191,7 +189,7 @@ def check_weights(
 ) -> tuple[int, int]:
     """Checks number and shapes of weights; returns (H, P)."""
     per_group, base = weights_per_group(cell, weights, num_layers, directions, biases)
-    gates, w_hh = GATES[cell], weights[1]
+    gates, w_hh = KINDS[cell].gates, weights[1]
     if w_hh.dim() != 2 or w_hh.shape[0] % gates or 0 in w_hh.shape:
         raise ValueError(f"{name(1)}: expected shape [{gates}*H, P] with H, P >= 1, got {list(w_hh.shape)}")
     hidden, out = w_hh.shape[0] // gates, w_hh.shape[1]

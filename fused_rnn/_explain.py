@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import _backend, _checks, _settings, functional
+from fused_rnn._kinds import KINDS, NUMBER_OF_MODE, NUMBER_OF_NONLINEARITY
 from fused_rnn.cells import _Cell
-from fused_rnn.functional import CELLS
 from fused_rnn.modules import _Layer
 
 _KIB = 1024
@@ -40,10 +40,6 @@ DEVICES = {
     "B200": _device(100, 148, 227, 228, 2048, 126, 16),
     "RTX 5090": _device(120, 170, 99, 100, 1536, 96, 8),
 }
-
-_CELL_NAMES = {CELLS["RNN_TANH"]: "rnn_tanh", CELLS["RNN_RELU"]: "rnn_relu", CELLS["RNN_IDENTITY"]: "rnn_identity"}
-_CELL_NAMES |= {CELLS["LSTM"]: "lstm", CELLS["GRU"]: "gru"}
-_SLOTS = {"lstm": 4, "gru": 4}  # of the gates that forward saves for backward (csrc/params.h); RNN cells save none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,14 +160,15 @@ def explain(
     forced = _settings.value("FUSED_RNN_PLAN") or None
     if backend == "cuda" and described is None:
         described = _C().cuda_device(torch.cuda.current_device() if data.device.index is None else data.device.index)
-    cell = _CELL_NAMES[_kind(module)]
+    kind = KINDS[_kind(module)]
+    cell = kind.name
     layers = []
     packed = isinstance(input, PackedSequence)
     for size in sizes:
         problem = {"cell": cell, "dtype": str(dtype).removeprefix("torch."), **size}
         forward = _plan(backend, problem, described, forced, packed, training, backward=False)
         backward = _plan(backend, problem, described, forced, packed, training, backward=True) if training else None
-        saved = size["D"] * rows * size["H"] * (_SLOTS.get(cell, 0) + (cell == "lstm")) * dtype.itemsize
+        saved = size["D"] * rows * size["H"] * (kind.saved + kind.has_c) * dtype.itemsize
         saved = saved if training and backend != "reference" else 0
         layers.append(LayerPlan(N=rows, forward=forward, backward=backward, saved_bytes=saved, **size))
     name = str(dtype).removeprefix("torch.")
@@ -190,10 +187,10 @@ def _C() -> Any:
 
 def _kind(module: nn.Module) -> int:
     if isinstance(module, _Layer):
-        return CELLS[module.mode]
+        return NUMBER_OF_MODE[module.mode]
     if isinstance(module, nn.RNNCell):
-        return CELLS[f"RNN_{module.nonlinearity.upper()}"]
-    return CELLS["LSTM" if isinstance(module, nn.LSTMCell) else "GRU"]
+        return NUMBER_OF_NONLINEARITY[module.nonlinearity]
+    return NUMBER_OF_MODE["LSTM" if isinstance(module, nn.LSTMCell) else "GRU"]
 
 
 def _sizes(module: nn.Module, input: Tensor | PackedSequence) -> tuple[list[dict[str, int]], int]:

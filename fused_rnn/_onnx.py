@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn import reference
-from fused_rnn.reference import GRU, LSTM, RNN_IDENTITY, RNN_RELU, RNN_TANH
+from fused_rnn._kinds import GRU, KINDS, LSTM, RNN_IDENTITY, RNN_RELU, RNN_TANH
 
 _OPERATOR = {LSTM: "LSTM", GRU: "GRU", RNN_TANH: "RNN", RNN_RELU: "RNN", RNN_IDENTITY: "RNN"}
 _GATES = {LSTM: (0, 3, 1, 2), GRU: (1, 0, 2)}  # ONNX's order, by the index in torch's
@@ -134,7 +134,7 @@ def _loops(
     """A layer as a loop for each direction: x [T, B, I] -> y [T, B, D*P], h_n [D, B, P], c_n [D, B, H] (h_n without c)."""
     y, h_n, c_n = [], [], []
     for direction, params in enumerate(groups):
-        hidden = params[0].shape[0] // (4 if cell == LSTM else 3 if cell == GRU else 1)
+        hidden = params[0].shape[0] // KINDS[cell].gates
         # Copies of given states: of views, torch.export took the batch size for a constant (torch 2.13).
         state = [x.new_zeros(x.shape[1], params[1].shape[1]) if h0 is None else h0[direction].clone()]
         if cell == LSTM:

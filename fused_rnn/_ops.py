@@ -10,9 +10,7 @@ from torch import Tensor
 
 from fused_rnn import _flops, reference
 from fused_rnn._backend import _C
-
-_STATES = {reference.LSTM: 4, reference.GRU: 4}  # slots of the saved gates (csrc/params.h); RNN cells save none
-_GATES = {reference.LSTM: 4, reference.GRU: 3}
+from fused_rnn._kinds import KINDS
 
 
 def _check_fake(x: Tensor, cell: int, **others: Tensor | Sequence[Tensor] | None) -> None:
@@ -20,8 +18,8 @@ def _check_fake(x: Tensor, cell: int, **others: Tensor | Sequence[Tensor] | None
 
     One tensor on the meta device is enough for torch to call a fake kernel, whose results are uninitialised memory.
     """
-    if not 0 <= cell <= 4:
-        raise ValueError(f"cell: expected 0 to 4, got {cell}")
+    if not 0 <= cell < len(KINDS):
+        raise ValueError(f"cell: expected 0 to {len(KINDS) - 1}, got {cell}")
     for name, value in others.items():
         for tensor in [value] if isinstance(value, Tensor) else value or ():
             if tensor.device != x.device:
@@ -47,17 +45,16 @@ def _fake_layer(
     """Shapes of fused_rnn::layer's results."""
     _check_fake(x, cell, h0=h0, c0=c0, params=params, lengths=lengths, offsets=offsets, resets=resets)
     directions = 2 if bidirectional else 1
-    w_hh = params[1]
-    hidden, out = w_hh.shape[0] // _GATES.get(cell, 1), w_hh.shape[1]
+    kind, w_hh = KINDS[cell], params[1]
+    hidden, out = w_hh.shape[0] // kind.gates, w_hh.shape[1]
     rows = x.shape[0] if offsets is not None else x.shape[0] * x.shape[1]
     batch = h0.shape[1] if offsets is not None and h0 is not None else x.shape[1]
-    lstm, slots = cell == reference.LSTM, _STATES.get(cell, 0)
     return (
         x.new_empty(*x.shape[:-1], directions * out),
         x.new_empty(directions, batch, out),
-        (x if c0 is None else c0).new_empty(directions, batch, hidden) if lstm else x.new_empty(0),
-        x.new_empty(directions, rows, slots, hidden) if save and slots else x.new_empty(0),
-        x.new_empty(directions, rows, hidden) if save and lstm else x.new_empty(0),
+        (x if c0 is None else c0).new_empty(directions, batch, hidden) if kind.has_c else x.new_empty(0),
+        x.new_empty(directions, rows, kind.slots, hidden) if save and kind.saved else x.new_empty(0),
+        x.new_empty(directions, rows, hidden) if save and kind.has_c else x.new_empty(0),
     )
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from fused_rnn import _backend
+from fused_rnn._kinds import NUMBER_OF_MODE, NUMBER_OF_NONLINEARITY
 
 _GLOBAL_HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 _call_module = None if _backend._C is None else _backend._C.call_module
@@ -48,4 +49,4 @@ def watch(*forwards: tuple[Callable[..., Any], bool, int]) -> None:
     the module's ``mode`` or ``nonlinearity``)."""
     hooks = [getattr(nn.modules.module, f"_global_{when}_hooks", None) for when in _GLOBAL_HOOKS]
     if _backend._C is not None and None not in hooks:  # a torch that keeps its hooks elsewhere: no quick calls
-        _backend._C.watch_modules(nn.Module, tuple(hooks), forwards)
+        _backend._C.watch_modules(nn.Module, tuple(hooks), forwards, {**NUMBER_OF_MODE, **NUMBER_OF_NONLINEARITY})

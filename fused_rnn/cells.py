@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from fused_rnn import _checks, _opacus
+from fused_rnn._kinds import GRU, LSTM, NUMBER_OF_NONLINEARITY
 from fused_rnn._quick_call import QuickCall, watch
-from fused_rnn.functional import CELLS, run_cell
+from fused_rnn.functional import run_cell
 from fused_rnn.modules import _refuse_scripting, check_layout, check_like, check_parameters, type_name
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
-_LSTM, _GRU = CELLS["LSTM"], CELLS["GRU"]
-_RNN = {"tanh": CELLS["RNN_TANH"], "relu": CELLS["RNN_RELU"], "identity": CELLS["RNN_IDENTITY"]}
 _WITH_BIASES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
@@ -64,7 +63,7 @@ class _Cell(QuickCall, nn.RNNCellBase):
                 self._check(input, h, c, weights)
         new_h, new_c = run_cell(cell, input, h, c, weights, len(weights) == 4)
         if unbatched:
-            return new_h.squeeze(0), new_c.squeeze(0) if cell == _LSTM else new_c
+            return new_h.squeeze(0), new_c.squeeze(0) if cell == LSTM else new_c
         return new_h, new_c
 
     def _check(self, input: Tensor, h: Tensor | None, c: Tensor | None, weights: list[Tensor]) -> None:
@@ -128,13 +127,13 @@ class RNNCell(_Cell, nn.RNNCell):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        if nonlinearity not in _RNN:
+        if nonlinearity not in NUMBER_OF_NONLINEARITY:
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh', 'relu' or 'identity'.")
         super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """input [B, I] or [I], hx [B, H] or [H] or None -> h' [B, H] or [H]."""
-        cell = _RNN.get(self.nonlinearity)
+        cell = NUMBER_OF_NONLINEARITY.get(self.nonlinearity)
         if cell is None:
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return self._run_single_state(cell, input, hx)
@@ -149,7 +148,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
         if dim != 2 and dim != 1:
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {dim}D instead")
         if hx is None:
-            return self._run(_LSTM, input, None, None)
+            return self._run(LSTM, input, None, None)
         for index, value in enumerate(hx):
             if value.dim() not in (1, 2):
                 raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {value.dim()}D instead")
@@ -157,7 +156,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
             raise TypeError("lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
         if len(hx) != 2:
             raise RuntimeError("lstm_cell expects two hidden states")
-        return self._run(_LSTM, input, hx[0], hx[1])
+        return self._run(LSTM, input, hx[0], hx[1])
 
 
 class GRUCell(_Cell, nn.GRUCell):
@@ -167,7 +166,7 @@ class GRUCell(_Cell, nn.GRUCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """input [B, I] or [I], hx [B, H] or [H] or None -> h' [B, H] or [H]."""
-        return self._run_single_state(_GRU, input, hx)
+        return self._run_single_state(GRU, input, hx)
 
 
-watch((LSTMCell.forward, True, _LSTM), (GRUCell.forward, True, _GRU), (RNNCell.forward, True, -1))
+watch((LSTMCell.forward, True, LSTM), (GRUCell.forward, True, GRU), (RNNCell.forward, True, -1))

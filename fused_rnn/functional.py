@@ -18,11 +18,10 @@ from torch.compiler import is_exporting
 
 from fused_rnn import _checks, _onnx, _ops, reference
 from fused_rnn._backend import uses_ops
-from fused_rnn.reference import GRU, LSTM, RNN_IDENTITY, RNN_RELU, RNN_TANH
+from fused_rnn._kinds import GRU, KINDS, LSTM
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
-CELLS = {"RNN_TANH": RNN_TANH, "RNN_RELU": RNN_RELU, "RNN_IDENTITY": RNN_IDENTITY, "LSTM": LSTM, "GRU": GRU}
 _DTYPES = _checks.DTYPES
 
 
@@ -291,7 +290,7 @@ def _traced_for_reference(
         return None if tensor is None else torch.stack([tensor, tensor.new_zeros(shape)])[0]
 
     rows, batch = num_layers * (1 + bidirectional), input.shape[batch_dim]
-    out, hidden = weights[1].shape[1], weights[1].shape[0] // _checks.GATES[cell]
+    out, hidden = weights[1].shape[1], weights[1].shape[0] // KINDS[cell].gates
     return (
         pinned(input, *input.shape[:2], weights[0].shape[1]),
         pinned(h0, rows, batch, out),

@@ -24,13 +24,11 @@ from torch import Tensor, nn
 from torch.compiler import is_exporting
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import _checks, _onnx, _opacus
+from fused_rnn import _checks, _kinds, _onnx, _opacus
 from fused_rnn._quick_call import QuickCall, watch
-from fused_rnn.functional import CELLS, run_rnn
+from fused_rnn.functional import run_rnn
 
 __all__ = ["GRU", "LSTM", "RNN"]
-
-_LSTM, _GRU = CELLS["LSTM"], CELLS["GRU"]
 
 
 def _refuse_scripting(module: nn.Module) -> nn.Module:
@@ -330,8 +328,8 @@ class _Layer(QuickCall, nn.RNNBase):
                 hx = hx.unsqueeze(1)
             input = input.unsqueeze(0 if self.batch_first else 1)
         elif dim != 3:
-            noun = "D tensor instead" if cell != _GRU else "D instead"
-            raise ValueError(f"{'GRU' if cell == _GRU else 'RNN'}: Expected input to be 2D or 3D, got {dim}{noun}")
+            noun = "D tensor instead" if cell != _kinds.GRU else "D instead"
+            raise ValueError(f"{'GRU' if cell == _kinds.GRU else 'RNN'}: Expected input to be 2D or 3D, got {dim}{noun}")
         elif hx is not None and hx.dim() != 3:
             raise RuntimeError(f"For batched 3-D input, hx should also be 3-D but got {hx.dim()}-D tensor")
         output, h_n, _ = self._run(cell, input, hx, None)
@@ -342,9 +340,9 @@ class _Layer(QuickCall, nn.RNNBase):
     def _forward_packed(self, cell: int, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
         """Forward of a packed sequence; hx and the returned state are in the caller's order of rows."""
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        h0, c0 = (None, None) if hx is None else _pair(hx) if cell == _LSTM else (hx, None)
+        h0, c0 = (None, None) if hx is None else _pair(hx) if cell == _kinds.LSTM else (hx, None)
         output, h_n, c_n = self._run(cell, data, h0, c0, batch_sizes, sorted_indices)
-        hidden: Any = (h_n, c_n) if cell == _LSTM else h_n
+        hidden: Any = (h_n, c_n) if cell == _kinds.LSTM else h_n
         return (
             PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices),
             self.permute_hidden(hidden, unsorted_indices),
@@ -366,7 +364,7 @@ class LSTM(_Layer, nn.LSTM):
         """input [T, B, I] ([B, T, I] with batch_first; [T, I]; PackedSequence), hx (h0 [L*D, B, P], c0 [L*D, B, H]) or None
         -> output [T, B, D*P] in the input's form, (h_n [L*D, B, P], c_n [L*D, B, H])."""
         if isinstance(input, PackedSequence):
-            return self._forward_packed(_LSTM, input, hx)
+            return self._forward_packed(_kinds.LSTM, input, hx)
         dim = input.dim()
         if dim != 3 and dim != 2:
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {dim}D instead")
@@ -384,7 +382,7 @@ class LSTM(_Layer, nn.LSTM):
             input = input.unsqueeze(0 if self.batch_first else 1)
             if h0 is not None:
                 h0, c0 = h0.unsqueeze(1), c0.unsqueeze(1)
-        output, h_n, c_n = self._run(_LSTM, input, h0, c0)
+        output, h_n, c_n = self._run(_kinds.LSTM, input, h0, c0)
         if dim == 2:
             return output.squeeze(0 if self.batch_first else 1), (h_n.squeeze(1), c_n.squeeze(1))
         return output, (h_n, c_n)
@@ -396,7 +394,7 @@ class GRU(_Layer, nn.GRU):
     def forward(self, input, hx=None):  # type: ignore[no-untyped-def]
         """input [T, B, I] ([B, T, I] with batch_first; [T, I]; PackedSequence), hx [L*D, B, H] or None
         -> output [T, B, D*H] in the input's form, h_n [L*D, B, H]."""
-        return self._forward_single_state(_GRU, input, hx)
+        return self._forward_single_state(_kinds.GRU, input, hx)
 
 
 class RNN(_Layer, nn.RNN):
@@ -419,7 +417,7 @@ class RNN(_Layer, nn.RNN):
     def forward(self, input, hx=None):  # type: ignore[no-untyped-def]
         """input [T, B, I] ([B, T, I] with batch_first; [T, I]; PackedSequence), hx [L*D, B, H] or None
         -> output [T, B, D*H] in the input's form, h_n [L*D, B, H]."""
-        return self._forward_single_state(CELLS[self.mode], input, hx)
+        return self._forward_single_state(_kinds.NUMBER_OF_MODE[self.mode], input, hx)
 
 
-watch((LSTM.forward, False, _LSTM), (GRU.forward, False, _GRU), (RNN.forward, False, -1))
+watch((LSTM.forward, False, _kinds.LSTM), (GRU.forward, False, _kinds.GRU), (RNN.forward, False, -1))

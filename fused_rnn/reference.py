@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-RNN_TANH, RNN_RELU, RNN_IDENTITY, LSTM, GRU = range(5)
+from fused_rnn._kinds import GRU, KINDS, LSTM, RNN_RELU, RNN_TANH
 
 
 def step(
@@ -111,7 +111,7 @@ def layer(
     scans = []
     for d in range(directions):
         p = params[d * per_direction : (d + 1) * per_direction]
-        hidden = p[1].shape[0] // (4 if cell == LSTM else 3 if cell == GRU else 1)
+        hidden = p[1].shape[0] // KINDS[cell].gates
         batch = x.shape[1] if h0 is None else h0.shape[1]
         h = x.new_zeros(batch, p[1].shape[1]) if h0 is None else h0[d]
         c = None if cell != LSTM else x.new_zeros(batch, hidden) if c0 is None else c0[d]

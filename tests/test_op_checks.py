@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fused_rnn
-from fused_rnn import functional, use_backend
+from fused_rnn import _kinds, functional, use_backend
 from fused_rnn._backend import has_cpu_kernels
 
 if not has_cpu_kernels():
     pytest.skip("needs the compiled extension", allow_module_level=True)
 
-KINDS = functional.CELLS
+KINDS = _kinds.NUMBER_OF_MODE
 ops = torch.ops.fused_rnn
 
 # Offsets of 5 rows in steps of 3 and 2, and what is wrong with others.

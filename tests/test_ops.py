@@ -9,10 +9,10 @@ import torch
 from cases import CELLS, Case, make_data
 
 import fused_rnn
-from fused_rnn import functional, use_backend
+from fused_rnn import _kinds, functional, use_backend
 from fused_rnn._backend import forced_backend, has_cpu_kernels
 
-KINDS = functional.CELLS
+KINDS = _kinds.NUMBER_OF_MODE
 RAGGED = ("dense", "lengths", "packed")
 
 if not has_cpu_kernels():

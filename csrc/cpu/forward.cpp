@@ -339,7 +339,7 @@ int64_t ForwardScan<A>::step(Worker& w, int64_t step, int64_t first_xg) const {
                             w.h[1 - copy] + i * p_padded_};
     w.pointers[active++] = out.h_prev;
   }
-  const A* init = p_.cell == CellKind::kGru ? w.weights.bias_h : nullptr;
+  const A* init = gate_count(p_.cell) < slot_count(p_.cell) ? w.weights.bias_h : nullptr;
   const int64_t panel_columns = h_shape_.vectors * h_shape_.width;
   const Panels panels = panels_at(kernels_, w.weights.h, active, w.first, w.last, step);
   for_tiles<A>(kernels_, w.weights.h, init, w.pointers, active, panels, w.tile, w.split,

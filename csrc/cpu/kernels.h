@@ -17,7 +17,6 @@ constexpr int kMaxTileRows = 8;
 constexpr int kMaxTileVectors = 4;
 constexpr int kMaxTilePanels = 4;
 constexpr int kMaxVectorBytes = 64;
-constexpr int kCells = 5;
 constexpr int kStorages = 3;  // float: float, Half, BFloat16; double: double only
 
 constexpr int storage_index(DType dtype) { return dtype == DType::kFloat16 ? 1 : dtype == DType::kBFloat16 ? 2 : 0; }
@@ -136,8 +135,8 @@ struct Kernels {
   int max_rows[kMaxTileVectors + 1];  // rows of a tile by vectors of its panel
   void (*gemm)(const GemmCall<A>&);
   void (*direct[kStorages])(const DirectCall<A>&);
-  void (*forward[kCells][kStorages])(const ForwardCall<A>&);
-  void (*backward[kCells][kStorages])(const BackwardCall<A>&);
+  void (*forward[kCellCount][kStorages])(const ForwardCall<A>&);
+  void (*backward[kCellCount][kStorages])(const BackwardCall<A>&);
   void (*store[kStorages])(const StoreCall<A>&);
   void (*load[kStorages])(const void* from, A* to, int64_t n);  // storage to arithmetic
   void (*save[kStorages])(const A* from, void* to, int64_t n);  // arithmetic to storage

@@ -1,6 +1,8 @@
 // The pointwise half of a step on the sums of a tile: cells.h applied to vectors of units, storage converted at loads and
 // stores.
 #pragma once
+#include <utility>
+
 #include "../cells.h"
 #include "kernels.h"
 #include "simd_math.h"
@@ -76,7 +78,7 @@ inline void forward_items(const ForwardCall<typename V::Scalar>& call, const Ite
       }
     }
     if constexpr (C::kHasC) c_prev.v[i] = V::load(row.c_prev + unit);
-    if constexpr (C::kSlots != C::kGates) h_prev.v[i] = V::load(row.h_prev + unit);
+    if constexpr (C::kReadsH) h_prev.v[i] = V::load(row.h_prev + unit);
   }
   C::forward(a, h_prev, c_prev, h, c);
   for (int i = 0; i < kItems; ++i) {
@@ -127,7 +129,7 @@ template <class V, class C, class Storage>
         a[0] = V(0);
         h = load_stored<V, Storage>(row.y, unit, n);
       }
-      if constexpr (C::kSlots != C::kGates) h_prev = load_stored<V, Storage>(row.h_prev, unit, n);
+      if constexpr (C::kReadsH) h_prev = load_stored<V, Storage>(row.h_prev, unit, n);
       if constexpr (C::kHasC) {
         c_prev = load_stored<V, Storage>(row.c_prev, unit, n);
         c = load_stored<V, Storage>(row.c, unit, n);
@@ -179,18 +181,15 @@ template <class V, class Storage>
   }
 }
 
+template <class V, class Storage, int... kKinds>
+void fill_cells(Kernels<typename V::Scalar>& table, int at, std::integer_sequence<int, kKinds...>) {
+  ((table.forward[kKinds][at] = forward_pointwise<V, Cell<static_cast<CellKind>(kKinds)>, Storage>), ...);
+  ((table.backward[kKinds][at] = backward_pointwise<V, Cell<static_cast<CellKind>(kKinds)>, Storage>), ...);
+}
+
 template <class V, class Storage>
 void fill_storage(Kernels<typename V::Scalar>& table, int at) {
-  table.forward[0][at] = forward_pointwise<V, Cell<CellKind::kRnnTanh>, Storage>;
-  table.forward[1][at] = forward_pointwise<V, Cell<CellKind::kRnnRelu>, Storage>;
-  table.forward[2][at] = forward_pointwise<V, Cell<CellKind::kRnnIdentity>, Storage>;
-  table.forward[3][at] = forward_pointwise<V, Cell<CellKind::kLstm>, Storage>;
-  table.forward[4][at] = forward_pointwise<V, Cell<CellKind::kGru>, Storage>;
-  table.backward[0][at] = backward_pointwise<V, Cell<CellKind::kRnnTanh>, Storage>;
-  table.backward[1][at] = backward_pointwise<V, Cell<CellKind::kRnnRelu>, Storage>;
-  table.backward[2][at] = backward_pointwise<V, Cell<CellKind::kRnnIdentity>, Storage>;
-  table.backward[3][at] = backward_pointwise<V, Cell<CellKind::kLstm>, Storage>;
-  table.backward[4][at] = backward_pointwise<V, Cell<CellKind::kGru>, Storage>;
+  fill_cells<V, Storage>(table, at, std::make_integer_sequence<int, kCellCount>{});
   table.direct[at] = direct_product<V, Storage>;
   table.store[at] = store_rows<V, Storage>;
   table.load[at] = load_array<V, Storage>;

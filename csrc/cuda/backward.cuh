@@ -76,7 +76,7 @@ struct BackwardElements {
   using Storage = typename G::Storage;
   using Acc = typename G::Acc;
   using C = DeviceCell<G::kCell>;
-  static constexpr bool kHasCarry = C::kHasC || G::kCell == CellKind::kGru;
+  static constexpr bool kHasCarry = C::kHasC || C::kReadsH;
   // Operands of an element that do not depend on the preceding launch.
   struct Element {
     Acc a[C::kSlots];
@@ -120,7 +120,7 @@ struct BackwardElements {
       x.h = output(s.p.y, info.row, e);
     }
     const bool start_is_zero = info.flags & kReset;
-    if constexpr (G::kCell == CellKind::kGru) {
+    if constexpr (C::kReadsH) {
       if (!start_is_zero) x.h_prev = info.flags & kHasPrevious ? output(s.p.y, info.other, e) : state(s.p.h0, e);
     }
     if constexpr (C::kHasC) {
@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(G::kThreads, 1) state_grad_kernel(const Backwa
     Acc dh = matmul.sum(0, unit, batch);
     if (!(info.flags & kHasNext)) {
       if (s.p.dh_n) dh += simt::to_float(static_cast<const Storage*>(s.p.dh_n)[state]);
-    } else if (s.p.cell == CellKind::kGru) {
+    } else if (traits_of(s.p.cell).reads_h) {
       dh += static_cast<const Acc*>(s.carry)[state];
     }
     if (s.step < 0) {

@@ -3,13 +3,9 @@
 #include <simt.cuh>
 
 #include "cells.h"
+#include "kernel_cell.h"
 
 namespace fused_rnn::cuda {
-
-// The kind that names the kernels of `cell`.
-constexpr CellKind kernel_cell(CellKind cell) {
-  return cell == CellKind::kRnnRelu || cell == CellKind::kRnnIdentity ? CellKind::kRnnTanh : cell;
-}
 
 // c0 at `index`, which must be there, and c_n (params.h, wide_c).
 template <class Storage>
@@ -89,11 +85,7 @@ template <>
 struct DeviceCell<CellKind::kRnnTanh> : Cell<CellKind::kRnnTanh> {
   template <class V>
   static FUSED_RNN_HD void forward(CellKind kind, V (&a)[1], const V& h_prev, const V& c_prev, V& h, V& c) {
-    switch (kind) {
-      case CellKind::kRnnTanh: return Cell<CellKind::kRnnTanh>::forward(a, h_prev, c_prev, h, c);
-      case CellKind::kRnnRelu: return Cell<CellKind::kRnnRelu>::forward(a, h_prev, c_prev, h, c);
-      default: return Cell<CellKind::kRnnIdentity>::forward(a, h_prev, c_prev, h, c);
-    }
+    with_rnn(kind, [&](auto tag) { Cell<decltype(tag)::value>::forward(a, h_prev, c_prev, h, c); });
   }
   static __device__ __forceinline__ void sigmoids(float (&)[1]) {}
   static __device__ __forceinline__ void forward_of_sigmoids(CellKind kind, float (&a)[1], float h_prev, float c_prev,
@@ -103,10 +95,20 @@ struct DeviceCell<CellKind::kRnnTanh> : Cell<CellKind::kRnnTanh> {
   template <class V>
   static FUSED_RNN_HD void backward(CellKind kind, const V (&a)[1], const V& h_prev, const V& c_prev, const V& c, const V& h,
                                     const V& dh, V& dc, V (&d)[1], V& dh_prev) {
+    with_rnn(kind, [&](auto tag) { Cell<decltype(tag)::value>::backward(a, h_prev, c_prev, c, h, dh, dc, d, dh_prev); });
+  }
+
+ private:
+  // Calls f with the one of the cells of this kernel.
+  template <class F>
+  static FUSED_RNN_HD void with_rnn(CellKind kind, F&& f) {
     switch (kind) {
-      case CellKind::kRnnTanh: return Cell<CellKind::kRnnTanh>::backward(a, h_prev, c_prev, c, h, dh, dc, d, dh_prev);
-      case CellKind::kRnnRelu: return Cell<CellKind::kRnnRelu>::backward(a, h_prev, c_prev, c, h, dh, dc, d, dh_prev);
-      default: return Cell<CellKind::kRnnIdentity>::backward(a, h_prev, c_prev, c, h, dh, dc, d, dh_prev);
+#define FUSED_RNN_CELL(kind, ...)                                                                  \
+  case CellKind::kind:                                                                             \
+    if constexpr (kernel_cell(CellKind::kind) == CellKind::kRnnTanh) f(CellTag<CellKind::kind>{}); \
+    break;
+      FUSED_RNN_CELLS(FUSED_RNN_CELL)
+#undef FUSED_RNN_CELL
     }
   }
 };

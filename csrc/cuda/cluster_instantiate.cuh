@@ -13,13 +13,7 @@ using ClusterGeometry = PersistentGeometry<kCell, kMath, kUnitTiles, kBackward, 
 // Calls f with the cell that names the kernels and the unit tiles of a block.
 template <class F>
 auto dispatch_cluster(CellKind cell, int unit_tiles, F&& f) {
-  const auto with_cell = [&](auto tiles) {
-    switch (kernel_cell(cell)) {
-      case CellKind::kLstm: return f(std::integral_constant<CellKind, CellKind::kLstm>{}, tiles);
-      case CellKind::kGru: return f(std::integral_constant<CellKind, CellKind::kGru>{}, tiles);
-      default: return f(std::integral_constant<CellKind, CellKind::kRnnTanh>{}, tiles);
-    }
-  };
+  const auto with_cell = [&](auto tiles) { return dispatch_kernel_cell(cell, [&](auto kind) { return f(kind, tiles); }); };
   switch (unit_tiles) {
     case 1: return with_cell(std::integral_constant<int, 1>{});
     case 2: return with_cell(std::integral_constant<int, 2>{});

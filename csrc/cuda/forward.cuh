@@ -123,7 +123,7 @@ struct ForwardElements {
       h_prev[e] = c_prev[e] = Acc(0);
       if (!exists(e)) continue;
       const RowInfo& info = table[batch_of(e)];
-      if constexpr (G::kCell == CellKind::kGru) {
+      if constexpr (C::kReadsH) {
         const auto* state = static_cast<const Storage*>(info.source[G::kPhases - 1]);
         if (state) h_prev[e] = simt::to_float(state[first_unit + unit_of(e)]);
       }

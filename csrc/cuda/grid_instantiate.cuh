@@ -10,19 +10,15 @@ using GridGeometry = PersistentGeometry<kCell, kMath, 1, kBackward, GridExchange
 
 template <MathKind kMath>
 ForwardSequenceKernel GridKernels<kMath>::forward(CellKind cell) {
-  switch (kernel_cell(cell)) {
-    case CellKind::kLstm: return &persistent_forward_kernel<GridGeometry<kMath, CellKind::kLstm, false>>;
-    case CellKind::kGru: return &persistent_forward_kernel<GridGeometry<kMath, CellKind::kGru, false>>;
-    default: return &persistent_forward_kernel<GridGeometry<kMath, CellKind::kRnnTanh, false>>;
-  }
+  return dispatch_kernel_cell(cell, [](auto kind) -> ForwardSequenceKernel {
+    return &persistent_forward_kernel<GridGeometry<kMath, decltype(kind)::value, false>>;
+  });
 }
 template <MathKind kMath>
 BackwardSequenceKernel GridKernels<kMath>::backward(CellKind cell) {
-  switch (kernel_cell(cell)) {
-    case CellKind::kLstm: return &persistent_backward_kernel<GridGeometry<kMath, CellKind::kLstm, true>>;
-    case CellKind::kGru: return &persistent_backward_kernel<GridGeometry<kMath, CellKind::kGru, true>>;
-    default: return &persistent_backward_kernel<GridGeometry<kMath, CellKind::kRnnTanh, true>>;
-  }
+  return dispatch_kernel_cell(cell, [](auto kind) -> BackwardSequenceKernel {
+    return &persistent_backward_kernel<GridGeometry<kMath, decltype(kind)::value, true>>;
+  });
 }
 
 }  // namespace fused_rnn::cuda

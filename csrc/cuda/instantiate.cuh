@@ -4,6 +4,7 @@
 
 #include "backward.cuh"
 #include "forward.cuh"
+#include "kernel_cell.h"
 
 namespace fused_rnn::cuda {
 
@@ -16,16 +17,6 @@ auto dispatch_tile(TileSize size, F&& f) {
   if (size == TileSize::kLarge) throw std::invalid_argument("no kernel of this arithmetic has the large tile");
   if (size == TileSize::kMedium) return f(std::integral_constant<TileSize, TileSize::kMedium>{});
   return f(std::integral_constant<TileSize, TileSize::kSmall>{});
-}
-
-// Calls f with the cell that names the kernels.
-template <class F>
-auto dispatch_kernel_cell(CellKind cell, F&& f) {
-  switch (kernel_cell(cell)) {
-    case CellKind::kLstm: return f(std::integral_constant<CellKind, CellKind::kLstm>{});
-    case CellKind::kGru: return f(std::integral_constant<CellKind, CellKind::kGru>{});
-    default: return f(std::integral_constant<CellKind, CellKind::kRnnTanh>{});
-  }
 }
 
 template <MathKind kMath>

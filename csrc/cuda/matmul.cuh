@@ -48,7 +48,7 @@ struct Geometry {
 
   // The accumulator that gate g of the product of `phase` is added to.
   static constexpr __device__ int slot(int phase, int g) {
-    return kRole == KernelRole::kForwardInput && kCell == CellKind::kGru && phase == 1 && g == 2 ? 3 : g;
+    return kRole == KernelRole::kForwardInput && phase == 1 ? Cell<kCell>::recurrent_slot(g) : g;
   }
 };
 

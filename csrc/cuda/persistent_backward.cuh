@@ -82,7 +82,7 @@ struct PersistentBackward : BlockElements<G> {
     x.from_zero = reset(e, tile, time(k), rows.now, steps_of_row);
     // Of a reset row they are not used.
     const bool from_row = active(time(k + 1), steps_of_row);
-    if constexpr (G::kCell == CellKind::kGru) {
+    if constexpr (C::kReadsH) {
       x.h_prev = from_row ? element(p.y, y_index(e, previous)) : state(p.h0, e, tile);
     }
     if constexpr (C::kHasC) {

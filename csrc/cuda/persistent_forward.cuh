@@ -86,7 +86,7 @@ struct PersistentForward : BlockElements<G> {
   __device__ __forceinline__ void finish(const Place& e, int tile, int step, const Element& x, int buffer, Result& result) {
     if (!e.mine) return;
     result.active = Base::takes_part(e, tile, time(step));
-    const float h_prev = G::kCell == CellKind::kGru ? h(e, tile) : 0.0f, c_prev = C::kHasC ? c(e, tile) : 0.0f;
+    const float h_prev = C::kReadsH ? h(e, tile) : 0.0f, c_prev = C::kHasC ? c(e, tile) : 0.0f;
     float a[C::kSlots] = {};
 #pragma unroll
     for (int g = 0; g < C::kGates; ++g) a[g] = simt::to_float(x.projection[g]);

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn import reference
-from fused_rnn.reference import GRU, LSTM
+from fused_rnn._kinds import GRU, LSTM
 
 STEPS, ROWS, INPUTS, HIDDEN = 4, 3, 5, 8
 GATES = {LSTM: 4, GRU: 3}

@@ -32,7 +32,7 @@ from torch import Tensor
 
 import fused_rnn
 from fused_rnn import _backend
-from fused_rnn.reference import GRU, LSTM, RNN_RELU, RNN_TANH
+from fused_rnn._kinds import GRU, LSTM, RNN_RELU, RNN_TANH
 
 
 def calls() -> Iterator[tuple[str, Callable[[], Any], Any]]:

@@ -16,8 +16,9 @@ from simulator import H100, DeviceInfo, Simulator
 from torch import Tensor
 
 from fused_rnn import reference
+from fused_rnn._kinds import NUMBER_OF_MODE
 
-CELL_NUMBER = {"RNN_TANH": 0, "RNN_RELU": 1, "RNN_IDENTITY": 2, "LSTM": 3, "GRU": 4}  # csrc/params.h
+CELL_NUMBER = NUMBER_OF_MODE
 DTYPE_NUMBER = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 FAMILIES = ("cell", "step", "grid", "cluster")
 assert set(CELLS) == set(CELL_NUMBER)
@@ -429,19 +430,10 @@ def expected(layer: Layer) -> tuple[list[Tensor], list[Tensor]]:
         data.lengths,
         layer.offsets,
         data.resets,
-        CELL_OF_REFERENCE[case.cell],
+        CELL_NUMBER[case.cell],
         case.bidirectional,
     )
     used = [t for t in results if t.numel()]
     outer = [data.dy, data.dh_n, data.dc_n][: len(used)]
     grads = torch.autograd.grad(used, inputs, outer, allow_unused=True, materialize_grads=True)
     return [t.detach() for t in used], list(grads)
-
-
-CELL_OF_REFERENCE = {
-    "RNN_TANH": reference.RNN_TANH,
-    "RNN_RELU": reference.RNN_RELU,
-    "RNN_IDENTITY": reference.RNN_IDENTITY,
-    "LSTM": reference.LSTM,
-    "GRU": reference.GRU,
-}

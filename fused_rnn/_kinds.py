@@ -1,0 +1,32 @@
+"""Every cell, once: the twin of FUSED_RNN_CELLS in csrc/params.h (tests/test_kinds.py compares them)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a cell is. Its number, by which the ops know it, is its place in KINDS."""
+
+    mode: str  # torch.nn's name of the layer with this cell, "RNN_TANH"; "RNN_IDENTITY", which it lacks, is made likewise
+    name: str  # in csrc/params.h and in explain
+    gates: int  # row blocks of the weights
+    slots: int  # accumulators of a unit
+    saved: int  # slots kept for backward
+    has_c: bool  # a second state c
+    reads_h: bool  # the step reads h outside the recurrent product
+    nonlinearity: str | None = None  # of an RNN
+
+
+KINDS = (
+    Kind("RNN_TANH", "rnn_tanh", 1, 1, 0, False, False, "tanh"),
+    Kind("RNN_RELU", "rnn_relu", 1, 1, 0, False, False, "relu"),
+    Kind("RNN_IDENTITY", "rnn_identity", 1, 1, 0, False, False, "identity"),
+    Kind("LSTM", "lstm", 4, 4, 4, True, False),
+    Kind("GRU", "gru", 3, 4, 4, False, True),
+)
+NUMBER_OF_MODE = {kind.mode: number for number, kind in enumerate(KINDS)}
+NUMBER_OF_NONLINEARITY = {kind.nonlinearity: number for number, kind in enumerate(KINDS) if kind.nonlinearity is not None}
+RNN_TANH, RNN_RELU, RNN_IDENTITY = (NUMBER_OF_NONLINEARITY[name] for name in ("tanh", "relu", "identity"))
+LSTM, GRU = NUMBER_OF_MODE["LSTM"], NUMBER_OF_MODE["GRU"]
