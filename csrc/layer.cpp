@@ -152,7 +152,8 @@ const void* contiguous(const OptionalTensor& t, std::vector<Tensor>& kept) {
   return t && t->defined() ? contiguous(*t, kept) : nullptr;
 }
 
-// The same of t in another dtype: of a wide c backward reads what it reads of every other, values and gradients of the layer's dtype.
+// The same of t in another dtype: of a wide c backward reads what it reads of every other, values and gradients of the
+// layer's dtype.
 const void* contiguous(const OptionalTensor& t, at::ScalarType dtype, std::vector<Tensor>& kept) {
   if (!t || !t->defined() || t->scalar_type() == dtype) return contiguous(t, kept);
   kept.push_back(t->to(dtype).contiguous());
@@ -233,8 +234,9 @@ Tensor previous_states(const LayerInputs& in, const LayerShapes& s, const Tensor
   return h_prev;
 }
 
-// d_rg^T h_prev [G*H, P] of direction d. d_rg [N, G*H] is a strided view. Where every row takes part in every step, h_prev is y moved by one
-// step and never stored; otherwise rows that take no part get zeros, as their y and h0 may be NaN, and 0 * NaN is not 0.
+// d_rg^T h_prev [G*H, P] of direction d. d_rg [N, G*H] is a strided view. Where every row takes part in every step, h_prev
+// is y moved by one step and never stored; otherwise rows that take no part get zeros, as their y and h0 may be NaN, and 0 *
+// NaN is not 0.
 Tensor recurrent_weight_gradient(const LayerInputs& in, const LayerShapes& s, const Tensor& d_rg,
                                  const OptionalTensor& y_of_all, int d) {
   const bool reverse = d == 1;

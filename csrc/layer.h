@@ -77,17 +77,17 @@ DType dtype_of(const Tensor& x);
 // An op's argument `cell`; raises for a number that is no cell's.
 CellKind cell_of(int64_t cell);
 
-// Whether backward of `steps` steps reads forward's output y. An RNN's kernels compute the derivative from y. The others read y only as the
-// state before a later step: a GRU for its derivative, an LSTM for the gradient of W_hh.
+// Whether backward of `steps` steps reads forward's output y. An RNN's kernels compute the derivative from y. The others
+// read y only as the state before a later step: a GRU for its derivative, an LSTM for the gradient of W_hh.
 bool backward_reads_output(CellKind cell, int64_t steps, bool weight_gradients);
 
-// Raises unless the offsets of packed rows, on a CPU, are those of N rows in all and at most B in a step: from 0 to N, in steps that never
-// grow.
+// Raises unless the offsets of packed rows, on a CPU, are those of N rows in all and at most B in a step: from 0 to N, in
+// steps that never grow.
 void check_offsets(const Tensor& offsets, int64_t B, int64_t N);
 
-// Both check everything that memory safety depends on, and raise with the name of the argument: device, dtype, layout, shape and memory
-// of every tensor, and the values of offsets on a CPU. On CUDA, where reading them would wait for the device, offsets are cut to [0, N]
-// instead; lengths are cut by the kernels.
+// Both check everything that memory safety depends on, and raise with the name of the argument: device, dtype, layout, shape
+// and memory of every tensor, and the values of offsets on a CPU. On CUDA, where reading them would wait for the device,
+// offsets are cut to [0, N] instead; lengths are cut by the kernels.
 ForwardCall prepare_forward(const LayerInputs& in, bool save);
 BackwardCall prepare_backward(const LayerInputs& in, const BackwardInputs& grads, GradientMask mask);
 

@@ -1,8 +1,9 @@
 // Autograd of the layer op: the node of the graph that forward makes, and what it keeps for backward.
 //
-// A user may write into the output y (h[done] = 0 between steps, y += x) before backward runs. So the node keeps y as an alias that autograd
-// does not check, together with y's version: if y was written meanwhile, backward makes it again by forward from the arguments. Arguments
-// are unpacked, which raises for one that was written in place, only where a gradient that is asked for depends on their values.
+// A user may write into the output y (h[done] = 0 between steps, y += x) before backward runs. So the node keeps y as an
+// alias that autograd does not check, together with y's version: if y was written meanwhile, backward makes it again by
+// forward from the arguments. Arguments are unpacked, which raises for one that was written in place, only where a gradient
+// that is asked for depends on their values.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/function.h>

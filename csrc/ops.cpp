@@ -1,6 +1,6 @@
-// The ops of the library: schemas, the CPU kernels' registration, and the composites (stack, cell) above the layer. CUDA kernels are
-// registered in ops_cuda.cpp, autograd in layer_autograd.cpp, autocast in ops_autocast.cpp, fake kernels and the differentiable form of
-// backward in fused_rnn/_ops.py.
+// The ops of the library: schemas, the CPU kernels' registration, and the composites (stack, cell) above the layer. CUDA
+// kernels are registered in ops_cuda.cpp, autograd in layer_autograd.cpp, autocast in ops_autocast.cpp, fake kernels and the
+// differentiable form of backward in fused_rnn/_ops.py.
 #include "ops.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>

@@ -21,14 +21,14 @@
 
 namespace fused_rnn {
 
-// Every cell, once. The enum, its counts, the dispatch, the CPU's tables and CUDA's instantiations are made of this list; the formulas are
-// in cells.h, and fused_rnn/_kinds.py is its twin in Python (tests/test_kinds.py compares them).
-// X(kind, name, gates, slots, saved, has_c, reads_h)
+// Every cell, once. The enum, its counts, the dispatch, the CPU's tables and CUDA's instantiations are made of this list;
+// the formulas are in cells.h, and fused_rnn/_kinds.py is its twin in Python (tests/test_kinds.py compares them).
+//   X(kind, name, gates, slots, saved, has_c, reads_h)
 //   gates    blocks of the weights
 //   slots    accumulators of a unit
 //   saved    slots kept for backward; 0: y alone suffices
 //   has_c    a second state c
-//   reads_h  the step reads h outside the recurrent product, so that backward hands a part of the gradient of h past the product
+//   reads_h  the step reads h outside the recurrent product: backward hands a part of the gradient of h past the product
 #define FUSED_RNN_CELLS(X)                               \
   X(kRnnTanh, "rnn_tanh", 1, 1, 0, false, false)         \
   X(kRnnRelu, "rnn_relu", 1, 1, 0, false, false)         \
@@ -112,15 +112,14 @@ struct ForwardParams {
   const void* h0;  // [D, B, P] or null (zeros)
   const void* c0;  // [D, B, H] or null (zeros), in float where wide_c; LSTM only
   Weights weights[2];
-  void* y;      // [N, D * P]; inactive rows of a dense batch are written with 0
-  void* h_n;    // [D, B, P]: state after each row's last active step (its initial state if it has none)
-  void* c_n;    // [D, B, H], in float where wide_c; LSTM only
-  void* gates;  // [D, N, S, H]: activated gates for backward, 0 at inactive rows when training. CUDA: holds the projection
-                // on entry, unless the family is `cell`, which computes it. CPU: null unless training.
-  void* cs;     // [D, N, H]: c after each step, in dtype, 0 at inactive rows; LSTM only; null unless training
-  bool
-      wide_c;  // 16-bit dtypes: c0 and c_n are float, so that c goes from call to call as it goes from step to step, unrounded
-  bool training;    // gates and cs are kept for backward (RNN cells keep neither: their derivative needs y alone)
+  void* y;        // [N, D * P]; inactive rows of a dense batch are written with 0
+  void* h_n;      // [D, B, P]: state after each row's last active step (its initial state if it has none)
+  void* c_n;      // [D, B, H], in float where wide_c; LSTM only
+  void* gates;    // [D, N, S, H]: activated gates for backward, 0 at inactive rows when training. CUDA: holds the projection
+                  // on entry, unless the family is `cell`, which computes it. CPU: null unless training.
+  void* cs;       // [D, N, H]: c after each step, in dtype, 0 at inactive rows; LSTM only; null unless training
+  bool wide_c;    // 16-bit dtypes: c0 and c_n are float, so that c is not rounded between calls
+  bool training;  // gates and cs are kept for backward (RNN cells keep neither: their derivative needs y alone)
   void* workspace;  // CUDA: Plan::workspace_bytes, 256-byte aligned; CPU: set by the call
 };
 

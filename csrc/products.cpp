@@ -105,7 +105,8 @@ void multiply_into(const Tensor& out, const Tensor& a, bool transposed, const Te
       return;
     }
   }
-  // A library's products of 16 bits may let a row that is NaN into its neighbours: oneDNN's of bfloat16, where K is odd to its blocks.
+  // A library's products of 16 bits may let a row that is NaN into its neighbours: oneDNN's of bfloat16, where K is odd to
+  // its blocks.
   if (out.is_cpu() && out.element_size() == 2) return multiply_in_float(out, a, transposed, b, add);
   const Tensor left = transposed ? a.t() : a;
   if (add) {

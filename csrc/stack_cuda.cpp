@@ -17,10 +17,10 @@ Tensor version_of(const Tensor& t) {
   return witness;
 }
 
-// One node of the graph, whose backward overlaps too. Its results, in this order, are every layer's y, h_n, c_n, gates and cs.
-// Only the last y goes to the caller, but where gradients are differentiated the others have gradients too. The caller may write into
-// its results before backward runs: final states are not kept, and the last y is kept as layer_autograd.cpp does, as an alias with its
-// version then.
+// One node of the graph, whose backward overlaps too. Its results, in this order, are every layer's y, h_n, c_n, gates and
+// cs. Only the last y goes to the caller, but where gradients are differentiated the others have gradients too. The caller
+// may write into its results before backward runs: final states are not kept, and the last y is kept as layer_autograd.cpp
+// does, as an alias with its version then.
 class StackFunction : public torch::autograd::Function<StackFunction> {
  public:
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& x,
