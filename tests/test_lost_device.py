@@ -38,7 +38,7 @@ def run(folder: Path, *options: str) -> str:
     (folder / "test_made_up.py").write_text(TESTS)
     shutil.copy(HERE / "conftest.py", folder)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment |= {"PYTHONPATH": f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}", "FUSED_RNN_TEST_LIMIT": "2"}
+    environment |= {"PYTHONPATH": f"{HERE}:{HERE.parent}:{os.environ.get('PYTHONPATH', '')}", "FUSED_RNN_TEST_LIMIT": "2"}
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *options, str(folder)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done.stdout + done.stderr

@@ -153,3 +153,55 @@ def test_errors_of_a_stack(setting: Setting) -> None:
     lstm = fused_rnn.LSTM(4, 20, num_layers=2)
     with pytest.raises(RuntimeError, match="kernel family grid cannot serve this layer: grid has no fp64 kernels"):
         lstm.double()(torch.zeros(5, 3, 4).double())
+
+
+@pytest.mark.parametrize("overlap", ["0", "3"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("family", ["step", "cluster"])
+@pytest.mark.parametrize("cell", [fused_rnn.LSTM, fused_rnn.GRU, fused_rnn.RNN])
+def test_results_written_in_place(cell: type, family: str, dropout: float, overlap: str, setting: Setting) -> None:
+    """The output and the final states are the caller's: backward makes an output that was written again."""
+    setting("FUSED_RNN_PLAN", family)
+    setting("FUSED_RNN_OVERLAP", overlap)
+    rnn = cell(4, 20, num_layers=2, dropout=dropout)
+    x = torch.randn(7, 3, 4, requires_grad=True)
+
+    def run(write: bool) -> tuple[Tensor, ...]:
+        torch.manual_seed(7)
+        y, state = rnn(x)
+        states = state if isinstance(state, tuple) else (state,)
+        scaled = [t.mul_(3) if write else t * 3 for t in (y, *states)]
+        return torch.autograd.grad(sum(t.square().sum() for t in scaled), [x, *rnn.parameters()])
+
+    # Not bit for bit: the output is made again in one piece, whose products round otherwise than those of the chunks.
+    for written, expected in zip(run(True), run(False), strict=True):
+        assert_near("gradient", written, expected, GRADIENT_TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("family", ["step", "grid", "cluster"])
+def test_batched_gradients_of_a_stack(family: str, setting: Setting) -> None:
+    setting("FUSED_RNN_PLAN", family)
+    setting("FUSED_RNN_OVERLAP", "3")
+    rnn = fused_rnn.GRU(4, 20, num_layers=2)
+    y = rnn(torch.randn(7, 3, 4))[0]
+    grads = torch.randn(2, *y.shape)
+    found = torch.autograd.grad(y, list(rnn.parameters()), grads, is_grads_batched=True, retain_graph=True)
+    for index in range(2):
+        single = torch.autograd.grad(y, list(rnn.parameters()), grads[index], retain_graph=True)
+        for batched, expected in zip(found, single, strict=True):
+            torch.testing.assert_close(batched[index], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["step", "grid", "cluster"])
+def test_wide_c_of_a_stack(family: str, setting: Setting) -> None:
+    """c in float32 is handed from call to call: two halves are the whole, bit for bit."""
+    setting("FUSED_RNN_PLAN", family)
+    setting("FUSED_RNN_OVERLAP", "2")
+    rnn = fused_rnn.LSTM(4, 20, num_layers=2, dtype=F16)
+    x, h0, c0 = torch.randn(8, 3, 4, dtype=F16), torch.zeros(2, 3, 20, dtype=F16), torch.randn(2, 3, 20)
+    with torch.no_grad():
+        y, (h_n, c_n) = rnn(x, (h0, c0))
+        first, state = rnn(x[:4], (h0, c0))
+        second, (h, c) = rnn(x[4:], state)
+    assert c_n.dtype == torch.float32
+    assert torch.equal(torch.cat([first, second]), y) and torch.equal(h, h_n) and torch.equal(c, c_n)
