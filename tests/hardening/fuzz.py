@@ -142,9 +142,10 @@ def clear_first(t: Tensor) -> Tensor:
     return t
 
 
+# Linear: a corner would let the last bit decide, and tolerances are relative to the largest value.
 EDITS: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
     ("mul_", lambda t: t.mul_(0.5)),
-    ("tanh_", lambda t: t.tanh_()),  # clamp_ would not do: the last bit decides on which side of its corner a value lies
+    ("neg_", lambda t: t.neg_()),
     ("add_", lambda t: t.add_(1)),
     ("[:1] = 0", clear_first),
 )
