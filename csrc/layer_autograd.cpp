@@ -152,7 +152,7 @@ class LayerNode final : public torch::autograd::Node {
   const CellKind cell_;
 };
 
-// torch counts the references of a node by std::shared_ptr, or in the node itself since 2.13.
+// torch 2.11 counts the references of a node by std::shared_ptr, torch 2.13 in the node itself.
 template <class T, class Pointer = decltype(torch::autograd::Edge::function), class... Args>
 Pointer make_node(const Args&... args) {
   if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {

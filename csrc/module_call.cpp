@@ -60,7 +60,7 @@ struct Watched {
   PyTypeObject* module = nullptr;  // nn.Module
   PyObject* call = nullptr;        // its __call__
   PyObject* global_hooks = nullptr;
-  PyObject* cells = nullptr;  // dict: the number of a cell by its mode or nonlinearity
+  PyObject *modes = nullptr, *nonlinearities = nullptr;  // dicts: the number of a cell by either
 };
 Watched& watched() {
   static Watched all;
@@ -267,7 +267,9 @@ const Watched::Forward* plain_forward(PyObject* module, const Fields& fields) {
 // The cell of an RNN by its `mode` or an RNNCell's `nonlinearity`; -1 if it is no cell's.
 int64_t cell_by_name(const Fields& fields, bool is_cell) {
   PyObject* name = fields.get(is_cell ? names().nonlinearity : names().mode);
-  PyObject* cell = name && PyUnicode_Check(name) ? PyDict_GetItemWithError(watched().cells, name) : nullptr;
+  PyObject* cell = name && PyUnicode_Check(name)
+                       ? PyDict_GetItemWithError(is_cell ? watched().nonlinearities : watched().modes, name)
+                       : nullptr;
   return cell ? PyLong_AsLongLong(cell) : -1;
 }
 
@@ -305,9 +307,9 @@ PyObject* call_module(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 PyObject* watch_modules(PyObject*, PyObject* args) {
-  PyObject *module = nullptr, *global_hooks = nullptr, *forwards = nullptr, *cells = nullptr;
-  if (!PyArg_ParseTuple(args, "O!O!O!O!", &PyType_Type, &module, &PyTuple_Type, &global_hooks, &PyTuple_Type, &forwards,
-                        &PyDict_Type, &cells)) {
+  PyObject *module = nullptr, *global_hooks = nullptr, *forwards = nullptr, *modes = nullptr, *nonlinearities = nullptr;
+  if (!PyArg_ParseTuple(args, "O!O!O!O!O!", &PyType_Type, &module, &PyTuple_Type, &global_hooks, &PyTuple_Type, &forwards,
+                        &PyDict_Type, &modes, &PyDict_Type, &nonlinearities)) {
     return nullptr;
   }
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(global_hooks); ++i) {
@@ -329,11 +331,13 @@ PyObject* watch_modules(PyObject*, PyObject* args) {
   all.module = reinterpret_cast<PyTypeObject*>(module);
   all.call = _PyType_Lookup(all.module, names().call);
   all.global_hooks = global_hooks;
-  all.cells = cells;
+  all.modes = modes;
+  all.nonlinearities = nonlinearities;
   Py_INCREF(module);
   Py_INCREF(all.call);
   Py_INCREF(global_hooks);
-  Py_INCREF(cells);
+  Py_INCREF(modes);
+  Py_INCREF(nonlinearities);
   Py_RETURN_NONE;
 }
 

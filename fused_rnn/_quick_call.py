@@ -49,4 +49,4 @@ def watch(*forwards: tuple[Callable[..., Any], bool, int]) -> None:
     the module's ``mode`` or ``nonlinearity``)."""
     hooks = [getattr(nn.modules.module, f"_global_{when}_hooks", None) for when in _GLOBAL_HOOKS]
     if _backend._C is not None and None not in hooks:  # a torch that keeps its hooks elsewhere: no quick calls
-        _backend._C.watch_modules(nn.Module, tuple(hooks), forwards, {**NUMBER_OF_MODE, **NUMBER_OF_NONLINEARITY})
+        _backend._C.watch_modules(nn.Module, tuple(hooks), forwards, NUMBER_OF_MODE, NUMBER_OF_NONLINEARITY)

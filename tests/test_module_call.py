@@ -238,3 +238,11 @@ def test_another_forward_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(module(input=x)[0], module(x)[0])
         with fused_rnn.use_backend("reference"):
             torch.testing.assert_close(module(x)[0], quick(module, x)[0])
+
+
+def test_a_mode_is_no_nonlinearity() -> None:
+    """A cell whose nonlinearity is the name of a layer's mode is refused, as without the quick call."""
+    cell = fused_rnn.RNNCell(3, 4)
+    cell.nonlinearity = "RNN_TANH"
+    with torch.no_grad(), pytest.raises(RuntimeError, match="Unknown nonlinearity"):
+        cell(torch.zeros(2, 3))
