@@ -25,8 +25,8 @@ def extension(torch, cuda):
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     cxx = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden"]
-    files = [name for name in sources("csrc/*.cpp", "csrc/cpu/*.cpp") if not name.endswith("_cuda.cpp")]
-    include_dirs = [str(ROOT / "csrc"), str(ROOT / "csrc" / "cuda")]
+    files = [name for name in sources("csrc/**/*.cpp") if not name.endswith("_cuda.cpp")]
+    include_dirs = [str(ROOT / "csrc"), str(ROOT / "csrc" / "cuda" / "device")]
     if "skipped" in cuda:
         return CppExtension("fused_rnn._C", files, include_dirs=include_dirs, extra_compile_args={"cxx": cxx, "nvcc": []})
     # torch's headers ask for CUDA libraries' headers that a small toolkit lacks: those of the nvidia wheels come last.
@@ -37,7 +37,7 @@ def extension(torch, cuda):
     ]
     result = CUDAExtension(
         "fused_rnn._C",
-        files + sources("csrc/*_cuda.cpp", "csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
+        files + sources("csrc/torch/*_cuda.cpp", "csrc/cuda/**/*.cu"),
         include_dirs=include_dirs,
         define_macros=[("FUSED_RNN_WITH_CUDA", None)],
         extra_compile_args={"cxx": cxx, "nvcc": ["-O3", *undo]},

@@ -1,7 +1,8 @@
 """Checks of a call's arguments, the same for every backend: an error names the argument, what was expected and what came.
 
 Errors of the public functions are TypeError and ValueError. The modules raise torch.nn's errors and use only the parts below
-that say what a tensor is. ``check_call`` checks, for calls that the reference serves, what csrc/layer.cpp does for kernels.
+that say what a tensor is. ``check_call`` checks, for calls that the reference serves, what csrc/torch/layer.cpp does for
+kernels.
 """
 
 from __future__ import annotations
@@ -299,7 +300,7 @@ def check_cell_shapes(
     check_states((("h", h, shape), ("c", c, shape)))
 
 
-# --- what csrc/layer.cpp checks, for the reference ---
+# --- what csrc/torch/layer.cpp checks, for the reference ---
 
 
 def check_call(

@@ -27,7 +27,7 @@ def _device(cc: int, sms: int, block: int, sm: int, threads: int, l2: int, clust
     }  # fmt: skip
 
 
-# What the planner knows of a device (csrc/device_info.h), as if the kernels had been compiled for it. CUDA programming
+# What the planner knows of a device (csrc/plan/device_info.h), as if the kernels had been compiled for it. CUDA programming
 # guide, "Technical specifications per compute capability", and the vendor's data sheets; these do not say how many clusters
 # run at once (active_clusters), which the planner then estimates.
 DEVICES = {
@@ -136,7 +136,7 @@ def explain(
             [B, I] or [I]. Its values are not read: a tensor on the meta device will do if ``device`` is given.
         device: plan for this GPU instead of the input's device; none has to be there. "T4", "A100", "RTX 3090",
             "RTX 4090", "H100", "H200", "B200", "RTX 5090", as if the kernels had been compiled for it, or a mapping with the
-            fields of csrc/device_info.h, of which active_clusters may be left out.
+            fields of csrc/plan/device_info.h, of which active_clusters may be left out.
         training: whether backward is explained too; by default, whether autograd would record the call.
         show: whether to print it.
 
@@ -303,7 +303,7 @@ def _plan(
 
 
 def _tf32(dtype: str) -> bool:
-    """torch's own switch for recurrent layers, as csrc/ops_cuda.cpp reads it."""
+    """torch's own switch for recurrent layers, as csrc/torch/ops_cuda.cpp reads it."""
     switch: Any = torch.backends.cudnn.rnn
     return dtype == "float32" and switch.fp32_precision == "tf32"
 

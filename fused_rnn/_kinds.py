@@ -1,4 +1,4 @@
-"""Every cell, once: the twin of FUSED_RNN_CELLS in csrc/params.h (tests/test_kinds.py compares them)."""
+"""Every cell, once: the twin of FUSED_RNN_CELLS in csrc/core/params.h (tests/test_kinds.py compares them)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Kind:
     """What a cell is. Its number, by which the ops know it, is its place in KINDS."""
 
     mode: str  # torch.nn's name of the layer with this cell, "RNN_TANH"; "RNN_IDENTITY", which it lacks, is made likewise
-    name: str  # in csrc/params.h and in explain
+    name: str  # in csrc/core/params.h and in explain
     gates: int  # row blocks of the weights
     slots: int  # accumulators of a unit
     saved: int  # slots kept for backward

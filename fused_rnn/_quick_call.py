@@ -17,7 +17,7 @@ _torch_call = nn.Module.__call__
 
 
 class QuickCall:
-    """Gives a module ``__call__``, which does what nn.Module's does: by csrc/module_call.cpp where no hooks, modes
+    """Gives a module ``__call__``, which does what nn.Module's does: by csrc/torch/module_call.cpp where no hooks, modes
     or subclasses have a part in it, else by nn.Module's."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

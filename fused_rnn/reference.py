@@ -1,7 +1,7 @@
 """The recurrent layers in plain PyTorch: the definition the kernels are tested against, and the fallback without them.
 
-Every function has the signature of the op of the same name in ``csrc/ops.cpp`` (less what only backward needs). Written
-to be read; never tuned. Differentiable any number of times, and by ``torch.func``, because every operation is torch's own.
+Every function has the signature of the op of the same name in ``csrc/torch/ops.cpp`` (less what only backward needs).
+Written to be read; never tuned. Differentiable any number of times, and by ``torch.func``, because every operation is torch's own.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _scan(
     cell: int,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One direction over time; see csrc/params.h (Sequence) for lengths, offsets and resets."""
+    """One direction over time; see csrc/core/params.h (Sequence) for lengths, offsets and resets."""
     sizes = None if offsets is None else offsets.diff().tolist()
     xs = x.unbind() if sizes is None else x.split(sizes)
     masks = None if resets is None else resets.unbind() if sizes is None else resets.split(sizes)

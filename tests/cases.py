@@ -22,7 +22,7 @@ GRADIENT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One configuration. Sizes as in csrc/params.h; ragged is "dense", "lengths" or "packed"."""
+    """One configuration. Sizes as in csrc/core/params.h; ragged is "dense", "lengths" or "packed"."""
 
     cell: str
     steps: int = 5

@@ -1,6 +1,6 @@
 """Compiles every CUDA source alone, without torch, and demands that no kernel spills registers.
 
-    python tests/check_ptxas.py [--arch sm_80 sm_90a] [--jobs 2] [--files csrc/cuda/kernels_fp16.cu ...] [--table FILE]
+    python tests/check_ptxas.py [--arch sm_80 sm_90a] [--jobs 2] [--files csrc/cuda/step/kernels_fp16.cu ...] [--table FILE]
 
 Prints a table of each kernel's registers, barriers, static shared memory, stack and spilled bytes for each architecture
 (dynamic shared memory is the plan's: tests/test_plan.py). --table writes it as Markdown; --logs keeps what ptxas said in a
@@ -91,7 +91,7 @@ def compile_one(
 ) -> tuple[Path, str, float, int, str]:
     """(source, arch, seconds, exit status, what ptxas said); the latter from the folder `logs` if nothing has changed."""
     command = [
-        *(nvcc, "-std=c++17", "-O3", f"-arch={arch}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"),
+        *(nvcc, "-std=c++17", "-O3", f"-arch={arch}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda' / 'device'}"),
         *(*includes, str(source)),
     ]
     start = time.monotonic()
@@ -155,7 +155,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90a"])
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--files", nargs="+", type=Path, default=sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+    parser.add_argument("--files", nargs="+", type=Path, default=sorted((ROOT / "csrc" / "cuda").rglob("*.cu")))
     parser.add_argument("--table", type=Path, help="write the table to this file, in Markdown")
     parser.add_argument("--logs", type=Path, help="folder for what ptxas said, to go on after an interruption")
     args = parser.parse_args()

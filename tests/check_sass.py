@@ -1,6 +1,6 @@
 """Reads the machine code of the persistent kernels: do the weights stay on the chip, are tensor cores used?
 
-    python tests/check_sass.py [--arch sm_90a] [--files csrc/cuda/grid_tf32.cu ...]
+    python tests/check_sass.py [--arch sm_90a] [--files csrc/cuda/persistent/grid_tf32.cu ...]
 
 Compiles sources with nvcc, disassembles them with nvdisasm and, for every kernel of the families grid and cluster, builds
 the graph of its branches. The loop over time is the largest cycle of that graph that has products in it. Proved of it:
@@ -45,7 +45,7 @@ PROBE = r"""
 #include <cstddef>
 #include <cstdio>
 #include <initializer_list>
-#include "cuda/persistent.h"
+#include "plan/persistent_geometry.h"
 using namespace fused_rnn;
 using namespace fused_rnn::cuda;
 int main() {
@@ -430,7 +430,14 @@ def disassemble(source: Path, arch: str) -> str:
     nvcc, includes = find_nvcc()
     with tempfile.TemporaryDirectory() as folder:
         cubin = f"{folder}/out.cubin"
-        options = ["-std=c++17", "-O3", "-cubin", f"-arch={arch}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
+        options = [
+            "-std=c++17",
+            "-O3",
+            "-cubin",
+            f"-arch={arch}",
+            f"-I{ROOT / 'csrc'}",
+            f"-I{ROOT / 'csrc' / 'cuda' / 'device'}",
+        ]
         subprocess.run([nvcc, *options, *includes, str(source), "-o", cubin], check=True)
         return subprocess.run([find_nvdisasm(nvcc), "-c", cubin], check=True, capture_output=True, text=True).stdout
 
@@ -441,7 +448,7 @@ def probe_sources() -> dict:
         source = Path(folder) / "probe.cpp"
         source.write_text(PROBE)
         compiler = os.environ.get("CXX", "c++")
-        options = ["-std=c++17", "-Wno-invalid-offsetof", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
+        options = ["-std=c++17", "-Wno-invalid-offsetof", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda' / 'device'}"]
         subprocess.run([*compiler.split(), *options, str(source), "-o", f"{folder}/probe"], check=True)
         return json.loads(subprocess.run([f"{folder}/probe"], check=True, capture_output=True, text=True).stdout)
 
@@ -451,7 +458,7 @@ def main() -> int:
     parser.add_argument("--arch", help="for all files; default: a source of each family, see DEFAULT")
     parser.add_argument("--files", nargs="+", type=Path)
     args = parser.parse_args()
-    folder = ROOT / "csrc" / "cuda"
+    folder = ROOT / "csrc" / "cuda" / "persistent"
     jobs = [(folder / name, arch) for name, arch in DEFAULT]
     if args.files or args.arch:
         sources = args.files or [path for family in ("grid", "cluster") for path in sorted(folder.glob(f"{family}_*.cu"))]

@@ -26,7 +26,7 @@ from fused_rnn._backend import has_cpu_kernels
 
 pytestmark = pytest.mark.skipif(not has_cpu_kernels(), reason="needs the compiled extension")
 
-LSTM = 3  # CellKind of csrc/params.h
+LSTM = 3  # CellKind of csrc/core/params.h
 AVAILABLE = fused_rnn.build_info()["cpu_instruction_sets"] if has_cpu_kernels() else []
 INSTRUCTION_SETS = [
     pytest.param(name, marks=pytest.mark.skipif(name not in AVAILABLE, reason=f"needs a CPU with {name}"))

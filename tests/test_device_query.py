@@ -19,7 +19,16 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("needs nvcc on PATH")
     target = tmp_path_factory.mktemp("device_query") / "program"
     sources = [str(HERE / "device_query" / name) for name in ("main.cu", "runtime.cpp")]
-    command = ["nvcc", "-std=c++17", "-arch=sm_90a", "-cudart", "none", f"-I{CSRC}", f"-I{CSRC / 'cuda'}", *sources]
+    command = [
+        "nvcc",
+        "-std=c++17",
+        "-arch=sm_90a",
+        "-cudart",
+        "none",
+        f"-I{CSRC}",
+        f"-I{CSRC / 'cuda' / 'device'}",
+        *sources,
+    ]
     done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return target

@@ -235,7 +235,7 @@ def saved_bytes(run: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize(("kind", "slots"), (("RNN", 0), ("GRU", 4), ("LSTM", 5)))
 def test_memory_kept_for_backward(kind: str, slots: int, device: str) -> None:
-    """The input, the weights, the output once and the slots of csrc/params.h; an output that nobody writes is not copied."""
+    """Input, weights, the output once and the slots of csrc/core/params.h; an output that nobody writes is not copied."""
     module, x = make(kind, device, torch.float32), torch.randn(50, 8, 4, device=device)
     weights = sum(p.numel() for p in module.parameters())
     expected = 4 * (x.numel() + weights + 50 * 8 * 6 * (1 + slots))

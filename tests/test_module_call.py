@@ -1,4 +1,4 @@
-"""The quick way of a module's forward (csrc/module_call.cpp): the results of the general way, and never taken unasked."""
+"""The quick way of a module's forward (csrc/torch/module_call.cpp): the general way's results, never taken unasked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The overlap of layers in time (csrc/plan_overlap.h): its plans and its tasks without a GPU, its results on one."""
+"""The overlap of layers in time (csrc/plan/overlap.h): its plans and its tasks without a GPU, its results on one."""
 
 from __future__ import annotations
 

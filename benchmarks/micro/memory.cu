@@ -1,7 +1,7 @@
 // What L2 and shared memory deliver to an SM.
-//   l2_latency    a load that waits for the one before it, from L2: kL2LatencyUs of csrc/plan.cpp
+//   l2_latency    a load that waits for the one before it, from L2: kL2LatencyUs of csrc/plan/plan.cpp
 //   l2_bandwidth  16-byte loads of 256 threads from 16 MiB that stay in L2, one SM alone and all at once: kL2BytesPerClock of
-//                 csrc/plan.cpp (alone; all at once: that times kL2Share) and of csrc/plan_persistent.cpp (all at once)
+//                 csrc/plan/plan.cpp (alone; all at once: that times kL2Share) and of csrc/plan/persistent.cpp (all at once)
 //   smem_bandwidth  16-byte loads from shared memory, as the weights beyond the registers are read: kSmemBytesPerClock
 #include "micro.cuh"
 

@@ -1,5 +1,5 @@
 // Shared by the microbenchmarks: each is a program of its own that measures constants of the planner's cost model with the
-// same wrappers as the kernels (csrc/cuda/simt.cuh) and prints a line of JSON for each figure. No torch.
+// same wrappers as the kernels (csrc/cuda/device/simt.cuh) and prints a line of JSON for each figure. No torch.
 #pragma once
 #include <algorithm>
 #include <cstdio>

@@ -1,7 +1,7 @@
 """Compiles and runs the microbenchmarks: ``python benchmarks/micro/run.py [--output FILE] [NAME ...]``.
 
 Each program prints lines of JSON: what was measured, the value with its unit, and the constant of the cost model
-(csrc/plan*.cpp) that it stands for. --build-only --arch sm_80 sm_90a compiles and runs nothing, without a GPU. nvcc is found
+(csrc/plan) that it stands for. --build-only --arch sm_80 sm_90a compiles and runs nothing, without a GPU. nvcc is found
 as tests/check_ptxas.py finds it.
 """
 
@@ -33,7 +33,7 @@ def build(name: str, arch: str, target: Path, link: bool) -> None:
         "-O3",
         f"-arch={arch}",
         f"-I{ROOT / 'csrc'}",
-        f"-I{ROOT / 'csrc' / 'cuda'}",
+        f"-I{ROOT / 'csrc' / 'cuda' / 'device'}",
         f"-I{FOLDER}",
         *includes,
     ]

@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "../params.h"
-#include "plan.h"
+#include "core/params.h"
+#include "cpu/plan.h"
 
 namespace fused_rnn::cpu {
 

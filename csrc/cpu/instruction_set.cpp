@@ -3,8 +3,8 @@
 #include <stdexcept>
 #include <utility>
 
-#include "cpu.h"
-#include "kernels.h"
+#include "cpu/cpu.h"
+#include "cpu/isa/kernels.h"
 
 namespace fused_rnn::cpu {
 namespace {

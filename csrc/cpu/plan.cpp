@@ -1,4 +1,4 @@
-#include "plan.h"
+#include "cpu/plan.h"
 
 #include <algorithm>
 #include <cmath>

@@ -6,7 +6,8 @@
 #pragma once
 #include <cstdint>
 
-#include "split.h"
+#include "cpu/isa/blocks.h"
+#include "cpu/isa/parts.h"
 
 namespace fused_rnn::cpu {
 
@@ -54,8 +55,5 @@ struct PlanInput {
 };
 
 Plan choose_plan(const PlanInput& in);
-
-// `count` things over `parts`, as evenly as possible: part i has [share_begin(i), share_begin(i + 1)).
-constexpr int64_t share_begin(int64_t count, int64_t parts, int64_t i) { return count * i / parts; }
 
 }  // namespace fused_rnn::cpu

@@ -1,4 +1,4 @@
-#include "processors.h"
+#include "cpu/processors.h"
 
 #include <algorithm>
 #include <climits>

@@ -1,10 +1,10 @@
-#include "threads.h"
+#include "cpu/threads.h"
 
 #include <algorithm>
 #include <chrono>
 #include <ctime>
 
-#include "processors.h"
+#include "cpu/processors.h"
 
 #ifdef _OPENMP
 #include <omp.h>

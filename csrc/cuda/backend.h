@@ -1,12 +1,12 @@
 // (Not named cuda.h: this folder is on the include path, and torch includes CUDA's <cuda.h>.)
-// The CUDA backend without torch and without CUDA headers: what csrc/ops_cuda.cpp calls. The caller makes the device current,
+// The CUDA backend without torch and without CUDA headers: what csrc/torch/ops_cuda.cpp calls. The caller makes the device current,
 // owns all memory and names the stream (a cudaStream_t). Nothing here synchronises, allocates on the device or touches another
 // stream; every call can be captured in a CUDA graph. Errors are std::runtime_error with the kernel's name.
 #pragma once
 #include <optional>
 
-#include "params.h"
-#include "plan.h"
+#include "core/params.h"
+#include "plan/plan.h"
 
 namespace fused_rnn::cuda {
 

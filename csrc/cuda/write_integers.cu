@@ -2,7 +2,7 @@
 #include <launch.cuh>
 #include <simt.cuh>
 
-#include "backend.h"
+#include "cuda/backend.h"
 
 namespace fused_rnn::cuda {
 namespace {

@@ -2,7 +2,7 @@
 // parts, and the room for its rows. This machine need not have the instructions.
 #include <cstdio>
 
-#include "cpu/matrix.h"
+#include "cpu/gemm/matrix.h"
 
 int main() {
   using namespace fused_rnn::cpu;

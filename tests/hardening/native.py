@@ -46,8 +46,8 @@ REPLACED = ("instruction_set", "processors")
 KERNELS = {
     "avx2": ["kernels_avx2"],
     "avx512": ["kernels_avx512"],
-    "avx512_bf16": ["kernels_avx512", "kernels_avx512_bf16", "split_pack"],
-    "amx": ["kernels_avx512", "kernels_amx", "split_pack"],
+    "avx512_bf16": ["kernels_avx512", "kernels_avx512_bf16", "parts_pack"],
+    "amx": ["kernels_avx512", "kernels_amx", "parts_pack"],
 }
 
 
@@ -85,7 +85,7 @@ def sources(sets: Sequence[str]) -> Iterator[Path]:
     """Sources of csrc/cpu that the harness takes as they are, and its own."""
     conditional = {name for names in KERNELS.values() for name in names}
     wanted = {name for instruction_set in sets for name in KERNELS.get(instruction_set, [])}
-    for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+    for source in sorted((ROOT / "csrc" / "cpu").rglob("*.cpp")):
         if source.stem not in REPLACED and (source.stem not in conditional or source.stem in wanted):
             yield source
     yield from sorted((HERE / "harness").glob("*.cpp"))
@@ -99,12 +99,12 @@ def build(variant: str, sets: Sequence[str] | None = None, jobs: int = 2) -> Pat
     if sets is None:
         sets = fused_rnn.build_info().get("cpu_instruction_sets", [])
     flags, for_kernels, for_others = VARIANTS[variant]
-    headers = [*sorted((ROOT / "csrc").glob("*.h")), *sorted((ROOT / "csrc" / "cpu").glob("*.h"))]
+    headers = [header for folder in ("core", "cpu") for header in sorted((ROOT / "csrc" / folder).rglob("*.h"))]
     headers += sorted((HERE / "harness").glob("*.h"))
     text = _hash(*(f.name.encode() + f.read_bytes() for f in headers))
 
     def compiled(source: Path) -> Path:
-        kernel = source.stem.startswith("kernels_") or source.stem in ("parts", "split_pack")
+        kernel = source.stem.startswith("kernels_") or source.stem in ("parts", "parts_pack")
         command = [CXX, *COMMON, *flags, *(for_kernels if kernel else for_others), "-c", str(source)]
         shown = [part.replace(str(ROOT), ".") for part in command]
         return _make(CACHE / f"{source.stem}-{_hash(source.read_bytes(), text, *shown)}.o", command)

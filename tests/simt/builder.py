@@ -67,13 +67,13 @@ def _headers(*places: Path) -> str:
 def explain(errors: str) -> str:
     """The compiler's errors, and for each unknown primitive what to add and where."""
     hints = []
-    known = (ROOT / "csrc" / "cuda" / "simt.cuh").read_text()
+    known = (ROOT / "csrc" / "cuda" / "device" / "simt.cuh").read_text()
     names = re.findall(r"‘(\w+)’ is not a member of ‘fused_rnn::simt’", errors)
     for name in dict.fromkeys(names):
         where = (
-            "It is in csrc/cuda/simt.cuh: add its host twin"
+            "It is in csrc/cuda/device/simt.cuh: add its host twin"
             if re.search(rf"\b{name}\b", known)
-            else "Add its PTX wrapper to csrc/cuda/simt.cuh and its host twin"
+            else "Add its PTX wrapper to csrc/cuda/device/simt.cuh and its host twin"
         )
         hints.append(f"simt::{name} is unknown to the simulator. {where} to tests/simt/include/simt.cuh.")
     names = re.findall(
@@ -132,9 +132,10 @@ def build(
     csrc = ROOT / "csrc"
     internal = HERE / "runtime"
     device = [HERE / "include", *(internal / name for name in ("api.h", "tensor.h", "capi.h"))]
-    for_kernels = _headers(*device, *sorted(csrc.glob("*.h")), csrc / "cuda")
+    below = [csrc / folder for folder in ("core", "plan", "cuda")]
+    for_kernels = _headers(*device, *below)
     for_runtime = _headers(internal)
-    for_host = _headers(internal, *sorted(csrc.glob("*.h")), csrc / "cuda")
+    for_host = _headers(internal, *below)
     extra = SANITIZE[sanitize]
     host = [*COMMON, "-O2", *{"asan": ["-fsanitize=address"], "ucontext": ["-DSIMT_UCONTEXT"]}.get(sanitize, [])]
     # g++ does not combine -fsanitize=thread with address: that variant has no race detection.
@@ -143,7 +144,7 @@ def build(
     runtime = sorted(internal.glob("*.cpp"))
     backend = kernels is None
     if kernels is None:
-        kernels = sorted((csrc / "cuda").glob("*.cu"))
+        kernels = sorted((csrc / "cuda").rglob("*.cu"))
     units = []
     for source in kernels:
         flags = (*kernel_flags, f"-DSIMT_ARCH={750 if source.stem in older else 900}")
@@ -153,8 +154,7 @@ def build(
     api = internal / "fused_rnn_capi.cpp"
     units += [Unit(f, tuple(host), for_runtime) for f in runtime if f != api]
     if backend:
-        planner = sorted(f for f in csrc.glob("plan*.cpp") if not f.stem.endswith("_bindings"))
-        units += [Unit(f, tuple(host), for_host) for f in [api, *planner]]
+        units += [Unit(f, tuple(host), for_host) for f in [api, *sorted((csrc / "plan").glob("*.cpp"))]]
     with ThreadPoolExecutor(jobs) as pool:
         objects = list(pool.map(_compile, units))
     target = CACHE / f"simt-{_hash(sanitize, *(o.name for o in objects))}.so"

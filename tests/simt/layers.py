@@ -45,11 +45,11 @@ def structure(name: str, header: str, **known: type[ctypes.Structure]) -> type[c
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
-Sequence = structure("Sequence", "params.h")
-Weights = structure("Weights", "params.h")
-ForwardParams = structure("ForwardParams", "params.h", Sequence=Sequence, Weights=Weights)
-BackwardParams = structure("BackwardParams", "params.h", Sequence=Sequence, Weights=Weights)
-Problem = structure("Problem", "plan.h")
+Sequence = structure("Sequence", "core/params.h")
+Weights = structure("Weights", "core/params.h")
+ForwardParams = structure("ForwardParams", "core/params.h", Sequence=Sequence, Weights=Weights)
+BackwardParams = structure("BackwardParams", "core/params.h", Sequence=Sequence, Weights=Weights)
+Problem = structure("Problem", "plan/plan.h")
 
 
 class NoPlan(ValueError):
@@ -90,7 +90,7 @@ class Layer:
 
     @property
     def c_dtype(self) -> torch.dtype:
-        """Of c0 and c_n: the case's, or float32 where the data say so (csrc/params.h, wide_c)."""
+        """Of c0 and c_n: the case's, or float32 where the data say so (csrc/core/params.h, wide_c)."""
         return self.case.dtype if self.data.c0 is None else self.data.c0.dtype
 
     def direction(self, d: int) -> list[Tensor]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from builder import CACHE, ROOT
 
 CUDA = ROOT / "csrc" / "cuda"
-FILES = ("matmul.cuh", "forward.cuh", "backward.cuh", "fragments.cuh")
+FILES = ("matmul.cuh", "forward.cuh", "backward.cuh", "fragments.cuh")  # names in csrc/cuda are unique
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +105,11 @@ MASKS = [
 ]
 
 
+def source_of(file: str) -> Path:
+    (path,) = CUDA.rglob(file)
+    return path
+
+
 def mutants_of(
     files: Sequence[str], synchronisation: Sequence[tuple[str, str, str]], masks: Sequence[tuple[str, str]]
 ) -> list[Mutant]:
@@ -112,7 +117,7 @@ def mutants_of(
     mutants: list[Mutant] = []
     rules = [*synchronisation, *((old, new, None) for old, new in masks)]
     for file in files:
-        source = (CUDA / file).read_text()
+        source = source_of(file).read_text()
         for pattern, replacement, what in rules:
             for count, match in enumerate(re.finditer(pattern, source), 1):
                 changed = match.expand(replacement)
@@ -120,7 +125,7 @@ def mutants_of(
                 said = what or f"`{match[0].strip()}` -> `{changed.strip()}`"
                 text = source[: match.start()] + changed + source[match.end() :]
                 mutants.append(Mutant(f"{file} {said}" + f" #{count}" * (count > 1), file, line, text))
-    unused = [rule[0] for rule in rules if not any(re.search(rule[0], (CUDA / f).read_text()) for f in files)]
+    unused = [rule[0] for rule in rules if not any(re.search(rule[0], source_of(f).read_text()) for f in files)]
     assert not unused, f"no place has {unused}: the kernels have changed, and the rules of their mutants must follow"
     return mutants
 
@@ -132,8 +137,8 @@ def all_mutants() -> list[Mutant]:
 # The kernels that the mutants are compiled in: a few instances of each role in place of all, forward and backward apart.
 HEAD = """
 #include <stdexcept>
-#include "cuda/HEADER"
-#include "cuda/kernels.h"
+#include "cuda/step/HEADER"
+#include "cuda/step/kernels.h"
 namespace fused_rnn::cuda {
 template <KernelRole kRole, CellKind kCell, TileSize kSize>
 using G = Geometry<kRole, kCell, MathKind::kFp16, kSize>;
@@ -187,7 +192,7 @@ BackwardKernel Kernels<MathKind::kFp16>::backward(KernelRole role, CellKind cell
 # Other kinds of arithmetic have no kernels here.
 STUBS = """
 #include <stdexcept>
-#include "cuda/kernels.h"
+#include "cuda/step/kernels.h"
 namespace fused_rnn::cuda {
 HERE
 }  // namespace fused_rnn::cuda
@@ -213,9 +218,10 @@ def _write_if_changed(path: Path, text: str) -> None:
 def _folder(mutant: Mutant | None) -> Path:
     """A copy of the headers with the mutant among them."""
     folder = CACHE / "mutants" / re.sub(r"\W+", "_", mutant.name if mutant else "unchanged")[:120]
-    for source in [*(ROOT / "csrc").glob("*.h"), *CUDA.glob("*.h"), *CUDA.glob("*.cuh")]:
-        text = mutant.text if mutant and source.name == mutant.file and source.parent == CUDA else source.read_text()
-        _write_if_changed(folder / source.relative_to(ROOT / "csrc"), text)
+    for place in ("core", "plan", "cuda"):
+        for source in (ROOT / "csrc" / place).rglob("*.*h"):
+            text = mutant.text if mutant and source == source_of(mutant.file) else source.read_text()
+            _write_if_changed(folder / source.relative_to(ROOT / "csrc"), text)
     for name, body in (("forward", FORWARD), ("backward", BACKWARD)):
         _write_if_changed(folder / f"{name}_instances.cu", HEAD.replace("HEADER", f"{name}.cuh") + body)
     stubs = "".join(STUB.replace("MATH", math) for math in ("kFp64", "kFp32", "kTf32", "kBf16"))

@@ -9,7 +9,8 @@ from pathlib import Path
 from builder import CACHE, ROOT
 from mutants import CUDA, Mutant, mutants_of
 
-FILES = tuple(sorted(f.name for f in [*CUDA.glob("persistent_*.cuh"), *CUDA.glob("exchange_*.cuh")])) + (
+PERSISTENT = CUDA / "persistent"
+FILES = tuple(sorted(f.name for f in [*PERSISTENT.glob("persistent_*.cuh"), *PERSISTENT.glob("exchange_*.cuh")])) + (
     "persistent_launch.cu",
 )
 
@@ -192,14 +193,15 @@ def replacement(mutant: Mutant | None) -> dict[str, list[tuple[Path, Path]]]:
     """The mutant as builder.build(replace=...) wants it; None: unchanged."""
     folder = CACHE / "mutants" / (re.sub(r"\W+", "_", mutant.name)[:120] if mutant else "unchanged_persistent")
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(ROOT / "csrc", folder, ignore=shutil.ignore_patterns("cpu", "*.cpp"))
-    instances = folder / "cuda" / "cluster_instantiate.cuh"
+    shutil.copytree(ROOT / "csrc", folder, ignore=shutil.ignore_patterns("cpu", "torch", "*.cpp"))
+    kernels = folder / PERSISTENT.relative_to(ROOT / "csrc")
+    instances = kernels / "cluster_instantiate.cuh"
     for pattern, shorter in LEFT_OUT:
         text, count = re.subn(pattern, shorter, instances.read_text())
         assert count > 0
         instances.write_text(text)
     stems = ["grid_fp16", "cluster_fp16"]
     if mutant:
-        (folder / "cuda" / mutant.file).write_text(mutant.text)
+        (kernels / mutant.file).write_text(mutant.text)
         stems = ONLY.get(mutant.file, stems)
-    return {stem: [(folder / "cuda" / f"{stem}.cu", folder)] for stem in stems}
+    return {stem: [(kernels / f"{stem}.cu", folder)] for stem in stems}

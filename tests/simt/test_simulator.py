@@ -211,10 +211,13 @@ def test_large_shared_memory_after_prepare(small: Simulator) -> None:
 @pytest.mark.parametrize(
     ("body", "hint"),
     [
-        ("simt::warp_matrix_thing(1);", r"simt::warp_matrix_thing is unknown.*Add its PTX wrapper to csrc/cuda/simt.cuh"),
+        (
+            "simt::warp_matrix_thing(1);",
+            r"simt::warp_matrix_thing is unknown.*Add its PTX wrapper to csrc/cuda/device/simt.cuh",
+        ),
         ("__syncthreads();", r"__syncthreads is a CUDA name.*host twin to tests/simt/include/simt.cuh"),
         ("__shared__ float tile[32];", r"dynamic shared memory only, which simt::dynamic_smem\(\) gives"),
-        ('asm volatile("bar.sync 0;");', r"PTX belongs into a wrapper in csrc/cuda/simt.cuh"),
+        ('asm volatile("bar.sync 0;");', r"PTX belongs into a wrapper in csrc/cuda/device/simt.cuh"),
     ],
 )
 def test_unknown_primitive(tmp_path: Path, body: str, hint: str) -> None:

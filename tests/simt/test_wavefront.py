@@ -1,4 +1,4 @@
-"""Stacks of layers as wavefronts (csrc/plan_overlap.h) on the simulated device, tasks in any order that the plan allows."""
+"""Stacks of layers as wavefronts (csrc/plan/overlap.h) on the simulated device, tasks in any order that the plan allows."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class StackRun:
         ctypes.memmove(address, tensor.data_ptr(), tensor.nbytes)
 
     def project(self, task: OverlapTask) -> None:
-        """As csrc/overlap_cuda.cpp: rows of the chunk's steps, for each direction, from what the layer below has left."""
+        """As csrc/torch/overlap_cuda.cpp: rows of the chunk's steps, for each direction, from the layer below."""
         number, layer = task.layer, self.layers[task.layer]
         x = dropped(self.output(number - 1, "y"), self.masks, number - 1) if number else layer.data.input
         projection, steps = self.runs[number].projection(x), layer.case.steps

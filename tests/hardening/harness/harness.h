@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "cpu/cpu.h"
-#include "cpu/kernels.h"
+#include "cpu/isa/kernels.h"
 
 namespace harness {
 

@@ -15,8 +15,8 @@
 #include <thread>
 
 #include "cpu/arena.h"
-#include "cpu/kept_weights.h"
-#include "cpu/matmul.h"
+#include "cpu/gemm/matmul.h"
+#include "cpu/gemm/weight_cache.h"
 #include "cpu/threads.h"
 #include "problem.h"
 

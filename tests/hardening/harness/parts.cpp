@@ -1,10 +1,10 @@
-// An instruction set in plain C++ with what AVX-512 and AMX have: 16 floats in a vector, and products of bfloat16 parts (csrc/cpu/split.h)
+// An instruction set in plain C++ with what AVX-512 and AMX have: 16 floats in a vector, and products of bfloat16 parts (csrc/cpu/isa/parts.h)
 // for every storage type. The layout and the loops of such products run, under sanitizers, on machines that lack the instructions.
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/kernel_table.h"
-#include "cpu/matrix.h"
+#include "cpu/gemm/matrix.h"
+#include "cpu/isa/kernel_table.h"
 #include "harness.h"
 
 namespace fused_rnn::cpu {

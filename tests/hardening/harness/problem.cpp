@@ -6,7 +6,7 @@
 #include <limits>
 #include <stdexcept>
 
-#include "cpu/previous.h"
+#include "cpu/scan/previous.h"
 
 namespace harness {
 

@@ -1,10 +1,10 @@
-// Host implementation of csrc/cuda/launch.cuh: the same names and signatures, on the simulated device of tests/simt/runtime.
+// Host implementation of csrc/cuda/device/launch.cuh: the same names and signatures, on the simulated device of tests/simt/runtime.
 #pragma once
 #include <cstdint>
 #include <utility>
 
 #include "../runtime/api.h"
-#include "device_info.h"
+#include "plan/device_info.h"
 #include "simt.cuh"
 
 namespace fused_rnn::simt {

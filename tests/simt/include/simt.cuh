@@ -1,4 +1,4 @@
-// Host implementation of csrc/cuda/simt.cuh: the same names and signatures, on the simulated device of tests/simt/runtime.
+// Host implementation of csrc/cuda/device/simt.cuh: the same names and signatures, on the simulated device of tests/simt/runtime.
 // It comes first on the include path when the kernels are compiled by g++. A primitive that is added there must be added
 // here too; what each one means and where it may be called is written there.
 //
@@ -20,8 +20,9 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 // PTX has no place in a kernel file.
-#define asm \
-  static_assert(false, "PTX belongs into a wrapper in csrc/cuda/simt.cuh with a host twin in tests/simt/include/simt.cuh")
+#define asm            \
+  static_assert(false, \
+                "PTX belongs into a wrapper in csrc/cuda/device/simt.cuh with a host twin in tests/simt/include/simt.cuh")
 
 namespace fused_rnn::simt {
 

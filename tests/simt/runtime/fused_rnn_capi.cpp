@@ -7,7 +7,7 @@
 #include "capi.h"
 #include "cuda/backend.h"
 #include "device.h"
-#include "plan_overlap.h"
+#include "plan/overlap.h"
 
 using namespace fused_rnn;
 

@@ -14,7 +14,7 @@
 #include <tuple>
 #include <vector>
 
-#include "recent.h"
+#include "core/recent.h"
 
 namespace fused_rnn::cuda {
 namespace {

@@ -31,12 +31,12 @@ def load() -> ModuleType:
     for source in [*(builder.ROOT / "csrc").rglob("*.h"), *(builder.ROOT / "csrc").rglob("*.cpp")]:
         text = source.read_text()
         for file, before, after in CHANGES:
-            if file == source.name and source.parent.name == "csrc":
+            if file == source.name and source.parent.name == "torch":
                 assert text.count(before) == 1, f"{file} has no or several {before!r}"
                 text = text.replace(before, after)
         target = copy / source.relative_to(builder.ROOT / "csrc")
-        if source.parent.name == "cpu" and source.suffix == ".cpp":  # objects are called by the names of their sources alone
-            target = target.with_stem(f"cpu_{source.stem}")
+        if source.suffix == ".cpp":  # objects are called by the names of their sources alone
+            target = target.with_stem("_".join(target.relative_to(copy).with_suffix("").parts))
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists() or target.read_text() != text:
             target.write_text(text)
@@ -45,7 +45,7 @@ def load() -> ModuleType:
     shutil.copytree(HERE / "include", folder / "include", dirs_exist_ok=True, copy_function=_copy_if_changed)
     from torch.utils import cpp_extension
 
-    sources = [HERE / "backend.cpp", *sorted(copy.glob("*.cpp")), *sorted((copy / "cpu").glob("*.cpp"))]
+    sources = [HERE / "backend.cpp", *sorted(copy.rglob("*.cpp"))]
     flags = ["-O1", "-g0", "-fopenmp", "-fvisibility=hidden", "-w", "-DFUSED_RNN_WITH_CUDA"]
     module = cpp_extension.load(
         "_C", [str(s) for s in sources], extra_cflags=flags, extra_ldflags=["-ldl"],

@@ -1,0 +1,169 @@
+// The math of every cell, once: one hidden unit at one step, forward and backward. V is float, double or a SIMD vector that
+// has the arithmetic operators and sigmoid(V), tanh(V), relu(V), relu_mask(y, d) found by argument-dependent lookup or in
+// fused_rnn::math. No torch, no CUDA include, no memory access: kernels load, call, store.
+//
+// Source of the formulas: the documentation of torch.nn.LSTM, GRU and RNN; LSTM after Hochreiter and Schmidhuber 1997 with the
+// forget gate of Gers et al. 2000, GRU after Cho et al. 2014 in the variant whose reset gate multiplies W_hn h + b_hn.
+//
+// Every cell has
+//   kGates, kSlots, kSaved, kHasC, kReadsH   what the list in params.h says of it; slots in the order of ForwardParams::gates
+//   recurrent_slot(g)  the accumulator that gate g of the recurrent product (and b_hh) is added to; gate g of the input
+//                      product is added to slot g
+//   forward(a, h_prev, c_prev, h, c)   a: accumulators in, saved values out; where there are gates with a sigmoid, in two parts:
+//   sigmoids(a), which depend on nothing else, and forward_of_sigmoids(a, h_prev, c_prev, h, c)
+//   backward(a, h_prev, c_prev, c, h, dh, dc, d, dh_prev)
+//        a: saved values, h_prev/c_prev: state before the step, c/h: state after, dh: total gradient of h,
+//        dc: gradient of c from the next step in, of c_prev out, d: gradients in the slot order of BackwardParams::d_gates,
+//        dh_prev: the part of the gradient of h_prev that does not go through the recurrent weights
+#pragma once
+#include "core/params.h"
+
+#ifdef __CUDACC__
+#include <math.h>
+#else
+#include <cmath>
+#endif
+
+namespace fused_rnn {
+
+namespace math {
+// exp and tanh of the host's and the device's math library. Both forms saturate without overflow to NaN.
+FUSED_RNN_HD float sigmoid(float x) { return 1.0f / (1.0f + ::expf(-x)); }
+FUSED_RNN_HD double sigmoid(double x) { return 1.0 / (1.0 + ::exp(-x)); }
+FUSED_RNN_HD float tanh(float x) { return ::tanhf(x); }
+FUSED_RNN_HD double tanh(double x) { return ::tanh(x); }
+// NaN stays NaN, as in torch.relu.
+FUSED_RNN_HD float relu(float x) { return x < 0.0f ? 0.0f : x; }
+FUSED_RNN_HD double relu(double x) { return x < 0.0 ? 0.0 : x; }
+// d where y > 0, else 0: the gradient of relu at output y.
+FUSED_RNN_HD float relu_mask(float y, float d) { return y > 0.0f ? d : 0.0f; }
+FUSED_RNN_HD double relu_mask(double y, double d) { return y > 0.0 ? d : 0.0; }
+}  // namespace math
+
+// The list's line of a cell as constants.
+template <CellKind kKind>
+struct CellConstants {
+  static constexpr int kGates = traits_of(kKind).gates, kSlots = traits_of(kKind).slots, kSaved = traits_of(kKind).saved;
+  static constexpr bool kHasC = traits_of(kKind).has_c, kReadsH = traits_of(kKind).reads_h;
+};
+
+template <CellKind kKind>
+struct Cell;
+
+// h' = act(x W_ih^T + b_ih + h W_hh^T + b_hh)
+template <CellKind kKind>
+struct RnnCell : CellConstants<kKind> {
+  using CellConstants<kKind>::kSlots;
+  static constexpr FUSED_RNN_HD int recurrent_slot(int) { return 0; }
+
+  template <class V>
+  static FUSED_RNN_HD void forward(V (&a)[kSlots], const V&, const V&, V& h, V&) {
+    using namespace math;
+    if constexpr (kKind == CellKind::kRnnTanh) {
+      h = tanh(a[0]);
+    } else if constexpr (kKind == CellKind::kRnnRelu) {
+      h = relu(a[0]);
+    } else {
+      h = a[0];
+    }
+  }
+
+  template <class V>
+  static FUSED_RNN_HD void backward(const V (&)[kSlots], const V&, const V&, const V&, const V& h, const V& dh, V&,
+                                    V (&d)[kSlots], V& dh_prev) {
+    using namespace math;
+    if constexpr (kKind == CellKind::kRnnTanh) {
+      d[0] = dh * (V(1) - h * h);
+    } else if constexpr (kKind == CellKind::kRnnRelu) {
+      d[0] = relu_mask(h, dh);
+    } else {
+      d[0] = dh;
+    }
+    dh_prev = V(0);
+  }
+};
+template <>
+struct Cell<CellKind::kRnnTanh> : RnnCell<CellKind::kRnnTanh> {};
+template <>
+struct Cell<CellKind::kRnnRelu> : RnnCell<CellKind::kRnnRelu> {};
+template <>
+struct Cell<CellKind::kRnnIdentity> : RnnCell<CellKind::kRnnIdentity> {};
+
+// c' = f c + i g,  h' = o tanh(c')   (with a projection the kernel applies W_hr to this h')
+template <>
+struct Cell<CellKind::kLstm> : CellConstants<CellKind::kLstm> {
+  static constexpr FUSED_RNN_HD int recurrent_slot(int gate) { return gate; }
+
+  template <class V>
+  static FUSED_RNN_HD void sigmoids(V (&a)[kSlots]) {
+    using namespace math;
+    a[0] = sigmoid(a[0]);
+    a[1] = sigmoid(a[1]);
+    a[3] = sigmoid(a[3]);
+  }
+  template <class V>
+  static FUSED_RNN_HD void forward_of_sigmoids(V (&a)[kSlots], const V&, const V& c_prev, V& h, V& c) {
+    using namespace math;
+    a[2] = tanh(a[2]);
+    c = a[1] * c_prev + a[0] * a[2];
+    h = a[3] * tanh(c);
+  }
+  template <class V>
+  static FUSED_RNN_HD void forward(V (&a)[kSlots], const V& h_prev, const V& c_prev, V& h, V& c) {
+    sigmoids(a);
+    forward_of_sigmoids(a, h_prev, c_prev, h, c);
+  }
+
+  template <class V>
+  static FUSED_RNN_HD void backward(const V (&a)[kSlots], const V&, const V& c_prev, const V& c, const V&, const V& dh,
+                                    V& dc, V (&d)[kSlots], V& dh_prev) {
+    using namespace math;
+    const V i = a[0], f = a[1], g = a[2], o = a[3];
+    const V tanh_c = tanh(c);
+    const V dc_total = dc + dh * o * (V(1) - tanh_c * tanh_c);
+    d[0] = dc_total * g * i * (V(1) - i);
+    d[1] = dc_total * c_prev * f * (V(1) - f);
+    d[2] = dc_total * i * (V(1) - g * g);
+    d[3] = dh * tanh_c * o * (V(1) - o);
+    dc = dc_total * f;
+    dh_prev = V(0);
+  }
+};
+
+// n = tanh(x_n + r hn),  h' = n + z (h - n),  hn = W_hn h + b_hn
+template <>
+struct Cell<CellKind::kGru> : CellConstants<CellKind::kGru> {
+  static constexpr FUSED_RNN_HD int recurrent_slot(int gate) { return gate == 2 ? 3 : gate; }
+
+  template <class V>
+  static FUSED_RNN_HD void sigmoids(V (&a)[kSlots]) {
+    using namespace math;
+    a[0] = sigmoid(a[0]);
+    a[1] = sigmoid(a[1]);
+  }
+  template <class V>
+  static FUSED_RNN_HD void forward_of_sigmoids(V (&a)[kSlots], const V& h_prev, const V&, V& h, V&) {
+    using namespace math;
+    a[2] = tanh(a[2] + a[0] * a[3]);
+    h = a[2] + a[1] * (h_prev - a[2]);
+  }
+  template <class V>
+  static FUSED_RNN_HD void forward(V (&a)[kSlots], const V& h_prev, const V& c_prev, V& h, V& c) {
+    sigmoids(a);
+    forward_of_sigmoids(a, h_prev, c_prev, h, c);
+  }
+
+  template <class V>
+  static FUSED_RNN_HD void backward(const V (&a)[kSlots], const V& h_prev, const V&, const V&, const V&, const V& dh, V&,
+                                    V (&d)[kSlots], V& dh_prev) {
+    const V r = a[0], z = a[1], n = a[2], hn = a[3];
+    const V dn = dh * (V(1) - z) * (V(1) - n * n);
+    d[0] = dn;
+    d[1] = dn * hn * r * (V(1) - r);
+    d[2] = dh * (h_prev - n) * z * (V(1) - z);
+    d[3] = dn * r;
+    dh_prev = dh * z;
+  }
+};
+
+}  // namespace fused_rnn

@@ -1,0 +1,224 @@
+#include "cpu/gemm/matrix.h"
+
+#include <cstring>
+#include <memory>
+#include <new>
+
+namespace fused_rnn::cpu {
+namespace {
+
+template <class A, class Storage>
+void pack_transposed_from(const Shape& s, const Storage* from, int64_t first, int64_t last, A* to) {
+  for (int64_t p = first; p < last; ++p) {
+    const int vectors = s.vectors_of(p);
+    const int64_t first_vector = s.columns_before(p) / s.width;
+    const int64_t step = int64_t{vectors} * s.width;
+    A* panel = to + s.columns_before(p) * s.depth;
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t unit = (first_vector + v) / s.gates * s.width;
+      const int64_t gate = (first_vector + v) % s.gates;
+      const int lanes = static_cast<int>(std::min<int64_t>(s.width, s.units - unit));
+      const Storage* rows = from + (gate * s.units + unit) * s.depth;
+      // Blocks of a cache line of k keep both sides in L1.
+      for (int64_t k0 = 0; k0 < s.depth; k0 += 16) {
+        const int64_t k1 = std::min(k0 + 16, s.depth);
+        for (int lane = 0; lane < lanes; ++lane) {
+          for (int64_t k = k0; k < k1; ++k) panel[k * step + v * s.width + lane] = to_arithmetic(rows[lane * s.depth + k]);
+        }
+        for (int lane = lanes; lane < s.width; ++lane) {
+          for (int64_t k = k0; k < k1; ++k) panel[k * step + v * s.width + lane] = 0;
+        }
+      }
+    }
+  }
+}
+
+template <class A, class Storage>
+void pack_straight_from(const Shape& s, const Storage* from, int64_t first, int64_t last, A* to) {
+  for (int64_t p = first; p < last; ++p) {
+    const int64_t step = int64_t{s.vectors_of(p)} * s.width;
+    const int64_t start = s.columns_before(p);
+    const int64_t columns = std::min(step, s.units - start);
+    A* panel = to + start * s.depth;
+    for (int64_t k = 0; k < s.depth; ++k) {
+      const Storage* row = from + k * s.units + start;
+      for (int64_t i = 0; i < columns; ++i) panel[k * step + i] = to_arithmetic(row[i]);
+      for (int64_t i = columns; i < step; ++i) panel[k * step + i] = 0;
+    }
+  }
+}
+
+// Calls f with the pointer in its storage type, one of those that A is the arithmetic type of.
+template <class A, class F>
+void with_storage(int storage, const void* from, F&& f) {
+  if constexpr (sizeof(A) == 8) {
+    (void)storage;
+    f(static_cast<const double*>(from));
+  } else {
+    switch (storage) {
+      case 1: return f(static_cast<const Half*>(from));
+      case 2: return f(static_cast<const BFloat16*>(from));
+      default: return f(static_cast<const float*>(from));
+    }
+  }
+}
+
+template <class A>
+int64_t element_size(const Matrix<A>& m) {
+  return m.storage == 0 ? static_cast<int64_t>(sizeof(A)) : 2;
+}
+
+void split_panels(const SplitKernels& kernels, const Matrix<float>& m, int64_t element_size, int64_t first, int64_t last) {
+  const Shape& s = m.shape;
+  for (int64_t p = first; p < last; ++p) {
+    const int vectors = s.vectors_of(p);
+    const int64_t first_vector = s.columns_before(p) / s.width;
+    uint16_t* panel = m.split + first_vector * m.vector_elements();
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t unit = (first_vector + v) / s.gates * s.width;
+      const int64_t gate = (first_vector + v) % s.gates;
+      const int lanes = static_cast<int>(std::clamp<int64_t>(s.units - unit, 0, s.width));
+      const int64_t begin = m.straight ? unit : (gate * s.units + unit) * s.depth;
+      const SplitSource source{static_cast<const char*>(m.source) + begin * element_size, m.straight ? s.units : s.depth,
+                               lanes, s.depth};
+      const auto pack = (m.straight ? kernels.pack_straight : kernels.pack_transposed)[m.storage];
+      const int64_t tile = m.parts.panels * kSplitTile;
+      if (!pack(source, m.parts.panels, panel + v * tile, vectors * tile))
+        m.infinite->store(true, std::memory_order_relaxed);
+    }
+  }
+}
+
+template <class A>
+void pack_panels(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first, int64_t last) {
+  if (m.form == Form::kPacked) {
+    with_storage<A>(m.storage, m.source, [&](auto* typed) {
+      if (m.straight) {
+        pack_straight_from(m.shape, typed, first, last, m.packed);
+      } else {
+        pack_transposed_from(m.shape, typed, first, last, m.packed);
+      }
+    });
+  } else if (m.form == Form::kSplit) {
+    if constexpr (sizeof(A) == sizeof(float)) split_panels(*kernels.split, m, element_size(m), first, last);
+  }
+}
+
+// What a panel of a transposed matrix is made from: of each gate `units` neighbouring rows.
+struct PanelSource {
+  int64_t unit, units, row_bytes;
+  int64_t bytes_of_gate() const { return units * row_bytes; }
+};
+template <class A>
+PanelSource source_of(const Matrix<A>& m, int64_t panel) {
+  const Shape& s = m.shape;
+  const int64_t unit = s.unit_vector(panel) * s.width;
+  const int64_t vectors = s.vectors_of(panel) / s.gates;
+  return {unit, std::min(vectors * s.width, s.units - unit), s.depth * element_size(m)};
+}
+template <class A>
+const char* rows_of_gate(const Matrix<A>& m, const PanelSource& source, int gate) {
+  return static_cast<const char*>(m.source) + (gate * m.shape.units + source.unit) * source.row_bytes;
+}
+
+template <class A>
+uint64_t source_hash(const Kernels<A>& kernels, const Matrix<A>& m, int64_t panel) {
+  const PanelSource source = source_of(m, panel);
+  uint64_t hash = 0;
+  for (int gate = 0; gate < m.shape.gates; ++gate)
+    hash = kernels.hash(hash_keys(), rows_of_gate(m, source, gate), source.bytes_of_gate(), hash);
+  return hash;
+}
+
+// Makes a panel of a kept matrix. It is made from a copy of its source, and so is its hash: weights that another thread
+// changes meanwhile never leave a panel beside the hash of others.
+template <class A>
+class PanelMaker {
+ public:
+  PanelMaker(const Kernels<A>& kernels, const Matrix<A>& m) : kernels_(kernels), m_(m) {}
+
+  void make(int64_t panel) {
+    std::atomic<bool> infinite{false};
+    KeptPanel& kept = m_.kept->panels[panel];
+    kept.made = false;
+    Matrix<A> one = m_;
+    one.infinite = &infinite;
+    const PanelSource source = source_of(m_, panel);
+    const int64_t gate_bytes = source.bytes_of_gate(), bytes = m_.shape.gates * gate_bytes;
+    if (!reserve(bytes)) {  // then the panel serves this call alone
+      pack_panels(kernels_, one, panel, panel + 1);
+      kept.infinite = infinite.load();
+      return;
+    }
+    for (int gate = 0; gate < m_.shape.gates; ++gate)
+      std::memcpy(copy_.get() + gate * gate_bytes, rows_of_gate(m_, source, gate), static_cast<size_t>(gate_bytes));
+    const int64_t columns = m_.shape.columns_before(panel);
+    one.shape = Shape(m_.shape.depth, source.units, m_.shape.gates, m_.shape.width);
+    one.source = copy_.get();
+    one.kept = nullptr;
+    if (m_.form == Form::kPacked) one.packed += columns * m_.shape.depth;
+    if (m_.form == Form::kSplit) one.split += columns / m_.shape.width * m_.vector_elements();
+    pack_panels(kernels_, one, 0, 1);
+    kept = {source_hash(kernels_, one, 0), true, infinite.load()};
+  }
+
+ private:
+  // No exception leaves a parallel region.
+  bool reserve(int64_t bytes) {
+    if (bytes > size_) copy_.reset(new (std::nothrow) char[static_cast<size_t>(bytes)]);
+    if (bytes > size_) size_ = copy_ ? bytes : 0;
+    return copy_ != nullptr;
+  }
+
+  const Kernels<A>& kernels_;
+  const Matrix<A>& m_;
+  std::unique_ptr<char[]> copy_;
+  int64_t size_ = 0;
+};
+
+}  // namespace
+
+template <class A>
+void pack(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first, int64_t last) {
+  if (!m.kept) {
+    pack_panels(kernels, m, first, last);
+    return;
+  }
+  PanelMaker<A> maker(kernels, m);
+  int64_t packed = 0;
+  for (int64_t p = first; p < last; ++p) {
+    const KeptPanel& kept = m.kept->panels[p];
+    if (!kept.made || kept.hash != source_hash(kernels, m, p)) {
+      maker.make(p);
+      ++packed;
+    }
+    if (kept.infinite) m.infinite->store(true, std::memory_order_relaxed);
+  }
+  count_kept_panels(last - first - packed, packed);
+}
+
+template <class A>
+void multiply_infinite(const Kernels<A>& kernels, const Matrix<A>& m, const A* init, const A* row, int64_t p, A* out) {
+  const Shape& s = m.shape;
+  const int64_t start = s.columns_before(p), columns = s.columns_before(p + 1) - start;
+  if (!m.straight) {
+    kernels.direct[m.storage]({s.depth, &row, 1, m.source, s.units, s.gates, start / s.width, (start + columns) / s.width,
+                               init ? init + start : nullptr, out, 0});
+    return;
+  }
+  for (int64_t c = 0; c < columns; ++c) out[c] = init ? init[start + c] : A(0);
+  with_storage<A>(m.storage, m.source, [&](auto* typed) {
+    const int64_t exist = std::min(columns, s.units - start);
+    for (int64_t k = 0; k < s.depth; ++k) {
+      for (int64_t c = 0; c < exist; ++c) out[c] += row[k] * to_arithmetic(typed[k * s.units + start + c]);
+    }
+  });
+}
+
+template void pack(const Kernels<float>&, const Matrix<float>&, int64_t, int64_t);
+template void pack(const Kernels<double>&, const Matrix<double>&, int64_t, int64_t);
+template void multiply_infinite(const Kernels<float>&, const Matrix<float>&, const float*, const float*, int64_t, float*);
+template void multiply_infinite(const Kernels<double>&, const Matrix<double>&, const double*, const double*, int64_t,
+                                double*);
+
+}  // namespace fused_rnn::cpu

@@ -1,0 +1,26 @@
+// The tables of one instruction set, from its two vector types. Include inside the target region, if any.
+#pragma once
+#include "cpu/isa/content_hash.h"
+#include "cpu/isa/pointwise.h"
+#include "cpu/isa/tile.h"
+
+namespace fused_rnn::cpu {
+
+template <class V>
+Kernels<typename V::Scalar> make_kernels() {
+  Kernels<typename V::Scalar> table{};
+  table.width = V::kWidth;
+  for (int v = 0; v <= kMaxTileVectors; ++v) table.max_rows[v] = V::kMaxRows[v];
+  table.gemm = gemm<V>;
+  table.hash = content_hash<V>;
+  if constexpr (sizeof(typename V::Scalar) == 8) {
+    fill_storage<V, double>(table, 0);
+  } else {
+    fill_storage<V, float>(table, 0);
+    fill_storage<V, Half>(table, 1);
+    fill_storage<V, BFloat16>(table, 2);
+  }
+  return table;
+}
+
+}  // namespace fused_rnn::cpu

@@ -1,0 +1,179 @@
+// What an instruction set provides: a table of functions for one arithmetic type A (float or double). The scans
+// (forward.cpp, backward.cpp) are written once on top of it.
+//
+// W is the number of A in a vector. A packed matrix [K, columns] is a row of panels; a panel is [K][vectors][W], so that a
+// tile of kMaxTileRows rows and one panel keeps its sums in registers. Columns of a gate matrix are ordered [unit /
+// W][gate][unit % W]: the gates of W units are neighbours.
+#pragma once
+#include <cstdint>
+
+#include "core/params.h"
+#include "cpu/isa/parts.h"
+#include "cpu/isa/storage.h"
+
+namespace fused_rnn::cpu {
+
+constexpr int kMaxTileRows = 8;
+constexpr int kMaxTileVectors = 4;
+constexpr int kMaxTilePanels = 4;
+constexpr int kMaxVectorBytes = 64;
+constexpr int kStorages = 3;  // float: float, Half, BFloat16; double: double only
+
+constexpr int storage_index(DType dtype) { return dtype == DType::kFloat16 ? 1 : dtype == DType::kBFloat16 ? 2 : 0; }
+
+// out[r][c] = init[c] + sum_k rows[r][k] panels[k][c]
+template <class A>
+struct GemmCall {
+  int64_t depth;         // K
+  const A* const* rows;  // [n_rows] pointers to [K]
+  int n_rows;            // at most Kernels::max_rows[vectors]
+  int n_panels;          // at most Kernels::max_panels(n_rows)
+  int vectors;           // of every panel here
+  const A* panels;       // [n_panels][K][vectors][W], or columns of a row-major matrix
+  int64_t k_stride;      // from k to k + 1
+  int64_t panel_stride;  // from panel to panel
+  const A* init;         // [n_panels][vectors][W] or null (zeros)
+  A* out;                // [n_rows][n_panels][vectors][W]
+  int64_t out_stride;    // from row to row
+  Prefetch prefetch;     // rounds: K
+};
+
+// The same product with a matrix as torch keeps it, [gates, units, K] row-major in storage type Storage: worth it for few rows, which
+// would not pay for packing. out is in gate matrix order.
+template <class A>
+struct DirectCall {
+  int64_t depth;         // K
+  const A* const* rows;  // [n_rows] pointers to [K]
+  int n_rows;
+  const void* weights;
+  int64_t units;
+  int gates;
+  int64_t first, last;  // columns, in vectors
+  const A* init;        // of column `first` on, or null
+  A* out;
+  int64_t out_stride;
+};
+
+// The places of one active row at one step. A arrays are padded to a whole vector, storage arrays are not.
+template <class A>
+struct ForwardRow {
+  const A* h_prev;  // [H] (unused with an output projection)
+  const A* c_prev;  // [H]
+  A* h;             // [H]
+  A* c;             // [H]
+  void* y;          // [H] storage or null
+  void* gates;      // [S, H] storage or null
+  void* cs;         // [H] storage or null
+};
+template <class A>
+struct ForwardCall {
+  const A* rec;  // [n_rows][..] recurrent product, in gate matrix order from the call's first unit
+  int64_t rec_stride;
+  const A* xg;  // [n_rows][..] projection, likewise
+  int64_t xg_stride;
+  const ForwardRow<A>* rows;
+  int n_rows;
+  int64_t H;
+  int64_t first, last;  // vectors of units
+};
+
+template <class A>
+struct BackwardRow {
+  const void* gates;   // [S, H] storage or null (RNN)
+  const void* h_prev;  // [H] storage
+  const void* c_prev;  // [H] storage
+  const void* c;       // [H] storage
+  const void* y;       // [H] storage
+  const void* dy;      // [H] storage
+  const A* carry;      // [H] gradient of this step's h that goes past the recurrent weights
+  A* carry_out;        // [H] the same of the previous step's h, or null
+  A* dc;               // [H] gradient of this step's c from the next one; of the previous step's on return
+  void* d_gates;       // [S, H] storage
+  A* d_rec;            // [G, H] copy of the last G slots of d_gates in A, or null
+  bool reset;          // the state before this step does not matter: carry and dc become zero
+};
+template <class A>
+struct BackwardCall {
+  const A* rec;  // [n_rows][..] gradient of h through the recurrent weights, from the call's first unit
+  int64_t rec_stride;
+  const BackwardRow<A>* rows;
+  int n_rows;
+  int64_t H;
+  int64_t first, last;  // vectors of units
+};
+
+// out = rec + add + add_stored
+template <class A>
+struct StoreRow {
+  const A* add;            // or null
+  const void* add_stored;  // storage or null
+  void* out;               // storage or null
+  A* out_arithmetic;       // padded, or null
+};
+template <class A>
+struct StoreCall {
+  const A* rec;
+  int64_t rec_stride;
+  const StoreRow<A>* rows;
+  int n_rows;
+  int64_t size;  // columns in all
+  int64_t first, last;
+  bool rounded;  // out_arithmetic takes the value as stored
+};
+
+// Keys of content_hash.h, random for each process.
+constexpr int64_t kHashBlock = 2048;  // bytes
+struct HashKeys {
+  uint64_t words[kHashBlock / 8];
+  uint64_t mix[16];
+};
+const HashKeys& hash_keys();
+
+template <class A>
+struct Kernels {
+  int width;                          // W
+  int max_rows[kMaxTileVectors + 1];  // rows of a tile by vectors of its panel
+  void (*gemm)(const GemmCall<A>&);
+  void (*direct[kStorages])(const DirectCall<A>&);
+  void (*forward[kCellCount][kStorages])(const ForwardCall<A>&);
+  void (*backward[kCellCount][kStorages])(const BackwardCall<A>&);
+  void (*store[kStorages])(const StoreCall<A>&);
+  void (*load[kStorages])(const void* from, A* to, int64_t n);  // storage to arithmetic
+  void (*save[kStorages])(const A* from, void* to, int64_t n);  // arithmetic to storage
+  const SplitKernels* split;                                    // products of bfloat16 parts, or null
+  uint64_t (*hash)(const HashKeys& keys, const void* data, int64_t bytes, uint64_t before);  // content_hash.h
+};
+
+// Panels that one gemm call takes: few rows need several panels in flight to hide the latency of the FMA.
+constexpr int max_panels(int n_rows) { return n_rows == 1 ? 4 : n_rows == 2 ? 2 : 1; }
+
+struct InstructionSet {
+  const char* name;
+  const Kernels<float>& f32;
+  const Kernels<double>& f64;
+};
+// Null where this machine lacks the instructions or they were not compiled in.
+const InstructionSet* amx_kernels();
+const InstructionSet* avx512_bf16_kernels();
+const InstructionSet* avx512_kernels();
+const InstructionSet* avx2_kernels();
+const InstructionSet* portable_kernels();
+bool avx512_bf16_is_fast();                // in bfloat16, next to avx512
+const InstructionSet& selected_kernels();  // see instruction_set()
+
+// Whether matrices of this storage type gain from products of parts.
+template <class A>
+bool gains_from_parts(const Kernels<A>& kernels, int storage) {
+  return sizeof(A) == sizeof(float) && kernels.split != nullptr && kernels.split->gains[storage];
+}
+
+template <class A>
+const Kernels<A>& kernels_of(const InstructionSet& set) {
+  if constexpr (sizeof(A) == 8) {
+    return set.f64;
+  } else {
+    return set.f32;
+  }
+}
+
+}  // namespace fused_rnn::cpu

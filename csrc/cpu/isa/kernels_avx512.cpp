@@ -1,0 +1,45 @@
+// The AVX-512 kernels. Everything between the pragmas is compiled for that instruction set: only templates over its vector
+// types may be instantiated there, so that no function of another file can be replaced by one this machine lacks the
+// instructions for.
+#include "cpu/isa/kernels.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 in its own intrinsics
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#include "cpu/isa/vec_avx512.h"
+// Vectors first.
+#include "cpu/isa/kernel_table.h"
+
+namespace fused_rnn::cpu::avx512 {
+Kernels<float> make_f32() { return make_kernels<VecF>(); }
+Kernels<double> make_f64() { return make_kernels<VecD>(); }
+}  // namespace fused_rnn::cpu::avx512
+#pragma GCC pop_options
+
+namespace fused_rnn::cpu {
+namespace {
+bool available() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+}  // namespace
+
+const InstructionSet* avx512_kernels() {
+  if (!available()) return nullptr;
+  static const Kernels<float> f32 = avx512::make_f32();
+  static const Kernels<double> f64 = avx512::make_f64();
+  static const InstructionSet set{"avx512", f32, f64};
+  return &set;
+}
+}  // namespace fused_rnn::cpu
+#else
+namespace fused_rnn::cpu {
+const InstructionSet* avx512_kernels() { return nullptr; }
+}  // namespace fused_rnn::cpu
+#endif

@@ -1,3 +1,0 @@
-#include "cluster_instantiate.cuh"
-
-template struct fused_rnn::cuda::ClusterKernels<fused_rnn::cuda::MathKind::kBf16>;

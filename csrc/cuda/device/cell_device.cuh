@@ -1,0 +1,116 @@
+// The cells of cells.h as the kernels use them: the three RNN kinds share one kernel, whose nonlinearity is chosen at run time.
+#pragma once
+#include <simt.cuh>
+
+#include "core/cells.h"
+#include "cuda/device/kernel_cell.h"
+
+namespace fused_rnn::cuda {
+
+// c0 at `index`, which must be there, and c_n (params.h, wide_c).
+template <class Storage>
+__device__ __forceinline__ auto load_c0(const ForwardParams& p, int64_t index) {
+  using Acc = decltype(simt::to_float(Storage{}));
+  return p.wide_c ? Acc(static_cast<const float*>(p.c0)[index]) : simt::to_float(static_cast<const Storage*>(p.c0)[index]);
+}
+template <class Storage, class Acc>
+__device__ __forceinline__ void store_c_n(const ForwardParams& p, int64_t index, Acc c) {
+  if (p.wide_c) {
+    static_cast<float*>(p.c_n)[index] = static_cast<float>(c);
+  } else {
+    static_cast<Storage*>(p.c_n)[index] = simt::from_float<Storage>(c);
+  }
+}
+
+// A float whose sigmoid takes four instructions, two of them of the special function units, and no branch, where the quotient and
+// exp of the math library branch, one sigmoid after another: a step waits for them. Its error is that of exp2 and the reciprocal,
+// 2 ulp and 1, and of the rounded exponent: below 2e-7, and 0 stands for what is below 2^-126.
+struct DeviceFloat {
+  float v;
+  DeviceFloat() = default;
+  FUSED_RNN_HD explicit DeviceFloat(float value) : v(value) {}
+};
+FUSED_RNN_HD DeviceFloat operator+(DeviceFloat a, DeviceFloat b) { return DeviceFloat(a.v + b.v); }
+FUSED_RNN_HD DeviceFloat operator-(DeviceFloat a, DeviceFloat b) { return DeviceFloat(a.v - b.v); }
+FUSED_RNN_HD DeviceFloat operator*(DeviceFloat a, DeviceFloat b) { return DeviceFloat(a.v * b.v); }
+__device__ __forceinline__ DeviceFloat sigmoid(DeviceFloat x) {
+  return DeviceFloat(simt::reciprocal(1.0f + simt::exp2(-1.44269504f * x.v)));
+}
+__device__ __forceinline__ DeviceFloat tanh(DeviceFloat x) { return DeviceFloat(math::tanh(x.v)); }
+
+// f of an array as DeviceFloats, and what f leaves in it.
+template <int kCount, class F>
+__device__ __forceinline__ void as_device_floats(float (&a)[kCount], F&& f) {
+  DeviceFloat values[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i].v = a[i];
+  f(values);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) a[i] = values[i].v;
+}
+
+template <CellKind kCell>
+struct DeviceCell : Cell<kCell> {
+  static __device__ __forceinline__ void forward(CellKind cell, float (&a)[Cell<kCell>::kSlots], float h_prev, float c_prev,
+                                                 float& h, float& c) {
+    sigmoids(a);
+    forward_of_sigmoids(cell, a, h_prev, c_prev, h, c);
+  }
+  // The two parts. With a fence between them the sigmoids run side by side; else the compiler begins one of them only after the
+  // tanh of the new c, which does not need it.
+  static __device__ __forceinline__ void sigmoids(float (&a)[Cell<kCell>::kSlots]) {
+    as_device_floats(a, [](DeviceFloat(&slots)[Cell<kCell>::kSlots]) { Cell<kCell>::sigmoids(slots); });
+  }
+  static __device__ __forceinline__ void forward_of_sigmoids(CellKind, float (&a)[Cell<kCell>::kSlots], float h_prev,
+                                                             float c_prev, float& h, float& c) {
+    DeviceFloat new_h, new_c;
+    as_device_floats(a, [&](DeviceFloat(&slots)[Cell<kCell>::kSlots]) {
+      Cell<kCell>::forward_of_sigmoids(slots, DeviceFloat(h_prev), DeviceFloat(c_prev), new_h, new_c);
+    });
+    h = new_h.v;
+    if constexpr (Cell<kCell>::kHasC) c = new_c.v;
+  }
+  static FUSED_RNN_HD void forward(CellKind, double (&a)[Cell<kCell>::kSlots], double h_prev, double c_prev, double& h,
+                                   double& c) {
+    Cell<kCell>::forward(a, h_prev, c_prev, h, c);
+  }
+  template <class V>
+  static FUSED_RNN_HD void backward(CellKind, const V (&a)[Cell<kCell>::kSlots], const V& h_prev, const V& c_prev,
+                                    const V& c, const V& h, const V& dh, V& dc, V (&d)[Cell<kCell>::kSlots], V& dh_prev) {
+    Cell<kCell>::backward(a, h_prev, c_prev, c, h, dh, dc, d, dh_prev);
+  }
+};
+
+template <>
+struct DeviceCell<CellKind::kRnnTanh> : Cell<CellKind::kRnnTanh> {
+  template <class V>
+  static FUSED_RNN_HD void forward(CellKind kind, V (&a)[1], const V& h_prev, const V& c_prev, V& h, V& c) {
+    with_rnn(kind, [&](auto tag) { Cell<decltype(tag)::value>::forward(a, h_prev, c_prev, h, c); });
+  }
+  static __device__ __forceinline__ void sigmoids(float (&)[1]) {}
+  static __device__ __forceinline__ void forward_of_sigmoids(CellKind kind, float (&a)[1], float h_prev, float c_prev,
+                                                             float& h, float& c) {
+    forward(kind, a, h_prev, c_prev, h, c);
+  }
+  template <class V>
+  static FUSED_RNN_HD void backward(CellKind kind, const V (&a)[1], const V& h_prev, const V& c_prev, const V& c, const V& h,
+                                    const V& dh, V& dc, V (&d)[1], V& dh_prev) {
+    with_rnn(kind, [&](auto tag) { Cell<decltype(tag)::value>::backward(a, h_prev, c_prev, c, h, dh, dc, d, dh_prev); });
+  }
+
+ private:
+  // Calls f with the one of the cells of this kernel.
+  template <class F>
+  static FUSED_RNN_HD void with_rnn(CellKind kind, F&& f) {
+    switch (kind) {
+#define FUSED_RNN_CELL(kind, ...)                                                                  \
+  case CellKind::kind:                                                                             \
+    if constexpr (kernel_cell(CellKind::kind) == CellKind::kRnnTanh) f(CellTag<CellKind::kind>{}); \
+    break;
+      FUSED_RNN_CELLS(FUSED_RNN_CELL)
+#undef FUSED_RNN_CELL
+    }
+  }
+};
+
+}  // namespace fused_rnn::cuda

@@ -1,0 +1,18 @@
+// Which cells share a kernel: the three RNN kinds, whose nonlinearity is chosen at run time.
+#pragma once
+#include "core/dispatch.h"
+
+namespace fused_rnn::cuda {
+
+// The kind that names the kernels of `cell`.
+constexpr FUSED_RNN_HD CellKind kernel_cell(CellKind cell) {
+  return cell == CellKind::kRnnRelu || cell == CellKind::kRnnIdentity ? CellKind::kRnnTanh : cell;
+}
+
+// Calls f with the cell that names the kernels as a compile-time constant.
+template <class F>
+auto dispatch_kernel_cell(CellKind cell, F&& f) {
+  return dispatch_cell(cell, [&](auto tag) { return f(CellTag<kernel_cell(decltype(tag)::value)>{}); });
+}
+
+}  // namespace fused_rnn::cuda

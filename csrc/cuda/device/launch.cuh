@@ -1,0 +1,190 @@
+// What the host asks of the CUDA runtime: launches of kernels, and what a device and the code on it can do. tests/simt/ has an
+// implementation of the same names, which comes first on the include path when a file is compiled for the simulator.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "plan/device_info.h"
+
+namespace fused_rnn::simt {
+
+struct LaunchConfig {
+  const char* name;  // for error messages
+  int grid_x, grid_y, grid_z;
+  int threads;       // of a block (one-dimensional)
+  int smem_bytes;    // dynamic shared memory
+  int cluster;       // blocks of a cluster along x; 1: none
+  bool pdl;          // may start before the preceding grid of the stream has ended (it calls pdl_wait)
+  bool cooperative;  // all blocks run at the same time, or the launch fails
+};
+
+inline void check(cudaError_t status, const std::string& what) {
+  if (status == cudaSuccess) return;
+  (void)cudaGetLastError();
+  throw std::runtime_error("fused_rnn: " + what + ": " + cudaGetErrorString(status));
+}
+
+// To be called on the device that launches before a kernel's first launch with more than 48 KiB of shared memory; cheap enough
+// for once per layer.
+template <class Params>
+void prepare(void (*kernel)(Params), const char* name, int smem_bytes) {
+  struct Prepared {
+    void (*kernel)(Params);
+    int device, smem_bytes;
+  };
+  static thread_local std::vector<Prepared> prepared;
+  int device = 0;
+  check(cudaGetDevice(&device), "current device");
+  for (const Prepared& p : prepared) {
+    if (p.kernel == kernel && p.device == device && p.smem_bytes >= smem_bytes) return;
+  }
+  // What a thread finds and sets is that of all threads.
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), std::string("kernel ") + name);
+  if (smem_bytes > attributes.maxDynamicSharedSizeBytes) {
+    check(
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes),
+        std::string("kernel ") + name + ": " + std::to_string(smem_bytes) + " bytes of shared memory");
+  }
+  prepared.push_back({kernel, device, smem_bytes});
+}
+
+// Before the first launch of a kernel in clusters of more than 8 blocks.
+template <class Params>
+void allow_large_clusters(void (*kernel)(Params), const char* name) {
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+        std::string("kernel ") + name + ": clusters of more than 8 blocks");
+}
+
+// Clusters of so many blocks, more than one, that run at once on the current device; 0: it runs none of that size. `kernel` uses
+// no shared memory but the dynamic.
+template <class Params>
+int active_clusters(void (*kernel)(Params), int blocks, int threads, int smem_bytes) {
+  prepare(kernel, "active_clusters", smem_bytes);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = blocks;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = smem_bytes;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  const auto* const address = reinterpret_cast<const void*>(kernel);
+  int clusters = 0;
+  cudaError_t status = cudaSuccess;
+  if (blocks > 8) status = cudaFuncSetAttribute(address, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (status == cudaSuccess) status = cudaOccupancyMaxActiveClusters(&clusters, address, &config);
+  for (cudaError_t none : {cudaErrorInvalidClusterSize, cudaErrorInvalidValue, cudaErrorInvalidConfiguration,
+                           cudaErrorLaunchOutOfResources, cudaErrorNotSupported}) {
+    if (status != none) continue;
+    (void)cudaGetLastError();
+    return 0;
+  }
+  check(status, "clusters of " + std::to_string(blocks) + " blocks");
+  return clusters;
+}
+
+template <class Params>
+void launch(void (*kernel)(Params), const LaunchConfig& config, void* stream, const Params& params) {
+  cudaLaunchConfig_t launch_config{};
+  launch_config.gridDim = dim3(config.grid_x, config.grid_y, config.grid_z);
+  launch_config.blockDim = dim3(config.threads);
+  launch_config.dynamicSmemBytes = config.smem_bytes;
+  launch_config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attributes[3];
+  launch_config.attrs = attributes;
+  if (config.pdl) {
+    cudaLaunchAttribute& attribute = attributes[launch_config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (config.cooperative) {
+    cudaLaunchAttribute& attribute = attributes[launch_config.numAttrs++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
+  if (config.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[launch_config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = config.cluster;
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
+  }
+  const cudaError_t status = cudaLaunchKernelEx(&launch_config, kernel, params);
+  if (status == cudaSuccess) return;
+  check(status, std::string("kernel ") + config.name + ", grid " + std::to_string(config.grid_x) + "x" +
+                    std::to_string(config.grid_y) + "x" + std::to_string(config.grid_z) + ", " +
+                    std::to_string(config.threads) + " threads, " + std::to_string(config.smem_bytes) +
+                    " bytes of shared memory");
+}
+
+// Properties of a device, but for what query_code adds; max_cluster is what the architecture allows. Some ten attribute queries:
+// callers keep the result.
+inline DeviceInfo query_device(int device) {
+  const auto get = [device](cudaDeviceAttr attribute) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, attribute, device), "device " + std::to_string(device));
+    return value;
+  };
+  DeviceInfo info{};
+  info.compute_capability = 10 * get(cudaDevAttrComputeCapabilityMajor) + get(cudaDevAttrComputeCapabilityMinor);
+  info.sm_count = get(cudaDevAttrMultiProcessorCount);
+  info.smem_per_block = get(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  info.smem_per_sm = get(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  info.registers_per_sm = get(cudaDevAttrMaxRegistersPerMultiprocessor);
+  info.threads_per_sm = get(cudaDevAttrMaxThreadsPerMultiProcessor);
+  info.l2_bytes = get(cudaDevAttrL2CacheSize);
+  info.max_cluster = !get(cudaDevAttrClusterLaunch) ? 1 : info.compute_capability >= 120 ? 8 : 16;
+  return info;
+}
+
+// f() with the device as the current one, and, should a stream be being captured, with leave to do what must not be captured.
+template <class F>
+void on_device(int device, F&& f) {
+  struct Restore {
+    int device = -1;
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    ~Restore() {
+      if (device >= 0) (void)cudaSetDevice(device);
+      (void)cudaThreadExchangeStreamCaptureMode(&mode);
+    }
+  } before;
+  check(cudaThreadExchangeStreamCaptureMode(&before.mode), "capture mode");
+  check(cudaGetDevice(&before.device), "current device");
+  check(cudaSetDevice(device), "device " + std::to_string(device));
+  f();
+}
+
+// Adds to what query_device tells of a device compiled_for, as arch() / 10 of the kernel's code that the device runs, and the
+// clusters of so many threads a block that it runs at once, which code for sm_90 can ask for. `kernel` uses no shared memory.
+template <class Params>
+void query_code(DeviceInfo& info, int device, void (*kernel)(Params), int threads) {
+  on_device(device, [&] {
+    cudaFuncAttributes code{};
+    const cudaError_t status = cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(kernel));
+    if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction) {
+      (void)cudaGetLastError();
+      return;
+    }
+    check(status, "code of the kernels");
+    info.compiled_for = code.ptxVersion;
+    if (info.compiled_for < 90) return;
+    const int largest = info.max_cluster;
+    info.max_cluster = 1;
+    info.active_clusters[1] = info.sm_count;
+    for (int blocks = 2; blocks <= largest; ++blocks) {
+      info.active_clusters[blocks] = active_clusters(kernel, blocks, threads, info.smem_per_block);
+      if (info.active_clusters[blocks] > 0) info.max_cluster = blocks;
+    }
+  });
+}
+
+}  // namespace fused_rnn::simt

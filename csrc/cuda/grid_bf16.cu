@@ -1,3 +1,0 @@
-#include "grid_instantiate.cuh"
-
-template struct fused_rnn::cuda::GridKernels<fused_rnn::cuda::MathKind::kBf16>;

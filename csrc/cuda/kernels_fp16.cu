@@ -1,3 +1,0 @@
-#include "instantiate.cuh"
-
-template struct fused_rnn::cuda::Kernels<fused_rnn::cuda::MathKind::kFp16>;

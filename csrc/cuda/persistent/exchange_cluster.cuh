@@ -1,0 +1,162 @@
+// The exchanges of family `cluster`, by pushes into the shared memory of its blocks that a barrier of the receiver counts.
+// exchange_grid.cuh says what an exchange is. Barriers: [2][kMaxBatchTiles].
+#pragma once
+#include "cuda/persistent/persistent_math.cuh"
+
+namespace fused_rnn::cuda {
+
+// The barriers of one block, one for each batch tile and each of the two buffers.
+struct ClusterBarriers {
+  simt::MBarrier* barriers;
+  int tiles;
+  int ranks;       // blocks of the cluster
+  int rank_bytes;  // that each of them sends to a block in an exchange; the compiler knows them
+
+  // A push is defined in clusters of two blocks and more only: a block alone stores, and whoever stores arrives.
+  __device__ __forceinline__ bool alone() const { return ranks == 1; }
+  __device__ __forceinline__ int pushed_bytes() const { return alone() ? 0 : ranks * rank_bytes; }
+  __device__ __forceinline__ simt::MBarrier* barrier(int tile, uint32_t step) const {
+    return barriers + static_cast<int>(step & 1) * kMaxBatchTiles + tile;
+  }
+  // Nobody may push before all barriers of the cluster are ready. A block awaits every push that is sent to it, so none ends
+  // before they came.
+  __device__ __forceinline__ void start() {
+    if (simt::thread_x() == 0) {
+      for (int i = 0; i < 2 * tiles; ++i) {
+        simt::mbarrier_init(barrier(i / 2, i), alone() ? 1 + rank_bytes / 16 : 1);
+        simt::mbarrier_expect(barrier(i / 2, i), pushed_bytes());
+      }
+    }
+    simt::sync_cluster();
+  }
+
+  // The thread that saw the end of a phase announces the next phase of the same barrier.
+  __device__ __forceinline__ void begin(int tile, uint32_t step) {
+    simt::mbarrier_wait(barrier(tile, step), static_cast<int>(step >> 1 & 1));
+    if (simt::thread_x() == 0) simt::mbarrier_expect(barrier(tile, step), pushed_bytes());
+  }
+
+  // 16 bytes to where `target` of this block is in a block of the cluster.
+  __device__ __forceinline__ void send(uint32_t* target, const simt::Vec<uint32_t, 4>& piece, int rank, int tile,
+                                       uint32_t step) const {
+    simt::store_async(simt::map_to_rank(target, rank), piece.v, simt::map_to_rank(barrier(tile, step), rank));
+  }
+  // The same where there is one block.
+  __device__ __forceinline__ void keep(uint32_t* target, const simt::Vec<uint32_t, 4>& piece, int tile,
+                                       uint32_t step) const {
+    simt::store_vec(target, piece);
+    simt::mbarrier_arrive(barrier(tile, step));
+  }
+};
+
+// Every state to all blocks.
+// Memory: [2][tile][chunk][word][lane], in which 16 bytes belong to one row and consecutive units.
+template <class Chunk>
+struct ClusterExchange : ClusterBarriers {
+  static constexpr bool kCluster = true;
+  struct Packet {
+    uint32_t word[2];
+  };
+
+  uint32_t* states;
+  int chunks;
+
+  __device__ __forceinline__ ClusterExchange(const PersistentLaunch& l, PersistentShape shape, int) {
+    const PersistentSmem smem = persistent_smem(shape, l.slices, l.tiles);
+    barriers = reinterpret_cast<simt::MBarrier*>(simt::dynamic_smem() + smem.barriers);
+    states = reinterpret_cast<uint32_t*>(simt::dynamic_smem() + smem.exchange);
+    tiles = l.tiles;
+    chunks = chunk_count(shape, l.slices);
+    ranks = l.slices;
+    rank_bytes = chunk_count(shape, 1) * 256;
+  }
+
+  __device__ __forceinline__ uint32_t* fragment(int tile, int chunk, uint32_t step) const {
+    return states + ((static_cast<int>(step & 1) * tiles + tile) * chunks + chunk) * 64;
+  }
+  __device__ __forceinline__ void request(Packet& packet, int tile, int chunk, uint32_t step) const {
+    const uint32_t* words = fragment(tile, chunk, step) + simt::lane_id();
+    packet.word[0] = words[0];
+    packet.word[1] = words[32];
+  }
+  __device__ __forceinline__ void await(Packet&, int, int, uint32_t) const {}
+  static __device__ __forceinline__ void words(const Packet& packet, uint32_t (&x)[2]) {
+    x[0] = packet.word[0];
+    x[1] = packet.word[1];
+  }
+
+  // The state of one unit. Lanes whose units fill 16 bytes gather them and push them to all blocks, each lane to its share.
+  __device__ __forceinline__ void publish(float value, int unit, int b, int tile, int chunk0, uint32_t step) const {
+    constexpr int kLanes = Chunk::kStep == 16 ? 8 : 4, kPerWord = kLanes / 4;
+    const float other = kPerWord == 2 ? simt::shuffle_xor(value, 1) : 0.0f;
+    const uint32_t word = Chunk::pack(value, other);
+    const unsigned lane = simt::lane_id(), first = lane / kLanes * kLanes;
+    simt::Vec<uint32_t, 4> piece;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) piece.v[i] = simt::shuffle(word, first + i * kPerWord);
+    const unsigned unit0 = static_cast<unsigned>(unit) / kLanes * kLanes;
+    const FragmentPlace place = Chunk::place(unit0 % Chunk::kStep, b);
+    uint32_t* target = fragment(tile, chunk0 + unit0 / Chunk::kStep, step) + place.word * 32 + place.lane;
+    if (alone()) {
+      if (lane % kLanes == 0) keep(target, piece, tile, step);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kMaxClusterBlocks / kLanes; ++i) {
+      const int rank = static_cast<int>(lane % kLanes) + i * kLanes;
+      if (rank < ranks) send(target, piece, rank, tile, step);
+    }
+  }
+};
+
+// Partial sums to the blocks that own their units.
+// Memory: [2][tile][block that sent][row][unit of the slice] floats.
+struct ClusterScatter : ClusterBarriers {
+  float* sums;
+  int floats;  // of one block's sums for one tile
+
+  __device__ __forceinline__ ClusterScatter(const PersistentLaunch& l, PersistentShape shape) {
+    const PersistentSmem smem = persistent_smem(shape, l.slices, l.tiles);
+    barriers = reinterpret_cast<simt::MBarrier*>(simt::dynamic_smem() + smem.barriers);
+    sums = reinterpret_cast<float*>(simt::dynamic_smem() + smem.exchange);
+    tiles = l.tiles;
+    ranks = l.slices;
+    rank_bytes = scatter_floats(shape, 1) * 4;
+    floats = kTileRows * slice_units(shape);
+  }
+
+  __device__ __forceinline__ float* received(int tile, uint32_t step) const {
+    return sums + (static_cast<int>(step & 1) * tiles + tile) * ranks * floats;
+  }
+  // Place: row * units of a slice + unit.
+  __device__ __forceinline__ void push(const RowPiece& piece, int to, int place, int from, int tile, uint32_t step) const {
+    simt::Vec<uint32_t, 4> words;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words.v[i] = simt::float_bits(piece.v[i]);
+    auto* target = reinterpret_cast<uint32_t*>(received(tile, step) + from * floats + place);
+    alone() ? keep(target, words, tile, step) : send(target, words, to, tile, step);
+  }
+  // The sum over all blocks, in their order: even and odd ones apart, so that half of the additions wait for each other.
+  __device__ __forceinline__ float sum(int place, int tile, uint32_t step) const {
+    const float* from = received(tile, step) + place;
+    return ranks > 8 ? sum_of<kMaxClusterBlocks>(from) : ranks > 4 ? sum_of<8>(from) : sum_of<4>(from);
+  }
+
+ private:
+  // Of at most kMost blocks; of four, no load waits for another.
+  template <int kMost>
+  __device__ __forceinline__ float sum_of(const float* from) const {
+    float even = 0.0f, odd = 0.0f;
+#pragma unroll
+    for (int first = 0; first < kMost; first += 4) {
+      float v[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[i] = first + i < ranks ? from[(first + i) * floats] : 0.0f;
+      even = (even + v[0]) + v[2];
+      odd = (odd + v[1]) + v[3];
+    }
+    return even + odd;
+  }
+};
+
+}  // namespace fused_rnn::cuda

@@ -1,0 +1,278 @@
+// The recurrent part of a whole backward sequence of one layer in one launch (persistent.h has the geometry). In scan order from
+// the last step to the first, row b active at t has
+//   dh[t] = dy[t] + carry + d_rg[next] W_hh
+// and the cell's derivative gives d_gates[t], the gradient of c and the part of dh that bypasses W_hh. A thread keeps, for its
+// elements, carry and the gradient of c in fp32, as forward keeps its states. At first they are dh_n and dc_n;
+// a step before which the row was reset, or at which it is inactive, publishes zeros for d_rg. Then dh[t] is complete without
+// a case for the end of a row, and what remains after the first step is the gradient of the initial state.
+// Exchange k belongs to the launch's k-th step of the backward scan. With the gather product it carries d_rg, and the product is part of
+// step k + 1; with the scatter product it carries the product.
+#pragma once
+#include "cuda/persistent/persistent_forward.cuh"
+
+namespace fused_rnn::cuda {
+
+template <class G>
+struct PersistentBackward : BlockElements<G> {
+  using Base = BlockElements<G>;
+  using Base::active, Base::c_index, Base::exists, Base::first_step, Base::gate_index, Base::H, Base::length, Base::product,
+      Base::publish, Base::reset, Base::row_of_batch, Base::state, Base::state_index, Base::steps, Base::time, Base::y_index;
+  using Storage = typename G::Storage;
+  using C = DeviceCell<G::kCell>;
+  using Place = ElementPlace<G>;
+  // What an element needs beside the product, requested before it and looked at after it.
+  struct Element {
+    Storage a[C::kSlots];
+    Storage dy, h_prev, h, c_prev, c;
+    unsigned char from_zero;  // its state was reset before the step: not 0
+  };
+  // What is stored of a step.
+  struct Result {
+    Storage d[C::kSlots];
+    bool active;
+  };
+
+  const BackwardParams& p;
+  const PersistentLaunch& l;
+
+  __device__ __forceinline__ PersistentBackward(const BackwardSequence& s, const BlockPlace& place, ProductOf<G>& weights)
+      : Base(s, place, weights), p(s.p), l(s.l) {}
+
+  __device__ __forceinline__ float carry(const Place& e, int tile) const { return Base::kept(0, e, tile); }
+  __device__ __forceinline__ float dc(const Place& e, int tile) const { return Base::kept(1, e, tile); }
+  // What the launch before left, and this one leaves, of the gradient of h (0) or c (1).
+  __device__ __forceinline__ float& carried(int which, const Place& e, int tile) const {
+    return l.carry[which * p.D * p.seq.B * p.H + state_index(e, tile)];
+  }
+  __device__ __forceinline__ bool is_last_launch() const { return first_step + steps == p.seq.T; }
+  static __device__ __forceinline__ const Storage& element(const void* tensor, uint64_t index) {
+    return static_cast<const Storage*>(tensor)[index];
+  }
+
+  __device__ __forceinline__ void begin(int tile) {
+#pragma unroll
+    for (int i = 0; i < Place::kPerThread; ++i) {
+      const Place e(tile, i);
+      if (!e.mine) continue;
+      float dh = 0.0f, dc = 0.0f;
+      if (exists(e, tile)) {
+        dh = first_step > 0 ? carried(0, e, tile) : simt::to_float(state(p.dh_n, e, tile));
+        if constexpr (C::kHasC) dc = first_step > 0 ? carried(1, e, tile) : simt::to_float(state(p.dc_n, e, tile));
+      }
+      Base::keep(0, e, tile, dh);
+      if constexpr (C::kHasC) Base::keep(1, e, tile, dc);
+    }
+  }
+
+  // What follows in this order is the step before in that of forward.
+  __device__ __forceinline__ void load(const Place& e, int tile, int k, const StepRows& rows, Element& x) const {
+    x = Element{};
+    if (!exists(e, tile)) return;
+    const int steps_of_row = length(e, tile);
+    if (!active(time(k), steps_of_row)) return;
+    const int row = rows.now + row_of_batch(e, tile), previous = rows.next + row_of_batch(e, tile);
+    if (p.dy) x.dy = element(p.dy, y_index(e, row));
+    if constexpr (C::kSaved > 0) {
+      const Storage* gates = &element(p.gates, gate_index(e, row));
+#pragma unroll
+      for (int slot = 0; slot < C::kSaved; ++slot) x.a[slot] = gates[slot * H];
+    } else {
+      x.h = element(p.y, y_index(e, row));
+    }
+    x.from_zero = reset(e, tile, time(k), rows.now, steps_of_row);
+    // Of a reset row they are not used.
+    const bool from_row = active(time(k + 1), steps_of_row);
+    if constexpr (C::kReadsH) {
+      x.h_prev = from_row ? element(p.y, y_index(e, previous)) : state(p.h0, e, tile);
+    }
+    if constexpr (C::kHasC) {
+      x.c = element(p.cs, c_index(e, row));
+      x.c_prev = from_row ? element(p.cs, c_index(e, previous)) : state(p.c0, e, tile);
+    }
+    const int ahead = row + rows.ahead(kPrefetchSteps);
+    if (active(time(k + kPrefetchSteps), steps_of_row) && Base::hints(e, ahead)) prefetch(e, ahead);
+  }
+
+  // Hints that a row of memory will be read.
+  __device__ __forceinline__ void prefetch(const Place& e, int row) const {
+    if (p.dy) simt::prefetch_l2(&element(p.dy, y_index(e, row)));
+    if constexpr (C::kSaved > 0) {
+      const Storage* gates = &element(p.gates, gate_index(e, row));
+#pragma unroll
+      for (int slot = 0; slot < C::kSaved; ++slot) simt::prefetch_l2(gates + slot * H);
+    }
+    if constexpr (C::kHasC) {
+      simt::prefetch_l2(&element(p.cs, c_index(e, row)));
+    } else {
+      simt::prefetch_l2(&element(p.y, y_index(e, row)));
+    }
+  }
+
+  // Exchange k carries the gradients of step k on to the step before it; the sequence's last one serves d_h0 alone.
+  __device__ __forceinline__ bool has_exchange(int k) const { return k + 1 < steps || !is_last_launch() || p.d_h0; }
+
+  // d_rg of exchange k - 1 times W_hh, of one element.
+  __device__ __forceinline__ float product_sum(const Place& e, int tile, int k, int buffer) const {
+    if constexpr (G::kScatters) {
+      return product.sum(e.unit, e.b, tile, k - 1);
+    } else {
+      return product.sum(buffer, 0, e.unit, e.b);
+    }
+  }
+
+  // One element: adds the product (if there was one), applies the derivative, hands d_rg to the next product.
+  __device__ __forceinline__ void finish(const Place& e, int tile, int k, const Element& x, int buffer, Result& result) {
+    if (!e.mine) return;
+    result.active = Base::takes_part(e, tile, time(k));
+    float d[C::kSlots] = {}, dh = carry(e, tile), dc_state = C::kHasC ? dc(e, tile) : 0.0f;
+    if (k > 0) dh += product_sum(e, tile, k, buffer);
+    simt::issue_loads();
+    if (result.active) {
+      float a[C::kSlots], bypass = 0.0f;
+#pragma unroll
+      for (int slot = 0; slot < C::kSlots; ++slot) a[slot] = simt::to_float(x.a[slot]);
+      const float h_prev = x.from_zero ? 0.0f : simt::to_float(x.h_prev);
+      const float c_prev = x.from_zero ? 0.0f : simt::to_float(x.c_prev);
+      C::backward(p.cell, a, h_prev, c_prev, simt::to_float(x.c), simt::to_float(x.h), dh + simt::to_float(x.dy), dc_state,
+                  d, bypass);
+      dh = x.from_zero ? 0.0f : bypass;
+      if (x.from_zero) dc_state = 0.0f;
+    }
+    Base::keep(0, e, tile, dh);
+    if constexpr (C::kHasC) Base::keep(1, e, tile, dc_state);
+    // What goes through the weights, as it is stored.
+#pragma unroll
+    for (int slot = 0; slot < C::kSlots; ++slot) result.d[slot] = simt::from_float<Storage>(d[slot]);
+#pragma unroll
+    for (int g = 0; g < C::kGates; ++g) {
+      if (!has_exchange(k)) break;
+      const float d_rg = x.from_zero ? 0.0f : simt::to_float(result.d[C::kSlots - C::kGates + g]);
+      if constexpr (G::kScatters) {
+        product.put(buffer, g, e.unit, e.b, d_rg);
+      } else {
+        publish(e, tile, k, g, d_rg);
+      }
+    }
+  }
+
+  // Stores the gradients of a step whose first row of memory is `first`; zeros where a row is inactive.
+  __device__ __forceinline__ void store(const Place& e, int tile, int first, const Result& result) const {
+    if (!exists(e, tile) || (!result.active && p.seq.offsets)) return;
+    auto* d_gates = static_cast<Storage*>(p.d_gates) + gate_index(e, simt::opaque(first + row_of_batch(e, tile)));
+#pragma unroll
+    for (int slot = 0; slot < C::kSlots; ++slot) d_gates[slot * H] = result.d[slot];
+  }
+
+  // Until product_sum is there; with the gather product, this makes it.
+  __device__ __forceinline__ void await_product(int tile, int k, int buffer) const {
+    if constexpr (G::kScatters) {
+      product.exchange.begin(tile, k - 1);
+    } else {
+      typename ProductOf<G>::Sums sums;
+      product.run(sums, tile, k - 1);
+      product.store_sums(sums, buffer);
+      simt::sync_block();
+    }
+  }
+
+  // After the product with the gradients of the launch's last step, if there is one.
+  __device__ __forceinline__ void end(const Place& e, int tile, int buffer) const {
+    if (!exists(e, tile)) return;
+    const bool goes_on = !is_last_launch();
+    if (goes_on || p.d_h0) {
+      const float dh = carry(e, tile) + product_sum(e, tile, steps, buffer);
+      if (goes_on) {
+        carried(0, e, tile) = dh;
+      } else {
+        static_cast<Storage*>(p.d_h0)[state_index(e, tile)] = simt::from_float<Storage>(dh);
+      }
+    }
+    if constexpr (C::kHasC) {
+      if (goes_on) {
+        carried(1, e, tile) = dc(e, tile);
+      } else {
+        static_cast<Storage*>(p.d_c0)[state_index(e, tile)] = simt::from_float<Storage>(dc(e, tile));
+      }
+    }
+  }
+};
+
+template <class G>
+__device__ __forceinline__ void persistent_backward(const BackwardSequence& s) {
+  using Place = ElementPlace<G>;
+  using Element = typename PersistentBackward<G>::Element;
+  const BlockPlace block = block_place(s.l, s.p.seq.B);
+  ProductOf<G> product(block.dir ? s.p.weights[1].w_hh : s.p.weights[0].w_hh, s.p.H, s.l, block.slice, block.group);
+  PersistentBackward<G> backward(s, block, product);
+
+  for (int i = simt::thread_x(); i < block.tiles * kTileRows; i += kPersistentThreads) {
+    product.lengths()[i] = count_active(s.p.seq, block.first_row + i);
+  }
+  product.exchange.start();
+  simt::sync_block();
+  for (int tile = 0; tile < block.tiles; ++tile) backward.begin(tile);
+
+  StepRows rows(s.p.seq, [&](int k) { return backward.time(k); });
+  Element x[Place::kPerThread];
+  const auto load = [&](int turn, int tile, int k, const StepRows& its_rows) {
+#pragma unroll
+    for (int i = 0; i < Place::kPerThread; ++i) backward.load(Place(turn, i), tile, k, its_rows, x[i]);
+  };
+  if constexpr (Place::kEarly) load(0, 0, 0, rows);
+  int buffer = 0;
+#pragma unroll 1
+  for (int k = 0; k <= backward.steps; ++k) {
+#pragma unroll 1
+    for (int tile = 0; tile < block.tiles; ++tile) {
+      const bool last = k == backward.steps;
+      if constexpr (!Place::kEarly) {
+        if (!last) load(tile, tile, k, rows);
+      }
+      if (k > 0 && backward.has_exchange(k - 1)) backward.await_product(tile, k, buffer);
+      if (last) {
+#pragma unroll
+        for (int i = 0; i < Place::kPerThread; ++i) {
+          backward.end(Place(Place::turn(tile, buffer + block.tiles), i), tile, buffer);
+        }
+        buffer ^= 1;
+        continue;
+      }
+      const bool same_step = tile + 1 < block.tiles, has_next = same_step || k + 1 < backward.steps;
+      const int next = same_step ? tile + 1 : 0, row = rows.now;
+      typename PersistentBackward<G>::Result results[Place::kPerThread];
+      if constexpr (Place::kAlternate) {
+        if (const Place e(buffer, 0); e.mine) {
+          backward.finish(e, tile, k, x[0], buffer, results[0]);
+        } else if (has_next) {
+          load(buffer ^ 1, next, same_step ? k : k + 1, same_step ? rows : rows.following());
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < Place::kPerThread; ++i) {
+          backward.finish(Place(tile, i), tile, k, x[i], buffer, results[i]);
+          if constexpr (!Place::kEarly) backward.store(Place(tile, i), tile, rows.now, results[i]);
+        }
+      }
+      if constexpr (G::kScatters) {
+        if (backward.has_exchange(k)) {
+          simt::sync_block();
+          product.run(buffer, tile, k);
+        }
+      }
+      if constexpr (Place::kAlternate) backward.store(Place(buffer, 0), tile, row, results[0]);
+      if (!same_step) rows.advance(s.p.seq, backward.time(k + 3));
+      if constexpr (Place::kEarly && !Place::kAlternate) {
+        if (has_next) load(next, next, same_step ? k : k + 1, rows);
+        backward.store(Place(tile, 0), tile, row, results[0]);
+      }
+      buffer ^= 1;
+    }
+  }
+}
+
+template <class G>
+__global__ void __launch_bounds__(kPersistentThreads, 1) persistent_backward_kernel(const BackwardSequence s) {
+  if constexpr (simt::arch() >= (G::kCluster ? 900 : 800)) persistent_backward<G>(s);
+}
+
+}  // namespace fused_rnn::cuda

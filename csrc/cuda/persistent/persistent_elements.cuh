@@ -1,0 +1,201 @@
+// Elements of a block: hidden units of its slice times batch rows of its group, and which thread finishes each.
+#pragma once
+#include <type_traits>
+
+#include "cuda/device/cell_device.cuh"
+#include "cuda/persistent/persistent_product.cuh"
+#include "cuda/persistent/persistent_scatter.cuh"
+
+namespace fused_rnn::cuda {
+
+// Row b is active at t = 0 .. count - 1.
+__device__ __forceinline__ int count_active(const Sequence& seq, int64_t b) {
+  const int T = static_cast<int>(seq.T);
+  if (b >= seq.B) return 0;
+  if (seq.lengths) {
+    const int64_t length = seq.lengths[b];
+    return length < 0 ? 0 : length < T ? static_cast<int>(length) : T;
+  }
+  if (!seq.offsets) return T;
+  int low = 0, high = T;
+  while (low < high) {
+    const int middle = low + (high - low) / 2;
+    if (b < seq.offsets[middle + 1] - seq.offsets[middle]) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Rows of memory of the first batch row at a step and at the two after it in the order of the scan; no matter which where there is no
+// such step. Those of packed sequences are loaded, so each is asked for a step before it is used.
+struct StepRows {
+  int now, next, coming;
+
+  // At step 0; time(step): of a step.
+  template <class Time>
+  __device__ __forceinline__ StepRows(const Sequence& seq, const Time& time)
+      : now(row_at(seq, time(0))), next(row_at(seq, time(1))), coming(row_at(seq, time(2))) {}
+  // Goes on by a step; time: of the third after the one that is left.
+  __device__ __forceinline__ void advance(const Sequence& seq, int time) {
+    *this = following();
+    coming = row_at(seq, time);
+  }
+  // Those of the next step; what is coming after them stays unknown.
+  __device__ __forceinline__ StepRows following() const {
+    StepRows rows = *this;
+    rows.now = next;
+    rows.next = coming;
+    return rows;
+  }
+  // Rows to a step some steps later: of packed sequences a guess, the number of rows taken for constant.
+  __device__ __forceinline__ int ahead(int steps) const { return (next - now) * steps; }
+
+ private:
+  static __device__ __forceinline__ int row_at(const Sequence& seq, int time) {
+    if (!seq.offsets) return time * static_cast<int>(seq.B);
+    return time >= 0 && time < static_cast<int>(seq.T) ? static_cast<int>(seq.offsets[time]) : 0;
+  }
+};
+
+// One element of a batch tile: where it is, and whether the calling thread has it. Where half of the threads suffice, half turn % 2
+// has it.
+template <class G>
+struct ElementPlace {
+  static constexpr unsigned kElements = G::kUnits * kTileRows;
+  static constexpr int kPerThread = (kElements + kPersistentThreads - 1) / kPersistentThreads;
+  static constexpr bool kHalf = 2 * kElements == kPersistentThreads;
+  static_assert(kHalf || kElements >= kPersistentThreads);
+  // Whether turns go on from step to step: while a half finishes its elements, the other requests what it needs for its own turn,
+  // which is the next. Otherwise a half has the same tiles in all steps.
+  static constexpr bool kAlternate = takes_turns(G::shape());
+  // Whether what the next tile or step needs is requested before the results of this one are stored, so that it is there when the
+  // states come, whose wait awaits all loads in a cluster. For two elements there are no registers.
+  static constexpr bool kEarly = G::kCluster && kPerThread == 1;
+  int unit, b;
+  int number;  // of the thread's elements of the tile
+  bool mine;
+
+  // The turn in which a tile is finished; count: of the tiles finished in all steps before.
+  static __device__ __forceinline__ int turn(int tile, int count) { return kAlternate ? count : tile; }
+  __device__ __forceinline__ ElementPlace(int turn, int e) : number(e) {
+    const unsigned thread = simt::thread_x(), index = kHalf ? thread % kElements : thread + e * kPersistentThreads;
+    unit = index % G::kUnits;
+    b = index / G::kUnits;
+    mine = kHalf ? thread / kElements == turn % 2u : index < kElements;
+  }
+};
+
+template <class G>
+using ProductOf = std::conditional_t<G::kScatters, ScatterProduct<G>, PersistentProduct<G>>;
+
+// Steps between the hint that a row will be read and its reading. A step may take as little as 0.4 us, memory 0.6 to 0.8 us.
+constexpr int kPrefetchSteps = 4;
+
+// What forward and backward ask about elements. A thread keeps two fp32 values of each of its elements: those of the group's
+// first batch tile in registers (tiles_in_registers), those of others in shared memory. A step is a chain of latencies with little
+// to hide them, so indices are 32 bits wide but for those of memory.
+template <class G>
+struct BlockElements {
+  using Storage = typename G::Storage;
+  using C = DeviceCell<G::kCell>;
+  using Place = ElementPlace<G>;
+
+  const Sequence& seq;
+  int H, D;
+  const BlockPlace& block;
+  ProductOf<G>& product;
+  int first_step, steps;  // of the launch
+  float first_tile[2][Place::kPerThread] = {};
+  static constexpr int kInRegisters = tiles_in_registers(G::shape());
+
+  // s: ForwardSequence or BackwardSequence.
+  template <class S>
+  __device__ __forceinline__ BlockElements(const S& s, const BlockPlace& place, ProductOf<G>& weights)
+      : seq(s.p.seq),
+        H(static_cast<int>(s.p.H)),
+        D(s.p.D),
+        block(place),
+        product(weights),
+        first_step(static_cast<int>(s.l.first_step)),
+        steps(static_cast<int>(s.l.steps)) {}
+
+  // The time of one of the launch's steps; backward scans from the other end.
+  __device__ __forceinline__ int time(int step) const {
+    return G::kBackward == (block.dir != 0) ? first_step + step : static_cast<int>(seq.T) - 1 - first_step - step;
+  }
+  __device__ __forceinline__ int unit_of(const Place& e) const { return block.slice * G::kUnits + e.unit; }
+  __device__ __forceinline__ int row_of_batch(const Place& e, int tile) const {
+    return block.first_row + tile * kTileRows + e.b;
+  }
+  __device__ __forceinline__ bool exists(const Place& e, int tile) const {
+    return e.mine && unit_of(e) < H && tile * kTileRows + e.b < block.rows;
+  }
+  // Active steps of an element that exists.
+  __device__ __forceinline__ int length(const Place& e, int tile) const { return product.lengths()[tile * kTileRows + e.b]; }
+  static __device__ __forceinline__ bool active(int t, int length) {
+    return static_cast<unsigned>(t) < static_cast<unsigned>(length);
+  }
+  // Whether an element takes part in the step at time t: rows from B on have no active steps. Units from H on publish the zeros that
+  // they begin with: their own sums, of weights that are zero, are no numbers where a state is none, and would outlast its reset.
+  __device__ __forceinline__ bool takes_part(const Place& e, int tile, int t) const {
+    return unit_of(e) < H && active(t, length(e, tile));
+  }
+  // Whether the state of an element is replaced by zeros before the time whose first row is `row`: as it is loaded, 0 or not.
+  __device__ __forceinline__ unsigned char reset(const Place& e, int tile, int t, int row, int length) const {
+    if (!seq.resets || !active(t, length)) return 0;
+    return reinterpret_cast<const unsigned char*>(seq.resets)[row + row_of_batch(e, tile)];
+  }
+  // Indices: of a state [D, B, H]; in a row of memory, of slot 0 of `gates` [D, N, S, H], of `cs` [D, N, H], of `y` [N, D, H].
+  __device__ __forceinline__ uint64_t state_index(const Place& e, int tile) const {
+    const unsigned row = row_of_batch(e, tile);
+    return multiply_add(row + (block.dir ? static_cast<unsigned>(seq.B) : 0u), H, unit_of(e));
+  }
+  __device__ __forceinline__ uint64_t gate_index(const Place& e, int row) const {
+    return multiply_add(row_of_direction(row), C::kSlots * H, unit_of(e));
+  }
+  __device__ __forceinline__ uint64_t c_index(const Place& e, int row) const {
+    return multiply_add(row_of_direction(row), H, unit_of(e));
+  }
+  __device__ __forceinline__ uint64_t y_index(const Place& e, int row) const {
+    return multiply_add(row, D * H, simt::opaque(block.dir * H + unit_of(e)));
+  }
+  // An element of [D, B, H], zero if there is no tensor.
+  __device__ __forceinline__ Storage state(const void* tensor, const Place& e, int tile) const {
+    return tensor ? static_cast<const Storage*>(tensor)[state_index(e, tile)] : Storage{};
+  }
+  __device__ __forceinline__ float kept(int which, const Place& e, int tile) const {
+    if constexpr (kInRegisters > 0) {
+      if (tile == 0) return first_tile[which][e.number];
+    }
+    return product.state(which, tile - kInRegisters, e.unit, e.b);
+  }
+  __device__ __forceinline__ void keep(int which, const Place& e, int tile, float value) {
+    if (kInRegisters > 0 && tile == 0) {
+      first_tile[which][e.number] = value;
+    } else {
+      product.state(which, tile - kInRegisters, e.unit, e.b) = value;
+    }
+  }
+  // Whether the thread hints for its neighbours that a row will be read: 8 of them lie in one or two sectors of 32 bytes. A guessed
+  // row may lie behind the last.
+  __device__ __forceinline__ bool hints(const Place& e, int row) const {
+    return e.unit % 8 == 0 && row < static_cast<int>(seq.N);
+  }
+  // The value of gate `gate` (0 forward) for exchange `step`; by all threads that have the element, which are whole warps.
+  __device__ __forceinline__ void publish(const Place& e, int tile, uint32_t step, int gate, float value) const {
+    const int per_gate = product.exchange.chunks / published(G::shape()), per_slice = G::kUnits / G::Chunk::kStep;
+    product.exchange.publish(value, e.unit, e.b, tile, gate * per_gate + block.slice * per_slice, step);
+  }
+
+ private:
+  __device__ __forceinline__ unsigned row_of_direction(int row) const {
+    return static_cast<unsigned>(row) + (block.dir ? static_cast<unsigned>(seq.N) : 0u);
+  }
+  // One instruction.
+  static __device__ __forceinline__ uint64_t multiply_add(unsigned a, unsigned b, unsigned c) { return uint64_t{a} * b + c; }
+};
+
+}  // namespace fused_rnn::cuda

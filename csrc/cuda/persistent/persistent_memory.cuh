@@ -1,0 +1,71 @@
+// What the kernels of the persistent families know at compile time, where a block is in its launch, and the part of its shared
+// memory that does not depend on the kind of product.
+#pragma once
+#include "cuda/persistent/persistent_math.cuh"
+
+namespace fused_rnn::cuda {
+
+template <CellKind kCellValue, MathKind kMathValue, int kUnitTilesValue, bool kBackwardValue,
+          template <class> class ExchangeOf>
+struct PersistentGeometry {
+  static constexpr CellKind kCell = kCellValue;
+  static constexpr MathKind kMath = kMathValue;
+  static constexpr bool kBackward = kBackwardValue;
+  using Chunk = typename ChunkOf<kMath>::type;
+  using Storage = typename Chunk::Storage;
+  using Exchange = ExchangeOf<Chunk>;  // of a gather product
+  static constexpr bool kCluster = Exchange::kCluster;
+  static constexpr FUSED_RNN_HD PersistentShape shape() { return {kCell, kMath, kUnitTilesValue, kBackward, kCluster}; }
+  static constexpr int kUnitTiles = kUnitTilesValue;
+  static constexpr int kUnits = slice_units(shape());
+  static constexpr bool kScatters = scatters(shape());
+  static_assert(Chunk::kStep == chunk_step(kMath) && kUnits % Chunk::kStep == 0);
+};
+
+// Where a block is in its launch.
+struct BlockPlace {
+  int slice, group, dir;
+  int tiles;  // with rows below B, 1 to l.tiles; the same in all blocks of a group
+  int rows;   // of the group that are below B
+  int first_row;
+};
+__device__ __forceinline__ BlockPlace block_place(const PersistentLaunch& l, int64_t B) {
+  BlockPlace place;
+  place.slice = simt::block_x() % l.slices;
+  const int group = simt::block_x() / l.slices;
+  place.group = group;
+  place.dir = l.first_dir + group / l.groups;
+  place.first_row = simt::opaque(static_cast<int>(l.first_row) + group % l.groups * l.tiles * kTileRows);
+  const int rows = static_cast<int>(B) - place.first_row, most = l.tiles * kTileRows;
+  place.rows = rows < most ? rows : most;
+  place.tiles = (place.rows + kTileRows - 1) / kTileRows;
+  return place;
+}
+
+template <class G>
+class BlockMemory {
+ public:
+  __device__ __forceinline__ explicit BlockMemory(const PersistentLaunch& l)
+      : states_(persistent_smem(G::shape(), l.slices, l.tiles).state) {}
+
+  // What a thread keeps of element `unit`, `b` of a tile between steps; which: 0 or 1. tile: of those beyond the registers.
+  __device__ __forceinline__ float& state(int which, int tile, int unit, int b) const {
+    return at<float>(states_)[((tile * 2 + which) * kTileRows + b) * G::kUnits + unit];
+  }
+  static __device__ __forceinline__ int* lengths() { return at<int>(kSmem.lengths); }
+  static __device__ __forceinline__ float& bias(int gate, int unit) {
+    return at<float>(kSmem.biases)[gate * G::kUnits + unit];
+  }
+
+ protected:
+  static constexpr PersistentSmem kSmem = persistent_smem(G::shape(), 1, 1);  // its places up to the weights
+  template <class T>
+  static __device__ __forceinline__ T* at(int offset) {
+    return reinterpret_cast<T*>(simt::dynamic_smem() + offset);
+  }
+
+ private:
+  int states_;  // bytes
+};
+
+}  // namespace fused_rnn::cuda

@@ -1,0 +1,213 @@
+// The product of a block's weights and the exchanged states ("gather" in persistent.h).
+//   registers      weights_: 4 words per chunk and tile of M of the warp; the sums of one tile of batch rows; states under way
+//   shared memory  the weights of further chunks; partial sums, two buffers in turn
+//   barriers       none here; store_sums is followed by the caller's barrier, which also ends the use of the other buffer
+#pragma once
+#include "cuda/persistent/persistent_memory.cuh"
+
+namespace fused_rnn::cuda {
+
+template <class G>
+class PersistentProduct : public BlockMemory<G> {
+  using Chunk = typename G::Chunk;
+  using Storage = typename G::Storage;
+  using Exchange = typename G::Exchange;
+  using Packet = typename Exchange::Packet;
+  static constexpr int kBatch = chunk_batch(G::shape()), kRegisterChunks = register_chunks(G::shape());
+  static constexpr int kTiles = warp_tiles(G::shape());  // of M, of a warp
+  static constexpr int kMGroups = m_groups(G::shape()), kKGroups = k_groups(G::shape());
+  static_assert(kRegisterChunks % kBatch == 0 && kTiles * kMGroups == m_tiles(G::shape()));
+
+ public:
+  using Sums = float[kTiles][Chunk::kAcc];
+
+  // w_hh: [gates, H, H] of this direction.
+  __device__ __forceinline__ PersistentProduct(const void* w_hh, int64_t H, const PersistentLaunch& l, int slice, int group)
+      : BlockMemory<G>(l), exchange(l, G::shape(), group) {
+    const int chunks = chunk_count(G::shape(), l.slices);
+    chunks_ = (chunks - k_group() + kKGroups - 1) / kKGroups;
+    smem_chunks_ = smem_chunks(G::shape(), l.slices);
+    const auto* weights = static_cast<const Storage*>(w_hh);
+    const int per_gate = chunks / published(G::shape());
+#pragma unroll
+    for (int i = 0; i < kRegisterChunks; ++i) {
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        weights_[i][m][0] = weights_[i][m][1] = weights_[i][m][2] = weights_[i][m][3] = 0;
+        if (i < chunks_) load_fragment(weights_[i][m], weights, H, slice, per_gate, m, chunk_of(i));
+      }
+    }
+    // What a warp has less than others is zeros.
+#pragma unroll 1
+    for (int i = kRegisterChunks; i < kRegisterChunks + smem_chunks_; ++i) {
+#pragma unroll 1
+      for (int m = 0; m < kTiles; ++m) {
+        simt::Vec<uint32_t, 4> words{};
+        if (i < chunks_) load_fragment(words.v, weights, H, slice, per_gate, m, chunk_of(i));
+        simt::store_vec(smem_fragment(i, m), words);
+      }
+    }
+  }
+
+  // sums = weights x the states of `step` of batch tile `tile`, over the warp's chunks.
+  __device__ __forceinline__ void run(Sums& sums, int tile, uint32_t step) {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int i = 0; i < Chunk::kAcc; ++i) sums[m][i] = 0.0f;
+    }
+    exchange.begin(tile, step);
+    // Plain multiply-adds leave no registers for loads far ahead, nor latency to hide.
+    if constexpr (G::kCluster && G::kMath != MathKind::kFp32) {
+      run_paired(sums, tile, step);
+    } else {
+      run_in_turn(sums, tile, step);
+    }
+  }
+
+  __device__ __forceinline__ void store_sums(const Sums& sums, int buffer) const {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) Chunk::store(sums[m], partial(buffer, k_group(), m_group() * kTiles + m));
+  }
+  // The sum over all chunk groups of unit `unit` of the slice (and gate `gate`, forward) and row b; after the barrier.
+  __device__ __forceinline__ float sum(int buffer, int gate, int unit, int b) const {
+    const int m = gate * G::kUnitTiles + unit / kTileUnits;
+    float total = 0.0f;
+#pragma unroll
+    for (int group = 0; group < kKGroups; ++group) {
+      total += partial(buffer, group, m)[b * kPartialPitch + unit % kTileUnits];
+    }
+    return total;
+  }
+
+  Exchange exchange;
+
+ private:
+  static __device__ __forceinline__ int k_group() { return simt::warp_id() % kKGroups; }
+  static __device__ __forceinline__ int m_group() { return simt::warp_id() / kKGroups; }
+  static __device__ __forceinline__ int chunk_of(int i) { return k_group() + i * kKGroups; }
+
+  // A batch of chunks in registers goes with as many in shared memory, whose loads hide behind the former's products. States
+  // of chunks that the warp does not have are zeros, so that no branch stands between the loads of a batch.
+  __device__ __forceinline__ void run_paired(Sums& sums, int tile, uint32_t step) {
+    int beyond = 0;  // chunks in shared memory that are done
+#pragma unroll
+    for (int first = 0; first < kRegisterChunks; first += kBatch) {
+      if (first >= chunks_) break;
+      if (first + kBatch <= smem_chunks_) {
+#pragma unroll
+        for (int i = first; i < first + kBatch; ++i) {
+          multiply_smem_chunk(sums, kRegisterChunks + i, tile, step);
+          multiply_zeros_beyond(sums, weights_[i], i, tile, step);
+        }
+        beyond = first + kBatch;
+      } else {
+#pragma unroll
+        for (int i = first; i < first + kBatch; ++i) multiply_zeros_beyond(sums, weights_[i], i, tile, step);
+      }
+    }
+#pragma unroll 2
+    for (; beyond < smem_chunks_; ++beyond) multiply_smem_chunk(sums, kRegisterChunks + beyond, tile, step);
+  }
+
+  // Where the states come from afar: one batch is requested before the one before it is awaited.
+  __device__ __forceinline__ void run_in_turn(Sums& sums, int tile, uint32_t step) {
+    Packet now[kBatch], next[kBatch];
+    request(now, 0, tile, step);
+#pragma unroll
+    for (int first = 0; first < kRegisterChunks; first += kBatch) {
+      if (first >= chunks_) break;
+      request(next, first + kBatch, tile, step);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (first + i < chunks_) multiply(sums, now[i], weights_[first + i], first + i, tile, step);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) now[i] = next[i];
+    }
+#pragma unroll 1
+    for (int first = kRegisterChunks; first < chunks_; first += kBatch) {
+      request(next, first + kBatch, tile, step);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (first + i >= chunks_) break;
+        uint32_t weights[kTiles][4];
+        load_smem_weights(weights, first + i);
+        multiply(sums, now[i], weights, first + i, tile, step);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) now[i] = next[i];
+    }
+  }
+
+  // m_tile: of the warp.
+  static __device__ __forceinline__ void load_fragment(uint32_t (&words)[4], const Storage* weights, int64_t H, int slice,
+                                                       int per_gate, int m_tile, int chunk) {
+    m_tile += m_group() * kTiles;
+    Chunk::load(words, [&](int m, int k) -> Storage {
+      int64_t row, column;
+      bool valid;
+      if constexpr (G::kBackward) {
+        const int gate = chunk / per_gate;
+        const int64_t other = static_cast<int64_t>(chunk % per_gate) * Chunk::kStep + k;
+        column = slice * G::kUnits + m_tile * kTileUnits + m;
+        row = gate * H + other;
+        valid = other < H && column < H;
+      } else {
+        const int64_t unit = slice * G::kUnits + m_tile % G::kUnitTiles * kTileUnits + m;
+        column = static_cast<int64_t>(chunk) * Chunk::kStep + k;
+        row = m_tile / G::kUnitTiles * H + unit;
+        valid = unit < H && column < H;
+      }
+      return valid ? weights[row * H + column] : Storage{};
+    });
+  }
+
+  __device__ __forceinline__ void request(Packet (&packets)[kBatch], int first, int tile, uint32_t step) const {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (first + i < chunks_) exchange.request(packets[i], tile, chunk_of(first + i), step);
+    }
+  }
+  __device__ __forceinline__ void multiply(Sums& sums, Packet& packet, const uint32_t (&weights)[kTiles][4], int i, int tile,
+                                           uint32_t step) const {
+    exchange.await(packet, tile, chunk_of(i), step);
+    uint32_t x[2];
+    Exchange::words(packet, x);
+    auto* scratch = this->template at<float>(this->kSmem.scratch);
+    Chunk::multiply(sums, weights, x, scratch + (simt::warp_id() * 2 + i % 2) * kScratchFloats);
+  }
+  __device__ __forceinline__ void multiply_zeros_beyond(Sums& sums, const uint32_t (&weights)[kTiles][4], int i, int tile,
+                                                        uint32_t step) const {
+    Packet packet{};
+    if (i < chunks_) exchange.request(packet, tile, chunk_of(i), step);
+    multiply(sums, packet, weights, i, tile, step);
+  }
+  __device__ __forceinline__ void multiply_smem_chunk(Sums& sums, int i, int tile, uint32_t step) const {
+    uint32_t weights[kTiles][4];
+    load_smem_weights(weights, i);
+    multiply_zeros_beyond(sums, weights, i, tile, step);
+  }
+  __device__ __forceinline__ void load_smem_weights(uint32_t (&weights)[kTiles][4], int i) const {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+      const auto words = simt::load_vec<4>(smem_fragment(i, m));
+#pragma unroll
+      for (int w = 0; w < 4; ++w) weights[m][w] = words.v[w];
+    }
+  }
+  __device__ __forceinline__ uint32_t* smem_fragment(int i, int m) const {
+    const int index = (simt::warp_id() * smem_chunks_ + i - kRegisterChunks) * kTiles + m;
+    return this->template at<uint32_t>(this->kSmem.weights) + index * 128 + simt::lane_id() * 4;
+  }
+  __device__ __forceinline__ float* partial(int buffer, int k_group, int m) const {
+    return this->template at<float>(this->kSmem.partials) + (buffer * kKGroups + k_group) * partial_floats(G::shape()) +
+           m * kTileRows * kPartialPitch;
+  }
+
+  uint32_t weights_[kRegisterChunks][kTiles][4];
+  int chunks_;  // of this warp
+  int smem_chunks_;
+};
+
+}  // namespace fused_rnn::cuda

@@ -1,0 +1,50 @@
+// The arguments of the kernels of families `grid` and `cluster`, and where to find a kernel. Geometry: plan/persistent_geometry.h.
+#pragma once
+#include "plan/persistent_geometry.h"
+
+namespace fused_rnn::cuda {
+
+// What a launch covers; blocks are numbered [direction][group][slice]. Of the scan's steps (backward: of the backward scan) it
+// makes those from first_step on. If these are not the first, it starts from what the launch of the steps before left in h_n
+// and `carry`; if they are not the last, it leaves the same.
+struct PersistentLaunch {
+  int slices;  // blocks of a group
+  int groups;  // of each direction in this launch
+  int tiles;   // of 8 batch rows, of a group
+  int first_dir;
+  int64_t first_row;
+  int64_t first_step, steps;
+  float* carry;    // forward: [D, B, H] c; backward: [2, D, B, H] gradients of h and of c; null where nothing is carried
+  void* exchange;  // grid: grid_exchange_bytes for each group, zeros; cluster: null
+};
+struct ForwardSequence {
+  ForwardParams p;
+  PersistentLaunch l;
+};
+struct BackwardSequence {
+  BackwardParams p;
+  PersistentLaunch l;
+};
+using ForwardSequenceKernel = void (*)(ForwardSequence);
+using BackwardSequenceKernel = void (*)(BackwardSequence);
+
+// One specialisation per kind of arithmetic and family, in grid_*.cu and cluster_*.cu. cell: any of the kinds (RNN kinds share
+// their kernels).
+template <MathKind kMath>
+struct GridKernels {
+  static ForwardSequenceKernel forward(CellKind cell);
+  static BackwardSequenceKernel backward(CellKind cell);
+};
+template <MathKind kMath>
+struct ClusterKernels {
+  static ForwardSequenceKernel forward(CellKind cell, int unit_tiles);
+  static BackwardSequenceKernel backward(CellKind cell, int unit_tiles);
+};
+
+// Fills memory with zeros; in front of a launch of family `grid`.
+struct ZeroFill {
+  void* memory;    // aligned to 16 bytes
+  int64_t pieces;  // of 16 bytes
+};
+
+}  // namespace fused_rnn::cuda

@@ -1,0 +1,295 @@
+// One backward step of one layer. With "next" and "previous" in scan order, row b active at t has
+//   dh[t] = dy[t] + d_rg[next] W_hh + carry     (d_rg: the recurrent slots of d_gates; carry: GRU's part that bypasses W_hh)
+// where the last two terms are 0 if the state was reset before `next`, and dh_n stands for them if the row ends at t.
+//   backward_kernel    dh (without projection) or d_h W_hr (with), then the cell's derivative: d_gates[t], carry, d_c0
+//   state_grad_kernel  dh of a projected LSTM, to d_h[t]; and d_h0, which is the same sum at "step -1"
+// A block owns kUnits units of kBatch batch rows in one direction (blockIdx.z); a thread finishes kElements (unit, row) pairs.
+#pragma once
+#include "cuda/device/cell_device.cuh"
+#include "cuda/step/forward.cuh"
+#include "cuda/step/kernels.h"
+#include "cuda/step/matmul.cuh"
+
+namespace fused_rnn::cuda {
+
+// Row b is active at t = 0 .. count - 1; none if that is negative.
+__device__ __forceinline__ int64_t active_steps(const Sequence& seq, int64_t b) {
+  if (seq.lengths) return seq.lengths[b] < seq.T ? seq.lengths[b] : seq.T;
+  if (!seq.offsets) return seq.T;
+  int64_t low = 0, high = seq.T;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (is_active(seq, middle, b)) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// kActive, kReset and row describe this step; kHasPrevious the previous one, whose row is `other`; kHasNext the next.
+// next_row is its row, next_reset whether the state was replaced before it. At step -1 `next` is the row's first active step.
+__device__ __forceinline__ RowInfo backward_row(const Sequence& seq, int64_t step, int dir, int64_t b, int64_t& next_row,
+                                                bool& next_reset) {
+  RowInfo info{};
+  next_row = 0;
+  next_reset = false;
+  if (b >= seq.B) return info;
+  info.flags = kExists;
+  int64_t t = dir ? seq.T - 1 - step : step, next = dir ? t - 1 : t + 1;
+  if (step < 0) {
+    t = -1;
+    next = dir ? active_steps(seq, b) - 1 : 0;
+  }
+  if (!is_active(seq, 0, b)) info.flags |= kNever;
+  if (is_active(seq, next, b)) {
+    info.flags |= kHasNext;
+    next_row = row_of(seq, next, b);
+    next_reset = is_reset(seq, next_row);
+  }
+  if (step < 0) return info;
+  const int64_t previous = dir ? t + 1 : t - 1;
+  info.row = row_of(seq, t, b);
+  if (!is_active(seq, t, b)) return info;
+  info.flags |= kActive;
+  if (is_reset(seq, info.row)) info.flags |= kReset;
+  if (is_active(seq, previous, b)) {
+    info.flags |= kHasPrevious;
+    info.other = row_of(seq, previous, b);
+  }
+  return info;
+}
+
+// Row of the recurrent slots of d_gates at the next step; null: its product with W_hh is zero.
+template <class Storage>
+__device__ __forceinline__ const Storage* next_gate_gradient(const BackwardParams& p, int dir, const RowInfo& info,
+                                                             int64_t next_row, bool next_reset) {
+  if (!(info.flags & kHasNext) || next_reset) return nullptr;
+  const int slots = slot_count(p.cell), gates = gate_count(p.cell);
+  return static_cast<const Storage*>(p.d_gates) + ((dir * p.seq.N + next_row) * slots + slots - gates) * p.H;
+}
+
+// The pointwise part of a backward step, for the elements of one thread.
+template <class G>
+struct BackwardElements {
+  using Storage = typename G::Storage;
+  using Acc = typename G::Acc;
+  using C = DeviceCell<G::kCell>;
+  static constexpr bool kHasCarry = C::kHasC || C::kReadsH;
+  // Operands of an element that do not depend on the preceding launch.
+  struct Element {
+    Acc a[C::kSlots];
+    Acc dh, h_prev, h, c_prev, c;
+  };
+
+  const BackwardStep& s;
+  const RowInfo* table;
+  int dir;
+  int64_t first_unit, first_row;
+
+  static __device__ __forceinline__ int unit_of(int e) { return (simt::thread_x() + e * G::kThreads) % G::kUnits; }
+  static __device__ __forceinline__ int batch_of(int e) { return (simt::thread_x() + e * G::kThreads) / G::kUnits; }
+  __device__ __forceinline__ bool exists(int e) const {
+    return batch_of(e) < G::kBatch && first_unit + unit_of(e) < s.p.H && table[batch_of(e)].flags & kExists;
+  }
+  __device__ __forceinline__ int64_t state_index(int e) const {
+    return (dir * s.p.seq.B + first_row + batch_of(e)) * s.p.H + first_unit + unit_of(e);
+  }
+  __device__ __forceinline__ int64_t gate_index(int e, int64_t row) const {
+    return (dir * s.p.seq.N + row) * C::kSlots * s.p.H + first_unit + unit_of(e);
+  }
+  // Element `unit` of row `row` of an output-shaped tensor [N, D, P].
+  __device__ __forceinline__ Acc output(const void* tensor, int64_t row, int e) const {
+    return simt::to_float(static_cast<const Storage*>(tensor)[(row * s.p.D + dir) * s.p.P + first_unit + unit_of(e)]);
+  }
+  // [D, B, H], or zero.
+  __device__ __forceinline__ Acc state(const void* tensor, int e) const {
+    return tensor ? Acc(simt::to_float(static_cast<const Storage*>(tensor)[state_index(e)])) : Acc(0);
+  }
+
+  __device__ __forceinline__ Element load(int e) const {
+    Element x{};
+    if (!exists(e) || !(table[batch_of(e)].flags & kActive)) return x;
+    const RowInfo& info = table[batch_of(e)];
+    if constexpr (C::kSaved > 0) {
+      const auto* gates = static_cast<const Storage*>(s.p.gates) + gate_index(e, info.row);
+#pragma unroll
+      for (int slot = 0; slot < C::kSaved; ++slot) x.a[slot] = simt::to_float(gates[slot * s.p.H]);
+    } else {
+      x.h = output(s.p.y, info.row, e);
+    }
+    const bool start_is_zero = info.flags & kReset;
+    if constexpr (C::kReadsH) {
+      if (!start_is_zero) x.h_prev = info.flags & kHasPrevious ? output(s.p.y, info.other, e) : state(s.p.h0, e);
+    }
+    if constexpr (C::kHasC) {
+      const auto* cs = static_cast<const Storage*>(s.p.cs) + dir * s.p.seq.N * s.p.H + first_unit + unit_of(e);
+      x.c = simt::to_float(cs[info.row * s.p.H]);
+      if (!start_is_zero) {
+        x.c_prev = info.flags & kHasPrevious ? Acc(simt::to_float(cs[info.other * s.p.H])) : state(s.p.c0, e);
+      }
+    }
+    // With a projection the whole of dh comes from the product.
+    if (!s.p.d_h) {
+      if (s.p.dy) x.dh = output(s.p.dy, info.row, e);
+      if (!(info.flags & kHasNext)) x.dh += state(s.p.dh_n, e);
+    }
+    return x;
+  }
+
+  // The gradient that the next step left, for LSTM's c or for GRU's h.
+  __device__ __forceinline__ Acc load_carry(int e) const {
+    if constexpr (kHasCarry) {
+      if (!exists(e)) return Acc(0);
+      if (table[batch_of(e)].flags & kHasNext) return static_cast<const Acc*>(s.carry)[state_index(e)];
+      if constexpr (C::kHasC) return state(s.p.dc_n, e);
+    }
+    return Acc(0);
+  }
+
+  __device__ __forceinline__ void finish(int e, const Element& x, Acc carry) const {
+    if (!exists(e)) return;
+    const RowInfo& info = table[batch_of(e)];
+    if constexpr (C::kHasC) {
+      if (info.flags & kNever) store_d_c0(e, state(s.p.dc_n, e));
+    }
+    if (!(info.flags & kActive) && s.p.seq.offsets) return;
+    Acc d[C::kSlots] = {};
+    if (info.flags & kActive) {
+      Acc dh = x.dh + Matmul<G>::sum(0, unit_of(e), batch_of(e)), dc = carry, bypass = Acc(0);
+      if constexpr (!C::kHasC) dh += carry;
+      C::backward(s.p.cell, x.a, x.h_prev, x.c_prev, x.c, x.h, dh, dc, d, bypass);
+      if constexpr (kHasCarry) {
+        const Acc out = info.flags & kReset ? Acc(0) : C::kHasC ? dc : bypass;
+        static_cast<Acc*>(s.carry)[state_index(e)] = out;
+        if (C::kHasC && !(info.flags & kHasPrevious)) store_d_c0(e, out);
+      }
+    }
+    auto* d_gates = static_cast<Storage*>(s.p.d_gates) + gate_index(e, info.row);
+#pragma unroll
+    for (int slot = 0; slot < C::kSlots; ++slot) d_gates[slot * s.p.H] = simt::from_float<Storage>(d[slot]);
+  }
+
+  __device__ __forceinline__ void store_d_c0(int e, Acc value) const {
+    static_cast<Storage*>(s.p.d_c0)[state_index(e)] = simt::from_float<Storage>(value);
+  }
+};
+
+template <class G>
+__global__ void __launch_bounds__(G::kThreads, 1) backward_kernel(const BackwardStep s) {
+  using Storage = typename G::Storage;
+  using Acc = typename G::Acc;
+  // Elements are loaded ahead of the product where the registers allow it.
+  constexpr bool kAhead = G::kElements <= 8;
+  const int dir = simt::block_z();
+  const bool projected = s.p.d_h != nullptr;
+  const int64_t first_row = static_cast<int64_t>(simt::block_x()) * G::kBatch;
+  const int64_t first_unit = static_cast<int64_t>(simt::block_y()) * G::kUnits;
+
+  const Weights& weights = s.p.weights[dir];
+  const Operand<Storage> operands[1] = {{static_cast<const Storage*>(projected ? weights.w_hr : weights.w_hh), s.p.H,
+                                         projected ? s.p.P : gate_count(G::kCell) * s.p.H, s.copy_bytes}};
+  Matmul<G> matmul(operands, first_unit, s.stages);
+  matmul.prefetch_weights();
+
+  RowInfo* table = matmul.table();
+  bool nonzero = false;
+  if (simt::thread_x() < G::kBatch) {
+    int64_t next_row;
+    bool next_reset;
+    RowInfo info = backward_row(s.p.seq, s.step, dir, first_row + simt::thread_x(), next_row, next_reset);
+    if (info.flags & kActive) {
+      info.source[0] = projected ? static_cast<const Storage*>(s.p.d_h) + (dir * s.p.seq.N + info.row) * s.p.P
+                                 : next_gate_gradient<Storage>(s.p, dir, info, next_row, next_reset);
+    }
+    nonzero = info.source[0] != nullptr;
+    table[simt::thread_x()] = info;
+  }
+  nonzero = simt::sync_block_or(nonzero);
+
+  const BackwardElements<G> elements{s, table, dir, first_unit, first_row};
+  typename BackwardElements<G>::Element ahead[kAhead ? G::kElements : 1];
+  Acc carry[kAhead ? G::kElements : 1];
+  if constexpr (kAhead) {
+#pragma unroll
+    for (int e = 0; e < G::kElements; ++e) ahead[e] = elements.load(e);
+  }
+  simt::pdl_wait();
+  simt::pdl_launch_dependents();
+  if constexpr (kAhead) {
+#pragma unroll
+    for (int e = 0; e < G::kElements; ++e) carry[e] = elements.load_carry(e);
+  }
+
+  typename G::Accumulators acc;
+  matmul.run(nonzero, acc);
+  matmul.store_sums(acc);
+#pragma unroll
+  for (int e = 0; e < G::kElements; ++e) {
+    if constexpr (kAhead) {
+      elements.finish(e, ahead[e], carry[e]);
+    } else {
+      elements.finish(e, elements.load(e), elements.load_carry(e));
+    }
+  }
+}
+
+// The cell of G does not matter here: gates are counted at run time.
+template <class G>
+__global__ void __launch_bounds__(G::kThreads, 1) state_grad_kernel(const BackwardStep s) {
+  using Storage = typename G::Storage;
+  using Acc = typename G::Acc;
+  const int dir = simt::block_z();
+  const int64_t first_row = static_cast<int64_t>(simt::block_x()) * G::kBatch;
+  const int64_t first_unit = static_cast<int64_t>(simt::block_y()) * G::kUnits;
+
+  const Operand<Storage> operands[1] = {
+      {static_cast<const Storage*>(s.p.weights[dir].w_hh), s.p.P, gate_count(s.p.cell) * s.p.H, s.copy_bytes}};
+  Matmul<G> matmul(operands, first_unit, s.stages);
+  matmul.prefetch_weights();
+
+  RowInfo* table = matmul.table();
+  bool nonzero = false;
+  if (simt::thread_x() < G::kBatch) {
+    int64_t next_row;
+    bool next_reset;
+    RowInfo info = backward_row(s.p.seq, s.step, dir, first_row + simt::thread_x(), next_row, next_reset);
+    info.source[0] = next_gate_gradient<Storage>(s.p, dir, info, next_row, next_reset);
+    nonzero = info.source[0] != nullptr;
+    table[simt::thread_x()] = info;
+  }
+  nonzero = simt::sync_block_or(nonzero);
+  simt::pdl_wait();
+  simt::pdl_launch_dependents();
+
+  typename G::Accumulators acc;
+  matmul.run(nonzero, acc);
+  matmul.store_sums(acc);
+#pragma unroll(G::kElements <= 4 ? G::kElements : 4)
+  for (int e = 0; e < G::kElements; ++e) {
+    const int index = simt::thread_x() + e * G::kThreads, unit = index % G::kUnits, batch = index / G::kUnits;
+    if (batch >= G::kBatch || first_unit + unit >= s.p.P || !(table[batch].flags & kExists)) continue;
+    const RowInfo& info = table[batch];
+    const int64_t state = (dir * s.p.seq.B + first_row + batch) * s.p.P + first_unit + unit;
+    Acc dh = matmul.sum(0, unit, batch);
+    if (!(info.flags & kHasNext)) {
+      if (s.p.dh_n) dh += simt::to_float(static_cast<const Storage*>(s.p.dh_n)[state]);
+    } else if (traits_of(s.p.cell).reads_h) {
+      dh += static_cast<const Acc*>(s.carry)[state];
+    }
+    if (s.step < 0) {
+      static_cast<Storage*>(s.p.d_h0)[state] = simt::from_float<Storage>(dh);
+      continue;
+    }
+    const int64_t row = (info.row * s.p.D + dir) * s.p.P + first_unit + unit;
+    const bool active = info.flags & kActive;
+    if (active && s.p.dy) dh += simt::to_float(static_cast<const Storage*>(s.p.dy)[row]);
+    if (active || !s.p.seq.offsets) {
+      static_cast<Storage*>(s.p.d_h)[(dir * s.p.seq.N + info.row) * s.p.P + first_unit + unit] =
+          simt::from_float<Storage>(active ? dh : Acc(0));
+    }
+  }
+}
+
+}  // namespace fused_rnn::cuda

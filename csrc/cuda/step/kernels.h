@@ -1,0 +1,39 @@
+// The kernels of the families `cell` and `step`: their arguments, and how the host code in cuda.cu finds them. The kernels of
+// each kind of arithmetic are compiled in a file of their own, kernels_*.cu.
+#pragma once
+#include "core/params.h"
+#include "plan/step_geometry.h"
+
+namespace fused_rnn::cuda {
+
+// Arguments of kForward, kForwardInput and kProject at one step.
+struct ForwardStep {
+  ForwardParams p;
+  int64_t step;    // in scan order
+  int stages;      // of the rings
+  int copy_input;  // bytes that may be copied at once from x and w_ih
+  int copy_state;  // from the recurrent state and w_hh; kProject: from hidden and w_hr
+  void* c;         // [D, B, H] running c in the arithmetic type
+  void* hidden;    // [D, B, H] h before the projection, in dtype; null without projection
+};
+
+// Arguments of kBackward and kStateGrad at one step. step == -1 asks kStateGrad for d_h0.
+struct BackwardStep {
+  BackwardParams p;
+  int64_t step;
+  int stages;
+  int copy_bytes;  // from the weight operand and from d_gates (or d_h) rows
+  void* carry;  // [D, B, H] in the arithmetic type: LSTM running dc; GRU the part of dh that bypasses the weights; else null
+};
+
+using ForwardKernel = void (*)(ForwardStep);
+using BackwardKernel = void (*)(BackwardStep);
+
+// One per MathKind; cell is any of the kinds (RNN kinds share their kernels).
+template <MathKind kMath>
+struct Kernels {
+  static ForwardKernel forward(KernelRole role, CellKind cell, TileSize size);
+  static BackwardKernel backward(KernelRole role, CellKind cell, TileSize size);
+};
+
+}  // namespace fused_rnn::cuda

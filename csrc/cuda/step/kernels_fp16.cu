@@ -1,0 +1,3 @@
+#include "cuda/step/instantiate.cuh"
+
+template struct fused_rnn::cuda::Kernels<fused_rnn::cuda::MathKind::kFp16>;

@@ -1,0 +1,111 @@
+// Tile geometry of the step kernels, shared by the kernels (compile time) and the planner (run time). No CUDA include.
+//
+// Every kernel of the family multiplies a weight operand by the rows of a state:
+//   acc[slot][u][b] = sum_k weight[slot's group][u][k] * state[b][k]
+// A block owns `units` units (with all gates of each) times `batch` batch rows. Its warps form `teams`; the K chunks are dealt
+// to the teams in turn, each team has its own ring of stages in shared memory and meets no other team before the end, when
+// the partial sums are added in a fixed order. Inside a team, warps_u x warps_b warps split units and batch.
+#pragma once
+#include "core/params.h"
+
+namespace fused_rnn::cuda {
+
+// kForward: recurrent product, bias, gates. kForwardInput: the same with the input product (family cell). kProject: the LSTM's
+// W_hr. kBackward: product with W_hh (or W_hr) and the cell's derivative. kStateGrad: total gradient of a state h.
+enum class KernelRole : int { kForward, kForwardInput, kProject, kBackward, kStateGrad };
+enum class TileSize : int { kSmall, kMedium, kLarge };
+enum class MathKind : int { kFp64, kFp32, kTf32, kFp16, kBf16 };
+
+constexpr bool is_gated(KernelRole role) { return role == KernelRole::kForward || role == KernelRole::kForwardInput; }
+// Whether the weight operand is stored [units][K] (K contiguous) or [K][units].
+constexpr bool is_unit_major(KernelRole role) { return role == KernelRole::kBackward || role == KernelRole::kStateGrad; }
+
+constexpr int storage_bytes(MathKind math) { return math == MathKind::kFp64 ? 8 : math >= MathKind::kFp16 ? 2 : 4; }
+constexpr int accumulator_bytes(MathKind math) { return math == MathKind::kFp64 ? 8 : 4; }
+
+constexpr MathKind math_kind(DType dtype, bool allow_tf32) {
+  return dtype == DType::kFloat64    ? MathKind::kFp64
+         : dtype == DType::kFloat16  ? MathKind::kFp16
+         : dtype == DType::kBFloat16 ? MathKind::kBf16
+         : allow_tf32                ? MathKind::kTf32
+                                     : MathKind::kFp32;
+}
+
+// The largest tile is compiled for tensor cores only.
+constexpr bool has_tile(MathKind math, TileSize size) { return size != TileSize::kLarge || math >= MathKind::kTf32; }
+
+struct TileShape {
+  int units, batch;
+  int warps_u, warps_b;
+  int teams;
+};
+
+constexpr TileShape tile_shape(KernelRole role, MathKind math, TileSize size) {
+  if (is_gated(role)) {
+    switch (size) {
+      case TileSize::kSmall: return {16, 8, 1, 1, 4};
+      case TileSize::kMedium: return {16, math == MathKind::kFp64 ? 16 : 32, 1, 1, 4};
+      case TileSize::kLarge: return {32, 64, 2, 2, 2};
+    }
+  }
+  switch (size) {
+    case TileSize::kSmall: return {16, 8, 1, 1, 8};
+    case TileSize::kMedium: return {32, math == MathKind::kFp64 ? 16 : 32, 1, 1, 4};
+    default: return {64, 64, 2, 2, 2};
+  }
+}
+
+constexpr int kChunkBytes = 64;  // of K in one stage, per row
+constexpr int kMinStages = 2, kMaxStages = 8;
+
+constexpr int tile_threads(const TileShape& tile) { return 32 * tile.warps_u * tile.warps_b * tile.teams; }
+constexpr int chunk_size(MathKind math) { return kChunkBytes / storage_bytes(math); }
+
+// Weight rows a block loads per unit, and accumulators it keeps per unit (GRU's n_x and n_h are apart where both are summed).
+constexpr int weight_groups(KernelRole role, CellKind cell) { return is_gated(role) ? gate_count(cell) : 1; }
+constexpr int accumulator_slots(KernelRole role, CellKind cell) {
+  return role == KernelRole::kForwardInput ? slot_count(cell) : weight_groups(role, cell);
+}
+constexpr int phase_count(KernelRole role) { return role == KernelRole::kForwardInput ? 2 : 1; }
+
+// Row pitch of a unit-major weight stage [chunk][units]: padded so that the fragment loads of a warp meet no bank twice.
+constexpr int unit_pitch_bytes(const TileShape& tile, MathKind math) {
+  return tile.units * storage_bytes(math) + (math >= MathKind::kFp16 ? 16 : math == MathKind::kTf32 ? 32 : 0);
+}
+constexpr int weight_stage_bytes(KernelRole role, CellKind cell, MathKind math, const TileShape& tile) {
+  return is_unit_major(role) ? chunk_size(math) * unit_pitch_bytes(tile, math)
+                             : weight_groups(role, cell) * tile.units * kChunkBytes;
+}
+constexpr int stage_bytes(KernelRole role, CellKind cell, MathKind math, const TileShape& tile) {
+  return weight_stage_bytes(role, cell, math, tile) + tile.batch * kChunkBytes;
+}
+
+// Partial sums: [team][batch][slots * units + padding].
+constexpr int kSumPadding = 4;
+constexpr int sum_pitch(KernelRole role, CellKind cell, const TileShape& tile) {
+  return accumulator_slots(role, cell) * tile.units + kSumPadding;
+}
+constexpr int sum_bytes(KernelRole role, CellKind cell, MathKind math, const TileShape& tile) {
+  return tile.teams * tile.batch * sum_pitch(role, cell, tile) * accumulator_bytes(math);
+}
+
+// What a block knows of one batch row at one step, in shared memory.
+struct RowInfo {
+  const void* source[2];  // the state's row for each phase, null: zeros
+  int64_t row;            // row in memory, of this step
+  int64_t other;          // forward: row of the previous active step; backward: see backward.cuh
+  int flags;
+  int padding;
+};
+constexpr int table_bytes(const TileShape& tile) {
+  return (tile.batch * static_cast<int>(sizeof(RowInfo)) + 127) / 128 * 128;
+}
+
+// Dynamic shared memory of a block: the table of rows, then the rings of all teams, whose place the partial sums take.
+constexpr int smem_bytes(KernelRole role, CellKind cell, MathKind math, const TileShape& tile, int stages) {
+  const int ring = tile.teams * stages * stage_bytes(role, cell, math, tile);
+  const int sums = sum_bytes(role, cell, math, tile);
+  return table_bytes(tile) + (ring > sums ? ring : sums);
+}
+
+}  // namespace fused_rnn::cuda

@@ -1,0 +1,26 @@
+// What the files with CUDA ops share.
+#pragma once
+#include <ATen/Context.h>
+
+#include <optional>
+
+#include "plan/plan.h"
+#include "torch/layer.h"
+
+namespace fused_rnn {
+
+// torch's own switch for recurrent layers in fp32 (torch.backends.cudnn.rnn.fp32_precision, formerly allow_tf32).
+bool allows_tf32(const Tensor& x);
+
+// Matrix products around the recurrence may use TF32 only where the recurrence may; their own switch can still forbid it.
+struct MatmulPrecision {
+  std::optional<at::NoTF32Guard> strict;
+  explicit MatmulPrecision(bool allow_tf32) {
+    if (!allow_tf32) strict.emplace();
+  }
+};
+
+// x W_ih^T + b_ih of direction d in rows [first, end) of memory, into the first G slots of call.gates; x: [N, I].
+void project_rows(const LayerInputs& in, const ForwardCall& call, const Tensor& x, int64_t d, int64_t first, int64_t end);
+
+}  // namespace fused_rnn

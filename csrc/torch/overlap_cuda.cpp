@@ -1,0 +1,296 @@
+// Carries out the plans of plan_overlap.h: forward and backward of a stack of layers on CUDA as wavefronts of chunks.
+#include "torch/overlap_cuda.h"
+
+#include <ATen/cuda/CUDAEvent.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/native_dropout.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <array>
+#include <deque>
+#include <string>
+#include <tuple>
+
+#include "core/recent.h"
+#include "cuda/backend.h"
+#include "plan/overlap.h"
+#include "torch/ops.h"
+#include "torch/ops_cuda.h"
+#include "torch/settings.h"
+
+namespace fused_rnn {
+namespace {
+
+struct Schedule {
+  OverlapPlan plan;
+  std::vector<OverlapTask> tasks;  // empty: the layers run in turn
+};
+
+Schedule make_schedule(const Stack& stack, const Plan& plan, int device, std::optional<int> chunks) {
+  Schedule schedule{plan_overlap(stack, plan, cuda::device_info(device), chunks), {}};
+  if (schedule.plan.chunks > 1) {
+    schedule.tasks = overlap_tasks(stack.layers, stack.layer.D, stack.layer.backward, stack.layer.T,
+                                   schedule.plan.chunk_steps, schedule.plan.concurrent_layers);
+  }
+  return schedule;
+}
+
+// The latest schedules of the calling thread are kept.
+const Schedule& schedule_for(const Stack& stack, const Plan& plan, int device, std::optional<int> chunks) {
+  static thread_local Recent<std::tuple<Stack, Family, int, std::optional<int>>, Schedule, 8> kept;
+  return kept.get({stack, plan.family, device, chunks}, [&] { return make_schedule(stack, plan, device, chunks); });
+}
+
+// Streams and events of the calling thread on one device, made once. A thread has its own, since a stream in a capture must
+// not get another thread's work.
+struct Lanes {
+  std::vector<c10::cuda::CUDAStream> streams;
+  std::vector<at::cuda::CUDAEvent> events;  // one for each task
+
+  void prepare(size_t stream_count, size_t event_count, c10::DeviceIndex device) {
+    // The recurrences run there: of the SMs that come free they go before the matrix products beside them.
+    while (streams.size() < stream_count) streams.push_back(c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device));
+    if (events.size() < event_count) events.resize(event_count);
+  }
+};
+Lanes& lanes_of(c10::DeviceIndex device) {
+  static thread_local std::array<Lanes, 128> all;
+  return all.at(device);
+}
+
+// Hands every task to its stream: run(task, stream). The side streams begin after what the caller's stream has been given, so
+// a capture includes them, and in the end the caller's stream waits for them. All memory is allocated on the caller's stream and
+// freed on the host after that wait has been enqueued: what takes its place runs after the side streams, without record_stream.
+template <class Run>
+void run_tasks(const Schedule& schedule, const Run& run) {
+  const c10::cuda::CUDAStream caller = c10::cuda::getCurrentCUDAStream();
+  Lanes& lanes = lanes_of(caller.device_index());
+  const size_t side_streams = schedule.plan.concurrent_layers, tasks = schedule.tasks.size();
+  lanes.prepare(side_streams, tasks + 1 + side_streams, caller.device_index());
+  at::cuda::CUDAEvent* const forked = &lanes.events[tasks];
+  at::cuda::CUDAEvent* const ended = forked + 1;
+  const auto join = [&] {
+    for (size_t i = 0; i < side_streams; ++i) {
+      ended[i].record(lanes.streams[i]);
+      ended[i].block(caller);
+    }
+  };
+  forked->record(caller);
+  for (size_t i = 0; i < side_streams; ++i) forked->block(lanes.streams[i]);
+  try {
+    for (size_t i = 0; i < tasks; ++i) {
+      const OverlapTask& task = schedule.tasks[i];
+      const c10::cuda::CUDAStream stream = task.stream == 0 ? caller : lanes.streams[task.stream - 1];
+      if (task.after >= 0) lanes.events[task.after].block(stream);
+      run(task, stream.stream());
+      lanes.events[i].record(stream);
+    }
+  } catch (...) {
+    join();
+    throw;
+  }
+  join();
+}
+
+// The arguments of one layer of the stack.
+struct StackedInputs {
+  const Tensor x;  // contiguous
+  const OptionalTensor h0, c0;
+  const LayerInputs in;
+
+  StackedInputs(const StackCall& s, const Tensor& input, int64_t layer)
+      : x(input.contiguous()),
+        h0(states_of_layer(s.h0, layer, s.bidirectional ? 2 : 1, s.layers)),
+        c0(states_of_layer(s.c0, layer, s.bidirectional ? 2 : 1, s.layers)),
+        in{x,
+           h0,
+           c0,
+           params_of_layer(s.weights, layer, s.layers),
+           s.has_biases,
+           s.lengths,
+           s.offsets,
+           s.resets,
+           s.cell,
+           s.bidirectional} {}
+  StackedInputs(const StackedInputs&) = delete;
+};
+
+struct ForwardLayer : StackedInputs {
+  using StackedInputs::StackedInputs;
+  ForwardCall call;
+  Tensor workspace, carry;
+};
+
+struct BackwardLayer : StackedInputs {
+  OptionalTensor dy;  // of all layers but the last the dx of the one above
+  const OptionalTensor y;
+  const BackwardInputs grads;
+  BackwardCall call;
+  Tensor workspace, carry, dx;
+
+  BackwardLayer(const StackCall& s, const Tensor& input, int64_t layer, const OptionalTensor& output_gradient,
+                const StackGradients& given, const LayerOutputs& saved)
+      : StackedInputs(s, input, layer),
+        dy(output_gradient),
+        y(std::get<0>(saved)),
+        grads{dy, given.dh_n[layer], given.dc_n[layer], y, std::get<3>(saved), std::get<4>(saved)} {}
+};
+
+// The rows of memory of the steps of a stack: those of time t begin at at(t).
+struct Rows {
+  int64_t batch;
+  const int64_t* offsets;  // null: dense
+
+  explicit Rows(const StackCall& s)
+      : batch(s.offsets ? s.h0->size(1) : s.x.size(1)),
+        offsets(s.offsets ? s.host_offsets->const_data_ptr<int64_t>() : nullptr) {}
+  int64_t at(int64_t t) const { return offsets ? offsets[t] : t * batch; }
+  // Of a contiguous [N, ...] or [T, B, ...], those of times [first, end).
+  Tensor of(const Tensor& t, int64_t first, int64_t end) const {
+    return t.view({-1, t.size(-1)}).slice(0, at(first), at(end));
+  }
+};
+
+// The stack, if its shapes are those of one; what does not fit is left to the layers, which say so. Where the rows of packed steps
+// lie must be known on the host.
+std::optional<Stack> stack_of(const StackCall& s, bool training, bool backward) {
+  const at::TensorList params = params_of_layer(s.weights, s.layers - 1, s.layers);
+  const bool packed = s.offsets.has_value();
+  if (s.x.dim() != (packed ? 2 : 3) || s.x.numel() == 0 || params.size() < 2 || params[0].dim() != 2 ||
+      params[1].dim() != 2 || params[1].numel() == 0) {
+    return std::nullopt;
+  }
+  if (packed && (!s.host_offsets || s.host_offsets->scalar_type() != at::kLong || !s.host_offsets->is_contiguous() ||
+                 s.host_offsets->size(0) < 2 || !s.h0 || s.h0->dim() != 3)) {
+    return std::nullopt;
+  }
+  const Rows rows(s);
+  const int64_t T = packed ? s.host_offsets->size(0) - 1 : s.x.size(0);
+  return Stack{
+      {s.cell, dtype_of(s.x), allows_tf32(s.x), T, rows.batch, params[0].size(1), params[1].size(0) / gate_count(s.cell),
+       params[1].size(1), s.bidirectional ? 2 : 1, s.lengths.has_value() || packed, training, backward},
+      s.x.size(-1),
+      static_cast<int>(s.layers),
+      rows.at(T),
+      s.dropout};
+}
+
+double scale_of(double dropout) { return 1 / (1 - dropout); }
+
+// dropped() of some rows, into others or the same.
+void drop_rows(Tensor to, const Tensor& from, const Tensor& left, double dropout) {
+  at::mul_out(to, from, left);
+  to.mul_(scale_of(dropout));
+}
+
+// What is left to do of a layer's gradients: dx of the layers above the first is a task of the schedule.
+GradientMask masks_of(const std::vector<std::array<bool, 3>>& masks, int64_t layer) {
+  return {layer == 0 && masks[layer][0], masks[layer][1], masks[layer][2]};
+}
+
+Tensor workspace_of(const Plan& plan, const Tensor& x) {
+  return at::empty({plan.workspace_bytes}, x.options().dtype(at::kByte));
+}
+
+}  // namespace
+
+Tensor dropped(const Tensor& t, const Tensor& left, double dropout) { return at::mul(at::mul(t, left), scale_of(dropout)); }
+
+std::optional<StackOutputs> overlapped_forward(const StackCall& s, bool save) {
+  const c10::cuda::CUDAGuard device_guard(s.x.device());
+  const auto stack = stack_of(s, save, /*backward=*/false);
+  if (!stack) return std::nullopt;
+  const Plan& plan = cuda::plan_for(stack->layer, s.x.get_device(), family_setting());
+  const Schedule& schedule = schedule_for(*stack, plan, s.x.get_device(), chunk_setting());
+  if (schedule.tasks.empty()) return std::nullopt;
+
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const MatmulPrecision precision(stack->layer.allow_tf32);
+  const Rows all(s);
+  StackOutputs made;
+  std::deque<ForwardLayer> layers;
+  for (int64_t l = 0; l < s.layers; ++l) {
+    Tensor x = l == 0 ? s.x : layers.back().call.y;
+    if (l > 0 && s.dropout > 0) {
+      // The call that the layers in turn would make, in their order, so it draws the same mask; what it makes of an output that is
+      // not there yet is written over.
+      const auto [room, left] = at::native_dropout(x, s.dropout, /*train=*/true);
+      made.inputs.push_back(x = room);
+      made.left.push_back(left);
+    }
+    ForwardLayer& layer = layers.emplace_back(s, x, l);
+    layer.call = prepare_forward(layer.in, save);
+    ForwardParams& p = layer.call.params;
+    p.allow_tf32 = stack->layer.allow_tf32;
+    allocate_gates(layer.call);
+    layer.workspace = workspace_of(plan, s.x);
+    layer.carry = at::empty({p.D, p.seq.B, p.H}, s.x.options().dtype(at::kFloat));
+    p.workspace = layer.workspace.data_ptr();
+  }
+  run_tasks(schedule, [&](const OverlapTask& task, void* stream) {
+    const ForwardLayer& layer = layers[task.layer];
+    const ForwardParams& p = layer.call.params;
+    if (!task.project) return cuda::forward_steps(p, plan, {task.first, task.end, layer.carry.data_ptr<float>()}, stream);
+    // With two directions the whole layer below is there.
+    if (task.layer > 0 && s.dropout > 0 && (p.D == 1 || task.first == 0)) {
+      const auto rows = [&](const Tensor& t) { return p.D == 1 ? all.of(t, task.first, task.end) : t; };
+      drop_rows(rows(layer.x), rows(layers[task.layer - 1].call.y), rows(made.left[task.layer - 1]), s.dropout);
+    }
+    for (int d = 0; d < p.D; ++d) {
+      const int64_t first = d ? p.seq.T - task.end : task.first, end = d ? p.seq.T - task.first : task.end;
+      project_rows(layer.in, layer.call, layer.x.view({p.seq.N, p.I}), d, all.at(first), all.at(end));
+    }
+  });
+  for (const ForwardLayer& layer : layers) made.layers.push_back(forward_outputs(layer.call, save));
+  return made;
+}
+
+std::optional<std::vector<LayerGradients>> overlapped_backward(const StackCall& s, const StackGradients& given,
+                                                               const StackOutputs& saved,
+                                                               const std::vector<std::array<bool, 3>>& masks) {
+  const c10::cuda::CUDAGuard device_guard(s.x.device());
+  const auto stack = stack_of(s, /*training=*/true, /*backward=*/true);
+  if (!stack) return std::nullopt;
+  const Plan& plan = cuda::plan_for(stack->layer, s.x.get_device(), family_setting());
+  const Schedule& schedule = schedule_for(*stack, plan, s.x.get_device(), chunk_setting());
+  if (schedule.tasks.empty()) return std::nullopt;
+
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const MatmulPrecision precision(stack->layer.allow_tf32);
+  const Rows all(s);
+  std::deque<BackwardLayer> layers;  // the first is the lowest
+  for (int64_t l = s.layers - 1; l >= 0; --l) {
+    const OptionalTensor dy = layers.empty() ? given.dy : OptionalTensor(layers.front().dx);
+    const Tensor& x = l == 0 ? s.x : s.dropout > 0 ? saved.inputs[l - 1] : std::get<0>(saved.layers[l - 1]);
+    BackwardLayer& layer = layers.emplace_front(s, x, l, dy, given, saved.layers[l]);
+    layer.call = prepare_backward(layer.in, layer.grads, masks_of(masks, l));
+    BackwardParams& p = layer.call.params;
+    p.allow_tf32 = stack->layer.allow_tf32;
+    if (!(masks[l][1] && layer.h0)) p.d_h0 = nullptr;
+    layer.workspace = workspace_of(plan, s.x);
+    layer.carry = at::empty({2, p.D, p.seq.B, p.H}, s.x.options().dtype(at::kFloat));
+    p.workspace = layer.workspace.data_ptr();
+    if (l > 0) layer.dx = at::empty_like(layer.x);
+  }
+  run_tasks(schedule, [&](const OverlapTask& task, void* stream) {
+    const BackwardLayer& layer = layers[task.layer];
+    const BackwardParams& p = layer.call.params;
+    if (!task.project) return cuda::backward_steps(p, plan, {task.first, task.end, layer.carry.data_ptr<float>()}, stream);
+    const BackwardLayer& above = layers[task.layer + 1];
+    const int64_t first = all.at(p.seq.T - task.end), end = all.at(p.seq.T - task.first);
+    const Tensor dg = above.call.d_gates.view({p.seq.N, slot_count(p.cell) * p.H}).slice(0, first, end);
+    const Tensor dx = above.dx.view({p.seq.N, -1}).slice(0, first, end);
+    input_gradient(above.in, input_columns(p.cell, p.H, dg), dx, /*d=*/0);
+    if (s.dropout > 0) drop_rows(dx, dx, saved.left[task.layer].view({p.seq.N, -1}).slice(0, first, end), s.dropout);
+  });
+  std::vector<LayerGradients> gradients;
+  for (int64_t l = 0; l < s.layers; ++l) {
+    gradients.push_back(gradients_of_layer(layers[l].in, layers[l].grads, layers[l].call, masks_of(masks, l)));
+  }
+  return gradients;
+}
+
+}  // namespace fused_rnn

@@ -1,0 +1,249 @@
+// The planners for Python, all plain values and dicts: plan(...) of a layer on a CUDA device that is given by its properties,
+// cuda_device(index) those of a device that is there, cpu_plan(...) of a layer on this machine's CPU.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <iterator>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/cpu.h"
+#include "plan/overlap.h"
+#include "plan/persistent_geometry.h"
+#ifdef FUSED_RNN_WITH_CUDA
+#include "cuda/backend.h"
+#endif
+
+namespace fused_rnn {
+namespace {
+
+namespace py = pybind11;
+
+constexpr const char* kDTypes[] = {"float64", "float32", "float16", "bfloat16"};
+constexpr const char* kTiles[] = {"small", "medium", "large"};
+constexpr const char* kMaths[] = {"fp64", "fp32", "tf32", "fp16", "bf16"};
+
+template <class Enum, size_t kCount>
+Enum parse(const char* what, const std::string& name, const char* const (&names)[kCount]) {
+  for (size_t i = 0; i < kCount; ++i) {
+    if (name == names[i]) return static_cast<Enum>(i);
+  }
+  throw std::invalid_argument(std::string("unknown ") + what + " '" + name + "'");
+}
+
+CellKind parse_cell(const std::string& name) {
+  for (int cell = 0; cell < kCellCount; ++cell) {
+    if (name == traits_of(static_cast<CellKind>(cell)).name) return static_cast<CellKind>(cell);
+  }
+  throw std::invalid_argument("unknown cell '" + name + "'");
+}
+
+py::dict to_dict(const Problem& problem, const KernelPlan& kernel) {
+  const cuda::TileShape tile = cuda::tile_shape(kernel.role, kernel.math, kernel.tile);
+  py::dict result;
+  result["name"] = to_string(kernel.role);
+  result["tile"] = kTiles[static_cast<int>(kernel.tile)];
+  result["math"] = kMaths[static_cast<int>(kernel.math)];
+  result["units"] = tile.units;
+  result["batch"] = tile.batch;
+  result["grid"] = py::make_tuple(kernel.grid_x, kernel.grid_y, kernel.grid_z);
+  result["threads"] = kernel.threads;
+  result["stages"] = kernel.stages;
+  result["smem_bytes"] = kernel.smem_bytes;
+  result["least_smem_bytes"] = cuda::smem_bytes(kernel.role, problem.cell, kernel.math, tile, cuda::kMinStages);
+  result["us"] = kernel.us;
+  return result;
+}
+
+py::dict to_dict(const PersistentPlan& plan) {
+  py::dict result;
+  result["math"] = kMaths[static_cast<int>(plan.math)];
+  result["units"] = plan.unit_tiles * cuda::kTileUnits;
+  result["blocks"] = plan.slices;
+  result["tiles"] = plan.tiles;
+  result["groups"] = plan.groups;
+  result["directions"] = plan.directions;
+  result["launches"] = plan.launches;
+  result["weight_registers"] = plan.weight_bytes_in_registers / cuda::kPersistentThreads / 4;  // of a thread
+  result["weight_bytes_in_registers"] = plan.weight_bytes_in_registers;
+  result["weight_bytes_in_smem"] = plan.weight_bytes_in_smem;
+  result["smem_bytes"] = plan.smem_bytes;
+  return result;
+}
+
+Problem problem_of(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
+                   std::optional<int64_t> P, int D, bool allow_tf32, bool ragged, bool training, bool backward) {
+  return {
+      parse_cell(cell), parse<DType>("dtype", dtype, kDTypes), allow_tf32, T, B, I, H, P.value_or(H), D, ragged, training,
+      backward};
+}
+
+DeviceInfo device_of(const py::dict& device) {
+  const auto field = [&device](const char* name) { return device[name].cast<int>(); };
+  DeviceInfo info{field("compute_capability"),
+                  field("sm_count"),
+                  field("smem_per_block"),
+                  field("smem_per_sm"),
+                  field("registers_per_sm"),
+                  field("threads_per_sm"),
+                  device["l2_bytes"].cast<int64_t>(),
+                  field("max_cluster"),
+                  field("compiled_for")};
+  if (device.contains("active_clusters")) {  // not in a description
+    const auto counts = device["active_clusters"].cast<std::vector<int>>();
+    if (counts.size() != info.active_clusters.size()) {
+      throw std::invalid_argument("active_clusters: expected " + std::to_string(info.active_clusters.size()) +
+                                  " numbers, got " + std::to_string(counts.size()));
+    }
+    std::copy(counts.begin(), counts.end(), info.active_clusters.begin());
+  }
+  return info;
+}
+
+FamilyChoice choice_of(const std::optional<std::string>& name) { return name ? parse_choice(*name) : FamilyChoice{}; }
+
+py::dict plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
+              const py::dict& device, std::optional<int64_t> P, int D, bool allow_tf32, bool ragged, bool training,
+              bool backward, const std::optional<std::string>& forced) {
+  const Problem problem = problem_of(cell, dtype, T, B, I, H, P, D, allow_tf32, ragged, training, backward);
+  const Plan made = make_plan(problem, device_of(device), choice_of(forced));
+  py::list kernels;
+  for (const KernelPlan& kernel : made.kernels) kernels.append(to_dict(problem, kernel));
+  py::dict candidates;
+  for (const Candidate& candidate : made.candidates) {
+    py::dict entry;
+    entry["us_per_step"] = candidate.us_per_step;
+    entry["us"] = candidate.us;
+    if (candidate.persistent) entry["persistent"] = to_dict(*candidate.persistent);
+    candidates[to_string(candidate.family)] = entry;
+  }
+  py::dict rejected;
+  for (const Rejection& rejection : made.rejected) rejected[to_string(rejection.family)] = rejection.reason;
+  py::dict result;
+  result["family"] = to_string(made.family);
+  result["kernels"] = kernels;
+  if (made.persistent) result["persistent"] = to_dict(*made.persistent);
+  result["overlapped_launches"] = made.pdl;
+  result["workspace_bytes"] = made.workspace_bytes;
+  result["us_per_step"] = made.us_per_step;
+  result["us"] = made.us;
+  result["reason"] = made.reason;
+  result["rejected"] = rejected;
+  result["candidates"] = candidates;
+  result["cheapest"] = to_string(made.cheapest);
+  result["text"] = to_string(made);
+  return result;
+}
+
+py::dict overlap(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
+                 const py::dict& device, std::optional<int64_t> P, int D, bool allow_tf32, bool ragged, bool training,
+                 bool backward, const std::optional<std::string>& forced, int layers, int64_t first_input,
+                 std::optional<int64_t> rows, double dropout, std::optional<int> chunks) {
+  const Problem problem = problem_of(cell, dtype, T, B, I, H, P, D, allow_tf32, ragged, training, backward);
+  const DeviceInfo info = device_of(device);
+  const Plan layer = make_plan(problem, info, choice_of(forced));
+  const OverlapPlan made = plan_overlap({problem, first_input, layers, rows.value_or(T * B), dropout}, layer, info, chunks);
+  py::dict result;
+  result["chunks"] = made.chunks;
+  result["chunk_steps"] = made.chunk_steps;
+  result["concurrent_layers"] = made.concurrent_layers;
+  result["sms_in_use"] = made.sms_in_use;
+  result["sms_idle"] = made.sms_idle;
+  result["us"] = made.us;
+  result["us_in_turn"] = made.us_in_turn;
+  result["reason"] = made.reason;
+  result["text"] = to_string(made);
+  return result;
+}
+
+py::list tasks(int layers, int directions, bool backward, int64_t T, int64_t chunk_steps, int concurrent_layers) {
+  py::list result;
+  for (const OverlapTask& task : overlap_tasks(layers, directions, backward, T, chunk_steps, concurrent_layers)) {
+    py::dict entry;
+    entry["project"] = task.project;
+    entry["layer"] = task.layer;
+    entry["first"] = task.first;
+    entry["end"] = task.end;
+    entry["stream"] = task.stream;
+    entry["after"] = task.after;
+    result.append(entry);
+  }
+  return result;
+}
+
+#ifdef FUSED_RNN_WITH_CUDA
+py::dict cuda_device(int index) {
+  const DeviceInfo& info = cuda::device_info(index);
+  py::dict result;
+  result["compute_capability"] = info.compute_capability;
+  result["sm_count"] = info.sm_count;
+  result["smem_per_block"] = info.smem_per_block;
+  result["smem_per_sm"] = info.smem_per_sm;
+  result["registers_per_sm"] = info.registers_per_sm;
+  result["threads_per_sm"] = info.threads_per_sm;
+  result["l2_bytes"] = info.l2_bytes;
+  result["max_cluster"] = info.max_cluster;
+  result["compiled_for"] = info.compiled_for;
+  result["active_clusters"] = info.active_clusters;
+  return result;
+}
+#endif
+
+py::dict cpu_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
+                  std::optional<int64_t> P, int D, bool training, bool backward) {
+  const CellKind kind = parse_cell(cell);
+  const DType type = parse<DType>("dtype", dtype, kDTypes);
+  const Sequence sequence{T, B, T * B, nullptr, nullptr, nullptr};
+  static constexpr char kProjection = 0;  // any address: the plan asks only whether there is one
+  const Weights weights{nullptr, nullptr, nullptr, nullptr, P.value_or(H) == H ? nullptr : &kProjection};
+  cpu::Plan made{};
+  if (backward) {
+    BackwardParams p{};
+    p.cell = kind, p.dtype = type, p.H = H, p.P = P.value_or(H), p.D = D, p.seq = sequence;
+    p.weights[0] = p.weights[1] = weights;
+    made = cpu::backward_plan(p);
+  } else {
+    ForwardParams p{};
+    p.cell = kind, p.dtype = type, p.I = I, p.H = H, p.P = P.value_or(H), p.D = D, p.seq = sequence, p.training = training;
+    p.weights[0] = p.weights[1] = weights;
+    made = cpu::forward_plan(p);
+  }
+  py::dict result;
+  result["threads"] = made.threads();
+  result["direction_teams"] = made.direction_teams;
+  result["batch_teams"] = made.batch_teams;
+  result["split"] = made.split;
+  result["weights"] = cpu::to_string(made.form);
+  return result;
+}
+
+}  // namespace
+
+void bind_plan(py::module_& module) {
+  module.def("plan", &plan, py::kw_only(), py::arg("cell"), py::arg("dtype"), py::arg("T"), py::arg("B"), py::arg("I"),
+             py::arg("H"), py::arg("device"), py::arg("P") = py::none(), py::arg("D") = 1, py::arg("allow_tf32") = false,
+             py::arg("ragged") = false, py::arg("training") = false, py::arg("backward") = false,
+             py::arg("forced") = py::none(),
+             "The CUDA kernels that would serve one layer on a device given by its properties. No GPU is needed.");
+  module.def("overlap", &overlap, py::kw_only(), py::arg("cell"), py::arg("dtype"), py::arg("T"), py::arg("B"), py::arg("I"),
+             py::arg("H"), py::arg("device"), py::arg("P") = py::none(), py::arg("D") = 1, py::arg("allow_tf32") = false,
+             py::arg("ragged") = false, py::arg("training") = false, py::arg("backward") = false,
+             py::arg("forced") = py::none(), py::arg("layers"), py::arg("first_input"), py::arg("rows") = py::none(),
+             py::arg("dropout") = 0.0, py::arg("chunks") = py::none(),
+             "How the layers of a stack would overlap on a device given by its properties; I: of the layers above "
+             "the first; rows: in memory, if packed. No GPU is needed.");
+  module.def("overlap_tasks", &tasks, py::arg("layers"), py::arg("directions"), py::arg("backward"), py::arg("T"),
+             py::arg("chunk_steps"), py::arg("concurrent_layers"),
+             "The parts of an overlap, in the order in which they go to their streams.");
+#ifdef FUSED_RNN_WITH_CUDA
+  module.def("cuda_device", &cuda_device, "The properties of a visible device that plan() asks for.");
+#endif
+  module.def("cpu_plan", &cpu_plan, py::kw_only(), py::arg("cell"), py::arg("dtype"), py::arg("T"), py::arg("B"),
+             py::arg("I"), py::arg("H"), py::arg("P") = py::none(), py::arg("D") = 1, py::arg("training") = false,
+             py::arg("backward") = false,
+             "How the threads of a call on this machine's CPU, made now, would divide the work of one layer.");
+}
+
+}  // namespace fused_rnn

@@ -1,0 +1,120 @@
+#include "torch/products.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
+
+#include <algorithm>
+
+#include "cpu/gemm/matmul.h"
+#include "torch/layer.h"
+#include "torch/workspace.h"
+
+namespace fused_rnn {
+namespace {
+
+// Sums over up to this many rows and elements are made here on a CPU: torch's dispatch takes longer than these loops.
+constexpr int64_t kFewRows = 64, kFewElements = 8 * 1024;
+
+bool is_small_sum(const Tensor& out, const Tensor& a) {
+  const auto type = a.scalar_type();
+  return a.is_cpu() && (type == at::kFloat || type == at::kDouble) && a.size(0) <= kFewRows && a.numel() <= kFewElements &&
+         a.stride(1) == 1 && out.is_contiguous();
+}
+
+// The sums of the columns of a [rows, columns] into out [columns].
+template <class A>
+void add_rows(const Tensor& out, const Tensor& a) {
+  A* to = out.data_ptr<A>();
+  std::fill_n(to, out.size(0), A(0));
+  for (int64_t k = 0; k < a.size(0); ++k) {
+    const A* row = a.const_data_ptr<A>() + k * a.stride(0);
+    for (int64_t n = 0; n < out.size(0); ++n) to[n] += row[n];
+  }
+}
+
+// The same as multiply_into, in float: some rows of a and b (transposed) or of a and out are converted at a time.
+void multiply_in_float(const Tensor& out, const Tensor& a, bool transposed, const Tensor& b, bool add) {
+  constexpr int64_t kElements = 1 << 18, kFewestRows = 512;
+  const int64_t rows = a.size(0), step = std::max(kElements / (a.size(1) + b.size(1)), kFewestRows);
+  const auto options = out.options().dtype(at::kFloat);
+  const auto save = [&](const Tensor& to, const Tensor& sums) { add ? to.add_(sums) : to.copy_(sums); };
+  Tensor sums = transposed ? at::empty({a.size(1), b.size(1)}, options) : Tensor();
+  const Tensor right = transposed ? Tensor() : b.to(at::kFloat);
+  for (int64_t begin = 0; begin < rows; begin += step) {
+    const int64_t count = std::min(step, rows - begin);
+    const Tensor left = a.narrow(0, begin, count).to(at::kFloat);
+    if (!transposed) {
+      save(out.narrow(0, begin, count), at::mm(left, right));
+    } else if (begin == 0) {
+      at::mm_out(sums, left.t(), b.narrow(0, begin, count).to(at::kFloat));
+    } else {
+      sums.addmm_(left.t(), b.narrow(0, begin, count).to(at::kFloat));
+    }
+  }
+  if (transposed) save(out, sums);
+}
+
+}  // namespace
+
+void sum_rows_into(const Tensor& out, const Tensor& a) {
+  if (!is_small_sum(out, a)) {
+    Tensor target = out;
+    at::sum_out(target, a, {0});
+  } else if (a.scalar_type() == at::kFloat) {
+    add_rows<float>(out, a);
+  } else {
+    add_rows<double>(out, a);
+  }
+}
+
+void multiply_into(const Tensor& out, const Tensor& a, bool transposed, const Tensor& b, bool add) {
+  const int64_t M = out.size(0), N = b.size(1), K = b.size(0);
+  if (M == 0 || N == 0 || K == 0) {
+    if (!add) out.zero_();
+    return;
+  }
+  if (out.is_cpu() && out.stride(1) == 1 && a.stride(1) == 1 && b.stride(1) == 1) {
+    const DType dtype = dtype_of(a);
+    const auto call = [&](const Tensor& to) {
+      return cpu::MatmulParams{dtype,
+                               M,
+                               N,
+                               K,
+                               a.const_data_ptr(),
+                               a.stride(0),
+                               transposed,
+                               b.const_data_ptr(),
+                               b.stride(0),
+                               to.data_ptr(),
+                               to.stride(0),
+                               dtype_of(to)};
+    };
+    Workspace workspace;
+    const auto allocate = [&](int64_t bytes) { return workspace.take(bytes); };
+    if (cpu::matmul_available(dtype, M, N, K)) {
+      const Tensor to = add ? at::empty({M, N}, out.options().dtype(at::kFloat)) : out;
+      if (cpu::matmul(call(to), allocate)) {
+        if (add) out.add_(to);
+        return;
+      }
+    } else if (cpu::small_matmul_available(dtype, M, N, K)) {
+      cpu::small_matmul(call(out), add, allocate);
+      return;
+    }
+  }
+  // A library's products of 16 bits may let a row that is NaN into its neighbours: oneDNN's of bfloat16, where K is odd to
+  // its blocks.
+  if (out.is_cpu() && out.element_size() == 2) return multiply_in_float(out, a, transposed, b, add);
+  const Tensor left = transposed ? a.t() : a;
+  if (add) {
+    out.addmm_(left, b);
+  } else {
+    Tensor target = out;
+    at::mm_out(target, left, b);
+  }
+}
+
+}  // namespace fused_rnn

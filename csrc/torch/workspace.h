@@ -1,0 +1,35 @@
+// Memory for one call of the CPU kernels.
+#pragma once
+#include <cstdint>
+
+#include "torch/memory.h"
+
+namespace fused_rnn {
+
+// Lasts as long as the object.
+class Workspace {
+ public:
+  Workspace() = default;
+  ~Workspace() { give(); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  // In the place of what was taken before.
+  void* take(int64_t bytes) {
+    give();
+    memory_ = KeptMemory::take_workspace(bytes);
+    bytes_ = bytes;
+    return memory_;
+  }
+
+ private:
+  void give() {
+    if (memory_) KeptMemory::give_workspace(memory_, bytes_);
+    memory_ = nullptr;
+  }
+
+  void* memory_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+}  // namespace fused_rnn

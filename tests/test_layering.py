@@ -1,0 +1,73 @@
+"""csrc's folders: includes point one way, and only csrc/torch includes torch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+CSRC = Path(__file__).parent.parent / "csrc"
+# Of each folder those whose headers its files may include, besides its own.
+BELOW = {
+    "core": set(),
+    "plan": {"core"},
+    "cpu/isa": {"core"},
+    "cpu": {"core", "cpu/isa"},
+    "cpu/gemm": {"core", "cpu/isa", "cpu"},
+    "cpu/scan": {"core", "cpu/isa", "cpu", "cpu/gemm"},
+    "cuda/device": {"core", "plan"},
+    "cuda/step": {"core", "plan", "cuda/device"},
+    "cuda/persistent": {"core", "plan", "cuda/device", "cuda"},
+    "cuda": {"core", "plan", "cuda/device", "cuda/step", "cuda/persistent"},
+    "torch": {"core", "plan", "cpu", "cpu/isa", "cpu/gemm", "cpu/scan", "cuda"},
+}
+FILES = sorted(path for path in CSRC.rglob("*") if path.is_file())
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'^#include ["<]([^">]+)[">]', path.read_text(), re.M)
+
+
+def folder_of(path: Path) -> str:
+    return path.parent.relative_to(CSRC).as_posix()
+
+
+def test_every_folder_is_known() -> None:
+    assert {folder_of(path) for path in FILES} == set(BELOW)
+
+
+def test_includes_point_one_way() -> None:
+    wrong = []
+    for path in FILES:
+        for name in includes(path):
+            target = CSRC / name
+            if target.exists() and folder_of(target) not in {folder_of(path), *BELOW[folder_of(path)]}:
+                wrong.append(f"{path.relative_to(CSRC)} includes {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_header_is_named_by_its_place_in_csrc() -> None:
+    """The kernels' hardware, which the simulator replaces, is the exception."""
+    replaced = ("simt.cuh", "launch.cuh")
+    quoted = [(path, name) for path in FILES for name in re.findall(r'^#include "([^"]+)"', path.read_text(), re.M)]
+    assert all((CSRC / name).exists() for _, name in quoted), [name for _, name in quoted if not (CSRC / name).exists()]
+    assert all((CSRC / "cuda" / "device" / name).exists() for name in replaced)
+
+
+def test_only_csrc_torch_includes_torch() -> None:
+    outside = re.compile(r"^(torch|ATen|c10|pybind11|Python\.h)")
+    wrong = [
+        f"{path.relative_to(CSRC)} includes {name}"
+        for path in FILES
+        if folder_of(path) != "torch"
+        for name in includes(path)
+        if outside.match(name) and not (CSRC / name).exists()
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_ptx_and_the_runtime_have_one_file_each() -> None:
+    assert {path.name for path in FILES if re.search(r"\basm\b", path.read_text()) and path.suffix in (".cuh", ".cu")} == {
+        "simt.cuh"
+    }
+    calls = {path.name for path in FILES if re.search(r"\bcuda[A-Z]\w+\(", path.read_text())}
+    assert calls == {"launch.cuh"}, calls
