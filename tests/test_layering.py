@@ -11,7 +11,7 @@ BELOW = {
     "core": set(),
     "plan": {"core"},
     "cpu/isa": {"core"},
-    "cpu": {"core", "cpu/isa"},
+    "cpu": {"core", "plan", "cpu/isa"},
     "cpu/gemm": {"core", "cpu/isa", "cpu"},
     "cpu/scan": {"core", "cpu/isa", "cpu", "cpu/gemm"},
     "cuda/device": {"core", "plan"},

@@ -11,13 +11,8 @@
 //                            gradient of the recurrent product, in weight order; GRU's slot 0 is that of the input part of n.
 //                            So the gradient of the input product is slots (1, 2, 0) for a GRU, all slots otherwise.
 #pragma once
-#include <cstdint>
-
-#ifdef __CUDACC__
-#define FUSED_RNN_HD __host__ __device__ __forceinline__
-#else
-#define FUSED_RNN_HD inline
-#endif
+#include "core/active.h"
+#include "core/modifier.h"
 
 namespace fused_rnn {
 
@@ -69,33 +64,19 @@ constexpr FUSED_RNN_HD int gate_count(CellKind cell) { return traits_of(cell).ga
 constexpr FUSED_RNN_HD int slot_count(CellKind cell) { return traits_of(cell).slots; }
 constexpr int64_t dtype_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
-// Where the rows of a batch of sequences lie and which take part in a step. At most one of lengths and offsets is given.
-//   dense:            row (t, b) is t * B + b, always active
-//   dense + lengths:  the same place, active while t < lengths[b] (any order, 0 allowed); y is 0 at inactive rows
-//   packed (offsets): row (t, b) is offsets[t] + b, active while b < offsets[t + 1] - offsets[t] (never growing with t)
-struct Sequence {
-  int64_t T, B, N;
-  const int64_t* lengths;  // [B] or null
-  const int64_t* offsets;  // [T + 1] or null
-  const bool* resets;      // [N] or null; true: the state (h and c) is zero before this row's step, in scan order
+// A matrix of weights, row by row. What else a kernel must know to read it (scales of integers) belongs here.
+struct WeightMatrix {
+  const void* data;  // or null
+  DType storage;     // of its elements: the layer's dtype today
 };
-
-FUSED_RNN_HD bool is_active(const Sequence& s, int64_t t, int64_t b) {
-  if (t < 0 || t >= s.T) return false;
-  if (s.lengths) return t < s.lengths[b];
-  if (s.offsets) return b < s.offsets[t + 1] - s.offsets[t];
-  return true;
-}
-FUSED_RNN_HD int64_t row_of(const Sequence& s, int64_t t, int64_t b) { return s.offsets ? s.offsets[t] + b : t * s.B + b; }
-FUSED_RNN_HD bool is_reset(const Sequence& s, int64_t row) { return s.resets && s.resets[row]; }
 
 // The parameters of one direction. Everything contiguous.
 struct Weights {
-  const void* w_ih;  // [G, H, I]
-  const void* w_hh;  // [G, H, P]
-  const void* b_ih;  // [G, H] or null
-  const void* b_hh;  // [G, H] or null
-  const void* w_hr;  // [P, H] or null (no projection, P == H)
+  WeightMatrix w_ih;  // [G, H, I]
+  WeightMatrix w_hh;  // [G, H, P]
+  const void* b_ih;   // [G, H] or null
+  const void* b_hh;   // [G, H] or null
+  WeightMatrix w_hr;  // [P, H] or null (no projection, P == H)
 };
 
 // One layer forward. Direction 0 scans t = 0 .. T-1, direction 1 scans t = T-1 .. 0; a row of a ragged batch keeps its initial
@@ -108,6 +89,7 @@ struct ForwardParams {
   int64_t I, H, P;
   int D;
   Sequence seq;
+  Modifier modifier;
   const void* x;   // [N, I]
   const void* h0;  // [D, B, P] or null (zeros)
   const void* c0;  // [D, B, H] or null (zeros), in float where wide_c; LSTM only
@@ -132,6 +114,7 @@ struct BackwardParams {
   int64_t H, P;
   int D;
   Sequence seq;
+  Modifier modifier;
   const void* h0;  // as in forward
   const void* c0;  // as in forward
   Weights weights[2];

@@ -104,7 +104,7 @@ void check_range(const Sequence& seq, const Plan& plan, const StepRange& range) 
 }
 
 void check_projection(const Weights& weights, int64_t H, int64_t P) {
-  if ((weights.w_hr != nullptr) != (P != H))
+  if ((weights.w_hr.data != nullptr) != (P != H))
     throw std::invalid_argument("w_hr must be given where P is not H, and only there");
 }
 
@@ -157,7 +157,7 @@ void forward(const ForwardParams& p, const Plan& plan, void* stream) {
   check_projection(p.weights[0], p.H, p.P);
   if (p.seq.B == 0) return;
   if (plan.persistent) return persistent_forward(p, plan, {0, p.seq.T, nullptr}, stream);
-  const bool projected = p.weights[0].w_hr != nullptr, input = plan.family == Family::kCell;
+  const bool projected = p.weights[0].w_hr.data != nullptr, input = plan.family == Family::kCell;
   const int bytes = static_cast<int>(dtype_size(p.dtype));
   const WorkspaceLayout layout = workspace_layout(problem_of(p));
   auto* workspace = static_cast<unsigned char*>(p.workspace);
@@ -166,10 +166,10 @@ void forward(const ForwardParams& p, const Plan& plan, void* stream) {
   if (layout.carry_bytes) step.c = workspace + layout.carry;
   if (projected) step.hidden = workspace + layout.hidden;
   const Weights &w0 = p.weights[0], &w1 = p.weights[p.D - 1];
-  step.copy_state = copy_width({w0.w_hh, w1.w_hh, p.y, p.h0}, p.P * bytes, bytes);
-  if (input) step.copy_input = copy_width({w0.w_ih, w1.w_ih, p.x}, p.I * bytes, bytes);
+  step.copy_state = copy_width({w0.w_hh.data, w1.w_hh.data, p.y, p.h0}, p.P * bytes, bytes);
+  if (input) step.copy_input = copy_width({w0.w_ih.data, w1.w_ih.data, p.x}, p.I * bytes, bytes);
   ForwardStep project_step = step;
-  project_step.copy_state = copy_width({w0.w_hr, w1.w_hr, step.hidden}, p.H * bytes, bytes);
+  project_step.copy_state = copy_width({w0.w_hr.data, w1.w_hr.data, step.hidden}, p.H * bytes, bytes);
 
   auto launch =
       forward_launcher(plan, require_kernel(plan, input ? KernelRole::kForwardInput : KernelRole::kForward), p.cell);
@@ -187,7 +187,7 @@ void backward(const BackwardParams& p, const Plan& plan, void* stream) {
   check_projection(p.weights[0], p.H, p.P);
   if (p.seq.B == 0) return;
   if (plan.persistent) return persistent_backward(p, plan, {0, p.seq.T, nullptr}, stream);
-  const bool projected = p.weights[0].w_hr != nullptr;
+  const bool projected = p.weights[0].w_hr.data != nullptr;
   if (projected && !p.d_h) throw std::invalid_argument("backward of a projected LSTM needs d_h");
   const int bytes = static_cast<int>(dtype_size(p.dtype));
   const WorkspaceLayout layout = workspace_layout(problem_of(p));
@@ -197,10 +197,11 @@ void backward(const BackwardParams& p, const Plan& plan, void* stream) {
   if (layout.carry_bytes) step.carry = static_cast<unsigned char*>(p.workspace) + layout.carry;
   // A product with W_hh copies rows of W_hh and of d_gates; one with W_hr rows of W_hr and of d_h.
   const Weights &w0 = p.weights[0], &w1 = p.weights[p.D - 1];
-  const int recurrent_width = copy_width({w0.w_hh, w1.w_hh, p.d_gates}, (p.P | p.H) * bytes, bytes);
+  const int recurrent_width = copy_width({w0.w_hh.data, w1.w_hh.data, p.d_gates}, (p.P | p.H) * bytes, bytes);
   BackwardStep state_step = step;
   state_step.copy_bytes = recurrent_width;
-  step.copy_bytes = projected ? copy_width({w0.w_hr, w1.w_hr, p.d_h}, (p.P | p.H) * bytes, bytes) : recurrent_width;
+  step.copy_bytes =
+      projected ? copy_width({w0.w_hr.data, w1.w_hr.data, p.d_h}, (p.P | p.H) * bytes, bytes) : recurrent_width;
 
   auto launch = backward_launcher(plan, require_kernel(plan, KernelRole::kBackward), p.cell);
   auto state_grad = backward_launcher(plan, require_kernel(plan, KernelRole::kStateGrad), p.cell);

@@ -170,19 +170,20 @@ const int64_t* offsets_of(const LayerInputs& in, const LayerShapes& s, std::vect
 }
 
 Sequence sequence_of(const LayerInputs& in, const LayerShapes& s, std::vector<Tensor>& kept) {
-  return {s.T,
-          s.B,
-          s.N,
-          static_cast<const int64_t*>(contiguous(in.lengths, kept)),
-          offsets_of(in, s, kept),
-          static_cast<const bool*>(contiguous(in.resets, kept))};
+  return {s.T, s.B, s.N, static_cast<const int64_t*>(contiguous(in.lengths, kept)), offsets_of(in, s, kept)};
 }
+
+Modifier modifier_of(const LayerInputs& in, std::vector<Tensor>& kept) {
+  return {static_cast<const bool*>(contiguous(in.resets, kept))};
+}
+
+WeightMatrix matrix_of(const Tensor& t, std::vector<Tensor>& kept) { return {contiguous(t, kept), dtype_of(t)}; }
 
 Weights weights_of(const LayerInputs& in, const LayerShapes& s, int d, std::vector<Tensor>& kept) {
   const auto w = in.params.slice(d * s.per_direction, s.per_direction);
-  return {contiguous(w[0], kept), contiguous(w[1], kept), in.has_biases ? contiguous(w[2], kept) : nullptr,
+  return {matrix_of(w[0], kept), matrix_of(w[1], kept), in.has_biases ? contiguous(w[2], kept) : nullptr,
           in.has_biases ? contiguous(w[3], kept) : nullptr,
-          s.projection ? contiguous(w[s.per_direction - 1], kept) : nullptr};
+          s.projection ? matrix_of(w[s.per_direction - 1], kept) : WeightMatrix{}};
 }
 
 // [N, 1] bool, true at rows that take part; only for dense batches with lengths.
@@ -223,8 +224,8 @@ Tensor previous_states(const LayerInputs& in, const LayerShapes& s, const Tensor
     const int64_t size = static_cast<int64_t>(y.element_size());
     const Tensor h_prev = empty_like(y, {s.N, s.P});
     const void* h0 = has_h0 ? contiguous(in.h0->select(0, d), kept) : nullptr;
-    cpu::previous_rows(
-        {sequence_of(in, s, kept), d == 1, s.P * size, y.const_data_ptr(), y.stride(0) * size, h0, h_prev.data_ptr()});
+    cpu::previous_rows({sequence_of(in, s, kept), modifier_of(in, kept), d == 1, s.P * size, y.const_data_ptr(),
+                        y.stride(0) * size, h0, h_prev.data_ptr()});
     return h_prev;
   }
   const Tensor h0 = has_h0 ? in.h0->select(0, d) : at::zeros({s.B, s.P}, y.options());
@@ -316,6 +317,7 @@ ForwardCall prepare_forward(const LayerInputs& in, bool save) {
   p.wide_c = has_wide_c(in);
   p.I = s.I, p.H = s.H, p.P = s.P, p.D = s.D;
   p.seq = sequence_of(in, s, call.kept);
+  p.modifier = modifier_of(in, call.kept);
   p.x = contiguous(in.x, call.kept);
   p.h0 = contiguous(in.h0, call.kept);
   p.c0 = contiguous(in.c0, call.kept);
@@ -371,6 +373,7 @@ BackwardCall prepare_backward(const LayerInputs& in, const BackwardInputs& grads
   p.dtype = dtype_of(in.x);
   p.H = s.H, p.P = s.P, p.D = s.D;
   p.seq = sequence_of(in, s, call.kept);
+  p.modifier = modifier_of(in, call.kept);
   p.h0 = contiguous(in.h0, call.kept);
   p.c0 = contiguous(in.c0, dtype, call.kept);
   for (int d = 0; d < s.D; ++d) p.weights[d] = weights_of(in, s, d, call.kept);

@@ -195,9 +195,10 @@ py::dict cpu_plan(const std::string& cell, const std::string& dtype, int64_t T, 
                   std::optional<int64_t> P, int D, bool training, bool backward) {
   const CellKind kind = parse_cell(cell);
   const DType type = parse<DType>("dtype", dtype, kDTypes);
-  const Sequence sequence{T, B, T * B, nullptr, nullptr, nullptr};
+  const Sequence sequence{T, B, T * B, nullptr, nullptr};
   static constexpr char kProjection = 0;  // any address: the plan asks only whether there is one
-  const Weights weights{nullptr, nullptr, nullptr, nullptr, P.value_or(H) == H ? nullptr : &kProjection};
+  Weights weights{};
+  if (P.value_or(H) != H) weights.w_hr.data = &kProjection;
   cpu::Plan made{};
   if (backward) {
     BackwardParams p{};

@@ -45,11 +45,14 @@ def structure(name: str, header: str, **known: type[ctypes.Structure]) -> type[c
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
-Sequence = structure("Sequence", "core/params.h")
-Weights = structure("Weights", "core/params.h")
-ForwardParams = structure("ForwardParams", "core/params.h", Sequence=Sequence, Weights=Weights)
-BackwardParams = structure("BackwardParams", "core/params.h", Sequence=Sequence, Weights=Weights)
-Problem = structure("Problem", "plan/plan.h")
+Sequence = structure("Sequence", "core/active.h")
+Modifier = structure("Modifier", "core/modifier.h")
+WeightMatrix = structure("WeightMatrix", "core/params.h")
+Weights = structure("Weights", "core/params.h", WeightMatrix=WeightMatrix)
+_PARTS = {"Sequence": Sequence, "Modifier": Modifier, "Weights": Weights}
+ForwardParams = structure("ForwardParams", "core/params.h", **_PARTS)
+BackwardParams = structure("BackwardParams", "core/params.h", **_PARTS)
+Problem = structure("Problem", "plan/problem.h")
 
 
 class NoPlan(ValueError):
@@ -182,7 +185,9 @@ class LayerRun:
             w_hr = weights[-1] if case.proj else None
             names = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
             addresses = [put(f"{n}[{d}]", t) for n, t in zip(names, [*weights[:2], *biases, w_hr], strict=True)]
-            params.weights[d] = Weights(*addresses)
+            w_ih, w_hh, b_ih, b_hh, w_hr = addresses
+            w_ih, w_hh, w_hr = (WeightMatrix(address, DTYPE_NUMBER[case.dtype]) for address in (w_ih, w_hh, w_hr))
+            params.weights[d] = Weights(w_ih, w_hh, b_ih, b_hh, w_hr)
 
     def _common(self, params: Any) -> None:
         case, data, put = self.layer.case, self.layer.data, self.sim.put
@@ -194,8 +199,8 @@ class LayerRun:
             self.layer.rows,
             put("lengths", data.lengths),
             put("offsets", self.layer.offsets),
-            put("resets", data.resets),
         )
+        params.modifier = Modifier(put("resets", data.resets))
         params.h0, params.c0 = put("h0", data.h0), put("c0", data.c0)
         self._weights(params)
 

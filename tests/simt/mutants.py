@@ -54,7 +54,7 @@ MASKS = [
     (r"if \(!is_active\(seq, t, b\)\) return info;", ""),
     (r"if \(is_active\(seq, next, b\)\)", "if (true)"),
     (r"if \(is_active\(seq, previous, b\)\)", "if (true)"),
-    (r"if \(is_reset\(seq, info\.row\)\) info", "info"),
+    (r"if \(is_reset\(p\.modifier, info\.row\)\) info", "info"),
     (r"if \(!is_active\(seq, 0, b\)\) info", "info"),
     (r"if \(info\.flags & kReset\) (return nullptr|continue);", ""),
     (r"batch_of\(e\) < G::kBatch && first_unit", "first_unit"),
@@ -101,7 +101,6 @@ MASKS = [
     (r"if \(s\.p\.training && ", "if ("),
     (r"if \(!s\.p\.d_h\) \{", "{"),
     (r"if \(piece\(first \+ i, source, targets\[i\]\)\) ", "piece(first + i, source, targets[i]); "),
-    (r"seq\.lengths\[b\] < seq\.T \? seq\.lengths\[b\] : seq\.T;", "seq.lengths[b];"),
 ]
 
 

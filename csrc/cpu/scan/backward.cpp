@@ -90,7 +90,7 @@ BackwardScan<A>::BackwardScan(const BackwardParams& p, const Kernels<A>& kernels
       size_(dtype_size(p.dtype)),
       copies_(sizeof(A) != static_cast<size_t>(size_)),
       h_shape_(gates_ * p.H, p.P, 1, kernels.width),
-      r_shape_(p.weights[0].w_hr ? Shape(p.P, p.H, 1, kernels.width) : Shape()),
+      r_shape_(p.weights[0].w_hr.data ? Shape(p.P, p.H, 1, kernels.width) : Shape()),
       h_padded_(round_up(p.H, kernels.width)),
       p_padded_(round_up(p.P, kernels.width)),
       h_matrix_(make_matrix(h_shape_)),
@@ -124,8 +124,8 @@ int64_t BackwardScan<A>::layout(void* base) {
   Arena arena(base);
   for (int d = 0; d < p_.D; ++d) {
     matrices_[d] = {h_matrix_, r_matrix_};
-    matrices_[d].h.source = p_.weights[d].w_hh;
-    matrices_[d].r.source = p_.weights[d].w_hr;
+    matrices_[d].h.source = p_.weights[d].w_hh.data;
+    matrices_[d].r.source = p_.weights[d].w_hr.data;
     int i = 0;
     for (Matrix<A>* m : {&matrices_[d].h, &matrices_[d].r}) {
       m->infinite = &infinite_[d][i++];
@@ -209,7 +209,7 @@ int64_t BackwardScan<A>::gather(Worker& w, int64_t t) const {
     const int64_t state = w.d * p_.seq.B + b, saved = (w.d * p_.seq.N + row) * p_.H;
     const void *h_prev = zeros_, *c_prev = zeros_;
     BackwardRow<A>& out = w.rows[active];
-    out.reset = is_reset(p_.seq, row);
+    out.reset = is_reset(p_.modifier, row);
     if (!out.reset && done > 0) {
       const int64_t previous = row_of(p_.seq, w.d == 0 ? t - 1 : t + 1, b);
       h_prev = stored_at(p_.y, stored_y(w, previous), size_);

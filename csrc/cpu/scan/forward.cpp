@@ -112,7 +112,7 @@ ForwardScan<A>::ForwardScan(const ForwardParams& p, const Kernels<A>& kernels, i
       c_size_(p.wide_c ? dtype_size(DType::kFloat32) : size_),
       x_shape_(p.I, p.H, gate_count(p.cell), kernels.width),
       h_shape_(p.P, p.H, gate_count(p.cell), kernels.width),
-      r_shape_(p.weights[0].w_hr ? Shape(p.H, p.P, 1, kernels.width) : Shape()),
+      r_shape_(p.weights[0].w_hr.data ? Shape(p.H, p.P, 1, kernels.width) : Shape()),
       h_padded_(round_up(p.H, kernels.width)),
       p_padded_(round_up(p.P, kernels.width)),
       x_matrix_(make_matrix(x_shape_, p.seq.N, /*rounded_rows=*/true)),
@@ -149,7 +149,7 @@ void ForwardScan<A>::keep_weights() {
   if (p_.training) return;
   const Matrix<A>* matrices[] = {&x_matrix_, &h_matrix_, &r_matrix_};
   for (int d = 0; d < p_.D; ++d) {
-    const void* sources[] = {p_.weights[d].w_ih, p_.weights[d].w_hh, p_.weights[d].w_hr};
+    const void* sources[] = {p_.weights[d].w_ih.data, p_.weights[d].w_hh.data, p_.weights[d].w_hr.data};
     for (int i = 0; i < 3; ++i) {
       const Matrix<A>& m = *matrices[i];
       const Shape& s = m.shape;
@@ -163,7 +163,7 @@ template <class A>
 LayerWeights<A> ForwardScan<A>::layout_weights(Arena& arena, int d) {
   const Weights& w = p_.weights[d];
   LayerWeights<A> weights{x_matrix_, h_matrix_, r_matrix_, nullptr, nullptr};
-  const void* sources[] = {w.w_ih, w.w_hh, w.w_hr};
+  const void* sources[] = {w.w_ih.data, w.w_hh.data, w.w_hr.data};
   int i = 0;
   for (Matrix<A>* m : {&weights.x, &weights.h, &weights.r}) {
     m->source = sources[i];
@@ -188,7 +188,7 @@ int64_t ForwardScan<A>::layout(void* base) {
   Arena arena(base);
   for (int d = 0; d < p_.D; ++d) weights_[d] = layout_weights(arena, d);
   zeros_ = arena.take<A>(std::max(h_padded_, p_padded_));
-  team_state_size_ = team_rows_ * (2 * p_padded_ + (p_.weights[0].w_hr ? 2 : 1) * h_padded_);
+  team_state_size_ = team_rows_ * (2 * p_padded_ + (p_.weights[0].w_hr.data ? 2 : 1) * h_padded_);
   team_state_ = arena.take<A>(team_state_size_ * plan_.direction_teams * plan_.batch_teams);
   thread_bytes_ = 0;
   const int64_t chunk_rows = chunk_steps_ * team_rows_;
@@ -325,7 +325,7 @@ int64_t ForwardScan<A>::step(Worker& w, int64_t step, int64_t first_xg) const {
       continue;
     }
     const int64_t copy = team_row.steps_before(t, w.d) & 1;
-    const bool reset = is_reset(p_.seq, row);
+    const bool reset = is_reset(p_.modifier, row);
     const int64_t saved = w.d * p_.seq.N + row;
     ForwardRow<A>& out = w.rows[active];
     out.h_prev = reset ? zeros_ : w.h[copy] + i * p_padded_;

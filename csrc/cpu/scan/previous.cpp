@@ -19,7 +19,7 @@ void rows_of_step(const PreviousParams& p, int64_t t) {
     char* out = static_cast<char*>(p.out) + row * p.row_bytes;
     const char* from = h0 ? h0 + b * p.row_bytes : nullptr;
     if (is_active(s, before, b)) from = y + row_of(s, before, b) * p.y_stride;
-    if (!from || is_reset(s, row) || !is_active(s, t, b)) {
+    if (!from || is_reset(p.modifier, row) || !is_active(s, t, b)) {
       std::memset(out, 0, p.row_bytes);
     } else {
       std::memcpy(out, from, p.row_bytes);

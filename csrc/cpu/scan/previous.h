@@ -6,6 +6,7 @@ namespace fused_rnn::cpu {
 
 struct PreviousParams {
   Sequence seq;
+  Modifier modifier;
   bool reverse;  // direction 1
   int64_t row_bytes;
   const void* y;  // [N], y_stride bytes from row to row

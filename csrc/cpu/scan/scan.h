@@ -8,21 +8,6 @@
 
 namespace fused_rnn::cpu {
 
-inline int64_t length_of(const Sequence& seq, int64_t b) {
-  if (seq.lengths) return std::min(std::max<int64_t>(seq.lengths[b], 0), seq.T);
-  if (!seq.offsets) return seq.T;
-  int64_t low = 0, high = seq.T;  // first t at which row b is not active
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (is_active(seq, middle, b)) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
 // A batch row of a team.
 struct TeamRow {
   int64_t b, length;
@@ -43,7 +28,7 @@ struct Teams {
 
   Teams(const Plan& plan, const Sequence& seq, int D) : teams(new Team[plan.direction_teams * plan.batch_teams]) {
     std::vector<TeamRow> rows(static_cast<size_t>(seq.B));
-    for (int64_t b = 0; b < seq.B; ++b) rows[b] = {b, length_of(seq, b)};
+    for (int64_t b = 0; b < seq.B; ++b) rows[b] = {b, active_steps(seq, b)};
     const bool ragged = seq.lengths || seq.offsets;
     if (ragged) std::stable_sort(rows.begin(), rows.end(), [](auto& x, auto& y) { return x.length > y.length; });
     for (int i = 0; i < plan.direction_teams * plan.batch_teams; ++i) {

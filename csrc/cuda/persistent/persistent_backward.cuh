@@ -202,7 +202,8 @@ __device__ __forceinline__ void persistent_backward(const BackwardSequence& s) {
   using Place = ElementPlace<G>;
   using Element = typename PersistentBackward<G>::Element;
   const BlockPlace block = block_place(s.l, s.p.seq.B);
-  ProductOf<G> product(block.dir ? s.p.weights[1].w_hh : s.p.weights[0].w_hh, s.p.H, s.l, block.slice, block.group);
+  ProductOf<G> product(block.dir ? s.p.weights[1].w_hh.data : s.p.weights[0].w_hh.data, s.p.H, s.l, block.slice,
+                       block.group);
   PersistentBackward<G> backward(s, block, product);
 
   for (int i = simt::thread_x(); i < block.tiles * kTileRows; i += kPersistentThreads) {

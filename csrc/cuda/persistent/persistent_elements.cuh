@@ -8,25 +8,9 @@
 
 namespace fused_rnn::cuda {
 
-// Row b is active at t = 0 .. count - 1.
+// Steps of row b, 0 of a row beyond the batch.
 __device__ __forceinline__ int count_active(const Sequence& seq, int64_t b) {
-  const int T = static_cast<int>(seq.T);
-  if (b >= seq.B) return 0;
-  if (seq.lengths) {
-    const int64_t length = seq.lengths[b];
-    return length < 0 ? 0 : length < T ? static_cast<int>(length) : T;
-  }
-  if (!seq.offsets) return T;
-  int low = 0, high = T;
-  while (low < high) {
-    const int middle = low + (high - low) / 2;
-    if (b < seq.offsets[middle + 1] - seq.offsets[middle]) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
+  return b < seq.B ? active_steps<int>(seq, b) : 0;
 }
 
 // Rows of memory of the first batch row at a step and at the two after it in the order of the scan; no matter which where there is no
@@ -104,6 +88,7 @@ struct BlockElements {
   using Place = ElementPlace<G>;
 
   const Sequence& seq;
+  const Modifier& modifier;
   int H, D;
   const BlockPlace& block;
   ProductOf<G>& product;
@@ -115,6 +100,7 @@ struct BlockElements {
   template <class S>
   __device__ __forceinline__ BlockElements(const S& s, const BlockPlace& place, ProductOf<G>& weights)
       : seq(s.p.seq),
+        modifier(s.p.modifier),
         H(static_cast<int>(s.p.H)),
         D(s.p.D),
         block(place),
@@ -145,8 +131,8 @@ struct BlockElements {
   }
   // Whether the state of an element is replaced by zeros before the time whose first row is `row`: as it is loaded, 0 or not.
   __device__ __forceinline__ unsigned char reset(const Place& e, int tile, int t, int row, int length) const {
-    if (!seq.resets || !active(t, length)) return 0;
-    return reinterpret_cast<const unsigned char*>(seq.resets)[row + row_of_batch(e, tile)];
+    if (!modifier.resets || !active(t, length)) return 0;
+    return reinterpret_cast<const unsigned char*>(modifier.resets)[row + row_of_batch(e, tile)];
   }
   // Indices: of a state [D, B, H]; in a row of memory, of slot 0 of `gates` [D, N, S, H], of `cs` [D, N, H], of `y` [N, D, H].
   __device__ __forceinline__ uint64_t state_index(const Place& e, int tile) const {

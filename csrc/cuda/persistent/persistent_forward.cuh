@@ -167,7 +167,8 @@ template <class G>
 __device__ __forceinline__ void persistent_forward(const ForwardSequence& s) {
   using Place = ElementPlace<G>;
   const BlockPlace block = block_place(s.l, s.p.seq.B);
-  PersistentProduct<G> product(block.dir ? s.p.weights[1].w_hh : s.p.weights[0].w_hh, s.p.H, s.l, block.slice, block.group);
+  PersistentProduct<G> product(block.dir ? s.p.weights[1].w_hh.data : s.p.weights[0].w_hh.data, s.p.H, s.l, block.slice,
+                               block.group);
   PersistentForward<G> forward(s, block, product);
 
   for (int i = simt::thread_x(); i < block.tiles * kTileRows; i += kPersistentThreads) {

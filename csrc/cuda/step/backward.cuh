@@ -12,26 +12,11 @@
 
 namespace fused_rnn::cuda {
 
-// Row b is active at t = 0 .. count - 1; none if that is negative.
-__device__ __forceinline__ int64_t active_steps(const Sequence& seq, int64_t b) {
-  if (seq.lengths) return seq.lengths[b] < seq.T ? seq.lengths[b] : seq.T;
-  if (!seq.offsets) return seq.T;
-  int64_t low = 0, high = seq.T;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (is_active(seq, middle, b)) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
 // kActive, kReset and row describe this step; kHasPrevious the previous one, whose row is `other`; kHasNext the next.
 // next_row is its row, next_reset whether the state was replaced before it. At step -1 `next` is the row's first active step.
-__device__ __forceinline__ RowInfo backward_row(const Sequence& seq, int64_t step, int dir, int64_t b, int64_t& next_row,
+__device__ __forceinline__ RowInfo backward_row(const BackwardParams& p, int64_t step, int dir, int64_t b, int64_t& next_row,
                                                 bool& next_reset) {
+  const Sequence& seq = p.seq;
   RowInfo info{};
   next_row = 0;
   next_reset = false;
@@ -46,14 +31,14 @@ __device__ __forceinline__ RowInfo backward_row(const Sequence& seq, int64_t ste
   if (is_active(seq, next, b)) {
     info.flags |= kHasNext;
     next_row = row_of(seq, next, b);
-    next_reset = is_reset(seq, next_row);
+    next_reset = is_reset(p.modifier, next_row);
   }
   if (step < 0) return info;
   const int64_t previous = dir ? t + 1 : t - 1;
   info.row = row_of(seq, t, b);
   if (!is_active(seq, t, b)) return info;
   info.flags |= kActive;
-  if (is_reset(seq, info.row)) info.flags |= kReset;
+  if (is_reset(p.modifier, info.row)) info.flags |= kReset;
   if (is_active(seq, previous, b)) {
     info.flags |= kHasPrevious;
     info.other = row_of(seq, previous, b);
@@ -188,8 +173,8 @@ __global__ void __launch_bounds__(G::kThreads, 1) backward_kernel(const Backward
   const int64_t first_unit = static_cast<int64_t>(simt::block_y()) * G::kUnits;
 
   const Weights& weights = s.p.weights[dir];
-  const Operand<Storage> operands[1] = {{static_cast<const Storage*>(projected ? weights.w_hr : weights.w_hh), s.p.H,
-                                         projected ? s.p.P : gate_count(G::kCell) * s.p.H, s.copy_bytes}};
+  const Operand<Storage> operands[1] = {{static_cast<const Storage*>(projected ? weights.w_hr.data : weights.w_hh.data),
+                                         s.p.H, projected ? s.p.P : gate_count(G::kCell) * s.p.H, s.copy_bytes}};
   Matmul<G> matmul(operands, first_unit, s.stages);
   matmul.prefetch_weights();
 
@@ -198,7 +183,7 @@ __global__ void __launch_bounds__(G::kThreads, 1) backward_kernel(const Backward
   if (simt::thread_x() < G::kBatch) {
     int64_t next_row;
     bool next_reset;
-    RowInfo info = backward_row(s.p.seq, s.step, dir, first_row + simt::thread_x(), next_row, next_reset);
+    RowInfo info = backward_row(s.p, s.step, dir, first_row + simt::thread_x(), next_row, next_reset);
     if (info.flags & kActive) {
       info.source[0] = projected ? static_cast<const Storage*>(s.p.d_h) + (dir * s.p.seq.N + info.row) * s.p.P
                                  : next_gate_gradient<Storage>(s.p, dir, info, next_row, next_reset);
@@ -245,7 +230,7 @@ __global__ void __launch_bounds__(G::kThreads, 1) state_grad_kernel(const Backwa
   const int64_t first_unit = static_cast<int64_t>(simt::block_y()) * G::kUnits;
 
   const Operand<Storage> operands[1] = {
-      {static_cast<const Storage*>(s.p.weights[dir].w_hh), s.p.P, gate_count(s.p.cell) * s.p.H, s.copy_bytes}};
+      {static_cast<const Storage*>(s.p.weights[dir].w_hh.data), s.p.P, gate_count(s.p.cell) * s.p.H, s.copy_bytes}};
   Matmul<G> matmul(operands, first_unit, s.stages);
   matmul.prefetch_weights();
 
@@ -254,7 +239,7 @@ __global__ void __launch_bounds__(G::kThreads, 1) state_grad_kernel(const Backwa
   if (simt::thread_x() < G::kBatch) {
     int64_t next_row;
     bool next_reset;
-    RowInfo info = backward_row(s.p.seq, s.step, dir, first_row + simt::thread_x(), next_row, next_reset);
+    RowInfo info = backward_row(s.p, s.step, dir, first_row + simt::thread_x(), next_row, next_reset);
     info.source[0] = next_gate_gradient<Storage>(s.p, dir, info, next_row, next_reset);
     nonzero = info.source[0] != nullptr;
     table[simt::thread_x()] = info;

@@ -22,7 +22,8 @@ enum RowFlags : int {
 };
 
 // What a block must know of row b; source[] is left to the caller. other: row of the previous step.
-__device__ __forceinline__ RowInfo forward_row(const Sequence& seq, int64_t step, int dir, int64_t b) {
+__device__ __forceinline__ RowInfo forward_row(const ForwardParams& p, int64_t step, int dir, int64_t b) {
+  const Sequence& seq = p.seq;
   RowInfo info{};
   if (b >= seq.B) return info;
   const int64_t t = dir ? seq.T - 1 - step : step, previous = dir ? t + 1 : t - 1, next = dir ? t - 1 : t + 1;
@@ -31,7 +32,7 @@ __device__ __forceinline__ RowInfo forward_row(const Sequence& seq, int64_t step
   info.row = row_of(seq, t, b);
   if (!is_active(seq, t, b)) return info;
   info.flags |= kActive;
-  if (is_reset(seq, info.row)) info.flags |= kReset;
+  if (is_reset(p.modifier, info.row)) info.flags |= kReset;
   if (is_active(seq, next, b)) info.flags |= kHasNext;
   if (is_active(seq, previous, b)) {
     info.flags |= kHasPrevious;
@@ -194,10 +195,11 @@ __global__ void __launch_bounds__(G::kThreads, 1) forward_kernel(const ForwardSt
 
   Operand<Storage> operands[G::kPhases];
   if constexpr (kInput) {
-    operands[0] = {static_cast<const Storage*>(dir ? s.p.weights[1].w_ih : s.p.weights[0].w_ih), s.p.H, s.p.I, s.copy_input};
+    operands[0] = {static_cast<const Storage*>(dir ? s.p.weights[1].w_ih.data : s.p.weights[0].w_ih.data), s.p.H, s.p.I,
+                   s.copy_input};
   }
-  operands[G::kPhases - 1] = {static_cast<const Storage*>(dir ? s.p.weights[1].w_hh : s.p.weights[0].w_hh), s.p.H, s.p.P,
-                              s.copy_state};
+  operands[G::kPhases - 1] = {static_cast<const Storage*>(dir ? s.p.weights[1].w_hh.data : s.p.weights[0].w_hh.data), s.p.H,
+                              s.p.P, s.copy_state};
   Matmul<G> matmul(operands, first_unit, s.stages);
   matmul.prefetch_weights();
 
@@ -205,7 +207,7 @@ __global__ void __launch_bounds__(G::kThreads, 1) forward_kernel(const ForwardSt
   bool nonzero = false;
   if (simt::thread_x() < G::kBatch) {
     const int64_t b = first_row + simt::thread_x();
-    RowInfo info = forward_row(s.p.seq, s.step, dir, b);
+    RowInfo info = forward_row(s.p, s.step, dir, b);
     if (info.flags & kActive) {
       info.source[G::kPhases - 1] = previous_state<Storage>(s.p, dir, b, info);
       if constexpr (kInput) info.source[0] = static_cast<const Storage*>(s.p.x) + info.row * s.p.I;
@@ -236,7 +238,7 @@ __global__ void __launch_bounds__(G::kThreads, 1) project_kernel(const ForwardSt
   const int64_t first_unit = static_cast<int64_t>(simt::block_y()) * G::kUnits;
 
   const Operand<Storage> operands[1] = {
-      {static_cast<const Storage*>(dir ? s.p.weights[1].w_hr : s.p.weights[0].w_hr), s.p.P, s.p.H, s.copy_state}};
+      {static_cast<const Storage*>(dir ? s.p.weights[1].w_hr.data : s.p.weights[0].w_hr.data), s.p.P, s.p.H, s.copy_state}};
   Matmul<G> matmul(operands, first_unit, s.stages);
   matmul.prefetch_weights();
 
@@ -244,7 +246,7 @@ __global__ void __launch_bounds__(G::kThreads, 1) project_kernel(const ForwardSt
   bool active = false;
   if (simt::thread_x() < G::kBatch) {
     const int64_t b = first_row + simt::thread_x();
-    RowInfo info = forward_row(s.p.seq, s.step, dir, b);
+    RowInfo info = forward_row(s.p, s.step, dir, b);
     active = info.flags & kActive;
     if (active) info.source[0] = static_cast<const Storage*>(s.hidden) + (dir * s.p.seq.B + b) * s.p.H;
     table[simt::thread_x()] = info;

@@ -53,15 +53,15 @@ Plan plan_of(const Problem& p, bool backward) {
     BackwardParams params{};
     params.cell = p.cell, params.dtype = p.dtype;
     params.H = p.H, params.P = p.P, params.D = p.D;
-    params.seq = {p.T, p.B, p.T * p.B, nullptr, nullptr, nullptr};
-    params.weights[0].w_hr = params.weights[1].w_hr = w_hr;
+    params.seq = {p.T, p.B, p.T * p.B, nullptr, nullptr};
+    params.weights[0].w_hr.data = params.weights[1].w_hr.data = w_hr;
     return backward_plan(params);
   }
   ForwardParams params{};
   params.cell = p.cell, params.dtype = p.dtype;
   params.I = p.I, params.H = p.H, params.P = p.P, params.D = p.D;
-  params.seq = {p.T, p.B, p.T * p.B, nullptr, nullptr, nullptr};
-  params.weights[0].w_hr = params.weights[1].w_hr = w_hr;
+  params.seq = {p.T, p.B, p.T * p.B, nullptr, nullptr};
+  params.weights[0].w_hr.data = params.weights[1].w_hr.data = w_hr;
   return forward_plan(params);
 }
 
@@ -136,17 +136,17 @@ class Call {
     ForwardParams& f = forward_;
     f.cell = p.cell, f.dtype = p.dtype;
     f.I = p.I, f.H = p.H, f.P = p.P, f.D = p.D;
-    f.seq = {p.T,
-             p.B,
-             in.N,
-             static_cast<const int64_t*>(integers(in.lengths)),
-             static_cast<const int64_t*>(integers(in.offsets)),
-             static_cast<const bool*>(integers(in.resets))};
+    f.seq = {p.T, p.B, in.N, static_cast<const int64_t*>(integers(in.lengths)),
+             static_cast<const int64_t*>(integers(in.offsets))};
+    f.modifier.resets = static_cast<const bool*>(integers(in.resets));
     f.x = values(in.x, true);
     f.h0 = values(in.h0), f.c0 = values(in.c0);
     for (int d = 0; d < p.D; ++d) {
-      f.weights[d] = {values(in.w_ih[d], true), values(in.w_hh[d]), values(in.b_ih[d]), values(in.b_hh[d]),
-                      values(in.w_hr[d])};
+      f.weights[d] = {{values(in.w_ih[d], true), p.dtype},
+                      {values(in.w_hh[d]), p.dtype},
+                      values(in.b_ih[d]),
+                      values(in.b_hh[d]),
+                      {values(in.w_hr[d]), p.dtype}};
     }
     const bool lstm = p.cell == CellKind::kLstm, gated = slot_count(p.cell) > 1;
     f.y = output("y", in.N * p.D * p.P);
@@ -186,14 +186,14 @@ class Call {
       const Array found(s.N * row_bytes, place_);
       const char* y = static_cast<const char*>(forward_.y) + d * row_bytes;
       const char* h0 = forward_.h0 ? static_cast<const char*>(forward_.h0) + d * p_.B * row_bytes : nullptr;
-      previous_rows({s, d == 1, row_bytes, y, p_.D * row_bytes, h0, found.data()});
+      previous_rows({s, forward_.modifier, d == 1, row_bytes, y, p_.D * row_bytes, h0, found.data()});
       const std::vector<char> zeros(static_cast<size_t>(row_bytes), 0);
       for (int64_t t = 0; t < p_.T; ++t) {
         for (int64_t b = 0; b < p_.B; ++b) {
           if (s.offsets && !is_active(s, t, b)) continue;  // no row
           const int64_t row = row_of(s, t, b), before = d == 0 ? t - 1 : t + 1;
           const char* expected = zeros.data();
-          if (is_active(s, t, b) && !is_reset(s, row)) {
+          if (is_active(s, t, b) && !is_reset(forward_.modifier, row)) {
             if (is_active(s, before, b)) {
               expected = y + row_of(s, before, b) * p_.D * row_bytes;
             } else if (h0) {
