@@ -1,7 +1,7 @@
 """Checks of a call's arguments, the same for every backend: an error names the argument, what was expected and what came.
 
 Errors of the public functions are TypeError and ValueError. The modules raise torch.nn's errors and use only the parts below
-that say what a tensor is. ``check_call`` checks, for calls that the reference serves, what csrc/torch/layer.cpp does for
+that say what a tensor is. ``check_call`` checks, for calls that the reference serves, what csrc/torch/call.cpp does for
 kernels.
 """
 
@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn._kinds import KINDS, LSTM, NUMBER_OF_NONLINEARITY, RNN_RELU
+from fused_rnn._kinds import LSTM, NUMBER_OF_NONLINEARITY, RNN_RELU, Kind
+from fused_rnn._recipe import Recipe
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # those with kernels
 COMPLEX = (torch.complex64, torch.complex128)  # served by the reference
+STATE_NAMES = ("h0", "c0")
 _STRIDED = torch.strided
 
 
@@ -100,8 +102,9 @@ def rnn_kind(nonlinearity: Any) -> int:
     return kind
 
 
-def check_options(num_layers: Any, dropout: Any, **flags: Any) -> None:
+def check_recipe(recipe: Recipe) -> None:
     """num_layers: an int of at least 1; dropout: a number from 0 to 1; each of the flags: a bool."""
+    num_layers, dropout = recipe.num_layers, recipe.dropout
     if type(num_layers) is not int and (not isinstance(num_layers, Integral) or isinstance(num_layers, bool)):
         raise TypeError(f"num_layers: expected an int, got {type(num_layers).__name__}")
     if num_layers < 1:
@@ -110,7 +113,8 @@ def check_options(num_layers: Any, dropout: Any, **flags: Any) -> None:
         raise TypeError(f"dropout: expected a number, got {type(dropout).__name__}")
     if not 0 <= float(dropout) <= 1:
         raise ValueError(f"dropout: expected a probability from 0 to 1, got {dropout}")
-    for name, value in flags.items():
+    for name in ("has_biases", "bidirectional", "training", "batch_first"):
+        value = getattr(recipe, name)
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
@@ -129,18 +133,19 @@ def check_input(cell: int, input: Any) -> None:
         raise ValueError(f"input: expected a real dtype with nonlinearity 'relu', got {input.dtype}")
 
 
-def states_of(cell: int, hx: Any) -> tuple[Tensor | None, Tensor | None]:
+def states_of(kind: Kind, hx: Any) -> list[Any]:
+    """The states in hx: none where it is None."""
     if hx is None:
-        return None, None
-    if cell != LSTM:
+        return []
+    if kind.states == 1:
         if not isinstance(hx, Tensor):
             raise TypeError(f"hx: expected a Tensor, got {type(hx).__name__}")
-        return hx, None
+        return [hx]
     if not isinstance(hx, (tuple, list)):
         raise TypeError(f"hx: expected a pair (h0, c0), got {type(hx).__name__}")
     if len(hx) != 2:
         raise TypeError(f"hx: expected a pair (h0, c0), got a {type(hx).__name__} of {len(hx)}")
-    return hx[0], hx[1]
+    return list(hx)
 
 
 def list_of_weights(weights: Any) -> list[Tensor]:
@@ -162,35 +167,25 @@ def name_of_weight(index: int) -> str:
     return f"weights[{index}]"
 
 
-def weights_per_group(
-    cell: int, weights: Sequence[Tensor], num_layers: int, directions: int, biases: bool
-) -> tuple[int, int]:
+def weights_per_group(recipe: Recipe, weights: Sequence[Tensor]) -> tuple[int, int]:
     """(tensors of one layer and direction, those of them that are no projection) of a list of weights."""
-    groups = num_layers * directions
-    base = 4 if biases else 2
-    sizes = (base, base + 1) if cell == LSTM else (base,)
+    groups = recipe.num_layers * recipe.directions
+    base = 4 if recipe.has_biases else 2
+    sizes = (base, base + 1) if recipe.cell == LSTM else (base,)
     per_group = len(weights) // groups
     if per_group not in sizes or per_group * groups != len(weights):
         expected = " or ".join(str(groups * size) for size in sizes)
         raise ValueError(
-            f"weights: expected {expected} tensors for num_layers={num_layers}, {directions} direction(s), "
-            f"has_biases={biases}, got {len(weights)}"
+            f"weights: expected {expected} tensors for num_layers={recipe.num_layers}, {recipe.directions} direction(s), "
+            f"has_biases={recipe.has_biases}, got {len(weights)}"
         )
     return per_group, base
 
 
-def check_weights(
-    cell: int,
-    input: Tensor,
-    weights: Sequence[Tensor],
-    name: Callable[[int], str],
-    num_layers: int,
-    directions: int,
-    biases: bool,
-) -> tuple[int, int]:
+def check_weights(recipe: Recipe, input: Tensor, weights: Sequence[Tensor], name: Callable[[int], str]) -> tuple[int, int]:
     """Checks number and shapes of weights; returns (H, P)."""
-    per_group, base = weights_per_group(cell, weights, num_layers, directions, biases)
-    gates, w_hh = KINDS[cell].gates, weights[1]
+    per_group, base = weights_per_group(recipe, weights)
+    directions, gates, w_hh = recipe.directions, recipe.kind.gates, weights[1]
     if w_hh.dim() != 2 or w_hh.shape[0] % gates or 0 in w_hh.shape:
         raise ValueError(f"{name(1)}: expected shape [{gates}*H, P] with H, P >= 1, got {list(w_hh.shape)}")
     hidden, out = w_hh.shape[0] // gates, w_hh.shape[1]
@@ -209,10 +204,9 @@ def check_weights(
     return hidden, out
 
 
-def check_states(named: Iterable[tuple[str, Tensor | None, Sequence[int]]]) -> None:
-    for name, state, shape in named:
-        if state is not None:
-            _check_shape(name, state, shape)
+def check_states(names: Sequence[str], states: Sequence[Tensor], *shapes: Sequence[int]) -> None:
+    for name, state, shape in zip(names, states, shapes, strict=False):
+        _check_shape(name, state, shape)
 
 
 def check_batch_sizes(batch_sizes: Any, input: Tensor) -> None:
@@ -262,59 +256,42 @@ def check_masks(lengths: Tensor | None, resets: Tensor | None, steps: int, batch
 
 
 def check_shapes(
-    cell: int,
+    recipe: Recipe,
     input: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
+    states: Sequence[Tensor],
     weights: list[Tensor],
-    num_layers: int,
-    has_biases: bool,
-    bidirectional: bool,
-    batch_first: bool,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
 ) -> None:
     """Shapes and values of a batched or packed input and of what comes with it."""
-    directions = 2 if bidirectional else 1
-    hidden, out = check_weights(cell, input, weights, name_of_weight, num_layers, directions, has_biases)
+    hidden, out = check_weights(recipe, input, weights, name_of_weight)
     if batch_sizes is not None:
         check_batch_sizes(batch_sizes, input)
         steps, batch = batch_sizes.shape[0], int(batch_sizes[0])
     else:
-        steps, batch = input.shape[int(batch_first)], input.shape[1 - int(batch_first)]
+        steps, batch = input.shape[int(recipe.batch_first)], input.shape[1 - int(recipe.batch_first)]
         if steps == 0:
             raise ValueError("input: expected at least 1 time step, got 0")
-    rows = num_layers * directions
-    check_states((("h0", h0, [rows, batch, out]), ("c0", c0, [rows, batch, hidden])))
+    rows = recipe.num_layers * recipe.directions
+    check_states(STATE_NAMES, states, [rows, batch, out], [rows, batch, hidden])
     check_masks(lengths, resets, steps, batch, input.shape[: 2 if batch_sizes is None else 1])
 
 
 def check_cell_shapes(
-    cell: int, input: Tensor, h: Tensor | None, c: Tensor | None, names: Sequence[str], params: list[Tensor]
+    recipe: Recipe, input: Tensor, states: Sequence[Tensor], params: list[Tensor], names: Sequence[str]
 ) -> None:
-    hidden, _ = check_weights(cell, input, params, names.__getitem__, 1, 1, len(params) == 4)
+    hidden, _ = check_weights(recipe, input, params, names.__getitem__)
     shape = [input.shape[0], hidden]
     if params[1].shape[1] != hidden:
         raise ValueError(f"w_hh: expected shape {[params[1].shape[0], hidden]}, got {list(params[1].shape)}")
-    check_states((("h", h, shape), ("c", c, shape)))
+    check_states(("h", "c"), states, shape, shape)
 
 
-# --- what csrc/torch/layer.cpp checks, for the reference ---
+# --- what csrc/torch/call.cpp checks, for the reference ---
 
 
-def check_call(
-    cell: int,
-    input: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    num_layers: int,
-    has_biases: bool,
-    bidirectional: bool,
-    dropout: float,
-    batch: int,
-) -> None:
+def check_call(recipe: Recipe, input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], batch: int) -> None:
     """A stack's tensors before the reference runs on them: it would broadcast, or leave out, what a kernel refuses.
 
     Args:
@@ -325,17 +302,16 @@ def check_call(
         TypeError, ValueError: options and the number of weights.
         RuntimeError: a tensor.
     """
-    if not isinstance(dropout, Real):
-        raise TypeError(f"dropout: expected a number, got {type(dropout).__name__}")
-    check_options(num_layers, 0.0, has_biases=has_biases, bidirectional=bidirectional)
-    directions = 2 if bidirectional else 1
-    weights_per_group(cell, weights, num_layers, directions, has_biases)
-    rows = num_layers * directions
+    if not isinstance(recipe.dropout, Real):
+        raise TypeError(f"dropout: expected a number, got {type(recipe.dropout).__name__}")
+    check_recipe(recipe._replace(dropout=0.0, training=False, batch_first=False))
+    weights_per_group(recipe, weights)
+    rows = recipe.num_layers * recipe.directions
     try:
-        check_input(cell, input)
+        check_input(recipe.cell, input)
         check_places(input, weights, name_of_weight, autocast=False)
-        check_places(input, [s for s in (h0, c0) if s is not None], ("h0", "c0").__getitem__, autocast=False)
-        hidden, out = check_weights(cell, input, weights, name_of_weight, num_layers, directions, has_biases)
-        check_states((("h0", h0, [rows, batch, out]), ("c0", c0, [rows, batch, hidden])))
+        check_places(input, states, STATE_NAMES.__getitem__, autocast=False)
+        hidden, out = check_weights(recipe, input, weights, name_of_weight)
+        check_states(STATE_NAMES, states, [rows, batch, out], [rows, batch, hidden])
     except ValueError as error:
         raise RuntimeError(str(error)) from None

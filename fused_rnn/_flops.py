@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from fused_rnn._recipe import rows_of, unpacked
+
 
 def _forward_flops(call: dict[str, Any]) -> int:
     """For each row and direction: W_ih x, W_hh h, and W_hr h with a projection."""
@@ -28,14 +30,14 @@ def _backward_flops(call: dict[str, Any]) -> int:
 
     The first step of a direction takes no product for the gradient of h0 if that is not wanted.
     """
-    x, params, offsets = call["x"], call["params"], call["offsets"]
-    needs_x, needs_h0, needs_weights = call["mask"]
-    rows, directions = _rows(x), 2 if call["bidirectional"] else 1
+    x, params, offsets = call["x"], call["params"], rows_of(call["rows"]).offsets
+    needs_x, needs_states, needs_weights = call["mask"]
+    rows, directions = _rows(x), unpacked(call["recipe"]).directions
     per_direction = len(params) // directions
     total = _forward_flops(call) if needs_weights else 0
     for direction in range(directions):
         w_ih, w_hh, *others = params[direction * per_direction : (direction + 1) * per_direction]
-        first = 0 if needs_h0 and call["h0"] is not None else _rows_of_first_step(x, offsets, direction)
+        first = 0 if needs_states and call["states"] else _rows_of_first_step(x, offsets, direction)
         total += 2 * rows * w_ih.numel() if needs_x else 0
         total += 2 * (rows - first) * w_hh.numel()
         total += 2 * rows * sum(w.numel() for w in others if w.dim() == 2)

@@ -18,6 +18,11 @@ class Kind:
     reads_h: bool  # the step reads h outside the recurrent product
     nonlinearity: str | None = None  # of an RNN
 
+    @property
+    def states(self) -> int:
+        """How many states it has: h, or h and c."""
+        return 2 if self.has_c else 1
+
 
 KINDS = (
     Kind("RNN_TANH", "rnn_tanh", 1, 1, 0, False, False, "tanh"),

@@ -10,13 +10,15 @@ initial_c [D, B, H] -> Y [T, D, B, H], Y_h, Y_c [D, B, H]. Order of gates: LSTM 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_rnn import reference
-from fused_rnn._kinds import GRU, KINDS, LSTM, RNN_IDENTITY, RNN_RELU, RNN_TANH
+from fused_rnn._kinds import GRU, LSTM, RNN_IDENTITY, RNN_RELU, RNN_TANH
+from fused_rnn._recipe import Recipe, Rows
 
 _OPERATOR = {LSTM: "LSTM", GRU: "GRU", RNN_TANH: "RNN", RNN_RELU: "RNN", RNN_IDENTITY: "RNN"}
 _GATES = {LSTM: (0, 3, 1, 2), GRU: (1, 0, 2)}  # ONNX's order, by the index in torch's
@@ -38,56 +40,41 @@ def refuse_packed() -> None:
 
 
 def rnn(
-    input: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    resets: Tensor | None,
-    cell: int,
-    num_layers: int,
-    has_biases: bool,
-    bidirectional: bool,
-    dropout: float,
-    training: bool,
-    batch_first: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Arguments and results of the op fused_rnn::rnn.
+    input: Tensor, states: Sequence[Tensor], weights: list[Tensor], rows: Rows, recipe: Recipe
+) -> tuple[Tensor, list[Tensor]]:
+    """Arguments and results of reference.rnn.
 
     Raises:
         NotImplementedError: a packed sequence.
     """
-    if offsets is not None:
+    if rows.offsets is not None:
         refuse_packed()
-    directions = 2 if bidirectional else 1
+    num_layers, directions = recipe.num_layers, recipe.directions
     per_direction = len(weights) // (num_layers * directions)
-    in_one_node = per_direction % 2 == 0 and resets is None
-    y = input.transpose(0, 1) if batch_first else input
-    if resets is not None and batch_first:
-        resets = resets.transpose(0, 1)
-    h_n, c_n = [], []
+    in_one_node = per_direction % 2 == 0 and rows.resets is None
+    y = input.transpose(0, 1) if recipe.batch_first else input
+    if rows.resets is not None and recipe.batch_first:
+        rows = rows._replace(resets=rows.resets.transpose(0, 1))
+    last = []
     for layer in range(num_layers):
-        rows = slice(layer * directions, (layer + 1) * directions)
-        first = rows.start * per_direction
+        of_layer = slice(layer * directions, (layer + 1) * directions)
+        first = of_layer.start * per_direction
         params = weights[first : first + directions * per_direction]
         groups = [params[i : i + per_direction] for i in range(0, len(params), per_direction)]
-        h, c = None if h0 is None else h0[rows], None if c0 is None else c0[rows]
-        if in_one_node:
-            y, h, c = _node(y, h, c, groups, lengths, cell)
-        else:
-            y, h, c = _loops(y, h, c, groups, has_biases, lengths, resets, cell)
-        h_n.append(h)
-        c_n.append(c)
-        if dropout > 0 and training and layer + 1 < num_layers:
-            y = torch.dropout(y, dropout, True)
-    return y.transpose(0, 1) if batch_first else y, torch.cat(h_n), torch.cat(c_n) if cell == LSTM else input.new_empty(0)
+        given = [state[of_layer] for state in states]
+        y, states_after = (_node if in_one_node else _loops)(y, given, groups, rows, recipe)
+        last.append(states_after)
+        if recipe.dropout > 0 and recipe.training and layer + 1 < num_layers:
+            y = torch.dropout(y, recipe.dropout, True)
+    y = y.transpose(0, 1) if recipe.batch_first else y
+    return y, [torch.cat(of_layers) for of_layers in zip(*last, strict=True)]
 
 
 def _node(
-    x: Tensor, h0: Tensor | None, c0: Tensor | None, groups: list[list[Tensor]], lengths: Tensor | None, cell: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A layer as one node: x [T, B, I] -> y [T, B, D*H], h_n, c_n [D, B, H] (c_n: h_n where there is no c)."""
+    x: Tensor, states: list[Tensor], groups: list[list[Tensor]], rows: Rows, recipe: Recipe
+) -> tuple[Tensor, list[Tensor]]:
+    """A layer as one node: x [T, B, I] -> y [T, B, D*H], last states [D, B, H]."""
+    cell, lengths, count = recipe.cell, rows.lengths, recipe.kind.states
     (steps, batch), directions, hidden = x.shape[:2], len(groups), groups[0][1].shape[1]
 
     def in_order(weight: Tensor) -> Tensor:
@@ -108,57 +95,40 @@ def _node(
     state = [directions, batch, hidden]
     outputs = torch.onnx.ops.symbolic_multi_out(
         _OPERATOR[cell],
-        [x, w, r, biases, None if lengths is None else lengths.to(torch.int32), h0, *([c0] if cell == LSTM else [])],
+        [x, w, r, biases, None if lengths is None else lengths.to(torch.int32), *(states if states else [None] * count)],
         attributes,
-        dtypes=[x.dtype] * (3 if cell == LSTM else 2),
-        shapes=[[steps, directions, batch, hidden], state, state][: 3 if cell == LSTM else 2],
+        dtypes=[x.dtype] * (1 + count),
+        shapes=[[steps, directions, batch, hidden], *[state] * count],
     )
     y = outputs[0].transpose(1, 2).flatten(2) if directions == 2 else outputs[0].squeeze(1)
-    h_n, c_n = outputs[1], outputs[-1]
-    if lengths is not None and h0 is not None:  # rows of no steps keep their state; runtimes give zeros
+    last = list(outputs[1:])
+    if lengths is not None and states:  # rows of no steps keep their state; runtimes give zeros
         started = (lengths > 0).unsqueeze(-1)
-        h_n, c_n = torch.where(started, h_n, h0), torch.where(started, c_n, h0 if c0 is None else c0)
-    return y, h_n, c_n
+        last = [torch.where(started, new, old) for new, old in zip(last, states, strict=True)]
+    return y, last
 
 
 def _loops(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    groups: list[list[Tensor]],
-    has_biases: bool,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    cell: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A layer as a loop for each direction: x [T, B, I] -> y [T, B, D*P], h_n [D, B, P], c_n [D, B, H] (h_n without c)."""
-    y, h_n, c_n = [], [], []
+    x: Tensor, states: list[Tensor], groups: list[list[Tensor]], rows: Rows, recipe: Recipe
+) -> tuple[Tensor, list[Tensor]]:
+    """A layer as a loop for each direction: x [T, B, I] -> y [T, B, D*P], last states [D, B, .]."""
+    y, last = [], []
     for direction, params in enumerate(groups):
-        hidden = params[0].shape[0] // KINDS[cell].gates
         # Copies of given states: of views, torch.export took the batch size for a constant (torch 2.13).
-        state = [x.new_zeros(x.shape[1], params[1].shape[1]) if h0 is None else h0[direction].clone()]
-        if cell == LSTM:
-            state.append(x.new_zeros(x.shape[1], hidden) if c0 is None else c0[direction].clone())
-        outputs, state = _loop(x, state, params, has_biases, lengths, resets, cell, reverse=direction == 1)
+        first = [s[direction].clone() for s in states] or reference.zero_states(x, x.shape[1], params, recipe)
+        outputs, after = _loop(x, first, params, rows, recipe, reverse=direction == 1)
         y.append(outputs)
-        h_n.append(state[0])
-        c_n.append(state[-1])
-    return torch.cat(y, -1), torch.stack(h_n), torch.stack(c_n)
+        last.append(after)
+    return torch.cat(y, -1), [torch.stack(of_directions) for of_directions in zip(*last, strict=True)]
 
 
 def _loop(
-    x: Tensor,
-    state: list[Tensor],
-    params: list[Tensor],
-    has_biases: bool,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    cell: int,
-    reverse: bool,
+    x: Tensor, state: list[Tensor], params: list[Tensor], rows: Rows, recipe: Recipe, reverse: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """reference._scan as torch's scan operator: (y [T, B, P], [h] or [h, c])."""
+    """reference._scan as torch's scan operator: (y [T, B, P], last states)."""
     from torch._higher_order_ops.scan import scan
 
+    lengths, resets = rows.lengths, rows.resets
     masks = []
     if lengths is not None:
         masks.append((torch.arange(x.shape[0], device=x.device).unsqueeze(1) < lengths).unsqueeze(-1))
@@ -169,11 +139,11 @@ def _loop(
     def step(old: list[Tensor], inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         x_t, *masks_t = inputs
         given = [torch.where(masks_t[-1], 0, t) for t in old] if resets is not None else old
-        h, c = reference.step(x_t, given[0], given[1] if cell == LSTM else None, params, has_biases, cell)
-        new = [h] if c is None else [h, c]
+        new = reference.step(x_t, given, params, recipe)
         if lengths is None:
-            return new, h.clone()
-        return [torch.where(masks_t[0], a, b) for a, b in zip(new, old, strict=True)], torch.where(masks_t[0], h, 0)
+            return new, new[0].clone()
+        kept = [torch.where(masks_t[0], a, b) for a, b in zip(new, old, strict=True)]
+        return kept, torch.where(masks_t[0], new[0], 0)
 
     last, y = scan(step, state, [x, *masks], reverse=reverse)
     return y, last

@@ -10,127 +10,94 @@ from torch import Tensor
 
 from fused_rnn import _flops, reference
 from fused_rnn._backend import _C
-from fused_rnn._kinds import KINDS
+from fused_rnn._recipe import Recipe, rows_of, unpacked
 
 
-def _check_fake(x: Tensor, cell: int, **others: Tensor | Sequence[Tensor] | None) -> None:
-    """Raises unless all tensors of a call are on one device, its floating-point tensors have one dtype, and the cell exists.
+def _check_fake(x: Tensor, recipe: int, **others: Sequence[Tensor | None]) -> Recipe:
+    """Raises unless all tensors of a call are on one device, floating-point ones have one dtype, and the recipe is one.
 
     One tensor on the meta device is enough for torch to call a fake kernel, whose results are uninitialised memory.
     """
-    if not 0 <= cell < len(KINDS):
-        raise ValueError(f"cell: expected 0 to {len(KINDS) - 1}, got {cell}")
-    for name, value in others.items():
-        for tensor in [value] if isinstance(value, Tensor) else value or ():
+    for name, tensors in others.items():
+        for index, tensor in enumerate(tensors):
+            if tensor is None:
+                continue
             if tensor.device != x.device:
-                raise RuntimeError(f"{name}: expected device {x.device} (input's), got {tensor.device}")
-            wide = name in ("c0", "dc_n") and tensor.dtype == torch.float32 and x.dtype.itemsize == 2
+                raise RuntimeError(f"{name}[{index}]: expected device {x.device} (input's), got {tensor.device}")
+            wide = name in ("states", "dlast") and index == 1 and tensor.dtype == torch.float32 and x.dtype.itemsize == 2
             if tensor.dtype.is_floating_point and tensor.dtype != x.dtype and not wide:
-                raise RuntimeError(f"{name}: expected dtype {x.dtype} (input's), got {tensor.dtype}")
+                raise RuntimeError(f"{name}[{index}]: expected dtype {x.dtype} (input's), got {tensor.dtype}")
+    return unpacked(recipe)
 
 
 def _fake_layer(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    params: Sequence[Tensor],
-    has_biases: bool,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    resets: Tensor | None,
-    cell: int,
-    bidirectional: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], rows: list[Tensor | None], recipe: int, save: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Shapes of fused_rnn::layer's results."""
-    _check_fake(x, cell, h0=h0, c0=c0, params=params, lengths=lengths, offsets=offsets, resets=resets)
-    directions = 2 if bidirectional else 1
-    kind, w_hh = KINDS[cell], params[1]
+    layer = _check_fake(x, recipe, states=states, params=params, rows=rows)
+    kind, w_hh, packed = layer.kind, params[1], rows_of(rows).offsets is not None
     hidden, out = w_hh.shape[0] // kind.gates, w_hh.shape[1]
-    rows = x.shape[0] if offsets is not None else x.shape[0] * x.shape[1]
-    batch = h0.shape[1] if offsets is not None and h0 is not None else x.shape[1]
-    return (
-        x.new_empty(*x.shape[:-1], directions * out),
-        x.new_empty(directions, batch, out),
-        (x if c0 is None else c0).new_empty(directions, batch, hidden) if kind.has_c else x.new_empty(0),
-        x.new_empty(directions, rows, kind.slots, hidden) if save and kind.saved else x.new_empty(0),
-        x.new_empty(directions, rows, hidden) if save and kind.has_c else x.new_empty(0),
-    )
+    count = x.shape[0] if packed else x.shape[0] * x.shape[1]
+    batch = states[0].shape[1] if packed and states else x.shape[1]
+    last = [x.new_empty(layer.directions, batch, out)]
+    if kind.has_c:
+        last.append((states[1] if states else x).new_empty(layer.directions, batch, hidden))
+    saved = []
+    if save and kind.saved:
+        saved.append(x.new_empty(layer.directions, count, kind.slots, hidden))
+    if save and kind.has_c:
+        saved.append(x.new_empty(layer.directions, count, hidden))
+    return x.new_empty(*x.shape[:-1], layer.directions * out), last, saved
 
 
 def _fake_layer_backward(
     dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
+    dlast: list[Tensor | None],
     x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
+    states: Sequence[Tensor],
     params: Sequence[Tensor],
-    has_biases: bool,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    resets: Tensor | None,
-    y: Tensor | None,
-    gates: Tensor,
-    cs: Tensor,
-    cell: int,
-    bidirectional: bool,
+    rows: list[Tensor | None],
+    saved: Sequence[Tensor],
+    recipe: int,
     mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Shapes of fused_rnn::layer_backward's results."""
-    _check_fake(
-        x, cell, dy=dy, dh_n=dh_n, dc_n=dc_n, h0=h0, c0=c0, params=params, lengths=lengths, offsets=offsets, resets=resets,
-        y=y, gates=gates, cs=cs,
-    )  # fmt: skip
+    _check_fake(x, recipe, dy=[dy], dlast=dlast, states=states, params=params, rows=rows, saved=saved)
     return (
         x.new_empty(x.shape) if mask[0] else x.new_empty(0),
-        h0.new_empty(h0.shape) if mask[1] and h0 is not None else x.new_empty(0),
-        c0.new_empty(c0.shape) if mask[1] and c0 is not None else x.new_empty(0),
+        [s.new_empty(s.shape) if mask[1] else x.new_empty(0) for s in states],
         [p.new_empty(p.shape) if mask[2] else p.new_empty(0) for p in params],
     )
 
 
 def _layer_backward_differentiable(
     dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
+    dlast: list[Tensor | None],
     x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
+    states: Sequence[Tensor],
     params: Sequence[Tensor],
-    has_biases: bool,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    resets: Tensor | None,
-    y: Tensor | None,
-    gates: Tensor,
-    cs: Tensor,
-    cell: int,
-    bidirectional: bool,
+    rows: list[Tensor | None],
+    saved: Sequence[Tensor],
+    recipe: int,
     mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The same gradients as fused_rnn::layer_backward, as a differentiable function of everything they depend on.
 
-    Runs the reference again and differentiates it; y, gates and cs are not read, since they follow from the other arguments.
+    Runs the reference again and differentiates it. What forward saved is not read: it follows from the other arguments.
     """
+    given = [x, *states, *params]
+    asked = [mask[0], *[mask[1]] * len(states), *[mask[2]] * len(params)]
     with torch.enable_grad():
         # An alias for every use, so that a tensor that comes in twice gets two gradients, not twice their sum.
         def alias(t: Tensor) -> Tensor:
             return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
 
-        wanted: list[Tensor | None] = [
-            alias(x) if mask[0] else None,
-            alias(h0) if mask[1] and h0 is not None else None,
-            alias(c0) if mask[1] and c0 is not None else None,
-            *(alias(p) if mask[2] else None for p in params),
-        ]
-        given: list[Any] = [x, h0, c0, *params]
-        args = [new if new is not None else old for new, old in zip(wanted, given, strict=True)]
-        outputs = reference.layer(
-            args[0], args[1], args[2], args[3:], has_biases, lengths, offsets, resets, cell, bidirectional
-        )
-        pairs = [(out, grad) for out, grad in zip(outputs, (dy, dh_n, dc_n), strict=True) if grad is not None]
-        inputs = [t for t in wanted if t is not None]
+        args = [alias(t) if wanted else t for t, wanted in zip(given, asked, strict=True)]
+        first = 1 + len(states)
+        y, last = reference.layer(args[0], args[1:first], args[first:], rows_of(rows), unpacked(recipe))
+        results = [y, *(last if dlast else [])]
+        pairs = [(out, grad) for out, grad in zip(results, [dy, *dlast], strict=True) if grad is not None]
+        inputs = [t for t, wanted in zip(args, asked, strict=True) if wanted]
         found = iter(
             torch.autograd.grad(
                 [out for out, _ in pairs],
@@ -143,8 +110,8 @@ def _layer_backward_differentiable(
             if inputs and pairs
             else [torch.zeros_like(t) for t in inputs]
         )
-    grads = [x.new_empty(0) if t is None else next(found) for t in wanted]
-    return grads[0], grads[1], grads[2], grads[3:]
+    grads = [next(found) if wanted else x.new_empty(0) for wanted in asked]
+    return grads[0], grads[1:first], grads[first:]
 
 
 def _layer_backward_batched(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -160,9 +127,9 @@ def _layer_backward_batched(info: Any, in_dims: tuple[Any, ...], *args: Any) -> 
 
     op = torch.ops.fused_rnn.layer_backward.default
     results = [op(*(sample(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
-    stacked = tuple(torch.stack(parts) for parts in zip(*(r[:3] for r in results), strict=True))
-    dparams = [torch.stack(parts) for parts in zip(*(r[3] for r in results), strict=True)]
-    return (*stacked, dparams), (0, 0, 0, [0] * len(dparams))
+    dx = torch.stack([result[0] for result in results])
+    dstates, dparams = ([torch.stack(parts) for parts in zip(*(r[i] for r in results), strict=True)] for i in (1, 2))
+    return (dx, dstates, dparams), (0, [0] * len(dstates), [0] * len(dparams))
 
 
 if _C is not None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fused_rnn import _checks, _opacus
 from fused_rnn._kinds import GRU, LSTM, NUMBER_OF_NONLINEARITY
 from fused_rnn._quick_call import QuickCall, watch
+from fused_rnn._recipe import Recipe
 from fused_rnn.functional import run_cell
 from fused_rnn.modules import _refuse_scripting, check_layout, check_like, check_parameters, type_name
 
@@ -46,47 +47,42 @@ class _Cell(QuickCall, nn.RNNCellBase):
             weights = [torch.zeros_like(bias) if weight is None else weight for weight in weights]
         return weights
 
-    def _run(self, cell: int, input: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Checks and runs one step of input [B, I] or [I], which has been checked to be one of them: (h', c')."""
+    def _run(self, cell: int, input: Tensor, states: list[Tensor]) -> list[Tensor]:
+        """Checks and runs one step of input [B, I] or [I], which has been checked to be one of them: the states after it."""
         if input.layout is not torch.strided or input.is_nested:
             check_layout(input, "input")
         unbatched = input.dim() == 1
         if unbatched:
-            input = input.unsqueeze(0)
-            h = None if h is None else h.unsqueeze(0)
-            c = None if c is None else c.unsqueeze(0)
+            input, states = input.unsqueeze(0), [state.unsqueeze(0) for state in states]
         weights = self._weights()
         if torch._C._get_tracing_state() is None:
-            self._check(input, h, c, weights)
+            self._check(input, states, weights)
         else:
             with _checks.untraced():
-                self._check(input, h, c, weights)
-        new_h, new_c = run_cell(cell, input, h, c, weights, len(weights) == 4)
-        if unbatched:
-            return new_h.squeeze(0), new_c.squeeze(0) if cell == LSTM else new_c
-        return new_h, new_c
+                self._check(input, states, weights)
+        last = run_cell(Recipe(cell, has_biases=len(weights) == 4), input, states, weights)
+        return [state.squeeze(0) for state in last] if unbatched else last
 
-    def _check(self, input: Tensor, h: Tensor | None, c: Tensor | None, weights: list[Tensor]) -> None:
+    def _check(self, input: Tensor, states: list[Tensor], weights: list[Tensor]) -> None:
         """Tests all in one expression; only if it fails are the checks made one by one, in torch.nn's order, to raise."""
         fields = self.__dict__
         size, dtype, device = input.shape, input.dtype, input.device
         state_size = (size[0], fields["hidden_size"])
         if not (
             size[1] == fields["input_size"]
-            and (h is None or h.shape == state_size)
-            and (c is None or c.shape == state_size)
+            and all(state.shape == state_size for state in states)
             and _checks.fit(weights, dtype, device)
-            and (h is None or _checks.fit((h,) if c is None else (h, c), dtype, device))
+            and _checks.fit(states, dtype, device)
         ):
-            self._raise_torchs_error(input, weights, h, c)
+            self._raise_torchs_error(input, weights, states)
 
-    def _raise_torchs_error(self, input: Tensor, weights: list[Tensor], h: Tensor | None, c: Tensor | None) -> None:
+    def _raise_torchs_error(self, input: Tensor, weights: list[Tensor], states: list[Tensor]) -> None:
         """Raises what torch.nn (2.15) raises first; returns where nothing is wrong (dtypes that differ under autocast)."""
         batch, hidden = input.size(0), self.hidden_size
         if input.size(1) != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}")
-        for index, state in enumerate((h, c)):
-            if state is None or state.size() == (batch, hidden):
+        for index, state in enumerate(states):
+            if state.size() == (batch, hidden):
                 continue
             if state.dim() != 2:
                 raise RuntimeError(f"Expected 2D hidden{index} (batch x hidden_size), but got {state.dim()}D tensor")
@@ -99,10 +95,9 @@ class _Cell(QuickCall, nn.RNNCellBase):
                 f"mat1 and mat2 must have the same dtype, but got {type_name(input)} and {type_name(weights[0])}"
             )
         check_parameters(input, _WITH_BIASES[: len(weights)], weights)
-        for state in (h, c):
-            if state is not None:
-                check_layout(state, "hidden")
-                check_like(input, state, "hidden", wide=state is c)
+        for index, state in enumerate(states):
+            check_layout(state, "hidden")
+            check_like(input, state, "hidden", wide=index == 1)
 
     def _run_single_state(self, cell: int, input: Tensor, hx: Tensor | None) -> Tensor:
         dim = input.dim()
@@ -110,7 +105,7 @@ class _Cell(QuickCall, nn.RNNCellBase):
             raise ValueError(f"{self._kind}: Expected input to be 1D or 2D, got {dim}D instead")
         if hx is not None and hx.dim() not in (1, 2):
             raise ValueError(f"{self._kind}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
-        return self._run(cell, input, hx, None)[0]
+        return self._run(cell, input, [] if hx is None else [hx])[0]
 
     _kind = "RNNCell"
 
@@ -148,7 +143,8 @@ class LSTMCell(_Cell, nn.LSTMCell):
         if dim != 2 and dim != 1:
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {dim}D instead")
         if hx is None:
-            return self._run(LSTM, input, None, None)
+            h, c = self._run(LSTM, input, [])
+            return h, c
         for index, value in enumerate(hx):
             if value.dim() not in (1, 2):
                 raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {value.dim()}D instead")
@@ -156,7 +152,8 @@ class LSTMCell(_Cell, nn.LSTMCell):
             raise TypeError("lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
         if len(hx) != 2:
             raise RuntimeError("lstm_cell expects two hidden states")
-        return self._run(LSTM, input, hx[0], hx[1])
+        h, c = self._run(LSTM, input, [*hx])
+        return h, c
 
 
 class GRUCell(_Cell, nn.GRUCell):

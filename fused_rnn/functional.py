@@ -18,7 +18,8 @@ from torch.compiler import is_exporting
 
 from fused_rnn import _checks, _onnx, _ops, reference
 from fused_rnn._backend import uses_ops
-from fused_rnn._kinds import GRU, KINDS, LSTM
+from fused_rnn._kinds import GRU, LSTM
+from fused_rnn._recipe import Recipe, Rows
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
@@ -66,10 +67,8 @@ def lstm(
     Raises:
         TypeError, ValueError: an argument whose shape, dtype or device does not fit, by its name.
     """
-    y, h_n, c_n = _checked_rnn(
-        LSTM, input, weights, hx, num_layers, has_biases, bidirectional, dropout, training, batch_first,
-        batch_sizes, lengths, resets,
-    )  # fmt: skip
+    recipe = Recipe(LSTM, num_layers, has_biases, bidirectional, batch_first, training, dropout)
+    y, (h_n, c_n) = _checked_rnn(recipe, input, weights, hx, batch_sizes, lengths, resets)
     return y, (h_n, c_n)
 
 
@@ -93,10 +92,8 @@ def gru(
     Returns:
         output [T, B, D*H] in the input's form, h_n [L*D, B, H].
     """
-    y, h_n, _ = _checked_rnn(
-        GRU, input, weights, hx, num_layers, has_biases, bidirectional, dropout, training, batch_first,
-        batch_sizes, lengths, resets,
-    )  # fmt: skip
+    recipe = Recipe(GRU, num_layers, has_biases, bidirectional, batch_first, training, dropout)
+    y, (h_n,) = _checked_rnn(recipe, input, weights, hx, batch_sizes, lengths, resets)
     return y, h_n
 
 
@@ -124,10 +121,9 @@ def rnn(
     Returns:
         output [T, B, D*H] in the input's form, h_n [L*D, B, H].
     """
-    y, h_n, _ = _checked_rnn(
-        _checks.rnn_kind(nonlinearity), input, weights, hx, num_layers, has_biases, bidirectional, dropout, training,
-        batch_first, batch_sizes, lengths, resets,
-    )  # fmt: skip
+    cell = _checks.rnn_kind(nonlinearity)
+    recipe = Recipe(cell, num_layers, has_biases, bidirectional, batch_first, training, dropout)
+    y, (h_n,) = _checked_rnn(recipe, input, weights, hx, batch_sizes, lengths, resets)
     return y, h_n
 
 
@@ -143,7 +139,8 @@ def lstm_cell(
 
     w_ih [4H, I], w_hh [4H, H], b_ih and b_hh [4H], both or neither. Errors as :func:`lstm`.
     """
-    return _checked_cell(LSTM, input, hx, w_ih, w_hh, b_ih, b_hh)
+    h, c = _checked_cell(LSTM, input, hx, w_ih, w_hh, b_ih, b_hh)
+    return h, c
 
 
 def gru_cell(
@@ -175,128 +172,97 @@ def rnn_cell(
 
 
 def run_rnn(
-    cell: int,
+    recipe: Recipe,
     input: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
+    states: Sequence[Tensor],
     weights: list[Tensor],
-    num_layers: int,
-    has_biases: bool,
-    bidirectional: bool,
-    dropout: float,
-    training: bool,
-    batch_first: bool,
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A stack of layers on the selected backend: (output, h_n, c_n), c_n empty without c. Batched or packed input only."""
-    offsets = None
+) -> tuple[Tensor, list[Tensor]]:
+    """A stack of layers on the selected backend: (output, last states). Batched or packed input only."""
+    rows = Rows(lengths, None, resets)
     if batch_sizes is not None:
-        offsets = torch.cat([batch_sizes.new_zeros(1), batch_sizes.cumsum(0)])
-        if h0 is None:  # gives the ops the batch size, which packed rows do not show
-            size = weights[1].shape[-1]
-            if cell == LSTM and len(weights) // (num_layers * (1 + bidirectional)) == 3 + 2 * has_biases:
-                size = weights[2 + 2 * has_biases].shape[0]
-            # A traced number would be the trace's constant; a traced tensor is not.
-            batch: Any = int(batch_sizes[0]) if _get_tracing_state() is None else batch_sizes[0]
-            h0 = input.new_zeros(num_layers * (1 + bidirectional), batch, size)
+        rows = rows._replace(offsets=torch.cat([batch_sizes.new_zeros(1), batch_sizes.cumsum(0)]))
+        if not states:  # they give the ops the batch size, which packed rows do not show
+            states = _zero_states(recipe, input, weights, batch_sizes)
     device_type = input.device.type
     for_onnx = is_exporting() and _onnx.exporting()
     if not for_onnx and uses_ops(device_type, input.dtype):
         # Modes see the op's call, and so do subclasses, wherever in it they are.
-        seen = torch.compiler.is_compiling() or _has_torch_function_variadic(
-            input, h0, c0, lengths, offsets, resets, *weights
-        )
+        seen = torch.compiler.is_compiling() or _has_torch_function_variadic(input, *states, *rows, *weights)
         op = _ops.rnn if seen else _ops.eager_rnn
-        return op(
-            input, h0, c0, weights, lengths, offsets, resets, cell, num_layers, has_biases, bidirectional, dropout,
-            training, batch_first,
-        )  # fmt: skip
-    input, h0, c0, weights = _autocast(device_type, input, h0, c0, weights)
-    lengths = None if lengths is None else lengths.to(input.device)
+        result: tuple[Tensor, list[Tensor]] = op(input, states, weights, rows.given(), recipe.packed, recipe.dropout)
+        return result
+    input, states, weights = _autocast(device_type, input, states, weights)
+    if rows.lengths is not None:
+        rows = rows._replace(lengths=rows.lengths.to(input.device))
     if for_onnx:
-        return _onnx.rnn(
-            input, h0, c0, weights, lengths, offsets, resets, cell, num_layers, has_biases, bidirectional, dropout,
-            training, batch_first,
-        )  # fmt: skip
+        return _onnx.rnn(input, states, weights, rows, recipe)
     if _get_tracing_state() is None:
-        batch = input.shape[0 if batch_first else 1] if batch_sizes is None else int(batch_sizes[0])
-        _checks.check_call(cell, input, h0, c0, weights, num_layers, has_biases, bidirectional, dropout, batch)
+        batch = input.shape[0 if recipe.batch_first else 1] if batch_sizes is None else int(batch_sizes[0])
+        _checks.check_call(recipe, input, states, weights, batch)
     else:
-        input, h0, c0, lengths, resets = _traced_for_reference(
-            cell, input, h0, c0, weights, num_layers, has_biases, bidirectional, dropout, batch_first, offsets, lengths,
-            resets,
-        )  # fmt: skip
-    return reference.rnn(
-        input, h0, c0, weights, lengths, offsets, resets, cell, num_layers, has_biases, bidirectional, dropout,
-        training, batch_first,
-    )  # fmt: skip
+        input, states, rows = _traced_for_reference(recipe, input, states, weights, rows)
+    return reference.rnn(input, states, weights, rows, recipe)
 
 
-def run_cell(
-    cell: int, input: Tensor, h: Tensor | None, c: Tensor | None, params: list[Tensor], has_biases: bool
-) -> tuple[Tensor, Tensor]:
-    """One step of a cell on the selected backend: (h', c'), c' empty without c. Batched input only."""
+def run_cell(recipe: Recipe, input: Tensor, states: list[Tensor], params: list[Tensor]) -> list[Tensor]:
+    """One step of a cell on the selected backend: the states after it. Batched input only."""
     device_type = input.device.type
     if not (is_exporting() and _onnx.exporting()) and uses_ops(device_type, input.dtype):
-        seen = torch.compiler.is_compiling() or _has_torch_function_variadic(input, h, c, *params)
+        seen = torch.compiler.is_compiling() or _has_torch_function_variadic(input, *states, *params)
         op = _ops.cell if seen else _ops.eager_cell
-        return op(input, h, c, params, has_biases, cell)
-    input, h, c, params = _autocast(device_type, input, h, c, params)
-    h0, c0 = (None if s is None else s.unsqueeze(0) for s in (h, c))
+        result: list[Tensor] = op(input, states, params, recipe.packed)
+        return result
+    input, states, params = _autocast(device_type, input, states, params)
+    lifted = [state.unsqueeze(0) for state in states]
     if _get_tracing_state() is None:
-        _checks.check_call(cell, input, h0, c0, params, 1, has_biases, False, 0.0, input.shape[0])
+        _checks.check_call(recipe, input, lifted, params, input.shape[0])
     else:
-        lifted, h0, c0, _, _ = _traced_for_reference(
-            cell, input.unsqueeze(0), h0, c0, params, 1, has_biases, False, 0.0, False
-        )
-        input, h, c = lifted.squeeze(0), *(None if s is None else s.squeeze(0) for s in (h0, c0))
-    return reference.cell(input, h, c, params, has_biases, cell)
+        x, lifted, _ = _traced_for_reference(recipe, input.unsqueeze(0), lifted, params, Rows())
+        input, states = x.squeeze(0), [state.squeeze(0) for state in lifted]
+    return reference.cell(input, states, params, recipe)
+
+
+def _zero_states(recipe: Recipe, input: Tensor, weights: list[Tensor], batch_sizes: Tensor) -> list[Tensor]:
+    """The states [L*D, B, .] of a packed input that comes without."""
+    groups = recipe.num_layers * recipe.directions
+    base = 2 + 2 * recipe.has_biases
+    projected = recipe.cell == LSTM and len(weights) // groups == base + 1
+    sizes = [weights[base].shape[0] if projected else weights[1].shape[-1], weights[1].shape[0] // recipe.kind.gates]
+    # A traced number would be the trace's constant; a traced tensor is not.
+    batch: Any = int(batch_sizes[0]) if _get_tracing_state() is None else batch_sizes[0]
+    return [input.new_zeros(groups, batch, size) for size in sizes[: recipe.kind.states]]
 
 
 def _traced_for_reference(
-    cell: int,
-    input: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    num_layers: int,
-    has_biases: bool,
-    bidirectional: bool,
-    dropout: float,
-    batch_first: bool,
-    offsets: Tensor | None = None,
-    lengths: Tensor | None = None,
-    resets: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """While torch.jit.trace records the reference: (input, h0, c0, lengths, resets), whose shapes the graph checks too.
+    recipe: Recipe, input: Tensor, states: Sequence[Tensor], weights: list[Tensor], rows: Rows
+) -> tuple[Tensor, list[Tensor], Rows]:
+    """While torch.jit.trace records the reference: (input, states, rows), whose shapes the graph checks too.
 
     Raises:
         RuntimeError: the input is packed.
     """
-    if offsets is not None:
+    if rows.offsets is not None:
         raise RuntimeError(
             "torch.jit.trace cannot record packed input on fused_rnn's Python reference, whose loop over time follows the "
             "values of batch_sizes: trace with the compiled kernels, or after fused_rnn.revert(model)"
         )
-    batch_dim = 0 if batch_first else 1
+    batch_dim = 0 if recipe.batch_first else 1
     with _checks.untraced():
-        batch = input.shape[batch_dim]
-        _checks.check_call(cell, input, h0, c0, weights, num_layers, has_biases, bidirectional, dropout, batch)
+        _checks.check_call(recipe, input, states, weights, input.shape[batch_dim])
 
     def pinned(tensor: Any, *shape: int) -> Any:
         """The same tensor; torch.stack raises where its shape is another, also when the graph runs."""
         return None if tensor is None else torch.stack([tensor, tensor.new_zeros(shape)])[0]
 
-    rows, batch = num_layers * (1 + bidirectional), input.shape[batch_dim]
-    out, hidden = weights[1].shape[1], weights[1].shape[0] // KINDS[cell].gates
+    groups, batch = recipe.num_layers * recipe.directions, input.shape[batch_dim]
+    sizes = (weights[1].shape[1], weights[1].shape[0] // recipe.kind.gates)
     return (
         pinned(input, *input.shape[:2], weights[0].shape[1]),
-        pinned(h0, rows, batch, out),
-        pinned(c0, rows, batch, hidden),
-        pinned(lengths, batch),
-        pinned(resets, *input.shape[:2]),
+        [pinned(state, groups, batch, size) for state, size in zip(states, sizes, strict=False)],
+        Rows(pinned(rows.lengths, batch), None, pinned(rows.resets, *input.shape[:2])),
     )
 
 
@@ -306,80 +272,67 @@ def _autocast_on(device_type: str) -> bool:
 
 
 def _autocast(
-    device_type: str, input: Tensor, h: Tensor | None, c: Tensor | None, weights: list[Tensor]
-) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor]]:
+    device_type: str, input: Tensor, states: Sequence[Tensor], weights: list[Tensor]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """What the ops' Autocast kernels do, for the reference: integers, complex numbers and float64 stay what they are."""
     if not _autocast_on(device_type):
-        return input, h, c, weights
+        return input, list(states), weights
     dtype = torch.get_autocast_dtype(device_type)
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
-    return cast(input), None if h is None else cast(h), None if c is None else cast(c), [cast(w) for w in weights]
+    return cast(input), [cast(state) for state in states], [cast(weight) for weight in weights]
 
 
 # --- the public arguments ---
 
 
 def _checked_rnn(
-    cell: int,
+    recipe: Recipe,
     input: Tensor,
     weights: Sequence[Tensor],
     hx: tuple[Tensor, Tensor] | Tensor | None,
-    num_layers: int,
-    has_biases: bool,
-    bidirectional: bool,
-    dropout: float,
-    training: bool,
-    batch_first: bool,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _checks.check_input(cell, input)
-    _checks.check_options(
-        num_layers, dropout,
-        has_biases=has_biases, bidirectional=bidirectional, training=training, batch_first=batch_first,
-    )  # fmt: skip
+) -> tuple[Tensor, list[Tensor]]:
+    _checks.check_input(recipe.cell, input)
+    _checks.check_recipe(recipe)
     packed = batch_sizes is not None
     if input.dim() not in ((2,) if packed else (2, 3)):
         raise ValueError(f"input: expected {'2-D with batch_sizes' if packed else '2-D or 3-D'}, got {input.dim()}-D")
-    if packed and batch_first:
+    if packed and recipe.batch_first:
         raise ValueError("batch_first: expected False with batch_sizes")
     if packed and lengths is not None:
         raise ValueError("lengths: expected None with batch_sizes, which already give the lengths")
     weights = _checks.list_of_weights(weights)
-    h0, c0 = _checks.states_of(cell, hx)
+    states = _checks.states_of(recipe.kind, hx)
     autocast = _autocast_on(input.device.type)
     _checks.check_places(input, weights, _checks.name_of_weight, autocast)
-    if hx is not None:
-        _checks.check_places(input, (h0, c0) if cell == LSTM else (h0,), ("h0", "c0").__getitem__, autocast)
+    _checks.check_places(input, states, _checks.STATE_NAMES.__getitem__, autocast)
     if resets is not None:
         _checks.check_resets(resets)
     if lengths is not None:
         lengths = _checks.lengths_tensor(lengths)
     unbatched = input.dim() == 2 and not packed
-    batch_dim = 0 if batch_first else 1
+    batch_dim = 0 if recipe.batch_first else 1
     if unbatched:
         input = input.unsqueeze(batch_dim)
-        h0, c0 = (None if s is None else s.unsqueeze(1) for s in (h0, c0))
+        states = [state.unsqueeze(1) for state in states]
         resets = None if resets is None else resets.unsqueeze(batch_dim)
         lengths = None if lengths is None else lengths.reshape(1)
-    shapes = (cell, input, h0, c0, weights, num_layers, has_biases, bidirectional, batch_first, batch_sizes, lengths, resets)
     if _get_tracing_state() is None:
-        _checks.check_shapes(*shapes)
+        _checks.check_shapes(recipe, input, states, weights, batch_sizes, lengths, resets)
     else:
         with _checks.untraced():
-            _checks.check_shapes(*shapes)
-    y, h_n, c_n = run_rnn(
-        cell, input, h0, c0, weights, num_layers, has_biases, bidirectional, dropout, training, batch_first, batch_sizes,
-        None if lengths is None else lengths.to(torch.int64), None if resets is None else resets.to(input.device),
-    )  # fmt: skip
+            _checks.check_shapes(recipe, input, states, weights, batch_sizes, lengths, resets)
+    lengths = None if lengths is None else lengths.to(torch.int64)
+    resets = None if resets is None else resets.to(input.device)
+    y, last = run_rnn(recipe, input, states, weights, batch_sizes, lengths, resets)
     if unbatched:
-        y, h_n = y.squeeze(batch_dim), h_n.squeeze(1)
-        c_n = c_n.squeeze(1) if cell == LSTM else c_n
-    return y, h_n, c_n
+        return y.squeeze(batch_dim), [state.squeeze(1) for state in last]
+    return y, last
 
 
 def _checked_cell(
@@ -390,29 +343,27 @@ def _checked_cell(
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> list[Tensor]:
     _checks.check_input(cell, input)
     if input.dim() not in (1, 2):
         raise ValueError(f"input: expected 1-D or 2-D, got {input.dim()}-D")
     if (b_ih is None) != (b_hh is None):
         raise ValueError("b_ih, b_hh: expected both or neither, got one")
+    recipe = Recipe(cell, has_biases=b_ih is not None)
     params = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
     names = ("w_ih", "w_hh", "b_ih", "b_hh")[: len(params)]
-    h, c = _checks.states_of(cell, hx)
+    states = _checks.states_of(recipe.kind, hx)
     autocast = _autocast_on(input.device.type)
     _checks.check_places(input, params, names.__getitem__, autocast)
-    if hx is not None:
-        _checks.check_places(input, (h, c) if cell == LSTM else (h,), ("h", "c").__getitem__, autocast)
+    _checks.check_places(input, states, ("h", "c").__getitem__, autocast)
     unbatched = input.dim() == 1
     if unbatched:
         input = input.unsqueeze(0)
-        h, c = (None if s is None else s.unsqueeze(0) for s in (h, c))
+        states = [state.unsqueeze(0) for state in states]
     if _get_tracing_state() is None:
-        _checks.check_cell_shapes(cell, input, h, c, names, params)
+        _checks.check_cell_shapes(recipe, input, states, params, names)
     else:
         with _checks.untraced():
-            _checks.check_cell_shapes(cell, input, h, c, names, params)
-    new_h, new_c = run_cell(cell, input, h, c, params, b_ih is not None)
-    if unbatched:
-        new_h, new_c = new_h.squeeze(0), new_c.squeeze(0) if cell == LSTM else new_c
-    return new_h, new_c
+            _checks.check_cell_shapes(recipe, input, states, params, names)
+    last = run_cell(recipe, input, states, params)
+    return [state.squeeze(0) for state in last] if unbatched else last

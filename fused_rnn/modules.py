@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import _checks, _kinds, _onnx, _opacus
 from fused_rnn._quick_call import QuickCall, watch
+from fused_rnn._recipe import Recipe
 from fused_rnn.functional import run_rnn
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -210,12 +211,11 @@ class _Layer(QuickCall, nn.RNNBase):
         self,
         cell: int,
         input: Tensor,
-        h0: Tensor | None,
-        c0: Tensor | None,
+        states: list[Tensor],
         batch_sizes: Tensor | None = None,
         sorted_indices: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Checks a batched or packed input and runs the layers on it: (output, h_n, c_n).
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Checks a batched or packed input and runs the layers on it: (output, last states).
 
         Reads the instance's fields from its __dict__: an attribute of an nn.Module takes three times as long.
         """
@@ -224,31 +224,24 @@ class _Layer(QuickCall, nn.RNNBase):
         if batch_sizes is not None and is_exporting() and _onnx.exporting():
             _onnx.refuse_packed()
         if torch._C._get_tracing_state() is None:
-            self._check(input, h0, c0, weights, batch_sizes)
+            self._check(input, states, weights, batch_sizes)
         else:
             with _checks.untraced():
-                self._check(input, h0, c0, weights, batch_sizes)
-        if sorted_indices is not None and h0 is not None:
-            h0 = h0.index_select(1, sorted_indices)
-            c0 = None if c0 is None else c0.index_select(1, sorted_indices)
-        return run_rnn(
+                self._check(input, states, weights, batch_sizes)
+        if sorted_indices is not None:
+            states = [state.index_select(1, sorted_indices) for state in states]
+        recipe = Recipe(
             cell,
-            input,
-            h0,
-            c0,
-            weights,
             fields["num_layers"],
             bool(fields["bias"]),
             bool(fields["bidirectional"]),
-            fields["dropout"],
-            bool(fields["training"]),
             bool(fields["batch_first"]) and batch_sizes is None,
-            batch_sizes,
+            bool(fields["training"]),
+            fields["dropout"],
         )
+        return run_rnn(recipe, input, states, weights, batch_sizes)
 
-    def _check(
-        self, input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], batch_sizes: Tensor | None
-    ) -> None:
+    def _check(self, input: Tensor, states: list[Tensor], weights: list[Tensor], batch_sizes: Tensor | None) -> None:
         """All is tested in one expression; only if it fails are torch.nn's methods called, in torch.nn's order, to raise."""
         fields = self.__dict__
         hidden, num_layers = fields["hidden_size"], fields["num_layers"]
@@ -272,12 +265,12 @@ class _Layer(QuickCall, nn.RNNBase):
             steps > 0
             and size[-1] == fields["input_size"]
             and len(size) == (3 if batch_sizes is None else 2)
-            and (h0 is None or h0.shape == (rows, batch, fields["proj_size"] or hidden))
-            and (c0 is None or c0.shape == (rows, batch, hidden))
+            and (not states or states[0].shape == (rows, batch, fields["proj_size"] or hidden))
+            and (len(states) < 2 or states[1].shape == (rows, batch, hidden))
             and _checks.fit(weights, dtype, device)
-            and (h0 is None or _checks.fit((h0,) if c0 is None else (h0, c0), dtype, device))
+            and _checks.fit(states, dtype, device)
         ):
-            self._raise_torchs_error(input, weights, h0, c0, batch_sizes, (rows, batch, hidden), steps)
+            self._raise_torchs_error(input, weights, states, batch_sizes, (rows, batch, hidden), steps)
 
     def _check_fields(self) -> None:
         """Raises for a field that somebody has changed since the constructor checked it. 0 and 1 will do for a bool."""
@@ -294,8 +287,7 @@ class _Layer(QuickCall, nn.RNNBase):
         self,
         input: Tensor,
         weights: list[Tensor],
-        h0: Tensor | None,
-        c0: Tensor | None,
+        states: list[Tensor],
         batch_sizes: Tensor | None,
         expected: tuple[int, int, int],
         steps: int,
@@ -303,18 +295,16 @@ class _Layer(QuickCall, nn.RNNBase):
         """Raises what torch.nn raises first; returns where nothing is wrong (dtypes that differ under autocast)."""
         if weights[0] is not None:  # torch.nn's check reads its dtype
             self.check_input(input, batch_sizes)
-        if h0 is not None:
-            size = (*expected[:2], self.proj_size or self.hidden_size)
-            self.check_hidden_size(h0, size, f"Expected hidden{'' if c0 is None else '[0]'} size {{}}, got {{}}")
-        if c0 is not None:
-            self.check_hidden_size(c0, expected, "Expected hidden[1] size {}, got {}")
+        sizes = ((*expected[:2], self.proj_size or self.hidden_size), expected)
+        for index, (state, size) in enumerate(zip(states, sizes, strict=False)):
+            which = f"[{index}]" if len(states) > 1 else ""
+            self.check_hidden_size(state, size, f"Expected hidden{which} size {{}}, got {{}}")
         if steps == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         check_parameters(input, self._flat_weights_names, weights)
-        for state in (h0, c0):
-            if state is not None:
-                check_layout(state, "hidden")
-                check_like(input, state, "hidden", wide=state is c0)
+        for index, state in enumerate(states):
+            check_layout(state, "hidden")
+            check_like(input, state, "hidden", wide=index == 1)
 
     def _forward_single_state(self, cell: int, input: Tensor | PackedSequence, hx: Tensor | None) -> tuple[Any, Tensor]:
         """Forward of the cells with one state (RNN, GRU)."""
@@ -332,7 +322,7 @@ class _Layer(QuickCall, nn.RNNBase):
             raise ValueError(f"{'GRU' if cell == _kinds.GRU else 'RNN'}: Expected input to be 2D or 3D, got {dim}{noun}")
         elif hx is not None and hx.dim() != 3:
             raise RuntimeError(f"For batched 3-D input, hx should also be 3-D but got {hx.dim()}-D tensor")
-        output, h_n, _ = self._run(cell, input, hx, None)
+        output, (h_n,) = self._run(cell, input, [] if hx is None else [hx])
         if dim == 2:
             return output.squeeze(0 if self.batch_first else 1), h_n.squeeze(1)
         return output, h_n
@@ -340,9 +330,9 @@ class _Layer(QuickCall, nn.RNNBase):
     def _forward_packed(self, cell: int, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
         """Forward of a packed sequence; hx and the returned state are in the caller's order of rows."""
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        h0, c0 = (None, None) if hx is None else _pair(hx) if cell == _kinds.LSTM else (hx, None)
-        output, h_n, c_n = self._run(cell, data, h0, c0, batch_sizes, sorted_indices)
-        hidden: Any = (h_n, c_n) if cell == _kinds.LSTM else h_n
+        states = [] if hx is None else [*_pair(hx)] if cell == _kinds.LSTM else [hx]
+        output, last = self._run(cell, data, states, batch_sizes, sorted_indices)
+        hidden: Any = tuple(last) if cell == _kinds.LSTM else last[0]
         return (
             PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices),
             self.permute_hidden(hidden, unsorted_indices),
@@ -368,8 +358,7 @@ class LSTM(_Layer, nn.LSTM):
         dim = input.dim()
         if dim != 3 and dim != 2:
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {dim}D instead")
-        h0: Any = None
-        c0: Any = None
+        states: list[Any] = []
         if hx is not None:
             h0, c0 = hx[0], hx[1]
             if h0.dim() != dim or c0.dim() != dim:
@@ -377,12 +366,11 @@ class LSTM(_Layer, nn.LSTM):
                     f"For {'batched 3' if dim == 3 else 'unbatched 2'}-D input, hx and cx should "
                     f"also be {dim}-D but got ({h0.dim()}-D, {c0.dim()}-D) tensors"
                 )
-            h0, c0 = _pair(hx)
+            states = [*_pair(hx)]
         if dim == 2:
             input = input.unsqueeze(0 if self.batch_first else 1)
-            if h0 is not None:
-                h0, c0 = h0.unsqueeze(1), c0.unsqueeze(1)
-        output, h_n, c_n = self._run(_kinds.LSTM, input, h0, c0)
+            states = [state.unsqueeze(1) for state in states]
+        output, (h_n, c_n) = self._run(_kinds.LSTM, input, states)
         if dim == 2:
             return output.squeeze(0 if self.batch_first else 1), (h_n.squeeze(1), c_n.squeeze(1))
         return output, (h_n, c_n)

@@ -10,7 +10,8 @@ from module_pairs import CLASSES, device_of, flatten, make_pair
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from fused_rnn import use_backend
+from fused_rnn import _kinds, use_backend
+from fused_rnn._recipe import Recipe
 
 
 def first_output(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -89,13 +90,14 @@ def test_vmap_over_the_op_itself(device: str) -> None:
     """torch.func.vmap calls the same backward once for each sample."""
     module, _, x = pair_and_input("GRU", device)
     weights = [p.detach() for p in module.parameters()]
-    y, h_n, c_n, gates, cs = torch.ops.fused_rnn.layer(x, None, None, weights, True, None, None, None, 4, False, True)
+    recipe = Recipe(_kinds.GRU).packed
+    y, _, saved = torch.ops.fused_rnn.layer(x, [], weights, [], recipe, True)
 
     def backward(dy: Tensor) -> tuple[Tensor, list[Tensor]]:
-        found = torch.ops.fused_rnn.layer_backward(
-            dy, None, None, x, None, None, weights, True, None, None, None, y, gates, cs, 4, False, [True, False, True]
+        dx, _, dparams = torch.ops.fused_rnn.layer_backward(
+            dy, [], x, [], weights, [], [*saved, y], recipe, [True, False, True]
         )
-        return found[0], list(found[3])
+        return dx, list(dparams)
 
     grads = torch.randn(3, *y.shape, dtype=torch.float64, device=device)
     dx, dw = torch.func.vmap(backward)(grads)

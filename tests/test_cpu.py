@@ -23,10 +23,11 @@ from torch import Tensor
 import fused_rnn
 from fused_rnn import use_backend
 from fused_rnn._backend import has_cpu_kernels
+from fused_rnn._kinds import LSTM
+from fused_rnn._recipe import Recipe
 
 pytestmark = pytest.mark.skipif(not has_cpu_kernels(), reason="needs the compiled extension")
 
-LSTM = 3  # CellKind of csrc/core/params.h
 AVAILABLE = fused_rnn.build_info()["cpu_instruction_sets"] if has_cpu_kernels() else []
 INSTRUCTION_SETS = [
     pytest.param(name, marks=pytest.mark.skipif(name not in AVAILABLE, reason=f"needs a CPU with {name}"))
@@ -159,17 +160,12 @@ def gate_values(cell_input: Tensor) -> tuple[Tensor, Tensor]:
     weights = [torch.ones(4, 1), torch.zeros(4, 1)]
     gates = torch.ops.fused_rnn.layer(
         cell_input.view(1, -1, 1),
-        None,
-        None,
+        [],
         [w.to(cell_input.dtype) for w in weights],
-        False,
-        None,
-        None,
-        None,
-        LSTM,
-        False,
+        [],
+        Recipe(LSTM, has_biases=False).packed,
         True,
-    )[3]
+    )[2][0]
     gates = gates.view(-1, 4)
     return gates[:, 0], gates[:, 2]
 
@@ -360,7 +356,7 @@ def gates_of(steps: int) -> Tensor:
     """What a forward for training saves, [1, steps * 64, 4, 256]: 256 KiB a step."""
     module, x = fused_rnn.LSTM(8, 256), torch.randn(steps, 64, 8)
     parameters = [p.detach() for p in module.parameters()]
-    return torch.ops.fused_rnn.layer(x, None, None, parameters, True, None, None, None, LSTM, False, True)[3]
+    return torch.ops.fused_rnn.layer(x, [], parameters, [], Recipe(LSTM).packed, True)[2][0]
 
 
 def resident() -> int:

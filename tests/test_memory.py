@@ -31,7 +31,7 @@ def freed() -> Iterator[None]:
 
 
 def kept() -> dict[str, int]:
-    return _backend._C.kept_memory()  # type: ignore[union-attr,no-any-return]
+    return _backend._C.memory_pool()  # type: ignore[union-attr,no-any-return]
 
 
 def train(module: nn.Module, x: Tensor) -> Tensor:

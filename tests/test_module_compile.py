@@ -13,6 +13,8 @@ from torch import nn
 import fused_rnn
 from fused_rnn import _backend
 from fused_rnn._backend import has_cpu_kernels
+from fused_rnn._kinds import NUMBER_OF_MODE
+from fused_rnn._recipe import Recipe
 
 
 def example(module: nn.Module, *sizes: int) -> tuple[torch.Tensor, Any]:
@@ -102,9 +104,9 @@ def test_forward_mode_ad(kind: str, gradients: bool, monkeypatch: pytest.MonkeyP
         dual = torch.autograd.forward_ad.make_dual(x, tangent)
         with pytest.warns(RuntimeWarning, match="forward-mode AD"):
             found = torch.autograd.forward_ad.unpack_dual(module(dual)[0]).tangent
-        weights, kinds = list(module.parameters()), {"LSTM": 3, "GRU": 4, "RNN": 0}
+        weights, cell = list(module.parameters()), NUMBER_OF_MODE["RNN_TANH" if kind == "RNN" else kind]
         with pytest.raises(RuntimeError, match="jvp"):
-            torch.ops.fused_rnn.layer(dual, None, None, weights, True, None, None, None, kinds[kind], False, False)
+            torch.ops.fused_rnn.layer(dual, [], weights, [], Recipe(cell).packed, False)
     with torch.no_grad():
         step = 1e-6
         expected = (module(x + step * tangent)[0] - module(x - step * tangent)[0]) / (2 * step)

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import fused_rnn
 from fused_rnn import _kinds, functional, use_backend
 from fused_rnn._backend import has_cpu_kernels
+from fused_rnn._recipe import Recipe, Rows
 
 if not has_cpu_kernels():
     pytest.skip("needs the compiled extension", allow_module_level=True)
@@ -46,10 +47,9 @@ def packed_args(kind: str, offsets: list[int], device: str) -> list[Any]:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
 
     weights = [randn(gates * 4, 2), randn(gates * 4, 4), randn(gates * 4), randn(gates * 4)]
-    c0 = randn(1, 3, 4) if kind == "LSTM" else None
-    return [
-        randn(5, 2), randn(1, 3, 4), c0, weights, True, None, torch.tensor(offsets, device=device), None, KINDS[kind], False
-    ]  # fmt: skip
+    states = [randn(1, 3, 4) for _ in range(2 if kind == "LSTM" else 1)]
+    rows = Rows(offsets=torch.tensor(offsets, device=device))
+    return [randn(5, 2), states, weights, rows.given(), Recipe(KINDS[kind]).packed]
 
 
 @pytest.mark.parametrize("what", BAD)
@@ -57,18 +57,19 @@ def packed_args(kind: str, offsets: list[int], device: str) -> list[Any]:
 def test_values_of_offsets(kind: str, what: str, device: str) -> None:
     """Forward, backward and the stack refuse them. On CUDA the layer op does not read them, but stays inside its memory."""
     args, bad = packed_args(kind, GOOD, device), torch.tensor(BAD[what], device=device)
-    y, h_n, c_n, gates, cs = ops.layer(*args, True)
-    bad_args = [*args[:6], bad, *args[7:]]
-    backward = [torch.ones_like(y), None, None, *bad_args[:8], y, gates, cs, *bad_args[8:], [True, True, True]]
-    for call in (lambda: ops.layer(*bad_args, False), lambda: ops.layer_backward(*backward)):
+    y, _, saved = ops.layer(*args, True)
+    x, states, weights, _, recipe = args
+    bad_rows = [None, bad, None]
+    backward = [torch.ones_like(y), [], x, states, weights, bad_rows, [*saved, y], recipe, [True, True, True]]
+    layer = [x, states, weights, bad_rows, recipe, False]
+    for call in (lambda: ops.layer(*layer), lambda: ops.layer_backward(*backward)):
         if device == "cuda":
             call()
         else:
             with pytest.raises(ValueError, match="offsets: expected"):
                 call()
-    x, h0, c0, weights = args[:4]
     with pytest.raises(ValueError, match="offsets: expected"):
-        ops.rnn(x, h0, c0, weights, None, bad.cpu(), None, KINDS[kind], 1, True, False, 0.0, False, False)
+        ops.rnn(x, states, weights, [None, bad.cpu(), None], recipe, 0.0)
 
 
 @pytest.mark.parametrize("kind", ("RNN", "GRU", "LSTM"))

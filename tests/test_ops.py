@@ -6,11 +6,12 @@ import itertools
 
 import pytest
 import torch
-from cases import CELLS, Case, make_data
+from cases import CELLS, Case, Data, make_data
 
 import fused_rnn
 from fused_rnn import _kinds, functional, use_backend
 from fused_rnn._backend import forced_backend, has_cpu_kernels
+from fused_rnn._recipe import Recipe, Rows
 
 KINDS = _kinds.NUMBER_OF_MODE
 RAGGED = ("dense", "lengths", "packed")
@@ -28,18 +29,13 @@ def layer_args(case: Case, device: str, requires_grad: bool = True) -> list:
     if requires_grad:
         for t in data.differentiable():
             t.requires_grad_()
-    return [
-        data.input,
-        data.h0,
-        data.c0,
-        data.weights,
-        case.has_biases,
-        data.lengths,
-        offsets,
-        data.resets,
-        KINDS[case.cell],
-        case.bidirectional,
-    ]
+    recipe = Recipe(KINDS[case.cell], 1, case.has_biases, case.bidirectional)
+    rows = Rows(data.lengths, offsets, data.resets)
+    return [data.input, states_of(data), data.weights, rows.given(), recipe.packed]
+
+
+def states_of(data: Data) -> list[torch.Tensor]:
+    return [state for state in (data.h0, data.c0) if state is not None]
 
 
 def op_cases() -> list[Case]:
@@ -62,15 +58,14 @@ def test_opcheck_layer(case: Case, device: str) -> None:
 @pytest.mark.parametrize("op", ["layer_backward", "layer_backward_differentiable"])
 def test_opcheck_layer_backward(case: Case, op: str, device: str) -> None:
     args = layer_args(case, device, requires_grad=False)
-    y, h_n, c_n, gates, cs = torch.ops.fused_rnn.layer(*args, True)
-    dc_n = torch.randn_like(c_n) if case.cell == "LSTM" else None
-    grads = [torch.randn_like(y), torch.randn_like(h_n), dc_n]
+    y, last, saved = torch.ops.fused_rnn.layer(*args, True)
+    grads = [torch.randn_like(y), [torch.randn_like(state) for state in last]]
     function = getattr(torch.ops.fused_rnn, op).default
     # Packed rows make the reference, which the differentiable form runs, read the offsets as numbers: no symbolic shapes.
     utils = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     if op == "layer_backward_differentiable":
         utils = utils[:2] if case.ragged == "packed" else utils[:3]
-    torch.library.opcheck(function, (*grads, *args[:8], y, gates, cs, *args[8:], [True, True, True]), test_utils=utils)
+    torch.library.opcheck(function, (*grads, *args[:4], [*saved, y], args[4], [True, True, True]), test_utils=utils)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -79,26 +74,28 @@ def test_opcheck_composites(cell: str, device: str) -> None:
     data = make_data(case, device)
     for t in data.differentiable():
         t.requires_grad_()
-    args = (data.input, data.h0, data.c0, data.weights, None, None, None, KINDS[cell], 2, True, True, 0.0, True, True)
-    torch.library.opcheck(torch.ops.fused_rnn.rnn.default, args)
+    recipe = Recipe(KINDS[cell], 2, bidirectional=True, batch_first=True, training=True)
+    torch.library.opcheck(
+        torch.ops.fused_rnn.rnn.default, (data.input, states_of(data), data.weights, [], recipe.packed, 0.0)
+    )
     data = make_data(Case(cell, dtype=torch.float64), device)
     for t in data.differentiable():
         t.requires_grad_()
-    c = None if data.c0 is None else data.c0[0].detach().requires_grad_()
-    x, h = data.input[0].detach().requires_grad_(), data.h0[0].detach().requires_grad_()
-    torch.library.opcheck(torch.ops.fused_rnn.cell.default, (x, h, c, data.weights, True, KINDS[cell]))
+    x, *states = (t[0].detach().requires_grad_() for t in (data.input, *states_of(data)))
+    torch.library.opcheck(torch.ops.fused_rnn.cell.default, (x, states, data.weights, Recipe(KINDS[cell]).packed))
 
 
 @pytest.mark.parametrize("case", op_cases(), ids=str)
 def test_first_and_second_derivatives(case: Case, device: str) -> None:
     args = layer_args(case, device)
-    inputs = [t for t in (args[0], args[1], args[2], *args[3]) if t is not None]
-    results = 3 if case.cell == "LSTM" else 2
+    count = len(args[1])
 
     def function(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        it = iter(tensors)
-        x, h0, c0 = (None if t is None else next(it) for t in args[:3])
-        return torch.ops.fused_rnn.layer(x, h0, c0, list(it), *args[4:], False)[:results]
+        x, states, params = tensors[0], list(tensors[1 : 1 + count]), list(tensors[1 + count :])
+        y, last, _ = torch.ops.fused_rnn.layer(x, states, params, *args[3:], False)
+        return y, *last
+
+    inputs = [args[0], *args[1], *args[2]]
 
     assert torch.autograd.gradcheck(function, inputs, fast_mode=case.cell == "LSTM")
     if case.cell != "RNN_RELU":  # its second derivative is a sum of impulses
@@ -154,10 +151,11 @@ def test_compile_and_export(cell: str, device: str) -> None:
 def test_meta_tensors(cell: str) -> None:
     case = Case(cell, layers=2, bidirectional=True)
     data = make_data(case)
-    args = (None, None, None, KINDS[cell], 2, True, True, 0.0, False, False)
-    tensors = (data.input, data.h0, data.c0, data.weights)
-    meta = [t.to("meta") if isinstance(t, torch.Tensor) else t and [w.to("meta") for w in t] for t in tensors]
-    for real, fake in zip(torch.ops.fused_rnn.rnn(*tensors, *args), torch.ops.fused_rnn.rnn(*meta, *args), strict=True):
+    args = ([], Recipe(KINDS[cell], 2, bidirectional=True).packed, 0.0)
+    tensors = (data.input, states_of(data), data.weights)
+    meta = [t.to("meta") if isinstance(t, torch.Tensor) else [w.to("meta") for w in t] for t in tensors]
+    (y, last), (fake_y, fake_last) = (torch.ops.fused_rnn.rnn(*given, *args) for given in (tensors, meta))
+    for real, fake in zip([y, *last], [fake_y, *fake_last], strict=True):
         assert fake.device.type == "meta" and fake.shape == real.shape and fake.dtype == real.dtype
 
 
@@ -182,26 +180,27 @@ def test_autocast(cell: str, dtype: torch.dtype, device: str) -> None:
 
 def test_op_arguments_are_checked() -> None:
     data = make_data(Case("LSTM"))
-    args = [data.input, data.h0, data.c0, data.weights, True, None, None, None, KINDS["LSTM"], False, False]
-    layer = torch.ops.fused_rnn.layer
+    recipe = Recipe(KINDS["LSTM"]).packed
+    given = {"x": data.input, "states": [data.h0, data.c0], "params": data.weights, "rows": [], "recipe": recipe}
 
-    def fails(index: int, value: object, match: str) -> None:
-        changed = list(args)
-        changed[index] = value
+    def fails(match: str, **changes: object) -> None:
         with pytest.raises((RuntimeError, ValueError), match=match):
-            layer(*changed)
+            torch.ops.fused_rnn.layer(**{**given, **changes}, save=False)
 
-    fails(0, data.input[0], "input: expected 3-D, got 2-D")
-    fails(0, data.input.int(), "input: expected dtype")
-    fails(0, data.input[:0], "input: expected at least 1 time step")
-    fails(1, data.h0[..., :-1], "h0: expected shape")
-    fails(2, data.c0.double(), "c0: expected dtype")
-    fails(3, data.weights[:3], "params: expected 4 tensors, got 3")
-    fails(3, [data.weights[0][:, :-1], *data.weights[1:]], "w_ih: expected shape")
-    fails(5, torch.zeros(3, dtype=torch.int32), "lengths: expected dtype")
-    fails(5, torch.zeros(4, dtype=torch.int64), "lengths: expected shape")
-    fails(7, torch.zeros(3, 5, dtype=torch.bool), "resets: expected shape")
-    fails(8, 7, "cell: expected 0 to 4, got 7")
+    fails("input: expected 3-D, got 2-D", x=data.input[0])
+    fails("input: expected dtype", x=data.input.int())
+    fails("input: expected at least 1 time step", x=data.input[:0])
+    fails("h0: expected shape", states=[data.h0[..., :-1], data.c0])
+    fails("c0: expected dtype", states=[data.h0, data.c0.double()])
+    fails(r"states: expected 2 \(h0 and c0\) or none, got 1", states=[data.h0])
+    fails("params: expected 4 tensors, got 3", params=data.weights[:3])
+    fails("w_ih: expected shape", params=[data.weights[0][:, :-1], *data.weights[1:]])
+    fails("lengths: expected dtype", rows=[torch.zeros(3, dtype=torch.int32), None, None])
+    fails("lengths: expected shape", rows=[torch.zeros(4, dtype=torch.int64), None, None])
+    fails("resets: expected shape", rows=[None, None, torch.zeros(3, 5, dtype=torch.bool)])
+    fails(r"rows: expected \[\] or \[lengths, offsets, resets\], got 2 entries", rows=[None, None])
+    fails("recipe: expected .* a cell of 0 to 4", recipe=Recipe(7).packed)
+    fails("recipe: expected that of one layer", recipe=Recipe(KINDS["LSTM"], num_layers=2).packed)
 
 
 def test_deterministic_dropout_from_torchs_generator(device: str) -> None:

@@ -62,6 +62,7 @@ enum class DType : int { kFloat64 = 0, kFloat32 = 1, kFloat16 = 2, kBFloat16 = 3
 
 constexpr FUSED_RNN_HD int gate_count(CellKind cell) { return traits_of(cell).gates; }
 constexpr FUSED_RNN_HD int slot_count(CellKind cell) { return traits_of(cell).slots; }
+constexpr FUSED_RNN_HD int state_count(CellKind cell) { return traits_of(cell).has_c ? 2 : 1; }
 constexpr int64_t dtype_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 // A matrix of weights, row by row. What else a kernel must know to read it (scales of integers) belongs here.

@@ -1,6 +1,5 @@
 // Python's view of the extension: what was built, and the two composites as plain functions. torch.ops.fused_rnn.rnn and .cell
 // are the same ops; their generic call converts every argument through a boxed value, which takes longer than a small step.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
@@ -48,8 +47,8 @@ pybind11::dict weight_cache() {
                         arg("panels_packed") = statistics.panels_packed);
 }
 
-pybind11::dict kept_memory() {
-  const fused_rnn::KeptMemory::Statistics statistics = fused_rnn::KeptMemory::statistics();
+pybind11::dict memory_pool() {
+  const fused_rnn::MemoryPool::Statistics statistics = fused_rnn::MemoryPool::statistics();
   using pybind11::arg;
   return pybind11::dict(arg("shared_bytes") = statistics.shared_bytes, arg("shared_blocks") = statistics.shared_blocks,
                         arg("thread_bytes") = statistics.thread_bytes, arg("threads") = statistics.threads);
@@ -57,7 +56,7 @@ pybind11::dict kept_memory() {
 
 int64_t free_memory() {
   const pybind11::gil_scoped_release no_gil;
-  const int64_t bytes = fused_rnn::KeptMemory::free() + fused_rnn::cpu::free_kept_weights();
+  const int64_t bytes = fused_rnn::MemoryPool::free() + fused_rnn::cpu::free_kept_weights();
 #ifdef __GLIBC__
   malloc_trim(0);  // smaller blocks otherwise stay in the heaps of the threads that asked for them
 #endif
@@ -70,95 +69,117 @@ uint64_t content_hash(const Tensor& tensor) {
                                                      static_cast<int64_t>(tensor.nbytes()), 0);
 }
 
-// Positional arguments of a METH_FASTCALL function.
-class Arguments {
- public:
-  Arguments(const char* function, PyObject* const* args, Py_ssize_t count, Py_ssize_t expected) : args_(args) {
-    TORCH_CHECK_TYPE(count == expected, function, ": expected ", expected, " arguments, got ", count);
+// What a Python object is as an argument of one of the ops, of this name.
+template <class T>
+struct Argument;
+template <>
+struct Argument<Tensor> {
+  static const Tensor& of(PyObject* object, const char* name) {
+    TORCH_CHECK_TYPE(THPVariable_Check(object), name, ": expected a Tensor, got ", Py_TYPE(object)->tp_name);
+    return THPVariable_Unpack(object);
   }
-  const Tensor& tensor(int i) const {
-    TORCH_CHECK_TYPE(THPVariable_Check(args_[i]), "argument ", i, ": expected a Tensor, got ", Py_TYPE(args_[i])->tp_name);
-    return THPVariable_Unpack(args_[i]);
+};
+template <>
+struct Argument<OptionalTensor> {
+  static OptionalTensor of(PyObject* object, const char* name) {
+    return object == Py_None ? std::nullopt : OptionalTensor(Argument<Tensor>::of(object, name));
   }
-  OptionalTensor optional(int i) const { return args_[i] == Py_None ? std::nullopt : OptionalTensor(tensor(i)); }
-  std::vector<Tensor> tensors(int i) const {
-    TORCH_CHECK_TYPE(PyList_Check(args_[i]), "argument ", i, ": expected a list, got ", Py_TYPE(args_[i])->tp_name);
+};
+// Calls f for each item of a list.
+template <class F>
+void for_items(PyObject* object, const char* name, F&& f) {
+  TORCH_CHECK_TYPE(PyList_Check(object), name, ": expected a list, got ", Py_TYPE(object)->tp_name);
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(object); ++i) f(PyList_GET_ITEM(object, i));
+}
+template <>
+struct Argument<std::vector<Tensor>> {
+  static std::vector<Tensor> of(PyObject* object, const char* name) {
     std::vector<Tensor> result;
-    const Py_ssize_t count = PyList_GET_SIZE(args_[i]);
-    result.reserve(count);
-    for (Py_ssize_t k = 0; k < count; ++k) {
-      PyObject* item = PyList_GET_ITEM(args_[i], k);
-      TORCH_CHECK_TYPE(THPVariable_Check(item), "argument ", i, "[", k, "]: expected a Tensor, got ",
-                       Py_TYPE(item)->tp_name);
-      result.push_back(THPVariable_Unpack(item));
-    }
+    for_items(object, name, [&](PyObject* item) { result.push_back(Argument<Tensor>::of(item, name)); });
     return result;
   }
-  bool boolean(int i) const {
-    const int value = PyObject_IsTrue(args_[i]);
-    if (value < 0) throw python_error();
-    return value;
+};
+template <>
+struct Argument<fused_rnn::OptionalTensors> {
+  static fused_rnn::OptionalTensors of(PyObject* object, const char* name) {
+    fused_rnn::OptionalTensors result;
+    for_items(object, name, [&](PyObject* item) { result.push_back(Argument<OptionalTensor>::of(item, name)); });
+    return result;
   }
-  int64_t integer(int i) const {
-    const int64_t value = PyLong_AsLongLong(args_[i]);
+};
+template <>
+struct Argument<int64_t> {
+  static int64_t of(PyObject* object, const char*) {
+    const int64_t value = PyLong_AsLongLong(object);
     if (value == -1 && PyErr_Occurred()) throw python_error();
     return value;
   }
-  double number(int i) const {
-    const double value = PyFloat_AsDouble(args_[i]);
+};
+template <>
+struct Argument<double> {
+  static double of(PyObject* object, const char*) {
+    const double value = PyFloat_AsDouble(object);
     if (value == -1.0 && PyErr_Occurred()) throw python_error();
     return value;
   }
-
- private:
-  PyObject* const* args_;
 };
 
-template <class... Tensors>
-PyObject* tuple_of(Tensors&&... tensors) {
-  PyObject* result = PyTuple_New(sizeof...(tensors));
-  Py_ssize_t i = 0;
-  (PyTuple_SET_ITEM(result, i++, THPVariable_Wrap(std::forward<Tensors>(tensors))), ...);
+// Positional arguments of a METH_FASTCALL function, taken in order.
+class Arguments {
+ public:
+  Arguments(const char* function, PyObject* const* args, Py_ssize_t count, Py_ssize_t expected) : next_(args) {
+    TORCH_CHECK_TYPE(count == expected, function, ": expected ", expected, " arguments, got ", count);
+  }
+  template <class T>
+  decltype(auto) take(const char* name) {
+    return Argument<T>::of(*next_++, name);
+  }
+
+ private:
+  PyObject* const* next_;
+};
+
+PyObject* list_of_tensors(std::vector<Tensor> tensors) {
+  PyObject* result = PyList_New(static_cast<Py_ssize_t>(tensors.size()));
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    PyList_SET_ITEM(result, static_cast<Py_ssize_t>(i), THPVariable_Wrap(std::move(tensors[i])));
+  }
   return result;
 }
 
-// rnn(input, h0, c0, weights, lengths, offsets, resets, cell, num_layers, has_biases, bidirectional, dropout, training,
-//     batch_first) -> (output, h_n, c_n)
+// rnn(input, states, weights, rows, recipe, dropout) -> (output, last)
 PyObject* rnn(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fused_rnn::rnn", "").typed<fused_rnn::RnnSignature>();
-  const Arguments a("rnn", args, count, 14);
-  const auto weights = a.tensors(3);
-  const OptionalTensor h0 = a.optional(1), c0 = a.optional(2), lengths = a.optional(4), offsets = a.optional(5),
-                       resets = a.optional(6);
-  const Tensor& input = a.tensor(0);
-  const int64_t cell = a.integer(7), num_layers = a.integer(8);
-  const double dropout = a.number(11);
-  const bool has_biases = a.boolean(9), bidirectional = a.boolean(10), training = a.boolean(12), batch_first = a.boolean(13);
-  auto [y, h_n, c_n] = [&] {
+  static const auto op = fused_rnn::find_op<fused_rnn::RnnSignature>("fused_rnn::rnn");
+  Arguments a("rnn", args, count, 6);
+  const Tensor& input = a.take<Tensor>("input");
+  const auto states = a.take<std::vector<Tensor>>("states"), weights = a.take<std::vector<Tensor>>("weights");
+  const auto rows = a.take<fused_rnn::OptionalTensors>("rows");
+  const auto recipe = a.take<int64_t>("recipe");
+  const auto dropout = a.take<double>("dropout");
+  auto [y, last] = [&] {
     const pybind11::gil_scoped_release no_gil;
-    return op.call(input, h0, c0, weights, lengths, offsets, resets, cell, num_layers, has_biases, bidirectional, dropout,
-                   training, batch_first);
+    return op.call(input, states, weights, rows, recipe, dropout);
   }();
-  return tuple_of(std::move(y), std::move(h_n), std::move(c_n));
+  PyObject* result = PyTuple_New(2);
+  PyTuple_SET_ITEM(result, 0, THPVariable_Wrap(std::move(y)));
+  PyTuple_SET_ITEM(result, 1, list_of_tensors(std::move(last)));
+  return result;
   END_HANDLE_TH_ERRORS
 }
 
-// cell(input, h, c, params, has_biases, cell) -> (h, c)
+// cell(input, states, params, recipe) -> last
 PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fused_rnn::cell", "").typed<fused_rnn::CellSignature>();
-  const Arguments a("cell", args, count, 6);
-  const auto params = a.tensors(3);
-  const OptionalTensor h = a.optional(1), c = a.optional(2);
-  const Tensor& input = a.tensor(0);
-  const bool has_biases = a.boolean(4);
-  const int64_t kind = a.integer(5);
-  auto [new_h, new_c] = [&] {
+  static const auto op = fused_rnn::find_op<fused_rnn::CellSignature>("fused_rnn::cell");
+  Arguments a("cell", args, count, 4);
+  const Tensor& input = a.take<Tensor>("input");
+  const auto states = a.take<std::vector<Tensor>>("states"), params = a.take<std::vector<Tensor>>("params");
+  const auto recipe = a.take<int64_t>("recipe");
+  return list_of_tensors([&] {
     const pybind11::gil_scoped_release no_gil;
-    return op.call(input, h, c, params, has_biases, kind);
-  }();
-  return tuple_of(std::move(new_h), std::move(new_c));
+    return op.call(input, states, params, recipe);
+  }());
   END_HANDLE_TH_ERRORS
 }
 
@@ -188,16 +209,24 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return all;
       },
       "csrc/core/params.h's list of cells: (name, gates, slots, saved, has_c, reads_h) of each.");
+  m.def(
+      "unpack_recipe",
+      [](int64_t packed) {
+        const fused_rnn::Recipe r = fused_rnn::recipe_of(packed, 0);
+        return pybind11::make_tuple(static_cast<int>(r.cell), r.num_layers, r.has_biases, r.bidirectional, r.batch_first,
+                                    r.training);
+      },
+      "(cell, num_layers, has_biases, bidirectional, batch_first, training) of an op's argument `recipe`.");
   m.def("weight_cache", &weight_cache,
         "Packed weights that are kept from one inference to the next on a CPU: limit and bytes, matrices that no call has "
         "in use, and "
         "panels of weights found as they were or packed, since the process began.");
-  m.def("kept_memory", &kept_memory,
+  m.def("memory_pool", &memory_pool,
         "Memory of calls that is kept on a CPU for the next one: bytes and blocks that all threads share, bytes that single "
         "threads have, and how many threads there are that have called.");
   m.def("free_memory", &free_memory,
         "Frees the memory and the packed weights that no call has in use; returns their bytes.");
-  m.def("set_idle_seconds", &fused_rnn::KeptMemory::set_idle_seconds,
+  m.def("set_idle_seconds", &fused_rnn::MemoryPool::set_idle_seconds,
         "After how many seconds memory that all threads share and none wants is freed (10), for tests.");
   m.def(
       "content_hash", [](pybind11::handle tensor) { return content_hash(THPVariable_Unpack(tensor.ptr())); },

@@ -4,15 +4,12 @@
 // alias that autograd does not check, together with y's version: if y was written meanwhile, backward makes it again by
 // forward from the arguments. Arguments are unpacked, which raises for one that was written in place, only where a gradient
 // that is asked for depends on their values.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
-#include "torch/differentiable.h"
-#include "torch/layer.h"
 #include "torch/ops.h"
 
 namespace fused_rnn {
@@ -21,41 +18,44 @@ namespace {
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-auto& layer_backward_differentiable_op() {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("fused_rnn::layer_backward_differentiable", "")
-                       .typed<LayerBackwardSignature>();
-  return op;
-}
-
 // The tensor that was saved, whether or not it was written since. For its shape and dtype alone.
 Tensor unchecked(const SavedVariable& saved) {
   const auto raw = saved.get_raw_data();
   return raw && raw->defined() ? *raw : saved.unpack();  // raises after backward has freed it
 }
 
+std::vector<SavedVariable> saved_variables(at::TensorList tensors) {
+  std::vector<SavedVariable> result;
+  result.reserve(tensors.size());
+  for (const Tensor& t : tensors) result.emplace_back(t, false);
+  return result;
+}
+
+std::vector<Tensor> unpacked(const std::vector<SavedVariable>& saved) {
+  std::vector<Tensor> result;
+  result.reserve(saved.size());
+  for (const SavedVariable& t : saved) result.push_back(t.unpack());
+  return result;
+}
+
 class LayerNode final : public torch::autograd::Node {
  public:
-  explicit LayerNode(const LayerInputs& in) : has_biases_(in.has_biases), bidirectional_(in.bidirectional), cell_(in.cell) {
-    x_ = SavedVariable(in.x, false);
-    h0_ = SavedVariable(in.h0, false);
-    c0_ = SavedVariable(in.c0, false);
-    params_.reserve(in.params.size());
-    for (const Tensor& t : in.params) params_.emplace_back(t, false);
-    offsets_ = SavedVariable(in.offsets, false);
-    lengths_ = own(in.lengths);
-    resets_ = own(in.resets);
-    has_h0_ = in.h0 && in.h0->defined();
-    has_c0_ = in.c0 && in.c0->defined();
-    const auto steps = (in.offsets ? in.offsets->sym_size(0) - 1 : in.x.sym_size(0)).maybe_as_int();
-    one_step_ = steps == 1;
+  explicit LayerNode(const Call& call)
+      : x_(call.x, false),
+        states_(saved_variables(call.states)),
+        params_(saved_variables(call.params)),
+        offsets_(call.rows.offsets, false),
+        lengths_(owned(call.rows.lengths)),
+        resets_(owned(call.rows.resets)),
+        recipe_(call.recipe) {
+    const Tensor& steps = call.rows.offsets ? *call.rows.offsets : call.x;
+    one_step_ = (steps.sym_size(0) - (call.rows.offsets ? 1 : 0)).maybe_as_int() == 1;
   }
 
   void keep(const LayerOutputs& out, bool weight_gradients) {
-    const auto& [y, h_n, c_n, gates, cs] = out;
-    gates_ = SavedVariable(gates, false);
-    cs_ = SavedVariable(cs, false);
-    if (!backward_reads_output(cell_, one_step_ ? 1 : 2, weight_gradients)) return;
+    const Tensor& y = std::get<0>(out);
+    saved_ = saved_variables(std::get<2>(out));
+    if (!backward_reads_output(recipe_.cell, one_step_ ? 1 : 2, weight_gradients)) return;
     y_ = SavedVariable(y.variable_data(), false);
     y_version_ = torch::autograd::impl::version_counter(y);
     y_version_then_ = y_version_.current_version();
@@ -64,29 +64,33 @@ class LayerNode final : public torch::autograd::Node {
 
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
-    variable_list result(3 + params_.size());
+    variable_list result(1 + states_.size() + params_.size());
     const bool any = std::any_of(grads.begin(), grads.end(), [](const Tensor& t) { return t.defined(); });
     const GradientMask mask = wanted();
-    if (!any || !(mask.x || mask.state || mask.weights)) return result;
-    const bool has_c = traits_of(cell_).has_c;
+    if (!any || !(mask.x || mask.states || mask.weights)) return result;
     // All of them also where gradients are to be differentiated, and to make y again.
     const Arguments a = at::GradMode::is_enabled() || written() ? all_arguments() : arguments(mask);
-    const OptionalTensor y = has_y_ ? optional_of(output(a)) : std::nullopt;
-    auto [dx, dh0, dc0, dparams] = layer_backward_op().call(
-        optional_of(grads[0]), optional_of(grads[1]), has_c ? optional_of(grads[2]) : std::nullopt, a.x, a.h0, a.c0,
-        a.params, has_biases_, optional_of(lengths_), optional_of(offsets_.unpack()), optional_of(resets_), y,
-        gates_.unpack(), cs_.unpack(), static_cast<int64_t>(cell_), bidirectional_, {mask.x, mask.state, mask.weights});
+    const Rows rows{optional_of(lengths_), optional_of(offsets_.unpack()), optional_of(resets_), std::nullopt};
+    const Call call{a.x, a.states, a.params, rows, recipe_};
+    std::vector<Tensor> saved = unpacked(saved_);
+    if (has_y_) saved.push_back(written() ? output_again(call) : y_.unpack());
+    OptionalTensors dlast;
+    for (int i = 0; i < state_count(recipe_.cell); ++i) dlast.push_back(optional_of(grads[1 + i]));
+    auto [dx, dstates, dparams] =
+        layer_backward_op().call(optional_of(grads[0]), dlast, call.x, call.states, call.params, list_of(rows), saved,
+                                 pack(recipe_), {mask.x, mask.states, mask.weights});
     if (mask.x) result[0] = dx;
-    if (mask.state && has_h0_) result[1] = dh0;
-    if (mask.state && has_c0_) result[2] = dc0;
-    if (mask.weights) std::copy(dparams.begin(), dparams.end(), result.begin() + 3);
+    if (mask.states) std::copy(dstates.begin(), dstates.end(), result.begin() + 1);
+    if (mask.weights) std::copy(dparams.begin(), dparams.end(), result.begin() + 1 + states_.size());
     return result;
   }
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* saved : {&x_, &h0_, &c0_, &offsets_, &y_, &gates_, &cs_}) saved->reset_data();
-    for (SavedVariable& saved : params_) saved.reset_data();
+    for (SavedVariable* one : {&x_, &offsets_, &y_}) one->reset_data();
+    for (std::vector<SavedVariable>* several : {&states_, &params_, &saved_}) {
+      for (SavedVariable& one : *several) one.reset_data();
+    }
     lengths_ = resets_ = Tensor();
   }
 
@@ -95,36 +99,32 @@ class LayerNode final : public torch::autograd::Node {
  private:
   struct Arguments {
     Tensor x;
-    OptionalTensor h0, c0;
-    std::vector<Tensor> params;
+    std::vector<Tensor> states, params;
   };
 
   // The gradients that this run of backward asks for.
   GradientMask wanted() const {
-    GradientMask mask{task_should_compute_output(0),
-                      (has_h0_ && task_should_compute_output(1)) || (has_c0_ && task_should_compute_output(2)), false};
-    for (size_t i = 0; i < params_.size(); ++i) mask.weights = mask.weights || task_should_compute_output(3 + i);
+    GradientMask mask{task_should_compute_output(0), false, false};
+    size_t i = 1;
+    for (; i <= states_.size(); ++i) mask.states = mask.states || task_should_compute_output(i);
+    for (; i <= states_.size() + params_.size(); ++i) mask.weights = mask.weights || task_should_compute_output(i);
     return mask;
   }
 
-  Arguments all_arguments() const {
-    Arguments a{x_.unpack(), optional_of(h0_.unpack()), optional_of(c0_.unpack()), {}};
-    for (const SavedVariable& t : params_) a.params.push_back(t.unpack());
-    return a;
-  }
+  Arguments all_arguments() const { return {x_.unpack(), unpacked(states_), unpacked(params_)}; }
 
   // Unpacks what the gradients depend on; the others for their shapes alone.
   Arguments arguments(GradientMask mask) const {
     const auto get = [](const SavedVariable& saved, bool check) { return check ? saved.unpack() : unchecked(saved); };
-    Arguments a{get(x_, mask.weights),
-                optional_of(get(h0_, mask.weights || traits_of(cell_).reads_h)),
-                optional_of(c0_.unpack()),
-                {}};
-    const size_t per_direction = params_.size() / (bidirectional_ ? 2 : 1);
+    Arguments a{get(x_, mask.weights), {}, {}};
+    for (size_t i = 0; i < states_.size(); ++i) {
+      a.states.push_back(get(states_[i], i > 0 || mask.weights || traits_of(recipe_.cell).reads_h));
+    }
+    const size_t per_direction = params_.size() / recipe_.directions();
     for (size_t i = 0; i < params_.size(); ++i) {
       const size_t place = i % per_direction;
-      const bool bias = has_biases_ && (place == 2 || place == 3);
-      const bool recurrent = place == 1 && one_step_ && !mask.state;  // then no gradient passes through W_hh
+      const bool bias = recipe_.has_biases && (place == 2 || place == 3);
+      const bool recurrent = place == 1 && one_step_ && !mask.states;  // then no gradient passes through W_hh
       a.params.push_back(get(params_[i], !(bias || recurrent || (place == 0 && !mask.x))));
     }
     return a;
@@ -133,23 +133,19 @@ class LayerNode final : public torch::autograd::Node {
   // Whether y was written since forward.
   bool written() const { return has_y_ && y_version_.current_version() != y_version_then_; }
 
-  // Forward's y, made again if it was written.
-  Tensor output(const Arguments& a) const {
-    if (!written()) return y_.unpack();
+  static Tensor output_again(const Call& call) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return std::get<0>(layer_op().call(a.x, a.h0, a.c0, a.params, has_biases_, optional_of(lengths_),
-                                       optional_of(offsets_.unpack()), optional_of(resets_), static_cast<int64_t>(cell_),
-                                       bidirectional_, /*save=*/false));
+    return std::get<0>(call_layer(call, /*save=*/false));
   }
 
-  SavedVariable x_, h0_, c0_, offsets_, y_, gates_, cs_;
-  std::vector<SavedVariable> params_;
+  SavedVariable x_, y_;
+  std::vector<SavedVariable> states_, params_, saved_;
+  SavedVariable offsets_;
   Tensor lengths_, resets_;
   c10::VariableVersion y_version_{c10::VariableVersion::DISABLED};
   uint32_t y_version_then_ = 0;
-  bool has_y_ = false, has_h0_ = false, has_c0_ = false, one_step_ = false;
-  const bool has_biases_, bidirectional_;
-  const CellKind cell_;
+  bool has_y_ = false, one_step_ = false;
+  const Recipe recipe_;
 };
 
 // torch 2.11 counts the references of a node by std::shared_ptr, torch 2.13 in the node itself.
@@ -164,54 +160,55 @@ Pointer make_node(const Args&... args) {
 
 bool has_tangent(const Tensor& t) { return t.defined() && t._fw_grad(/*level=*/0).defined(); }
 
-bool has_tangents(const LayerInputs& in) {
+bool has_tangents(const Call& call) {
   return torch::autograd::ForwardADLevel::try_get_by_idx(0) &&
-         (has_tangent(in.x) || (in.h0 && has_tangent(*in.h0)) || (in.c0 && has_tangent(*in.c0)) ||
-          std::any_of(in.params.begin(), in.params.end(), has_tangent));
+         (has_tangent(call.x) || std::any_of(call.states.begin(), call.states.end(), has_tangent) ||
+          std::any_of(call.params.begin(), call.params.end(), has_tangent));
 }
 
-LayerOutputs layer_autograd(const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList params,
-                            bool has_biases, const OptionalTensor& lengths, const OptionalTensor& offsets,
-                            const OptionalTensor& resets, int64_t cell, bool bidirectional, bool save) {
-  const LayerInputs in{x, h0, c0, params, has_biases, lengths, offsets, resets, cell_of(cell), bidirectional};
-  TORCH_CHECK_NOT_IMPLEMENTED(!has_tangents(in),
+LayerOutputs layer_autograd(const Tensor& x, at::TensorList states, at::TensorList params, const OptionalTensors& rows,
+                            int64_t recipe, bool save) {
+  const Rows given = rows_of(rows);
+  const Call call{x, states, params, given, layer_recipe_of(recipe)};
+  TORCH_CHECK_NOT_IMPLEMENTED(!has_tangents(call),
                               "fused_rnn::layer has no jvp: forward-mode AD runs on the reference, by "
                               "fused_rnn's modules and functions");
-  const bool differentiate = differentiates(x, h0, c0, params);
-  const auto node = differentiate ? make_node<LayerNode>(in) : nullptr;
-  if (node) node->set_next_edges(torch::autograd::collect_next_edges(x, h0, c0, params));
+  const bool differentiate = differentiates(call);
+  const auto node = differentiate ? make_node<LayerNode>(call) : nullptr;
+  if (node) node->set_next_edges(torch::autograd::collect_next_edges(x, states, params));
   LayerOutputs out = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return layer_op().call(x, h0, c0, params, has_biases, lengths, offsets, resets, cell, bidirectional,
-                           save || differentiate);
+    return call_layer(call, save || differentiate);
   }();
   if (!node) return out;
   static_cast<LayerNode*>(node.get())->keep(out, any_requires_grad(params));
   torch::autograd::set_history(std::get<0>(out), node);
-  torch::autograd::set_history(std::get<1>(out), node);
-  if (traits_of(in.cell).has_c) torch::autograd::set_history(std::get<2>(out), node);
-  if (!save) std::get<3>(out) = std::get<4>(out) = empty_like(x, {0});
+  for (Tensor& t : std::get<1>(out)) torch::autograd::set_history(t, node);
+  if (!save) std::get<2>(out).clear();
   return out;
+}
+
+bool requires_grad(const OptionalTensor& t) { return t && t->defined() && t->requires_grad(); }
+
+bool any_requires_grad_of(const OptionalTensors& tensors) {
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (requires_grad(tensors.get(i))) return true;
+  }
+  return false;
 }
 
 // Inside backward with create_graph the gradients must be differentiable themselves: they are then made by the composite
 // in fused_rnn/_ops.py, which runs the reference once more under autograd.
-LayerGradients layer_backward_autograd(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
-                                       const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                                       at::TensorList params, bool has_biases, const OptionalTensor& lengths,
-                                       const OptionalTensor& offsets, const OptionalTensor& resets, const OptionalTensor& y,
-                                       const Tensor& gates, const Tensor& cs, int64_t cell, bool bidirectional,
-                                       std::array<bool, 3> mask) {
+LayerGradients layer_backward_autograd(const OptionalTensor& dy, const OptionalTensors& dlast, const Tensor& x,
+                                       at::TensorList states, at::TensorList params, const OptionalTensors& rows,
+                                       at::TensorList saved, int64_t recipe, std::array<bool, 3> mask) {
+  static const auto differentiable_op = find_op<LayerBackwardSignature>("fused_rnn::layer_backward_differentiable");
   const bool differentiate =
-      at::GradMode::is_enabled() && (requires_grad(dy) || requires_grad(dh_n) || requires_grad(dc_n) || x.requires_grad() ||
-                                     requires_grad(h0) || requires_grad(c0) || any_requires_grad(params));
-  if (differentiate) {
-    return layer_backward_differentiable_op().call(dy, dh_n, dc_n, x, h0, c0, params, has_biases, lengths, offsets, resets,
-                                                   y, gates, cs, cell, bidirectional, mask);
-  }
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return layer_backward_op().call(dy, dh_n, dc_n, x, h0, c0, params, has_biases, lengths, offsets, resets, y, gates, cs,
-                                  cell, bidirectional, mask);
+      at::GradMode::is_enabled() && (requires_grad(dy) || any_requires_grad_of(dlast) || x.requires_grad() ||
+                                     any_requires_grad(states) || any_requires_grad(params));
+  if (differentiate) return differentiable_op.call(dy, dlast, x, states, params, rows, saved, recipe, mask);
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return layer_backward_op().call(dy, dlast, x, states, params, rows, saved, recipe, mask);
 }
 
 }  // namespace

@@ -62,7 +62,7 @@ struct Block {
   int64_t requests;  // of its use, when it was given
 };
 
-std::atomic<double> idle_seconds{KeptMemory::kIdleSeconds};
+std::atomic<double> idle_seconds{MemoryPool::kIdleSeconds};
 
 // What all threads keep together. Whoever uses it holds cpu::kept_lock().
 class Pool {
@@ -89,7 +89,7 @@ class Pool {
     return memory;
   }
   void give(Use use, void* memory, int64_t bytes, Dropped& dropped) {
-    while (!blocks_.empty() && (bytes_ + bytes > KeptMemory::kMostShared || blocks_.size() == kMostBlocks)) {
+    while (!blocks_.empty() && (bytes_ + bytes > MemoryPool::kMostShared || blocks_.size() == kMostBlocks)) {
       dropped.add(blocks_.front().memory);  // the oldest go first
       erase(blocks_.begin());
     }
@@ -120,7 +120,7 @@ class Pool {
   std::vector<Slot*> slots;  // of the threads that run
 
  private:
-  static constexpr size_t kMostBlocks = KeptMemory::kMostShared / KeptMemory::kLeastShared;
+  static constexpr size_t kMostBlocks = MemoryPool::kMostShared / MemoryPool::kLeastShared;
   static constexpr int64_t kPatience = 32;  // requests of each thread that did not want a block
 
   static bool serves(const Block& block, int64_t bytes) {
@@ -141,7 +141,7 @@ Pool& pool() {
 }
 
 void* take_shared(Use use, int64_t& bytes) {
-  if (bytes <= KeptMemory::kMostShared) {
+  if (bytes <= MemoryPool::kMostShared) {
     Dropped dropped;
     const std::lock_guard<std::mutex> held(cpu::kept_lock());
     if (void* memory = pool().take(use, bytes, dropped)) return memory;
@@ -151,7 +151,7 @@ void* take_shared(Use use, int64_t& bytes) {
 
 void give_shared(Use use, void* memory, int64_t bytes) {
   Dropped dropped;
-  if (bytes > KeptMemory::kMostShared) {
+  if (bytes > MemoryPool::kMostShared) {
     dropped.add(memory);
     return;
   }
@@ -189,7 +189,7 @@ OwnSlot& own_slot() {
 
 }  // namespace
 
-at::Tensor KeptMemory::empty(at::IntArrayRef shape, at::ScalarType type, int64_t bytes) {
+at::Tensor MemoryPool::empty(at::IntArrayRef shape, at::ScalarType type, int64_t bytes) {
   // Gives the memory back once, when the tensor is gone or could not be made.
   struct Block {
     void* memory = nullptr;
@@ -204,7 +204,7 @@ at::Tensor KeptMemory::empty(at::IntArrayRef shape, at::ScalarType type, int64_t
   return at::from_blob(block->memory, shape, [block](void*) {}, at::TensorOptions(type));
 }
 
-void* KeptMemory::take_workspace(int64_t& bytes) {
+void* MemoryPool::take_workspace(int64_t& bytes) {
   if (bytes >= kLeastShared) return take_shared(Use::kWorkspace, bytes);
   OwnSlot& own = own_slot();
   constexpr unsigned kLook = 1024;  // calls between looks for what other threads left idle
@@ -224,14 +224,14 @@ void* KeptMemory::take_workspace(int64_t& bytes) {
   return c10::alloc_cpu(bytes);
 }
 
-void KeptMemory::give_workspace(void* memory, int64_t bytes) {
+void MemoryPool::give_workspace(void* memory, int64_t bytes) {
   if (bytes >= kLeastShared) return give_shared(Use::kWorkspace, memory, bytes);
   OwnSlot& own = own_slot();
   own->bytes.store(bytes, std::memory_order_relaxed);
   if (void* other = own->memory.exchange(memory, std::memory_order_acq_rel)) c10::free_cpu(other);
 }
 
-KeptMemory::Statistics KeptMemory::statistics() {
+MemoryPool::Statistics MemoryPool::statistics() {
   const std::lock_guard<std::mutex> held(cpu::kept_lock());
   Statistics result{pool().bytes(), pool().count(), 0, static_cast<int64_t>(pool().slots.size())};
   for (const Slot* slot : pool().slots) {
@@ -240,7 +240,7 @@ KeptMemory::Statistics KeptMemory::statistics() {
   return result;
 }
 
-int64_t KeptMemory::free() {
+int64_t MemoryPool::free() {
   Dropped dropped;
   const std::lock_guard<std::mutex> held(cpu::kept_lock());
   int64_t bytes = pool().bytes();
@@ -254,6 +254,6 @@ int64_t KeptMemory::free() {
   return bytes;
 }
 
-void KeptMemory::set_idle_seconds(double seconds) { idle_seconds = seconds; }
+void MemoryPool::set_idle_seconds(double seconds) { idle_seconds = seconds; }
 
 }  // namespace fused_rnn

@@ -12,7 +12,7 @@
 
 namespace fused_rnn {
 
-class KeptMemory {
+class MemoryPool {
  public:
   static constexpr int64_t kLeastShared = int64_t{1} << 20, kMostShared = int64_t{256} << 20;
   static constexpr double kIdleSeconds = 10;

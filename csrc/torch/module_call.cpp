@@ -1,6 +1,7 @@
 // A call of a module in one C++ call, for the case that streaming makes most often: plain CPU tensors, no hooks. A step of a small
 // network takes a few microseconds, and nn.Module.__call__, forward and the dispatcher were more than that. Returns None in
-// every other case and for arguments that do not fit: nn.Module.__call__ then runs forward, which raises what there is to raise.
+// every other case and for arguments that the layer's checks refuse (call.h): nn.Module.__call__ then runs forward, whose checks
+// in modules.py and cells.py raise what there is to raise.
 #include "torch/module_call.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -18,7 +19,7 @@ namespace {
 // The names of an nn.Module's fields.
 struct Names {
   PyObject *parameters, *weights_override, *flat_weights_names, *num_layers, *bidirectional, *batch_first, *input_size,
-      *hidden_size, *proj_size, *bias, *dropout, *training, *mode, *nonlinearity, *forward, *compiled, *call;
+      *hidden_size, *bias, *dropout, *training, *mode, *nonlinearity, *forward, *compiled, *call;
   PyObject* cell_weights;  // tuple
   PyObject* hooks[4];
 };
@@ -34,7 +35,6 @@ const Names& names() {
                  name("batch_first"),
                  name("input_size"),
                  name("hidden_size"),
-                 name("proj_size"),
                  name("bias"),
                  name("dropout"),
                  name("training"),
@@ -79,10 +79,10 @@ class Borrowed {
   }
   void reserve(size_t count) { tensors_.reserve(count); }
   void push_back(const Tensor& t) { tensors_.push_back(c10::MaybeOwnedTraits<Tensor>::createBorrow(t)); }
-  const std::vector<Tensor>& tensors() const { return tensors_; }
+  at::TensorList tensors() const { return tensors_; }
 
  private:
-  std::vector<Tensor> tensors_;
+  c10::SmallVector<Tensor, 5> tensors_;
 };
 
 // A module's __dict__. Every getter returns false where the field is missing or of another type.
@@ -114,7 +114,7 @@ class Fields {
     value = PyFloat_AsDouble(item);
     return true;
   }
-  // The parameters of these names (a list or a tuple), in order.
+  // The parameters of these names (a list or a tuple), in order: at least two, matrices first.
   bool parameters(PyObject* wanted, Borrowed& weights, bool skip_none) const {
     PyObject* all = get(names().parameters);
     if (!all || !PyDict_Check(all) || !wanted || !(PyList_Check(wanted) || PyTuple_Check(wanted))) return false;
@@ -126,62 +126,26 @@ class Fields {
       if (!item || !THPVariable_CheckExact(item)) return false;
       weights.push_back(THPVariable_Unpack(item));
     }
-    return !weights.tensors().empty();
+    return weights.tensors().size() >= 2 && weights.tensors()[0].dim() == 2;
   }
 
  private:
   PyObject* dict_;
 };
 
-// A state that is borrowed or none.
-class BorrowedState {
- public:
-  BorrowedState() = default;
-  BorrowedState(const BorrowedState&) = delete;
-  BorrowedState& operator=(const BorrowedState&) = delete;
-  ~BorrowedState() {
-    if (state_) c10::MaybeOwnedTraits<Tensor>::destroyBorrow(*state_);
-  }
-  // object: a tensor, None, or null for None; false for anything else.
-  bool read(PyObject* object) {
-    if (!object || object == Py_None) return true;
-    if (!THPVariable_CheckExact(object)) return false;
-    state_.emplace(c10::MaybeOwnedTraits<Tensor>::createBorrow(THPVariable_Unpack(object)));
-    return true;
-  }
-  const OptionalTensor& get() const { return state_; }
-
- private:
-  OptionalTensor state_;
-};
-
-bool same_dtype(const Tensor& input, const std::vector<Tensor>& weights) {
-  return std::all_of(weights.begin(), weights.end(),
-                     [&](const Tensor& w) { return w.scalar_type() == input.scalar_type(); });
-}
-
-bool fits(const OptionalTensor& state, at::IntArrayRef shape, const Tensor& input) {
-  return !state || (state->sizes() == shape && state->scalar_type() == input.scalar_type());
-}
-// An LSTM's c may be float where the input has 16 bits.
-bool c_fits(const OptionalTensor& c, at::IntArrayRef shape, const Tensor& input) {
-  return fits(c, shape, input) || (input.element_size() == 2 && c->scalar_type() == at::kFloat && c->sizes() == shape);
-}
-
 // Runs f without the GIL, and with the tensors owned, where it takes long enough for another thread to gain from it: more than
 // `work` multiply-adds, some ten microseconds.
 template <class F>
-auto run(const Tensor& input, const OptionalTensor& h, const OptionalTensor& c, const std::vector<Tensor>& weights,
-         int64_t steps, F&& f) {
+Results run(const Call& call, F&& f) {
   constexpr int64_t kShort = int64_t{1} << 19;
   int64_t work = 0;
-  for (const Tensor& w : weights) work += w.numel();
-  if (work * steps <= kShort) return f();
-  const std::vector<Tensor> owned = weights;
-  const Tensor owned_input = input;
-  const OptionalTensor owned_h = h, owned_c = c;
+  for (const Tensor& w : call.params) work += w.numel();
+  const int64_t rows = call.x.numel() / std::max<int64_t>(call.x.size(-1), 1);
+  if (work * rows <= kShort) return f(call);
+  const std::vector<Tensor> params = call.params.vec(), states = call.states.vec();
+  const Tensor x = call.x;
   const pybind11::gil_scoped_release no_gil;
-  return f();
+  return f(Call{x, states, params, call.rows, call.recipe, call.one_step});
 }
 
 PyObject* pair_of(PyObject* first, PyObject* second) {
@@ -191,57 +155,70 @@ PyObject* pair_of(PyObject* first, PyObject* second) {
   return result;
 }
 
-// The call of a layer module; null where the general way must be taken.
-PyObject* call_layers(const Fields& fields, int64_t cell, const Tensor& input, const OptionalTensor& h0,
-                      const OptionalTensor& c0) {
-  const Names& n = names();
-  int64_t num_layers = 0, input_size = 0, hidden = 0, proj = 0;
-  bool bidirectional = false, batch_first = false, bias = false, training = false;
-  double dropout = 0;
-  Borrowed borrowed;
-  if (fields.has(n.weights_override) || !fields.read(n.num_layers, num_layers) || !fields.read(n.input_size, input_size) ||
-      !fields.read(n.hidden_size, hidden) || !fields.read(n.proj_size, proj) ||
-      !fields.read(n.bidirectional, bidirectional) || !fields.read(n.batch_first, batch_first) ||
-      !fields.read(n.bias, bias) || !fields.read(n.training, training) || !fields.read(n.dropout, dropout) ||
-      !fields.parameters(fields.get(n.flat_weights_names), borrowed, false)) {
-    return nullptr;
-  }
-  const std::vector<Tensor>& weights = borrowed.tensors();
-  if (input.dim() != 3 || input.size(2) != input_size || input.size(0) == 0 || input.size(1) == 0 ||
-      !same_dtype(input, weights) || !runs_plainly_on_cpu(input, h0, c0, weights)) {
-    return nullptr;
-  }
-  const int64_t rows = num_layers * (bidirectional ? 2 : 1), batch = input.size(batch_first ? 0 : 1);
-  if (!fits(h0, {rows, batch, proj ? proj : hidden}, input) || !c_fits(c0, {rows, batch, hidden}, input)) return nullptr;
-  auto [y, h_n, c_n] = run(input, h0, c0, weights, input.size(0) * input.size(1), [&] {
-    return rnn_on_cpu(input, h0, c0, weights, std::nullopt, std::nullopt, std::nullopt, cell, num_layers, bias,
-                      bidirectional, dropout, training, batch_first);
-  });
-  PyObject* output = THPVariable_Wrap(std::move(y));
-  PyObject* h = THPVariable_Wrap(std::move(h_n));
-  return pair_of(output, c_n.defined() ? pair_of(h, THPVariable_Wrap(std::move(c_n))) : h);
+// A state, or a tuple of two.
+PyObject* wrapped(States states) {
+  PyObject* h = THPVariable_Wrap(std::move(states[0]));
+  return states.size() == 2 ? pair_of(h, THPVariable_Wrap(std::move(states[1]))) : h;
 }
 
-// The call of a cell module; null where the general way must be taken.
-PyObject* call_cell(const Fields& fields, int64_t cell, const Tensor& input, const OptionalTensor& h,
-                    const OptionalTensor& c) {
-  int64_t input_size = 0, hidden = 0;
-  Borrowed borrowed;
-  if (!fields.read(names().input_size, input_size) || !fields.read(names().hidden_size, hidden) ||
-      !fields.parameters(names().cell_weights, borrowed, true)) {
+// False where the general way must be taken, also for what the layer's checks refuse: its errors are torch.nn's.
+bool run_call(const Call& call, Results& results) {
+  if (!runs_plainly_on_cpu(call)) return false;
+  try {
+    results = run(call, run_on_cpu);
+  } catch (const c10::Error&) {
+    return false;
+  }
+  return true;
+}
+
+// (output, last states) of a layer module; null where the general way must be taken.
+PyObject* call_layers(const Fields& fields, CellKind cell, const Tensor& input, at::TensorList states) {
+  const Names& n = names();
+  Recipe recipe;
+  recipe.cell = cell;
+  int64_t input_size = 0, hidden_size = 0;
+  Borrowed weights;
+  if (input.dim() != 3 || fields.has(n.weights_override) || !fields.read(n.num_layers, recipe.num_layers) ||
+      recipe.num_layers < 1 || !fields.read(n.bidirectional, recipe.bidirectional) ||
+      !fields.read(n.batch_first, recipe.batch_first) || !fields.read(n.bias, recipe.has_biases) ||
+      !fields.read(n.training, recipe.training) || !fields.read(n.dropout, recipe.dropout) ||
+      !fields.read(n.input_size, input_size) || !fields.read(n.hidden_size, hidden_size) ||
+      !fields.parameters(fields.get(n.flat_weights_names), weights, false)) {
     return nullptr;
   }
-  const std::vector<Tensor>& weights = borrowed.tensors();
-  if (input.dim() != 2 || input.size(1) != input_size || input.size(0) == 0 ||
-      (weights.size() != 2 && weights.size() != 4) || !same_dtype(input, weights) ||
-      !fits(h, {input.size(0), hidden}, input) || !c_fits(c, {input.size(0), hidden}, input) ||
-      !runs_plainly_on_cpu(input, h, c, weights)) {
+  const at::TensorList params = weights.tensors();
+  if (input.size(2) != input_size || input.size(0) == 0 || input.size(1) == 0 ||
+      params[0].size(0) != gate_count(cell) * hidden_size) {
     return nullptr;
   }
-  auto [new_h, new_c] =
-      run(input, h, c, weights, input.size(0), [&] { return cell_on_cpu(input, h, c, weights, weights.size() == 4, cell); });
-  PyObject* result = THPVariable_Wrap(std::move(new_h));
-  return new_c.defined() ? pair_of(result, THPVariable_Wrap(std::move(new_c))) : result;
+  const Rows all;
+  Results results;
+  if (!run_call({input, states, params, all, recipe}, results)) return nullptr;
+  PyObject* output = THPVariable_Wrap(std::move(results.y));
+  return pair_of(output, wrapped(std::move(results.last)));
+}
+
+// The last states of a cell module; null where the general way must be taken.
+PyObject* call_cell(const Fields& fields, CellKind cell, const Tensor& input, at::TensorList states) {
+  Recipe recipe;
+  recipe.cell = cell;
+  int64_t input_size = 0, hidden_size = 0;
+  Borrowed weights;
+  if (input.dim() != 2 || !fields.read(names().input_size, input_size) || !fields.read(names().hidden_size, hidden_size) ||
+      !fields.parameters(names().cell_weights, weights, true)) {
+    return nullptr;
+  }
+  const at::TensorList params = weights.tensors();
+  if (input.size(1) != input_size || input.size(0) == 0 || (params.size() != 2 && params.size() != 4) ||
+      params[1].dim() != 2 || params[1].size(1) != hidden_size) {
+    return nullptr;
+  }
+  recipe.has_biases = params.size() == 4;
+  const Rows all;
+  Results results;
+  if (!run_call({input, states, params, all, recipe, /*one_step=*/true}, results)) return nullptr;
+  return wrapped(std::move(results.last));
 }
 
 // Which forward nn.Module.__call__ would run, if it would do nothing else; null where it would or where forward is another's.
@@ -273,6 +250,23 @@ int64_t cell_by_name(const Fields& fields, bool is_cell) {
   return cell ? PyLong_AsLongLong(cell) : -1;
 }
 
+// A tensor, a tuple of `count` tensors, or None for none of them (also null); false for anything else.
+bool read_states(PyObject* hx, int count, Borrowed& states) {
+  if (!hx || hx == Py_None) return true;
+  states.reserve(count);
+  if (count == 1) {
+    if (!THPVariable_CheckExact(hx)) return false;
+    states.push_back(THPVariable_Unpack(hx));
+    return true;
+  }
+  if (!PyTuple_Check(hx) || PyTuple_GET_SIZE(hx) != count) return false;
+  for (int i = 0; i < count; ++i) {
+    if (!THPVariable_CheckExact(PyTuple_GET_ITEM(hx, i))) return false;
+    states.push_back(THPVariable_Unpack(PyTuple_GET_ITEM(hx, i)));
+  }
+  return true;
+}
+
 PyObject* call(PyObject* module, PyObject* input, PyObject* hx) {
   if (!THPVariable_CheckExact(input) || at::impl::torch_function_mode_enabled()) return nullptr;
   if (THPVariable_Unpack(input).is_complex() || THPVariable_Unpack(input).is_nested()) return nullptr;  // have no kernels
@@ -281,18 +275,12 @@ PyObject* call(PyObject* module, PyObject* input, PyObject* hx) {
   const Fields fields(dict.ptr());
   const Watched::Forward* forward = plain_forward(module, fields);
   if (!forward) return nullptr;
-  const int64_t cell = forward->cell >= 0 ? forward->cell : cell_by_name(fields, forward->is_cell);
-  if (cell < 0) return nullptr;
-  BorrowedState h, c;
-  if (traits_of(static_cast<CellKind>(cell)).has_c && hx && hx != Py_None) {
-    if (!PyTuple_Check(hx) || PyTuple_GET_SIZE(hx) != 2 || PyTuple_GET_ITEM(hx, 0) == Py_None ||
-        PyTuple_GET_ITEM(hx, 1) == Py_None || !h.read(PyTuple_GET_ITEM(hx, 0)) || !c.read(PyTuple_GET_ITEM(hx, 1))) {
-      return nullptr;
-    }
-  } else if (!h.read(hx)) {
-    return nullptr;
-  }
-  return (forward->is_cell ? call_cell : call_layers)(fields, cell, THPVariable_Unpack(input), h.get(), c.get());
+  const int64_t number = forward->cell >= 0 ? forward->cell : cell_by_name(fields, forward->is_cell);
+  if (number < 0) return nullptr;
+  const auto cell = static_cast<CellKind>(number);
+  Borrowed states;
+  if (!read_states(hx, state_count(cell), states)) return nullptr;
+  return (forward->is_cell ? call_cell : call_layers)(fields, cell, THPVariable_Unpack(input), states.tensors());
 }
 
 }  // namespace

@@ -8,47 +8,64 @@
 
 namespace fused_rnn {
 
-using LayerSignature = LayerOutputs(const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                                    at::TensorList params, bool has_biases, const OptionalTensor& lengths,
-                                    const OptionalTensor& offsets, const OptionalTensor& resets, int64_t cell,
-                                    bool bidirectional, bool save);
+using LayerSignature = LayerOutputs(const Tensor& x, at::TensorList states, at::TensorList params,
+                                    const OptionalTensors& rows, int64_t recipe, bool save);
 
-using LayerBackwardSignature = LayerGradients(const OptionalTensor& dy, const OptionalTensor& dh_n,
-                                              const OptionalTensor& dc_n, const Tensor& x, const OptionalTensor& h0,
-                                              const OptionalTensor& c0, at::TensorList params, bool has_biases,
-                                              const OptionalTensor& lengths, const OptionalTensor& offsets,
-                                              const OptionalTensor& resets, const OptionalTensor& y, const Tensor& gates,
-                                              const Tensor& cs, int64_t cell, bool bidirectional, std::array<bool, 3> mask);
+using LayerBackwardSignature = LayerGradients(const OptionalTensor& dy, const OptionalTensors& dlast, const Tensor& x,
+                                              at::TensorList states, at::TensorList params, const OptionalTensors& rows,
+                                              at::TensorList saved, int64_t recipe, std::array<bool, 3> mask);
 
-using RnnSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor& input, const OptionalTensor& h0,
-                                                        const OptionalTensor& c0, at::TensorList weights,
-                                                        const OptionalTensor& lengths, const OptionalTensor& offsets,
-                                                        const OptionalTensor& resets, int64_t cell, int64_t num_layers,
-                                                        bool has_biases, bool bidirectional, double dropout, bool training,
-                                                        bool batch_first);
+using RnnSignature = std::tuple<Tensor, std::vector<Tensor>>(const Tensor& input, at::TensorList states,
+                                                             at::TensorList weights, const OptionalTensors& rows,
+                                                             int64_t recipe, double dropout);
 
-using CellSignature = std::tuple<Tensor, Tensor>(const Tensor& input, const OptionalTensor& h, const OptionalTensor& c,
-                                                 at::TensorList params, bool has_biases, int64_t cell);
+using CellSignature = std::vector<Tensor>(const Tensor& input, at::TensorList states, at::TensorList params, int64_t recipe);
 
-// The ops of one layer, through the dispatcher.
-using LayerOp = c10::TypedOperatorHandle<LayerSignature>;
-using LayerBackwardOp = c10::TypedOperatorHandle<LayerBackwardSignature>;
-const LayerOp& layer_op();
-const LayerBackwardOp& layer_backward_op();
+// The ops, through the dispatcher.
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Signature>();
+}
+const c10::TypedOperatorHandle<LayerBackwardSignature>& layer_backward_op();
+LayerOutputs call_layer(const Call& call, bool save);
 
-// Whether a call on these tensors concerns the CPU kernels, and autograd, alone: autocast, dispatch modes, tracing, subclasses and
-// the profiler have no part in it, so that it need not go through the dispatcher.
-bool runs_plainly_on_cpu(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights);
-// fused_rnn::rnn and fused_rnn::cell for such calls; c_n and c are undefined where the ops return an empty tensor.
-RnnSignature rnn_on_cpu;
-CellSignature cell_on_cpu;
+// y, and the last state of each kind.
+struct Results {
+  Tensor y;
+  States last;
+};
 
-// The part of states [layers * directions, B, H], and of the weights, that belongs to one layer.
-OptionalTensor states_of_layer(const OptionalTensor& states, int64_t layer, int64_t directions, int64_t layers);
-at::TensorList params_of_layer(at::TensorList weights, int64_t layer, int64_t layers);
+Tensor dropout_between(const Tensor& y, double probability);
+// The last states of all layers.
+States joined(const std::vector<States>& of_layers);
 
-// The final states of all layers.
-Tensor joined(const std::vector<Tensor>& states);
+// A stack of layers, dropout between them, each by layer(Call) -> Results.
+template <class Layer>
+Results run_stack(const Call& stack, const Layer& layer) {
+  const Recipe& recipe = stack.recipe;
+  TORCH_CHECK_VALUE(stack.params.size() % recipe.num_layers == 0,
+                    "weights: expected a multiple of num_layers=", recipe.num_layers, " tensors, got ", stack.params.size());
+  Rows rows = stack.rows;
+  if (recipe.batch_first && rows.resets) rows.resets = rows.resets->transpose(0, 1);
+  Tensor y = recipe.batch_first ? stack.x.transpose(0, 1) : stack.x;
+  std::vector<States> last;
+  for (int64_t l = 0; l < recipe.num_layers; ++l) {
+    const States states = states_of_layer(stack, l);
+    Results made = layer(Call{y, states, params_of_layer(stack, l), rows, recipe.of_layer()});
+    y = std::move(made.y);
+    last.push_back(std::move(made.last));
+    if (recipe.dropout > 0 && recipe.training && l + 1 < recipe.num_layers) y = dropout_between(y, recipe.dropout);
+  }
+  return {recipe.batch_first ? y.transpose(0, 1) : y, joined(last)};
+}
+
+// Whether a call concerns the CPU kernels, and autograd, alone: autocast, dispatch modes, tracing, subclasses and the profiler
+// have no part in it, so that it need not go through the dispatcher.
+bool runs_plainly_on_cpu(const Call& call);
+// fused_rnn::rnn, or with call.one_step fused_rnn::cell, of such a call.
+Results run_on_cpu(const Call& call);
+// fused_rnn::rnn of a call with the device of its rows' integers as it is; fused_rnn::cell of a step.
+Results run_composite(const Call& call);
 
 // Whether neither tracing nor functorch nor a mode has a part in calls.
 bool nothing_intercepts();
@@ -56,13 +73,8 @@ bool nothing_intercepts();
 bool is_plain(const Tensor& t);
 
 #ifdef FUSED_RNN_WITH_CUDA
-// fused_rnn::rnn as a wavefront of chunks (plan_overlap.h), or none where the layers are to be called in turn. host_offsets: the
-// offsets where they were given on the host.
-std::optional<std::tuple<Tensor, Tensor, Tensor>> overlapped_rnn(
-    const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
-    const OptionalTensor& lengths, const OptionalTensor& offsets, const OptionalTensor& host_offsets,
-    const OptionalTensor& resets, int64_t cell, int64_t num_layers, bool has_biases, bool bidirectional, double dropout,
-    bool training, bool batch_first);
+// fused_rnn::rnn as a wavefront of chunks (plan/overlap.h), or none where the layers are to be called in turn.
+std::optional<Results> overlapped_rnn(const Call& call);
 
 // Integers of the host on input's device, without a copy that the host would have to wait for or that a capture would refuse.
 Tensor on_cuda(const Tensor& integers, const Tensor& input);

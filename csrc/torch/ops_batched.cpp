@@ -27,6 +27,9 @@ class Samples {
   void include(at::TensorList tensors) {
     for (const Tensor& t : tensors) include(t);
   }
+  void include(const OptionalTensors& tensors) {
+    for (size_t i = 0; i < tensors.size(); ++i) include(tensors.get(i));
+  }
   int64_t count() const { return count_; }
 
   Tensor at(const Tensor& t, int64_t index) const {
@@ -46,40 +49,49 @@ class Samples {
     for (const Tensor& t : tensors) result.push_back(at(t, index));
     return result;
   }
+  OptionalTensors at(const OptionalTensors& tensors, int64_t index) const {
+    OptionalTensors result;
+    for (size_t i = 0; i < tensors.size(); ++i) result.push_back(at(OptionalTensor(tensors.get(i)), index));
+    return result;
+  }
   Tensor joined(const std::vector<Tensor>& of_samples) const {
     return at::addBatchDim(at::stack(of_samples), level_, /*dim=*/0);
+  }
+  // of_samples: for each sample a list of tensors.
+  std::vector<Tensor> joined(const std::vector<std::vector<Tensor>>& of_samples) const {
+    std::vector<Tensor> result;
+    for (size_t i = 0; i < of_samples[0].size(); ++i) {
+      std::vector<Tensor> one;
+      for (const std::vector<Tensor>& sample : of_samples) one.push_back(sample[i]);
+      result.push_back(joined(one));
+    }
+    return result;
   }
 
  private:
   int64_t level_ = -1, count_ = 0;
 };
 
-LayerGradients layer_backward_batched(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
-                                      const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                                      at::TensorList params, bool has_biases, const OptionalTensor& lengths,
-                                      const OptionalTensor& offsets, const OptionalTensor& resets, const OptionalTensor& y,
-                                      const Tensor& gates, const Tensor& cs, int64_t cell, bool bidirectional,
-                                      std::array<bool, 3> mask) {
+LayerGradients layer_backward_batched(const OptionalTensor& dy, const OptionalTensors& dlast, const Tensor& x,
+                                      at::TensorList states, at::TensorList params, const OptionalTensors& rows,
+                                      at::TensorList saved, int64_t recipe, std::array<bool, 3> mask) {
   Samples samples;
-  for (const OptionalTensor* t : {&dy, &dh_n, &dc_n, &h0, &c0, &lengths, &offsets, &resets, &y}) samples.include(*t);
-  for (const Tensor* t : {&x, &gates, &cs}) samples.include(*t);
-  samples.include(params);
+  samples.include(dy);
+  samples.include(dlast);
+  samples.include(x);
+  for (const at::TensorList& tensors : {states, params, saved}) samples.include(tensors);
+  samples.include(rows);
   TORCH_CHECK_VALUE(samples.count() > 0, "fused_rnn::layer_backward: expected at least one gradient in the batch, got 0");
-  std::vector<Tensor> dx, dh0, dc0;
-  std::vector<std::vector<Tensor>> dparams(params.size());
+  std::vector<Tensor> dx;
+  std::vector<std::vector<Tensor>> dstates, dparams;
   for (int64_t i = 0; i < samples.count(); ++i) {
-    auto made = layer_backward_op().call(
-        samples.at(dy, i), samples.at(dh_n, i), samples.at(dc_n, i), samples.at(x, i), samples.at(h0, i), samples.at(c0, i),
-        samples.at(params, i), has_biases, samples.at(lengths, i), samples.at(offsets, i), samples.at(resets, i),
-        samples.at(y, i), samples.at(gates, i), samples.at(cs, i), cell, bidirectional, mask);
-    dx.push_back(std::get<0>(made));
-    dh0.push_back(std::get<1>(made));
-    dc0.push_back(std::get<2>(made));
-    for (size_t p = 0; p < dparams.size(); ++p) dparams[p].push_back(std::get<3>(made)[p]);
+    auto made = layer_backward_op().call(samples.at(dy, i), samples.at(dlast, i), samples.at(x, i), samples.at(states, i),
+                                         samples.at(params, i), samples.at(rows, i), samples.at(saved, i), recipe, mask);
+    dx.push_back(std::move(std::get<0>(made)));
+    dstates.push_back(std::move(std::get<1>(made)));
+    dparams.push_back(std::move(std::get<2>(made)));
   }
-  std::vector<Tensor> joined;
-  for (const auto& of_samples : dparams) joined.push_back(samples.joined(of_samples));
-  return {samples.joined(dx), samples.joined(dh0), samples.joined(dc0), std::move(joined)};
+  return {samples.joined(dx), samples.joined(dstates), samples.joined(dparams)};
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include "cuda/backend.h"
+#include "torch/device.h"
 #include "torch/ops.h"
 #include "torch/settings.h"
 
@@ -26,72 +27,75 @@ Tensor on_cuda(const Tensor& integers, const Tensor& input) {
   return result;
 }
 
-void project_rows(const LayerInputs& in, const ForwardCall& call, const Tensor& x, int64_t d, int64_t first, int64_t end) {
-  const ForwardParams& p = call.params;
+void project_rows(const Call& call, const ForwardCall& made, const Tensor& x, int64_t d, int64_t first, int64_t end) {
+  const ForwardParams& p = made.params;
   const int64_t columns = gate_count(p.cell) * p.H;
-  const int64_t per_direction = static_cast<int64_t>(in.params.size()) / p.D;
-  const auto w = in.params.slice(d * per_direction, per_direction);
+  const auto w = call.params_of_direction(d);
   const Tensor rows = x.slice(0, first, end);
-  Tensor out = call.gates.select(0, d).view({p.seq.N, slot_count(p.cell) * p.H}).slice(0, first, end).slice(1, 0, columns);
-  if (in.has_biases) {
+  Tensor out = made.gates.select(0, d).view({p.seq.N, slot_count(p.cell) * p.H}).slice(0, first, end).slice(1, 0, columns);
+  if (call.recipe.has_biases) {
     at::addmm_out(out, w[2], rows, w[0].t());
   } else {
     at::mm_out(out, rows, w[0].t());
   }
 }
 
-namespace {
-
-LayerOutputs layer_cuda(const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList params,
-                        bool has_biases, const OptionalTensor& lengths, const OptionalTensor& offsets,
-                        const OptionalTensor& resets, int64_t cell, bool bidirectional, bool save) {
-  const c10::cuda::CUDAGuard device_guard(x.device());
-  const LayerInputs in{x, h0, c0, params, has_biases, lengths, offsets, resets, cell_of(cell), bidirectional};
-  ForwardCall call = prepare_forward(in, save);
-  if (call.params.seq.B > 0) {
-    call.params.allow_tf32 = allows_tf32(x);
-    const MatmulPrecision precision(call.params.allow_tf32);
-    const Plan& plan = cuda::plan_for(cuda::problem_of(call.params), x.get_device(), family_setting());
-    if (plan.family != Family::kCell) {
-      allocate_gates(call);
-      const Tensor rows = x.reshape({call.params.seq.N, call.params.I});
-      for (int d = 0; d < call.params.D; ++d) project_rows(in, call, rows, d, 0, call.params.seq.N);
-    }
-    const Tensor workspace = at::empty({plan.workspace_bytes}, x.options().dtype(at::kByte));
-    call.params.workspace = workspace.data_ptr();
-    cuda::forward(call.params, plan, c10::cuda::getCurrentCUDAStream().stream());
-  }
-  return forward_outputs(call, save);
+Tensor workspace_of(const Plan& plan, const Tensor& x) {
+  return at::empty({plan.workspace_bytes}, x.options().dtype(at::kByte));
 }
 
-LayerGradients layer_backward_cuda(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
-                                   const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                                   at::TensorList params, bool has_biases, const OptionalTensor& lengths,
-                                   const OptionalTensor& offsets, const OptionalTensor& resets, const OptionalTensor& y,
-                                   const Tensor& gates, const Tensor& cs, int64_t cell, bool bidirectional,
-                                   std::array<bool, 3> mask) {
+namespace {
+
+LayerOutputs layer_cuda(const Tensor& x, at::TensorList states, at::TensorList params, const OptionalTensors& rows,
+                        int64_t recipe, bool save) {
   const c10::cuda::CUDAGuard device_guard(x.device());
-  const LayerInputs in{x, h0, c0, params, has_biases, lengths, offsets, resets, cell_of(cell), bidirectional};
-  const BackwardInputs grads{dy, dh_n, dc_n, y, gates, cs};
-  const GradientMask wanted{mask[0], mask[1], mask[2]};
-  BackwardCall call = prepare_backward(in, grads, wanted);
-  const bool allow_tf32 = allows_tf32(x);
-  const MatmulPrecision precision(allow_tf32);
-  if (call.params.seq.B > 0) {
-    call.params.allow_tf32 = allow_tf32;
-    if (!(mask[1] && h0)) call.params.d_h0 = nullptr;  // one launch less
-    const Plan& plan = cuda::plan_for(cuda::problem_of(call.params), x.get_device(), family_setting());
-    const Tensor workspace = at::empty({plan.workspace_bytes}, x.options().dtype(at::kByte));
-    call.params.workspace = workspace.data_ptr();
-    cuda::backward(call.params, plan, c10::cuda::getCurrentCUDAStream().stream());
+  const Rows given = rows_of(rows);
+  const Call call{x, states, params, given, layer_recipe_of(recipe)};
+  ForwardCall made = prepare_forward(call, save);
+  ForwardParams& p = made.params;
+  if (p.seq.B > 0) {
+    p.allow_tf32 = allows_tf32(x);
+    const MatmulPrecision precision(p.allow_tf32);
+    const Plan& plan = cuda::plan_for(cuda::problem_of(p), x.get_device(), family_setting());
+    if (plan.family != Family::kCell) {
+      allocate_gates(made);
+      const Tensor all = x.reshape({p.seq.N, p.I});
+      for (int d = 0; d < p.D; ++d) project_rows(call, made, all, d, 0, p.seq.N);
+    }
+    const Tensor workspace = workspace_of(plan, x);
+    p.workspace = workspace.data_ptr();
+    cuda::forward(p, plan, c10::cuda::getCurrentCUDAStream().stream());
   }
-  return gradients_of_layer(in, grads, call, wanted);
+  return forward_outputs(made, save);
+}
+
+LayerGradients layer_backward_cuda(const OptionalTensor& dy, const OptionalTensors& dlast, const Tensor& x,
+                                   at::TensorList states, at::TensorList params, const OptionalTensors& rows,
+                                   at::TensorList saved, int64_t recipe, std::array<bool, 3> mask) {
+  const c10::cuda::CUDAGuard device_guard(x.device());
+  const Rows given_rows = rows_of(rows);
+  const Call call{x, states, params, given_rows, layer_recipe_of(recipe)};
+  const CellKind cell = call.recipe.cell;
+  const ResultGradients given{dy, gradients_of_last(cell, dlast), saved_of(cell, saved)};
+  const GradientMask wanted{mask[0], mask[1], mask[2]};
+  BackwardCall made = prepare_backward(call, given, wanted);
+  BackwardParams& p = made.params;
+  p.allow_tf32 = allows_tf32(x);
+  const MatmulPrecision precision(p.allow_tf32);
+  if (p.seq.B > 0) {
+    if (!(wanted.states && call.h0())) p.d_h0 = nullptr;  // one launch less
+    const Plan& plan = cuda::plan_for(cuda::problem_of(p), x.get_device(), family_setting());
+    const Tensor workspace = workspace_of(plan, x);
+    p.workspace = workspace.data_ptr();
+    cuda::backward(p, plan, c10::cuda::getCurrentCUDAStream().stream());
+  }
+  return gradients_of_layer(call, given, made, wanted);
 }
 
 }  // namespace
 }  // namespace fused_rnn
 
-TORCH_LIBRARY_IMPL(fused_rnn, CUDA, m) {
+TORCH_LIBRARY_IMPL(fused_rnn, FUSED_RNN_DEVICE_KEY, m) {
   m.impl("layer", fused_rnn::layer_cuda);
   m.impl("layer_backward", fused_rnn::layer_backward_cuda);
 }

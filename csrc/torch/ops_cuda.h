@@ -20,7 +20,10 @@ struct MatmulPrecision {
   }
 };
 
-// x W_ih^T + b_ih of direction d in rows [first, end) of memory, into the first G slots of call.gates; x: [N, I].
-void project_rows(const LayerInputs& in, const ForwardCall& call, const Tensor& x, int64_t d, int64_t first, int64_t end);
+// x W_ih^T + b_ih of direction d in rows [first, end) of memory, into the first G slots of made.gates; x: [N, I].
+void project_rows(const Call& call, const ForwardCall& made, const Tensor& x, int64_t d, int64_t first, int64_t end);
+
+// The memory that a plan asks for.
+Tensor workspace_of(const Plan& plan, const Tensor& x);
 
 }  // namespace fused_rnn

@@ -96,57 +96,41 @@ void run_tasks(const Schedule& schedule, const Run& run) {
 }
 
 // The arguments of one layer of the stack.
-struct StackedInputs {
+struct StackedLayer {
   const Tensor x;  // contiguous
-  const OptionalTensor h0, c0;
-  const LayerInputs in;
+  const States states;
+  const Call call;
 
-  StackedInputs(const StackCall& s, const Tensor& input, int64_t layer)
+  StackedLayer(const Call& s, const Tensor& input, int64_t layer)
       : x(input.contiguous()),
-        h0(states_of_layer(s.h0, layer, s.bidirectional ? 2 : 1, s.layers)),
-        c0(states_of_layer(s.c0, layer, s.bidirectional ? 2 : 1, s.layers)),
-        in{x,
-           h0,
-           c0,
-           params_of_layer(s.weights, layer, s.layers),
-           s.has_biases,
-           s.lengths,
-           s.offsets,
-           s.resets,
-           s.cell,
-           s.bidirectional} {}
-  StackedInputs(const StackedInputs&) = delete;
+        states(states_of_layer(s, layer)),
+        call{x, states, params_of_layer(s, layer), s.rows, s.recipe.of_layer()} {}
+  StackedLayer(const StackedLayer&) = delete;
 };
 
-struct ForwardLayer : StackedInputs {
-  using StackedInputs::StackedInputs;
-  ForwardCall call;
+struct ForwardLayer : StackedLayer {
+  using StackedLayer::StackedLayer;
+  ForwardCall made;
   Tensor workspace, carry;
 };
 
-struct BackwardLayer : StackedInputs {
-  OptionalTensor dy;  // of all layers but the last the dx of the one above
-  const OptionalTensor y;
-  const BackwardInputs grads;
-  BackwardCall call;
+struct BackwardLayer : StackedLayer {
+  const ResultGradients given;  // dy: of all layers but the last the dx of the one above
+  BackwardCall made;
   Tensor workspace, carry, dx;
 
-  BackwardLayer(const StackCall& s, const Tensor& input, int64_t layer, const OptionalTensor& output_gradient,
-                const StackGradients& given, const LayerOutputs& saved)
-      : StackedInputs(s, input, layer),
-        dy(output_gradient),
-        y(std::get<0>(saved)),
-        grads{dy, given.dh_n[layer], given.dc_n[layer], y, std::get<3>(saved), std::get<4>(saved)} {}
+  BackwardLayer(const Call& s, const Tensor& input, int64_t layer, ResultGradients gradients)
+      : StackedLayer(s, input, layer), given(std::move(gradients)) {}
 };
 
 // The rows of memory of the steps of a stack: those of time t begin at at(t).
-struct Rows {
+struct StepRows {
   int64_t batch;
   const int64_t* offsets;  // null: dense
 
-  explicit Rows(const StackCall& s)
-      : batch(s.offsets ? s.h0->size(1) : s.x.size(1)),
-        offsets(s.offsets ? s.host_offsets->const_data_ptr<int64_t>() : nullptr) {}
+  explicit StepRows(const Call& s)
+      : batch(s.rows.offsets ? s.h0()->size(1) : s.x.size(1)),
+        offsets(s.rows.offsets ? s.rows.host_offsets->const_data_ptr<int64_t>() : nullptr) {}
   int64_t at(int64_t t) const { return offsets ? offsets[t] : t * batch; }
   // Of a contiguous [N, ...] or [T, B, ...], those of times [first, end).
   Tensor of(const Tensor& t, int64_t first, int64_t end) const {
@@ -154,28 +138,37 @@ struct Rows {
   }
 };
 
-// The stack, if its shapes are those of one; what does not fit is left to the layers, which say so. Where the rows of packed steps
+// Whether shapes are those of a stack; what does not fit is left to the layers, which say so. Where the rows of packed steps
 // lie must be known on the host.
-std::optional<Stack> stack_of(const StackCall& s, bool training, bool backward) {
-  const at::TensorList params = params_of_layer(s.weights, s.layers - 1, s.layers);
-  const bool packed = s.offsets.has_value();
+bool fits(const Call& s, at::TensorList params) {
+  const bool packed = s.rows.offsets.has_value();
   if (s.x.dim() != (packed ? 2 : 3) || s.x.numel() == 0 || params.size() < 2 || params[0].dim() != 2 ||
       params[1].dim() != 2 || params[1].numel() == 0) {
-    return std::nullopt;
+    return false;
   }
-  if (packed && (!s.host_offsets || s.host_offsets->scalar_type() != at::kLong || !s.host_offsets->is_contiguous() ||
-                 s.host_offsets->size(0) < 2 || !s.h0 || s.h0->dim() != 3)) {
-    return std::nullopt;
-  }
-  const Rows rows(s);
-  const int64_t T = packed ? s.host_offsets->size(0) - 1 : s.x.size(0);
-  return Stack{
-      {s.cell, dtype_of(s.x), allows_tf32(s.x), T, rows.batch, params[0].size(1), params[1].size(0) / gate_count(s.cell),
-       params[1].size(1), s.bidirectional ? 2 : 1, s.lengths.has_value() || packed, training, backward},
-      s.x.size(-1),
-      static_cast<int>(s.layers),
-      rows.at(T),
-      s.dropout};
+  const OptionalTensor& offsets = s.rows.host_offsets;
+  return !packed || (offsets && offsets->scalar_type() == at::kLong && offsets->is_contiguous() && offsets->size(0) >= 2 &&
+                     s.h0() && s.h0()->dim() == 3);
+}
+
+std::optional<Stack> stack_of(const Call& s, bool training, bool backward) {
+  const at::TensorList params = params_of_layer(s, s.recipe.num_layers - 1);
+  if (!fits(s, params)) return std::nullopt;
+  const StepRows rows(s);
+  Problem layer{};
+  layer.cell = s.recipe.cell;
+  layer.dtype = dtype_of(s.x);
+  layer.allow_tf32 = allows_tf32(s.x);
+  layer.T = s.rows.offsets ? s.rows.host_offsets->size(0) - 1 : s.x.size(0);
+  layer.B = rows.batch;
+  layer.I = params[0].size(1);
+  layer.H = params[1].size(0) / gate_count(layer.cell);
+  layer.P = params[1].size(1);
+  layer.D = static_cast<int>(s.recipe.directions());
+  layer.ragged = s.rows.ragged();
+  layer.training = training;
+  layer.backward = backward;
+  return Stack{layer, s.x.size(-1), static_cast<int>(s.recipe.num_layers), rows.at(layer.T), s.recipe.dropout};
 }
 
 double scale_of(double dropout) { return 1 / (1 - dropout); }
@@ -187,19 +180,15 @@ void drop_rows(Tensor to, const Tensor& from, const Tensor& left, double dropout
 }
 
 // What is left to do of a layer's gradients: dx of the layers above the first is a task of the schedule.
-GradientMask masks_of(const std::vector<std::array<bool, 3>>& masks, int64_t layer) {
-  return {layer == 0 && masks[layer][0], masks[layer][1], masks[layer][2]};
-}
-
-Tensor workspace_of(const Plan& plan, const Tensor& x) {
-  return at::empty({plan.workspace_bytes}, x.options().dtype(at::kByte));
+GradientMask mask_of(const std::vector<GradientMask>& masks, int64_t layer) {
+  return {layer == 0 && masks[layer].x, masks[layer].states, masks[layer].weights};
 }
 
 }  // namespace
 
 Tensor dropped(const Tensor& t, const Tensor& left, double dropout) { return at::mul(at::mul(t, left), scale_of(dropout)); }
 
-std::optional<StackOutputs> overlapped_forward(const StackCall& s, bool save) {
+std::optional<StackOutputs> overlapped_forward(const Call& s, bool save) {
   const c10::cuda::CUDAGuard device_guard(s.x.device());
   const auto stack = stack_of(s, save, /*backward=*/false);
   if (!stack) return std::nullopt;
@@ -209,48 +198,49 @@ std::optional<StackOutputs> overlapped_forward(const StackCall& s, bool save) {
 
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const MatmulPrecision precision(stack->layer.allow_tf32);
-  const Rows all(s);
-  StackOutputs made;
+  const StepRows all(s);
+  const double dropout = s.recipe.dropout;
+  StackOutputs results;
   std::deque<ForwardLayer> layers;
-  for (int64_t l = 0; l < s.layers; ++l) {
-    Tensor x = l == 0 ? s.x : layers.back().call.y;
-    if (l > 0 && s.dropout > 0) {
+  for (int64_t l = 0; l < s.recipe.num_layers; ++l) {
+    Tensor x = l == 0 ? s.x : layers.back().made.y;
+    if (l > 0 && dropout > 0) {
       // The call that the layers in turn would make, in their order, so it draws the same mask; what it makes of an output that is
       // not there yet is written over.
-      const auto [room, left] = at::native_dropout(x, s.dropout, /*train=*/true);
-      made.inputs.push_back(x = room);
-      made.left.push_back(left);
+      const auto [room, left] = at::native_dropout(x, dropout, /*train=*/true);
+      results.inputs.push_back(x = room);
+      results.left.push_back(left);
     }
     ForwardLayer& layer = layers.emplace_back(s, x, l);
-    layer.call = prepare_forward(layer.in, save);
-    ForwardParams& p = layer.call.params;
+    layer.made = prepare_forward(layer.call, save);
+    ForwardParams& p = layer.made.params;
     p.allow_tf32 = stack->layer.allow_tf32;
-    allocate_gates(layer.call);
+    allocate_gates(layer.made);
     layer.workspace = workspace_of(plan, s.x);
     layer.carry = at::empty({p.D, p.seq.B, p.H}, s.x.options().dtype(at::kFloat));
     p.workspace = layer.workspace.data_ptr();
   }
   run_tasks(schedule, [&](const OverlapTask& task, void* stream) {
     const ForwardLayer& layer = layers[task.layer];
-    const ForwardParams& p = layer.call.params;
+    const ForwardParams& p = layer.made.params;
     if (!task.project) return cuda::forward_steps(p, plan, {task.first, task.end, layer.carry.data_ptr<float>()}, stream);
     // With two directions the whole layer below is there.
-    if (task.layer > 0 && s.dropout > 0 && (p.D == 1 || task.first == 0)) {
+    if (task.layer > 0 && dropout > 0 && (p.D == 1 || task.first == 0)) {
       const auto rows = [&](const Tensor& t) { return p.D == 1 ? all.of(t, task.first, task.end) : t; };
-      drop_rows(rows(layer.x), rows(layers[task.layer - 1].call.y), rows(made.left[task.layer - 1]), s.dropout);
+      drop_rows(rows(layer.x), rows(layers[task.layer - 1].made.y), rows(results.left[task.layer - 1]), dropout);
     }
     for (int d = 0; d < p.D; ++d) {
       const int64_t first = d ? p.seq.T - task.end : task.first, end = d ? p.seq.T - task.first : task.end;
-      project_rows(layer.in, layer.call, layer.x.view({p.seq.N, p.I}), d, all.at(first), all.at(end));
+      project_rows(layer.call, layer.made, layer.x.view({p.seq.N, p.I}), d, all.at(first), all.at(end));
     }
   });
-  for (const ForwardLayer& layer : layers) made.layers.push_back(forward_outputs(layer.call, save));
-  return made;
+  for (const ForwardLayer& layer : layers) results.layers.push_back(forward_outputs(layer.made, save));
+  return results;
 }
 
-std::optional<std::vector<LayerGradients>> overlapped_backward(const StackCall& s, const StackGradients& given,
+std::optional<std::vector<LayerGradients>> overlapped_backward(const Call& s, const StackGradients& given,
                                                                const StackOutputs& saved,
-                                                               const std::vector<std::array<bool, 3>>& masks) {
+                                                               const std::vector<GradientMask>& masks) {
   const c10::cuda::CUDAGuard device_guard(s.x.device());
   const auto stack = stack_of(s, /*training=*/true, /*backward=*/true);
   if (!stack) return std::nullopt;
@@ -260,16 +250,20 @@ std::optional<std::vector<LayerGradients>> overlapped_backward(const StackCall& 
 
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const MatmulPrecision precision(stack->layer.allow_tf32);
-  const Rows all(s);
+  const StepRows all(s);
+  const double dropout = s.recipe.dropout;
   std::deque<BackwardLayer> layers;  // the first is the lowest
-  for (int64_t l = s.layers - 1; l >= 0; --l) {
+  for (int64_t l = s.recipe.num_layers - 1; l >= 0; --l) {
+    const auto& [y, last, of_layer] = saved.layers[l];
     const OptionalTensor dy = layers.empty() ? given.dy : OptionalTensor(layers.front().dx);
-    const Tensor& x = l == 0 ? s.x : s.dropout > 0 ? saved.inputs[l - 1] : std::get<0>(saved.layers[l - 1]);
-    BackwardLayer& layer = layers.emplace_front(s, x, l, dy, given, saved.layers[l]);
-    layer.call = prepare_backward(layer.in, layer.grads, masks_of(masks, l));
-    BackwardParams& p = layer.call.params;
+    Saved kept = saved_of(s.recipe.cell, of_layer);
+    kept.y = y;
+    const Tensor& x = l == 0 ? s.x : dropout > 0 ? saved.inputs[l - 1] : std::get<0>(saved.layers[l - 1]);
+    BackwardLayer& layer = layers.emplace_front(s, x, l, ResultGradients{dy, given.of_last[l], kept});
+    layer.made = prepare_backward(layer.call, layer.given, mask_of(masks, l));
+    BackwardParams& p = layer.made.params;
     p.allow_tf32 = stack->layer.allow_tf32;
-    if (!(masks[l][1] && layer.h0)) p.d_h0 = nullptr;
+    if (!(masks[l].states && layer.call.h0())) p.d_h0 = nullptr;
     layer.workspace = workspace_of(plan, s.x);
     layer.carry = at::empty({2, p.D, p.seq.B, p.H}, s.x.options().dtype(at::kFloat));
     p.workspace = layer.workspace.data_ptr();
@@ -277,18 +271,18 @@ std::optional<std::vector<LayerGradients>> overlapped_backward(const StackCall& 
   }
   run_tasks(schedule, [&](const OverlapTask& task, void* stream) {
     const BackwardLayer& layer = layers[task.layer];
-    const BackwardParams& p = layer.call.params;
+    const BackwardParams& p = layer.made.params;
     if (!task.project) return cuda::backward_steps(p, plan, {task.first, task.end, layer.carry.data_ptr<float>()}, stream);
     const BackwardLayer& above = layers[task.layer + 1];
     const int64_t first = all.at(p.seq.T - task.end), end = all.at(p.seq.T - task.first);
-    const Tensor dg = above.call.d_gates.view({p.seq.N, slot_count(p.cell) * p.H}).slice(0, first, end);
+    const Tensor dg = above.made.d_gates.view({p.seq.N, slot_count(p.cell) * p.H}).slice(0, first, end);
     const Tensor dx = above.dx.view({p.seq.N, -1}).slice(0, first, end);
-    input_gradient(above.in, input_columns(p.cell, p.H, dg), dx, /*d=*/0);
-    if (s.dropout > 0) drop_rows(dx, dx, saved.left[task.layer].view({p.seq.N, -1}).slice(0, first, end), s.dropout);
+    input_gradient(above.call, input_columns(p.cell, p.H, dg), dx, /*d=*/0);
+    if (dropout > 0) drop_rows(dx, dx, saved.left[task.layer].view({p.seq.N, -1}).slice(0, first, end), dropout);
   });
   std::vector<LayerGradients> gradients;
-  for (int64_t l = 0; l < s.layers; ++l) {
-    gradients.push_back(gradients_of_layer(layers[l].in, layers[l].grads, layers[l].call, masks_of(masks, l)));
+  for (int64_t l = 0; l < s.recipe.num_layers; ++l) {
+    gradients.push_back(gradients_of_layer(layers[l].call, layers[l].given, layers[l].made, mask_of(masks, l)));
   }
   return gradients;
 }

@@ -3,12 +3,15 @@
 #include <ATen/ops/cat.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include "torch/differentiable.h"
+#include "torch/device.h"
 #include "torch/ops.h"
 #include "torch/overlap_cuda.h"
 
 namespace fused_rnn {
 namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
 
 // A tensor without elements that has t's version: it changes when t is written in place.
 Tensor version_of(const Tensor& t) {
@@ -17,89 +20,100 @@ Tensor version_of(const Tensor& t) {
   return witness;
 }
 
-// One node of the graph, whose backward overlaps too. Its results, in this order, are every layer's y, h_n, c_n, gates and
-// cs. Only the last y goes to the caller, but where gradients are differentiated the others have gradients too. The caller
-// may write into its results before backward runs: final states are not kept, and the last y is kept as layer_autograd.cpp
-// does, as an alias with its version then.
+// Lists of tensors one after the other, as save_for_backward keeps them, with the length of each.
+struct Lists {
+  variable_list tensors;
+  std::vector<int64_t> lengths;
+
+  void add(at::TensorList list) {
+    tensors.insert(tensors.end(), list.begin(), list.end());
+    lengths.push_back(static_cast<int64_t>(list.size()));
+  }
+};
+
+// The lists of a Lists, taken in the order in which they were added.
+class ListReader {
+ public:
+  ListReader(at::TensorList tensors, c10::IntArrayRef lengths) : tensors_(tensors), lengths_(lengths) {}
+  at::TensorList next() {
+    const at::TensorList list = tensors_.slice(begin_, lengths_[number_]);
+    begin_ += lengths_[number_++];
+    return list;
+  }
+
+ private:
+  at::TensorList tensors_;
+  c10::IntArrayRef lengths_;
+  size_t begin_ = 0, number_ = 0;
+};
+
+// One node of the graph, whose backward overlaps too. Its results are every layer's y, then every layer's last states, then
+// what every layer saved. Only the last y goes to the caller, but where gradients are differentiated the others have gradients
+// too. The caller may write into its results before backward runs: last states are not kept, and the last y is kept as
+// layer_autograd.cpp does, as an alias with its version then.
 class StackFunction : public torch::autograd::Function<StackFunction> {
  public:
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& x,
-                                                const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
-                                                const StackCall* stack, const StackOutputs* made) {
-    torch::autograd::variable_list results, saved{x,
-                                                  tensor_of(h0),
-                                                  tensor_of(c0),
-                                                  own(stack->lengths),
-                                                  tensor_of(stack->offsets),
-                                                  tensor_of(stack->host_offsets),
-                                                  own(stack->resets)};
-    const auto append = [&](auto part) {
-      for (const LayerOutputs& layer : made->layers) results.push_back(std::get<decltype(part)::value>(layer));
-    };
-    append(std::integral_constant<int, 0>{});
-    append(std::integral_constant<int, 1>{});
-    append(std::integral_constant<int, 2>{});
-    append(std::integral_constant<int, 3>{});
-    append(std::integral_constant<int, 4>{});
-    const int64_t layers = stack->layers;
-    saved.insert(saved.end(), results.begin(), results.begin() + layers - 1);
-    saved.push_back(results[layers - 1].variable_data());
-    saved.insert(saved.end(), results.begin() + 3 * layers, results.end());
-    saved.insert(saved.end(), made->inputs.begin(), made->inputs.end());
-    saved.insert(saved.end(), made->left.begin(), made->left.end());
-    saved.insert(saved.end(), weights.begin(), weights.end());
-    ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["output_version"] = version_of(results[layers - 1]);
-    ctx->saved_data["output_version_then"] = static_cast<int64_t>(results[layers - 1]._version());
-    ctx->saved_data["has_biases"] = stack->has_biases;
-    ctx->saved_data["cell"] = static_cast<int64_t>(stack->cell);
-    ctx->saved_data["layers"] = stack->layers;
-    ctx->saved_data["bidirectional"] = stack->bidirectional;
-    ctx->saved_data["dropout"] = stack->dropout;
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, at::TensorList states, at::TensorList weights,
+                               const Call* stack, const StackOutputs* made) {
+    variable_list ys, results;
+    for (const LayerOutputs& layer : made->layers) ys.push_back(std::get<0>(layer));
+    results = ys;
+    for (const LayerOutputs& layer : made->layers) {
+      results.insert(results.end(), std::get<1>(layer).begin(), std::get<1>(layer).end());
+    }
+    const auto differentiable = static_cast<int64_t>(results.size());
+    for (const LayerOutputs& layer : made->layers) {
+      results.insert(results.end(), std::get<2>(layer).begin(), std::get<2>(layer).end());
+    }
+    const Tensor last_y = ys.back();
+    ys.back() = last_y.variable_data();
+    const Rows& rows = stack->rows;
+    Lists kept;
+    kept.add(Tensor(x));
+    kept.add(states);
+    kept.add(weights);
+    kept.add(variable_list{owned(rows.lengths), tensor_of(rows.offsets), tensor_of(rows.host_offsets), owned(rows.resets)});
+    kept.add(ys);
+    for (const LayerOutputs& layer : made->layers) kept.add(std::get<2>(layer));
+    kept.add(made->inputs);
+    kept.add(made->left);
+    ctx->save_for_backward(std::move(kept.tensors));
+    ctx->saved_data["lengths"] = kept.lengths;
+    ctx->saved_data["output_version"] = version_of(last_y);
+    ctx->saved_data["output_version_then"] = static_cast<int64_t>(last_y._version());
+    ctx->saved_data["recipe"] = pack(stack->recipe);
+    ctx->saved_data["dropout"] = stack->recipe.dropout;
     ctx->saved_data["need_x"] = x.requires_grad();
-    ctx->saved_data["need_state"] = requires_grad(h0) || requires_grad(c0);
-    const int64_t differentiable = stack->layers * (traits_of(stack->cell).has_c ? 3 : 2);
+    ctx->saved_data["need_states"] = any_requires_grad(states);
     ctx->mark_non_differentiable({results.begin() + differentiable, results.end()});
     ctx->set_materialize_grads(false);
     return results;
   }
 
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
-                                                 torch::autograd::variable_list grads) {
-    const auto saved = ctx->get_saved_variables();
-    const int64_t layers = ctx->saved_data["layers"].toInt();
-    const double dropout = ctx->saved_data["dropout"].toDouble();
-    constexpr size_t kFixed = 7;
-    const size_t dropouts = dropout > 0 ? layers - 1 : 0;
-    constexpr int64_t kOfLayer = 3;  // y, gates, cs
-    const at::TensorList all(saved), results = all.slice(kFixed, kOfLayer * layers),
-                                     inputs = all.slice(kFixed + kOfLayer * layers, dropouts),
-                                     left = all.slice(kFixed + kOfLayer * layers + dropouts, dropouts);
-    const OptionalTensor h0 = optional_of(saved[1]), c0 = optional_of(saved[2]), lengths = optional_of(saved[3]),
-                         offsets = optional_of(saved[4]), host_offsets = optional_of(saved[5]),
-                         resets = optional_of(saved[6]);
-    const StackCall stack{saved[0],
-                          h0,
-                          c0,
-                          all.slice(kFixed + kOfLayer * layers + 2 * dropouts),
-                          ctx->saved_data["has_biases"].toBool(),
-                          lengths,
-                          offsets,
-                          host_offsets,
-                          resets,
-                          cell_of(ctx->saved_data["cell"].toInt()),
-                          layers,
-                          ctx->saved_data["bidirectional"].toBool(),
-                          dropout};
-    StackOutputs outputs{{}, inputs.vec(), left.vec()};
-    std::vector<std::array<bool, 3>> masks;
-    StackGradients given{optional_of(grads[layers - 1]), {}, {}};
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto tensors = ctx->get_saved_variables();
+    const auto lengths = ctx->saved_data["lengths"].toIntVector();
+    ListReader kept(tensors, lengths);
+    const at::TensorList x = kept.next(), states = kept.next(), weights = kept.next(), of_rows = kept.next(),
+                         ys = kept.next();
+    const Rows rows{optional_of(of_rows[0]), optional_of(of_rows[1]), optional_of(of_rows[3]), optional_of(of_rows[2])};
+    const Recipe recipe = recipe_of(ctx->saved_data["recipe"].toInt(), ctx->saved_data["dropout"].toDouble());
+    const Call stack{x[0], states, weights, rows, recipe};
+    StackOutputs outputs;
+    for (const Tensor& y : ys) outputs.layers.emplace_back(y, std::vector<Tensor>(), kept.next().vec());
+    outputs.inputs = kept.next().vec();
+    outputs.left = kept.next().vec();
+
+    const int64_t layers = recipe.num_layers, last_states = state_count(recipe.cell);
+    std::vector<GradientMask> masks;
+    StackGradients given{optional_of(grads[layers - 1]), {}};
     for (int64_t l = 0; l < layers; ++l) {
-      outputs.layers.emplace_back(results[l], Tensor(), Tensor(), results[layers + l], results[2 * layers + l]);
-      masks.push_back({l > 0 || ctx->saved_data["need_x"].toBool(), ctx->saved_data["need_state"].toBool(),
-                       any_requires_grad(params_of_layer(stack.weights, l, layers))});
-      given.dh_n.push_back(optional_of(grads[layers + l]));
-      given.dc_n.push_back(traits_of(stack.cell).has_c ? optional_of(grads[2 * layers + l]) : std::nullopt);
+      masks.push_back({l > 0 || ctx->saved_data["need_x"].toBool(), ctx->saved_data["need_states"].toBool(),
+                       any_requires_grad(params_of_layer(stack, l))});
+      given.of_last.emplace_back();
+      for (int64_t i = 0; i < last_states; ++i) {
+        given.of_last.back().push_back(optional_of(grads[layers + l * last_states + i]));
+      }
     }
     if (ctx->saved_data["output_version"].toTensor()._version() != ctx->saved_data["output_version_then"].toInt()) {
       std::get<0>(outputs.layers.back()) = last_output(stack, outputs);
@@ -113,56 +127,59 @@ class StackFunction : public torch::autograd::Function<StackFunction> {
   }
 
  private:
-  // The last layer's y once more, of what is saved below it.
-  static Tensor last_output(const StackCall& s, const StackOutputs& outputs) {
-    const int64_t last = s.layers - 1, directions = s.bidirectional ? 2 : 1;
-    const Tensor x = last == 0 ? s.x : s.dropout > 0 ? outputs.inputs[last - 1] : std::get<0>(outputs.layers[last - 1]);
+  // The input of a layer, of what is saved below it.
+  static Tensor input_of(const Call& s, const StackOutputs& outputs, int64_t layer) {
+    if (layer == 0) return s.x;
+    return s.recipe.dropout > 0 ? outputs.inputs[layer - 1] : std::get<0>(outputs.layers[layer - 1]);
+  }
+
+  // The last layer's y once more.
+  static Tensor last_output(const Call& s, const StackOutputs& outputs) {
+    const int64_t last = s.recipe.num_layers - 1;
+    const Tensor x = input_of(s, outputs, last);
+    const States states = states_of_layer(s, last);
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return std::get<0>(layer_op().call(x, states_of_layer(s.h0, last, directions, s.layers),
-                                       states_of_layer(s.c0, last, directions, s.layers),
-                                       params_of_layer(s.weights, last, s.layers), s.has_biases, s.lengths, s.offsets,
-                                       s.resets, static_cast<int64_t>(s.cell), s.bidirectional, /*save=*/false));
+    return std::get<0>(call_layer({x, states, params_of_layer(s, last), s.rows, s.recipe.of_layer()}, /*save=*/false));
   }
 
   // Layer by layer; differentiable where autograd asks for that: then an input is made of the output below it again. hidden:
   // gradients of the layers' outputs.
-  static std::vector<LayerGradients> in_turn(const StackCall& s, const StackGradients& given, const StackOutputs& outputs,
-                                             const std::vector<std::array<bool, 3>>& masks,
-                                             const torch::autograd::variable_list& hidden) {
-    const int64_t directions = s.bidirectional ? 2 : 1;
-    std::vector<LayerGradients> made(s.layers);
+  static std::vector<LayerGradients> in_turn(const Call& s, const StackGradients& given, const StackOutputs& outputs,
+                                             const std::vector<GradientMask>& masks, const variable_list& hidden) {
+    const double dropout = s.recipe.dropout;
+    std::vector<LayerGradients> made(s.recipe.num_layers);
     Tensor dy = tensor_of(given.dy);
-    for (int64_t l = s.layers - 1; l >= 0; --l) {
-      const auto& [y, h_n, c_n, gates, cs] = outputs.layers[l];
-      Tensor x = l == 0 ? s.x : std::get<0>(outputs.layers[l - 1]);
-      if (l > 0 && s.dropout > 0) {
-        x = at::GradMode::is_enabled() ? dropped(x, outputs.left[l - 1], s.dropout) : outputs.inputs[l - 1];
-      }
-      made[l] = layer_backward_op().call(
-          optional_of(dy), given.dh_n[l], given.dc_n[l], x, states_of_layer(s.h0, l, directions, s.layers),
-          states_of_layer(s.c0, l, directions, s.layers), params_of_layer(s.weights, l, s.layers), s.has_biases, s.lengths,
-          s.offsets, s.resets, y, gates, cs, static_cast<int64_t>(s.cell), s.bidirectional, masks[l]);
+    for (int64_t l = s.recipe.num_layers - 1; l >= 0; --l) {
+      const auto& [y, last, saved] = outputs.layers[l];
+      const bool again = l > 0 && dropout > 0 && at::GradMode::is_enabled();
+      const Tensor x =
+          again ? dropped(std::get<0>(outputs.layers[l - 1]), outputs.left[l - 1], dropout) : input_of(s, outputs, l);
+      std::vector<Tensor> saved_with_y = saved;
+      saved_with_y.push_back(y);
+      OptionalTensors dlast;
+      for (const OptionalTensor& t : given.of_last[l]) dlast.push_back(t);
+      made[l] =
+          layer_backward_op().call(optional_of(dy), dlast, x, states_of_layer(s, l), params_of_layer(s, l), list_of(s.rows),
+                                   saved_with_y, pack(s.recipe.of_layer()), {masks[l].x, masks[l].states, masks[l].weights});
       if (l == 0) break;
       dy = std::get<0>(made[l]);
-      if (s.dropout > 0) dy = dropped(dy, outputs.left[l - 1], s.dropout);
+      if (dropout > 0) dy = dropped(dy, outputs.left[l - 1], dropout);
       if (hidden[l - 1].defined()) dy = at::add(dy, hidden[l - 1]);
     }
     return made;
   }
 
-  static torch::autograd::variable_list gradients_of_arguments(const StackCall& s, const std::vector<LayerGradients>& made,
-                                                               const std::vector<std::array<bool, 3>>& masks) {
-    torch::autograd::variable_list result{Tensor(), Tensor(), Tensor()};
-    std::vector<Tensor> dh0, dc0;
-    if (masks[0][0]) result[0] = std::get<0>(made[0]);
-    for (int64_t l = 0; l < s.layers; ++l) {
-      const auto& [dx, dh, dc, dparams] = made[l];
-      dh0.push_back(dh);
-      dc0.push_back(dc);
-      for (const Tensor& t : dparams) result.push_back(masks[l][2] ? t : Tensor());
+  static variable_list gradients_of_arguments(const Call& s, const std::vector<LayerGradients>& made,
+                                              const std::vector<GradientMask>& masks) {
+    variable_list result{masks[0].x ? std::get<0>(made[0]) : Tensor()};
+    for (size_t i = 0; i < s.states.size(); ++i) {
+      std::vector<Tensor> of_layers;
+      for (const LayerGradients& layer : made) of_layers.push_back(std::get<1>(layer)[i]);
+      result.push_back(masks[0].states ? at::cat(of_layers) : Tensor());
     }
-    if (masks[0][1] && s.h0) result[1] = at::cat(dh0);
-    if (masks[0][1] && s.c0) result[2] = at::cat(dc0);
+    for (size_t l = 0; l < made.size(); ++l) {
+      for (const Tensor& t : std::get<2>(made[l])) result.push_back(masks[l].weights ? t : Tensor());
+    }
     result.resize(result.size() + 2);  // for forward's other arguments
     return result;
   }
@@ -170,49 +187,37 @@ class StackFunction : public torch::autograd::Function<StackFunction> {
 
 }  // namespace
 
-std::optional<std::tuple<Tensor, Tensor, Tensor>> overlapped_rnn(
-    const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
-    const OptionalTensor& lengths, const OptionalTensor& offsets, const OptionalTensor& host_offsets,
-    const OptionalTensor& resets, int64_t cell, int64_t num_layers, bool has_biases, bool bidirectional, double dropout,
-    bool training, bool batch_first) {
-  const auto plain = [](const Tensor& t) { return t.is_cuda() && is_plain(t); };
-  if (!plain(input) || num_layers < 1 || weights.size() % num_layers || !nothing_intercepts() || (h0 && !plain(*h0)) ||
-      (c0 && !plain(*c0)) || !std::all_of(weights.begin(), weights.end(), plain)) {
+std::optional<Results> overlapped_rnn(const Call& given) {
+  const Recipe& recipe = given.recipe;
+  const auto plain = [](const Tensor& t) { return is_on_device(t) && is_plain(t); };
+  if (!plain(given.x) || given.params.size() % recipe.num_layers || !nothing_intercepts() ||
+      !std::all_of(given.states.begin(), given.states.end(), plain) ||
+      !std::all_of(given.params.begin(), given.params.end(), plain)) {
     return std::nullopt;
   }
-  const Tensor x = batch_first ? input.transpose(0, 1) : input;
-  const OptionalTensor steps_first = batch_first && resets ? OptionalTensor(resets->transpose(0, 1)) : resets;
-  const StackCall call{x,
-                       h0,
-                       c0,
-                       weights,
-                       has_biases,
-                       lengths,
-                       offsets,
-                       host_offsets,
-                       steps_first,
-                       cell_of(cell),
-                       num_layers,
-                       bidirectional,
-                       training && num_layers > 1 ? dropout : 0.0};
-  const bool differentiate = differentiates(x, h0, c0, weights);
+  const Tensor x = recipe.batch_first ? given.x.transpose(0, 1) : given.x;
+  Rows rows = given.rows;
+  if (recipe.batch_first && rows.resets) rows.resets = rows.resets->transpose(0, 1);
+  Call call{x, given.states, given.params, rows, recipe};
+  if (!recipe.training || recipe.num_layers == 1) call.recipe.dropout = 0;
+  const bool differentiate = differentiates(call);
   const auto made = overlapped_forward(call, differentiate);
   if (!made) return std::nullopt;
-  std::vector<Tensor> h_n, c_n;
+  std::vector<States> last;
   Tensor y;
   if (differentiate) {
-    const auto results = StackFunction::apply(x, h0, c0, weights, &call, &*made);
-    y = results[num_layers - 1];
-    h_n.assign(results.begin() + num_layers, results.begin() + 2 * num_layers);
-    c_n.assign(results.begin() + 2 * num_layers, results.begin() + 3 * num_layers);
+    const auto results = StackFunction::apply(x, call.states, call.params, &call, &*made);
+    y = results[recipe.num_layers - 1];
+    auto next = results.begin() + recipe.num_layers;
+    for (const LayerOutputs& layer : made->layers) {
+      last.emplace_back(next, next + std::get<1>(layer).size());
+      next += std::get<1>(layer).size();
+    }
   } else {
     y = std::get<0>(made->layers.back());
-    for (const auto& layer : made->layers) {
-      h_n.push_back(std::get<1>(layer));
-      c_n.push_back(std::get<2>(layer));
-    }
+    for (const LayerOutputs& layer : made->layers) last.emplace_back(std::get<1>(layer).begin(), std::get<1>(layer).end());
   }
-  return std::tuple(batch_first ? y.transpose(0, 1) : y, joined(h_n), joined(c_n));
+  return Results{recipe.batch_first ? y.transpose(0, 1) : y, joined(last)};
 }
 
 }  // namespace fused_rnn

@@ -17,14 +17,14 @@ class Workspace {
   // In the place of what was taken before.
   void* take(int64_t bytes) {
     give();
-    memory_ = KeptMemory::take_workspace(bytes);
+    memory_ = MemoryPool::take_workspace(bytes);
     bytes_ = bytes;
     return memory_;
   }
 
  private:
   void give() {
-    if (memory_) KeptMemory::give_workspace(memory_, bytes_);
+    if (memory_) MemoryPool::give_workspace(memory_, bytes_);
     memory_ = nullptr;
   }
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fused_rnn import reference
 from fused_rnn._kinds import GRU, LSTM
+from fused_rnn._recipe import Recipe, Rows, unpacked
 
 STEPS, ROWS, INPUTS, HIDDEN = 4, 3, 5, 8
 GATES = {LSTM: 4, GRU: 3}
@@ -41,11 +42,22 @@ class Layer:
     def changed(self, **changes: Any) -> Layer:
         return dataclasses.replace(self, **changes)
 
-    def arguments(self) -> list[Any]:
-        return [getattr(self, f.name) for f in dataclasses.fields(self)]
+    @property
+    def states(self) -> Any:
+        return [state for state in (self.h0, self.c0) if state is not None]
 
-    def run(self) -> tuple[Tensor, ...]:
-        return ops.layer(*self.arguments())
+    @property
+    def rows(self) -> Any:
+        return Rows(self.lengths, self.offsets, self.resets).given()
+
+    @property
+    def recipe(self) -> Any:
+        return Recipe(self.cell, 1, self.has_biases, self.bidirectional).packed
+
+    def run(self) -> list[Tensor]:
+        """y and the last states."""
+        y, last, _ = ops.layer(self.x, self.states, self.params, self.rows, self.recipe, self.save)
+        return [y, *last]
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -73,29 +85,31 @@ def packed(offsets: list[int], rows: int = ROWS, total: int | None = None, cell:
 
 
 def right(call: Layer) -> list[Tensor]:
-    """y, h_n, c_n of the reference in plain torch."""
-    return list(reference.layer(*call.arguments()[:-1]))
+    """y and the last states, of the reference in plain torch."""
+    rows = Rows(call.lengths, call.offsets, call.resets)
+    y, last = reference.layer(call.x, call.states, call.params, rows, unpacked(call.recipe))
+    return [y, *last]
 
 
 class Backward:
     """fused_rnn::layer_backward of a layer, with arguments replaced by name."""
 
-    NAMES = ("dy dh_n dc_n x h0 c0 params has_biases lengths offsets resets y gates cs cell bidirectional mask").split()
-
     def __init__(self, of: Layer, op: str = "layer_backward") -> None:
         self.op = op
         self.values = {f.name: getattr(of, f.name) for f in dataclasses.fields(of)}
-        y, h_n, c_n, gates, cs = of.changed(save=True).run()
-        self.values |= {"y": y, "gates": gates, "cs": cs, "mask": [True, True, True]}
-        self.values |= {
-            "dy": rand(*y.shape),
-            "dh_n": rand(*h_n.shape),
-            "dc_n": rand(*c_n.shape) if of.cell == LSTM else None,
-        }
+        y, last, saved = ops.layer(of.x, of.states, of.params, of.rows, of.recipe, True)
+        grads = [rand(*t.shape) for t in (y, *last)]
+        self.values |= dict(zip(("dy", "dh_n", "dc_n"), [*grads, None][:3], strict=True))
+        self.values |= dict(zip(("gates", "cs"), [*saved, None, None][:2], strict=True))
+        self.values |= {"y": y, "mask": [True, True, True]}
 
     def run(self, **changes: Any) -> Any:
         values = {**self.values, **changes}
-        return getattr(ops, self.op)(*[values[name] for name in self.NAMES])
+        of = Layer(**{f.name: values[f.name] for f in dataclasses.fields(Layer)})
+        dlast = [values["dh_n"], values["dc_n"]][: 2 if self.values["dc_n"] is not None else 1]
+        saved = [t for t in (values["gates"], values["cs"], values["y"]) if t is not None]
+        op = getattr(ops, self.op)
+        return op(values["dy"], dlast, of.x, of.states, of.params, of.rows, saved, of.recipe, values["mask"])
 
 
 def freed(t: Tensor) -> Tensor:

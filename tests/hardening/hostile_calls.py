@@ -33,6 +33,7 @@ from torch import Tensor
 import fused_rnn
 from fused_rnn import _backend
 from fused_rnn._kinds import GRU, LSTM, RNN_RELU, RNN_TANH
+from fused_rnn._recipe import Recipe
 
 
 def calls() -> Iterator[tuple[str, Callable[[], Any], Any]]:
@@ -185,12 +186,10 @@ def backward_calls() -> Iterator[tuple[str, Callable[[], Any], Any]]:
     for cell in (LSTM, GRU, RNN_TANH):
         good = Backward(layer(cell))
         expected = Backward(layer(cell), "layer_backward_differentiable").run()
-        flat = [*expected[:3], *expected[3]]
+        flat = flatten(expected)
         yield f"backward {cell} as it should be", lambda g=good: flatten(g.run()), flat
         tensors = [n for n in ("dy", "dh_n", "dc_n", "x", "h0", "c0", "y", "gates", "cs") if good.values[n] is not None]
         for name in tensors:
-            if good.values[name].numel() == 0:
-                continue
             for how, spoil in SPOILED.items():
                 if how == "none" and name not in ("x", "y", "gates", "cs"):
                     continue
@@ -250,10 +249,7 @@ def backward_calls() -> Iterator[tuple[str, Callable[[], Any], Any]]:
 def stack(call: Layer, **changes: Any) -> Any:
     """fused_rnn::rnn of one layer."""
     a = call.changed(**changes)
-    return ops.rnn(
-        a.x, a.h0, a.c0, a.params, a.lengths, a.offsets, a.resets, a.cell, 1, a.has_biases, a.bidirectional, 0.0, False,
-        False,
-    )  # fmt: skip
+    return ops.rnn(a.x, a.states, a.params, a.rows, a.recipe, 0.0)
 
 
 def composite_calls() -> Iterator[tuple[str, Callable[[], Any], Any]]:
@@ -261,63 +257,71 @@ def composite_calls() -> Iterator[tuple[str, Callable[[], Any], Any]]:
     good = layer(LSTM)
     C = _backend._C
     assert C is not None
-    rnn_arguments = [
-        good.x, good.h0, good.c0, good.params, None, None, None, LSTM, 1, True, False, 0.0, False, False
-    ]  # fmt: skip
-    x, h, c = good.x[0], good.h0[0], good.c0[0]
-    cell_arguments = [x, h, c, good.params, True, LSTM]
     one = layer(LSTM).changed(x=good.x[:1])
-    entries: list[tuple[str, Callable[..., Any], list[Any], list[Tensor]]] = [
-        ("ops.rnn", ops.rnn, rnn_arguments, right(good)),
-        ("_C.rnn", C.rnn, rnn_arguments, right(good)),
-        ("ops.cell", ops.cell, cell_arguments, [right(one)[1][0], right(one)[2][0]]),
-        ("_C.cell", C.cell, cell_arguments, [right(one)[1][0], right(one)[2][0]]),
+    rnn_arguments = {"x": good.x, "states": good.states, "params": good.params, "rows": [], "recipe": good.recipe}
+    cell_arguments = {"x": good.x[0], "states": [t[0] for t in good.states], "params": good.params, "recipe": good.recipe}
+    entries: list[tuple[str, Callable[..., Any], dict[str, Any], list[Tensor]]] = [
+        ("ops.rnn", ops.rnn, {**rnn_arguments, "dropout": 0.0}, right(good)),
+        ("_C.rnn", C.rnn, {**rnn_arguments, "dropout": 0.0}, right(good)),
+        ("ops.cell", ops.cell, cell_arguments, [t[0] for t in right(one)[1:]]),
+        ("_C.cell", C.cell, cell_arguments, [t[0] for t in right(one)[1:]]),
     ]
     for name, function, arguments, expected in entries:
 
-        def with_argument(value: Any, at: int, f: Callable[..., Any] = function, a: list[Any] = arguments) -> Any:
-            return f(*[value if i == at else old for i, old in enumerate(a)])
+        def with_arguments(f: Callable[..., Any] = function, a: dict[str, Any] = arguments, **changes: Any) -> Any:
+            return f(*{**a, **changes}.values())
 
-        yield f"{name} as it should be", lambda f=function, a=arguments: f(*a), expected
-        for at in range(3):
-            for how, spoil in SPOILED.items():
-                if (how == "none" and at) or (how.startswith("one row") and at == 0 and name.endswith("rnn")):
-                    continue
+        yield f"{name} as it should be", lambda f=with_arguments: flatten(f()), expected
+        for how, spoil in SPOILED.items():
+            if not (how.startswith("one row") and name.endswith("rnn")):
                 yield (
-                    f"{name} argument {at} {how}",
-                    lambda a=arguments[at], i=at, s=spoil, f=with_argument: f(s(a), i),
-                    META if at == 0 and how == "meta" else ERROR,
+                    f"{name} input {how}",
+                    lambda s=spoil, f=with_arguments, x=arguments["x"]: f(x=s(x)),
+                    META if how == "meta" else ERROR,
                 )
-        for index, weight in enumerate(good.params):
-            for how, spoil in SPOILED.items():
+            for what in ("states", "params"):
+                for index, tensor in enumerate(arguments[what]):
+                    others = arguments[what]
+                    yield (
+                        f"{name} {what} {index} {how}",
+                        lambda f=with_arguments, w=what, t=tensor, n=index, s=spoil, o=others: f(
+                            **{w: [s(t) if i == n else other for i, other in enumerate(o)]}
+                        ),
+                        ERROR,
+                    )
+        for what in ("states", "params"):
+            for how, value in {
+                "a tuple": tuple(arguments[what]),
+                "None": None,
+                "a number": 3,
+                "strings": ["a"] * 4,
+                "too many": arguments[what] * 2,
+            }.items():
+                fine = how == "a tuple" and name.startswith("ops")
                 yield (
-                    f"{name} weight {index} {how}",
-                    lambda w=weight, n=index, s=spoil, f=with_argument: f(
-                        [s(w) if i == n else p for i, p in enumerate(good.params)], 3
-                    ),
-                    ERROR,
+                    f"{name} {what} {how}",
+                    lambda w=what, v=value, f=with_arguments: f(**{w: v}),
+                    ANYTHING if fine else ERROR,
                 )
-        for what, value in {
-            "a tuple": tuple(good.params),
-            "None": None,
-            "a number": 3,
-            "strings": ["a"] * 4,
-            "none": [],
-        }.items():
-            fine = what == "a tuple" and name.startswith("ops")
-            yield f"{name} weights {what}", lambda v=value, f=with_argument: f(v, 3), ANYTHING if fine else ERROR
-        for kind in (-1, 5, 2**32 + 3, 2**63 - 1, 2**64, "LSTM", None):
-            at = 7 if name.endswith("rnn") else 5
-            yield f"{name} cell {kind!r}", lambda k=kind, i=at, f=with_argument: f(k, i), ERROR
+        yield f"{name} no weights", lambda f=with_arguments: f(params=[]), ERROR
+        for recipe in (-1, 5, 0, 2**16 + 5, 2**32 + 3, 2**63 - 1, 2**64, "LSTM", None):
+            yield f"{name} recipe {recipe!r}", lambda r=recipe, f=with_arguments: f(recipe=r), ERROR
         for count in range(len(arguments)):
-            yield f"{name} of {count} arguments", lambda n=count, f=function, a=arguments: f(*a[:n]), ERROR
-        yield f"{name} of one argument more", lambda f=function, a=arguments: f(*a, 1), ERROR
+            yield f"{name} of {count} arguments", lambda n=count, f=function, a=arguments: f(*[*a.values()][:n]), ERROR
+        yield f"{name} of one argument more", lambda f=function, a=arguments: f(*a.values(), 1), ERROR
         if name.endswith("rnn"):
-            for layers in (0, -1, 2, 3, 2**40, -(2**63)):
-                yield f"{name} of {layers} layers", lambda n=layers, f=with_argument: f(n, 8), ERROR
-            for at, value in ((11, "much"), (11, float("nan")), (11, -1.0), (11, 2.0)):
-                fine = not isinstance(value, str)  # without a second layer nothing is dropped
-                yield f"{name} dropout {value}", lambda v=value, i=at, f=with_argument: f(v, i), ANYTHING if fine else ERROR
+            for layers in (0, -1, 2, 3, 2**31 + 1, 2**40, -(2**40)):
+                recipe = Recipe(LSTM, layers).packed
+                yield f"{name} of {layers} layers", lambda r=recipe, f=with_arguments: f(recipe=r), ERROR
+            for dropout in ("much", float("nan"), -1.0, 2.0):
+                fine = not isinstance(dropout, str)  # without a second layer nothing is dropped
+                yield (
+                    f"{name} dropout {dropout}",
+                    lambda v=dropout, f=with_arguments: f(dropout=v),
+                    ANYTHING if fine else ERROR,
+                )
+            for how, rows in {"two": [None, None], "a tensor": good.x, "numbers": [1, 2, 3], "None": None}.items():
+                yield f"{name} rows {how}", lambda r=rows, f=with_arguments: f(rows=r), ERROR
     for count in (0, 1, 4, 7):
         yield f"_C.call_module of {count} arguments", lambda n=count: [C.call_module(*[None] * n)], ANYTHING
     for value in (None, 3, "module", object(), torch.nn.Linear(2, 2), fused_rnn.LSTM):

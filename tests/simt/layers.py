@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fused_rnn import reference
 from fused_rnn._kinds import NUMBER_OF_MODE
+from fused_rnn._recipe import Recipe, Rows
 
 CELL_NUMBER = NUMBER_OF_MODE
 DTYPE_NUMBER = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -423,22 +424,14 @@ def expected(layer: Layer) -> tuple[list[Tensor], list[Tensor]]:
     inputs = data.differentiable()
     for t in inputs:
         t.requires_grad_()
-    h0 = data.h0
-    if h0 is None and layer.offsets is not None:
-        h0 = torch.zeros(case.directions, case.batch, case.output, dtype=torch.float64)
-    results = reference.layer(
-        data.input,
-        h0,
-        data.c0,
-        data.weights,
-        case.has_biases,
-        data.lengths,
-        layer.offsets,
-        data.resets,
-        CELL_NUMBER[case.cell],
-        case.bidirectional,
-    )
-    used = [t for t in results if t.numel()]
+    recipe = Recipe(CELL_NUMBER[case.cell], 1, case.has_biases, case.bidirectional)
+    states = [state for state in (data.h0, data.c0) if state is not None]
+    if not states and layer.offsets is not None:
+        sizes = (case.output, case.hidden)[: recipe.kind.states]
+        states = [torch.zeros(case.directions, case.batch, size, dtype=torch.float64) for size in sizes]
+    rows = Rows(data.lengths, layer.offsets, data.resets)
+    y, last = reference.layer(data.input, states, data.weights, rows, recipe)
+    used = [y, *last]
     outer = [data.dy, data.dh_n, data.dc_n][: len(used)]
     grads = torch.autograd.grad(used, inputs, outer, allow_unused=True, materialize_grads=True)
     return [t.detach() for t in used], list(grads)

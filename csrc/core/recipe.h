@@ -1,0 +1,46 @@
+// What a call computes, beside its tensors. fused_rnn/_recipe.py is the twin in Python (tests/test_recipe.py compares them).
+#pragma once
+#include "core/params.h"
+
+namespace fused_rnn {
+
+struct Recipe {
+  CellKind cell{};
+  bool has_biases = true, bidirectional = false;
+  // Of a stack alone; dropout: the probability between the layers, while training.
+  bool batch_first = false, training = false;
+  int64_t num_layers = 1;
+  double dropout = 0;
+
+  int64_t directions() const { return bidirectional ? 2 : 1; }
+  // Of each of its layers.
+  Recipe of_layer() const { return {cell, has_biases, bidirectional}; }
+};
+
+// A recipe without dropout as one number, which a schema takes and a graph keeps: the cell in bits 0 to 7, a bit each for
+// has_biases, bidirectional, batch_first and training, the number of layers from bit 16 on.
+constexpr int kLayersShift = 16;
+constexpr int64_t kMostLayers = int64_t{1} << 31;
+
+constexpr int64_t pack(const Recipe& r) {
+  return static_cast<int64_t>(r.cell) | int64_t{r.has_biases} << 8 | int64_t{r.bidirectional} << 9 |
+         int64_t{r.batch_first} << 10 | int64_t{r.training} << 11 | r.num_layers << kLayersShift;
+}
+
+// Whether a number is a packed recipe.
+constexpr bool is_packed(int64_t number) {
+  const int64_t layers = number >> kLayersShift;
+  return (number & 0xff) < kCellCount && (number >> 12 & 0xf) == 0 && layers >= 1 && layers <= kMostLayers;
+}
+
+// Of a number that is one.
+constexpr Recipe unpack(int64_t number) {
+  return {static_cast<CellKind>(number & 0xff),
+          (number >> 8 & 1) != 0,
+          (number >> 9 & 1) != 0,
+          (number >> 10 & 1) != 0,
+          (number >> 11 & 1) != 0,
+          number >> kLayersShift};
+}
+
+}  // namespace fused_rnn

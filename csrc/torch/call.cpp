@@ -1,0 +1,181 @@
+#include "torch/call.h"
+
+#include <ATen/core/grad_mode.h>
+
+namespace fused_rnn {
+namespace {
+
+// A storage may be smaller than its tensors: FSDP and others free it by resizing it to 0.
+void check_memory(const char* name, const Tensor& t) {
+  TORCH_CHECK(t.layout() == at::kStrided, name, ": expected a dense tensor (torch.strided), got layout ", t.layout());
+  if (t.numel() == 0) return;
+  int64_t elements = t.storage_offset() + 1;
+  for (int64_t d = 0; d < t.dim(); ++d) elements += (t.size(d) - 1) * t.stride(d);
+  const auto available = static_cast<int64_t>(t.storage().nbytes());
+  TORCH_CHECK(elements * static_cast<int64_t>(t.element_size()) <= available, name,
+              ": expected memory for a tensor of shape ", t.sizes(), ", got a storage of ", available,
+              " bytes (freed or resized after the tensor was made)");
+}
+
+// Raises unless the offsets of packed rows, on a CPU, are those of N rows in all and at most B in a step: from 0 to N, in
+// steps that never grow.
+void check_offsets(const Tensor& offsets, int64_t B, int64_t N) {
+  const Tensor contiguous = offsets.contiguous();
+  const int64_t* at = contiguous.const_data_ptr<int64_t>();
+  const int64_t T = contiguous.size(0) - 1;
+  TORCH_CHECK_VALUE(at[0] == 0 && at[T] == N, "offsets: expected numbers from 0 to ", N, " (input's rows), got ", at[0],
+                    " to ", at[T]);
+  int64_t most = B;
+  for (int64_t t = 0; t < T; ++t) {
+    // Each lies in [0, N] by now, so that the difference does not overflow.
+    TORCH_CHECK_VALUE(at[t + 1] >= at[t] && at[t + 1] <= N && at[t + 1] - at[t] <= most, "offsets: expected steps of 0 to ",
+                      B, " rows (the batch size) that never grow, got ", at[t], " and ", at[t + 1], " around step ", t);
+    most = at[t + 1] - at[t];
+  }
+}
+
+// T, B and N of packed rows.
+void measure_packed(const Call& call, LayerShapes& s) {
+  const Tensor *h0 = call.h0(), &offsets = *call.rows.offsets;
+  TORCH_CHECK(h0, "h0: expected a tensor with offsets (it gives the batch size), got None");
+  TORCH_CHECK(!call.rows.lengths, "lengths: expected None with offsets");
+  TORCH_CHECK(h0->dim() == 3, "h0: expected 3-D, got ", h0->dim(), "-D");
+  TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) >= 2, "offsets: expected shape [T + 1], got ", offsets.sizes());
+  s.T = offsets.size(0) - 1;
+  s.B = h0->size(1);
+  s.N = call.x.size(0);
+  check_tensor("offsets", offsets, {s.T + 1}, call.x, at::kLong);
+  if (offsets.is_cpu()) check_offsets(offsets, s.B, s.N);
+}
+
+// All sizes, of the dimensions of x, the states and the weights.
+LayerShapes measure(const Call& call) {
+  const Recipe& r = call.recipe;
+  const int64_t G = gate_count(r.cell), count = static_cast<int64_t>(call.params.size()), base = r.has_biases ? 4 : 2;
+  LayerShapes s{};
+  s.D = static_cast<int>(r.directions());
+  s.per_direction = count / s.D;
+  s.projection = r.cell == CellKind::kLstm && s.per_direction == base + 1;
+  TORCH_CHECK_VALUE(count % s.D == 0 && (s.per_direction == base || s.projection), "params: expected ", base * s.D,
+                    " tensors, got ", count);
+  const int64_t dim = call.rows.offsets || call.one_step ? 2 : 3;
+  TORCH_CHECK(call.x.dim() == dim, "input: expected ", dim, "-D, got ", call.x.dim(), "-D");
+  const Tensor& w_hh = call.params[1];
+  TORCH_CHECK(w_hh.dim() == 2 && w_hh.size(0) % G == 0, "w_hh: expected shape [", G, "*H, P], got ", w_hh.sizes());
+  s.I = call.x.size(-1);
+  s.H = w_hh.size(0) / G;
+  s.P = w_hh.size(1);
+  TORCH_CHECK(s.H > 0 && s.P > 0, "w_hh: expected H and P of at least 1, got ", w_hh.sizes());
+  TORCH_CHECK(s.projection || s.P == s.H, "w_hh: expected shape [", G * s.H, ", ", s.H, "], got ", w_hh.sizes());
+  if (call.rows.offsets) {
+    measure_packed(call, s);
+  } else {
+    s.T = call.one_step ? 1 : call.x.size(0);
+    s.B = call.x.size(call.one_step ? 0 : 1);
+    s.N = s.T * s.B;
+  }
+  TORCH_CHECK(s.T > 0, "input: expected at least 1 time step, got 0");
+  return s;
+}
+
+void check_weights(const Call& call, const LayerShapes& s) {
+  const Tensor& x = call.x;
+  const auto dtype = x.scalar_type();
+  const int64_t rows = gate_count(call.recipe.cell) * s.H;
+  for (int d = 0; d < s.D; ++d) {
+    const auto w = call.params_of_direction(d);
+    check_tensor("w_ih", w[0], {rows, s.I}, x, dtype);
+    check_tensor("w_hh", w[1], {rows, s.P}, x, dtype);
+    if (call.recipe.has_biases) {
+      check_tensor("b_ih", w[2], {rows}, x, dtype);
+      check_tensor("b_hh", w[3], {rows}, x, dtype);
+    }
+    if (s.projection) check_tensor("w_hr", w.back(), {s.P, s.H}, x, dtype);
+  }
+}
+
+}  // namespace
+
+Rows rows_of(const OptionalTensors& list) {
+  if (list.empty()) return {};
+  TORCH_CHECK_VALUE(list.size() == 3, "rows: expected [] or [lengths, offsets, resets], got ", list.size(), " entries");
+  return {list.get(0), list.get(1), list.get(2), std::nullopt};
+}
+
+OptionalTensors list_of(const Rows& rows) {
+  static const OptionalTensors none;  // a list is shared by its copies, and nobody writes into an argument
+  if (rows.all()) return none;
+  OptionalTensors list;
+  list.reserve(3);
+  for (const OptionalTensor* t : {&rows.lengths, &rows.offsets, &rows.resets}) list.push_back(*t);
+  return list;
+}
+
+Recipe recipe_of(int64_t packed, double dropout) {
+  TORCH_CHECK_VALUE(is_packed(packed), "recipe: expected a number that fused_rnn._recipe makes (a cell of 0 to ",
+                    kCellCount - 1, " in its last byte), got ", packed);
+  Recipe recipe = unpack(packed);
+  recipe.dropout = dropout;
+  return recipe;
+}
+
+Recipe layer_recipe_of(int64_t packed) {
+  const Recipe recipe = recipe_of(packed, 0);
+  TORCH_CHECK_VALUE(packed == pack(recipe.of_layer()), "recipe: expected that of one layer (num_layers=1, and neither ",
+                    "batch_first nor training), got ", packed);
+  return recipe;
+}
+
+States states_of_layer(const Call& stack, int64_t layer) {
+  const int64_t layers = stack.recipe.num_layers, directions = stack.recipe.directions();
+  States states(stack.states.begin(), stack.states.end());
+  if (layers == 1) return states;
+  for (Tensor& t : states) {
+    TORCH_CHECK(t.dim() == 3 && t.sym_size(0) == layers * directions, "h0, c0: expected shape [", layers * directions,
+                ", B, .] (num_layers * directions), got ", t.sym_sizes());
+    t = t.slice(0, layer * directions, (layer + 1) * directions);
+  }
+  return states;
+}
+
+at::TensorList params_of_layer(const Call& stack, int64_t layer) {
+  const size_t count = stack.params.size() / stack.recipe.num_layers;
+  return stack.params.slice(layer * count, count);
+}
+
+void check_tensor(const char* name, const Tensor& t, at::IntArrayRef shape, const Tensor& x, at::ScalarType dtype) {
+  TORCH_CHECK(t.device() == x.device(), name, ": expected device ", x.device(), " (input's), got ", t.device());
+  TORCH_CHECK(t.scalar_type() == dtype, name, ": expected dtype ", dtype, ", got ", t.scalar_type());
+  TORCH_CHECK(t.sizes() == shape, name, ": expected shape ", shape, ", got ", t.sizes());
+  check_memory(name, t);
+}
+
+void check_optional(const char* name, const OptionalTensor& t, at::IntArrayRef shape, const Tensor& x,
+                    at::ScalarType dtype) {
+  if (t && t->defined()) check_tensor(name, *t, shape, x, dtype);
+}
+
+LayerShapes check_layer(const Call& call) {
+  const Tensor& x = call.x;
+  dtype_of(x);
+  check_memory("input", x);
+  const LayerShapes s = measure(call);
+  const auto dtype = x.scalar_type();
+  const size_t states = state_count(call.recipe.cell);
+  TORCH_CHECK_VALUE(call.states.empty() || call.states.size() == states, "states: expected ", states, " (",
+                    states == 2 ? "h0 and c0" : "h0", ") or none, got ", call.states.size());
+  if (call.h0()) check_tensor("h0", *call.h0(), s.state(call, s.P), x, dtype);
+  if (call.c0()) check_tensor("c0", *call.c0(), s.state(call, s.H), x, call.has_wide_c() ? at::kFloat : dtype);
+  check_optional("lengths", call.rows.lengths, {s.B}, x, at::kLong);
+  const auto resets_shape = call.rows.offsets ? at::DimVector{s.N} : at::DimVector{s.T, s.B};
+  check_optional("resets", call.rows.resets, resets_shape, x, at::kBool);
+  check_weights(call, s);
+  return s;
+}
+
+bool differentiates(const Call& call) {
+  return at::GradMode::is_enabled() &&
+         (call.x.requires_grad() || any_requires_grad(call.states) || any_requires_grad(call.params));
+}
+
+}  // namespace fused_rnn

@@ -1,0 +1,87 @@
+// The arguments of a stack, a layer or a step in one place, and their checks. Letters: core/params.h.
+#pragma once
+#include <ATen/core/List.h>
+#include <c10/util/SmallVector.h>
+
+#include "core/recipe.h"
+#include "torch/tensors.h"
+
+namespace fused_rnn {
+
+using OptionalTensors = c10::List<std::optional<Tensor>>;  // Tensor?[] of a schema
+using States = c10::SmallVector<Tensor, 2>;                // h, and c of a cell that has one
+
+// Which rows take part at each step, and which start again (core/active.h, core/modifier.h).
+struct Rows {
+  OptionalTensor lengths, offsets, resets;
+  OptionalTensor host_offsets;  // the offsets where the host can read them; not among a schema's
+
+  bool ragged() const { return lengths || offsets; }
+  bool all() const { return !lengths && !offsets && !resets; }  // in every step, none from zero
+};
+// [lengths, offsets, resets], or [] for none of them.
+Rows rows_of(const OptionalTensors& list);
+OptionalTensors list_of(const Rows& rows);
+
+// References live as long as the call.
+struct Call {
+  const Tensor& x;  // a stack: [T, B, I] ([B, T, I]: recipe.batch_first); a layer: [T, B, I]; packed: [N, I]; a step: [B, I]
+  at::TensorList states;  // none (zeros), or of each state [L * D, B, .], a step's [B, .]
+  at::TensorList params;  // of all layers, in torch.nn's order
+  const Rows& rows;
+  Recipe recipe;
+  bool one_step = false;
+
+  const Tensor* h0() const { return states.empty() ? nullptr : &states[0]; }
+  const Tensor* c0() const { return states.size() < 2 ? nullptr : &states[1]; }
+  // Whether c0 is float where the others have 16 bits: c_n is then float too.
+  bool has_wide_c() const { return x.element_size() == 2 && c0() && c0()->scalar_type() == at::kFloat; }
+  at::TensorList params_of_direction(int64_t d) const {
+    const size_t count = params.size() / recipe.directions();
+    return params.slice(d * count, count);
+  }
+};
+
+// A schema's recipe; raises for a number that is none, or is not one layer's.
+Recipe recipe_of(int64_t packed, double dropout);
+Recipe layer_recipe_of(int64_t packed);
+
+// The states, and the parameters, of one layer of a stack.
+States states_of_layer(const Call& stack, int64_t layer);
+at::TensorList params_of_layer(const Call& stack, int64_t layer);
+
+// The checked sizes of a layer's call.
+struct LayerShapes {
+  int64_t T, B, N, I, H, P;
+  int D;
+  int64_t per_direction;  // parameters of one direction
+  bool projection;
+
+  at::DimVector state(const Call& call, int64_t size) const {
+    return call.one_step ? at::DimVector{B, size} : at::DimVector{D, B, size};
+  }
+  at::DimVector output(const Call& call) const {
+    return call.rows.offsets ? at::DimVector{N, D * P} : at::DimVector{T, B, D * P};
+  }
+};
+
+// Checks everything that memory safety depends on, and raises with the name of the argument: device, dtype, layout, shape and
+// memory of every tensor, and the values of offsets on a CPU. On CUDA, where reading them would wait for the device, offsets
+// are cut to [0, N] later; lengths are cut by the kernels.
+LayerShapes check_layer(const Call& call);
+
+// A tensor of a layer's call, or of its backward, against x's device.
+void check_tensor(const char* name, const Tensor& t, at::IntArrayRef shape, const Tensor& x, at::ScalarType dtype);
+void check_optional(const char* name, const OptionalTensor& t, at::IntArrayRef shape, const Tensor& x, at::ScalarType dtype);
+
+// Whether autograd is to have a node of this call.
+bool differentiates(const Call& call);
+inline bool any_requires_grad(at::TensorList tensors) {
+  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.defined() && t.requires_grad(); });
+}
+inline OptionalTensor optional_of(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+inline Tensor tensor_of(const OptionalTensor& t) { return t ? *t : Tensor(); }
+// A copy for backward of what callers write into call after call.
+inline Tensor owned(const OptionalTensor& t) { return t && t->defined() ? t->clone() : Tensor(); }
+
+}  // namespace fused_rnn

@@ -1,0 +1,187 @@
+// Gradients of a layer's input, states and weights, from the gradients of its gates: matrix products.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/searchsorted.h>
+#include <ATen/ops/tanh.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+
+#include "cpu/scan/previous.h"
+#include "torch/layer.h"
+#include "torch/products.h"
+
+namespace fused_rnn {
+namespace {
+
+// [N, 1] bool, true at rows that take part; only for dense batches with lengths.
+Tensor active_rows(const Call& call, const LayerShapes& s) {
+  const Tensor t = at::arange(s.T, call.x.options().dtype(at::kLong)).unsqueeze(1);
+  return (t < call.rows.lengths->unsqueeze(0)).reshape({s.N, 1});
+}
+
+// For every row of memory the row of cat(y, h0) that was its h before the step: [N].
+Tensor previous_rows(const Call& call, const LayerShapes& s, bool reverse) {
+  const auto options = call.x.options().dtype(at::kLong);
+  const Tensor row = at::arange(s.N, options);
+  if (call.rows.offsets) {
+    const Tensor& offsets = *call.rows.offsets;
+    const Tensor t = at::searchsorted(offsets, row, /*out_int32=*/false, /*right=*/true).sub_(1);
+    const Tensor b = row - offsets.index_select(0, t);
+    if (!reverse) {
+      const Tensor before = offsets.index_select(0, (t - 1).clamp_min_(0)) + b;
+      return at::where(t == 0, b + s.N, before);
+    }
+    const Tensor next = (t + 1).clamp_max_(s.T - 1);
+    const Tensor begin = offsets.index_select(0, next);
+    const Tensor active = (t + 1 < s.T).logical_and_(b < offsets.index_select(0, next + 1) - begin);
+    return at::where(active, begin + b, b + s.N);
+  }
+  const Tensor t = row.div(s.B, "floor");
+  const Tensor b = row - t * s.B;
+  if (!reverse) return at::where(t == 0, b + s.N, row - s.B);
+  const Tensor active = call.rows.lengths ? t + 1 < call.rows.lengths->index_select(0, b) : t + 1 < s.T;
+  return at::where(active, row + s.B, b + s.N);
+}
+
+// Of every row the h before its step [N, P]; y [N, P] is a strided view.
+Tensor previous_states(const Call& call, const LayerShapes& s, const Tensor& y, int d) {
+  if (call.x.is_cpu() && y.stride(1) == 1) {
+    Copies copies;
+    const int64_t size = static_cast<int64_t>(y.element_size());
+    const Tensor h_prev = empty_like(y, {s.N, s.P});
+    const void* h0 = call.h0() ? copies.contiguous(call.h0()->select(0, d)) : nullptr;
+    cpu::previous_rows({sequence_of(call, s, copies), modifier_of(call, copies), d == 1, s.P * size, y.const_data_ptr(),
+                        y.stride(0) * size, h0, h_prev.data_ptr()});
+    return h_prev;
+  }
+  const Tensor h0 = call.h0() ? call.h0()->select(0, d) : at::zeros({s.B, s.P}, y.options());
+  Tensor h_prev = at::cat({y, h0}).index_select(0, previous_rows(call, s, d == 1));
+  if (call.rows.resets) h_prev.masked_fill_(call.rows.resets->reshape({s.N, 1}), 0);
+  if (call.rows.lengths) h_prev.masked_fill_(active_rows(call, s).logical_not_(), 0);
+  return h_prev;
+}
+
+// Forward's output of one direction [N, P].
+Tensor output_of_direction(const Tensor& y, const LayerShapes& s, int d) {
+  return part(y.reshape({s.N, s.D * s.P}), 1, d * s.P, (d + 1) * s.P);
+}
+
+// The same product where every row takes part in every step: h_prev is y moved by one step and never stored.
+void multiply_shifted(const Tensor& dw, const Tensor& d_rg, const Call& call, const LayerShapes& s, const OptionalTensor& y,
+                      int d) {
+  const bool reverse = d == 1, later_steps = s.T > 1;
+  if (later_steps) {
+    const Tensor y_of_direction = output_of_direction(*y, s, d);
+    const Tensor later = part(d_rg, 0, reverse ? 0 : s.B, reverse ? s.N - s.B : s.N);
+    const Tensor earlier = part(y_of_direction, 0, reverse ? s.B : 0, reverse ? s.N : s.N - s.B);
+    multiply_into(dw, later, /*transposed=*/true, earlier, /*add=*/false);
+  }
+  if (call.h0()) {
+    const int64_t begin = reverse ? s.N - s.B : 0;  // of the first step
+    const Tensor first = part(d_rg, 0, begin, begin + s.B);
+    multiply_into(dw, first, /*transposed=*/true, call.h0()->select(0, d), /*add=*/later_steps);
+  } else if (!later_steps) {
+    dw.zero_();
+  }
+}
+
+// d_rg^T h_prev [G*H, P] of direction d. d_rg [N, G*H] is a strided view. Rows that take no part get zeros for h_prev: their y
+// and h0 may be NaN, and 0 * NaN is not 0.
+Tensor recurrent_weight_gradient(const Call& call, const LayerShapes& s, const Tensor& d_rg, const OptionalTensor& y,
+                                 int d) {
+  const Tensor dw = empty_like(call.x, {d_rg.size(1), s.P});
+  if (call.rows.all()) {
+    multiply_shifted(dw, d_rg, call, s, y, d);
+  } else {
+    // y of a single step is never read.
+    const Tensor of_direction = y ? output_of_direction(*y, s, d) : empty_like(call.x, {s.N, s.P});
+    multiply_into(dw, d_rg, /*transposed=*/true, previous_states(call, s, of_direction, d), /*add=*/false);
+  }
+  return dw;
+}
+
+// d_gates of one direction [N, S * H].
+Tensor gate_gradients(const BackwardCall& made, int64_t columns, int d) {
+  const LayerShapes& s = made.shapes;
+  return (s.D == 1 ? made.d_gates : made.d_gates.select(0, d)).view({s.N, columns});
+}
+
+// The gradients of one direction's parameters, in their order.
+void weight_gradients(const Call& call, const ResultGradients& given, const BackwardCall& made, const Tensor& x, int d,
+                      std::vector<Tensor>& gradients) {
+  const LayerShapes& s = made.shapes;
+  const CellKind cell = call.recipe.cell;
+  const int64_t G = gate_count(cell), S = slot_count(cell), H = s.H;
+  const Tensor dg = gate_gradients(made, S * H, d), d_rg = part(dg, 1, (S - G) * H, S * H);
+  const Tensor dw_ih = empty_like(call.x, {G * H, s.I});
+  const Tensor db_ih = empty_like(call.x, {G * H}), db_hh = empty_like(call.x, {G * H});
+  for (const auto& [columns, first] : input_columns(cell, H, dg)) {
+    multiply_into(part(dw_ih, 0, first, first + columns.size(1)), columns, /*transposed=*/true, x, /*add=*/false);
+    if (call.recipe.has_biases) sum_rows_into(part(db_ih, 0, first, first + columns.size(1)), columns);
+  }
+  gradients.push_back(dw_ih);
+  gradients.push_back(recurrent_weight_gradient(call, s, d_rg, given.saved.y, d));
+  if (call.recipe.has_biases) {
+    if (S > G) {  // the gradient of b_hh is not that of b_ih
+      sum_rows_into(db_hh, d_rg);
+    } else {
+      db_hh.copy_(db_ih);
+    }
+    gradients.push_back(db_ih);
+    gradients.push_back(db_hh);
+  }
+  if (s.projection) {
+    const Tensor m = at::mul(given.saved.gates.select(0, d).select(1, 3), at::tanh(given.saved.cs.select(0, d)));
+    gradients.push_back(empty_like(call.x, {s.P, H}));
+    multiply_into(gradients.back(), made.d_h.select(0, d), /*transposed=*/true, m, /*add=*/false);
+  }
+}
+
+// Of the states that were given.
+std::vector<Tensor> state_gradients(const Call& call, const BackwardCall& made, bool wanted) {
+  std::vector<Tensor> gradients;
+  if (call.h0()) gradients.push_back(wanted ? made.d_h0 : empty_like(call.x, {0}));
+  if (call.c0()) gradients.push_back(wanted ? made.d_c0.to(call.c0()->scalar_type()) : empty_like(call.x, {0}));
+  return gradients;
+}
+
+}  // namespace
+
+InputColumns input_columns(CellKind cell, int64_t H, const Tensor& dg) {
+  const int64_t G = gate_count(cell);
+  if (slot_count(cell) == G) return {{dg, 0}};
+  return {{dg.slice(1, H, G * H), 0}, {dg.slice(1, 0, H), (G - 1) * H}};
+}
+
+void input_gradient(const Call& call, const InputColumns& all, const Tensor& dx, int64_t d) {
+  const Tensor& w_ih = call.params_of_direction(d)[0];
+  bool add = d > 0;
+  for (const auto& [columns, first] : all) {
+    multiply_into(dx, columns, /*transposed=*/false, part(w_ih, 0, first, first + columns.size(1)), add);
+    add = true;
+  }
+}
+
+LayerGradients gradients_of_layer(const Call& call, const ResultGradients& given, const BackwardCall& made,
+                                  GradientMask mask) {
+  const LayerShapes& s = made.shapes;
+  const int64_t columns = slot_count(call.recipe.cell) * s.H;
+  Tensor x = mask.weights ? call.x.contiguous().view({s.N, s.I}) : Tensor();
+  // The d_gates of padding are 0, but its x may hold anything, and 0 * NaN is not 0.
+  if (call.rows.lengths && mask.weights) x = at::where(active_rows(call, s), x, 0);
+  const Tensor dx = empty_like(call.x, mask.x ? at::DimVector{s.N, s.I} : at::DimVector{0});
+  std::vector<Tensor> dparams;
+  for (int d = 0; d < s.D; ++d) {
+    if (mask.x) input_gradient(call, input_columns(call.recipe.cell, s.H, gate_gradients(made, columns, d)), dx, d);
+    if (mask.weights) {
+      weight_gradients(call, given, made, x, d, dparams);
+    } else {
+      for (int64_t i = 0; i < s.per_direction; ++i) dparams.push_back(empty_like(call.x, {0}));
+    }
+  }
+  return {mask.x ? dx.view(call.x.sizes()) : dx, state_gradients(call, made, mask.states), std::move(dparams)};
+}
+
+}  // namespace fused_rnn

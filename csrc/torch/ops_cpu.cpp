@@ -1,0 +1,69 @@
+// The layer op on CPU tensors, and the way around the dispatcher for calls that concern nothing else.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/record_function.h>
+#include <torch/library.h>
+
+#include "cpu/cpu.h"
+#include "torch/ops.h"
+#include "torch/workspace.h"
+
+namespace fused_rnn {
+namespace {
+
+void run_forward(ForwardCall& call) {
+  if (call.params.seq.B == 0) return;
+  Workspace workspace;
+  cpu::forward(call.params, [&](int64_t bytes) { return workspace.take(bytes); });
+}
+
+LayerOutputs layer_cpu(const Tensor& x, at::TensorList states, at::TensorList params, const OptionalTensors& rows,
+                       int64_t recipe, bool save) {
+  const Rows given = rows_of(rows);
+  ForwardCall made = prepare_forward({x, states, params, given, layer_recipe_of(recipe)}, save);
+  run_forward(made);
+  return forward_outputs(made, save);
+}
+
+LayerGradients layer_backward_cpu(const OptionalTensor& dy, const OptionalTensors& dlast, const Tensor& x,
+                                  at::TensorList states, at::TensorList params, const OptionalTensors& rows,
+                                  at::TensorList saved, int64_t recipe, std::array<bool, 3> mask) {
+  const Rows given_rows = rows_of(rows);
+  const Call call{x, states, params, given_rows, layer_recipe_of(recipe)};
+  const CellKind cell = call.recipe.cell;
+  const ResultGradients given{dy, gradients_of_last(cell, dlast), saved_of(cell, saved)};
+  const GradientMask wanted{mask[0], mask[1], mask[2]};
+  BackwardCall made = prepare_backward(call, given, wanted);
+  if (made.params.seq.B > 0) {
+    Workspace workspace;
+    cpu::backward(made.params, [&](int64_t bytes) { return workspace.take(bytes); });
+  }
+  return gradients_of_layer(call, given, made, wanted);
+}
+
+}  // namespace
+
+bool runs_plainly_on_cpu(const Call& call) {
+  if (!nothing_intercepts() || at::hasCallbacks()) return false;
+  const auto plain = [](const Tensor& t) { return t.is_cpu() && is_plain(t); };
+  return plain(call.x) && std::all_of(call.states.begin(), call.states.end(), plain) &&
+         std::all_of(call.params.begin(), call.params.end(), plain);
+}
+
+Results run_on_cpu(const Call& call) {
+  if (differentiates(call)) return run_composite(call);
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const auto layer = [](const Call& one) {
+    ForwardCall made = prepare_forward(one, /*save=*/false);
+    run_forward(made);
+    return Results{std::move(made.y), made.last()};
+  };
+  const bool one_layer = call.recipe.num_layers == 1 && !call.recipe.batch_first;
+  return one_layer ? layer(call) : run_stack(call, layer);
+}
+
+}  // namespace fused_rnn
+
+TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
+  m.impl("layer", fused_rnn::layer_cpu);
+  m.impl("layer_backward", fused_rnn::layer_backward_cpu);
+}
