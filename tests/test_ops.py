@@ -199,7 +199,7 @@ def test_op_arguments_are_checked() -> None:
     fails("lengths: expected shape", rows=[torch.zeros(4, dtype=torch.int64), None, None])
     fails("resets: expected shape", rows=[None, None, torch.zeros(3, 5, dtype=torch.bool)])
     fails(r"rows: expected \[\] or \[lengths, offsets, resets\], got 2 entries", rows=[None, None])
-    fails("recipe: expected .* a cell of 0 to 4", recipe=Recipe(7).packed)
+    fails(r"recipe: expected .*\(a cell of 0 to 4 ", recipe=Recipe(7).packed)
     fails("recipe: expected that of one layer", recipe=Recipe(KINDS["LSTM"], num_layers=2).packed)
 
 
