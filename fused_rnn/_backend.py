@@ -93,6 +93,20 @@ def why_not_native(device_type: str) -> str | None:
     return f"fused_rnn has no kernels for {device_type!r} tensors"
 
 
+def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """None if this backend can serve tensors of this device type and dtype now, else the reason as a clause.
+
+    A call takes the first of BACKENDS that can.
+    """
+    if _forced not in (None, backend):
+        return f"backend {_forced!r} is forced"
+    if backend == "reference":
+        return None
+    if backend != device_type:
+        return why_not_native(device_type) if device_type not in BACKENDS else f"the input is on {device_type!r}"
+    return f"there are no kernels for {dtype}" if dtype.is_complex else why_not_native(device_type)
+
+
 def uses_ops(device_type: str, dtype: torch.dtype) -> bool:
     """True if the compiled ops serve this device type and dtype now, False if the reference does.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import _backend, _checks, _settings, functional
-from fused_rnn._kinds import KINDS, NUMBER_OF_MODE, NUMBER_OF_NONLINEARITY
-from fused_rnn.cells import _Cell
-from fused_rnn.modules import _Layer
+from fused_rnn._kinds import KINDS, NUMBER_OF_MODE, NUMBER_OF_NONLINEARITY, Kind
+from fused_rnn._quick_call import QuickCall
+from fused_rnn.explanation import Candidate, Explanation, Kernel, LayerPlan, Overlap, PassPlan, Rejection, Shares
 
 _KIB = 1024
+# Of a block of a persistent kernel: csrc/plan/persistent_geometry.h, kPersistentThreads and kTileRows.
+PERSISTENT_THREADS, TILE_ROWS = 256, 8
 
 
 def _device(cc: int, sms: int, block: int, sm: int, threads: int, l2: int, cluster: int) -> dict[str, int]:
@@ -42,79 +43,6 @@ DEVICES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerPlan:
-    """One layer, all its directions. Sizes as in fused_rnn.functional; N rows in memory (T*B, fewer if packed)."""
-
-    T: int
-    B: int
-    N: int
-    I: int  # noqa: E741
-    H: int
-    P: int
-    D: int
-    forward: dict[str, Any]  # as the planner gives it; empty on the reference and where B is 0
-    backward: dict[str, Any] | None  # None without gradients
-    saved_bytes: int  # kept for backward, beside the layer's input and output
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class Explanation:
-    """How a call would be carried out; ``str()`` is what :func:`explain` prints."""
-
-    module: str
-    cell: str
-    dtype: str
-    packed: bool  # the input is a PackedSequence
-    backend: str  # "cuda", "cpu" or "reference"
-    device: str  # what it was explained for
-    why: str  # this backend
-    forced: str | None  # FUSED_RNN_PLAN: a kernel family, or "cheapest"
-    layers: tuple[LayerPlan, ...]
-    overlap: dict[str, dict[str, Any]]  # on CUDA, "forward" and "backward" (if forward's do): whether the layers overlap
-
-    def __repr__(self) -> str:
-        return f"<fused_rnn.Explanation: {self.module} on {self.backend}, {len(self.layers)} layer(s)>"
-
-    def __str__(self) -> str:
-        first = self.layers[0]
-        head = f"{self.module}, {self.dtype}, T={first.T} B={first.B}" + f" packed into {first.N} rows" * self.packed
-        lines = [f"{head}: {self.backend} backend ({self.why})"]
-        if self.forced and self.backend == "cuda":
-            lines.append(f"FUSED_RNN_PLAN={self.forced}")
-        lines += [f"{name}: " + plan["text"].rstrip("\n") for name, plan in self.overlap.items()]
-        overlaps = any(plan["chunks"] > 1 for plan in self.overlap.values())
-        alone = "; its times are those of its recurrence alone, without overlap" * overlaps
-        number = 1
-        for layer, group in itertools.groupby(self.layers):
-            last = number + len(list(group)) - 1
-            which = f"layer {number}" if last == number else f"layers {number} to {last}, each"
-            sizes = f"I={layer.I} H={layer.H}" + (f" P={layer.P}" if layer.P != layer.H else "")
-            lines.append(f"{which}: {sizes}, {layer.D} direction{'s' * (layer.D > 1)}{alone}")
-            if layer.B == 0:
-                lines.append("  nothing to do: the batch is empty")
-            for name, plan in (("forward", layer.forward), ("backward", layer.backward)):
-                if plan:
-                    lines += _described(name, plan)
-            if layer.backward is not None:
-                lines.append(f"  saves {layer.saved_bytes} bytes for backward, beside input and output")
-            number = last + 1
-        return "\n".join(lines)
-
-
-def _described(name: str, plan: dict[str, Any]) -> list[str]:
-    if "text" in plan:  # the CUDA planner's own words
-        blocks = f", {plan['ctas']} blocks at most in a launch"
-        first, *rest = plan["text"].rstrip("\n").split("\n")
-        registers = plan.get("persistent", {}).get("weight_registers")
-        held = [] if registers is None else [f"    {registers} registers of each thread hold weights"]
-        return [f"  {name}: {first}{blocks}", *("  " + line for line in rest), *held]
-    shares = (
-        f"{plan['direction_teams']} of directions x {plan['batch_teams']} of batch rows x {plan['split']} of hidden units"
-    )
-    return [f"  {name}: {plan['threads']} thread{'s' * (plan['threads'] > 1)}: {shares}; W_hh {plan['weights']}"]
-
-
 def explain(
     module: nn.Module,
     input: Tensor | PackedSequence,
@@ -125,10 +53,12 @@ def explain(
 ) -> Explanation:
     """Prints and returns how ``module(input)`` would be carried out, without running it.
 
-    On CUDA: for every layer (both directions together), forward and backward, the kernel family with its tiles, blocks,
-    shared memory, registers, the microseconds per step that the cost model expects of the layer's kernels alone, and why
-    each other family was not taken; before the layers, whether they overlap in time and what that makes of the whole. On
-    a CPU: the instruction set and how the threads divide the work. On the reference: why there are no kernels.
+    The result, an :class:`fused_rnn.explanation.Explanation`, has the same fields for every backend. It names the backend
+    and says why each one before it in the order cuda, cpu, reference does not serve the call. On CUDA it has, for forward
+    and backward of every layer (both directions together), the kernel family with its kernels, their blocks, shared memory
+    and registers, the microseconds that the cost model expects of the layer's kernels alone, and why each other family was
+    not taken; and whether the layers overlap in time and what that makes of the whole. On a CPU it has the instruction set
+    and how the threads divide the work.
 
     Args:
         module: fused_rnn's RNN, LSTM, GRU or one of its cells.
@@ -156,61 +86,91 @@ def explain(
     if training is None:
         training = torch.is_grad_enabled() and (data.requires_grad or any(p.requires_grad for p in module.parameters()))
     where = device if isinstance(device, str) else str(data.device) if device is None else "the given device"
-    backend, why = _backend_for(device_type, dtype, where, described is not None)
-    forced = _settings.value("FUSED_RNN_PLAN") or None
+    backend, reason, rejected = _backend_for(device_type, dtype, where, described is not None)
     if backend == "cuda" and described is None:
-        described = _C().cuda_device(torch.cuda.current_device() if data.device.index is None else data.device.index)
-    kind = KINDS[_kind(module)]
-    cell = kind.name
-    layers = []
-    packed = isinstance(input, PackedSequence)
-    for size in sizes:
-        problem = {"cell": cell, "dtype": str(dtype).removeprefix("torch."), **size}
-        forward = _plan(backend, problem, described, forced, packed, training, backward=False)
-        backward = _plan(backend, problem, described, forced, packed, training, backward=True) if training else None
-        saved = size["D"] * rows * size["H"] * (kind.saved + kind.has_c) * dtype.itemsize
-        saved = saved if training and backend != "reference" else 0
-        layers.append(LayerPlan(N=rows, forward=forward, backward=backward, saved_bytes=saved, **size))
-    name = str(dtype).removeprefix("torch.")
-    overlap = _overlap(module, layers, cell, name, described, forced, packed, training) if backend == "cuda" else {}
-    result = Explanation(type(module).__name__, cell, name, packed, backend, where, why, forced, tuple(layers), overlap)
+        described = planner().cuda_device(torch.cuda.current_device() if data.device.index is None else data.device.index)
+    call = _Call(
+        kind=KINDS[_kind(module)], backend=backend, dtype=dtype, device=described, packed=isinstance(input, PackedSequence),
+        training=training, forced=_settings.value("FUSED_RNN_PLAN") or None,
+    )  # fmt: skip
+    layers = tuple(_layer(call, size, rows) for size in sizes)
+    forward, backward = _overlaps(module, call, layers)
+    result = Explanation(
+        module=type(module).__name__, cell=call.kind.name, dtype=call.dtype_name, packed=call.packed, device=where,
+        backend=backend, reason=reason, rejected=rejected,
+        instruction_set=_backend.build_info()["cpu_instruction_set"] if backend == "cpu" else None,
+        forced_family=call.forced if backend == "cuda" else None, layers=layers,
+        forward_overlap=forward, backward_overlap=backward,
+    )  # fmt: skip
     if show:
         print(result)
     return result
 
 
-def _C() -> Any:
-    if _backend._C is None:
-        raise RuntimeError(f"there is no planner: {_backend.import_error}")
-    return _backend._C
+def planner() -> Any:
+    """The compiled extension, which plans.
+
+    Raises:
+        RuntimeError: it is not there.
+    """
+    if _settings.extension is None:
+        raise RuntimeError(f"there is no planner: {_settings.import_error}")
+    return _settings.extension
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What the plans of all layers have in common."""
+
+    kind: Kind
+    backend: str
+    dtype: torch.dtype
+    device: Mapping[str, Any] | None  # fields of csrc/plan/device_info.h; CUDA
+    packed: bool
+    training: bool
+    forced: str | None
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def problem(self, sizes: Mapping[str, int]) -> dict[str, Any]:
+        """The arguments of the CUDA planner but the direction of the pass."""
+        return {
+            "cell": self.kind.name, "dtype": self.dtype_name, **sizes, "device": dict(self.device or {}),
+            "allow_tf32": _tf32(self.dtype), "ragged": self.packed, "training": self.training, "forced": self.forced,
+        }  # fmt: skip
 
 
 def _kind(module: nn.Module) -> int:
-    if isinstance(module, _Layer):
+    if isinstance(module, nn.RNNBase):
         return NUMBER_OF_MODE[module.mode]
     if isinstance(module, nn.RNNCell):
         return NUMBER_OF_NONLINEARITY[module.nonlinearity]
-    return NUMBER_OF_MODE["LSTM" if isinstance(module, nn.LSTMCell) else "GRU"]
+    for cls, mode in ((nn.LSTMCell, "LSTM"), (nn.GRUCell, "GRU")):
+        if isinstance(module, cls):
+            return NUMBER_OF_MODE[mode]
+    raise TypeError(f"module: explain does not know the cell of {type(module).__name__}")
 
 
 def _sizes(module: nn.Module, input: Tensor | PackedSequence) -> tuple[list[dict[str, int]], int]:
     """(T, B, I, H, P, D of every layer, rows in memory); raises for a module or an input that does not fit."""
-    if not isinstance(module, (_Layer, _Cell)):
+    if not (isinstance(module, QuickCall) and isinstance(module, (nn.RNNBase, nn.RNNCellBase))):
         hint = "; fused_rnn.convert makes one of it" if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) else ""
         name = f"{type(module).__module__}.{type(module).__qualname__}"
         raise TypeError(f"module: expected fused_rnn's RNN, LSTM, GRU or one of its cells, got {name}{hint}")
     packed = isinstance(input, PackedSequence)
-    if not isinstance(input, Tensor) and not (packed and isinstance(module, _Layer)):
-        also = " or a PackedSequence" if isinstance(module, _Layer) else ""
+    if not isinstance(input, Tensor) and not (packed and isinstance(module, nn.RNNBase)):
+        also = " or a PackedSequence" if isinstance(module, nn.RNNBase) else ""
         raise TypeError(f"input: expected a Tensor{also}, got {type(input).__name__}")
     data = input.data if isinstance(input, PackedSequence) else input
-    dims = (2,) if packed else (2, 3) if isinstance(module, _Layer) else (1, 2)
+    dims = (2,) if packed else (2, 3) if isinstance(module, nn.RNNBase) else (1, 2)
     if data.dim() not in dims:
         raise ValueError(f"input: expected {' or '.join(f'{d}-D' for d in dims)}, got {data.dim()}-D")
     if data.shape[-1] != module.input_size:
         raise ValueError(f"input: expected {module.input_size} features (input_size), got {data.shape[-1]}")
     hidden = int(module.hidden_size)
-    if isinstance(module, _Cell):
+    if isinstance(module, nn.RNNCellBase):
         batch = 1 if data.dim() == 1 else data.shape[0]
         return [{"T": 1, "B": batch, "I": data.shape[-1], "H": hidden, "P": hidden, "D": 1}], batch
     if isinstance(input, PackedSequence):
@@ -254,82 +214,131 @@ def _described_device(device: str | Mapping[str, Any] | None) -> Mapping[str, An
     raise ValueError(f"device: expected one of {', '.join(DEVICES)}, got {device!r}")
 
 
-def _backend_for(device_type: str, dtype: torch.dtype, where: str, described: bool) -> tuple[str, str]:
-    """(backend, why), with the errors of a call."""
+def _backend_for(
+    device_type: str, dtype: torch.dtype, where: str, described: bool
+) -> tuple[str, str, tuple[Rejection, ...]]:
+    """(backend, why it, the backends before it with their reasons), with the errors of a call."""
     forced = _backend.forced_backend()
-    if forced == "reference":
-        return "reference", "it is forced"
-    if dtype.is_complex:
-        if forced is not None:
-            raise RuntimeError(f"backend {forced!r} is forced but for complex numbers only the reference runs")
-        return "reference", f"there are no kernels for {dtype}"
-    if forced is not None and forced != device_type:
-        raise RuntimeError(f"backend {forced!r} is forced but the input is on {device_type!r}")
-    if described:
-        _C()
-        return "cuda", f"as planned for {where}"
-    reason = _backend.why_not_native(device_type)
-    if reason is None:
-        info = _backend.build_info()
-        return device_type, f"{where}, {info['cpu_instruction_set']}" if device_type == "cpu" else where
+    planned = described and not dtype.is_complex and forced in (None, "cuda")
+    if forced is not None and not planned:
+        _backend.uses_ops(device_type, dtype)  # raises where it cannot serve
+    if planned:
+        planner()
+    rejected: list[Rejection] = []
+    for backend in _backend.BACKENDS:
+        why_not = None if planned and backend == "cuda" else _backend.why_not(backend, device_type, dtype)
+        if why_not is None:
+            break
+        rejected.append(Rejection(backend, why_not))
     if forced is not None:
-        raise RuntimeError(f"backend {forced!r} is forced but {reason}; see python -m fused_rnn info")
-    return "reference", reason
+        reason = "it is forced"
+    elif backend == "reference":
+        reason = next((other.reason for other in rejected if other.name == device_type), rejected[-1].reason)
+    else:
+        reason = f"as planned for {where}" if described else f"the input is on {where}"
+    return backend, reason, tuple(rejected)
 
 
-def _plan(
-    backend: str,
-    problem: dict[str, Any],
-    device: Mapping[str, Any] | None,
-    forced: str | None,
-    packed: bool,
-    training: bool,
-    backward: bool,
-) -> dict[str, Any]:
+def _layer(call: _Call, sizes: Mapping[str, int], rows: int) -> LayerPlan:
+    saved = 0
+    if call.training and call.backend != "reference":
+        saved = sizes["D"] * rows * sizes["H"] * (call.kind.saved + call.kind.has_c) * call.dtype.itemsize
+    backward = _pass(call, sizes, backward=True) if call.training else None
+    return LayerPlan(N=rows, forward=_pass(call, sizes, backward=False), backward=backward, saved_bytes=saved, **sizes)
+
+
+def _pass(call: _Call, sizes: Mapping[str, int], backward: bool) -> PassPlan:
     """The planner's answer for one layer; empty where nothing is planned."""
-    if backend == "reference" or problem["B"] == 0:
-        return {}
-    if backend == "cpu":
-        return _C().cpu_plan(**problem, training=training, backward=backward)
-    plan = _C().plan(
-        **problem, device=dict(device or {}), allow_tf32=_tf32(problem["dtype"]), ragged=packed, training=training,
-        backward=backward, forced=forced,
+    if call.backend == "reference" or sizes["B"] == 0:
+        return PassPlan()
+    if call.backend == "cpu":
+        return _pass_on_cpu(
+            planner().cpu_plan(
+                cell=call.kind.name, dtype=call.dtype_name, **sizes, training=call.training, backward=backward
+            )
+        )
+    return _pass_on_cuda(planner().plan(**call.problem(sizes), backward=backward), sizes, backward)
+
+
+def _pass_on_cpu(plan: Mapping[str, Any]) -> PassPlan:
+    threads, weights = plan["threads"], plan["weights"]
+    shares = Shares(plan["direction_teams"], plan["batch_teams"], plan["split"])
+    divided = (
+        f"{shares.directions} of directions x {shares.batch_rows} of batch rows x {shares.hidden_units} of hidden units"
+    )
+    text = f"{threads} thread{'s' * (threads > 1)}: {divided}; W_hh {weights}"
+    return PassPlan(threads=threads, shares=shares, weights=weights, text=text)
+
+
+def _pass_on_cuda(plan: Mapping[str, Any], sizes: Mapping[str, int], backward: bool) -> PassPlan:
+    kernels = tuple(_kernel(kernel, sizes, backward) for kernel in plan["kernels"])
+    held = plan.get("persistent")
+    if held is not None:
+        kernels += (_persistent_kernel(plan["family"], held),)
+    first, *rest = plan["text"].rstrip("\n").split("\n")
+    lines = [f"{first}, {max(kernel.blocks for kernel in kernels)} blocks at most in a launch", *rest]
+    if held is not None:
+        lines.append(f"  {kernels[-1].weight_registers} registers of each thread hold weights")
+    return PassPlan(
+        family=plan["family"],
+        reason=plan["reason"],
+        rejected=tuple(Rejection(family, reason) for family, reason in plan["rejected"].items()),
+        candidates=tuple(Candidate(name, one["us"], one["us_per_step"]) for name, one in plan["candidates"].items()),
+        cheapest=plan["cheapest"],
+        kernels=kernels,
+        launches=sum(kernel.launches for kernel in kernels),
+        overlapped_launches=plan["overlapped_launches"],
+        workspace_bytes=plan["workspace_bytes"],
+        us=plan["us"],
+        us_per_step=plan["us_per_step"],
+        text="\n".join(lines),
+    )
+
+
+def _kernel(kernel: Mapping[str, Any], sizes: Mapping[str, int], backward: bool) -> Kernel:
+    """A kernel that is launched once a step, or for the gradient of h0 alone."""
+    launches = sizes["T"]
+    if kernel["name"] == "state_grad":  # of every step with a projection, and of h0
+        launches = sizes["T"] + 1 if sizes["P"] != sizes["H"] else 1
+    return Kernel(
+        name=kernel["name"], persistent=False, math=kernel["math"], grid=kernel["grid"], threads=kernel["threads"], units=kernel["units"],
+        rows=kernel["batch"], launches=launches, stages=kernel["stages"], smem_bytes=kernel["smem_bytes"],
+        weight_registers=0, weight_bytes_in_registers=0, weight_bytes_in_smem=0, us=kernel["us"],
     )  # fmt: skip
-    blocks = [x * y * z for x, y, z in (kernel["grid"] for kernel in plan["kernels"])]
-    if held := plan.get("persistent"):
-        blocks.append(held["blocks"] * held["groups"] * held["directions"])
-    plan["ctas"] = max(blocks)
-    return plan
 
 
-def _tf32(dtype: str) -> bool:
+def _persistent_kernel(family: str, held: Mapping[str, Any]) -> Kernel:
+    """The kernel that holds the weights of a layer over all its steps."""
+    return Kernel(
+        name=family, persistent=True, math=held["math"], grid=(held["blocks"], held["groups"], held["directions"]),
+        threads=PERSISTENT_THREADS, units=held["units"], rows=TILE_ROWS * held["tiles"], launches=held["launches"],
+        stages=None, smem_bytes=held["smem_bytes"], weight_registers=held["weight_registers"],
+        weight_bytes_in_registers=held["weight_bytes_in_registers"], weight_bytes_in_smem=held["weight_bytes_in_smem"],
+        us=None,
+    )  # fmt: skip
+
+
+def _tf32(dtype: torch.dtype) -> bool:
     """torch's own switch for recurrent layers, as csrc/torch/ops_cuda.cpp reads it."""
     switch: Any = torch.backends.cudnn.rnn
-    return dtype == "float32" and switch.fp32_precision == "tf32"
+    return dtype == torch.float32 and switch.fp32_precision == "tf32"
 
 
-def _overlap(
-    module: nn.Module,
-    layers: Sequence[LayerPlan],
-    cell: str,
-    dtype: str,
-    device: Mapping[str, Any] | None,
-    forced: str | None,
-    packed: bool,
-    training: bool,
-) -> dict[str, dict[str, Any]]:
-    """Whether the layers overlap in time, and why not; empty for a cell and where nothing is planned."""
+def _overlaps(module: nn.Module, call: _Call, layers: Sequence[LayerPlan]) -> tuple[Overlap | None, Overlap | None]:
+    """(forward's, backward's); None for a cell and where nothing is planned, backward's also where forward's is in turn."""
     last = layers[-1]
-    if not isinstance(module, _Layer) or last.B == 0:
-        return {}
+    if call.backend != "cuda" or not isinstance(module, nn.RNNBase) or last.B == 0:
+        return None, None
     chunks = _settings.value("FUSED_RNN_OVERLAP")
-    problem = {
-        "cell": cell, "dtype": dtype, "T": last.T, "B": last.B, "I": last.I, "H": last.H, "P": last.P, "D": last.D,
-        "device": dict(device or {}), "allow_tf32": _tf32(dtype), "ragged": packed, "training": training, "forced": forced,
+    stack = {
+        **call.problem({size: getattr(last, size) for size in "TBIHPD"}),
         "layers": len(layers), "first_input": layers[0].I, "rows": last.N, "chunks": int(chunks) if chunks else None,
         "dropout": float(module.dropout) if len(layers) > 1 and module.training else 0.0,
     }  # fmt: skip
-    result = {"forward": _C().overlap(**problem)}
-    if training and result["forward"]["chunks"] > 1:
-        result["backward"] = _C().overlap(**problem, backward=True)
-    return result
+    forward = _overlap(planner().overlap(**stack))
+    backward = _overlap(planner().overlap(**stack, backward=True)) if call.training and forward.chunks > 1 else None
+    return forward, backward
+
+
+def _overlap(made: Mapping[str, Any]) -> Overlap:
+    return Overlap(**{**made, "text": made["text"].rstrip("\n")})

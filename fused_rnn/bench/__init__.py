@@ -37,6 +37,7 @@ from fused_rnn.bench.floor import floor_us_per_step
 from fused_rnn.bench.memory import Prober
 from fused_rnn.bench.sides import BASELINES, FAMILIES, CannotServe, explained, make_sides, missing
 from fused_rnn.bench.timing import driver, measure, peak_bytes_cuda, summary
+from fused_rnn.explanation import PassPlan
 
 FIELDS = (
     "date", "commit", "device", "driver", "torch", "cuda", "cudnn", "cell", "dtype", "mode", "T", "B", "I", "H", "layers",
@@ -101,20 +102,26 @@ def plan_of(module: torch.nn.Module, x: Any, mode: str, asked_for: str | None) -
     layer = explanation.layers[0]
     result: dict[str, Any] = {"backend": explanation.backend}
     for name, plan in (("forward", layer.forward), ("backward", layer.backward if mode == "training" else None)):
-        if not plan:
-            continue
-        if explanation.backend == "cpu":
-            result[name] = plan
-            continue
-        held = plan.get("persistent")
-        kept = ("units", "blocks", "tiles", "groups", "directions", "launches", "weight_registers", "smem_bytes", "math")
-        figures = {key: held[key] for key in kept} if held else {}
-        if not held:
-            kernel = plan["kernels"][-1]
-            figures = {key: kernel[key] for key in ("units", "batch", "threads", "stages", "smem_bytes", "math")}
-            figures["grid"] = list(kernel["grid"])
-        result[name] = {"family": plan["family"], "expected_us_per_step": round(plan["us_per_step"], 3), **figures}
+        if plan is not None and plan != PassPlan():
+            result[name] = figures_of(plan)
     return result
+
+
+def figures_of(plan: PassPlan) -> dict[str, Any]:
+    """What a result line keeps of a pass: of CUDA the family with its last kernel, of the CPU how threads share the work."""
+    if plan.shares is not None:
+        teams = {"direction_teams": plan.shares.directions, "batch_teams": plan.shares.batch_rows}
+        return {"threads": plan.threads, **teams, "split": plan.shares.hidden_units, "weights": plan.weights}
+    kernel = plan.kernels[-1]
+    figures: dict[str, Any] = {"family": plan.family, "expected_us_per_step": round(plan.us_per_step or 0.0, 3)}
+    figures |= {"units": kernel.units, "batch": kernel.rows, "threads": kernel.threads, "math": kernel.math}
+    if kernel.persistent:
+        blocks, groups, directions = kernel.grid
+        figures |= {"blocks": blocks, "groups": groups, "directions": directions}
+        figures |= {"launches": kernel.launches, "weight_registers": kernel.weight_registers}
+    else:
+        figures |= {"stages": kernel.stages, "grid": list(kernel.grid)}
+    return {**figures, "smem_bytes": kernel.smem_bytes}
 
 
 def result_lines(

@@ -1,0 +1,199 @@
+"""The edits with which CONTRIBUTING.md's "Adding a cell in five steps" adds a GRU without reset gate.
+
+    z = sigmoid(W_z x + b_z + U_z h + c_z)    n = tanh(W_n x + b_n + U_n h + c_n)    h' = n + z (h - n)
+
+Every edit puts text after (or, for an empty anchor, at the end of) text that stands in the file exactly once, so that an edit
+whose place has moved fails by its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """Puts `text` behind `anchor` in `file`, or with `replaces` in its place."""
+
+    file: str
+    anchor: str
+    text: str
+    replaces: bool = False
+
+    def apply(self, root: Path) -> None:
+        """Edits the file below root.
+
+        Raises:
+            LookupError: the anchor is not there, or more than once.
+        """
+        path = root / self.file
+        before = path.read_text()
+        if not self.anchor:
+            path.write_text(before + self.text)
+            return
+        if before.count(self.anchor) != 1:
+            raise LookupError(f"{self.file}: expected once, got {before.count(self.anchor)} times: {self.anchor!r}")
+        path.write_text(before.replace(self.anchor, self.text if self.replaces else self.anchor + self.text))
+
+
+MODE, NAME = "UPDATE_GATE", "update_gate"
+
+STRUCT = """
+// z = sigmoid(x_z + h_z),  n = tanh(x_n + h_n),  h' = n + z (h - n)
+template <>
+struct Cell<CellKind::kUpdateGate> : CellConstants<CellKind::kUpdateGate> {
+  static constexpr FUSED_RNN_HD int recurrent_slot(int gate) { return gate; }
+
+  template <class V>
+  static FUSED_RNN_HD void sigmoids(V (&a)[kSlots]) {
+    using namespace math;
+    a[0] = sigmoid(a[0]);
+  }
+  template <class V>
+  static FUSED_RNN_HD void forward_of_sigmoids(V (&a)[kSlots], const V& h_prev, const V&, V& h, V&) {
+    using namespace math;
+    a[1] = tanh(a[1]);
+    h = a[1] + a[0] * (h_prev - a[1]);
+  }
+  template <class V>
+  static FUSED_RNN_HD void forward(V (&a)[kSlots], const V& h_prev, const V& c_prev, V& h, V& c) {
+    sigmoids(a);
+    forward_of_sigmoids(a, h_prev, c_prev, h, c);
+  }
+
+  template <class V>
+  static FUSED_RNN_HD void backward(const V (&a)[kSlots], const V& h_prev, const V&, const V&, const V&, const V& dh, V&,
+                                    V (&d)[kSlots], V& dh_prev) {
+    const V z = a[0], n = a[1];
+    d[0] = dh * (h_prev - n) * z * (V(1) - z);
+    d[1] = dh * (V(1) - z) * (V(1) - n * n);
+    dh_prev = dh * z;
+  }
+};
+"""
+
+REFERENCE = f"""
+    if cell == NUMBER_OF_MODE["{MODE}"]:
+        x_z, x_n = gi.chunk(2, dim=-1)
+        h_z, h_n = gh.chunk(2, dim=-1)
+        z = (x_z + h_z).sigmoid()
+        n = (x_n + h_n).tanh()
+        return n + z * (h - n), None
+"""
+
+FUNCTION = f'''
+
+def {NAME}(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    hx: Tensor | None = None,
+    *,
+    num_layers: int = 1,
+    has_biases: bool = True,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A GRU without reset gate over a sequence; arguments, results and errors as :func:`gru`, gate order z n."""
+    y, h_n, _ = _checked_rnn(
+        _kinds.NUMBER_OF_MODE["{MODE}"], input, weights, hx, num_layers, has_biases, bidirectional, dropout, training,
+        batch_first, batch_sizes, lengths, resets,
+    )  # fmt: skip
+    return y, h_n
+
+
+def {NAME}_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    """One step: input [B, I] (or [I]), hx [B, H] or None for zeros -> h' [B, H]; weights with 2H rows."""
+    return _checked_cell(_kinds.NUMBER_OF_MODE["{MODE}"], input, hx, w_ih, w_hh, b_ih, b_hh)[0]
+'''
+
+# torch.nn.RNNBase makes parameters for torch's own modes alone: the class makes them anew.
+LAYER = f'''
+
+class UpdateGate(_Layer):
+    """A GRU without reset gate, with the arguments of torch.nn.GRU."""
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, **options: Any) -> None:
+        super().__init__("RNN_TANH", input_size, hidden_size, num_layers, **options)
+        self.mode = "{MODE}"
+        for name in self._flat_weights_names:
+            old = getattr(self, name)
+            setattr(self, name, nn.Parameter(old.new_empty(2 * hidden_size, *old.shape[1:])))
+        self.reset_parameters()
+
+    def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None) -> tuple[Any, Tensor]:
+        """As fused_rnn.GRU."""
+        return self._forward_single_state(_kinds.NUMBER_OF_MODE["{MODE}"], input, hx)
+'''
+
+CELL = f'''
+
+class UpdateGateCell(_Cell):
+    """One step of a GRU without reset gate, with the arguments of torch.nn.GRUCell."""
+
+    _kind = "UpdateGateCell"
+
+    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=2, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """As fused_rnn.GRUCell."""
+        return self._run_single_state(NUMBER_OF_MODE["{MODE}"], input, hx)
+'''
+
+STEPS: dict[str, tuple[Edit, ...]] = {
+    "1: params.h and _kinds.py": (
+        Edit(
+            "csrc/core/params.h", '  X(kGru, "gru", 3, 4, 4, false, true)', f' \\\n  X(kUpdateGate, "{NAME}", 2, 2, 2, false, true)'
+        ),
+        Edit("csrc/core/params.h", "// Gate order of the weights: LSTM i f g o, GRU r z n", ", update gate z n"),
+        Edit("csrc/core/params.h", "GRU r z n hn, where hn = W_hn h + b_hn.", " Update gate z n."),
+        Edit("csrc/core/params.h", "GRU n_x r z n_h: gradients of pre-activations.", " Update gate z n."),
+        Edit(
+            "fused_rnn/_kinds.py", '    Kind("GRU", "gru", 3, 4, 4, False, True),\n',
+            f'    Kind("{MODE}", "{NAME}", 2, 2, 2, False, True),\n',
+        ),
+    ),
+    "2: cells.h": (Edit("csrc/core/cells.h", "    d[3] = dn * r;\n    dh_prev = dh * z;\n  }\n};\n", STRUCT),),
+    "3: reference.py": (
+        Edit("fused_rnn/reference.py", "        n = (x_n + r * h_n).tanh()\n        return n + z * (h - n), None", REFERENCE),
+        Edit("fused_rnn/reference.py", "from fused_rnn._kinds import GRU, KINDS, LSTM", ", NUMBER_OF_MODE"),
+    ),
+    "4: functional.py, modules.py, cells.py": (
+        Edit("fused_rnn/functional.py", "", FUNCTION),
+        Edit("fused_rnn/functional.py", "from fused_rnn import _checks,", " _kinds,"),
+        Edit("fused_rnn/modules.py", "", LAYER),
+        Edit("fused_rnn/cells.py", "", CELL),
+        Edit("fused_rnn/cells.py", "from fused_rnn._kinds import GRU, LSTM,", " NUMBER_OF_MODE,"),
+    ),
+    "5: tests/cases.py": (Edit("tests/cases.py", 'CELLS = ("RNN_TANH", "RNN_RELU", "RNN_IDENTITY", "GRU", "LSTM"', f', "{MODE}"'),),
+}  # fmt: skip
+
+# What the five steps do not name and a new cell needs nevertheless. CONTRIBUTING.md is true when this is empty.
+UNNAMED: tuple[Edit, ...] = (
+    Edit("tests/cases.py", 'GATES = {"GRU": 3, "LSTM": 4', f', "{MODE}": 2'),
+    Edit(
+        "tests/cases.py", "        else:\n            kwargs[\"nonlinearity\"] = ",
+        f'        elif self.cell == "{MODE}":\n'
+        "            from fused_rnn.modules import UpdateGate\n\n"
+        "            module = UpdateGate(self.input_size, self.hidden, **kwargs)\n"
+        "        else:\n            kwargs[\"nonlinearity\"] = ", True,
+    ),
+    Edit(
+        "tests/simt/layers.py", '        return 1 if self.case.cell.startswith("RNN") else 4',
+        '        return KINDS[CELL_NUMBER[self.case.cell]].slots', True,
+    ),
+    Edit("tests/simt/layers.py", "from fused_rnn._kinds import ", "KINDS, "),
+)  # fmt: skip
