@@ -31,7 +31,9 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
 _TORCHS = {"check_input", "check_forward_args", "check_hidden_size", "get_expected_hidden_size", "permute_hidden"}
 _OURS = {
     name
-    for ours in (modules._Layer, cells._Cell, QuickCall)
+    for fused in FUSED.values()
+    for ours in fused.__mro__
+    if issubclass(ours, QuickCall)
     for name in vars(ours)
     if name.startswith("_") and not name.startswith("__")
 } - {"_apply", "_abc_impl"}

@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fused_rnn import _opacus, _subclass, cells, modules
+from fused_rnn import _opacus, _subclass
+from fused_rnn._checks import DTYPES
+from fused_rnn._quick_call import QuickCall
 from fused_rnn._subclass import FUSED
-from fused_rnn.functional import _DTYPES
 
 __all__ = ["convert", "revert"]
 
@@ -86,7 +87,7 @@ def _target(module: nn.Module, caller: str, subclasses: bool) -> type[nn.Module]
     if isinstance(module, torch.jit.ScriptModule):
         original = getattr(module, "original_name", "")
         return "a TorchScript module cannot be changed" if original in {c.__name__ for c in FUSED} else None
-    ours = isinstance(module, (modules._Layer, cells._Cell))
+    ours = isinstance(module, QuickCall)
     theirs = isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and not ours
     if not (theirs if caller == "convert" else ours):
         return None
@@ -104,7 +105,7 @@ def _why_not(module: nn.Module, caller: str) -> str | None:
     if getattr(module, "nonlinearity", None) == "identity":
         return "torch.nn has no nonlinearity 'identity'"
     dtype = next((p.dtype for p in module.parameters(recurse=False)), None)
-    if caller == "convert" and dtype is not None and dtype not in _DTYPES:
+    if caller == "convert" and dtype is not None and dtype not in DTYPES:
         return f"no kernels for {dtype}"
     if caller == "convert" and type(module) not in FUSED:
         own = _subclass.clashes(module)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from fused_rnn import cells, modules
+from fused_rnn._quick_call import QuickCall
 from fused_rnn._subclass import FUSED, torch_class
 
 __all__ = ["patched"]
@@ -81,7 +81,7 @@ class _Watch:
         @functools.wraps(init)
         def counting(module: nn.Module, *args: Any, **kwargs: Any) -> None:
             init(module, *args, **kwargs)
-            if not isinstance(module, (modules._Layer, cells._Cell)):
+            if not isinstance(module, QuickCall):
                 self.built[f"{_full_name(type(module))} in {_builder(module)}"] += 1
 
         return counting
