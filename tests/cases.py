@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from fused_rnn._kinds import KINDS
+
 CELLS = ("RNN_TANH", "RNN_RELU", "RNN_IDENTITY", "GRU", "LSTM")
-GATES = {"GRU": 3, "LSTM": 4}
+GATES = {kind.mode: kind.gates for kind in KINDS}
+TORCH_NN: dict[str, Callable[..., torch.nn.RNNBase]] = {
+    "RNN_TANH": functools.partial(torch.nn.RNN, nonlinearity="tanh"),
+    "RNN_RELU": functools.partial(torch.nn.RNN, nonlinearity="relu"),
+    "GRU": torch.nn.GRU,
+    "LSTM": torch.nn.LSTM,
+}
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # Largest error allowed, relative to the largest value of the compared tensor (at least 1): a few units in the last place of
@@ -62,25 +71,28 @@ class Case:
     def directions(self) -> int:
         return 2 if self.bidirectional else 1
 
-    def module(self, generator: torch.Generator, device: str = "cpu") -> torch.nn.RNNBase:
-        """torch.nn's module of this configuration (tanh for RNN_IDENTITY), with seeded weights."""
+    def weights(self, generator: torch.Generator) -> list[Tensor]:
+        """Random weights in the order of torch.nn's _flat_weights, uniform within 1 / sqrt(H), as precise as float32 at most."""
+        rows, scale = GATES[self.cell] * self.hidden, self.hidden**-0.5
+        shapes: list[tuple[int, ...]] = []
+        for group in range(self.layers * self.directions):
+            shapes += [(rows, self.input_size if group < self.directions else self.directions * self.output)]
+            shapes += [(rows, self.output)] + [(rows,), (rows,)] * self.has_biases
+            shapes += [(self.proj, self.hidden)] * bool(self.proj)
+        values = [torch.rand(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        return [((value * 2 - 1) * scale).to(torch.float32).to(self.dtype) for value in values]
+
+    def module(self, device: str = "cpu") -> torch.nn.RNNBase:
+        """torch.nn's module of this configuration, with weights of its own; for the cells in TORCH_NN."""
         kwargs: dict[str, object] = {
             "num_layers": self.layers,
             "bias": self.has_biases,
             "bidirectional": self.bidirectional,
             "batch_first": self.batch_first,
         }
-        if self.cell == "LSTM":
-            module: torch.nn.RNNBase = torch.nn.LSTM(self.input_size, self.hidden, proj_size=self.proj, **kwargs)
-        elif self.cell == "GRU":
-            module = torch.nn.GRU(self.input_size, self.hidden, **kwargs)
-        else:
-            kwargs["nonlinearity"] = "relu" if self.cell == "RNN_RELU" else "tanh"
-            module = torch.nn.RNN(self.input_size, self.hidden, **kwargs)
-        scale = self.hidden**-0.5
-        with torch.no_grad():
-            for parameter in module.parameters():
-                parameter.copy_((torch.rand(parameter.shape, generator=generator, dtype=torch.float64) * 2 - 1) * scale)
+        module = TORCH_NN[self.cell](
+            self.input_size, self.hidden, **kwargs, **({"proj_size": self.proj} if self.proj else {})
+        )
         return module.to(device=device, dtype=self.dtype)
 
 
@@ -142,10 +154,10 @@ def make_data(case: Case, device: str = "cpu", seed: int = 0) -> Data:
         rows = (batch, steps) if case.batch_first else (steps, batch)
     states = case.layers * case.directions
     resets = (torch.rand(rows, generator=g) < 0.3).to(device) if case.resets else None
-    module = case.module(g, device)
+    weights = [weight.to(device) for weight in case.weights(g)]
     return Data(
         input=randn(*rows, case.input_size),
-        weights=[w.detach() for w in module._flat_weights],
+        weights=weights,
         h0=randn(states, batch, case.output) if case.states else None,
         c0=randn(states, batch, case.hidden) if case.states and case.cell == "LSTM" else None,
         lengths=lengths.to(device) if case.ragged == "lengths" and lengths is not None else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CELLS, DTYPES, GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, Case, Data, make_data
+from cases import CELLS, DTYPES, GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, Case, make_data
 from test_cpu import AVAILABLE
 from test_layers import assert_near, call, results_and_gradients
 from torch import Tensor, nn
@@ -32,21 +31,9 @@ STEPS = (1, 2, 3)
 SMOOTH = [cell for cell in CELLS if cell != "RNN_RELU"]  # in 16 bits relu's derivative jumps
 
 
-def data_of(case: Case) -> Data:
-    """As make_data, which takes its weights from torch.nn's layers; these refuse an input_size of 0."""
-    if case.input_size > 0:
-        return make_data(case)
-    data = make_data(dataclasses.replace(case, input_size=1))
-    data.input = data.input[..., :0].contiguous()
-    per_direction = len(data.weights) // case.directions
-    for i in range(0, len(data.weights), per_direction):
-        data.weights[i] = data.weights[i][:, :0].contiguous()
-    return data
-
-
 def check(case: Case) -> None:
     """Training and inference of a case on every instruction set of this machine."""
-    data = data_of(case)
+    data = make_data(case)
     with use_backend("reference"):
         expected, expected_grads = results_and_gradients(case, data.to(torch.float64))
     for name in AVAILABLE:

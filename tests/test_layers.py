@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cases import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, Case, Data, layer_cases, make_data
+from cases import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, TORCH_NN, Case, Data, layer_cases, make_data
 from torch import Tensor
 
 from fused_rnn import functional, use_backend
@@ -30,10 +30,10 @@ def call(case: Case, data: Data) -> list[Tensor]:
         hx = (data.h0, data.c0) if data.h0 is not None else None
         y, (h_n, c_n) = functional.lstm(data.input, data.weights, hx, **options)
         return [y, h_n, c_n]
-    if case.cell == "GRU":
-        return list(functional.gru(data.input, data.weights, data.h0, **options))
-    kind = case.cell.removeprefix("RNN_").lower()
-    return list(functional.rnn(data.input, data.weights, data.h0, nonlinearity=kind, **options))
+    if case.cell.startswith("RNN_"):
+        kind = case.cell.removeprefix("RNN_").lower()
+        return list(functional.rnn(data.input, data.weights, data.h0, nonlinearity=kind, **options))
+    return list(getattr(functional, case.cell.lower())(data.input, data.weights, data.h0, **options))
 
 
 def results_and_gradients(case: Case, data: Data) -> tuple[list[Tensor], list[Tensor]]:
@@ -83,7 +83,7 @@ def test_against_fp64(case: Case, backend: str) -> None:
 
 
 def _torch_nn_has(case: Case) -> bool:
-    return case.cell != "RNN_IDENTITY" and case.ragged != "lengths" and not case.resets
+    return case.cell in TORCH_NN and case.ragged != "lengths" and not case.resets
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def _torch_nn_has(case: Case) -> bool:
 def test_against_torch_nn(case: Case, backend: str) -> None:
     device = "cuda" if backend == "cuda" else "cpu"
     data = make_data(case, device)
-    module = case.module(torch.Generator().manual_seed(1), device)
+    module = case.module(device)
     with torch.no_grad():
         for parameter, weight in zip(module._flat_weights, data.weights, strict=True):
             parameter.copy_(weight)
@@ -243,7 +243,7 @@ def test_more_steps_than_65535(backend: str) -> None:
     data = make_data(case, "cuda" if backend == "cuda" else "cpu")
     with use_backend(backend):
         results, grads = results_and_gradients(case, data)
-    module = case.module(torch.Generator().manual_seed(1))
+    module = case.module()
     with torch.no_grad():
         for parameter, weight in zip(module._flat_weights, data.weights, strict=True):
             parameter.copy_(weight)

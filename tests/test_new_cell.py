@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from new_cell.steps import STEPS, UNNAMED
+from new_cell.steps import MODE, STEPS
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("csrc", "fused_rnn", "tests", "build_support", "setup.py", "pyproject.toml", "CONTRIBUTING.md", "README.md")
@@ -34,7 +34,7 @@ def edited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             shutil.copytree(source, root / name, ignore=compiled)
         else:
             shutil.copy(source, root / name)
-    for edit in [*(edit for edits in STEPS.values() for edit in edits), *UNNAMED]:
+    for edit in (edit for edits in STEPS.values() for edit in edits):
         edit.apply(root)
     yield root
     shutil.rmtree(root)
@@ -61,16 +61,20 @@ def test_contributing_names_these_files() -> None:
             assert Path(edit.file).name in match[1], f"step {number} does not name {edit.file}"
 
 
-def test_nothing_else_has_to_be_edited() -> None:
-    """Edits that no step names."""
-    assert not [edit.file for edit in UNNAMED]
+def pytest_of(root: Path, *files: str, choice: str = "") -> None:
+    """Runs tests of the copy."""
+    options = ["-q", "-x", "-p", "no:cacheprovider", *(["-k", choice] if choice else [])]
+    done(root, sys.executable, "-m", "pytest", *options, *files)
 
 
-def test_on_every_instruction_set(edited: Path) -> None:
+def test_on_a_cpu(edited: Path) -> None:
+    """On every instruction set: against float64 and the formulas; the tests that follow from the cell's name."""
     done(edited, sys.executable, "setup.py", "build_ext", "--inplace")
     done(edited, sys.executable, "tests/new_cell/cpu.py")
+    following = ("layers", "ops", "op_checks", "cpu", "cpu_sizes", "kinds", "plan")
+    pytest_of(edited, *(f"tests/test_{name}.py" for name in following), choice=f"{MODE} or kinds")
 
 
-def test_in_every_family(edited: Path) -> None:
-    """The kernels of CUDA, in the simulator; Python's side needs no compiled extension."""
-    done(edited, sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/new_cell/simulated.py")
+def test_in_the_simulator(edited: Path) -> None:
+    """The CUDA kernels of every family."""
+    pytest_of(edited, "tests/new_cell/simulated.py")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CELLS, Case, make_data
+from cases import CELLS, GATES, Case, make_data
 from module_pairs import CLASSES, assert_close, flatten
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -40,7 +40,7 @@ BAD = {
 
 def packed_args(kind: str, offsets: list[int], device: str) -> list[Any]:
     """Positional arguments of fused_rnn::layer for 5 packed rows of a batch of 3."""
-    gates = {"GRU": 3, "LSTM": 4}.get(kind, 1)
+    gates = GATES[kind]
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
@@ -96,18 +96,18 @@ def test_traced_module_with_other_batch_sizes(kind: str, sizes: list[int]) -> No
         traced(data, torch.tensor(sizes))
 
 
-@pytest.mark.parametrize("cell", (-1, 5, 2**32 + 3, 2**63 - 1, -(2**63)))
+@pytest.mark.parametrize("cell", (-1, len(KINDS), 2**32 + 3, 2**63 - 1, -(2**63)))
 def test_number_of_a_cell(cell: int, device: str) -> None:
     args = packed_args("RNN_TANH", GOOD, device)
     y, h_n, c_n, gates, cs = ops.layer(*args, True)
     args[8] = cell
-    with pytest.raises(ValueError, match="cell: expected 0 to 4"):
+    with pytest.raises(ValueError, match=f"cell: expected 0 to {len(KINDS) - 1}"):
         ops.layer(*args, False)
-    with pytest.raises(ValueError, match="cell: expected 0 to 4"):
+    with pytest.raises(ValueError, match=f"cell: expected 0 to {len(KINDS) - 1}"):
         ops.layer_backward(y, None, None, *args[:8], y, gates, cs, *args[8:], [True, True, True])
-    with pytest.raises(ValueError, match="cell: expected 0 to 4"):
+    with pytest.raises(ValueError, match=f"cell: expected 0 to {len(KINDS) - 1}"):
         ops.rnn(*args[:4], None, args[6], None, cell, 1, True, False, 0.0, False, False)
-    with pytest.raises(ValueError, match="cell: expected 0 to 4"):
+    with pytest.raises(ValueError, match=f"cell: expected 0 to {len(KINDS) - 1}"):
         ops.cell(args[0][:3], args[1][0], None, args[3], True, cell)
 
 

@@ -103,7 +103,7 @@ def draw_case(r: random.Random) -> Case:
             case = dataclasses.replace(case, rows=1)
         if packed and case.rows == 0:
             continue
-        gates = GATES.get(kind, 1)
+        gates = GATES[kind]
         work = case.steps * case.rows * case.layers * case.directions * gates * hidden * (case.inputs + hidden)
         if work < 10_000_000:
             return case
@@ -201,7 +201,7 @@ def draw_arguments(case: Case, r: random.Random) -> Arguments:
     if resets is not None and resets.dim() == 2 and r.random() < 0.5:
         resets = resets.t().contiguous().t()
     weights: list[Tensor] = []
-    rows_of_gates, scale = GATES.get(case.kind, 1) * case.hidden, max(case.hidden, case.inputs) ** -0.5
+    rows_of_gates, scale = GATES[case.kind] * case.hidden, max(case.hidden, case.inputs) ** -0.5
     for layer in range(case.layers):
         for _ in range(d):
             inputs = case.inputs if layer == 0 else d * case.output

@@ -1,4 +1,4 @@
-"""Run in the edited copy of the tree: the new cell's ops on every instruction set of this CPU against a float64 reference."""
+"""Run in the edited copy of the tree: the new cell's ops on every instruction set of this CPU, against float64."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     z = sigmoid(W_z x + b_z + U_z h + c_z)    n = tanh(W_n x + b_n + U_n h + c_n)    h' = n + z (h - n)
 
-Every edit puts text after (or, for an empty anchor, at the end of) text that stands in the file exactly once, so that an edit
-whose place has moved fails by its name.
+Every edit puts text behind an anchor, which stands in the file exactly once, or without an anchor at the end of the file. An
+edit whose anchor has changed fails by its name.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """Puts `text` behind `anchor` in `file`, or with `replaces` in its place."""
+    """Puts `text` behind `anchor` in `file`."""
 
     file: str
     anchor: str
     text: str
-    replaces: bool = False
 
     def apply(self, root: Path) -> None:
         """Edits the file below root.
@@ -34,7 +33,7 @@ class Edit:
             return
         if before.count(self.anchor) != 1:
             raise LookupError(f"{self.file}: expected once, got {before.count(self.anchor)} times: {self.anchor!r}")
-        path.write_text(before.replace(self.anchor, self.text if self.replaces else self.anchor + self.text))
+        path.write_text(before.replace(self.anchor, self.anchor + self.text))
 
 
 MODE, NAME = "UPDATE_GATE", "update_gate"
@@ -153,23 +152,26 @@ class UpdateGateCell(_Cell):
         return self._run_single_state(NUMBER_OF_MODE["{MODE}"], input, hx)
 '''
 
+PARAMS, KINDS, REFERENCE_FILE = "csrc/core/params.h", "fused_rnn/_kinds.py", "fused_rnn/reference.py"
+END_OF_GRU = "    d[3] = dn * r;\n    dh_prev = dh * z;\n  }\n};\n"
+END_OF_GRU_STEP = "        n = (x_n + r * h_n).tanh()\n        return n + z * (h - n), None"
+
 STEPS: dict[str, tuple[Edit, ...]] = {
     "1: params.h and _kinds.py": (
+        Edit(PARAMS, '  X(kGru, "gru", 3, 4, 4, false, true)', f' \\\n  X(kUpdateGate, "{NAME}", 2, 2, 2, false, true)'),
+        Edit(PARAMS, "// Gate order of the weights: LSTM i f g o, GRU r z n", ", update gate z n"),
+        Edit(PARAMS, "GRU r z n hn, where hn = W_hn h + b_hn.", " Update gate z n."),
+        Edit(PARAMS, "GRU n_x r z n_h: gradients of pre-activations.", " Update gate z n."),
         Edit(
-            "csrc/core/params.h", '  X(kGru, "gru", 3, 4, 4, false, true)', f' \\\n  X(kUpdateGate, "{NAME}", 2, 2, 2, false, true)'
-        ),
-        Edit("csrc/core/params.h", "// Gate order of the weights: LSTM i f g o, GRU r z n", ", update gate z n"),
-        Edit("csrc/core/params.h", "GRU r z n hn, where hn = W_hn h + b_hn.", " Update gate z n."),
-        Edit("csrc/core/params.h", "GRU n_x r z n_h: gradients of pre-activations.", " Update gate z n."),
-        Edit(
-            "fused_rnn/_kinds.py", '    Kind("GRU", "gru", 3, 4, 4, False, True),\n',
+            KINDS,
+            '    Kind("GRU", "gru", 3, 4, 4, False, True),\n',
             f'    Kind("{MODE}", "{NAME}", 2, 2, 2, False, True),\n',
         ),
     ),
-    "2: cells.h": (Edit("csrc/core/cells.h", "    d[3] = dn * r;\n    dh_prev = dh * z;\n  }\n};\n", STRUCT),),
+    "2: cells.h": (Edit("csrc/core/cells.h", END_OF_GRU, STRUCT),),
     "3: reference.py": (
-        Edit("fused_rnn/reference.py", "        n = (x_n + r * h_n).tanh()\n        return n + z * (h - n), None", REFERENCE),
-        Edit("fused_rnn/reference.py", "from fused_rnn._kinds import GRU, KINDS, LSTM", ", NUMBER_OF_MODE"),
+        Edit(REFERENCE_FILE, END_OF_GRU_STEP, REFERENCE),
+        Edit(REFERENCE_FILE, "from fused_rnn._kinds import GRU, KINDS, LSTM", ", NUMBER_OF_MODE"),
     ),
     "4: functional.py, modules.py, cells.py": (
         Edit("fused_rnn/functional.py", "", FUNCTION),
@@ -178,22 +180,5 @@ STEPS: dict[str, tuple[Edit, ...]] = {
         Edit("fused_rnn/cells.py", "", CELL),
         Edit("fused_rnn/cells.py", "from fused_rnn._kinds import GRU, LSTM,", " NUMBER_OF_MODE,"),
     ),
-    "5: tests/cases.py": (Edit("tests/cases.py", 'CELLS = ("RNN_TANH", "RNN_RELU", "RNN_IDENTITY", "GRU", "LSTM"', f', "{MODE}"'),),
-}  # fmt: skip
-
-# What the five steps do not name and a new cell needs nevertheless. CONTRIBUTING.md is true when this is empty.
-UNNAMED: tuple[Edit, ...] = (
-    Edit("tests/cases.py", 'GATES = {"GRU": 3, "LSTM": 4', f', "{MODE}": 2'),
-    Edit(
-        "tests/cases.py", "        else:\n            kwargs[\"nonlinearity\"] = ",
-        f'        elif self.cell == "{MODE}":\n'
-        "            from fused_rnn.modules import UpdateGate\n\n"
-        "            module = UpdateGate(self.input_size, self.hidden, **kwargs)\n"
-        "        else:\n            kwargs[\"nonlinearity\"] = ", True,
-    ),
-    Edit(
-        "tests/simt/layers.py", '        return 1 if self.case.cell.startswith("RNN") else 4',
-        '        return KINDS[CELL_NUMBER[self.case.cell]].slots', True,
-    ),
-    Edit("tests/simt/layers.py", "from fused_rnn._kinds import ", "KINDS, "),
-)  # fmt: skip
+    "5: tests/cases.py": (Edit("tests/cases.py", '"RNN_IDENTITY", "GRU", "LSTM"', f', "{MODE}"'),),
+}

@@ -16,7 +16,7 @@ from simulator import H100, DeviceInfo, Simulator
 from torch import Tensor
 
 from fused_rnn import reference
-from fused_rnn._kinds import NUMBER_OF_MODE
+from fused_rnn._kinds import KINDS, NUMBER_OF_MODE
 from fused_rnn._recipe import Recipe, Rows
 
 CELL_NUMBER = NUMBER_OF_MODE
@@ -86,11 +86,11 @@ class Layer:
 
     @property
     def gates(self) -> int:
-        return GATES.get(self.case.cell, 1)
+        return GATES[self.case.cell]
 
     @property
     def slots(self) -> int:
-        return 1 if self.case.cell.startswith("RNN") else 4
+        return KINDS[CELL_NUMBER[self.case.cell]].slots
 
     @property
     def c_dtype(self) -> torch.dtype:
