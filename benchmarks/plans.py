@@ -11,7 +11,6 @@ import argparse
 import itertools
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -33,15 +32,15 @@ def planned(cell: str, dtype: str, batch: int, hidden: int, device: str, family:
             layer = fused_rnn.explain(module, x, device=device, training=True, show=False).layers[0]
     except ValueError as reason:
         return str(reason).split(f"{family} ", 2)[-1], None
-    plans: list[dict[str, Any]] = [layer.forward, layer.backward or {}]
-    us = " / ".join(f"{plan['us_per_step']:.2f}" for plan in plans)
-    total = sum(plan["us"] for plan in plans)
+    plans = [plan for plan in (layer.forward, layer.backward) if plan is not None]
+    us = " / ".join(f"{plan.us_per_step:.2f}" for plan in plans)
+    total = sum(plan.us or 0.0 for plan in plans)
     if family == "step":
         return us, total
-    held = [plan["persistent"] for plan in plans]
-    blocks = " / ".join(f"{h['blocks']}x{h['groups']}" for h in held)
-    smem = " / ".join(f"{h['smem_bytes'] / 1024:.0f}" for h in held)
-    registers = " / ".join(str(h["weight_registers"]) for h in held)
+    held = [plan.kernels[-1] for plan in plans]
+    blocks = " / ".join(f"{kernel.grid[0]}x{kernel.grid[1]}" for kernel in held)
+    smem = " / ".join(f"{kernel.smem_bytes / 1024:.0f}" for kernel in held)
+    registers = " / ".join(str(kernel.weight_registers) for kernel in held)
     return f"{us} us; {blocks} blocks; {smem} KiB; {registers} registers", total
 
 

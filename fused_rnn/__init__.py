@@ -1,6 +1,6 @@
 """Drop-in torch.nn RNN, LSTM, GRU and their cells with hand-written CUDA and CPU kernels."""
 
-from fused_rnn import _opacus, functional
+from fused_rnn import _opacus, explanation, functional
 from fused_rnn._backend import build_info, free_memory, use_backend
 from fused_rnn._explain import explain
 from fused_rnn.cells import GRUCell, LSTMCell, RNNCell
@@ -20,6 +20,7 @@ __all__ = [
     "build_info",
     "convert",
     "explain",
+    "explanation",
     "free_memory",
     "functional",
     "patched",

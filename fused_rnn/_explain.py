@@ -240,8 +240,8 @@ def _backend_for(
 
 
 def _layer(call: _Call, sizes: Mapping[str, int], rows: int) -> LayerPlan:
-    saved = 0
-    if call.training and call.backend != "reference":
+    saved: int | None = None if call.backend == "reference" else 0
+    if call.training and saved is not None:
         saved = sizes["D"] * rows * sizes["H"] * (call.kind.saved + call.kind.has_c) * call.dtype.itemsize
     backward = _pass(call, sizes, backward=True) if call.training else None
     return LayerPlan(N=rows, forward=_pass(call, sizes, backward=False), backward=backward, saved_bytes=saved, **sizes)
@@ -301,8 +301,9 @@ def _kernel(kernel: Mapping[str, Any], sizes: Mapping[str, int], backward: bool)
     if kernel["name"] == "state_grad":  # of every step with a projection, and of h0
         launches = sizes["T"] + 1 if sizes["P"] != sizes["H"] else 1
     return Kernel(
-        name=kernel["name"], persistent=False, math=kernel["math"], grid=kernel["grid"], threads=kernel["threads"], units=kernel["units"],
-        rows=kernel["batch"], launches=launches, stages=kernel["stages"], smem_bytes=kernel["smem_bytes"],
+        name=kernel["name"], persistent=False, math=kernel["math"], grid=kernel["grid"], threads=kernel["threads"],
+        units=kernel["units"], rows=kernel["batch"], launches=launches, stages=kernel["stages"],
+        smem_bytes=kernel["smem_bytes"],
         weight_registers=0, weight_bytes_in_registers=0, weight_bytes_in_smem=0, us=kernel["us"],
     )  # fmt: skip
 

@@ -31,9 +31,7 @@ class Kernel:
     name: str  # its role: "forward", "project", "backward", ...; of a persistent family the family's name
     persistent: bool  # a launch covers many steps and holds the weights on the chip; else it covers one
     math: str  # arithmetic of its products: "fp64", "fp32", "tf32", "fp16", "bf16"
-    grid: tuple[
-        int, int, int
-    ]  # blocks of a launch: batch tiles, unit tiles, directions; persistent: slices, groups, directions
+    grid: tuple[int, int, int]  # of a launch: batch tiles, unit tiles, directions; persistent: slices, groups, directions
     threads: int  # of a block
     units: int  # hidden units of a block
     rows: int  # batch rows of a block; persistent: of a group, which are those of each of its blocks
@@ -104,7 +102,7 @@ class LayerPlan:
     D: int
     forward: PassPlan  # empty on the reference and where B is 0
     backward: PassPlan | None  # None without gradients
-    saved_bytes: int  # kept for backward, beside the layer's input and output
+    saved_bytes: int | None  # kept for backward, beside the layer's input and output; None on the reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +134,7 @@ class Explanation:
     rejected: tuple[Rejection, ...]  # the backends that come before it, and why each does not serve the call
     instruction_set: str | None  # CPU
     forced_family: str | None  # CUDA: FUSED_RNN_PLAN, a kernel family or "cheapest"; None: not set
-    layers: tuple[LayerPlan, ...]
+    layers: tuple[LayerPlan, ...]  # in their order, the first reads the input
     forward_overlap: Overlap | None  # CUDA: of forward of the stack; None for a cell and an empty batch
     backward_overlap: Overlap | None  # CUDA: of backward, where forward's layers overlap
 
@@ -178,6 +176,6 @@ class Explanation:
             for name, plan in (("forward", layer.forward), ("backward", layer.backward)):
                 if plan is not None and plan.text:
                     yield f"  {name}: " + plan.text.replace("\n", "\n  ")
-            if layer.backward is not None:
+            if layer.backward is not None and layer.saved_bytes is not None:
                 yield f"  saves {layer.saved_bytes} bytes for backward, beside input and output"
             number = last + 1

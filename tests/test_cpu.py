@@ -146,7 +146,7 @@ def test_products_of_pairs_serve_bfloat16_alone(setting: Setting) -> None:
         module, x = fused_rnn.LSTM(40, 40, dtype=dtype), torch.zeros(20, 3, 40, dtype=dtype)
         layer = fused_rnn.explain(module, x, show=False).layers[0]
         expected = "split into bfloat16 parts" if dtype == torch.bfloat16 else "packed into panels"
-        assert layer.forward["weights"] == layer.backward["weights"] == expected
+        assert layer.forward.weights == layer.backward.weights == expected
 
 
 def test_the_best_instruction_set_is_the_default(setting: Setting) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +14,9 @@ from settings import Setting
 from torch.nn.utils.rnn import pack_sequence
 
 import fused_rnn
-from fused_rnn import _backend
-from fused_rnn._explain import DEVICES, Explanation
+from fused_rnn import _backend, _explain, _settings
+from fused_rnn._explain import DEVICES
+from fused_rnn.explanation import Explanation, PassPlan, Rejection
 
 needs_extension = pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the compiled extension")
 FAMILIES = {"cell", "step", "grid", "cluster"}
@@ -49,15 +54,17 @@ def test_table_of_devices(gpu: str, grid: str | None, cluster: str | None) -> No
     (layer,) = result.layers
     assert layer.backward is not None
     for plan in (layer.forward, layer.backward):
-        assert set(plan["rejected"]) | {plan["family"]} == FAMILIES
-        assert plan["rejected"]["cell"] == "serves one time step, not 100"
+        rejected = {other.name: other.reason for other in plan.rejected}
+        assert {*rejected, plan.family} == FAMILIES and plan.family not in rejected
+        assert rejected["cell"] == "serves one time step, not 100"
         for family, reason in (("grid", grid), ("cluster", cluster)):
             if reason is not None:
-                assert plan["rejected"][family] == reason
-        assert plan["us_per_step"] > 0 and plan["ctas"] > 0
-        assert ("persistent" in plan) == (plan["family"] in ("grid", "cluster"))
-        for kernel in plan["kernels"]:
-            assert 0 < kernel["smem_bytes"] <= DEVICES[gpu.upper()]["smem_per_block"]
+                assert rejected[family] == reason
+        assert plan.us is not None and plan.us_per_step is not None and plan.us > plan.us_per_step > 0
+        assert plan.kernels and plan.cheapest in {one.family for one in plan.candidates}
+        for kernel in plan.kernels:
+            assert kernel.persistent == (plan.family in ("grid", "cluster"))
+            assert kernel.blocks > 0 and 0 < kernel.smem_bytes <= DEVICES[gpu.upper()]["smem_per_block"]
 
 
 @needs_extension
@@ -68,13 +75,14 @@ def test_forced_family(family: str, setting: Setting) -> None:
     x = meta(100, 16, 64, dtype=torch.float16)
     result = explain(lstm, x, device="H100")
     plan = result.layers[0].forward
-    assert plan["family"] == family and f"FUSED_RNN_PLAN={family}\n" in str(result)
+    assert plan.family == family and f"FUSED_RNN_PLAN={family}\n" in str(result)
     if family != "step":
-        held = plan["persistent"]
-        assert plan["ctas"] == held["blocks"] * held["groups"] * held["directions"]
+        (held,) = plan.kernels
+        slices = held.grid[0]
+        assert f"{held.blocks} blocks at most in a launch" in plan.text and plan.launches == held.launches == 1
         # The registers and the shared memory of all blocks of a group hold the weights: 4 gates, 256 x 256, 2 bytes.
-        in_registers = held["blocks"] * 256 * held["weight_registers"] * 4
-        in_smem = held["blocks"] * held["weight_bytes_in_smem"]
+        in_registers = slices * held.threads * held.weight_registers * 4
+        in_smem = slices * held.weight_bytes_in_smem
         assert in_registers + in_smem >= 4 * 256 * 256 * 2
         with pytest.raises(ValueError, match=f"kernel family {family} cannot serve this layer: {family} needs compute"):
             explain(lstm, x, device="T4")
@@ -87,11 +95,13 @@ def test_cheapest_families(setting: Setting) -> None:
     lstm = fused_rnn.LSTM(64, 512, num_layers=2, device="meta")
     x = meta(100, 64, 64)
     result = explain(lstm, x, device="H100", training=True)
-    assert [(layer.forward["family"], layer.backward["family"]) for layer in result.layers] == [("grid", "cluster")] * 2
+    assert [(layer.forward.family, layer.backward and layer.backward.family) for layer in result.layers] == [
+        ("grid", "cluster")
+    ] * 2
     assert "FUSED_RNN_PLAN=cheapest\n" in str(result) and "because grid is the cheapest by the cost model" in str(result)
     for dtype, device in ((torch.float64, "H100"), (torch.float16, "T4")):
         result = explain(lstm.to(dtype), x.to(dtype), device=device)
-        assert result.layers[0].forward["family"] == "step"
+        assert result.layers[0].forward.family == "step"
 
 
 @needs_extension
@@ -100,7 +110,7 @@ def test_every_layer_has_its_sizes() -> None:
     result = explain(lstm, torch.zeros(5, 9, 12), device="A100")
     sizes = [(y.T, y.B, y.N, y.I, y.H, y.P, y.D) for y in result.layers]
     assert sizes == [(9, 5, 45, 12, 40, 7, 2), (9, 5, 45, 14, 40, 7, 2), (9, 5, 45, 14, 40, 7, 2)]
-    assert [k["name"] for k in result.layers[0].forward["kernels"]] == ["forward", "project"]
+    assert [kernel.name for kernel in result.layers[0].forward.kernels] == ["forward", "project"]
     text = str(result)
     assert "layer 1: I=12 H=40 P=7, 2 directions" in text and "layers 2 to 3, each: I=14" in text
     assert "not grid: has no projection" in text
@@ -141,10 +151,10 @@ def test_inputs_that_the_modules_take() -> None:
     for kind, module in (("cell", fused_rnn.GRUCell(4, 5)), ("cell", fused_rnn.RNNCell(4, 5, nonlinearity="relu"))):
         for x, batch in ((torch.zeros(3, 4), 3), (torch.zeros(4), 1)):
             result = explain(module, x, device="A100")
-            assert result.layers[0].forward["family"] == kind and result.layers[0].B == batch
+            assert result.layers[0].forward.family == kind and result.layers[0].B == batch
     assert explain(fused_rnn.RNN(4, 5, nonlinearity="identity"), torch.zeros(2, 1, 4), device="T4").cell == "rnn_identity"
     empty = explain(gru, torch.zeros(7, 0, 4), device="H100")
-    assert empty.layers[0].forward == {} and "the batch is empty" in str(empty)
+    assert empty.layers[0].forward == PassPlan() and "the batch is empty" in str(empty)
 
 
 @needs_extension
@@ -155,7 +165,7 @@ def test_arithmetic_follows_torchs_switch() -> None:
     try:
         for precision, math in (("ieee", "fp32"), ("tf32", "tf32")):
             torch.backends.cudnn.rnn.fp32_precision = precision
-            assert explain(lstm, x, device="H100").layers[0].forward["kernels"][0]["math"] == math
+            assert explain(lstm, x, device="H100").layers[0].forward.kernels[0].math == math
     finally:
         torch.backends.cudnn.rnn.fp32_precision = before
 
@@ -173,19 +183,21 @@ def test_on_this_cpu(setting: Setting) -> None:
     try:
         torch.set_num_threads(2)
         result = explain(fused_rnn.LSTM(32, 512), torch.zeros(50, 1, 32))
-        assert result.layers[0].forward["threads"] in (1, 2)
+        assert result.layers[0].forward.threads in (1, 2)
         torch.set_num_threads(1)
         layer = explain(fused_rnn.LSTM(32, 512), torch.zeros(50, 1, 32)).layers[0]
-        assert layer.backward is not None and layer.forward["threads"] == layer.backward["threads"] == 1
+        assert layer.backward is not None and layer.forward.threads == layer.backward.threads == 1
     finally:
         torch.set_num_threads(threads)
-    assert result.backend == "cpu" and fused_rnn.build_info()["cpu_instruction_set"] in str(result)
-    for plan in (result.layers[0].forward, result.layers[0].backward or {}):
-        assert plan["threads"] == plan["direction_teams"] * plan["batch_teams"] * plan["split"]
+    assert result.backend == "cpu" and result.instruction_set == fused_rnn.build_info()["cpu_instruction_set"]
+    assert f"cpu backend, {result.instruction_set} (the input is on cpu)" in str(result)
+    for plan in (result.layers[0].forward, result.layers[0].backward):
+        assert plan is not None and plan.shares is not None
+        assert plan.threads == plan.shares.directions * plan.shares.batch_rows * plan.shares.hidden_units
     assert "W_hh " in str(result)
     assert "2 threads: 1 of directions x " in str(result) or "1 thread: 1 of directions x " in str(result)
     setting("FUSED_RNN_CPU", "portable")
-    assert "portable" in explain(fused_rnn.LSTM(3, 4), torch.zeros(2, 1, 3)).why
+    assert explain(fused_rnn.LSTM(3, 4), torch.zeros(2, 1, 3)).instruction_set == "portable"
 
 
 def test_on_the_reference(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,8 +206,9 @@ def test_on_the_reference(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         result = fused_rnn.explain(gru, x)
         assert capsys.readouterr().out == f"{result}\n"
         assert result.backend == "reference" and "it is forced" in str(result)
-    monkeypatch.setattr(_backend, "_C", None)
-    monkeypatch.setattr(_backend, "import_error", "the extension was never compiled")
+    for module in (_backend, _settings):
+        monkeypatch.setattr(module, "_C" if module is _backend else "extension", None)
+        monkeypatch.setattr(module, "import_error", "the extension was never compiled")
     monkeypatch.setattr(_backend, "_native", {})
     monkeypatch.setattr(_backend, "_forced", None)
     assert "reference backend (the extension was never compiled)" in str(explain(gru, x))
@@ -267,15 +280,84 @@ def test_code_of_another_architecture(setting: Setting) -> None:
         explain(lstm, x, device={**device, "compiled_for": 0})
 
 
+def keys(value: Any) -> Any:
+    """The names in nested plain values, whatever the values are; of a list those of its first element."""
+    if isinstance(value, dict):
+        return {name: keys(inner) for name, inner in value.items() if inner not in (None, [], ())}
+    return keys(value[0]) if isinstance(value, list) and value else None
+
+
+@needs_extension
+def test_the_same_fields_on_every_backend() -> None:
+    """Plain values that json takes; None, or nothing in a list, where a backend has nothing to say."""
+    lstm = fused_rnn.LSTM(4, 5, num_layers=2)
+    x = torch.zeros(7, 3, 4)
+    made = {"cuda": explain(lstm, x, device="H100"), "cpu": explain(lstm, x)}
+    with fused_rnn.use_backend("reference"):
+        made["reference"] = explain(lstm, x)
+    fields = {}
+    for backend, result in made.items():
+        plain = json.loads(json.dumps(dataclasses.asdict(result)))
+        assert plain["backend"] == backend and isinstance(hash(result), int)
+        (fields[backend],) = {(*plain, *layer, *layer["forward"], *layer["backward"]) for layer in plain["layers"]}
+        filled = set(keys(plain["layers"])["forward"]) if backend != "reference" else set()
+        for name in ("family", "kernels", "rejected", "candidates", "us", "workspace_bytes", "launches"):
+            assert (name in filled) == (backend == "cuda"), (backend, name)
+        for name in ("threads", "shares", "weights"):
+            assert (name in filled) == (backend == "cpu"), (backend, name)
+        assert (plain["instruction_set"] is not None) == (backend == "cpu")
+        assert (plain["layers"][0]["saved_bytes"] is None) == (backend == "reference")
+    assert len(set(fields.values())) == 1
+
+
+@needs_extension
+def test_why_not_the_backends_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Down the list of backends, each with its reason."""
+    gru, x = fused_rnn.GRU(3, 4), torch.zeros(2, 1, 3)
+    assert explain(gru, x, device="H100").rejected == ()
+    on_cpu = explain(gru, x)
+    assert on_cpu.rejected == (Rejection("cuda", "the input is on 'cpu'"),)
+    assert "\nnot cuda: the input is on 'cpu'\n" in str(on_cpu)
+    for forced, text in (("reference", "backend 'reference' is forced"), (None, "there are no kernels for torch.complex64")):
+        dtype = torch.complex64 if forced is None else torch.float32
+        with fused_rnn.use_backend(forced):
+            result = explain(fused_rnn.GRU(3, 4, dtype=dtype), x.to(dtype))
+        assert [other.name for other in result.rejected] == ["cuda", "cpu"] and result.backend == "reference"
+        assert result.rejected[1].reason == text
+        assert result.reason == ("it is forced" if forced else text)
+    with fused_rnn.use_backend("cuda"), pytest.raises(RuntimeError, match="complex numbers only the reference runs"):
+        explain(fused_rnn.GRU(3, 4, dtype=torch.complex64), x.to(torch.complex64))
+
+
+@needs_extension
+def test_launches() -> None:
+    """As csrc/cuda/backend.cu makes them: one for each kernel and step, and one for the gradient of h0."""
+    for proj, forward, backward in ((0, 100, 101), (7, 200, 201)):
+        lstm = fused_rnn.LSTM(12, 40, proj_size=proj)
+        layer = explain(lstm, torch.zeros(100, 5, 12), device="A100").layers[0]
+        assert layer.backward is not None
+        assert (layer.forward.launches, layer.backward.launches) == (forward, backward)
+
+
+def test_constants_of_the_persistent_kernels() -> None:
+    """Twins of those of csrc/plan/persistent_geometry.h."""
+    text = (Path(__file__).parent.parent / "csrc" / "plan" / "persistent_geometry.h").read_text()
+    values = dict(re.findall(r"constexpr int (k\w+) = ([^;]+);", text))
+    warps = int(values["kPersistentWarps"])
+    assert values["kPersistentThreads"] == "32 * kPersistentWarps" and warps * 32 == _explain.PERSISTENT_THREADS
+    assert int(values["kTileRows"]) == _explain.TILE_ROWS
+
+
 @pytest.mark.gpu
 def test_on_the_gpu_that_is_there() -> None:
     lstm = fused_rnn.LSTM(64, 64, device="cuda")
     result = explain(lstm, torch.zeros(10, 4, 64, device="cuda"))
     capability = torch.cuda.get_device_capability()
     assert (
-        result.backend == "cuda" and _backend._C.cuda_device(0)["compute_capability"] == capability[0] * 10 + capability[1]
+        result.backend == "cuda"
+        and _explain.planner().cuda_device(0)["compute_capability"] == capability[0] * 10 + capability[1]
     )
-    device = _backend._C.cuda_device(0)
+    device = _explain.planner().cuda_device(0)
     code = device["compiled_for"]
     clusters = device["active_clusters"]
     if code >= 90:

@@ -162,7 +162,8 @@ def test_explain_packed(setting: Setting) -> None:
     rows = [torch.empty(n, 256, dtype=torch.float16) for n in (256, 200, 100, 9)]
     packed = torch.nn.utils.rnn.pack_sequence(rows)
     result = fused_rnn.explain(lstm, packed, device="H100", show=False)
-    assert {name: plan["chunks"] for name, plan in result.overlap.items()} == {"forward": 4, "backward": 4}
+    assert result.forward_overlap is not None and result.backward_overlap is not None
+    assert result.forward_overlap.chunks == result.backward_overlap.chunks == 4
 
 
 def test_chunks_that_are_asked_for() -> None:
@@ -231,16 +232,17 @@ def test_explain(setting: Setting) -> None:
     x = torch.empty(256, 8, 256, dtype=torch.float16, device="meta")
     assert "forward: layers in turn, because dropout" in str(fused_rnn.explain(lstm, x, device="H100", show=False))
     lstm.dropout = 0.1
-    with_dropout = fused_rnn.explain(lstm, x, device="H100", show=False).overlap
-    assert {name: plan["chunks"] for name, plan in with_dropout.items()} == {"forward": 4, "backward": 4}
+    with_dropout = fused_rnn.explain(lstm, x, device="H100", show=False)
     result = fused_rnn.explain(lstm.eval(), x, device="H100", show=False)
-    assert {name: plan["chunks"] for name, plan in result.overlap.items()} == {"forward": 4, "backward": 4}
-    assert all(with_dropout[name]["us"] > plan["us"] for name, plan in result.overlap.items())
+    for passes in ("forward_overlap", "backward_overlap"):
+        slower, plan = getattr(with_dropout, passes), getattr(result, passes)
+        assert slower.chunks == plan.chunks == 4 and slower.us > plan.us
     assert "\nforward: overlap: 4 chunks of 64 steps, 4 recurrences at once on 64 SMs, projections on 68; " in str(result)
     setting("FUSED_RNN_OVERLAP", "0")
-    assert fused_rnn.explain(lstm, x, device="H100", show=False).overlap["forward"]["chunks"] == 1
-    assert fused_rnn.explain(fused_rnn.LSTMCell(4, 5), torch.zeros(3, 4), device="H100", show=False).overlap == {}
-    assert fused_rnn.explain(fused_rnn.LSTM(4, 5), torch.zeros(3, 2, 4), show=False).overlap == {}
+    in_turn = fused_rnn.explain(lstm, x, device="H100", show=False)
+    assert in_turn.forward_overlap is not None and in_turn.forward_overlap.chunks == 1 and in_turn.backward_overlap is None
+    assert fused_rnn.explain(fused_rnn.LSTMCell(4, 5), torch.zeros(3, 4), device="H100", show=False).forward_overlap is None
+    assert fused_rnn.explain(fused_rnn.LSTM(4, 5), torch.zeros(3, 2, 4), show=False).forward_overlap is None
 
 
 # ---- on a GPU ----

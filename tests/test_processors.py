@@ -31,7 +31,7 @@ def many_threads() -> Iterator[None]:
 def planned() -> int:
     """Threads of a layer that is worth as many as there are."""
     plan = fused_rnn.explain(fused_rnn.LSTM(256, 512), torch.zeros(100, 512, 256), show=False).layers[0].forward
-    return int(plan["threads"])
+    return plan.threads or 0
 
 
 @needs_affinity
@@ -58,7 +58,7 @@ def test_a_process_of_one_core() -> None:
     code = (
         "import os, torch, fused_rnn; torch.set_num_threads(8)\n"
         "m, x = fused_rnn.LSTM(64, 256), torch.zeros(50, 64, 64)\n"
-        "print(fused_rnn.explain(m, x, show=False).layers[0].forward['threads'])\n"
+        "print(fused_rnn.explain(m, x, show=False).layers[0].forward.threads)\n"
         "before = len(os.listdir('/proc/self/task')) if os.path.exists('/proc/self/task') else 0\n"
         "torch.inference_mode()(m)(x)\n"
         "print(len(os.listdir('/proc/self/task')) - before if before else 0)"
