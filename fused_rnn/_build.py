@@ -22,8 +22,8 @@ def build_record() -> dict[str, Any] | None:
 def load_extension() -> tuple[ModuleType | None, str | None]:
     """(fused_rnn._C, None), or (None, the reason why it cannot be used as a clause).
 
-    torch's C++ interface changes between releases: an extension built against another one is not loaded, as it would fail
-    with an undefined symbol at best.
+    torch's C++ interface changes between releases. An extension that was built against another release is not loaded: at
+    best it would fail with an undefined symbol.
     """
     record = build_record()
     if record is None:
@@ -37,7 +37,7 @@ def load_extension() -> tuple[ModuleType | None, str | None]:
 
 
 def rebuild_command() -> str:
-    """The command that compiles the extension for the installed torch: from the source tree if this is one."""
+    """The command that compiles the extension for the installed torch, from this source tree if the package lies in one."""
     root = Path(__file__).parent.parent
     if (root / "setup.py").exists() and (root / "csrc").is_dir():
         return f"pip install -e {root}"

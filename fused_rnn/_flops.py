@@ -1,9 +1,9 @@
 """How many floating point operations the ops take, for torch.utils.flop_counter.FlopCounterMode.
 
-Matrix products count, 2*m*n*k each, as torch counts its own; element-wise operations do not. A dispatch mode sees
-``layer`` and ``layer_backward``: ``rnn``, ``cell`` and the differentiable form of backward consist of these or of torch's
-ops. The numbers are those of torch.nn's GRU, RNN and cells, and of its LSTM where that is not one op of a library, which
-counts 0.
+As in torch, matrix products count 2*m*n*k each and element-wise operations nothing. A dispatch mode sees ``layer`` and
+``layer_backward`` alone: ``rnn``, ``cell`` and the differentiable form of backward consist of these two or of torch's ops.
+The numbers equal those that torch counts for torch.nn's GRU, RNN and cells, and for torch.nn.LSTM where it runs as separate
+ops; an LSTM that is one op of a library counts 0 in torch.
 
 Symbols: N rows of input (T*B, or a packed input's), D directions, G gates, I, H, P sizes of input, hidden state and output.
 """
@@ -26,9 +26,9 @@ def _forward_flops(call: dict[str, Any]) -> int:
 
 
 def _backward_flops(call: dict[str, Any]) -> int:
-    """The products of forward, for the gradients of weights and again for those of x and h, where these are wanted.
+    """Forward's products once for the gradients of the weights, and once for those of x and h, each where it is wanted.
 
-    The first step of a direction takes no product for the gradient of h0 if that is not wanted.
+    Where the gradient of h0 is not wanted, the first step of a direction takes no product with W_hh.
     """
     x, params, offsets = call["x"], call["params"], rows_of(call["rows"]).offsets
     needs_x, needs_states, needs_weights = call["mask"]
@@ -49,7 +49,7 @@ def _rows(x: Tensor) -> int:
 
 
 def _rows_of_first_step(x: Tensor, offsets: Tensor | None, direction: int) -> int:
-    """Rows of the step that reads h0: the first one, or for the backward direction the last one, of a packed input."""
+    """Rows of the step that reads h0: the first step, or the last one for the direction that scans backwards."""
     if offsets is None:
         return x.shape[1] if x.shape[0] else 0
     start, end = (offsets[-2:] if direction else offsets[:2]).tolist()
@@ -63,7 +63,7 @@ def _register(name: str, formula: Callable[[dict[str, Any]], int]) -> None:
     def flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
         return formula({**dict(zip(names, args, strict=False)), **kwargs})
 
-    register_flop_formula(packet, get_raw=True)(flops)  # get_raw: tensors as they are, since offsets' values count
+    register_flop_formula(packet, get_raw=True)(flops)  # get_raw: tensors, not shapes, since the values of offsets count
 
 
 def register() -> None:

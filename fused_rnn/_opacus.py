@@ -1,7 +1,7 @@
-"""What Opacus (differential privacy) is told about the layers and cells: no per-sample gradients of its making.
+"""Makes Opacus (differential privacy) refuse the fused layers and cells.
 
-Opacus knows layers by their exact type. One that it does not know it differentiates by itself, from its first argument and
-its first result alone: a cell's gradients would be wrong, without an error, for a state that is not zeros.
+Opacus knows layers by their exact type. For a type that it does not know, it makes per-sample gradients by itself, from the
+first argument and the first result alone. Those of a cell whose state is not zeros would be wrong, without an error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _no_attribute(module: nn.Module) -> Any:
 
 
 def _refuse(module: nn.Module, value: Any) -> None:
-    """Opacus's GradSampleModule sets this attribute of a layer whose type it does not know."""
+    """Raises: Opacus's GradSampleModule sets this attribute on a layer whose type it does not know."""
     register()
     raise NotImplementedError(_advice(module))
 
@@ -37,7 +37,7 @@ ft_compute_sample_grad = property(_no_attribute, _refuse)
 
 
 def register() -> None:
-    """Tells Opacus's ModuleValidator, where Opacus is loaded: it replaces LSTM and GRU as torch.nn's, and refuses others."""
+    """Makes the ModuleValidator of a loaded Opacus replace LSTM and GRU as it does torch.nn's, and refuse the rest."""
     opacus = sys.modules.get("opacus")
     validator = getattr(getattr(opacus, "validators", None), "ModuleValidator", None)
     if validator is None:

@@ -27,7 +27,7 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.GRUCell: cells.GRUCell,
 }
 
-# Methods of torch.nn's layers that their forward calls at every call and ours only to raise an error, or never.
+# Methods that torch.nn's forward calls every time. Ours calls them to raise an error, or never.
 _TORCHS = {"check_input", "check_forward_args", "check_hidden_size", "get_expected_hidden_size", "permute_hidden"}
 _OURS = {
     name
@@ -101,13 +101,13 @@ def _rebuild(original: type[nn.Module], *args: Any) -> nn.Module:
 
 
 def clashes(module: nn.Module) -> str | None:
-    """The first attribute of an instance under a name that fused forward uses for another thing; None if there is none."""
+    """The first attribute of an instance whose name the fused forward uses for something else; None if there is none."""
     names = {*module.__dict__, *module._parameters, *module._buffers, *module._modules}
     return min(names & _OURS - {"_flat_weights"}, default=None)
 
 
 def _why_not(cls: type, original: type) -> str | None:
-    """Why fused forward would not do for this class what torch.nn's does, as a clause; None if it would."""
+    """Where the fused forward would differ from torch.nn's for this class, as a clause; None if nowhere."""
     theirs = [base for base in cls.__mro__ if base not in original.__mro__]
     for base in theirs:
         names = set(vars(base))
@@ -128,7 +128,7 @@ def _why_not(cls: type, original: type) -> str | None:
 
 
 def _functions(cls: type) -> Iterator[types.FunctionType]:
-    """The functions in a class, also in properties, static and class methods, and what decorators wrapped."""
+    """The functions in a class: methods, properties, static and class methods, and the functions that decorators wrapped."""
     for value in vars(cls).values():
         values = [value.fget, value.fset] if isinstance(value, property) else [getattr(value, "__func__", value)]
         while values:
@@ -139,7 +139,7 @@ def _functions(cls: type) -> Iterator[types.FunctionType]:
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """A function's code and that of the functions inside."""
+    """A function's code and the code of the functions defined in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -158,7 +158,7 @@ def _torch_forward(function: types.FunctionType, original: type) -> str | None:
         return original.__name__
     captured = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     for code in _codes(function.__code__):
-        value: Any = None  # of the dotted name that the last instructions read
+        value: Any = None  # what the dotted name read so far stands for
         for instruction in dis.get_instructions(code):
             if instruction.opname == "LOAD_GLOBAL":
                 value = function.__globals__.get(instruction.argval)

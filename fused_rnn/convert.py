@@ -1,4 +1,4 @@
-"""Put the fused layers into models that are built, and take them out again. For models being built: patched.py.
+"""Put the fused layers into models that exist, and take them out again (patch.py is for models that are being built).
 
 convert changes the class of each layer in place instead of building a new object. The object stays the same, and with it
 everything that refers to it or hangs on it: Parameters (and so optimizers), buffers, hooks and their handles, training mode,
@@ -79,7 +79,7 @@ def _swap(model: _Model, caller: str, subclasses: bool = False) -> _Model:
 
 
 def _target(module: nn.Module, caller: str, subclasses: bool) -> type[nn.Module] | str | None:
-    """The class that a module is to get, why a recurrent module stays as it is, or None: it is another kind of module."""
+    """The class that a module gets; the reason where a recurrent module stays as it is; None for every other module."""
     cls = type(module)
     target = FUSED.get(cls) if caller == "convert" else _TORCH.get(cls) or _subclass.torch_class(cls)
     if target is not None:
@@ -114,7 +114,7 @@ def _why_not(module: nn.Module, caller: str) -> str | None:
 
 
 def _set_class(module: nn.Module, target: type[nn.Module]) -> None:
-    """Change the class in place; the weight caches that torch.nn's layers keep and ours do not come and go with it."""
+    """Changes the class in place, and removes or makes the weight caches, which only torch.nn's layers keep."""
     assigned = _assigned_weights(module) if isinstance(module, nn.RNNBase) else None
     module.__class__ = target
     if not isinstance(module, nn.RNNBase):
@@ -127,7 +127,7 @@ def _set_class(module: nn.Module, target: type[nn.Module]) -> None:
 
 
 def _assigned_weights(layer: nn.RNNBase) -> list[Any] | None:
-    """``_flat_weights`` if it was assigned and forward would use it, None if forward would use the named weights."""
+    """The assigned ``_flat_weights`` that forward would use; None where forward would use the named weights."""
     layer._update_flat_weights()
     weights = list(layer._flat_weights)
     named = [getattr(layer, name, None) for name in layer._flat_weights_names]

@@ -1,7 +1,7 @@
 """Trains a character language model on the English text that ships with CPython and compares fused_rnn with torch.nn.
 
 The model is embedding, recurrent layers, linear. The text is `pydoc_data.topics`: what `help("if")` and the like print. Both
-libraries start from the same parameters and see the same batches, each step of one right after the same step of the other.
+libraries start from the same parameters and see the same batches. They take turns at every step.
 """
 
 from __future__ import annotations
@@ -69,8 +69,10 @@ class Corpus:
 
 
 def windows(encoded: Tensor, batch: int, steps: int) -> Iterator[tuple[bool, Tensor, Tensor]]:
-    """One pass over `batch` places of the text, `steps` characters at a time: (whether the state starts anew, inputs [T, B],
-    targets [T, B])."""
+    """One pass over the text, read at `batch` places at once, `steps` characters at a time.
+
+    Yields (whether this is the first window, so that the state is zeros; inputs [T, B]; targets [T, B]).
+    """
     length = (len(encoded) - 1) // batch
     if length < steps:
         raise ValueError(f"the text is too short: {len(encoded)} characters for a batch of {batch} x {steps}")
@@ -198,7 +200,7 @@ def train(fused: Trainer, reference: Trainer, corpus: Corpus, options: argparse.
 
 
 def characters_per_second(trainer: Trainer, options: argparse.Namespace) -> float:
-    """Of the steps that both sides took, by the median, without the first ones (allocation, tuning)."""
+    """By the median step of those that both sides took, without the first three, which allocate and tune."""
     seconds = trainer.seconds[: options.compare]
     return options.batch * options.window / median(seconds[min(3, len(seconds) - 1) :])
 

@@ -68,7 +68,7 @@ def patched() -> Iterator[None]:
 
 
 class _Watch:
-    """What happens during a block beside it: torch.nn's layers are built, classes are derived from the fused ones."""
+    """Watches what a block should not do: build torch.nn's own layers, derive classes from the fused ones."""
 
     def __init__(self) -> None:
         self.built: Counter[str] = Counter()
@@ -116,7 +116,7 @@ class _Watch:
 
 
 def _subclasses() -> Iterator[type]:
-    """Classes that others derived from the fused ones; not those that convert and torch's parametrizations make."""
+    """Classes that users derived from the fused ones, without those that convert and torch's parametrizations make."""
     pending: list[type] = list(FUSED.values())
     cls: type
     while pending:
@@ -132,7 +132,7 @@ def _full_name(cls: type) -> str:
 
 
 def _builder(module: nn.Module) -> str:
-    """The Python module whose code builds a module: that of the first caller which is no method of the module itself."""
+    """The name of the Python module whose code builds ``module``: the first caller that is not its own __init__."""
     frame = sys._getframe(2)
     while (
         frame.f_back is not None

@@ -72,7 +72,7 @@ class Case:
         return 2 if self.bidirectional else 1
 
     def weights(self, generator: torch.Generator) -> list[Tensor]:
-        """Random weights in the order of torch.nn's _flat_weights, uniform within 1 / sqrt(H), as precise as float32 at most."""
+        """Random weights in torch.nn's order, uniform within 1 / sqrt(H), with float32's precision at most."""
         rows, scale = GATES[self.cell] * self.hidden, self.hidden**-0.5
         shapes: list[tuple[int, ...]] = []
         for group in range(self.layers * self.directions):

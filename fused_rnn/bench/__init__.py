@@ -10,7 +10,7 @@ and beside these: ratio, ratio_p25, ratio_p75 (baseline over ours, round by roun
 peak_bytes and baseline_peak_bytes (of one call, beside weights and input: device memory on a GPU, resident memory for
 training on a CPU), gflops (of the matrix products), sgemm_gflops (of torch.mm, float32, measured at the start: a CPU's
 roofline but for its matrix unit), tf32, threads, instruction_set. us_per_step is for one step of one layer, both directions;
-floor_us_per_step is what floor.py knows.
+floor_us_per_step is the bound of floor.py.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def result_lines(
     prober: Prober | None,
     asked_for: str,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """(a result line for every baseline that has the case, why the others have not)."""
+    """(a result line for each baseline that can run the case, the reason for each one that cannot)."""
     start = time.monotonic()
     threads = torch.get_num_threads()
     try:
@@ -199,10 +199,11 @@ def selected(args: argparse.Namespace) -> list[BenchCase]:
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measures the cases that args select; prints a table and returns the result lines.
 
-    The budget is shared out evenly over the cases that are left; a case that finds it spent is not measured, and said so.
+    Each case gets an even share of what is left of the budget. A case whose turn comes after the budget is spent is not
+    measured; the output names it.
 
     Raises:
-        SystemExit: options that do not fit; after all else, cases that failed.
+        SystemExit: the options do not fit; or, once all cases have had their turn, some failed.
     """
     if args.device == "cuda":
         torch.backends.cudnn.benchmark = True

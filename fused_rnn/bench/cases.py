@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 import fused_rnn
+from fused_rnn._kinds import KINDS, NUMBER_OF_MODE, RNN_TANH
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CELLS = ("LSTM", "GRU", "RNN")
 MODES = ("inference", "training_forward", "training")
-GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+GATES = {cell: KINDS[NUMBER_OF_MODE.get(cell, RNN_TANH)].gates for cell in CELLS}
 # (T, B, I, H): streaming, forecasting, small training, speech, large models, long single sequences.
 CPU_SHAPES = (
     (1, 1, 128, 128),

@@ -1,7 +1,7 @@
-"""Peak memory of a call on a CPU: resident memory above what was there before it, measured in a process of its own.
+"""Peak memory of a call on a CPU: how far resident memory rises during it, measured in a process of its own.
 
 The process reads a case (the fields of BenchCase, JSON) a line and answers with a line, {side: bytes} for fused_rnn and
-torch.nn. Its malloc returns freed memory to the system at once, so that what one call freed is not there for the next.
+torch.nn. Its malloc returns freed memory to the system at once, so that no call can use what an earlier one freed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import fused_rnn
 from fused_rnn.bench.cases import BenchCase
 from fused_rnn.bench.sides import Side, make_sides
 
-# Packed weights are not kept either, so that they count in every call.
+# No call keeps packed weights for the next one: they count in each.
 _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "0",
@@ -40,9 +40,9 @@ def _status(field: str) -> int:
 
 
 def peak_bytes_cpu(side: Side) -> int:
-    """Resident memory that one call takes at most, beside what was resident before it; Linux.
+    """The most resident memory that one call adds to what was resident before it; Linux.
 
-    Each call has a thread of its own, and begins without kept memory: what is kept from call to call counts.
+    The call runs in a new thread, after the memory that earlier calls keep has been freed: what it keeps counts too.
     """
     with ThreadPoolExecutor(1) as thread:
         thread.submit(side.run).result()

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 import fused_rnn
 from fused_rnn import _settings
 from fused_rnn.bench.cases import BenchCase
+from fused_rnn.explanation import Explanation
 
 OURS = "fused_rnn"
 BASELINES = {"cuda": ("torch.nn", "step", "flashrnn"), "cpu": ("torch.nn", "onnxruntime", "openvino")}
@@ -25,13 +26,13 @@ _ONNX_TOLERANCE = 1e-3  # of outputs below 1 in size, fp32: a wrong gate order i
 
 
 class CannotServe(Exception):
-    """A baseline that has no such case; the message says why."""
+    """A baseline cannot run the case; the message says why."""
 
 
 @dataclasses.dataclass
 class Side:
-    """One competitor: ``run`` makes one call; ``plan`` is its FUSED_RNN_PLAN, if any; ``gradients`` whether calls record a
-    graph."""
+    """One competitor: ``run`` makes one call, ``plan`` is its FUSED_RNN_PLAN if it has one, ``gradients`` says whether its
+    calls record a graph."""
 
     name: str
     run: Callable[[], None]
@@ -40,7 +41,7 @@ class Side:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Around any number of runs, which are then calls alone: entering torch.no_grad takes a third of a small one."""
+        """Goes around any number of runs: entering torch.no_grad in each would cost a third of a small call."""
         with forced_plan(self.plan), torch.set_grad_enabled(self.gradients):
             yield
 
@@ -52,8 +53,12 @@ def forced_plan(plan: str | None) -> Iterator[None]:
         yield
 
 
-def explained(module: torch.nn.Module, x: Any, mode: str, plan: str | None) -> fused_rnn._explain.Explanation:
-    """The plan under this FUSED_RNN_PLAN; CannotServe, with the planner's reason, if that has no such case."""
+def explained(module: torch.nn.Module, x: Any, mode: str, plan: str | None) -> Explanation:
+    """The explanation under this FUSED_RNN_PLAN.
+
+    Raises:
+        CannotServe: no kernel family that it allows can serve the case; the message is the planner's reason.
+    """
     try:
         with forced_plan(plan):
             return fused_rnn.explain(module, x, training=mode != "inference", show=False)

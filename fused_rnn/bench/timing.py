@@ -1,4 +1,4 @@
-"""Timing: all sides of a case turn by turn, so that whatever else the machine does hits each of them."""
+"""Timing: the sides of a case take turns, so that whatever else the machine does hits all of them alike."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fused_rnn.bench.sides import Side
 
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 200
 SAMPLE_MS = 5.0  # of one side in one round, at most (one call, if that takes longer)
-PAUSE = 0.005  # seconds before a sample on a CPU: threads of the side before it have stopped spinning by then
-WARM_UP_MS = 100.0  # a call that takes less is made once after the pause before any counts
+PAUSE = 0.005  # seconds before a sample on a CPU: the threads of the previous side stop spinning within it
+WARM_UP_MS = 100.0  # calls shorter than this are made once, uncounted, after the pause
 
 
 @dataclasses.dataclass
@@ -35,8 +35,11 @@ class Timing:
 
 
 def timed(side: Side, repeats: int, device: str, warm_up: bool = True) -> float:
-    """Milliseconds of one call, over so many; by CUDA events on a GPU. On a CPU what follows the pause takes longer than the
-    calls of a loop (1.3 to 2 times, calls of 2 to 25 ms): a first call is not counted then, unless ``warm_up`` is false."""
+    """Milliseconds of one call, the mean over ``repeats``; on a GPU by CUDA events.
+
+    On a CPU the first call after the pause takes 1.3 to 2 times as long as later ones (calls of 2 to 25 ms), so one call
+    goes before the counted ones, unless ``warm_up`` is false.
+    """
     with side.active():
         if device == "cpu":
             time.sleep(PAUSE)
@@ -61,7 +64,7 @@ def measure(sides: list[Side], device: str, seconds: float) -> list[Timing]:
     once = []
     for side in sides:
         first = timed(side, 1, device, warm_up=False)
-        # The first call may prepare things for later ones; one that takes long is not repeated for an estimate.
+        # A first call may prepare things for later ones, so it is a poor estimate; a long one must do all the same.
         once.append(first if first > seconds * 1e3 / 10 else timed(side, 2, device))
     share = max(deadline - time.monotonic(), 0.0) * 1e3 / 30 / len(sides)  # for about 30 rounds, where there is time
 
@@ -72,11 +75,11 @@ def measure(sides: list[Side], device: str, seconds: float) -> list[Timing]:
     samples: list[list[float]] = [[] for _ in sides]
     checked = False
     while len(samples[0]) < FEWEST_ROUNDS or (len(samples[0]) < MOST_ROUNDS and time.monotonic() < deadline):
-        start = len(samples[0]) % len(sides)  # nobody always runs after the same other one
+        start = len(samples[0]) % len(sides)  # so that no side always follows the same one
         for index in (*range(start, len(sides)), *range(start)):
             samples[index].append(timed(sides[index], repeats[index], device, once[index] < WARM_UP_MS))
         if not checked:
-            # A first call that took long, and was not repeated, may have said nothing of the later ones.
+            # A long first call stood for all: now there are better estimates.
             once = [min(t, sample[0]) for t, sample in zip(once, samples, strict=True)]
             better = counts(once)
             if any(more > 2 * count for more, count in zip(better, repeats, strict=True)):
