@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from fused_rnn._build import build_record
-from fused_rnn._settings import extension as _C
-from fused_rnn._settings import import_error
+from fused_rnn._settings import extension, import_error
 
 BACKENDS = ("cuda", "cpu", "reference")
 
@@ -25,11 +24,11 @@ def _checked(name: str, where: str) -> str:
     return name
 
 
-_forced: str | None = None
+forced: str | None = None
 if os.environ.get("FUSED_RNN_BACKEND"):
-    _forced = _checked(os.environ["FUSED_RNN_BACKEND"], "FUSED_RNN_BACKEND")
+    forced = _checked(os.environ["FUSED_RNN_BACKEND"], "FUSED_RNN_BACKEND")
 
-_forced_by_environment = _forced
+_forced_by_environment = forced
 _blocks: list[list[str | None]] = []  # the use_backend blocks that are open now, in the order in which they were entered
 _blocks_lock = threading.Lock()
 
@@ -44,7 +43,7 @@ def build_info() -> dict[str, Any]:
         ``cuda_mend`` (what to do about it), ``cpu_instruction_set`` (the one in use), ``cpu_instruction_sets`` (those that
         this machine can run), ``torch``, ``torch_cuda``, ``python`` and ``nvcc`` (versions it was built with).
     """
-    return {} if _C is None else {**(build_record() or {}), **_C.build_info()}
+    return {} if extension is None else {**(build_record() or {}), **extension.build_info()}
 
 
 def free_memory() -> int:
@@ -60,12 +59,12 @@ def free_memory() -> int:
     Returns:
         The number of bytes freed; 0 where nothing was compiled.
     """
-    return 0 if _C is None else int(_C.free_memory())
+    return 0 if extension is None else int(extension.free_memory())
 
 
 def has_cpu_kernels() -> bool:
     """Whether the compiled extension, which always has the CPU kernels, is there."""
-    return _C is not None
+    return extension is not None
 
 
 def has_cuda_kernels() -> bool:
@@ -86,7 +85,7 @@ def why_not_native(device_type: str) -> str | None:
     """None if compiled kernels serve tensors of this device type, else the reason as a sentence."""
     if _native.get(device_type, False):
         return None
-    if _C is None:
+    if extension is None:
         return import_error
     if device_type == "cuda":
         return "fused_rnn was built without CUDA kernels"
@@ -98,8 +97,8 @@ def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
 
     A call takes the first of BACKENDS that can.
     """
-    if _forced not in (None, backend):
-        return f"backend {_forced!r} is forced"
+    if forced not in (None, backend):
+        return f"backend {forced!r} is forced"
     if backend == "reference":
         return None
     if backend != device_type:
@@ -124,26 +123,26 @@ def uses_ops(device_type: str, dtype: torch.dtype) -> bool:
             "inside torch.func transforms and forward-mode AD",
             "torch.func transforms (vmap, grad, jvp) and forward-mode AD do not reach the compiled kernels",
         )
-    if _forced is None:
+    if forced is None:
         native = _native.get(device_type, False)
         if not native:
             _warn_once(device_type, f"{why_not_native(device_type)}; python -m fused_rnn info says what is missing")
         return native
-    if _forced == "reference":
+    if forced == "reference":
         return False
-    if _forced != device_type:
-        raise RuntimeError(f"backend {_forced!r} is forced but the input is on {device_type!r}")
+    if forced != device_type:
+        raise RuntimeError(f"backend {forced!r} is forced but the input is on {device_type!r}")
     reason = why_not_native(device_type)
     if reason is not None:
-        raise RuntimeError(f"backend {_forced!r} is forced but {reason}; see python -m fused_rnn info")
+        raise RuntimeError(f"backend {forced!r} is forced but {reason}; see python -m fused_rnn info")
     return True
 
 
 def _left_to_reference(key: str, where: str, reason: str) -> bool:
     """False: what only the reference serves; raises where another backend is forced."""
-    if _forced not in (None, "reference"):
-        raise RuntimeError(f"backend {_forced!r} is forced but {where} only the reference runs")
-    if _forced is None:
+    if forced not in (None, "reference"):
+        raise RuntimeError(f"backend {forced!r} is forced but {where} only the reference runs")
+    if forced is None:
         _warn_once(key, reason)
     return False
 
@@ -169,7 +168,7 @@ _warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def forced_backend() -> str | None:
     """The backend forced by FUSED_RNN_BACKEND or use_backend, or None."""
-    return _forced
+    return forced
 
 
 @contextlib.contextmanager
@@ -198,5 +197,5 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def _set_forced() -> None:
-    global _forced
-    _forced = _blocks[-1][0] if _blocks else _forced_by_environment
+    global forced
+    forced = _blocks[-1][0] if _blocks else _forced_by_environment

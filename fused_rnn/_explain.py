@@ -190,7 +190,7 @@ def _sizes(module: nn.Module, input: Tensor | PackedSequence) -> tuple[list[dict
 def _dtype(module: nn.Module, data: Tensor, device_type: str) -> torch.dtype:
     """The dtype in which the call runs; raises where input and weights differ outside autocast."""
     weight = next(p for p in module.parameters())
-    if functional._autocast_on(device_type) and data.is_floating_point() and data.dtype != torch.float64:
+    if functional.autocast_on(device_type) and data.is_floating_point() and data.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     if data.dtype != weight.dtype:
         raise ValueError(f"input: expected dtype {weight.dtype} (the module's), got {data.dtype}")

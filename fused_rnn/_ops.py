@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn import _flops, reference
-from fused_rnn._backend import _C
+from fused_rnn._backend import extension
 from fused_rnn._recipe import Recipe, rows_of, unpacked
 
 
@@ -132,13 +132,13 @@ def _layer_backward_batched(info: Any, in_dims: tuple[Any, ...], *args: Any) -> 
     return (dx, dstates, dparams), (0, [0] * len(dstates), [0] * len(dparams))
 
 
-if _C is not None:
+if extension is not None:
     rnn = torch.ops.fused_rnn.rnn.default
     cell = torch.ops.fused_rnn.cell.default
     # The same ops with less conversion of arguments: a torch.ops call takes longer than a small step. Not for tensor
     # subclasses, whose __torch_function__ they pass by, nor for Dynamo, which cannot trace them.
-    eager_rnn = _C.rnn
-    eager_cell = _C.cell
+    eager_rnn = extension.rnn
+    eager_cell = extension.cell
     torch.library.register_fake("fused_rnn::layer", _fake_layer)
     torch.library.register_fake("fused_rnn::layer_backward", _fake_layer_backward)
     torch.library.register_vmap("fused_rnn::layer_backward", _layer_backward_batched)

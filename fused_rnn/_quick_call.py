@@ -12,7 +12,7 @@ from fused_rnn import _backend
 from fused_rnn._kinds import NUMBER_OF_MODE, NUMBER_OF_NONLINEARITY
 
 _GLOBAL_HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
-_call_module = None if _backend._C is None else _backend._C.call_module
+_call_module = None if _backend.extension is None else _backend.extension.call_module
 _torch_call = nn.Module.__call__
 
 
@@ -22,7 +22,7 @@ class QuickCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not is_compiling():
-            if _call_module is not None and not kwargs and _backend._forced is None:
+            if _call_module is not None and not kwargs and _backend.forced is None:
                 result = _call_module(self, *args)
                 if result is not None:
                     return result
@@ -48,5 +48,5 @@ def watch(*forwards: tuple[Callable[..., Any], bool, int]) -> None:
     """Tells the C++ side which forward functions it stands for: (function, whether it is a cell's, its cell or -1 if that is
     the module's ``mode`` or ``nonlinearity``)."""
     hooks = [getattr(nn.modules.module, f"_global_{when}_hooks", None) for when in _GLOBAL_HOOKS]
-    if _backend._C is not None and None not in hooks:  # a torch that keeps its hooks elsewhere: no quick calls
-        _backend._C.watch_modules(nn.Module, tuple(hooks), forwards, NUMBER_OF_MODE, NUMBER_OF_NONLINEARITY)
+    if _backend.extension is not None and None not in hooks:  # a torch that keeps its hooks elsewhere: no quick calls
+        _backend.extension.watch_modules(nn.Module, tuple(hooks), forwards, NUMBER_OF_MODE, NUMBER_OF_NONLINEARITY)

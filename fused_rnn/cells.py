@@ -17,7 +17,7 @@ from fused_rnn._kinds import GRU, LSTM, NUMBER_OF_NONLINEARITY
 from fused_rnn._quick_call import QuickCall, watch
 from fused_rnn._recipe import Recipe
 from fused_rnn.functional import run_cell
-from fused_rnn.modules import _refuse_scripting, check_layout, check_like, check_parameters, type_name
+from fused_rnn.modules import check_layout, check_like, check_parameters, refuse_scripting, type_name
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
@@ -27,7 +27,7 @@ _WITH_BIASES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 class _Cell(QuickCall, nn.RNNCellBase):
     """What the three cells share: where the weights come from, the checks, and the call."""
 
-    __prepare_scriptable__ = _refuse_scripting
+    __prepare_scriptable__ = refuse_scripting
     ft_compute_sample_grad = _opacus.ft_compute_sample_grad
 
     def _weights(self) -> list[Tensor]:

@@ -266,7 +266,7 @@ def _traced_for_reference(
     )
 
 
-def _autocast_on(device_type: str) -> bool:
+def autocast_on(device_type: str) -> bool:
     # torch.is_autocast_enabled raises for device types without autocast, such as meta.
     return device_type in ("cpu", "cuda", "mps", "xpu") and torch.is_autocast_enabled(device_type)
 
@@ -275,7 +275,7 @@ def _autocast(
     device_type: str, input: Tensor, states: Sequence[Tensor], weights: list[Tensor]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """What the ops' Autocast kernels do, for the reference: integers, complex numbers and float64 stay what they are."""
-    if not _autocast_on(device_type):
+    if not autocast_on(device_type):
         return input, list(states), weights
     dtype = torch.get_autocast_dtype(device_type)
 
@@ -308,7 +308,7 @@ def _checked_rnn(
         raise ValueError("lengths: expected None with batch_sizes, which already give the lengths")
     weights = _checks.list_of_weights(weights)
     states = _checks.states_of(recipe.kind, hx)
-    autocast = _autocast_on(input.device.type)
+    autocast = autocast_on(input.device.type)
     _checks.check_places(input, weights, _checks.name_of_weight, autocast)
     _checks.check_places(input, states, _checks.STATE_NAMES.__getitem__, autocast)
     if resets is not None:
@@ -353,7 +353,7 @@ def _checked_cell(
     params = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
     names = ("w_ih", "w_hh", "b_ih", "b_hh")[: len(params)]
     states = _checks.states_of(recipe.kind, hx)
-    autocast = _autocast_on(input.device.type)
+    autocast = autocast_on(input.device.type)
     _checks.check_places(input, params, names.__getitem__, autocast)
     _checks.check_places(input, states, ("h", "c").__getitem__, autocast)
     unbatched = input.dim() == 1

@@ -32,7 +32,7 @@ from fused_rnn.functional import run_rnn
 __all__ = ["GRU", "LSTM", "RNN"]
 
 
-def _refuse_scripting(module: nn.Module) -> nn.Module:
+def refuse_scripting(module: nn.Module) -> nn.Module:
     """``__prepare_scriptable__`` of every fused module: TorchScript compiles source and knows only torch.nn's layers.
 
     Handing it a torch.nn twin is no way out: torch.jit.script would put the twin into the caller's model.
@@ -202,7 +202,7 @@ class _Layer(QuickCall, nn.RNNBase):
         super().__setstate__(state)
         self.__dict__.pop("_flat_weight_refs", None)
 
-    __prepare_scriptable__ = _refuse_scripting
+    __prepare_scriptable__ = refuse_scripting
     ft_compute_sample_grad = _opacus.ft_compute_sample_grad
 
     # --- checks and the call ---

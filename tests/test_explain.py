@@ -207,10 +207,10 @@ def test_on_the_reference(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         assert capsys.readouterr().out == f"{result}\n"
         assert result.backend == "reference" and "it is forced" in str(result)
     for module in (_backend, _settings):
-        monkeypatch.setattr(module, "_C" if module is _backend else "extension", None)
+        monkeypatch.setattr(module, "extension", None)
         monkeypatch.setattr(module, "import_error", "the extension was never compiled")
     monkeypatch.setattr(_backend, "_native", {})
-    monkeypatch.setattr(_backend, "_forced", None)
+    monkeypatch.setattr(_backend, "forced", None)
     assert "reference backend (the extension was never compiled)" in str(explain(gru, x))
     with pytest.raises(RuntimeError, match="there is no planner: the extension was never compiled"):
         explain(gru, x, device="H100")

@@ -39,12 +39,12 @@ def installed(monkeypatch: pytest.MonkeyPatch):
     def pretend(record: dict[str, object] | None, extension: FakeExtension | None, reason: str | None = None) -> None:
         monkeypatch.setattr(_build, "build_record", lambda: record)
         monkeypatch.setattr(_backend, "build_record", lambda: record)
-        monkeypatch.setattr(_backend, "_C", extension)
+        monkeypatch.setattr(_backend, "extension", extension)
         monkeypatch.setattr(_backend, "import_error", reason)
         native = {"cpu": extension is not None, "cuda": extension is not None and extension.cuda}
         monkeypatch.setattr(_backend, "_native", native)
 
-    monkeypatch.setattr(_backend, "_forced", None)
+    monkeypatch.setattr(_backend, "forced", None)
     return pretend
 
 

@@ -8,10 +8,10 @@ from fused_rnn import _backend
 from fused_rnn._kinds import KINDS
 
 
-@pytest.mark.skipif(_backend._C is None, reason="needs the compiled extension")
+@pytest.mark.skipif(_backend.extension is None, reason="needs the compiled extension")
 def test_the_lists_are_equal() -> None:
     ours = [(kind.name, kind.gates, kind.slots, kind.saved, kind.has_c, kind.reads_h) for kind in KINDS]
-    assert ours == _backend._C.cells()
+    assert ours == _backend.extension.cells()
 
 
 def test_modes_are_torchs() -> None:

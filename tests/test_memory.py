@@ -27,11 +27,11 @@ MIB = 1 << 20
 def freed() -> Iterator[None]:
     fused_rnn.free_memory()
     yield
-    _backend._C.set_idle_seconds(10)  # type: ignore[union-attr]
+    _backend.extension.set_idle_seconds(10)  # type: ignore[union-attr]
 
 
 def kept() -> dict[str, int]:
-    return _backend._C.memory_pool()  # type: ignore[union-attr,no-any-return]
+    return _backend.extension.memory_pool()  # type: ignore[union-attr,no-any-return]
 
 
 def train(module: nn.Module, x: Tensor) -> Tensor:
@@ -62,13 +62,13 @@ def test_free_memory() -> None:
     y = train(module, x)
     with torch.no_grad():
         module(x)
-    weights = _backend._C.weight_cache()["bytes"]  # type: ignore[union-attr]
+    weights = _backend.extension.weight_cache()["bytes"]  # type: ignore[union-attr]
     before = kept()
     assert weights > 0 and before["thread_bytes"] >= 0
     assert fused_rnn.free_memory() == weights + before["shared_bytes"] + before["thread_bytes"]
     after = kept()
     assert after["shared_bytes"] == after["thread_bytes"] == after["shared_blocks"] == 0
-    assert _backend._C.weight_cache()["bytes"] == 0  # type: ignore[union-attr]
+    assert _backend.extension.weight_cache()["bytes"] == 0  # type: ignore[union-attr]
     assert fused_rnn.free_memory() == 0
     assert torch.equal(train(module, x), y)
 
@@ -124,7 +124,7 @@ def test_idle_memory_goes_back_at_the_next_calls(size: str) -> None:
     module, x = large()
     train(module, x)
     assert kept()["shared_bytes"] > 32 * MIB
-    _backend._C.set_idle_seconds(0.05)  # type: ignore[union-attr]
+    _backend.extension.set_idle_seconds(0.05)  # type: ignore[union-attr]
     time.sleep(0.2)
     if size == "large":
         other, x = fused_rnn.LSTM(32, 100), torch.randn(60, 128, 32)

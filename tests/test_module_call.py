@@ -22,7 +22,7 @@ LAYERS = ("LSTM", "GRU", "RNN")
 
 
 def quick(module: nn.Module, *args: Any) -> Any:
-    return _backend._C.call_module(module, *args)
+    return _backend.extension.call_module(module, *args)
 
 
 def flat(result: Any) -> list[Tensor]:

@@ -69,14 +69,6 @@ _backend.public; modules.__name__; _own; two._of_an_object; fused_rnn._checks.pu
 
 
 # Still to be given a public name: module -> what it reads. The test is whole when this is empty.
-PENDING = {
-    "fused_rnn._explain": {"fused_rnn.functional._autocast_on"},
-    "fused_rnn._ops": {"fused_rnn._backend._C"},
-    "fused_rnn._quick_call": {"fused_rnn._backend._C", "fused_rnn._backend._forced"},
-    "fused_rnn.cells": {"fused_rnn.modules._refuse_scripting"},
-}
-
-
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_no_private_name_of_another_module(module: str) -> None:
-    assert set(private_reads(MODULES[module].read_text(), module)) == PENDING.get(module, set())
+    assert not set(private_reads(MODULES[module].read_text(), module))

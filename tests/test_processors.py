@@ -37,7 +37,7 @@ def planned() -> int:
 @needs_affinity
 def test_no_more_threads_than_processors(many_threads: None) -> None:
     assert 1 <= planned() <= len(os.sched_getaffinity(0))
-    assert _backend._C.processors() <= len(os.sched_getaffinity(0))  # type: ignore[union-attr]
+    assert _backend.extension.processors() <= len(os.sched_getaffinity(0))  # type: ignore[union-attr]
 
 
 @needs_affinity
@@ -50,7 +50,7 @@ def test_affinity_is_asked_again(many_threads: None) -> None:
     finally:
         os.sched_setaffinity(0, before)
     time.sleep(0.15)
-    assert _backend._C.processors() <= len(before)  # type: ignore[union-attr]
+    assert _backend.extension.processors() <= len(before)  # type: ignore[union-attr]
 
 
 @needs_affinity
@@ -112,4 +112,4 @@ def test_quota_of_control_groups(groups: str, files: dict[str, str], expected: i
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
-    assert _backend._C.processors_of_groups(groups, str(tmp_path)) == expected  # type: ignore[union-attr]
+    assert _backend.extension.processors_of_groups(groups, str(tmp_path)) == expected  # type: ignore[union-attr]

@@ -22,7 +22,7 @@ ROWS = {True: (3, 4), False: (5, 3, 4)}
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backend, "_native", {})
     monkeypatch.setattr(_quick_call, "_call_module", None)
-    monkeypatch.setattr(_backend, "_forced", None)
+    monkeypatch.setattr(_backend, "forced", None)
 
 
 def line_of_this_call() -> int:

@@ -42,7 +42,7 @@ def instruction_set(request: pytest.FixtureRequest, setting: Setting) -> str:
 
 def counts() -> tuple[int, int]:
     """Panels (found, packed) since the process began."""
-    cache = _backend._C.weight_cache()  # type: ignore[union-attr]
+    cache = _backend.extension.weight_cache()  # type: ignore[union-attr]
     return cache["panels_found"], cache["panels_packed"]
 
 
@@ -263,12 +263,12 @@ with torch.no_grad():
     for module in modules:
         first, second = module(x)[0], module(x)[0]
         assert torch.equal(first, second)
-        cache = _backend._C.weight_cache()
+        cache = _backend.extension.weight_cache()
         most = max(most, cache["bytes"])
 large, x = fused_rnn.LSTM(40, 700), torch.randn(4, 8, 40)
 with torch.no_grad():
     assert torch.equal(large(x)[0], large(x)[0])
-print(json.dumps({"most": most, **_backend._C.weight_cache()}))
+print(json.dumps({"most": most, **_backend.extension.weight_cache()}))
 """
 
 
@@ -363,7 +363,7 @@ STRUCTURED = (collision_of_the_old_hash, bits_of_two_words, swapped, moved, zero
 def test_no_structured_change_keeps_the_hash(
     source: str, change: Callable[[Tensor, torch.Generator], None], instruction_set: str
 ) -> None:
-    content_hash = _backend._C.content_hash  # type: ignore[union-attr]
+    content_hash = _backend.extension.content_hash  # type: ignore[union-attr]
     random = torch.Generator().manual_seed(0)
     for dtype in (torch.float64, torch.float32):
         base = torch.randn(600, generator=random, dtype=torch.float64)
@@ -381,7 +381,7 @@ def test_no_structured_change_keeps_the_hash(
 
 @pytest.mark.parametrize("size", (1, 7, 8, 63, 64, 65, 2047, 2048, 2049, 5000))
 def test_every_bit_counts(size: int, instruction_set: str) -> None:
-    content_hash = _backend._C.content_hash  # type: ignore[union-attr]
+    content_hash = _backend.extension.content_hash  # type: ignore[union-attr]
     base = torch.zeros(size, dtype=torch.uint8)
     seen = {content_hash(base)}
     for place in {0, size // 3, size // 2, size - 1}:
@@ -393,9 +393,9 @@ def test_every_bit_counts(size: int, instruction_set: str) -> None:
 
 
 def test_keys_are_those_of_the_process() -> None:
-    code = "import torch; from fused_rnn import _backend; print(_backend._C.content_hash(torch.ones(100)))"
+    code = "import torch; from fused_rnn import _backend; print(_backend.extension.content_hash(torch.ones(100)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) != _backend._C.content_hash(torch.ones(100))  # type: ignore[union-attr]
+    assert int(done.stdout) != _backend.extension.content_hash(torch.ones(100))  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("stripe", (8, 16, 32))
@@ -462,10 +462,10 @@ cells = [fused_rnn.GRUCell(1, 1) for _ in range({count})]
 x = torch.randn(17, 1)
 with torch.no_grad():
     first = [cell(x) for cell in cells]
-    cache = _backend._C.weight_cache()
+    cache = _backend.extension.weight_cache()
     again = [cell(x) for cell in cells[-100:]]
 assert all(torch.equal(a, b) for a, b in zip(first[-100:], again))
-print(json.dumps([cache, _backend._C.weight_cache()]))
+print(json.dumps([cache, _backend.extension.weight_cache()]))
 """
 
 

@@ -255,7 +255,7 @@ def stack(call: Layer, **changes: Any) -> Any:
 def composite_calls() -> Iterator[tuple[str, Callable[[], Any], Any]]:
     """fused_rnn::rnn and cell, and the bindings of the same arguments."""
     good = layer(LSTM)
-    C = _backend._C
+    C = _backend.extension
     assert C is not None
     one = layer(LSTM).changed(x=good.x[:1])
     rnn_arguments = {"x": good.x, "states": good.states, "params": good.params, "rows": [], "recipe": good.recipe}

@@ -78,7 +78,7 @@ REFERENCE = f"""
         h_z, h_n = gh.chunk(2, dim=-1)
         z = (x_z + h_z).sigmoid()
         n = (x_n + h_n).tanh()
-        return n + z * (h - n), None
+        return [n + z * (h - n)]
 """
 
 FUNCTION = f'''
@@ -99,10 +99,9 @@ def {NAME}(
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A GRU without reset gate over a sequence; arguments, results and errors as :func:`gru`, gate order z n."""
-    y, h_n, _ = _checked_rnn(
-        _kinds.NUMBER_OF_MODE["{MODE}"], input, weights, hx, num_layers, has_biases, bidirectional, dropout, training,
-        batch_first, batch_sizes, lengths, resets,
-    )  # fmt: skip
+    cell = _kinds.NUMBER_OF_MODE["{MODE}"]
+    recipe = Recipe(cell, num_layers, has_biases, bidirectional, batch_first, training, dropout)
+    y, (h_n,) = _checked_rnn(recipe, input, weights, hx, batch_sizes, lengths, resets)
     return y, h_n
 
 
@@ -154,7 +153,7 @@ class UpdateGateCell(_Cell):
 
 PARAMS, KINDS, REFERENCE_FILE = "csrc/core/params.h", "fused_rnn/_kinds.py", "fused_rnn/reference.py"
 END_OF_GRU = "    d[3] = dn * r;\n    dh_prev = dh * z;\n  }\n};\n"
-END_OF_GRU_STEP = "        n = (x_n + r * h_n).tanh()\n        return n + z * (h - n), None"
+END_OF_GRU_STEP = "        n = (x_n + r * h_n).tanh()\n        return [n + z * (h - n)]"
 
 STEPS: dict[str, tuple[Edit, ...]] = {
     "1: params.h and _kinds.py": (
@@ -171,7 +170,7 @@ STEPS: dict[str, tuple[Edit, ...]] = {
     "2: cells.h": (Edit("csrc/core/cells.h", END_OF_GRU, STRUCT),),
     "3: reference.py": (
         Edit(REFERENCE_FILE, END_OF_GRU_STEP, REFERENCE),
-        Edit(REFERENCE_FILE, "from fused_rnn._kinds import GRU, KINDS, LSTM", ", NUMBER_OF_MODE"),
+        Edit(REFERENCE_FILE, "from fused_rnn._kinds import GRU, LSTM", ", NUMBER_OF_MODE"),
     ),
     "4: functional.py, modules.py, cells.py": (
         Edit("fused_rnn/functional.py", "", FUNCTION),
