@@ -16,6 +16,7 @@ class Kind:
     saved: int  # slots kept for backward
     has_c: bool  # a second state c
     reads_h: bool  # the step reads h outside the recurrent product
+    may_project: bool  # a projection may follow the step (proj_size)
     nonlinearity: str | None = None  # of an RNN
 
     @property
@@ -25,11 +26,11 @@ class Kind:
 
 
 KINDS = (
-    Kind("RNN_TANH", "rnn_tanh", 1, 1, 0, False, False, "tanh"),
-    Kind("RNN_RELU", "rnn_relu", 1, 1, 0, False, False, "relu"),
-    Kind("RNN_IDENTITY", "rnn_identity", 1, 1, 0, False, False, "identity"),
-    Kind("LSTM", "lstm", 4, 4, 4, True, False),
-    Kind("GRU", "gru", 3, 4, 4, False, True),
+    Kind("RNN_TANH", "rnn_tanh", 1, 1, 0, False, False, False, "tanh"),
+    Kind("RNN_RELU", "rnn_relu", 1, 1, 0, False, False, False, "relu"),
+    Kind("RNN_IDENTITY", "rnn_identity", 1, 1, 0, False, False, False, "identity"),
+    Kind("LSTM", "lstm", 4, 4, 4, True, False, True),
+    Kind("GRU", "gru", 3, 4, 4, False, True, False),
 )
 NUMBER_OF_MODE = {kind.mode: number for number, kind in enumerate(KINDS)}
 NUMBER_OF_NONLINEARITY = {kind.nonlinearity: number for number, kind in enumerate(KINDS) if kind.nonlinearity is not None}

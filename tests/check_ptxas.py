@@ -55,6 +55,8 @@ def kernel_name(mangled: str) -> str:
     for name in ("zero_fill", "write_integers", "query"):
         if f"{name}_kernel" in mangled:
             return name
+    if found := re.search(r"previous_rows_kernelILi(\d+)E", mangled):
+        return f"previous_rows {found[1]} bytes"
     found = re.search(r"KernelRoleE(\d).*?CellKindE(\d).*?MathKindE(\d).*?TileSizeE(\d)", mangled)
     if not found:
         return persistent_kernel_name(mangled)

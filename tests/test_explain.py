@@ -19,7 +19,7 @@ from fused_rnn._explain import DEVICES
 from fused_rnn.explanation import Explanation, PassPlan, Rejection
 
 needs_extension = pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the compiled extension")
-FAMILIES = {"cell", "step", "grid", "cluster"}
+FAMILIES = {"single", "step", "grid", "cluster"}
 
 
 def explain(module: torch.nn.Module, input: Any, **kwargs: Any) -> Explanation:
@@ -56,7 +56,7 @@ def test_table_of_devices(gpu: str, grid: str | None, cluster: str | None) -> No
     for plan in (layer.forward, layer.backward):
         rejected = {other.name: other.reason for other in plan.rejected}
         assert {*rejected, plan.family} == FAMILIES and plan.family not in rejected
-        assert rejected["cell"] == "serves one time step, not 100"
+        assert rejected["single"] == "serves one time step, not 100"
         for family, reason in (("grid", grid), ("cluster", cluster)):
             if reason is not None:
                 assert rejected[family] == reason
@@ -148,10 +148,10 @@ def test_inputs_that_the_modules_take() -> None:
         layer = packed.layers[0]
         assert (layer.T, layer.B, layer.N, packed.packed) == (max(lengths), len(lengths), sum(lengths), True)
         assert f"packed into {sum(lengths)} rows" in str(packed)
-    for kind, module in (("cell", fused_rnn.GRUCell(4, 5)), ("cell", fused_rnn.RNNCell(4, 5, nonlinearity="relu"))):
+    for module in (fused_rnn.GRUCell(4, 5), fused_rnn.RNNCell(4, 5, nonlinearity="relu")):
         for x, batch in ((torch.zeros(3, 4), 3), (torch.zeros(4), 1)):
             result = explain(module, x, device="A100")
-            assert result.layers[0].forward.family == kind and result.layers[0].B == batch
+            assert result.layers[0].forward.family == "single" and result.layers[0].B == batch
     assert explain(fused_rnn.RNN(4, 5, nonlinearity="identity"), torch.zeros(2, 1, 4), device="T4").cell == "rnn_identity"
     empty = explain(gru, torch.zeros(7, 0, 4), device="H100")
     assert empty.layers[0].forward == PassPlan() and "the batch is empty" in str(empty)

@@ -62,7 +62,7 @@ def skip_unless_served(case: Case, family: str) -> None:
 def kernels(plan: dict[str, Any]) -> list[tuple[Any, ...]]:
     """What differs in the code that runs: tiles, arithmetic; several tiles in turn; weights beyond the registers."""
     if held := plan.get("persistent"):
-        return [(held["math"], held["units"], held["tiles"] > 1, held["weight_bytes_in_smem"] > 0, held["launches"] > 1)]
+        return [(held["math"], held["units"], held["row_tiles"] > 1, held["weight_bytes_in_smem"] > 0, held["launches"] > 1)]
     return [(k["name"], k["math"], k["tile"]) for k in plan["kernels"]]
 
 

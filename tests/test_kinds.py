@@ -10,7 +10,7 @@ from fused_rnn._kinds import KINDS
 
 @pytest.mark.skipif(_backend.extension is None, reason="needs the compiled extension")
 def test_the_lists_are_equal() -> None:
-    ours = [(kind.name, kind.gates, kind.slots, kind.saved, kind.has_c, kind.reads_h) for kind in KINDS]
+    ours = [(kind.name, kind.gates, kind.slots, kind.saved, kind.has_c, kind.reads_h, kind.may_project) for kind in KINDS]
     assert ours == _backend.extension.cells()
 
 

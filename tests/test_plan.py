@@ -48,19 +48,21 @@ def test_every_plan_fits_its_device(name: str) -> None:
 
 
 def test_family() -> None:
-    assert plan(T=1)["family"] == "cell"
+    assert plan(T=1)["family"] == "single"
     assert plan(T=2)["family"] == "step"
-    assert plan(T=2)["rejected"]["cell"] == "serves one time step, not 2"
+    assert plan(T=2)["rejected"]["single"] == "serves one time step, not 2"
     assert "step" in plan(T=1)["rejected"]
 
 
 def test_forced_family() -> None:
     assert plan(T=1, forced="step")["family"] == "step"
-    assert plan(T=1, forced="step")["rejected"] == dict.fromkeys(["cell", "grid", "cluster"], "step is forced")
-    with pytest.raises(ValueError, match="kernel family cell cannot serve this layer: cell serves one time step, not 9"):
-        plan(T=9, forced="cell")
-    with pytest.raises(ValueError, match="unknown kernel family 'fast'; known are: cell, step, grid, cluster"):
-        plan(forced="fast")
+    assert plan(T=1, forced="step")["rejected"] == dict.fromkeys(["single", "grid", "cluster"], "step is forced")
+    with pytest.raises(ValueError, match="kernel family single cannot serve this layer: single serves one time step, not 9"):
+        plan(T=9, forced="single")
+    for unknown in ("fast", "cell", ""):  # "cell" is the former name of "single"
+        text = f"unknown kernel family '{unknown}'; known are: single, step, grid, cluster, and cheapest of them"
+        with pytest.raises(ValueError, match=text):
+            plan(forced=unknown)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +143,7 @@ def test_workspace() -> None:
         ({"T": 0}, "needs T, B, H, P >= 1"),
         ({"B": 0}, "needs T, B, H, P >= 1"),
         ({"D": 3}, "1 or 2 directions"),
-        ({"cell": "gru", "P": 3}, "only an LSTM can have a projection"),
+        ({"cell": "gru", "P": 3}, "P: expected H = 64 for gru, which has no projection, got 3"),
         ({"P": 65}, "smaller than the hidden size"),
         ({"cell": "elman"}, "unknown cell 'elman'"),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
@@ -184,7 +186,7 @@ def test_code_for_the_device(name: str, compiled_for: int, families: set[str]) -
     capability = device["compute_capability"] / 10
     if not families:
         text = rf"not compiled for compute capability {capability}, .* add it to TORCH_CUDA_ARCH_LIST and build again"
-        for forced in (None, "cell", "step", "grid", "cluster"):
+        for forced in (None, "single", "step", "grid", "cluster"):
             with pytest.raises(ValueError, match=text):
                 C.plan(**problem, forced=forced)
         return
@@ -222,5 +224,5 @@ def test_older_code_is_planned_as_such() -> None:
 
 def test_text() -> None:
     text = plan(P=16, H=128)["text"]
-    for part in ("family step", "model, not measured", "forward: fp16", "project: fp16", "because", "not cell"):
+    for part in ("family step", "model, not measured", "forward: fp16", "project: fp16", "because", "not single"):
         assert part in text

@@ -13,7 +13,7 @@ from test_plan import DEVICES, C, plan
 F16, BF16, F32, F64 = "float16", "bfloat16", "float32", "float64"
 
 
-# device, family, cell, batch, hidden, dtype, backward: launches, groups, blocks of a group, units of a block, tiles
+# device, family, cell, batch, hidden, dtype, backward: launches, groups, blocks of a group, units of a block, row tiles
 FITS = [
     ("H100", "grid", "lstm", 8, 512, BF16, False, (1, 1, 32, 16, 1)),
     ("H100", "grid", "lstm", 64, 512, BF16, False, (1, 4, 32, 16, 2)),
@@ -45,13 +45,13 @@ def test_fits(row: tuple[Any, ...]) -> None:
     name, family, cell, batch, hidden, dtype, backward, expected = row
     result = plan(name, cell=cell, B=batch, H=hidden, dtype=dtype, backward=backward, allow_tf32=True, forced=family)
     p = result["persistent"]
-    assert tuple(p[key] for key in ("launches", "groups", "blocks", "units", "tiles")) == expected, result["text"]
+    assert tuple(p[key] for key in ("launches", "groups", "blocks", "units", "row_tiles")) == expected, result["text"]
     assert p["smem_bytes"] <= DEVICES[name]["smem_per_block"]
     assert f"{family} is forced; it has run in the simulator only, never on a GPU" in result["text"]
 
 
 def test_gpu_tests_run_every_kernel() -> None:
-    """The cases of test_families.test_every_kernel on an H100: all that are compiled, most also on several tiles."""
+    """The cases of test_families.test_every_kernel on an H100: all that are compiled, most also on several row tiles."""
     one_tile, several = set(), set()
     for case, family, tf32 in every_kernel():
         if family != "step":
@@ -137,7 +137,7 @@ def test_every_plan_fits_its_device() -> None:
                             assert family == "grid" or p["blocks"] <= limits["max_cluster"]
                             assert p["smem_bytes"] <= limits["smem_per_block"]
                             assert (p["blocks"] - 1) * p["units"] < hidden <= p["blocks"] * p["units"]
-                            launched = p["launches"] * p["directions"] // 2 * p["groups"] * p["tiles"] * 8
+                            launched = p["launches"] * p["directions"] // 2 * p["groups"] * p["row_tiles"] * 8
                             assert launched >= batch
     assert C
 
@@ -158,7 +158,7 @@ ASKED = {
 }
 
 
-# device, cell, dtype, batch, hidden, directions: groups, blocks, units, tiles, turns that the clusters take; or the reason
+# device, cell, dtype, batch, hidden, directions: groups, blocks, units, row tiles, turns of the clusters; or the reason
 ON_ASKED = [
     ("clusters of at most 8", "lstm", F16, 8, 384, 1, (1, 8, 48, 1, 1)),
     ("clusters of at most 8", "lstm", F16, 8, 512, 1, "a cluster of 11 blocks of 48 units, the device has clusters of 8"),
@@ -196,10 +196,10 @@ def test_device_that_was_asked_for_its_clusters(row: tuple[Any, ...]) -> None:
     p = result["persistent"]
     at_once = ASKED[name]["active_clusters"][p["blocks"]]
     turns = -(-p["groups"] * directions // at_once)
-    assert (*(p[key] for key in ("groups", "blocks", "units", "tiles")), turns) == expected, result["text"]
+    assert (*(p[key] for key in ("groups", "blocks", "units", "row_tiles")), turns) == expected, result["text"]
     # The model counts the turns: on a device that runs all clusters at once the same plan takes one.
-    alone = C.plan(**{**problem, "B": 8 * p["tiles"], "D": 1}, device=asked(132, {p["blocks"]: 1}), forced="cluster")
-    assert [alone["persistent"][key] for key in ("blocks", "tiles")] == [p["blocks"], p["tiles"]]
+    alone = C.plan(**{**problem, "B": 8 * p["row_tiles"], "D": 1}, device=asked(132, {p["blocks"]: 1}), forced="cluster")
+    assert [alone["persistent"][key] for key in ("blocks", "row_tiles")] == [p["blocks"], p["row_tiles"]]
     assert result["us_per_step"] == pytest.approx(turns * alone["us_per_step"])
 
 
@@ -269,7 +269,7 @@ def test_expected_microseconds(row: tuple[Any, ...]) -> None:
     assert result["cheapest"] == cheapest and f"cheapest: {cheapest}\n" in result["text"]
     assert result["family"] == "step"
     # What is no candidate has a reason of its own; what is one but not taken says that it has not run.
-    for family in {"cell", "step", "grid", "cluster"} - {"step"}:
+    for family in {"single", "step", "grid", "cluster"} - {"step"}:
         never_run = "never run on a GPU yet" in result["rejected"][family]
         assert never_run == (family in found)
     asked_for = plan(name, training=True, forced="cheapest", **problem)
@@ -282,7 +282,7 @@ def test_cheapest_says_why() -> None:
     assert result["family"] == "cluster"
     assert result["reason"] == "cluster is the cheapest by the cost model; it has run in the simulator only, never on a GPU"
     assert result["rejected"] == {
-        "cell": "serves one time step, not 100",
+        "single": "serves one time step, not 100",
         "step": f"{us['step']} us expected for the layer, cluster takes {us['cluster']}",
         "grid": f"{us['grid']} us expected for the layer, cluster takes {us['cluster']}",
     }
@@ -308,12 +308,12 @@ def test_cheapest_serves_what_some_family_can(name: str) -> None:
             continue
         problem = {"cell": cell, "dtype": dtype, "T": steps, "B": batch, "I": 77, "H": hidden, "training": True, **more}
         made = {}
-        for family in ("cell", "step", "grid", "cluster"):
+        for family in ("single", "step", "grid", "cluster"):
             with contextlib.suppress(ValueError):
                 made[family] = C.plan(**problem, device=limits, forced=family)
         if not made:
             with pytest.raises(
-                ValueError, match="no kernel family can serve this layer: cell .*: step .*: grid .*: cluster "
+                ValueError, match="no kernel family can serve this layer: single .*: step .*: grid .*: cluster "
             ):
                 C.plan(**problem, device=limits, forced="cheapest")
             continue
@@ -331,9 +331,9 @@ def test_cheapest_serves_what_some_family_can(name: str) -> None:
 
 
 def test_cheapest_depends_on_the_number_of_steps() -> None:
-    """A persistent family loads its weights first, and for one step only `cell` needs no launch of its own for the input."""
+    """Persistent families load their weights first; for one step only `single` needs no launch of its own for the input."""
     families = [plan(B=8, H=512, I=512, T=steps, forced="cheapest")["family"] for steps in (1, 2, 4, 8, 100)]
-    assert families[0] == "cell" and families[-1] == "cluster" and sorted(families, key=families.index) == families
+    assert families[0] == "single" and families[-1] == "cluster" and sorted(families, key=families.index) == families
     for family in ("step", "grid", "cluster"):
         problem = {"B": 8, "H": 512, "backward": True, "forced": family}
         short, long = (plan(T=steps, **problem) for steps in (10, 110))

@@ -1,4 +1,4 @@
-// Hand-off between blocks through L2, as family `grid` exchanges states: kL2HandOffUs of csrc/plan/persistent.cpp.
+// Hand-off between blocks through L2, as family `grid` exchanges states: kL2HandOffUs of csrc/plan/machine.h.
 //   tagged  data as flag: every word carries the number of its step (store_tagged, load_tagged)
 //   flag    plain data, then a flag with release and acquire (store_release, load_acquire)
 // one_way: half a round trip of one word between two blocks on different SMs, median over several such blocks.

@@ -1,7 +1,7 @@
 // What L2 and shared memory deliver to an SM.
-//   l2_latency    a load that waits for the one before it, from L2: kL2LatencyUs of csrc/plan/plan.cpp
-//   l2_bandwidth  16-byte loads of 256 threads from 16 MiB that stay in L2, one SM alone and all at once: kL2BytesPerClock of
-//                 csrc/plan/plan.cpp (alone; all at once: that times kL2Share) and of csrc/plan/persistent.cpp (all at once)
+//   l2_latency    a load that waits for the one before it, from L2: kL2LatencyUs of csrc/plan/machine.h
+//   l2_bandwidth  16-byte loads of 256 threads from 16 MiB that stay in L2: kL2BytesPerClock by one SM alone,
+//                 kSharedL2BytesPerClock by all at once
 //   smem_bandwidth  16-byte loads from shared memory, as the weights beyond the registers are read: kSmemBytesPerClock
 #include "micro.cuh"
 
@@ -96,7 +96,7 @@ void measure() {
     t = median_of_launches(p.ticks,
                            [&] { simt::launch(l2_kernel, {"l2", blocks, 1, 1, kThreads, 0, 1, false, false}, nullptr, p); });
     report("l2_bandwidth", number("blocks", blocks), 16.0 * 8 * kThreads * p.iterations / t.clocks, "bytes per clock and SM",
-           "kL2BytesPerClock");
+           blocks == 1 ? "kL2BytesPerClock" : "kSharedL2BytesPerClock");
   }
   t = median_of_launches(p.ticks, [&] {
     simt::launch(smem_kernel, {"smem", sms, 1, 1, kThreads, kThreads * 8 * 16, 1, false, false}, nullptr, p);

@@ -18,18 +18,19 @@ namespace fused_rnn {
 
 // Every cell, once. The enum, its counts, the dispatch, the CPU's tables and CUDA's instantiations are made of this list;
 // the formulas are in cells.h, and fused_rnn/_kinds.py is its twin in Python (tests/test_kinds.py compares them).
-//   X(kind, name, gates, slots, saved, has_c, reads_h)
-//   gates    blocks of the weights
-//   slots    accumulators of a unit
-//   saved    slots kept for backward; 0: y alone suffices
-//   has_c    a second state c
-//   reads_h  the step reads h outside the recurrent product: backward hands a part of the gradient of h past the product
-#define FUSED_RNN_CELLS(X)                               \
-  X(kRnnTanh, "rnn_tanh", 1, 1, 0, false, false)         \
-  X(kRnnRelu, "rnn_relu", 1, 1, 0, false, false)         \
-  X(kRnnIdentity, "rnn_identity", 1, 1, 0, false, false) \
-  X(kLstm, "lstm", 4, 4, 4, true, false)                 \
-  X(kGru, "gru", 3, 4, 4, false, true)
+//   X(kind, name, gates, slots, saved, has_c, reads_h, may_project)
+//   gates        blocks of the weights
+//   slots        accumulators of a unit
+//   saved        slots kept for backward; 0: y alone suffices
+//   has_c        a second state c
+//   reads_h      the step reads h outside the recurrent product: backward hands a part of the gradient of h past the product
+//   may_project  a product with W_hr may follow the step (proj_size)
+#define FUSED_RNN_CELLS(X)                                      \
+  X(kRnnTanh, "rnn_tanh", 1, 1, 0, false, false, false)         \
+  X(kRnnRelu, "rnn_relu", 1, 1, 0, false, false, false)         \
+  X(kRnnIdentity, "rnn_identity", 1, 1, 0, false, false, false) \
+  X(kLstm, "lstm", 4, 4, 4, true, false, true)                  \
+  X(kGru, "gru", 3, 4, 4, false, true, false)
 
 enum class CellKind : int {
 #define FUSED_RNN_CELL(kind, ...) kind,
@@ -41,7 +42,7 @@ enum class CellKind : int {
 struct CellTraits {
   const char* name;
   int gates, slots, saved;
-  bool has_c, reads_h;
+  bool has_c, reads_h, may_project;
 };
 
 constexpr FUSED_RNN_HD CellTraits traits_of(CellKind cell) {
@@ -63,7 +64,15 @@ enum class DType : int { kFloat64 = 0, kFloat32 = 1, kFloat16 = 2, kBFloat16 = 3
 constexpr FUSED_RNN_HD int gate_count(CellKind cell) { return traits_of(cell).gates; }
 constexpr FUSED_RNN_HD int slot_count(CellKind cell) { return traits_of(cell).slots; }
 constexpr FUSED_RNN_HD int state_count(CellKind cell) { return traits_of(cell).has_c ? 2 : 1; }
-constexpr int64_t dtype_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+constexpr int64_t dtype_size(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64: return 8;
+    case DType::kFloat32: return 4;
+    case DType::kFloat16:
+    case DType::kBFloat16: return 2;
+  }
+  return 0;
+}
 
 // A matrix of weights, row by row. What else a kernel must know to read it (scales of integers) belongs here.
 struct WeightMatrix {
@@ -99,7 +108,7 @@ struct ForwardParams {
   void* h_n;      // [D, B, P]: state after each row's last active step (its initial state if it has none)
   void* c_n;      // [D, B, H], in float where wide_c; LSTM only
   void* gates;    // [D, N, S, H]: activated gates for backward, 0 at inactive rows when training. CUDA: holds the projection
-                  // on entry, unless the family is `cell`, which computes it. CPU: null unless training.
+                  // on entry, unless the family makes it itself (reads_x). CPU: null unless training.
   void* cs;       // [D, N, H]: c after each step, in dtype, 0 at inactive rows; LSTM only; null unless training
   bool wide_c;    // 16-bit dtypes: c0 and c_n are float, so that c is not rounded between calls
   bool training;  // gates and cs are kept for backward (RNN cells keep neither: their derivative needs y alone)

@@ -1,26 +1,20 @@
-// The tasks of an overlap, and how many chunks they are: see plan_overlap.h. No constant is a measurement.
+// The tasks of an overlap, and the number of their chunks: see overlap.h.
 #include "plan/overlap.h"
 
 #include <algorithm>
 #include <cstdio>
 #include <limits>
 
-#include "plan/persistent.h"
-#include "plan/persistent_geometry.h"
+#include "core/ceil_div.h"
+#include "plan/machine.h"
 
 namespace fused_rnn {
 namespace {
 
-constexpr double kLaunchUs = 2.1;         // from one launch in a stream to the next
-constexpr double kHostUs = 8;             // of the caller's thread for a task: a matrix product or a launch, its events
-constexpr double kClockGhz = 1.7;         // of the SMs
-constexpr double kL2BytesPerClock = 25;   // into one SM while all SMs read
 constexpr double kWorthIt = 0.95;         // of the time in turn: below it, the model may be trusted to see a gain
 constexpr int kMostConcurrentLayers = 7;  // with the caller's 8 streams: more share the hardware's queues (CUDA's default)
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-double us_of_bytes(double bytes, double sms) { return bytes / (kL2BytesPerClock * kClockGhz * 1e3 * sms); }
+double us_of_bytes(double bytes, double sms) { return bytes / (kSharedL2BytesPerClock * kClockGhz * 1e3 * sms); }
 
 // Expected durations of the parts of a stack.
 struct Costs {
@@ -35,7 +29,7 @@ struct Costs {
     const Problem& p = stack.layer;
     const double rows = rows_of(steps), columns = gate_count(p.cell) * p.H,
                  inputs = layer == 0 && !p.backward ? stack.first_input : p.I;
-    const double clocks = rows * columns * inputs / (persistent_math_rate(plan.persistent->math, device) * sms);
+    const double clocks = rows * columns * inputs / (math_rate(plan.persistent->math, device) * sms);
     const double bytes = (rows * (columns + inputs) + columns * inputs) * dtype_size(p.dtype);
     return p.D * (kLaunchUs + std::max(clocks / (kClockGhz * 1e3), us_of_bytes(bytes, sms)));
   }
@@ -80,7 +74,7 @@ int most_concurrent(const Stack& stack, const Plan& plan, const DeviceInfo& devi
   const PersistentPlan& p = *plan.persistent;
   const int groups = p.groups * p.directions;
   int64_t most = (device.sm_count - 1) / (int64_t{p.slices} * groups);
-  if (plan.family == Family::kCluster) most = std::min(most, clusters_at_once(device, p.slices) / groups);
+  if (p.cluster) most = std::min(most, clusters_at_once(device, p.slices) / groups);
   // With two directions a layer needs all of the one below.
   return static_cast<int>(std::min<int64_t>({most, stack.layer.D == 1 ? stack.layers : 1, kMostConcurrentLayers}));
 }

@@ -29,8 +29,8 @@
 //
 // Units from H on and rows from B on are zeros that the kernels make; the user's tensors are never padded.
 #pragma once
-#include "core/params.h"
-#include "plan/step_geometry.h"
+#include "core/ceil_div.h"
+#include "plan/math_kind.h"
 
 namespace fused_rnn::cuda {
 
@@ -38,7 +38,7 @@ constexpr int kPersistentWarps = 8;
 constexpr int kPersistentThreads = 32 * kPersistentWarps;
 constexpr int kTileUnits = 16;  // of the M side of a fragment
 constexpr int kTileRows = 8;    // batch rows of a fragment
-constexpr int kMaxBatchTiles = 8;
+constexpr int kMaxRowTiles = 8;
 constexpr int kMaxClusterBlocks = 16;
 
 struct PersistentShape {
@@ -49,8 +49,7 @@ struct PersistentShape {
   bool cluster;
 };
 
-constexpr FUSED_RNN_HD int ceil_of(int a, int b) { return (a + b - 1) / b; }
-constexpr FUSED_RNN_HD int chunk_step(MathKind math) { return math >= MathKind::kFp16 ? 16 : 8; }
+constexpr FUSED_RNN_HD int chunk_step(MathKind math) { return storage_bytes(math) == 2 ? 16 : 8; }
 constexpr FUSED_RNN_HD int slice_units(PersistentShape s) { return kTileUnits * s.unit_tiles; }
 constexpr FUSED_RNN_HD bool scatters(PersistentShape s) { return s.backward && s.cluster && gate_count(s.cell) > 1; }
 // Gates that a slice publishes (or multiplies itself) in each step: 1 state forward, gradients of all gates backward.
@@ -78,7 +77,7 @@ constexpr FUSED_RNN_HD int chunk_count(PersistentShape s, int slices) {
   return published(s) * slices * slice_units(s) / chunk_step(s.math);
 }
 constexpr FUSED_RNN_HD int chunks_per_warp(PersistentShape s, int slices) {
-  return ceil_of(chunk_count(s, slices), k_groups(s));
+  return ceil_div(chunk_count(s, slices), k_groups(s));
 }
 // Chunks that are loaded together; in `grid`, whose states come from afar, two such batches are under way.
 constexpr FUSED_RNN_HD int chunk_batch(PersistentShape s) {
@@ -109,7 +108,7 @@ constexpr FUSED_RNN_HD int exchange_words(PersistentShape s, int slices) { retur
 // Chunks of K, all of a block's own; tiles of M of one warp, at most.
 constexpr FUSED_RNN_HD int scatter_chunks(PersistentShape s) { return published(s) * slice_units(s) / chunk_step(s.math); }
 constexpr FUSED_RNN_HD int scatter_tiles(PersistentShape s, int slices) {
-  return ceil_of(slices * s.unit_tiles, kPersistentWarps);
+  return ceil_div(slices * s.unit_tiles, kPersistentWarps);
 }
 // Tiles of M in registers, 4 of a thread for each chunk: as many as leave no spills.
 constexpr FUSED_RNN_HD int register_tiles(PersistentShape s) {
@@ -128,7 +127,7 @@ constexpr FUSED_RNN_HD int scatter_floats(PersistentShape s, int slices) { retur
 
 // Batch tiles whose running states (h and c, or their gradients) a thread keeps in registers: the first, or none where the
 // weights leave no room (ptxas) or two threads take turns. In `grid` the packets under way take that room.
-constexpr FUSED_RNN_HD int tiles_in_registers(PersistentShape s) {
+constexpr FUSED_RNN_HD int row_tiles_in_registers(PersistentShape s) {
   return !s.cluster || s.unit_tiles == 3 || takes_turns(s) ? 0 : 1;
 }
 // Bytes of one fragment: 4 registers of 32 lanes.
@@ -156,27 +155,27 @@ constexpr FUSED_RNN_HD FragmentCount fragment_count(PersistentShape s, int slice
 // Dynamic shared memory of a block, in this order, each part a multiple of 16 bytes. Those up to the weights begin where the
 // compiler knows: nothing is computed, and no register held, to find them.
 struct PersistentSmem {
-  int lengths;   // [kMaxBatchTiles][row]: number of active steps, 32 bits
+  int lengths;   // [kMaxRowTiles][row]: number of active steps, 32 bits
   int biases;    // forward: [gate][unit of the slice] floats, b_hh
-  int barriers;  // cluster: [2][kMaxBatchTiles]
+  int barriers;  // cluster: [2][kMaxRowTiles]
   int partials;  // gather: [2][chunk group] partial sums, used in turn
                  // scatter: [2][chunk] own_words: gradients of the slice's gates, used in turn
   int scratch;   // gather, fp32 only: [warp][2] scratch
   int weights;   // gather: [warp][chunk beyond the registers][tile of M of the warp][lane][4] words
                  // scatter: [warp][tile of M beyond the registers][chunk][lane][4] words
-  int state;     // [tile beyond tiles_in_registers][2: h and c, or their gradients][row][unit of the slice] floats
+  int state;     // [tile beyond row_tiles_in_registers][2: h and c, or their gradients][row][unit of the slice] floats
   int exchange;  // cluster: [2][tile] exchange_words or scatter_floats
   int total;
 };
-constexpr FUSED_RNN_HD PersistentSmem persistent_smem(PersistentShape s, int slices, int tiles) {
+constexpr FUSED_RNN_HD PersistentSmem persistent_smem(PersistentShape s, int slices, int row_tiles) {
   PersistentSmem m{};
   int at = 0;
   m.lengths = at;
-  at += kMaxBatchTiles * kTileRows * 4;
+  at += kMaxRowTiles * kTileRows * 4;
   m.biases = at;
   if (!s.backward) at += gate_count(s.cell) * slice_units(s) * 4;
   m.barriers = at;
-  if (s.cluster) at += 2 * kMaxBatchTiles * 8;
+  if (s.cluster) at += 2 * kMaxRowTiles * 8;
   m.partials = at;
   at += 2 * 4 * (scatters(s) ? scatter_chunks(s) * own_words(s.math) : k_groups(s) * partial_floats(s));
   m.scratch = at;
@@ -184,15 +183,15 @@ constexpr FUSED_RNN_HD PersistentSmem persistent_smem(PersistentShape s, int sli
   m.weights = at;
   at += kPersistentWarps * fragment_count(s, slices).in_smem * kFragmentBytes;
   m.state = at;
-  at += 2 * (tiles - tiles_in_registers(s)) * kTileRows * slice_units(s) * 4;
+  at += 2 * (row_tiles - row_tiles_in_registers(s)) * kTileRows * slice_units(s) * 4;
   m.exchange = at;
-  if (s.cluster) at += 2 * tiles * 4 * (scatters(s) ? scatter_floats(s, slices) : exchange_words(s, slices));
+  if (s.cluster) at += 2 * row_tiles * 4 * (scatters(s) ? scatter_floats(s, slices) : exchange_words(s, slices));
   m.total = at;
   return m;
 }
 // Global memory of the exchange of family `grid`, for one group: [2][tile] tagged words.
-constexpr FUSED_RNN_HD int64_t grid_exchange_bytes(PersistentShape s, int slices, int tiles) {
-  return int64_t{2} * tiles * exchange_words(s, slices) * 8;
+constexpr FUSED_RNN_HD int64_t grid_exchange_bytes(PersistentShape s, int slices, int row_tiles) {
+  return int64_t{2} * row_tiles * exchange_words(s, slices) * 8;
 }
 
 }  // namespace fused_rnn::cuda

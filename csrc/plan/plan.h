@@ -6,29 +6,23 @@
 #include <vector>
 
 #include "plan/device_info.h"
+#include "plan/family.h"
 #include "plan/problem.h"
 #include "plan/step_geometry.h"
 
 namespace fused_rnn {
 
-// kCell: one step, input and recurrent product in one kernel. kStep: one launch per step, input projection made by the caller.
-// kGrid, kCluster: one launch per layer, weights held on the chip (cuda/persistent.h). These two have never run on a GPU, only
-// in the simulator: no plan chooses them by itself, they must be asked for.
-enum class Family : int { kCell, kStep, kGrid, kCluster };
-
-// Who decides among the families that can serve a problem. Without either, kCell before kStep and nothing else.
+// Who decides among the families that can serve a problem. By default it is the first automatic one in the order of the list.
 struct FamilyChoice {
   std::optional<Family> forced;
-  bool cheapest = false;  // the least time by the cost model, kGrid and kCluster included
+  bool cheapest = false;  // the least time by the cost model, over all families
 };
 
 inline bool operator==(const FamilyChoice& a, const FamilyChoice& b) {
   return a.forced == b.forced && a.cheapest == b.cheapest;
 }
 
-const char* to_string(Family family);
-const char* to_string(cuda::KernelRole role);
-// "cell", "step", "grid", "cluster" or "cheapest"; throws std::invalid_argument with the list of names otherwise.
+// The name of a family, or "cheapest"; throws std::invalid_argument with the list of names otherwise.
 FamilyChoice parse_choice(const std::string& name);
 
 // One kernel of the plan; the launches of a step follow the order of Plan::kernels.
@@ -36,28 +30,20 @@ struct KernelPlan {
   cuda::KernelRole role;
   cuda::TileSize tile;
   cuda::MathKind math;
-  int64_t grid_x, grid_y, grid_z;  // batch tiles, unit tiles, directions
+  int64_t grid_x, grid_y, grid_z;  // tiles of batch rows, tiles of units, directions
   int threads;
   int stages;  // of the shared-memory ring
   int smem_bytes;
-  double us;  // expected duration by the cost model of plan.cpp, whose constants are published figures, not measurements
+  double us;  // expected duration, by the cost model (machine.h)
 };
-
-// Places in the workspace, 256-byte aligned, in bytes.
-struct WorkspaceLayout {
-  int64_t carry, carry_bytes;  // [D, B, H] in the arithmetic type: running c (LSTM forward), running dc (LSTM backward), the
-                               // part of dh that bypasses the weights (GRU backward)
-  int64_t hidden, hidden_bytes;  // [D, B, H] in dtype: h before the projection (forward, P != H)
-  int64_t bytes;
-};
-WorkspaceLayout workspace_layout(const Problem& problem);
 
 // How a persistent family serves a layer.
 struct PersistentPlan {
   cuda::MathKind math;
+  bool cluster;    // the blocks of a group are a cluster
   int unit_tiles;  // of 16 hidden units, of a block
-  int slices;      // blocks of a group (the size of the cluster)
-  int tiles;       // of 8 batch rows, of a group
+  int slices;      // blocks of a group
+  int row_tiles;   // of 8 batch rows, of a group
   int groups;      // of one direction in one launch
   int directions;  // in one launch
   int launches;
@@ -79,13 +65,13 @@ struct Candidate {
 
 struct Plan {
   Family family;
-  std::vector<KernelPlan> kernels;           // of the families kCell and kStep
-  std::optional<PersistentPlan> persistent;  // of the others
+  std::vector<KernelPlan> kernels;           // of the families with launches for every step
+  std::optional<PersistentPlan> persistent;  // of the persistent families
   bool pdl;                                  // launches may overlap (code for sm_90 and newer)
   int64_t workspace_bytes;
   double us_per_step;  // sum over kernels
   double us_once;      // of the recurrence, beside its steps: launch and weights of persistent kernels
-  double us;           // of the layer: all steps, us_once and, forward, the input projection
+  double us;           // of the layer: all steps, us_once and, forward, the caller's input product
   std::string reason;
   std::vector<Rejection> rejected;
   std::vector<Candidate> candidates;
@@ -97,5 +83,13 @@ struct Plan {
 Plan make_plan(const Problem& problem, const DeviceInfo& device, const FamilyChoice& choice = {});
 
 std::string to_string(const Plan& plan);
+
+// "9.0" of 90.
+std::string capability_text(int capability);
+
+// The arithmetic of a problem. TF32 needs code for sm_80; older code computes in fp32, whatever torch allows.
+inline cuda::MathKind math_of(const Problem& problem, const DeviceInfo& device) {
+  return cuda::math_kind(problem.dtype, problem.allow_tf32 && device.compiled_for >= 80);
+}
 
 }  // namespace fused_rnn

@@ -2,37 +2,44 @@
 //
 // Every kernel of the family multiplies a weight operand by the rows of a state:
 //   acc[slot][u][b] = sum_k weight[slot's group][u][k] * state[b][k]
-// A block owns `units` units (with all gates of each) times `batch` batch rows. Its warps form `teams`; the K chunks are dealt
-// to the teams in turn, each team has its own ring of stages in shared memory and meets no other team before the end, when
-// the partial sums are added in a fixed order. Inside a team, warps_u x warps_b warps split units and batch.
+// A block owns `units` units (with all gates of each) times `batch` batch rows. Its warps form `teams`, to which the K chunks are
+// dealt in turn. Each team has its own ring of stages in shared memory. The teams meet once, at the end, when the partial sums are
+// added in a fixed order. Inside a team, warps_u x warps_b warps split units and batch.
 #pragma once
-#include "core/params.h"
+#include "plan/math_kind.h"
 
 namespace fused_rnn::cuda {
 
-// kForward: recurrent product, bias, gates. kForwardInput: the same with the input product (family cell). kProject: the LSTM's
+// kForward: recurrent product, bias, gates. kForwardInput: the same with the input product. kProject: the product of a projection,
 // W_hr. kBackward: product with W_hh (or W_hr) and the cell's derivative. kStateGrad: total gradient of a state h.
 enum class KernelRole : int { kForward, kForwardInput, kProject, kBackward, kStateGrad };
 enum class TileSize : int { kSmall, kMedium, kLarge };
-enum class MathKind : int { kFp64, kFp32, kTf32, kFp16, kBf16 };
+
+constexpr const char* to_string(KernelRole role) {
+  switch (role) {
+    case KernelRole::kForward: return "forward";
+    case KernelRole::kForwardInput: return "forward_input";
+    case KernelRole::kProject: return "project";
+    case KernelRole::kBackward: return "backward";
+    case KernelRole::kStateGrad: return "state_grad";
+  }
+  return "?";
+}
+constexpr const char* to_string(TileSize size) {
+  switch (size) {
+    case TileSize::kSmall: return "small";
+    case TileSize::kMedium: return "medium";
+    case TileSize::kLarge: return "large";
+  }
+  return "?";
+}
 
 constexpr bool is_gated(KernelRole role) { return role == KernelRole::kForward || role == KernelRole::kForwardInput; }
 // Whether the weight operand is stored [units][K] (K contiguous) or [K][units].
 constexpr bool is_unit_major(KernelRole role) { return role == KernelRole::kBackward || role == KernelRole::kStateGrad; }
 
-constexpr int storage_bytes(MathKind math) { return math == MathKind::kFp64 ? 8 : math >= MathKind::kFp16 ? 2 : 4; }
-constexpr int accumulator_bytes(MathKind math) { return math == MathKind::kFp64 ? 8 : 4; }
-
-constexpr MathKind math_kind(DType dtype, bool allow_tf32) {
-  return dtype == DType::kFloat64    ? MathKind::kFp64
-         : dtype == DType::kFloat16  ? MathKind::kFp16
-         : dtype == DType::kBFloat16 ? MathKind::kBf16
-         : allow_tf32                ? MathKind::kTf32
-                                     : MathKind::kFp32;
-}
-
 // The largest tile is compiled for tensor cores only.
-constexpr bool has_tile(MathKind math, TileSize size) { return size != TileSize::kLarge || math >= MathKind::kTf32; }
+constexpr bool has_tile(MathKind math, TileSize size) { return size != TileSize::kLarge || traits_of(math).tensor_cores; }
 
 struct TileShape {
   int units, batch;
@@ -51,8 +58,9 @@ constexpr TileShape tile_shape(KernelRole role, MathKind math, TileSize size) {
   switch (size) {
     case TileSize::kSmall: return {16, 8, 1, 1, 8};
     case TileSize::kMedium: return {32, math == MathKind::kFp64 ? 16 : 32, 1, 1, 4};
-    default: return {64, 64, 2, 2, 2};
+    case TileSize::kLarge: return {64, 64, 2, 2, 2};
   }
+  return {};
 }
 
 constexpr int kChunkBytes = 64;  // of K in one stage, per row
@@ -70,7 +78,8 @@ constexpr int phase_count(KernelRole role) { return role == KernelRole::kForward
 
 // Row pitch of a unit-major weight stage [chunk][units]: padded so that the fragment loads of a warp meet no bank twice.
 constexpr int unit_pitch_bytes(const TileShape& tile, MathKind math) {
-  return tile.units * storage_bytes(math) + (math >= MathKind::kFp16 ? 16 : math == MathKind::kTf32 ? 32 : 0);
+  const int padding = !traits_of(math).tensor_cores ? 0 : storage_bytes(math) == 2 ? 16 : 32;
+  return tile.units * storage_bytes(math) + padding;
 }
 constexpr int weight_stage_bytes(KernelRole role, CellKind cell, MathKind math, const TileShape& tile) {
   return is_unit_major(role) ? chunk_size(math) * unit_pitch_bytes(tile, math)

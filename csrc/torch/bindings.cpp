@@ -203,12 +203,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         pybind11::list all;
         for (int cell = 0; cell < fused_rnn::kCellCount; ++cell) {
           const auto traits = fused_rnn::traits_of(static_cast<fused_rnn::CellKind>(cell));
-          all.append(
-              pybind11::make_tuple(traits.name, traits.gates, traits.slots, traits.saved, traits.has_c, traits.reads_h));
+          all.append(pybind11::make_tuple(traits.name, traits.gates, traits.slots, traits.saved, traits.has_c,
+                                          traits.reads_h, traits.may_project));
         }
         return all;
       },
-      "csrc/core/params.h's list of cells: (name, gates, slots, saved, has_c, reads_h) of each.");
+      "csrc/core/params.h's list of cells: (name, gates, slots, saved, has_c, reads_h, may_project) of each.");
   m.def(
       "unpack_recipe",
       [](int64_t packed) {

@@ -57,7 +57,7 @@ LayerOutputs layer_cuda(const Tensor& x, at::TensorList states, at::TensorList p
     p.allow_tf32 = allows_tf32(x);
     const MatmulPrecision precision(p.allow_tf32);
     const Plan& plan = cuda::plan_for(cuda::problem_of(p), x.get_device(), family_setting());
-    if (plan.family != Family::kCell) {
+    if (!traits_of(plan.family).reads_x) {
       allocate_gates(made);
       const Tensor all = x.reshape({p.seq.N, p.I});
       for (int d = 0; d < p.D; ++d) project_rows(call, made, all, d, 0, p.seq.N);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/cpu.h"
+#include "plan/machine.h"
 #include "plan/overlap.h"
 #include "plan/persistent_geometry.h"
 #ifdef FUSED_RNN_WITH_CUDA
@@ -22,8 +23,6 @@ namespace {
 namespace py = pybind11;
 
 constexpr const char* kDTypes[] = {"float64", "float32", "float16", "bfloat16"};
-constexpr const char* kTiles[] = {"small", "medium", "large"};
-constexpr const char* kMaths[] = {"fp64", "fp32", "tf32", "fp16", "bf16"};
 
 template <class Enum, size_t kCount>
 Enum parse(const char* what, const std::string& name, const char* const (&names)[kCount]) {
@@ -44,8 +43,8 @@ py::dict to_dict(const Problem& problem, const KernelPlan& kernel) {
   const cuda::TileShape tile = cuda::tile_shape(kernel.role, kernel.math, kernel.tile);
   py::dict result;
   result["name"] = to_string(kernel.role);
-  result["tile"] = kTiles[static_cast<int>(kernel.tile)];
-  result["math"] = kMaths[static_cast<int>(kernel.math)];
+  result["tile"] = to_string(kernel.tile);
+  result["math"] = to_string(kernel.math);
   result["units"] = tile.units;
   result["batch"] = tile.batch;
   result["grid"] = py::make_tuple(kernel.grid_x, kernel.grid_y, kernel.grid_z);
@@ -59,10 +58,10 @@ py::dict to_dict(const Problem& problem, const KernelPlan& kernel) {
 
 py::dict to_dict(const PersistentPlan& plan) {
   py::dict result;
-  result["math"] = kMaths[static_cast<int>(plan.math)];
+  result["math"] = to_string(plan.math);
   result["units"] = plan.unit_tiles * cuda::kTileUnits;
   result["blocks"] = plan.slices;
-  result["tiles"] = plan.tiles;
+  result["row_tiles"] = plan.row_tiles;
   result["groups"] = plan.groups;
   result["directions"] = plan.directions;
   result["launches"] = plan.launches;
@@ -173,6 +172,19 @@ py::list tasks(int layers, int directions, bool backward, int64_t T, int64_t chu
   return result;
 }
 
+py::dict machine_constants() {
+  py::dict peak;
+#define FUSED_RNN_MATH(kind, name, ...) peak[name] = peak_math_rate(cuda::MathKind::kind);
+  FUSED_RNN_MATHS(FUSED_RNN_MATH)
+#undef FUSED_RNN_MATH
+  py::dict result;
+  result["clock_ghz"] = kClockGhz;
+  result["launch_us"] = kLaunchUs;
+  result["shared_l2_bytes_per_clock"] = kSharedL2BytesPerClock;
+  result["peak_math_rate"] = peak;
+  return result;
+}
+
 #ifdef FUSED_RNN_WITH_CUDA
 py::dict cuda_device(int index) {
   const DeviceInfo& info = cuda::device_info(index);
@@ -238,6 +250,11 @@ void bind_plan(py::module_& module) {
   module.def("overlap_tasks", &tasks, py::arg("layers"), py::arg("directions"), py::arg("backward"), py::arg("T"),
              py::arg("chunk_steps"), py::arg("concurrent_layers"),
              "The parts of an overlap, in the order in which they go to their streams.");
+  module.def(
+      "machine_constants", &machine_constants,
+      "Constants of the CUDA planner's cost model (csrc/plan/machine.h) that the benchmark's floor is made of: clock_ghz "
+      "of the SMs; launch_us; shared_l2_bytes_per_clock, into each SM while all read; peak_math_rate, multiply-adds per "
+      "clock and SM of an H100 by the kind of arithmetic.");
 #ifdef FUSED_RNN_WITH_CUDA
   module.def("cuda_device", &cuda_device, "The properties of a visible device that plan() asks for.");
 #endif

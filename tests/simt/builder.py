@@ -22,7 +22,16 @@ CXX = os.environ.get("CXX", "g++")
 
 # FUSED_RNN_SIMT_DEBUG=1: for stepping through a kernel in gdb.
 DEBUG = bool(int(os.environ.get("FUSED_RNN_SIMT_DEBUG", "0")))
-COMMON = ["-std=c++17", "-g" if DEBUG else "-g1", "-fPIC", "-Wall", "-Wextra"]
+COMMON = [
+    "-std=c++17",
+    "-g" if DEBUG else "-g1",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-Wswitch-enum",
+    "-Werror=switch",
+    "-Werror=switch-enum",
+]
 # -fsanitize=thread only instruments memory accesses: runtime/hooks.cpp takes the place of libtsan.
 KERNEL = [
     *("-x", "c++", "-O0" if DEBUG else "-O1", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"),

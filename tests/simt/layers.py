@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from builder import ROOT
-from cases import CELLS, GATES, Case, Data
+from cases import CELLS, Case, Data
 from simulator import H100, DeviceInfo, Simulator
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from fused_rnn._recipe import Recipe, Rows
 
 CELL_NUMBER = NUMBER_OF_MODE
 DTYPE_NUMBER = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
-FAMILIES = ("cell", "step", "grid", "cluster")
+FAMILIES = ("single", "step", "grid", "cluster")  # in the order of csrc/plan/family.h
 assert set(CELLS) == set(CELL_NUMBER)
 
 
@@ -86,7 +86,7 @@ class Layer:
 
     @property
     def gates(self) -> int:
-        return GATES[self.case.cell]
+        return KINDS[CELL_NUMBER[self.case.cell]].gates
 
     @property
     def slots(self) -> int:
@@ -138,10 +138,10 @@ class LayerRun:
         lib.simt_make_plan.restype = lib.simt_plan_text.restype = c_void_p
         lib.simt_plan_text.restype = ctypes.c_char_p
         lib.simt_plan_workspace.restype = c_int64
-        for name in ("simt_plan_workspace", "simt_plan_family", "simt_free_plan"):
+        for name in ("simt_plan_workspace", "simt_plan_reads_x", "simt_free_plan"):
             getattr(lib, name).argtypes = [c_void_p]
         lib.simt_force_tile.argtypes = [c_void_p, c_void_p, c_int, c_int]
-        lib.simt_force_tile.restype = c_bool
+        lib.simt_force_tile.restype = lib.simt_plan_reads_x.restype = c_bool
         for name in ("simt_forward", "simt_backward"):
             getattr(lib, name).argtypes = [c_void_p, c_void_p]
             getattr(lib, f"{name}_steps").argtypes = [c_void_p, c_void_p, c_void_p, c_int, c_void_p]
@@ -273,12 +273,12 @@ class LayerRun:
         problem = Problem()
         sim.lib.simt_problem_forward(ctypes.byref(params), ctypes.byref(problem))
         plan = self.plan(problem)
-        is_step = sim.lib.simt_plan_family(plan) != FAMILIES.index("cell")
+        reads_x = sim.lib.simt_plan_reads_x(plan)
         sim.lib.simt_free_plan(plan)
         gates = (d, n, layer.slots, h)
-        if is_step or (self.training and layer.slots > 1):
+        if not reads_x or (self.training and layer.slots > 1):
             buffer = torch.full(gates, float("nan"), dtype=case.dtype)
-            if is_step and projected:
+            if not reads_x and projected:
                 buffer[:, :, : layer.gates] = self.projection(layer.data.input)
             places["gates"] = sim.inout("gates", buffer)
             if self.training and layer.slots > 1:

@@ -1,4 +1,4 @@
-"""Mutants of the kernels of the families cell and step: each barrier, wait and mask taken away in turn."""
+"""Mutants of the kernels of the families single and step: each barrier, wait and mask taken away in turn."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from builder import CACHE, ROOT
 
 CUDA = ROOT / "csrc" / "cuda"
-FILES = ("matmul.cuh", "forward.cuh", "backward.cuh", "fragments.cuh")  # names in csrc/cuda are unique
+FILES = ("matmul.cuh", "forward.cuh", "backward.cuh", "fragments.cuh")  # names in csrc/cuda and csrc/core are unique
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ MASKS = [
 
 
 def source_of(file: str) -> Path:
-    (path,) = CUDA.rglob(file)
+    (path,) = [*CUDA.rglob(file), *(ROOT / "csrc" / "core").glob(file)]
     return path
 
 

@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 
 from builder import CACHE, ROOT
-from mutants import CUDA, Mutant, mutants_of
+from mutants import CUDA, Mutant, mutants_of, source_of
 
 PERSISTENT = CUDA / "persistent"
-FILES = tuple(sorted(f.name for f in [*PERSISTENT.glob("persistent_*.cuh"), *PERSISTENT.glob("exchange_*.cuh")])) + (
+FILES = (
+    *sorted(f.name for f in [*PERSISTENT.glob("persistent_*.cuh"), *PERSISTENT.glob("exchange_*.cuh")]),
     "persistent_launch.cu",
+    "active.h",
 )
 
 # Barriers, waits and what keeps one use of memory from the next: pattern, what stays in its place, what is said of it.
@@ -27,7 +29,7 @@ SYNCHRONISATION = [
     (r"\bexchange\.await\([^;]*\);", ";", "no await"),
     (r"\b(?:product\.)?exchange\.begin\([^;]*\);", ";", "no begin of an exchange"),
     (r"\bproduct\.exchange\.start\(\);", ";", "no start of the exchange"),
-    (r"if \(!cluster\) zero_exchange\([^;]*\);", ";", "tags of the launch before"),
+    (r"if \(!p\.cluster\) zero_exchange\([^;]*\);", ";", "tags of the launch before"),
     (r"\bbuffer \^= 1;", ";", "one buffer of sums"),
     (r"static_cast<int(?:64_t)?>\(step & 1\)", "0", "one buffer of an exchange"),
     (r"static_cast<int>\(step >> 1 & 1\)", "static_cast<int>(~(step >> 1) & 1)", "one phase too early"),
@@ -42,7 +44,7 @@ SYNCHRONISATION = [
     (r"alone\(\) \? 1 \+ rank_bytes / 16 : 1\b", "1", "one arrival for all that a block alone stores"),
     (r"alone\(\) \? 1 \+ rank_bytes / 16 : 1\b", "1 + rank_bytes / 16", "arrivals of a block alone where blocks push"),
     (r"alone\(\) \? 0 : ", "", "a block alone awaits bytes"),
-    (r"if \(!same_step\) rows\.advance", "rows.advance", "rows of memory go on with every tile"),
+    (r"if \(!next\.same_step\) rows\.advance", "rows.advance", "rows of memory go on with every row tile"),
 ]
 
 # Conditions that keep a thread from what it must not touch, add or send.
@@ -64,7 +66,7 @@ MASKS = [
     (r"if \(m_tile >= all_tiles\(\)\) return;", ""),
     (r"if \(simt::thread_x\(\) == 0\)", "if (true)"),
     (r"if \(piece < fill\.pieces\) ", ""),
-    (r"if \(cluster && p\.slices > 8\) simt::allow_large_clusters\(.*\);", ""),
+    (r"if \(p\.cluster && p\.slices > 8\) simt::allow_large_clusters\(.*\);", ""),
     # Products.
     (r"if \((?:tile_of\(j\)|i) < (?:all_tiles\(\)|chunks_)\) load_fragment", "load_fragment"),
     (r"if \(first >= chunks_\) break;", ""),
@@ -83,15 +85,15 @@ MASKS = [
     (r": index < kElements;", ": true;"),
     (r"return e\.mine && ", "return "),
     (r"unit_of\(e\) < H && ", ""),
-    (r" && tile \* kTileRows \+ e\.b < block\.rows", ""),
+    (r" && row_tile \* kTileRows \+ e\.b < block\.rows", ""),
     (r"if \(!e\.mine\) (continue|return);", ""),
-    (r"if \(tile == 0\) return first_tile", "return first_tile"),
-    (r"if \(kInRegisters > 0 && tile == 0\)", "if (kInRegisters > 0)"),
+    (r"if \(row_tile == 0\) return first_row_tile", "return first_row_tile"),
+    (r"if \(kInRegisters > 0 && row_tile == 0\)", "if (kInRegisters > 0)"),
     (r"block\.dir \? (static_cast<unsigned>\(seq\.[BN]\)) : 0u", "0u"),
     # Lengths, rows of memory and resets.
-    (r"if \(b >= seq\.B\) return 0;", ""),
+    (r"b < seq\.B \? (active_steps<int>\(seq, b\)) : 0", r"\1"),
     (r"length < 0 \? 0 : ", ""),
-    (r"length < T \? static_cast<int>\(length\) : T;", "static_cast<int>(length);"),
+    (r"length < T \? static_cast<Index>\(length\) : T;", "static_cast<Index>(length);"),
     (r"return time >= 0 && ", "return "),
     (r" && time < static_cast<int>\(seq\.T\) \?", " ?"),
     (r"static_cast<unsigned>\(t\) < static_cast<unsigned>\(length\)", "t < length"),
@@ -101,10 +103,13 @@ MASKS = [
     (r"return e\.unit % 8 == 0 && ", "return "),
     (r" && row < static_cast<int>\(seq\.N\)", ""),
     # Forward.
-    (r"if \(exists\(e, tile\) && !reset\(e, tile, time\(0\), row, length\(e, tile\)\)\)", "if (exists(e, tile))"),
-    (r"if \(exists\(e, tile\) && (!reset\(e, tile, time\(0\), row, length\(e, tile\)\))\)", r"if (\1)"),
-    (r"if \(!exists\(e, tile\)\) (return|continue);", ""),
-    (r"if \(exists\(e, tile\)\) \{", "{"),
+    (
+        r"if \(exists\(e, row_tile\) && !reset\(e, row_tile, time\(0\), row, length\(e, row_tile\)\)\)",
+        "if (exists(e, row_tile))",
+    ),
+    (r"if \(exists\(e, row_tile\) && (!reset\(e, row_tile, time\(0\), row, length\(e, row_tile\)\))\)", r"if (\1)"),
+    (r"if \(!exists\(e, row_tile\)\) (return|continue);", ""),
+    (r"if \(exists\(e, row_tile\)\) \{", "{"),
     (r"if \(!active\(time\((?:step|k)\), steps_of_row\)\) return;", ""),
     (r"if \(!active\(time\(step \+ kPrefetchSteps\), steps_of_row\) \|\| ", "if ("),
     (r" \|\| !Base::hints\(e, row \+ ahead\)", ""),
@@ -114,23 +119,31 @@ MASKS = [
     (r"if \(step \+ 1 < steps\) \{", "{"),
     (r"if \(x\.reset\) ", ""),
     (r"if \(x\.reset\) [^;]*;", ""),
-    (r"if \(!exists\(e, tile\) \|\| \(!result\.active && p\.seq\.offsets\)\) return;", "if (!exists(e, tile)) return;"),
     (
-        r"if \(!exists\(e, tile\) \|\| \(!result\.active && p\.seq\.offsets\)\) return;",
+        r"if \(!exists\(e, row_tile\) \|\| \(!result\.active && p\.seq\.offsets\)\) return;",
+        "if (!exists(e, row_tile)) return;",
+    ),
+    (
+        r"if \(!exists\(e, row_tile\) \|\| \(!result\.active && p\.seq\.offsets\)\) return;",
         "if (!result.active && p.seq.offsets) return;",
     ),
     (r"result\.active \? (result\.[\w\[\]]+) : zero", r"\1"),
     (r"if \(!p\.training\) return;", ""),
     (r"has_bias = b_hh && ", "has_bias = "),
     (r"has_bias = b_hh && unit < H", "has_bias = b_hh"),
-    (r"has_next = same_step \|\| (?:step|k) \+ 1 < (?:forward|backward)\.steps", "has_next = true"),
-    (r"has_next = same_step \|\| ", "has_next = "),
+    (r"return \{same_step \|\| turn\.step \+ 1 < elements\.steps,", "return {true,"),
+    (r"return \{same_step \|\| ", "return {"),
     # Halves of the threads that take turns.
     (r"if \(const Place e\(buffer, 0\); e\.mine\)", "if (const Place e(buffer, 0); true)"),
+    (r"const Place e\(buffer, 0\);\n", "const Place e(buffer ^ 1, 0);\n"),
+    (r"if \(e\.mine\) \{", "if (true) {"),
     (r"load\(buffer \^ 1, next", "load(buffer, next"),
-    (r"same_step \? rows : rows\.following\(\)", "rows"),
-    (r"return kAlternate \? count : tile;", "return tile;"),
-    (r"store\(Place\(buffer, 0\), ", "store(Place(buffer ^ 1, 0), "),
+    (r"return next\.same_step \? rows : rows\.following\(\)", "return rows"),
+    (r"alternate \? turns\.buffer \+ block\.row_tiles \+ row_tile : row_tile", "row_tile"),
+    (
+        r"== Schedule::kAlternate \? buffer \+ Base::row_tiles : turn\.row_tile",
+        "== Schedule::kAlternate ? buffer : turn.row_tile",
+    ),
     # Backward.
     (r"if \(p\.dy\) ", ""),
     (r"from_row \? element", "true ? element"),
@@ -144,10 +157,10 @@ MASKS = [
     (r"!is_last_launch\(\) \|\| ", ""),
     (r" \|\| p\.d_h0;", ";"),
     (r"if \(!has_exchange\(k\)\) break;", ""),
-    (r"if \(!last\) load", "load"),
-    (r"if \(k > 0 && (backward\.has_exchange\(k - 1\))\) ", r"if (\1) "),
-    (r"if \(k > 0 && (backward\.has_exchange\(k - 1\))\) ", "if (k > 0) "),
-    (r"if \(backward\.has_exchange\(k\)\) \{", "{"),
+    (r"if \(!is_over\) load", "load"),
+    (r"if \(turn\.step > 0 && (elements\.has_exchange\(turn\.step - 1\))\) ", r"if (\1) "),
+    (r"if \(turn\.step > 0 && (elements\.has_exchange\(turn\.step - 1\))\) ", "if (turn.step > 0) "),
+    (r"if \(elements\.has_exchange\(turn\.step\)\) \{", "{"),
     # Launches of some of the steps.
     (r" - first_step(?= - )", ""),
     (r"\bfirst_step \+ (step|k)\b", r"\1"),
@@ -177,14 +190,23 @@ ONLY = {
     "persistent_math.cuh": ["grid_fp16", "grid_fp32", "cluster_fp16", "cluster_fp32"],
 }
 
-# Kernels of family cluster that no case runs are left out: those of 32 units a block but RNN's, and those of 48 but LSTM's.
+# Kernels of family cluster that no case runs are left out: of 32 units a block all but RNN's, of 48 all but LSTM's and
+# RNN's. Place by place: what is found, what it becomes.
 _LEFT_OUT = 'throw std::invalid_argument("not among the mutants");'
-_RNN = "std::integral_constant<CellKind, CellKind::kRnnTanh>{}"
 LEFT_OUT = [
-    (r"case 2: return with_cell\(", f"case 2: if (kernel_cell(cell) != CellKind::kRnnTanh) {_LEFT_OUT} return f({_RNN}, "),
     (
-        r"(kGru: |default: )(return f\(.*;)",
-        rf"\1if constexpr (decltype(tiles)::value == 1) \2 else {_LEFT_OUT}",
+        "return dispatch_kernel_cell(cell, [&](auto kind) { return f(kind, tiles); });",
+        """return dispatch_kernel_cell(cell, [&](auto kind) -> decltype(f(kind, tiles)) {
+      constexpr CellKind kCell = decltype(kind)::value;
+      constexpr int kTiles = decltype(tiles)::value;
+      if constexpr (kTiles == 1 || kCell == CellKind::kRnnTanh || (kTiles == 3 && kCell == CellKind::kLstm)) {
+        return f(kind, tiles);
+      } else {
+        """
+        + _LEFT_OUT
+        + """
+      }
+    });""",
     ),
 ]
 
@@ -196,12 +218,12 @@ def replacement(mutant: Mutant | None) -> dict[str, list[tuple[Path, Path]]]:
     shutil.copytree(ROOT / "csrc", folder, ignore=shutil.ignore_patterns("cpu", "torch", "*.cpp"))
     kernels = folder / PERSISTENT.relative_to(ROOT / "csrc")
     instances = kernels / "cluster_instantiate.cuh"
-    for pattern, shorter in LEFT_OUT:
-        text, count = re.subn(pattern, shorter, instances.read_text())
-        assert count > 0
-        instances.write_text(text)
+    for place, shorter in LEFT_OUT:
+        text = instances.read_text()
+        assert text.count(place) == 1, f"{instances.name} has changed: what LEFT_OUT replaces must follow"
+        instances.write_text(text.replace(place, shorter))
     stems = ["grid_fp16", "cluster_fp16"]
     if mutant:
-        (kernels / mutant.file).write_text(mutant.text)
+        (folder / source_of(mutant.file).relative_to(ROOT / "csrc")).write_text(mutant.text)
         stems = ONLY.get(mutant.file, stems)
-    return {stem: [(kernels / f"{stem}.cu", folder)] for stem in stems}
+    return {stem: [(folder / source_of(f"{stem}.cu").relative_to(ROOT / "csrc"), folder)] for stem in stems}

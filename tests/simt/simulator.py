@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class DeviceInfo(ctypes.Structure):
-    """csrc/device_info.h."""
+    """csrc/plan/device_info.h."""
 
     _fields_ = [
         *((name, c_int) for name in ("compute_capability", "sm_count", "smem_per_block", "smem_per_sm")),

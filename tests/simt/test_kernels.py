@@ -164,7 +164,7 @@ def many_seeds() -> Iterator[Simulated]:
     for cell, (dtype, tf32) in itertools.product(CELLS, ARITHMETIC):
         options = {"bidirectional": True, "resets": True, "ragged": "lengths", "dtype": dtype}
         yield Simulated(Case(cell, steps=3, batch=3, hidden=9, **options), 20, "step", tf32=tf32)
-        yield Simulated(Case(cell, steps=1, batch=3, hidden=9, input_size=5, **options), 20, "cell", tf32=tf32)
+        yield Simulated(Case(cell, steps=1, batch=3, hidden=9, input_size=5, **options), 20, "single", tf32=tf32)
     for dtype, tf32 in ARITHMETIC:
         case = Case("LSTM", steps=3, proj=5, hidden=9, bidirectional=True, resets=True, ragged="packed", dtype=dtype)
         yield Simulated(case, 20, tf32=tf32)
@@ -178,7 +178,7 @@ def tiles() -> Iterator[Simulated]:
         stages = 2 + (tile + len(cell)) % 3
         case = Case(cell, steps=2, hidden=37, batch=(11, 35, 67)[tile], input_size=19, ragged="lengths", dtype=dtype)
         yield Simulated(case, 1, "step", tf32=tf32, tile=(tile, stages))
-        yield Simulated(dataclasses.replace(case, steps=1), 1, "cell", tf32=tf32, tile=(tile, stages))
+        yield Simulated(dataclasses.replace(case, steps=1), 1, "single", tf32=tf32, tile=(tile, stages))
         if cell == "LSTM":
             yield Simulated(dataclasses.replace(case, proj=18), 1, tf32=tf32, tile=(tile, 4 - tile))
     for dtype, tf32 in ARITHMETIC:
@@ -236,10 +236,10 @@ def test_lengths_out_of_range(sim: Simulator, family: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", ["cell", "step", "grid", "cluster"])
+@pytest.mark.parametrize("family", ["single", "step", "grid", "cluster"])
 def test_wide_c(sim: Simulator, family: str, dtype: torch.dtype) -> None:
     """c0 and c_n in float32: two calls, the second with the states that the first left, are one call over both halves."""
-    steps = 1 if family == "cell" else 4
+    steps = 1 if family == "single" else 4
     case = Case("LSTM", steps=steps, batch=5, hidden=24, dtype=dtype, resets=True, ragged="lengths")
     data = make_data(case)
     data.c0 = torch.randn(1, 5, 24, generator=torch.Generator().manual_seed(1))
@@ -298,11 +298,11 @@ def test_kept_plans(sim: Simulator) -> None:
         return FAMILIES[sim.lib.simt_plan_for(byref(problem), 72, choice, byref(same))], same.value
 
     assert [ask(steps, b"") for steps in (1, 2, 100, 3)] == [
-        *(("cell", False), ("step", False), ("step", True), ("step", True))
+        *(("single", False), ("step", False), ("step", True), ("step", True))
     ]
     assert [ask(steps, b"grid") for steps in (2, 100)] == [("grid", False), ("grid", True)]
     assert [ask(steps, b"cheapest") for steps in (2, 100, 2, 1, 1)] == [
-        *(("step", False), ("cluster", False), ("step", False), ("cell", False), ("cell", True))
+        *(("step", False), ("cluster", False), ("step", False), ("single", False), ("single", True))
     ]
 
 

@@ -1,4 +1,4 @@
-"""Proof that the simulated tests find faults: every mutant of the step and cell kernels is reported or gives wrong results.
+"""Proof that the simulated tests find faults: every mutant of the step kernels is reported or gives wrong results.
 
 The table of all mutants is written to build/simt/mutants.txt.
 """
@@ -24,8 +24,8 @@ CASES = [
     *(Simulated(Case("RNN_TANH", 2, 3, 5, 40, dtype=F16), 1, "step", tile=(0, stages)) for stages in (4, 6, 8)),
     Simulated(Case("LSTM", 2, 11, 37, 37, ragged="lengths", proj=18, dtype=F16), 2, "step", tile=SMALL),
     Simulated(Case("LSTM", 2, 67, 5, 72, ragged="packed", proj=40, resets=True, dtype=F16), 2, "step", tile=LARGE),
-    Simulated(Case("LSTM", 1, 11, 37, 140, ragged="lengths", dtype=F16), 3, "cell", tile=SMALL),
-    Simulated(Case("GRU", 1, 11, 37, 37, has_biases=False, states=False, resets=True, dtype=F16), 2, "cell", tile=SMALL),
+    Simulated(Case("LSTM", 1, 11, 37, 140, ragged="lengths", dtype=F16), 3, "single", tile=SMALL),
+    Simulated(Case("GRU", 1, 11, 37, 37, has_biases=False, states=False, resets=True, dtype=F16), 2, "single", tile=SMALL),
     Simulated(Case("LSTM", 2, 67, 5, 72, ragged="lengths", dtype=F16), 1, "step", tile=LARGE),
     Simulated(Case("LSTM", 2, 3, 5, 40, states=False, has_biases=False, dtype=F16), 1, "step", tile=(0, 2)),
     Simulated(Case("LSTM", 2, 3, 5, 9, ragged="lengths", states=False, dtype=F16), 1, "step", tile=(0, 2)),

@@ -20,17 +20,17 @@ from cases import CELLS, Case
 from simulator import Simulator
 from test_kernels import ARITHMETIC, DEVICES, Simulated, run
 
-FAMILIES = ("cell", "step", "grid", "cluster")
+FAMILIES = ("single", "step", "grid", "cluster")
 
 
 def cases(family: str) -> Iterator[Simulated]:
     """Each cell in two kinds of arithmetic, both directions in one, ragged, with resets."""
-    kinds = [a for a in ARITHMETIC if family in ("cell", "step") or a[0] != torch.float64]
+    kinds = [a for a in ARITHMETIC if family in ("single", "step") or a[0] != torch.float64]
     take = itertools.cycle(kinds)
     for cell in CELLS:
         for _ in range(2):
             dtype, tf32 = next(take)
-            steps = 1 if family == "cell" else 3
+            steps = 1 if family == "single" else 3
             case = Case(cell, steps, 9, 5, 37, bidirectional=True, ragged="lengths", resets=True, dtype=dtype)
             yield Simulated(case, 1, family, tf32=tf32)
     for dtype, tf32 in kinds:

@@ -12,17 +12,13 @@ constexpr int64_t kBytesOfThread = 256 * 1024;  // less does not pay for another
 
 void rows_of_step(const PreviousParams& p, int64_t t) {
   const Sequence& s = p.seq;
-  const char *y = static_cast<const char*>(p.y), *h0 = static_cast<const char*>(p.h0);
-  const int64_t before = p.reverse ? t + 1 : t - 1, end = s.offsets ? s.offsets[t + 1] - s.offsets[t] : s.B;
+  const int64_t end = s.offsets ? s.offsets[t + 1] - s.offsets[t] : s.B;
   for (int64_t b = 0; b < end; ++b) {
-    const int64_t row = row_of(s, t, b);
-    char* out = static_cast<char*>(p.out) + row * p.row_bytes;
-    const char* from = h0 ? h0 + b * p.row_bytes : nullptr;
-    if (is_active(s, before, b)) from = y + row_of(s, before, b) * p.y_stride;
-    if (!from || is_reset(p.modifier, row) || !is_active(s, t, b)) {
-      std::memset(out, 0, p.row_bytes);
-    } else {
+    void* const out = static_cast<char*>(p.out) + row_of(s, t, b) * p.row_bytes;
+    if (const void* const from = previous_row(p, t, b)) {
       std::memcpy(out, from, p.row_bytes);
+    } else {
+      std::memset(out, 0, p.row_bytes);
     }
   }
 }

@@ -38,39 +38,39 @@ struct PersistentBackward : BlockElements<G> {
   __device__ __forceinline__ PersistentBackward(const BackwardSequence& s, const BlockPlace& place, ProductOf<G>& weights)
       : Base(s, place, weights), p(s.p), l(s.l) {}
 
-  __device__ __forceinline__ float carry(const Place& e, int tile) const { return Base::kept(0, e, tile); }
-  __device__ __forceinline__ float dc(const Place& e, int tile) const { return Base::kept(1, e, tile); }
+  __device__ __forceinline__ float carry(const Place& e, int row_tile) const { return Base::kept(0, e, row_tile); }
+  __device__ __forceinline__ float dc(const Place& e, int row_tile) const { return Base::kept(1, e, row_tile); }
   // What the launch before left, and this one leaves, of the gradient of h (0) or c (1).
-  __device__ __forceinline__ float& carried(int which, const Place& e, int tile) const {
-    return l.carry[which * p.D * p.seq.B * p.H + state_index(e, tile)];
+  __device__ __forceinline__ float& carried(int which, const Place& e, int row_tile) const {
+    return l.carry[which * p.D * p.seq.B * p.H + state_index(e, row_tile)];
   }
   __device__ __forceinline__ bool is_last_launch() const { return first_step + steps == p.seq.T; }
   static __device__ __forceinline__ const Storage& element(const void* tensor, uint64_t index) {
     return static_cast<const Storage*>(tensor)[index];
   }
 
-  __device__ __forceinline__ void begin(int tile) {
+  __device__ __forceinline__ void begin(int row_tile) {
 #pragma unroll
     for (int i = 0; i < Place::kPerThread; ++i) {
-      const Place e(tile, i);
+      const Place e(row_tile, i);
       if (!e.mine) continue;
       float dh = 0.0f, dc = 0.0f;
-      if (exists(e, tile)) {
-        dh = first_step > 0 ? carried(0, e, tile) : simt::to_float(state(p.dh_n, e, tile));
-        if constexpr (C::kHasC) dc = first_step > 0 ? carried(1, e, tile) : simt::to_float(state(p.dc_n, e, tile));
+      if (exists(e, row_tile)) {
+        dh = first_step > 0 ? carried(0, e, row_tile) : simt::to_float(state(p.dh_n, e, row_tile));
+        if constexpr (C::kHasC) dc = first_step > 0 ? carried(1, e, row_tile) : simt::to_float(state(p.dc_n, e, row_tile));
       }
-      Base::keep(0, e, tile, dh);
-      if constexpr (C::kHasC) Base::keep(1, e, tile, dc);
+      Base::keep(0, e, row_tile, dh);
+      if constexpr (C::kHasC) Base::keep(1, e, row_tile, dc);
     }
   }
 
   // What follows in this order is the step before in that of forward.
-  __device__ __forceinline__ void load(const Place& e, int tile, int k, const StepRows& rows, Element& x) const {
+  __device__ __forceinline__ void load(const Place& e, int row_tile, int k, const StepRows& rows, Element& x) const {
     x = Element{};
-    if (!exists(e, tile)) return;
-    const int steps_of_row = length(e, tile);
+    if (!exists(e, row_tile)) return;
+    const int steps_of_row = length(e, row_tile);
     if (!active(time(k), steps_of_row)) return;
-    const int row = rows.now + row_of_batch(e, tile), previous = rows.next + row_of_batch(e, tile);
+    const int row = rows.now + row_of_batch(e, row_tile), previous = rows.next + row_of_batch(e, row_tile);
     if (p.dy) x.dy = element(p.dy, y_index(e, row));
     if constexpr (C::kSaved > 0) {
       const Storage* gates = &element(p.gates, gate_index(e, row));
@@ -79,15 +79,15 @@ struct PersistentBackward : BlockElements<G> {
     } else {
       x.h = element(p.y, y_index(e, row));
     }
-    x.from_zero = reset(e, tile, time(k), rows.now, steps_of_row);
+    x.from_zero = reset(e, row_tile, time(k), rows.now, steps_of_row);
     // Of a reset row they are not used.
     const bool from_row = active(time(k + 1), steps_of_row);
     if constexpr (C::kReadsH) {
-      x.h_prev = from_row ? element(p.y, y_index(e, previous)) : state(p.h0, e, tile);
+      x.h_prev = from_row ? element(p.y, y_index(e, previous)) : state(p.h0, e, row_tile);
     }
     if constexpr (C::kHasC) {
       x.c = element(p.cs, c_index(e, row));
-      x.c_prev = from_row ? element(p.cs, c_index(e, previous)) : state(p.c0, e, tile);
+      x.c_prev = from_row ? element(p.cs, c_index(e, previous)) : state(p.c0, e, row_tile);
     }
     const int ahead = row + rows.ahead(kPrefetchSteps);
     if (active(time(k + kPrefetchSteps), steps_of_row) && Base::hints(e, ahead)) prefetch(e, ahead);
@@ -112,20 +112,20 @@ struct PersistentBackward : BlockElements<G> {
   __device__ __forceinline__ bool has_exchange(int k) const { return k + 1 < steps || !is_last_launch() || p.d_h0; }
 
   // d_rg of exchange k - 1 times W_hh, of one element.
-  __device__ __forceinline__ float product_sum(const Place& e, int tile, int k, int buffer) const {
+  __device__ __forceinline__ float product_sum(const Place& e, int row_tile, int k, int buffer) const {
     if constexpr (G::kScatters) {
-      return product.sum(e.unit, e.b, tile, k - 1);
+      return product.sum(e.unit, e.b, row_tile, k - 1);
     } else {
       return product.sum(buffer, 0, e.unit, e.b);
     }
   }
 
   // One element: adds the product (if there was one), applies the derivative, hands d_rg to the next product.
-  __device__ __forceinline__ void finish(const Place& e, int tile, int k, const Element& x, int buffer, Result& result) {
+  __device__ __forceinline__ void finish(const Place& e, int row_tile, int k, const Element& x, int buffer, Result& result) {
     if (!e.mine) return;
-    result.active = Base::takes_part(e, tile, time(k));
-    float d[C::kSlots] = {}, dh = carry(e, tile), dc_state = C::kHasC ? dc(e, tile) : 0.0f;
-    if (k > 0) dh += product_sum(e, tile, k, buffer);
+    result.active = Base::takes_part(e, row_tile, time(k));
+    float d[C::kSlots] = {}, dh = carry(e, row_tile), dc_state = C::kHasC ? dc(e, row_tile) : 0.0f;
+    if (k > 0) dh += product_sum(e, row_tile, k, buffer);
     simt::issue_loads();
     if (result.active) {
       float a[C::kSlots], bypass = 0.0f;
@@ -138,8 +138,8 @@ struct PersistentBackward : BlockElements<G> {
       dh = x.from_zero ? 0.0f : bypass;
       if (x.from_zero) dc_state = 0.0f;
     }
-    Base::keep(0, e, tile, dh);
-    if constexpr (C::kHasC) Base::keep(1, e, tile, dc_state);
+    Base::keep(0, e, row_tile, dh);
+    if constexpr (C::kHasC) Base::keep(1, e, row_tile, dc_state);
     // What goes through the weights, as it is stored.
 #pragma unroll
     for (int slot = 0; slot < C::kSlots; ++slot) result.d[slot] = simt::from_float<Storage>(d[slot]);
@@ -150,124 +150,155 @@ struct PersistentBackward : BlockElements<G> {
       if constexpr (G::kScatters) {
         product.put(buffer, g, e.unit, e.b, d_rg);
       } else {
-        publish(e, tile, k, g, d_rg);
+        publish(e, row_tile, k, g, d_rg);
       }
     }
   }
 
   // Stores the gradients of a step whose first row of memory is `first`; zeros where a row is inactive.
-  __device__ __forceinline__ void store(const Place& e, int tile, int first, const Result& result) const {
-    if (!exists(e, tile) || (!result.active && p.seq.offsets)) return;
-    auto* d_gates = static_cast<Storage*>(p.d_gates) + gate_index(e, simt::opaque(first + row_of_batch(e, tile)));
+  __device__ __forceinline__ void store(const Place& e, int row_tile, int first, const Result& result) const {
+    if (!exists(e, row_tile) || (!result.active && p.seq.offsets)) return;
+    auto* d_gates = static_cast<Storage*>(p.d_gates) + gate_index(e, simt::opaque(first + row_of_batch(e, row_tile)));
 #pragma unroll
     for (int slot = 0; slot < C::kSlots; ++slot) d_gates[slot * H] = result.d[slot];
   }
 
   // Until product_sum is there; with the gather product, this makes it.
-  __device__ __forceinline__ void await_product(int tile, int k, int buffer) const {
+  __device__ __forceinline__ void await_product(int row_tile, int k, int buffer) const {
     if constexpr (G::kScatters) {
-      product.exchange.begin(tile, k - 1);
+      product.exchange.begin(row_tile, k - 1);
     } else {
       typename ProductOf<G>::Sums sums;
-      product.run(sums, tile, k - 1);
+      product.run(sums, row_tile, k - 1);
       product.store_sums(sums, buffer);
       simt::sync_block();
     }
   }
 
   // After the product with the gradients of the launch's last step, if there is one.
-  __device__ __forceinline__ void end(const Place& e, int tile, int buffer) const {
-    if (!exists(e, tile)) return;
+  __device__ __forceinline__ void end(const Place& e, int row_tile, int buffer) const {
+    if (!exists(e, row_tile)) return;
     const bool goes_on = !is_last_launch();
     if (goes_on || p.d_h0) {
-      const float dh = carry(e, tile) + product_sum(e, tile, steps, buffer);
+      const float dh = carry(e, row_tile) + product_sum(e, row_tile, steps, buffer);
       if (goes_on) {
-        carried(0, e, tile) = dh;
+        carried(0, e, row_tile) = dh;
       } else {
-        static_cast<Storage*>(p.d_h0)[state_index(e, tile)] = simt::from_float<Storage>(dh);
+        static_cast<Storage*>(p.d_h0)[state_index(e, row_tile)] = simt::from_float<Storage>(dh);
       }
     }
     if constexpr (C::kHasC) {
       if (goes_on) {
-        carried(1, e, tile) = dc(e, tile);
+        carried(1, e, row_tile) = dc(e, row_tile);
       } else {
-        static_cast<Storage*>(p.d_c0)[state_index(e, tile)] = simt::from_float<Storage>(dc(e, tile));
+        static_cast<Storage*>(p.d_c0)[state_index(e, row_tile)] = simt::from_float<Storage>(dc(e, row_tile));
       }
     }
   }
 };
 
+// The turns of backward. Those of the step after the last one only finish the gradients of the states.
+template <class G>
+struct BackwardTurns : Turns<G, PersistentBackward<G>> {
+  using Base = Turns<G, PersistentBackward<G>>;
+  using Base::advance, Base::buffer, Base::elements, Base::load, Base::next_of, Base::rows, Base::rows_of, Base::x;
+  using Place = typename Base::Place;
+  using Result = typename PersistentBackward<G>::Result;
+  using Base::Base;
+
+  __device__ __forceinline__ void make(const Turn& turn) {
+    const bool is_over = turn.step == elements.steps;
+    if constexpr (Base::kSchedule == Schedule::kPlain) {
+      if (!is_over) load(turn.row_tile, turn, rows);
+    }
+    if (turn.step > 0 && elements.has_exchange(turn.step - 1)) elements.await_product(turn.row_tile, turn.step, buffer);
+    if (is_over) {
+      finish_states(turn);
+    } else if constexpr (Base::kSchedule == Schedule::kPlain) {
+      finish_plain(turn);
+    } else if constexpr (Base::kSchedule == Schedule::kEarly) {
+      finish_early(turn);
+    } else {
+      finish_alternate(turn);
+    }
+    buffer ^= 1;
+  }
+
+ private:
+  // What follows the finishing of all elements: with the scatter product, the product itself.
+  __device__ __forceinline__ void scatter(const Turn& turn) {
+    if constexpr (G::kScatters) {
+      if (elements.has_exchange(turn.step)) {
+        simt::sync_block();
+        elements.product.run(buffer, turn.row_tile, turn.step);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void finish_plain(const Turn& turn) {
+    const auto next = next_of(turn);
+    Result results[Place::kPerThread];
+#pragma unroll
+    for (int i = 0; i < Place::kPerThread; ++i) {
+      const Place e(turn.row_tile, i);
+      elements.finish(e, turn.row_tile, turn.step, x[i], buffer, results[i]);
+      elements.store(e, turn.row_tile, rows.now, results[i]);
+    }
+    scatter(turn);
+    advance(turn, next);
+  }
+
+  __device__ __forceinline__ void finish_early(const Turn& turn) {
+    const auto next = next_of(turn);
+    const Place e(turn.row_tile, 0);
+    Result result;
+    elements.finish(e, turn.row_tile, turn.step, x[0], buffer, result);
+    scatter(turn);
+    const int row = rows.now;
+    advance(turn, next);
+    if (next.exists) load(next.turn.row_tile, next.turn, rows);
+    elements.store(e, turn.row_tile, row, result);
+  }
+
+  __device__ __forceinline__ void finish_alternate(const Turn& turn) {
+    const auto next = next_of(turn);
+    const Place e(buffer, 0);
+    Result result;
+    if (e.mine) {
+      elements.finish(e, turn.row_tile, turn.step, x[0], buffer, result);
+    } else if (next.exists) {
+      load(buffer ^ 1, next.turn, rows_of(next));
+    }
+    scatter(turn);
+    elements.store(e, turn.row_tile, rows.now, result);
+    advance(turn, next);
+  }
+
+  __device__ __forceinline__ void finish_states(const Turn& turn) {
+    // With kAlternate the half that has been finishing this row tile.
+    const int half = Base::kSchedule == Schedule::kAlternate ? buffer + Base::row_tiles : turn.row_tile;
+#pragma unroll
+    for (int i = 0; i < Place::kPerThread; ++i) elements.end(Place(half, i), turn.row_tile, buffer);
+  }
+};
+
 template <class G>
 __device__ __forceinline__ void persistent_backward(const BackwardSequence& s) {
-  using Place = ElementPlace<G>;
-  using Element = typename PersistentBackward<G>::Element;
   const BlockPlace block = block_place(s.l, s.p.seq.B);
-  ProductOf<G> product(block.dir ? s.p.weights[1].w_hh.data : s.p.weights[0].w_hh.data, s.p.H, s.l, block.slice,
-                       block.group);
-  PersistentBackward<G> backward(s, block, product);
-
-  for (int i = simt::thread_x(); i < block.tiles * kTileRows; i += kPersistentThreads) {
-    product.lengths()[i] = count_active(s.p.seq, block.first_row + i);
-  }
+  const void* const w_hh = block.dir ? s.p.weights[1].w_hh.data : s.p.weights[0].w_hh.data;
+  ProductOf<G> product(w_hh, s.p.H, s.l, block.slice, block.group);
+  PersistentBackward<G> elements(s, block, product);
+  load_lengths(product, s.p.seq, block);
   product.exchange.start();
   simt::sync_block();
-  for (int tile = 0; tile < block.tiles; ++tile) backward.begin(tile);
+  for (int row_tile = 0; row_tile < block.row_tiles; ++row_tile) elements.begin(row_tile);
 
-  StepRows rows(s.p.seq, [&](int k) { return backward.time(k); });
-  Element x[Place::kPerThread];
-  const auto load = [&](int turn, int tile, int k, const StepRows& its_rows) {
-#pragma unroll
-    for (int i = 0; i < Place::kPerThread; ++i) backward.load(Place(turn, i), tile, k, its_rows, x[i]);
-  };
-  if constexpr (Place::kEarly) load(0, 0, 0, rows);
-  int buffer = 0;
+  BackwardTurns<G> turns(elements, block);
+  if constexpr (turns.kSchedule != Schedule::kPlain) turns.load(0, {0, 0}, turns.rows);
 #pragma unroll 1
-  for (int k = 0; k <= backward.steps; ++k) {
+  for (int step = 0; step <= elements.steps; ++step) {
 #pragma unroll 1
-    for (int tile = 0; tile < block.tiles; ++tile) {
-      const bool last = k == backward.steps;
-      if constexpr (!Place::kEarly) {
-        if (!last) load(tile, tile, k, rows);
-      }
-      if (k > 0 && backward.has_exchange(k - 1)) backward.await_product(tile, k, buffer);
-      if (last) {
-#pragma unroll
-        for (int i = 0; i < Place::kPerThread; ++i) {
-          backward.end(Place(Place::turn(tile, buffer + block.tiles), i), tile, buffer);
-        }
-        buffer ^= 1;
-        continue;
-      }
-      const bool same_step = tile + 1 < block.tiles, has_next = same_step || k + 1 < backward.steps;
-      const int next = same_step ? tile + 1 : 0, row = rows.now;
-      typename PersistentBackward<G>::Result results[Place::kPerThread];
-      if constexpr (Place::kAlternate) {
-        if (const Place e(buffer, 0); e.mine) {
-          backward.finish(e, tile, k, x[0], buffer, results[0]);
-        } else if (has_next) {
-          load(buffer ^ 1, next, same_step ? k : k + 1, same_step ? rows : rows.following());
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < Place::kPerThread; ++i) {
-          backward.finish(Place(tile, i), tile, k, x[i], buffer, results[i]);
-          if constexpr (!Place::kEarly) backward.store(Place(tile, i), tile, rows.now, results[i]);
-        }
-      }
-      if constexpr (G::kScatters) {
-        if (backward.has_exchange(k)) {
-          simt::sync_block();
-          product.run(buffer, tile, k);
-        }
-      }
-      if constexpr (Place::kAlternate) backward.store(Place(buffer, 0), tile, row, results[0]);
-      if (!same_step) rows.advance(s.p.seq, backward.time(k + 3));
-      if constexpr (Place::kEarly && !Place::kAlternate) {
-        if (has_next) load(next, next, same_step ? k : k + 1, rows);
-        backward.store(Place(tile, 0), tile, row, results[0]);
-      }
-      buffer ^= 1;
-    }
+    for (int row_tile = 0; row_tile < block.row_tiles; ++row_tile) turns.make({step, row_tile});
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 #include <type_traits>
 
+#include "core/ceil_div.h"
 #include "cuda/device/cell_device.cuh"
 #include "cuda/persistent/persistent_product.cuh"
 #include "cuda/persistent/persistent_scatter.cuh"
@@ -44,31 +45,35 @@ struct StepRows {
   }
 };
 
-// One element of a batch tile: where it is, and whether the calling thread has it. Where half of the threads suffice, half turn % 2
-// has it.
+// When a block requests what the elements of a row tile need at a step, and when it stores their results.
+//   kPlain      requests before the product of the row tile, stores as soon as an element is finished
+//   kEarly      requests for the next row tile or step before it stores, so that the loads have ended when the next states come: in a
+//               cluster the wait for states is a wait for all loads. Registers suffice for one element of a thread.
+//   kAlternate  one half of the threads suffices for a row tile: while it finishes and stores, the other half requests for the next
+//               row tile or step, which is its own turn
+enum class Schedule { kPlain, kEarly, kAlternate };
+
+// One element of a row tile: where it is, and whether the calling thread has it. Where half of the threads suffice, half `half` % 2 has
+// it: of the row tile's number, or, with kAlternate, of the number of row tiles finished before in all steps.
 template <class G>
 struct ElementPlace {
   static constexpr unsigned kElements = G::kUnits * kTileRows;
-  static constexpr int kPerThread = (kElements + kPersistentThreads - 1) / kPersistentThreads;
+  static constexpr int kPerThread = ceil_div(kElements, kPersistentThreads);
   static constexpr bool kHalf = 2 * kElements == kPersistentThreads;
   static_assert(kHalf || kElements >= kPersistentThreads);
-  // Whether turns go on from step to step: while a half finishes its elements, the other requests what it needs for its own turn,
-  // which is the next. Otherwise a half has the same tiles in all steps.
-  static constexpr bool kAlternate = takes_turns(G::shape());
-  // Whether what the next tile or step needs is requested before the results of this one are stored, so that it is there when the
-  // states come, whose wait awaits all loads in a cluster. For two elements there are no registers.
-  static constexpr bool kEarly = G::kCluster && kPerThread == 1;
+  static constexpr Schedule kSchedule = takes_turns(G::shape())          ? Schedule::kAlternate
+                                        : G::kCluster && kPerThread == 1 ? Schedule::kEarly
+                                                                         : Schedule::kPlain;
+  static_assert(kSchedule == Schedule::kPlain || kPerThread == 1);
   int unit, b;
-  int number;  // of the thread's elements of the tile
+  int number;  // of the thread's elements of the row tile
   bool mine;
 
-  // The turn in which a tile is finished; count: of the tiles finished in all steps before.
-  static __device__ __forceinline__ int turn(int tile, int count) { return kAlternate ? count : tile; }
-  __device__ __forceinline__ ElementPlace(int turn, int e) : number(e) {
+  __device__ __forceinline__ ElementPlace(int half, int e) : number(e) {
     const unsigned thread = simt::thread_x(), index = kHalf ? thread % kElements : thread + e * kPersistentThreads;
     unit = index % G::kUnits;
     b = index / G::kUnits;
-    mine = kHalf ? thread / kElements == turn % 2u : index < kElements;
+    mine = kHalf ? thread / kElements == half % 2u : index < kElements;
   }
 };
 
@@ -79,7 +84,7 @@ using ProductOf = std::conditional_t<G::kScatters, ScatterProduct<G>, Persistent
 constexpr int kPrefetchSteps = 4;
 
 // What forward and backward ask about elements. A thread keeps two fp32 values of each of its elements: those of the group's
-// first batch tile in registers (tiles_in_registers), those of others in shared memory. A step is a chain of latencies with little
+// first row tile in registers (row_tiles_in_registers), those of others in shared memory. A step is a chain of latencies with little
 // to hide them, so indices are 32 bits wide but for those of memory.
 template <class G>
 struct BlockElements {
@@ -93,8 +98,8 @@ struct BlockElements {
   const BlockPlace& block;
   ProductOf<G>& product;
   int first_step, steps;  // of the launch
-  float first_tile[2][Place::kPerThread] = {};
-  static constexpr int kInRegisters = tiles_in_registers(G::shape());
+  float first_row_tile[2][Place::kPerThread] = {};
+  static constexpr int kInRegisters = row_tiles_in_registers(G::shape());
 
   // s: ForwardSequence or BackwardSequence.
   template <class S>
@@ -113,30 +118,32 @@ struct BlockElements {
     return G::kBackward == (block.dir != 0) ? first_step + step : static_cast<int>(seq.T) - 1 - first_step - step;
   }
   __device__ __forceinline__ int unit_of(const Place& e) const { return block.slice * G::kUnits + e.unit; }
-  __device__ __forceinline__ int row_of_batch(const Place& e, int tile) const {
-    return block.first_row + tile * kTileRows + e.b;
+  __device__ __forceinline__ int row_of_batch(const Place& e, int row_tile) const {
+    return block.first_row + row_tile * kTileRows + e.b;
   }
-  __device__ __forceinline__ bool exists(const Place& e, int tile) const {
-    return e.mine && unit_of(e) < H && tile * kTileRows + e.b < block.rows;
+  __device__ __forceinline__ bool exists(const Place& e, int row_tile) const {
+    return e.mine && unit_of(e) < H && row_tile * kTileRows + e.b < block.rows;
   }
   // Active steps of an element that exists.
-  __device__ __forceinline__ int length(const Place& e, int tile) const { return product.lengths()[tile * kTileRows + e.b]; }
+  __device__ __forceinline__ int length(const Place& e, int row_tile) const {
+    return product.lengths()[row_tile * kTileRows + e.b];
+  }
   static __device__ __forceinline__ bool active(int t, int length) {
     return static_cast<unsigned>(t) < static_cast<unsigned>(length);
   }
   // Whether an element takes part in the step at time t: rows from B on have no active steps. Units from H on publish the zeros that
   // they begin with: their own sums, of weights that are zero, are no numbers where a state is none, and would outlast its reset.
-  __device__ __forceinline__ bool takes_part(const Place& e, int tile, int t) const {
-    return unit_of(e) < H && active(t, length(e, tile));
+  __device__ __forceinline__ bool takes_part(const Place& e, int row_tile, int t) const {
+    return unit_of(e) < H && active(t, length(e, row_tile));
   }
   // Whether the state of an element is replaced by zeros before the time whose first row is `row`: as it is loaded, 0 or not.
-  __device__ __forceinline__ unsigned char reset(const Place& e, int tile, int t, int row, int length) const {
+  __device__ __forceinline__ unsigned char reset(const Place& e, int row_tile, int t, int row, int length) const {
     if (!modifier.resets || !active(t, length)) return 0;
-    return reinterpret_cast<const unsigned char*>(modifier.resets)[row + row_of_batch(e, tile)];
+    return reinterpret_cast<const unsigned char*>(modifier.resets)[row + row_of_batch(e, row_tile)];
   }
   // Indices: of a state [D, B, H]; in a row of memory, of slot 0 of `gates` [D, N, S, H], of `cs` [D, N, H], of `y` [N, D, H].
-  __device__ __forceinline__ uint64_t state_index(const Place& e, int tile) const {
-    const unsigned row = row_of_batch(e, tile);
+  __device__ __forceinline__ uint64_t state_index(const Place& e, int row_tile) const {
+    const unsigned row = row_of_batch(e, row_tile);
     return multiply_add(row + (block.dir ? static_cast<unsigned>(seq.B) : 0u), H, unit_of(e));
   }
   __device__ __forceinline__ uint64_t gate_index(const Place& e, int row) const {
@@ -149,20 +156,20 @@ struct BlockElements {
     return multiply_add(row, D * H, simt::opaque(block.dir * H + unit_of(e)));
   }
   // An element of [D, B, H], zero if there is no tensor.
-  __device__ __forceinline__ Storage state(const void* tensor, const Place& e, int tile) const {
-    return tensor ? static_cast<const Storage*>(tensor)[state_index(e, tile)] : Storage{};
+  __device__ __forceinline__ Storage state(const void* tensor, const Place& e, int row_tile) const {
+    return tensor ? static_cast<const Storage*>(tensor)[state_index(e, row_tile)] : Storage{};
   }
-  __device__ __forceinline__ float kept(int which, const Place& e, int tile) const {
+  __device__ __forceinline__ float kept(int which, const Place& e, int row_tile) const {
     if constexpr (kInRegisters > 0) {
-      if (tile == 0) return first_tile[which][e.number];
+      if (row_tile == 0) return first_row_tile[which][e.number];
     }
-    return product.state(which, tile - kInRegisters, e.unit, e.b);
+    return product.state(which, row_tile - kInRegisters, e.unit, e.b);
   }
-  __device__ __forceinline__ void keep(int which, const Place& e, int tile, float value) {
-    if (kInRegisters > 0 && tile == 0) {
-      first_tile[which][e.number] = value;
+  __device__ __forceinline__ void keep(int which, const Place& e, int row_tile, float value) {
+    if (kInRegisters > 0 && row_tile == 0) {
+      first_row_tile[which][e.number] = value;
     } else {
-      product.state(which, tile - kInRegisters, e.unit, e.b) = value;
+      product.state(which, row_tile - kInRegisters, e.unit, e.b) = value;
     }
   }
   // Whether the thread hints for its neighbours that a row will be read: 8 of them lie in one or two sectors of 32 bytes. A guessed
@@ -171,9 +178,9 @@ struct BlockElements {
     return e.unit % 8 == 0 && row < static_cast<int>(seq.N);
   }
   // The value of gate `gate` (0 forward) for exchange `step`; by all threads that have the element, which are whole warps.
-  __device__ __forceinline__ void publish(const Place& e, int tile, uint32_t step, int gate, float value) const {
+  __device__ __forceinline__ void publish(const Place& e, int row_tile, uint32_t step, int gate, float value) const {
     const int per_gate = product.exchange.chunks / published(G::shape()), per_slice = G::kUnits / G::Chunk::kStep;
-    product.exchange.publish(value, e.unit, e.b, tile, gate * per_gate + block.slice * per_slice, step);
+    product.exchange.publish(value, e.unit, e.b, row_tile, gate * per_gate + block.slice * per_slice, step);
   }
 
  private:

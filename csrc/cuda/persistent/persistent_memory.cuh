@@ -25,8 +25,8 @@ struct PersistentGeometry {
 // Where a block is in its launch.
 struct BlockPlace {
   int slice, group, dir;
-  int tiles;  // with rows below B, 1 to l.tiles; the same in all blocks of a group
-  int rows;   // of the group that are below B
+  int row_tiles;  // with rows below B, 1 to l.row_tiles; the same in all blocks of a group
+  int rows;       // of the group that are below B
   int first_row;
 };
 __device__ __forceinline__ BlockPlace block_place(const PersistentLaunch& l, int64_t B) {
@@ -35,10 +35,10 @@ __device__ __forceinline__ BlockPlace block_place(const PersistentLaunch& l, int
   const int group = simt::block_x() / l.slices;
   place.group = group;
   place.dir = l.first_dir + group / l.groups;
-  place.first_row = simt::opaque(static_cast<int>(l.first_row) + group % l.groups * l.tiles * kTileRows);
-  const int rows = static_cast<int>(B) - place.first_row, most = l.tiles * kTileRows;
+  place.first_row = simt::opaque(static_cast<int>(l.first_row) + group % l.groups * l.row_tiles * kTileRows);
+  const int rows = static_cast<int>(B) - place.first_row, most = l.row_tiles * kTileRows;
   place.rows = rows < most ? rows : most;
-  place.tiles = (place.rows + kTileRows - 1) / kTileRows;
+  place.row_tiles = (place.rows + kTileRows - 1) / kTileRows;
   return place;
 }
 
@@ -46,11 +46,11 @@ template <class G>
 class BlockMemory {
  public:
   __device__ __forceinline__ explicit BlockMemory(const PersistentLaunch& l)
-      : states_(persistent_smem(G::shape(), l.slices, l.tiles).state) {}
+      : states_(persistent_smem(G::shape(), l.slices, l.row_tiles).state) {}
 
-  // What a thread keeps of element `unit`, `b` of a tile between steps; which: 0 or 1. tile: of those beyond the registers.
-  __device__ __forceinline__ float& state(int which, int tile, int unit, int b) const {
-    return at<float>(states_)[((tile * 2 + which) * kTileRows + b) * G::kUnits + unit];
+  // What a thread keeps of element `unit`, `b` of a row_tile between steps; which: 0 or 1. row_tile: of those beyond the registers.
+  __device__ __forceinline__ float& state(int which, int row_tile, int unit, int b) const {
+    return at<float>(states_)[((row_tile * 2 + which) * kTileRows + b) * G::kUnits + unit];
   }
   static __device__ __forceinline__ int* lengths() { return at<int>(kSmem.lengths); }
   static __device__ __forceinline__ float& bias(int gate, int unit) {

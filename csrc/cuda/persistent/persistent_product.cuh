@@ -1,5 +1,5 @@
 // The product of a block's weights and the exchanged states ("gather" in persistent.h).
-//   registers      weights_: 4 words per chunk and tile of M of the warp; the sums of one tile of batch rows; states under way
+//   registers      weights_: 4 words per chunk and tile of M of the warp; the sums of one row_tile of batch rows; states under way
 //   shared memory  the weights of further chunks; partial sums, two buffers in turn
 //   barriers       none here; store_sums is followed by the caller's barrier, which also ends the use of the other buffer
 #pragma once
@@ -49,19 +49,19 @@ class PersistentProduct : public BlockMemory<G> {
     }
   }
 
-  // sums = weights x the states of `step` of batch tile `tile`, over the warp's chunks.
-  __device__ __forceinline__ void run(Sums& sums, int tile, uint32_t step) {
+  // sums = weights x the states of `step` of row tile `row_tile`, over the warp's chunks.
+  __device__ __forceinline__ void run(Sums& sums, int row_tile, uint32_t step) {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
       for (int i = 0; i < Chunk::kAcc; ++i) sums[m][i] = 0.0f;
     }
-    exchange.begin(tile, step);
+    exchange.begin(row_tile, step);
     // Plain multiply-adds leave no registers for loads far ahead, nor latency to hide.
     if constexpr (G::kCluster && G::kMath != MathKind::kFp32) {
-      run_paired(sums, tile, step);
+      run_paired(sums, row_tile, step);
     } else {
-      run_in_turn(sums, tile, step);
+      run_in_turn(sums, row_tile, step);
     }
   }
 
@@ -89,7 +89,7 @@ class PersistentProduct : public BlockMemory<G> {
 
   // A batch of chunks in registers goes with as many in shared memory, whose loads hide behind the former's products. States
   // of chunks that the warp does not have are zeros, so that no branch stands between the loads of a batch.
-  __device__ __forceinline__ void run_paired(Sums& sums, int tile, uint32_t step) {
+  __device__ __forceinline__ void run_paired(Sums& sums, int row_tile, uint32_t step) {
     int beyond = 0;  // chunks in shared memory that are done
 #pragma unroll
     for (int first = 0; first < kRegisterChunks; first += kBatch) {
@@ -97,43 +97,43 @@ class PersistentProduct : public BlockMemory<G> {
       if (first + kBatch <= smem_chunks_) {
 #pragma unroll
         for (int i = first; i < first + kBatch; ++i) {
-          multiply_smem_chunk(sums, kRegisterChunks + i, tile, step);
-          multiply_zeros_beyond(sums, weights_[i], i, tile, step);
+          multiply_smem_chunk(sums, kRegisterChunks + i, row_tile, step);
+          multiply_zeros_beyond(sums, weights_[i], i, row_tile, step);
         }
         beyond = first + kBatch;
       } else {
 #pragma unroll
-        for (int i = first; i < first + kBatch; ++i) multiply_zeros_beyond(sums, weights_[i], i, tile, step);
+        for (int i = first; i < first + kBatch; ++i) multiply_zeros_beyond(sums, weights_[i], i, row_tile, step);
       }
     }
 #pragma unroll 2
-    for (; beyond < smem_chunks_; ++beyond) multiply_smem_chunk(sums, kRegisterChunks + beyond, tile, step);
+    for (; beyond < smem_chunks_; ++beyond) multiply_smem_chunk(sums, kRegisterChunks + beyond, row_tile, step);
   }
 
   // Where the states come from afar: one batch is requested before the one before it is awaited.
-  __device__ __forceinline__ void run_in_turn(Sums& sums, int tile, uint32_t step) {
+  __device__ __forceinline__ void run_in_turn(Sums& sums, int row_tile, uint32_t step) {
     Packet now[kBatch], next[kBatch];
-    request(now, 0, tile, step);
+    request(now, 0, row_tile, step);
 #pragma unroll
     for (int first = 0; first < kRegisterChunks; first += kBatch) {
       if (first >= chunks_) break;
-      request(next, first + kBatch, tile, step);
+      request(next, first + kBatch, row_tile, step);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        if (first + i < chunks_) multiply(sums, now[i], weights_[first + i], first + i, tile, step);
+        if (first + i < chunks_) multiply(sums, now[i], weights_[first + i], first + i, row_tile, step);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) now[i] = next[i];
     }
 #pragma unroll 1
     for (int first = kRegisterChunks; first < chunks_; first += kBatch) {
-      request(next, first + kBatch, tile, step);
+      request(next, first + kBatch, row_tile, step);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         if (first + i >= chunks_) break;
         uint32_t weights[kTiles][4];
         load_smem_weights(weights, first + i);
-        multiply(sums, now[i], weights, first + i, tile, step);
+        multiply(sums, now[i], weights, first + i, row_tile, step);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) now[i] = next[i];
@@ -163,30 +163,30 @@ class PersistentProduct : public BlockMemory<G> {
     });
   }
 
-  __device__ __forceinline__ void request(Packet (&packets)[kBatch], int first, int tile, uint32_t step) const {
+  __device__ __forceinline__ void request(Packet (&packets)[kBatch], int first, int row_tile, uint32_t step) const {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (first + i < chunks_) exchange.request(packets[i], tile, chunk_of(first + i), step);
+      if (first + i < chunks_) exchange.request(packets[i], row_tile, chunk_of(first + i), step);
     }
   }
-  __device__ __forceinline__ void multiply(Sums& sums, Packet& packet, const uint32_t (&weights)[kTiles][4], int i, int tile,
-                                           uint32_t step) const {
-    exchange.await(packet, tile, chunk_of(i), step);
+  __device__ __forceinline__ void multiply(Sums& sums, Packet& packet, const uint32_t (&weights)[kTiles][4], int i,
+                                           int row_tile, uint32_t step) const {
+    exchange.await(packet, row_tile, chunk_of(i), step);
     uint32_t x[2];
     Exchange::words(packet, x);
     auto* scratch = this->template at<float>(this->kSmem.scratch);
     Chunk::multiply(sums, weights, x, scratch + (simt::warp_id() * 2 + i % 2) * kScratchFloats);
   }
-  __device__ __forceinline__ void multiply_zeros_beyond(Sums& sums, const uint32_t (&weights)[kTiles][4], int i, int tile,
-                                                        uint32_t step) const {
+  __device__ __forceinline__ void multiply_zeros_beyond(Sums& sums, const uint32_t (&weights)[kTiles][4], int i,
+                                                        int row_tile, uint32_t step) const {
     Packet packet{};
-    if (i < chunks_) exchange.request(packet, tile, chunk_of(i), step);
-    multiply(sums, packet, weights, i, tile, step);
+    if (i < chunks_) exchange.request(packet, row_tile, chunk_of(i), step);
+    multiply(sums, packet, weights, i, row_tile, step);
   }
-  __device__ __forceinline__ void multiply_smem_chunk(Sums& sums, int i, int tile, uint32_t step) const {
+  __device__ __forceinline__ void multiply_smem_chunk(Sums& sums, int i, int row_tile, uint32_t step) const {
     uint32_t weights[kTiles][4];
     load_smem_weights(weights, i);
-    multiply_zeros_beyond(sums, weights, i, tile, step);
+    multiply_zeros_beyond(sums, weights, i, row_tile, step);
   }
   __device__ __forceinline__ void load_smem_weights(uint32_t (&weights)[kTiles][4], int i) const {
 #pragma unroll

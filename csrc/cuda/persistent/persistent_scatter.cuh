@@ -50,13 +50,13 @@ class ScatterProduct : public BlockMemory<G> {
   }
 
   // Multiplies what was put to `buffer` and sends the sums to their owners.
-  __device__ __forceinline__ void run(int buffer, int tile, uint32_t step) const {
-    run_with<kRegisterTiles>(buffer, tile, step);
+  __device__ __forceinline__ void run(int buffer, int row_tile, uint32_t step) const {
+    run_with<kRegisterTiles>(buffer, row_tile, step);
   }
 
   // The sum of what all blocks sent for one element; after exchange.begin.
-  __device__ __forceinline__ float sum(int unit, int b, int tile, uint32_t step) const {
-    return exchange.sum(b * G::kUnits + unit, tile, step);
+  __device__ __forceinline__ float sum(int unit, int b, int row_tile, uint32_t step) const {
+    return exchange.sum(b * G::kUnits + unit, row_tile, step);
   }
 
   ClusterScatter exchange;
@@ -80,9 +80,9 @@ class ScatterProduct : public BlockMemory<G> {
 
   // kCount: tiles of M of every warp, those in registers and those in shared memory.
   template <int kCount>
-  __device__ __forceinline__ void run_with(int buffer, int tile, uint32_t step) const {
+  __device__ __forceinline__ void run_with(int buffer, int row_tile, uint32_t step) const {
     if constexpr (kCount < kTiles) {
-      if (kCount < kRegisterTiles + smem_tiles_of_warp()) return run_with<kCount + 1>(buffer, tile, step);
+      if (kCount < kRegisterTiles + smem_tiles_of_warp()) return run_with<kCount + 1>(buffer, row_tile, step);
     }
     float sums[kCount][Chunk::kAcc];
 #pragma unroll
@@ -107,14 +107,14 @@ class ScatterProduct : public BlockMemory<G> {
       Chunk::multiply_own(sums, weights, own(buffer, c));
     }
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) send(sums[j], tile_of(j), tile, step);
+    for (int j = 0; j < kCount; ++j) send(sums[j], tile_of(j), row_tile, step);
   }
 
-  __device__ __forceinline__ void send(const float (&sums)[Chunk::kAcc], int m_tile, int tile, uint32_t step) const {
+  __device__ __forceinline__ void send(const float (&sums)[Chunk::kAcc], int m_tile, int row_tile, uint32_t step) const {
     if (m_tile >= all_tiles()) return;
     const RowPiece piece = Chunk::rows(sums);
     const int unit = m_tile % G::kUnitTiles * kTileUnits + piece.unit;
-    exchange.push(piece, m_tile / G::kUnitTiles, piece.b * G::kUnits + unit, slice_, tile, step);
+    exchange.push(piece, m_tile / G::kUnitTiles, piece.b * G::kUnits + unit, slice_, row_tile, step);
   }
 
   __device__ __forceinline__ uint32_t* own(int buffer, int chunk) const {

@@ -8,9 +8,9 @@ namespace fused_rnn::cuda {
 // makes those from first_step on. If these are not the first, it starts from what the launch of the steps before left in h_n
 // and `carry`; if they are not the last, it leaves the same.
 struct PersistentLaunch {
-  int slices;  // blocks of a group
-  int groups;  // of each direction in this launch
-  int tiles;   // of 8 batch rows, of a group
+  int slices;     // blocks of a group
+  int groups;     // of each direction in this launch
+  int row_tiles;  // of 8 batch rows, of a group
   int first_dir;
   int64_t first_row;
   int64_t first_step, steps;

@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(G::kThreads, 1) forward_kernel(const ForwardSt
   }
   nonzero = simt::sync_block_or(nonzero);
 
-  ForwardElements<G> elements{s, table, dir, first_unit, first_row};
+  ForwardElements<G> elements{s, table, dir, first_unit, first_row, {}, {}, {}};
   elements.load_projection();
   simt::pdl_wait();
   simt::pdl_launch_dependents();

@@ -8,30 +8,38 @@
 
 namespace fused_rnn::cuda {
 
+// Kernels whose code does not depend on the cell are compiled once, under the first of the list.
+constexpr CellKind kAnyCell = CellKind{0};
+
 // Calls f with the tile size as a compile-time constant.
 template <MathKind kMath, class F>
 auto dispatch_tile(TileSize size, F&& f) {
-  if constexpr (has_tile(kMath, TileSize::kLarge)) {
-    if (size == TileSize::kLarge) return f(std::integral_constant<TileSize, TileSize::kLarge>{});
+  switch (size) {
+    case TileSize::kSmall: return f(std::integral_constant<TileSize, TileSize::kSmall>{});
+    case TileSize::kMedium: return f(std::integral_constant<TileSize, TileSize::kMedium>{});
+    case TileSize::kLarge:
+      if constexpr (has_tile(kMath, TileSize::kLarge)) {
+        return f(std::integral_constant<TileSize, TileSize::kLarge>{});
+      }
+      break;
   }
-  if (size == TileSize::kLarge) throw std::invalid_argument("no kernel of this arithmetic has the large tile");
-  if (size == TileSize::kMedium) return f(std::integral_constant<TileSize, TileSize::kMedium>{});
-  return f(std::integral_constant<TileSize, TileSize::kSmall>{});
+  throw std::invalid_argument("no kernel of this arithmetic has the large tile");
 }
 
 template <MathKind kMath>
 ForwardKernel Kernels<kMath>::forward(KernelRole role, CellKind cell, TileSize size) {
   return dispatch_tile<kMath>(size, [&](auto tile) -> ForwardKernel {
     constexpr TileSize kSize = decltype(tile)::value;
-    if (role == KernelRole::kProject) {
-      return &project_kernel<Geometry<KernelRole::kProject, CellKind::kLstm, kMath, kSize>>;
-    }
     return dispatch_kernel_cell(cell, [&](auto kind) -> ForwardKernel {
       constexpr CellKind kCell = decltype(kind)::value;
-      if (role == KernelRole::kForwardInput) {
-        return &forward_kernel<Geometry<KernelRole::kForwardInput, kCell, kMath, kSize>>;
+      switch (role) {
+        case KernelRole::kForward: return &forward_kernel<Geometry<KernelRole::kForward, kCell, kMath, kSize>>;
+        case KernelRole::kForwardInput: return &forward_kernel<Geometry<KernelRole::kForwardInput, kCell, kMath, kSize>>;
+        case KernelRole::kProject: return &project_kernel<Geometry<KernelRole::kProject, kAnyCell, kMath, kSize>>;
+        case KernelRole::kBackward:
+        case KernelRole::kStateGrad: break;
       }
-      return &forward_kernel<Geometry<KernelRole::kForward, kCell, kMath, kSize>>;
+      throw std::invalid_argument("not a kernel of forward");
     });
   });
 }
@@ -40,11 +48,16 @@ template <MathKind kMath>
 BackwardKernel Kernels<kMath>::backward(KernelRole role, CellKind cell, TileSize size) {
   return dispatch_tile<kMath>(size, [&](auto tile) -> BackwardKernel {
     constexpr TileSize kSize = decltype(tile)::value;
-    if (role == KernelRole::kStateGrad) {
-      return &state_grad_kernel<Geometry<KernelRole::kStateGrad, CellKind::kLstm, kMath, kSize>>;
-    }
     return dispatch_kernel_cell(cell, [&](auto kind) -> BackwardKernel {
-      return &backward_kernel<Geometry<KernelRole::kBackward, decltype(kind)::value, kMath, kSize>>;
+      switch (role) {
+        case KernelRole::kBackward:
+          return &backward_kernel<Geometry<KernelRole::kBackward, decltype(kind)::value, kMath, kSize>>;
+        case KernelRole::kStateGrad: return &state_grad_kernel<Geometry<KernelRole::kStateGrad, kAnyCell, kMath, kSize>>;
+        case KernelRole::kForward:
+        case KernelRole::kForwardInput:
+        case KernelRole::kProject: break;
+      }
+      throw std::invalid_argument("not a kernel of backward");
     });
   });
 }

@@ -47,7 +47,7 @@ extern "C" bool simt_force_tile(Plan* plan, const Problem* problem, int tile_siz
 }
 extern "C" const char* simt_plan_text() { return text.c_str(); }
 extern "C" int64_t simt_plan_workspace(const Plan* plan) { return plan->workspace_bytes; }
-extern "C" int simt_plan_family(const Plan* plan) { return static_cast<int>(plan->family); }
+extern "C" bool simt_plan_reads_x(const Plan* plan) { return traits_of(plan->family).reads_x; }
 extern "C" void simt_sizes(int* sizes) {
   sizes[0] = sizeof(ForwardParams);
   sizes[1] = sizeof(BackwardParams);
@@ -91,6 +91,9 @@ extern "C" int simt_forward_steps(const ForwardParams* params, const Plan* plan,
 }
 extern "C" int simt_write_integers(int64_t* to, const int64_t* integers, int64_t count) {
   return simt_host::run_guarded([&] { cuda::write_integers(to, integers, count, nullptr); });
+}
+extern "C" int simt_previous_rows(const PreviousParams* params) {
+  return simt_host::run_guarded([&] { cuda::previous_rows(*params, nullptr); });
 }
 // The tasks of an overlap; returns how many there are.
 extern "C" int simt_overlap_tasks(int layers, int directions, bool backward, int64_t T, int64_t chunk_steps,

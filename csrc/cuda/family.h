@@ -1,0 +1,50 @@
+// Who launches the kernels of each family (plan/family.h): one row a family.
+#pragma once
+#include <stdexcept>
+
+#include "cuda/backend.h"
+
+namespace fused_rnn::cuda {
+
+// Launches the steps of a range. Only persistent families are given less than the whole sequence.
+template <class Params>
+using Launcher = void(const Params& params, const Plan& plan, const StepRange& range, void* stream);
+
+// step_launch.cu
+Launcher<ForwardParams> step_forward;
+Launcher<BackwardParams> step_backward;
+// persistent_launch.cu
+Launcher<ForwardParams> grid_forward, cluster_forward;
+Launcher<BackwardParams> grid_backward, cluster_backward;
+
+struct FamilyLaunchers {
+  Family family;
+  Launcher<ForwardParams>* forward;
+  Launcher<BackwardParams>* backward;
+};
+
+constexpr FamilyLaunchers kLaunchers[] = {
+    {Family::kSingle, step_forward, step_backward},
+    {Family::kStep, step_forward, step_backward},
+    {Family::kGrid, grid_forward, grid_backward},
+    {Family::kCluster, cluster_forward, cluster_backward},
+};
+
+constexpr bool has_row(Family family) {
+  for (const FamilyLaunchers& row : kLaunchers) {
+    if (row.family == family) return true;
+  }
+  return false;
+}
+#define FUSED_RNN_FAMILY(kind, ...) static_assert(has_row(Family::kind), "kLaunchers has no row for Family::" #kind);
+FUSED_RNN_FAMILIES(FUSED_RNN_FAMILY)
+#undef FUSED_RNN_FAMILY
+
+inline const FamilyLaunchers& launchers_of(Family family) {
+  for (const FamilyLaunchers& row : kLaunchers) {
+    if (row.family == family) return row;
+  }
+  throw std::invalid_argument("unknown kernel family");
+}
+
+}  // namespace fused_rnn::cuda

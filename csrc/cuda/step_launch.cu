@@ -1,0 +1,124 @@
+// Host side of the families `single` and `step`: one or two launches per time step, back to back on the caller's stream.
+#include <launch.cuh>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/copy_width.h"
+#include "cuda/family.h"
+#include "cuda/step/kernels.h"
+#include "plan/step.h"
+
+namespace fused_rnn::cuda {
+namespace {
+
+const KernelPlan& kernel_of(const Plan& plan, KernelRole role) {
+  for (const KernelPlan& kernel : plan.kernels) {
+    if (kernel.role == role) return kernel;
+  }
+  throw std::invalid_argument(std::string("the plan has no kernel ") + to_string(role));
+}
+
+// A kernel of the plan, ready to be launched once per step.
+template <class Step>
+struct StepKernel {
+  void (*kernel)(Step);
+  simt::LaunchConfig config;
+  int stages;
+  bool may_overlap;
+
+  StepKernel(void (*kernel_address)(Step), const KernelPlan& plan, bool pdl)
+      : kernel(kernel_address), stages(plan.stages), may_overlap(pdl) {
+    config = {to_string(plan.role),
+              static_cast<int>(plan.grid_x),
+              static_cast<int>(plan.grid_y),
+              static_cast<int>(plan.grid_z),
+              plan.threads,
+              plan.smem_bytes,
+              1,
+              false,
+              false};
+    simt::prepare(kernel, config.name, plan.smem_bytes);
+  }
+
+  // The first launch of a layer waits for all earlier work of the stream. Later launches may then read weights early.
+  void operator()(Step& step, bool first, void* stream) {
+    config.pdl = may_overlap && !first;
+    step.stages = stages;
+    simt::launch(kernel, config, stream, step);
+  }
+};
+
+StepKernel<ForwardStep> forward_kernel_of(const Plan& plan, KernelRole role, CellKind cell) {
+  const KernelPlan& kernel = kernel_of(plan, role);
+  const auto of_math = [&](auto math) { return Kernels<decltype(math)::value>::forward(role, cell, kernel.tile); };
+  return {dispatch_math(kernel.math, of_math), kernel, plan.pdl};
+}
+StepKernel<BackwardStep> backward_kernel_of(const Plan& plan, KernelRole role, CellKind cell) {
+  const KernelPlan& kernel = kernel_of(plan, role);
+  const auto of_math = [&](auto math) { return Kernels<decltype(math)::value>::backward(role, cell, kernel.tile); };
+  return {dispatch_math(kernel.math, of_math), kernel, plan.pdl};
+}
+
+}  // namespace
+
+void step_forward(const ForwardParams& p, const Plan& plan, const StepRange&, void* stream) {
+  const bool projected = p.weights[0].w_hr.data != nullptr, input = traits_of(plan.family).reads_x;
+  const int bytes = static_cast<int>(dtype_size(p.dtype));
+  const WorkspaceLayout layout = workspace_layout(problem_of(p));
+  auto* workspace = static_cast<unsigned char*>(p.workspace);
+
+  ForwardStep step{p, 0, 0, 0, 0, nullptr, nullptr};
+  if (layout.carry_bytes) step.c = workspace + layout.carry;
+  if (projected) step.hidden = workspace + layout.hidden;
+  const Weights &w0 = p.weights[0], &w1 = p.weights[p.D - 1];
+  step.copy_state = copy_width({w0.w_hh.data, w1.w_hh.data, p.y, p.h0}, p.P * bytes, bytes);
+  if (input) step.copy_input = copy_width({w0.w_ih.data, w1.w_ih.data, p.x}, p.I * bytes, bytes);
+  ForwardStep project_step = step;
+  project_step.copy_state = copy_width({w0.w_hr.data, w1.w_hr.data, step.hidden}, p.H * bytes, bytes);
+
+  auto launch = forward_kernel_of(plan, input ? KernelRole::kForwardInput : KernelRole::kForward, p.cell);
+  std::optional<StepKernel<ForwardStep>> project;
+  if (projected) project = forward_kernel_of(plan, KernelRole::kProject, p.cell);
+  for (int64_t s = 0; s < p.seq.T; ++s) {
+    step.step = project_step.step = s;
+    launch(step, s == 0, stream);
+    if (project) (*project)(project_step, false, stream);
+  }
+}
+
+void step_backward(const BackwardParams& p, const Plan& plan, const StepRange&, void* stream) {
+  const bool projected = p.weights[0].w_hr.data != nullptr;
+  if (projected && !p.d_h) throw std::invalid_argument("backward of a projected LSTM needs d_h");
+  const int bytes = static_cast<int>(dtype_size(p.dtype));
+  const WorkspaceLayout layout = workspace_layout(problem_of(p));
+
+  BackwardStep step{p, 0, 0, 0, nullptr};
+  if (!projected) step.p.d_h = nullptr;
+  if (layout.carry_bytes) step.carry = static_cast<unsigned char*>(p.workspace) + layout.carry;
+  // A product with W_hh copies rows of W_hh and of d_gates; one with W_hr rows of W_hr and of d_h.
+  const Weights &w0 = p.weights[0], &w1 = p.weights[p.D - 1];
+  const int recurrent_width = copy_width({w0.w_hh.data, w1.w_hh.data, p.d_gates}, (p.P | p.H) * bytes, bytes);
+  BackwardStep state_step = step;
+  state_step.copy_bytes = recurrent_width;
+  step.copy_bytes =
+      projected ? copy_width({w0.w_hr.data, w1.w_hr.data, p.d_h}, (p.P | p.H) * bytes, bytes) : recurrent_width;
+
+  auto launch = backward_kernel_of(plan, KernelRole::kBackward, p.cell);
+  auto state_grad = backward_kernel_of(plan, KernelRole::kStateGrad, p.cell);
+  bool first = true;
+  for (int64_t s = p.seq.T - 1; s >= 0; --s) {
+    step.step = state_step.step = s;
+    if (projected) {
+      state_grad(state_step, first, stream);
+      first = false;
+    }
+    launch(step, first, stream);
+    first = false;
+  }
+  if (!p.d_h0) return;
+  state_step.step = -1;
+  state_grad(state_step, first, stream);
+}
+
+}  // namespace fused_rnn::cuda

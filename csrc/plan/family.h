@@ -1,0 +1,66 @@
+// The families of CUDA kernels, as a list: what the planner asks of each. csrc/cuda/family.h has their launchers.
+#pragma once
+#include <string>
+
+#include "plan/device_info.h"
+#include "plan/problem.h"
+
+namespace fused_rnn {
+
+struct Plan;  // plan.h
+
+// Every family, once, in the order in which plans prefer them. The enum, the names and the planner's loop are made of this list.
+//   X(kind, name, persistent, reads_x, automatic, obstacle, plan)
+//   persistent  one launch makes all steps, or a range of them, with the weights held on the chip; else every step has its launches
+//   reads_x     forward reads x and makes the input product itself; else the caller leaves that product in `gates`
+//   automatic   plans take it by themselves; else it must be asked for
+//   obstacle    a function: why the family cannot serve a problem on a device, empty if it can
+//   plan        a function: fills in a plan whose family is set and has no obstacle; throws std::invalid_argument with the reason
+//               if the device turns out to lack the room
+// kSingle: one step, both products in one kernel. kStep: one or two launches a step. kGrid and kCluster: one launch a layer, whose
+// blocks exchange states through L2 or inside clusters. These two have never run on a GPU, only in the simulator.
+#define FUSED_RNN_FAMILIES(X)                                                 \
+  X(kSingle, "single", false, true, true, single_obstacle, plan_step_kernels) \
+  X(kStep, "step", false, false, true, step_obstacle, plan_step_kernels)      \
+  X(kGrid, "grid", true, false, false, grid_obstacle, plan_grid)              \
+  X(kCluster, "cluster", true, false, false, cluster_obstacle, plan_cluster)
+
+enum class Family : int {
+#define FUSED_RNN_FAMILY(kind, ...) kind,
+  FUSED_RNN_FAMILIES(FUSED_RNN_FAMILY)
+#undef FUSED_RNN_FAMILY
+};
+
+constexpr Family kFamilies[] = {
+#define FUSED_RNN_FAMILY(kind, ...) Family::kind,
+    FUSED_RNN_FAMILIES(FUSED_RNN_FAMILY)
+#undef FUSED_RNN_FAMILY
+};
+
+#define FUSED_RNN_FAMILY(kind, name, persistent, reads_x, automatic, obstacle, plan) \
+  std::string obstacle(const Problem& problem, const DeviceInfo& device);            \
+  void plan(const Problem& problem, const DeviceInfo& device, Plan& plan);
+FUSED_RNN_FAMILIES(FUSED_RNN_FAMILY)
+#undef FUSED_RNN_FAMILY
+
+// What the list says of one family.
+struct FamilyTraits {
+  const char* name;
+  bool persistent, reads_x, automatic;
+  std::string (*obstacle)(const Problem& problem, const DeviceInfo& device);
+  void (*plan)(const Problem& problem, const DeviceInfo& device, Plan& plan);
+};
+
+constexpr FamilyTraits traits_of(Family family) {
+  switch (family) {
+#define FUSED_RNN_FAMILY(kind, ...) \
+  case Family::kind: return {__VA_ARGS__};
+    FUSED_RNN_FAMILIES(FUSED_RNN_FAMILY)
+#undef FUSED_RNN_FAMILY
+  }
+  return {};
+}
+
+constexpr const char* to_string(Family family) { return traits_of(family).name; }
+
+}  // namespace fused_rnn

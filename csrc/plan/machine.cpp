@@ -1,0 +1,47 @@
+#include "plan/machine.h"
+
+#include <algorithm>
+#include <tuple>
+
+#include "plan/persistent_geometry.h"
+
+namespace fused_rnn {
+
+using cuda::MathKind;
+
+// mma.sync reaches the peak of an A100's tensor cores, but 63% of a Hopper's.
+double math_rate(MathKind math, const DeviceInfo& device) {
+  const int capability = device.compute_capability;
+  const bool server = capability == 80 || capability == 90 || capability == 100;
+  const double half = capability == 80 ? 1024 : server ? 1290 : 512;
+  switch (math) {
+    case MathKind::kFp64: return server ? 32 : 2;
+    case MathKind::kFp32: return capability == 75 || capability == 80 ? 64 : 128;
+    case MathKind::kTf32: return half / 2;
+    case MathKind::kFp16: return half;
+    case MathKind::kBf16: return device.compiled_for < 80 ? 32 : half;  // 32: plain multiply-adds with conversions
+  }
+  return 0;
+}
+
+double peak_math_rate(MathKind math) {
+  switch (math) {
+    case MathKind::kFp64: return 64;
+    case MathKind::kFp32: return 128;
+    case MathKind::kTf32: return 1024;
+    case MathKind::kFp16:
+    case MathKind::kBf16: return 2048;
+  }
+  return 0;
+}
+
+// Clusters do not span the device's groups of SMs, of which some are incomplete: 7 clusters of 16 blocks fit an H100, 15 of 8.
+int64_t clusters_at_once(const DeviceInfo& device, int64_t blocks) {
+  if (blocks > std::min(device.max_cluster, cuda::kMaxClusterBlocks)) return 0;
+  if (device.active_clusters[1] > 0) return device.active_clusters[blocks];
+  const int64_t all = device.sm_count / blocks;
+  return blocks >= 8 && all > 1 ? all - 1 : all;
+}
+static_assert(std::tuple_size<decltype(DeviceInfo::active_clusters)>::value == cuda::kMaxClusterBlocks + 1);
+
+}  // namespace fused_rnn

@@ -1,0 +1,43 @@
+// What the planners' cost model takes a GPU to be: every constant, once, and what follows from a device. No constant is a
+// measurement of these kernels. Most are published figures for an H100; benchmarks/micro has a program for each that can be
+// measured alone. fused_rnn/bench/floor.py reads them through machine_constants() of csrc/torch/plan_bindings.cpp.
+#pragma once
+#include "plan/device_info.h"
+#include "plan/math_kind.h"
+
+namespace fused_rnn {
+
+constexpr double kClockGhz = 1.7;  // of the SMs, all generations
+
+// Launches.
+constexpr double kLaunchUs = 2.1;            // from one launch in a stream to the next
+constexpr double kOverlappedLaunchUs = 1.3;  // the same with programmatic dependent launch
+constexpr double kHostUs = 8;                // of the caller's thread: a matrix product or a launch, and its events
+
+// Memory.
+constexpr double kL2LatencyUs = 0.6;           // under load
+constexpr double kL2BytesPerClock = 64;        // into one SM that reads alone
+constexpr double kSharedL2BytesPerClock = 25;  // into each SM while all read (5.5 TB/s on an H100)
+constexpr double kSmemBytesPerClock = 128;
+constexpr int kReservedSmem = 1024;  // the system's share of a block's shared memory
+
+// A step of the step kernels, beside launch and product: table, partial sums, pointwise part.
+constexpr double kBlockUs = 0.5;
+
+// A step of the persistent kernels. kStepUs, kClusterHandOffUs and kTurnsHandOffUs were read from the machine code (LSTM, 16 bit,
+// one row tile, sm_90a): the stall counts along the path of one warp, with 280 clocks for a load from L2 and 30 for one from shared
+// memory.
+constexpr double kStepUs = 0.4;             // partial sums, block barrier, pointwise part
+constexpr double kL2HandOffUs = 0.75;       // a store and the load that sees it: 160 ns one way, 600 ns under load
+constexpr double kClusterHandOffUs = 0.42;  // from a push to the next product; the push and its barrier alone take 0.25
+constexpr double kTurnsHandOffUs = 0.27;    // the same where half of the threads load ahead meanwhile
+
+// Multiply-adds per clock and SM that the kernels reach.
+double math_rate(cuda::MathKind math, const DeviceInfo& device);
+// The same at the datasheet's rate, for an H100.
+double peak_math_rate(cuda::MathKind math);
+
+// Clusters of so many blocks that run at once; 0: the device runs none of that size.
+int64_t clusters_at_once(const DeviceInfo& device, int64_t blocks);
+
+}  // namespace fused_rnn
