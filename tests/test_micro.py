@@ -19,7 +19,7 @@ PROGRAMS = sorted(FOLDER.glob("*.cu"))
 def test_names_constants_that_the_planner_has(program: Path) -> None:
     text = program.read_text()
     planner = "".join(path.read_text() for path in (ROOT / "csrc" / "plan").glob("*"))
-    named = set(re.findall(r'"(k[A-Z]\w+|math_rate|clusters_at_once)"', text))
+    named = set(re.findall(r'"(k[A-Z]\w+|persistent_math_rate|clusters_at_once)"', text))
     assert named, "a microbenchmark measures a constant of the cost model"
     assert all(re.search(rf"\b{name}\b", planner) for name in named)
     comment = text[: text.index("#include")]

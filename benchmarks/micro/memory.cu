@@ -1,7 +1,7 @@
 // What L2 and shared memory deliver to an SM.
 //   l2_latency    a load that waits for the one before it, from L2: kL2LatencyUs of csrc/plan/machine.h
 //   l2_bandwidth  16-byte loads of 256 threads from 16 MiB that stay in L2: kL2BytesPerClock by one SM alone,
-//                 kSharedL2BytesPerClock by all at once
+//                 kSharedL2BytesPerClock, which is that times kL2Share, by all at once
 //   smem_bandwidth  16-byte loads from shared memory, as the weights beyond the registers are read: kSmemBytesPerClock
 #include "micro.cuh"
 

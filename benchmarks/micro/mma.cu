@@ -1,4 +1,4 @@
-// mma.sync from registers, as the persistent families issue it: math_rate of csrc/plan/machine.cpp.
+// mma.sync from registers, as the persistent families issue it: persistent_math_rate of csrc/plan/machine.cpp.
 //   latency  clocks of one m16n8k16 (TF32: m16n8k8) that waits for the one before it, one warp
 //   rate     multiply-adds per clock and SM of 8 warps, each with 4 tiles of 16 rows by N = 8, 16, 32 columns (1, 2, 4 tiles of
 //            8), all of them independent; every SM busy
@@ -80,7 +80,7 @@ void measure_rate(const Mma& p, int sms) {
   });
   const double macs = 8.0 * kRowTiles * kColumns * p.iterations * 16 * 8 * Kind::kK;
   report("mma_rate", word("math", Kind::kName) + ", " + number("n", 8 * kColumns), macs / t.clocks,
-         "multiply-adds per clock and SM", "math_rate");
+         "multiply-adds per clock and SM", "persistent_math_rate");
 }
 
 template <class Kind>

@@ -2,14 +2,16 @@
 // has the arithmetic operators and sigmoid(V), tanh(V), relu(V), relu_mask(y, d) found by argument-dependent lookup or in
 // fused_rnn::math. No torch, no CUDA include, no memory access: kernels load, call, store.
 //
-// Source of the formulas: the documentation of torch.nn.LSTM, GRU and RNN; LSTM after Hochreiter and Schmidhuber 1997 with the
-// forget gate of Gers et al. 2000, GRU after Cho et al. 2014 in the variant whose reset gate multiplies W_hn h + b_hn.
+// Source of the formulas: the documentation of torch.nn.LSTM, GRU and RNN; LSTM after Hochreiter and Schmidhuber 1997 with
+// the forget gate of Gers et al. 2000, GRU after Cho et al. 2014 in the variant whose reset gate multiplies W_hn h + b_hn.
 //
 // Every cell has
-//   kGates, kSlots, kSaved, kHasC, kReadsH   what the list in params.h says of it; slots in the order of ForwardParams::gates
+//   kGates, kSlots, kSaved, kHasC, kReadsH   what the list in params.h says of it; slots in the order of
+//                                            ForwardParams::gates
 //   recurrent_slot(g)  the accumulator that gate g of the recurrent product (and b_hh) is added to; gate g of the input
 //                      product is added to slot g
-//   forward(a, h_prev, c_prev, h, c)   a: accumulators in, saved values out; where there are gates with a sigmoid, in two parts:
+//   forward(a, h_prev, c_prev, h, c)   a: accumulators in, saved values out; where there are gates with a sigmoid, in two
+//                                      parts:
 //   sigmoids(a), which depend on nothing else, and forward_of_sigmoids(a, h_prev, c_prev, h, c)
 //   backward(a, h_prev, c_prev, c, h, dh, dc, d, dh_prev)
 //        a: saved values, h_prev/c_prev: state before the step, c/h: state after, dh: total gradient of h,

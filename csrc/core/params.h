@@ -8,8 +8,8 @@
 // Slot order of `gates`:     LSTM i f g o, GRU r z n hn, where hn = W_hn h + b_hn. Before the recurrence the first G slots
 //                            hold the input projection x W_ih^T + b_ih.
 // Slot order of `d_gates`:   LSTM i f g o, GRU n_x r z n_h: gradients of pre-activations. The last G slots are always the
-//                            gradient of the recurrent product, in weight order; GRU's slot 0 is that of the input part of n.
-//                            So the gradient of the input product is slots (1, 2, 0) for a GRU, all slots otherwise.
+//                            gradient of the recurrent product, in weight order; GRU's slot 0 is that of the input part of
+//                            n. So the gradient of the input product is slots (1, 2, 0) for a GRU, all slots otherwise.
 #pragma once
 #include "core/active.h"
 #include "core/modifier.h"
@@ -89,9 +89,9 @@ struct Weights {
   WeightMatrix w_hr;  // [P, H] or null (no projection, P == H)
 };
 
-// One layer forward. Direction 0 scans t = 0 .. T-1, direction 1 scans t = T-1 .. 0; a row of a ragged batch keeps its initial
-// state until its first active step in scan order. Arithmetic is fp32 for 16-bit dtypes (fp64 for fp64), converted at loads and
-// stores; the running c is kept in that arithmetic type between steps.
+// One layer forward. Direction 0 scans t = 0 .. T-1, direction 1 scans t = T-1 .. 0; a row of a ragged batch keeps its
+// initial state until its first active step in scan order. Arithmetic is fp32 for 16-bit dtypes (fp64 for fp64), converted
+// at loads and stores; the running c is kept in that arithmetic type between steps.
 struct ForwardParams {
   CellKind cell;
   DType dtype;

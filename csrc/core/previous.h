@@ -1,5 +1,5 @@
-// The h before each step, which the gradient of the recurrent weights multiplies d_gates with: the rule for one row, shared by the
-// CPU's loop (cpu/scan/previous.cpp) and the CUDA kernel (cuda/previous_rows.cu).
+// The h before each step, which the gradient of the recurrent weights multiplies d_gates with: the rule for one row, shared
+// by the CPU's loop (cpu/scan/previous.cpp) and the CUDA kernel (cuda/previous_rows.cu).
 #pragma once
 #include "core/active.h"
 #include "core/modifier.h"
@@ -18,8 +18,8 @@ struct PreviousParams {
   void* out;       // [N]
 };
 
-// The h of batch row b before its step at time t, row_bytes long: the y of the step before, or h0. Null stands for zeros: at a reset,
-// where h0 is null, and where the row takes no part in the step.
+// The h of batch row b before its step at time t, row_bytes long: the y of the step before, or h0. Null stands for zeros: at
+// a reset, where h0 is null, and where the row takes no part in the step.
 FUSED_RNN_HD const void* previous_row(const PreviousParams& p, int64_t t, int64_t b) {
   if (!is_active(p.seq, t, b) || is_reset(p.modifier, row_of(p.seq, t, b))) return nullptr;
   const int64_t before = p.reverse ? t + 1 : t - 1;

@@ -69,8 +69,8 @@ Problem problem_of(const BackwardParams& p) {
 const Plan& plan_for(const Problem& problem, int device, const FamilyChoice& choice) {
   // A layer's forward and backward ask in turn.
   static thread_local Recent<std::tuple<Problem, int, FamilyChoice>, Plan, 16> recent;
-  // Families tell one step from several steps, and the persistent ones ask whether the steps are too many for them. Only the choice of
-  // the cheapest family depends on their number.
+  // Families tell one step from several steps, and the persistent ones ask whether the steps are too many for them. Only the
+  // choice of the cheapest family depends on their number.
   Problem key = problem;
   if (!choice.cheapest && problem.T > 1 && numbers_rows(problem)) key.T = 2;
   return recent.get({key, device, choice}, [&] { return make_plan(problem, device_info(device), choice); });

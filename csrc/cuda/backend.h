@@ -1,7 +1,7 @@
-// The CUDA backend without torch and without CUDA headers: what csrc/torch calls. The caller makes the device current, owns all
-// memory and names the stream (a cudaStream_t). A call synchronises nothing, allocates nothing on the device and uses the given
-// stream alone, so a CUDA graph can capture it. Errors are std::runtime_error with the kernel's name.
-// (The file's name is not cuda.h: this folder is on the include path, and torch includes CUDA's <cuda.h>.)
+// The CUDA backend without torch and without CUDA headers: what csrc/torch calls. The caller makes the device current, owns
+// all memory and names the stream (a cudaStream_t). A call synchronises nothing, allocates nothing on the device and uses
+// the given stream alone, so a CUDA graph can capture it. Errors are std::runtime_error with the kernel's name. (The file's
+// name is not cuda.h: this folder is on the include path, and torch includes CUDA's <cuda.h>.)
 #pragma once
 #include <optional>
 
@@ -18,18 +18,18 @@ const DeviceInfo& device_info(int device);
 Problem problem_of(const ForwardParams& params);
 Problem problem_of(const BackwardParams& params);
 
-// make_plan for a device. The calling thread remembers its latest plans. A remembered plan may have been made for a layer with another
-// number of steps beyond the first, which no family asks for: `us` and `cheapest` are then that layer's.
+// make_plan for a device. The calling thread remembers its latest plans. A remembered plan may have been made for a layer
+// with another number of steps beyond the first, which no family asks for: `us` and `cheapest` are then that layer's.
 const Plan& plan_for(const Problem& problem, int device, const FamilyChoice& choice = {});
 
 // params.workspace: plan.workspace_bytes bytes, 256-byte aligned, contents irrelevant.
-// A family that reads x ignores what gates holds (null unless training). Any other finds the projection x W_ih^T + b_ih in the first
-// G slots of gates and does not read params.x.
+// A family that reads x ignores what gates holds (null unless training). Any other finds the projection x W_ih^T + b_ih in
+// the first G slots of gates and does not read params.x.
 void forward(const ForwardParams& params, const Plan& plan, void* stream);
 void backward(const BackwardParams& params, const Plan& plan, void* stream);
 
-// Some of the steps, by a plan of a persistent family: [first, end) in the order of the scan, which for backward begins at the
-// end of the sequence. Calls for consecutive ranges that make up the sequence give, bit by bit, the results of one call.
+// Some of the steps, by a plan of a persistent family: [first, end) in the order of the scan, which for backward begins at
+// the end of the sequence. Calls for consecutive ranges that make up the sequence give, bit by bit, the results of one call.
 struct StepRange {
   int64_t first, end;
   float* carry;  // [D, B, H], backward [2, D, B, H]: the same memory in all calls for a sequence
@@ -40,8 +40,8 @@ void backward_steps(const BackwardParams& params, const Plan& plan, const StepRa
 // Writes every row's h before its step (core/previous.h), all pointers being device memory, in one launch.
 void previous_rows(const PreviousParams& params, void* stream);
 
-// Writes integers of the host to device memory. They travel as arguments of launches: a capture holds them, and the host's memory is
-// free when the call returns.
+// Writes integers of the host to device memory. They travel as arguments of launches: a capture holds them, and the host's
+// memory is free when the call returns.
 void write_integers(int64_t* to, const int64_t* integers, int64_t count, void* stream);
 
 }  // namespace fused_rnn::cuda

@@ -5,8 +5,8 @@
 
 namespace fused_rnn::cuda {
 
-// The most bytes (16, 4 or one element) that one access may copy. addresses: where rows begin, nulls included; row_bytes: the bitwise
-// or of all distances between rows and of their lengths.
+// The most bytes (16, 4 or one element) that one access may copy. addresses: where rows begin, nulls included; row_bytes:
+// the bitwise or of all distances between rows and of their lengths.
 inline int copy_width(std::initializer_list<const void*> addresses, int64_t row_bytes, int element_bytes) {
   uint64_t bits = static_cast<uint64_t>(row_bytes);
   for (const void* address : addresses) bits |= reinterpret_cast<uintptr_t>(address);

@@ -1,5 +1,5 @@
-// Host side of the families `grid` and `cluster`: one launch per layer, or several where the device does not hold all groups at
-// once.
+// Host side of the families `grid` and `cluster`: one launch per layer, or several where the device does not hold all groups
+// at once.
 #include <algorithm>
 #include <launch.cuh>
 #include <simt.cuh>

@@ -1,6 +1,6 @@
 // Every row's h before its step (core/previous.h), in one launch that copies rows.
-// A warp owns some pairs of a step and a batch row; its lanes copy the row's pieces of kBytes in turn. Nothing is shared between
-// threads: no shared memory, no barrier.
+// A warp owns some pairs of a step and a batch row; its lanes copy the row's pieces of kBytes in turn. Nothing is shared
+// between threads: no shared memory, no barrier.
 #include <algorithm>
 #include <launch.cuh>
 #include <simt.cuh>

@@ -14,11 +14,12 @@ struct DeviceInfo {
   int threads_per_sm;    // resident threads
   int64_t l2_bytes;
   int max_cluster;  // blocks in a cluster, non-portable sizes included; 1: no clusters
-  // Compute capability that the kernels' code for this device was compiled for. It is older than the device where that runs the
-  // binary of an earlier minor version, or a PTX that the driver translates. 0: no code in this build runs there.
+  // Compute capability that the code which runs on this device was compiled for. It may be older than the device: the binary
+  // of an earlier minor version, or a PTX that the driver translates. 0: no code in this build runs there.
   int compiled_for;
-  // [n]: clusters of n blocks that run at once where each block has an SM for itself; 0: the device runs none of that size, as a
-  // MIG slice or a card with incomplete groups of SMs may not. [1] == 0: not asked, the planner estimates from sm_count.
+  // [n]: clusters of n blocks that run at once, each block with an SM for itself. 0: the device runs none of that size,
+  // which happens on a MIG slice and on a card with incomplete groups of SMs. [1] == 0: the device was not asked, and the
+  // planner estimates.
   std::array<int, 17> active_clusters{};
 };
 

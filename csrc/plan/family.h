@@ -9,16 +9,18 @@ namespace fused_rnn {
 
 struct Plan;  // plan.h
 
-// Every family, once, in the order in which plans prefer them. The enum, the names and the planner's loop are made of this list.
+// Every family, once, in the order in which plans prefer them. The enum, the names and the planner's loop are made of this
+// list.
 //   X(kind, name, persistent, reads_x, automatic, obstacle, plan)
-//   persistent  one launch makes all steps, or a range of them, with the weights held on the chip; else every step has its launches
+//   persistent  one launch makes all steps, or a range of them, with the weights held on the chip; else every step has its
+//               launches
 //   reads_x     forward reads x and makes the input product itself; else the caller leaves that product in `gates`
 //   automatic   plans take it by themselves; else it must be asked for
 //   obstacle    a function: why the family cannot serve a problem on a device, empty if it can
-//   plan        a function: fills in a plan whose family is set and has no obstacle; throws std::invalid_argument with the reason
-//               if the device turns out to lack the room
-// kSingle: one step, both products in one kernel. kStep: one or two launches a step. kGrid and kCluster: one launch a layer, whose
-// blocks exchange states through L2 or inside clusters. These two have never run on a GPU, only in the simulator.
+//   plan        a function: fills in a plan whose family is set and has no obstacle; throws std::invalid_argument with the
+//               reason if the device turns out to lack the room
+// kSingle: one step, both products in one kernel. kStep: one or two launches a step. kGrid and kCluster: one launch a layer,
+// whose blocks exchange states through L2 or inside clusters. These two have never run on a GPU, only in the simulator.
 #define FUSED_RNN_FAMILIES(X)                                                 \
   X(kSingle, "single", false, true, true, single_obstacle, plan_step_kernels) \
   X(kStep, "step", false, false, true, step_obstacle, plan_step_kernels)      \

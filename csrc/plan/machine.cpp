@@ -9,17 +9,31 @@ namespace fused_rnn {
 
 using cuda::MathKind;
 
-// mma.sync reaches the peak of an A100's tensor cores, but 63% of a Hopper's.
 double math_rate(MathKind math, const DeviceInfo& device) {
   const int capability = device.compute_capability;
   const bool server = capability == 80 || capability == 90 || capability == 100;
-  const double half = capability == 80 ? 1024 : server ? 1290 : 512;
   switch (math) {
     case MathKind::kFp64: return server ? 32 : 2;
     case MathKind::kFp32: return capability == 75 || capability == 80 ? 64 : 128;
+    case MathKind::kTf32: return server ? 512 : 256;
+    case MathKind::kFp16: return server ? 1024 : 512;
+    case MathKind::kBf16:
+      if (device.compiled_for < 80) return 32;  // plain multiply-adds with conversions
+      return server ? 1024 : 512;
+  }
+  return 0;
+}
+
+// mma.sync reaches the peak of an A100's tensor cores and 63% of a Hopper's.
+double persistent_math_rate(MathKind math, const DeviceInfo& device) {
+  const int capability = device.compute_capability;
+  const double half = capability == 80 ? 1024 : capability == 90 || capability == 100 ? 1290 : 512;
+  switch (math) {
+    case MathKind::kFp64:
+    case MathKind::kFp32: return math_rate(math, device);
     case MathKind::kTf32: return half / 2;
-    case MathKind::kFp16: return half;
-    case MathKind::kBf16: return device.compiled_for < 80 ? 32 : half;  // 32: plain multiply-adds with conversions
+    case MathKind::kFp16:
+    case MathKind::kBf16: return half;
   }
   return 0;
 }
@@ -35,7 +49,8 @@ double peak_math_rate(MathKind math) {
   return 0;
 }
 
-// Clusters do not span the device's groups of SMs, of which some are incomplete: 7 clusters of 16 blocks fit an H100, 15 of 8.
+// Clusters do not span the device's groups of SMs, of which some are incomplete: 7 clusters of 16 blocks fit an H100, 15 of
+// 8.
 int64_t clusters_at_once(const DeviceInfo& device, int64_t blocks) {
   if (blocks > std::min(device.max_cluster, cuda::kMaxClusterBlocks)) return 0;
   if (device.active_clusters[1] > 0) return device.active_clusters[blocks];

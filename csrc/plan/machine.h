@@ -15,25 +15,28 @@ constexpr double kOverlappedLaunchUs = 1.3;  // the same with programmatic depen
 constexpr double kHostUs = 8;                // of the caller's thread: a matrix product or a launch, and its events
 
 // Memory.
-constexpr double kL2LatencyUs = 0.6;           // under load
-constexpr double kL2BytesPerClock = 64;        // into one SM that reads alone
-constexpr double kSharedL2BytesPerClock = 25;  // into each SM while all read (5.5 TB/s on an H100)
+constexpr double kL2LatencyUs = 0.6;     // under load
+constexpr double kL2BytesPerClock = 64;  // into one SM that reads alone
+constexpr double kL2Share = 0.4;         // of that, into each SM while all read (5.5 TB/s on an H100)
+constexpr double kSharedL2BytesPerClock = kL2BytesPerClock * kL2Share;
 constexpr double kSmemBytesPerClock = 128;
 constexpr int kReservedSmem = 1024;  // the system's share of a block's shared memory
 
 // A step of the step kernels, beside launch and product: table, partial sums, pointwise part.
 constexpr double kBlockUs = 0.5;
 
-// A step of the persistent kernels. kStepUs, kClusterHandOffUs and kTurnsHandOffUs were read from the machine code (LSTM, 16 bit,
-// one row tile, sm_90a): the stall counts along the path of one warp, with 280 clocks for a load from L2 and 30 for one from shared
-// memory.
+// A step of the persistent kernels. kStepUs, kClusterHandOffUs and kTurnsHandOffUs were read from the machine code (LSTM, 16
+// bit, one row tile, sm_90a): the stall counts along the path of one warp, with 280 clocks for a load from L2 and 30 for one
+// from shared memory.
 constexpr double kStepUs = 0.4;             // partial sums, block barrier, pointwise part
 constexpr double kL2HandOffUs = 0.75;       // a store and the load that sees it: 160 ns one way, 600 ns under load
 constexpr double kClusterHandOffUs = 0.42;  // from a push to the next product; the push and its barrier alone take 0.25
 constexpr double kTurnsHandOffUs = 0.27;    // the same where half of the threads load ahead meanwhile
 
-// Multiply-adds per clock and SM that the kernels reach.
+// Multiply-adds per clock and SM of the step kernels and of matrix products.
 double math_rate(cuda::MathKind math, const DeviceInfo& device);
+// The same of mma.sync with weights in registers, as the persistent kernels issue it.
+double persistent_math_rate(cuda::MathKind math, const DeviceInfo& device);
 // The same at the datasheet's rate, for an H100.
 double peak_math_rate(cuda::MathKind math);
 

@@ -11,8 +11,9 @@
 namespace fused_rnn {
 namespace {
 
-constexpr double kWorthIt = 0.95;         // of the time in turn: below it, the model may be trusted to see a gain
-constexpr int kMostConcurrentLayers = 7;  // with the caller's 8 streams: more share the hardware's queues (CUDA's default)
+constexpr double kWorthIt = 0.95;  // of the time in turn: an overlap must be expected to take less
+constexpr int kMostConcurrentLayers =
+    7;  // 8 streams with the caller's: more would share the hardware's queues (CUDA's default)
 
 double us_of_bytes(double bytes, double sms) { return bytes / (kSharedL2BytesPerClock * kClockGhz * 1e3 * sms); }
 
@@ -23,23 +24,23 @@ struct Costs {
   const DeviceInfo& device;
 
   double rows_of(int64_t steps) const { return double(steps) * stack.rows / stack.layer.T; }  // on average
-  // The weights of all blocks are loaded again.
+  // One launch, which loads the weights of all blocks again.
   double scan(int64_t steps) const { return plan.us_once + steps * plan.us_per_step; }
   double project(int layer, int64_t steps, int sms) const {
     const Problem& p = stack.layer;
     const double rows = rows_of(steps), columns = gate_count(p.cell) * p.H,
                  inputs = layer == 0 && !p.backward ? stack.first_input : p.I;
-    const double clocks = rows * columns * inputs / (math_rate(plan.persistent->math, device) * sms);
+    const double clocks = rows * columns * inputs / (persistent_math_rate(plan.persistent->math, device) * sms);
     const double bytes = (rows * (columns + inputs) + columns * inputs) * dtype_size(p.dtype);
     return p.D * (kLaunchUs + std::max(clocks / (kClockGhz * 1e3), us_of_bytes(bytes, sms)));
   }
-  // Some passes over the elements between two layers, two of them and a mask each.
+  // Passes over the elements between two layers, each of which reads or writes two elements and a byte of mask.
   double drop(int64_t steps, int passes, int sms) const {
     if (stack.dropout == 0) return 0;
     const double elements = rows_of(steps) * stack.layer.I;
     return passes * (kLaunchUs + us_of_bytes(elements * (2 * dtype_size(stack.layer.dtype) + 1), sms));
   }
-  // What becomes of it in a task: the mask, then the scale.
+  // The dropout of a task: one pass for the mask, one for the scale.
   double drop_rows(const OverlapTask& task, int sms) const {
     return task.project && (stack.layer.backward || task.layer > 0) ? drop(task.end - task.first, 2, sms) : 0;
   }
@@ -52,7 +53,7 @@ struct Costs {
     }
     return us;
   }
-  // When the last task ends, if every stream makes its tasks one after another and a task waits for its `after`.
+  // When the last task ends. A stream runs its tasks one after another, and a task waits for its `after`.
   double overlapped(const std::vector<OverlapTask>& tasks, int concurrent_layers, int idle_sms) const {
     std::vector<double> ends, free(1 + concurrent_layers, draw());
     double host = 0;
@@ -93,7 +94,8 @@ std::string obstacle(const Stack& stack, const Plan& plan) {
 std::vector<OverlapTask> overlap_tasks(int layers, int directions, bool backward, int64_t T, int64_t chunk_steps,
                                        int concurrent_layers) {
   const int64_t chunks = ceil_div(T, chunk_steps), at_once = concurrent_layers;
-  // The wave in which the recurrence of the n-th layer makes a chunk: layers of one round follow each other, a chunk apart.
+  // The wave in which the recurrence of the n-th layer makes a chunk. The layers of one round follow each other a chunk
+  // apart.
   const auto wave = [&](int64_t n, int64_t chunk) { return n / at_once * chunks + n % at_once + chunk; };
   const auto chunk_before = [&](int64_t chunk) { return directions == 1 ? chunk : chunks - 1; };
   struct Entry {
@@ -106,7 +108,8 @@ std::vector<OverlapTask> overlap_tasks(int layers, int directions, bool backward
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t first = chunk * chunk_steps, end = std::min(T, first + chunk_steps);
       const int layer = backward ? layers - 1 - n : n;
-      // After the wave that makes its input; the first layer's, whose input is there, in the wave before it is needed.
+      // A projection comes after the wave that makes its input. The first layer has its input from the beginning: its
+      // projection comes in the wave before the one that needs it.
       const int64_t project_after = n == 0 ? chunk - 1 : wave(n - 1, chunk_before(chunk));
       if (n > 0 || !backward) entries.push_back({2 * project_after + 1, chunk, n, {true, layer, first, end, 0, -1}});
       entries.push_back({2 * wave(n, chunk), chunk, n, {false, layer, first, end, 1 + n % concurrent_layers, -1}});

@@ -1,13 +1,15 @@
-// Overlap of the layers of a stack on CUDA, and of their input projections: a pure function like plan.h's. No torch, no CUDA.
+// Which layers of a stack run beside each other on CUDA: a pure function like plan.h's. No torch, no CUDA.
 //
-// The persistent families leave most SMs idle where a layer is small. So the sequence is cut into chunks of steps: while one
-// layer's recurrence makes a chunk, its projection of the next chunk and the layers above, some chunks behind, run beside it:
+// The persistent families leave most SMs idle where a layer is small. So the sequence is cut into chunks of steps. While one
+// layer's recurrence makes a chunk, two things run beside it: its input projection of the next chunk, and the layers above,
+// some chunks behind.
 //   project(l, c)  needs chunk c of the layer below, if layers have one direction (two: the whole layer below)
 //   scan(l, c)     needs project(l, c) and scan(l, c - 1)
-// Backward goes from the top layer down and from the last step to the first, and project(l, c) is the product that makes the
-// gradient of layer l's output from the gates of the layer above; the top layer has none. All projections run on stream 0, the
-// caller's; the recurrence of the n-th layer in this order on stream 1 + n % concurrent_layers. Dropout between the layers is part
-// of project: forward of what comes in, backward of what goes out. Its masks are drawn before the first task.
+// Backward goes from the top layer down and from the last step to the first. There project(l, c) makes the gradient of layer
+// l's output from the gates of the layer above, and the top layer has no project. All projections run on stream 0, the
+// caller's. The recurrence of the n-th layer in the order of the pass runs on stream 1 + n % concurrent_layers. Dropout
+// between the layers is part of project: it drops the input of a forward projection and the output of a backward one. All
+// masks are drawn before the first task.
 #pragma once
 #include <string>
 #include <vector>
@@ -20,7 +22,7 @@ struct Stack {
   Problem layer;        // each of the layers, forward or backward; I of those above the first
   int64_t first_input;  // I of the first
   int layers;
-  int64_t rows;    // in memory: T * B, fewer of a packed sequence
+  int64_t rows;    // in memory: T * B, or fewer if packed
   double dropout;  // probability between the layers, 0: none
 };
 
@@ -38,8 +40,8 @@ struct OverlapPlan {
   std::string reason;
 };
 
-// plan: of stack.layer on the device. chunks: so many instead of the cost model's choice, 1 none; what else stands against
-// an overlap still does.
+// plan: of stack.layer on the device. chunks: their number, instead of the cost model's choice; 1: no overlap. Every other
+// obstacle still holds.
 OverlapPlan plan_overlap(const Stack& stack, const Plan& plan, const DeviceInfo& device,
                          std::optional<int> chunks = std::nullopt);
 
@@ -51,7 +53,7 @@ struct OverlapTask {
   int after;  // number of the task on another stream that must have ended, -1: none
 };
 
-// In an order in which they can be handed to their streams: a task comes after all that it waits for.
+// In the order in which they are handed to their streams: a task comes after all tasks that it waits for.
 std::vector<OverlapTask> overlap_tasks(int layers, int directions, bool backward, int64_t T, int64_t chunk_steps,
                                        int concurrent_layers);
 

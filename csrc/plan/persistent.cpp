@@ -1,5 +1,5 @@
-// Capacity of the persistent families: whether the weights of a layer fit the registers and the shared memory of the blocks of one
-// group, and how many groups run at once. The times are those of the cost model (machine.h).
+// Capacity of the persistent families: whether the weights of a layer fit the registers and the shared memory of the blocks
+// of one group, and how many groups run at once. The times are those of the cost model (machine.h).
 #include "plan/persistent.h"
 
 #include <algorithm>
@@ -29,7 +29,8 @@ PersistentShape shape_of(const Problem& problem, const PersistentPlan& plan) {
   return {problem.cell, plan.math, plan.unit_tiles, problem.backward, plan.cluster};
 }
 
-// Bytes that a block moves through its shared memory in a step, for one row tile; in `grid` the exchange goes through L2 instead.
+// Bytes that a block moves through its shared memory in a step, for one row tile; in `grid` the exchange goes through L2
+// instead.
 double smem_traffic(const PersistentShape& s, const PersistentPlan& plan) {
   const double weights = plan.weight_bytes_in_smem;
   if (cuda::scatters(s)) {
@@ -51,7 +52,7 @@ double step_us(const PersistentShape& s, const PersistentPlan& plan, const Devic
   // Multiply-adds of a block: fragments of 16 rows by one chunk, times 8 batch rows.
   const double fragments = plan.weight_bytes / double(cuda::kFragmentBytes);
   const double products =
-      fragments * cuda::kTileUnits * cuda::chunk_step(s.math) * cuda::kTileRows / math_rate(s.math, device);
+      fragments * cuda::kTileUnits * cuda::chunk_step(s.math) * cuda::kTileRows / persistent_math_rate(s.math, device);
   // Products and the reading of the weights hide behind each other. Both begin when the states have come.
   const double clocks = std::max({exchange, smem_traffic(s, plan) / kSmemBytesPerClock, products});
   const double hand_off = !s.cluster ? kL2HandOffUs : cuda::takes_turns(s) ? kTurnsHandOffUs : kClusterHandOffUs;
@@ -136,8 +137,8 @@ Fit fit_grid(const Problem& problem, const DeviceInfo& device) {
   return {plan, ""};
 }
 
-// Clusters are independent: those that do not fit at once wait for their turn inside the launch. Blocks of more units make smaller
-// clusters, of which more run at once; more row tiles make fewer clusters. The cost model says what is best.
+// Clusters are independent: those that do not fit at once wait for their turn inside the launch. Blocks of more units make
+// smaller clusters, of which more run at once; more row tiles make fewer clusters. The cost model says what is best.
 Fit fit_cluster(const Problem& problem, const DeviceInfo& device) {
   if (const std::string reason = general_obstacle(problem, device, 90); !reason.empty()) return {std::nullopt, reason};
   Fit best;

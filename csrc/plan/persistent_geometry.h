@@ -1,33 +1,35 @@
-// Geometry of the persistent families `grid` and `cluster`, shared by their kernels (compile time) and the planner (run time).
-// No CUDA include.
+// Geometry of the persistent families `grid` and `cluster`, shared by their kernels (compile time) and the planner (run
+// time). No CUDA include.
 //
-// One launch runs a layer over the whole sequence. A slice of 16 * kUnitTiles hidden units, with all gates of each, belongs to
-// one block of kPersistentThreads threads; the blocks of all slices form a group, which serves some batch rows, in tiles of 8,
-// of one direction. Groups are independent. The weights lie in registers and shared memory from the first step to the last, as
-// fragments of 16 rows by one chunk of kStep columns (16 for 16-bit types, else 8). A step is one of two products.
+// One launch runs a layer over the whole sequence. A block of kPersistentThreads threads owns a slice: 16 * kUnitTiles
+// hidden units, with all gates of each. The blocks of all slices form a group. A group serves some batch rows of one
+// direction, in row tiles of 8 rows; groups are independent. The weights lie in registers and shared memory from the first
+// step to the last, as fragments of 16 rows by one chunk of kStep columns (16 for 16-bit types, else 8). A step makes one of
+// two products.
 //
-// gather: a block multiplies its weights by the state of all units (forward: h; backward: the gradients of the gates), which the
-// blocks of its group exchange:
+// gather: the blocks of a group exchange the states of all units (forward: h; backward: the gradients of the gates), and a
+// block multiplies its weights by them:
 //   acc[m][b] = sum_k A[m][k] x[k][b]
 //   forward   A[(gate, unit)][k] = W_hh[gate][unit][k]      M = 16 * kUnitTiles * G, K = H
 //   backward  A[unit][(gate, k)] = W_hh[gate][k][unit]      M = 16 * kUnitTiles,     K = G * H
-// The warps form m_groups x k_groups: a warp owns 1 / m_groups of the tiles of M and every k_groups-th chunk of K. The weights of
-// its first register_chunks chunks lie in its registers, those of the others in shared memory; the partial sums of the k_groups
-// are added through shared memory in a fixed order.
+// The warps form m_groups x k_groups: a warp owns 1 / m_groups of the tiles of M and every k_groups-th chunk of K. The
+// weights of its first register_chunks chunks lie in its registers, the weights of the other chunks in shared memory. The
+// partial sums of the k_groups are added through shared memory in a fixed order.
 //
-// scatter (backward of LSTM and GRU in a cluster): a block multiplies the gradients of its own gates by its weights, and the
-// partial gradients of the states of all units go to the blocks that own these units, which add them in the order of the blocks:
+// scatter (backward of LSTM and GRU in a cluster): a block multiplies the gradients of its own gates by its weights. The
+// result is a part of the gradient of every unit's state. Each part goes to the block that owns the unit, which adds the
+// parts in the order of the blocks:
 //   acc[k][b] = sum_(gate, unit) W_hh[gate][unit][k] d_gates[gate][unit][b]      M = H, K = 16 * kUnitTiles * G
-// The tiles of M are dealt to the warps in turn; a warp's first register_tiles lie in its registers, with all chunks of K.
+// The tiles of M are dealt to the warps in turn. A warp's first register_tiles lie in its registers, with all chunks of K.
 // Bytes that a block receives in a step, for each batch row:
 //              gather, 16 bit   gather, fp32   scatter
 //   LSTM            8 H             16 H          4 H
 //   GRU             6 H             12 H          4 H
 //   RNN             2 H              4 H          4 H      so an RNN gathers
-// Family `grid` gathers always: through L2 what is sent costs as much as what is received, and scattering sends 4 H from each
-// block to others where gathering stores the slice's share once.
+// Family `grid` always gathers. Through L2, sending costs as much as receiving: to scatter, each block would send 4 H; to
+// gather, it stores its slice's share once.
 //
-// Units from H on and rows from B on are zeros that the kernels make; the user's tensors are never padded.
+// The kernels make zeros for units from H on and rows from B on. The user's tensors are never padded.
 #pragma once
 #include "core/ceil_div.h"
 #include "plan/math_kind.h"
@@ -54,7 +56,7 @@ constexpr FUSED_RNN_HD int slice_units(PersistentShape s) { return kTileUnits * 
 constexpr FUSED_RNN_HD bool scatters(PersistentShape s) { return s.backward && s.cluster && gate_count(s.cell) > 1; }
 // Gates that a slice publishes (or multiplies itself) in each step: 1 state forward, gradients of all gates backward.
 constexpr FUSED_RNN_HD int published(PersistentShape s) { return s.backward ? gate_count(s.cell) : 1; }
-// Whether half of the threads, which have the elements of one tile, and the other half take turns (blocks of 16 units).
+// Whether the two halves of the threads take turns: in blocks of 16 units one half has all elements of a row tile.
 constexpr FUSED_RNN_HD bool takes_turns(PersistentShape s) {
   return s.cluster && 2 * slice_units(s) * kTileRows == kPersistentThreads;
 }
@@ -62,9 +64,10 @@ constexpr FUSED_RNN_HD bool takes_turns(PersistentShape s) {
 // ---- gather ----
 
 constexpr FUSED_RNN_HD int m_tiles(PersistentShape s) { return s.unit_tiles * (s.backward ? 1 : gate_count(s.cell)); }
-// In a cluster the states lie in shared memory, where every group of warps reads them again, while partial sums cost as much
-// for each chunk group: m_groups * K / 16 * 256 + 2 * k_groups * m_tiles * 640 bytes (16 bit). In `grid` the states come from L2.
-// kFp32 spends more on handing the states to its lanes than it saves, but the sums of 12 tiles leave no registers for weights.
+// In a cluster the choice balances traffic of shared memory: each of the m_groups reads all states, each of the k_groups
+// writes and reads partial sums, m_groups * K / 16 * 256 + 2 * k_groups * m_tiles * 640 bytes (16 bit). In `grid` the states
+// come from L2. With kFp32 a second group costs more for handing states to lanes than it saves; 12 tiles need it all the
+// same, since their sums leave no registers for weights.
 constexpr FUSED_RNN_HD int m_groups(PersistentShape s) {
   if (!s.cluster) return 1;
   const int tiles = m_tiles(s);
@@ -79,7 +82,7 @@ constexpr FUSED_RNN_HD int chunk_count(PersistentShape s, int slices) {
 constexpr FUSED_RNN_HD int chunks_per_warp(PersistentShape s, int slices) {
   return ceil_div(chunk_count(s, slices), k_groups(s));
 }
-// Chunks that are loaded together; in `grid`, whose states come from afar, two such batches are under way.
+// Chunks that are loaded together. In `grid`, whose states come from L2, two such batches are under way.
 constexpr FUSED_RNN_HD int chunk_batch(PersistentShape s) {
   const int tiles = warp_tiles(s);
   if (s.cluster && m_groups(s) == 4) return 2;
@@ -97,15 +100,16 @@ constexpr FUSED_RNN_HD int smem_chunks(PersistentShape s, int slices) {
   const int chunks = chunks_per_warp(s, slices) - register_chunks(s);
   return chunks > 0 ? chunks : 0;
 }
-// Partial sums of one chunk group: [tile of M][batch row][unit], rows padded so that neither side meets a bank twice.
+// Partial sums of one chunk group: [tile of M][batch row][unit], rows padded so that neither writers nor readers meet a bank
+// twice.
 constexpr int kPartialPitch = 20;
 constexpr FUSED_RNN_HD int partial_floats(PersistentShape s) { return m_tiles(s) * kTileRows * kPartialPitch; }
-// The states of one exchange, for one tile of rows: 2 words per lane and chunk.
+// The states of one exchange, for one row tile: 2 words per lane and chunk.
 constexpr FUSED_RNN_HD int exchange_words(PersistentShape s, int slices) { return chunk_count(s, slices) * 64; }
 
 // ---- scatter ----
 
-// Chunks of K, all of a block's own; tiles of M of one warp, at most.
+// Chunks of K, all of them of the block's own units. Tiles of M of one warp, at most.
 constexpr FUSED_RNN_HD int scatter_chunks(PersistentShape s) { return published(s) * slice_units(s) / chunk_step(s.math); }
 constexpr FUSED_RNN_HD int scatter_tiles(PersistentShape s, int slices) {
   return ceil_div(slices * s.unit_tiles, kPersistentWarps);
@@ -120,28 +124,30 @@ constexpr FUSED_RNN_HD int smem_tiles(PersistentShape s, int slices) {
   const int tiles = scatter_tiles(s, slices) - register_tiles(s);
   return tiles > 0 ? tiles : 0;
 }
-// Partial gradients of one exchange, for one tile of rows: [block][row][unit of the slice] floats.
+// Partial gradients of one exchange, for one row tile: [block][row][unit of the slice] floats.
 constexpr FUSED_RNN_HD int scatter_floats(PersistentShape s, int slices) { return slices * kTileRows * slice_units(s); }
 
 // ---- memory ----
 
-// Batch tiles whose running states (h and c, or their gradients) a thread keeps in registers: the first, or none where the
-// weights leave no room (ptxas) or two threads take turns. In `grid` the packets under way take that room.
+// How many row tiles have their running states (h and c, or their gradients) in registers: the first one, or none. There is
+// none where the weights leave no room (ptxas), where two threads take turns, and in `grid`, whose packets under way take
+// that room.
 constexpr FUSED_RNN_HD int row_tiles_in_registers(PersistentShape s) {
   return !s.cluster || s.unit_tiles == 3 || takes_turns(s) ? 0 : 1;
 }
 // Bytes of one fragment: 4 registers of 32 lanes.
 constexpr int kFragmentBytes = 4 * 32 * 4;
-// fp32: the states of one chunk, [k][batch row], the upper half of k 4 floats further. A warp has two in turn.
+// fp32: room for the states of one chunk, [k][batch row], with a gap of 4 floats before the upper half of k. A warp uses two
+// in turn.
 constexpr int kScratchFloats = chunk_step(MathKind::kFp32) * kTileRows + 4 + 4;
-// Words of a chunk of a block's own gradients, as its warps read them.
+// Words of a chunk of the block's own gradients, in the order in which its warps read them.
 constexpr FUSED_RNN_HD int own_words(MathKind math) { return math == MathKind::kFp32 ? kScratchFloats : 64; }
 
 // Fragments that a warp's registers have room for.
 constexpr FUSED_RNN_HD int register_fragments(PersistentShape s) {
   return scatters(s) ? register_tiles(s) * scatter_chunks(s) : register_chunks(s) * warp_tiles(s);
 }
-// Fragments of one warp: all, and those in registers and in shared memory.
+// Fragments of one warp: all of them, those in registers, those in shared memory.
 struct FragmentCount {
   int total, in_registers, in_smem;
 };
@@ -152,8 +158,8 @@ constexpr FUSED_RNN_HD FragmentCount fragment_count(PersistentShape s, int slice
   return {total, total - in_smem, in_smem};
 }
 
-// Dynamic shared memory of a block, in this order, each part a multiple of 16 bytes. Those up to the weights begin where the
-// compiler knows: nothing is computed, and no register held, to find them.
+// Dynamic shared memory of a block, in this order, each part a multiple of 16 bytes. Every part up to `weights` begins at a
+// constant of the kernel, so that no register holds its place.
 struct PersistentSmem {
   int lengths;   // [kMaxRowTiles][row]: number of active steps, 32 bits
   int biases;    // forward: [gate][unit of the slice] floats, b_hh
@@ -163,8 +169,8 @@ struct PersistentSmem {
   int scratch;   // gather, fp32 only: [warp][2] scratch
   int weights;   // gather: [warp][chunk beyond the registers][tile of M of the warp][lane][4] words
                  // scatter: [warp][tile of M beyond the registers][chunk][lane][4] words
-  int state;     // [tile beyond row_tiles_in_registers][2: h and c, or their gradients][row][unit of the slice] floats
-  int exchange;  // cluster: [2][tile] exchange_words or scatter_floats
+  int state;     // [row tile beyond row_tiles_in_registers][2: h and c, or their gradients][row][unit of the slice] floats
+  int exchange;  // cluster: [2][row tile] exchange_words or scatter_floats
   int total;
 };
 constexpr FUSED_RNN_HD PersistentSmem persistent_smem(PersistentShape s, int slices, int row_tiles) {
@@ -189,7 +195,7 @@ constexpr FUSED_RNN_HD PersistentSmem persistent_smem(PersistentShape s, int sli
   m.total = at;
   return m;
 }
-// Global memory of the exchange of family `grid`, for one group: [2][tile] tagged words.
+// Global memory of the exchange of family `grid`, for one group: [2][row tile] tagged words.
 constexpr FUSED_RNN_HD int64_t grid_exchange_bytes(PersistentShape s, int slices, int row_tiles) {
   return int64_t{2} * row_tiles * exchange_words(s, slices) * 8;
 }

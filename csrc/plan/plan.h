@@ -12,7 +12,8 @@
 
 namespace fused_rnn {
 
-// Who decides among the families that can serve a problem. By default it is the first automatic one in the order of the list.
+// Who decides among the families that can serve a problem. By default it is the first automatic one in the order of the
+// list.
 struct FamilyChoice {
   std::optional<Family> forced;
   bool cheapest = false;  // the least time by the cost model, over all families

@@ -38,8 +38,8 @@ Product product_of(const Problem& problem, KernelRole role) {
   return {};
 }
 
-// Stages of the ring: enough to hide the latency of L2 without keeping a second block from the SM; with overlapped launches as
-// many as the product has chunks, since those are loaded while the preceding step still runs. 0: not even the fewest fit.
+// Stages of the ring: enough to hide the latency of L2 without keeping a second block from the SM; with overlapped launches
+// as many as the product has chunks, since those are loaded while the preceding step still runs. 0: not even the fewest fit.
 int choose_stages(const Problem& problem, const DeviceInfo& device, KernelRole role, MathKind math, const TileShape& tile,
                   int64_t chunks) {
   const auto bytes = [&](int stages) { return cuda::smem_bytes(role, problem.cell, math, tile, stages); };

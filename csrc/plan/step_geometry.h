@@ -2,16 +2,17 @@
 //
 // Every kernel of the family multiplies a weight operand by the rows of a state:
 //   acc[slot][u][b] = sum_k weight[slot's group][u][k] * state[b][k]
-// A block owns `units` units (with all gates of each) times `batch` batch rows. Its warps form `teams`, to which the K chunks are
-// dealt in turn. Each team has its own ring of stages in shared memory. The teams meet once, at the end, when the partial sums are
-// added in a fixed order. Inside a team, warps_u x warps_b warps split units and batch.
+// A block owns `units` units (with all gates of each) times `batch` batch rows. Its warps form `teams`, to which the K
+// chunks are dealt in turn. Each team has its own ring of stages in shared memory. The teams meet once, at the end, when the
+// partial sums are added in a fixed order. Inside a team, warps_u x warps_b warps split units and batch.
 #pragma once
 #include "plan/math_kind.h"
 
 namespace fused_rnn::cuda {
 
-// kForward: recurrent product, bias, gates. kForwardInput: the same with the input product. kProject: the product of a projection,
-// W_hr. kBackward: product with W_hh (or W_hr) and the cell's derivative. kStateGrad: total gradient of a state h.
+// kForward: recurrent product, bias, gates. kForwardInput: the same with the input product. kProject: the product of a
+// projection, W_hr. kBackward: product with W_hh (or W_hr) and the cell's derivative. kStateGrad: total gradient of a state
+// h.
 enum class KernelRole : int { kForward, kForwardInput, kProject, kBackward, kStateGrad };
 enum class TileSize : int { kSmall, kMedium, kLarge };
 
@@ -69,14 +70,15 @@ constexpr int kMinStages = 2, kMaxStages = 8;
 constexpr int tile_threads(const TileShape& tile) { return 32 * tile.warps_u * tile.warps_b * tile.teams; }
 constexpr int chunk_size(MathKind math) { return kChunkBytes / storage_bytes(math); }
 
-// Weight rows a block loads per unit, and accumulators it keeps per unit (GRU's n_x and n_h are apart where both are summed).
+// Weight rows that a block loads for each unit. Accumulators of a unit: where input and recurrent product are both summed, n
+// of a GRU has one for each.
 constexpr int weight_groups(KernelRole role, CellKind cell) { return is_gated(role) ? gate_count(cell) : 1; }
 constexpr int accumulator_slots(KernelRole role, CellKind cell) {
   return role == KernelRole::kForwardInput ? slot_count(cell) : weight_groups(role, cell);
 }
 constexpr int phase_count(KernelRole role) { return role == KernelRole::kForwardInput ? 2 : 1; }
 
-// Row pitch of a unit-major weight stage [chunk][units]: padded so that the fragment loads of a warp meet no bank twice.
+// Row pitch of a unit-major weight stage [chunk][units], padded so that the fragment loads of a warp meet no bank twice.
 constexpr int unit_pitch_bytes(const TileShape& tile, MathKind math) {
   const int padding = !traits_of(math).tensor_cores ? 0 : storage_bytes(math) == 2 ? 16 : 32;
   return tile.units * storage_bytes(math) + padding;
@@ -98,11 +100,11 @@ constexpr int sum_bytes(KernelRole role, CellKind cell, MathKind math, const Til
   return tile.teams * tile.batch * sum_pitch(role, cell, tile) * accumulator_bytes(math);
 }
 
-// What a block knows of one batch row at one step, in shared memory.
+// What a block notes of one batch row at one step, in shared memory.
 struct RowInfo {
-  const void* source[2];  // the state's row for each phase, null: zeros
+  const void* source[2];  // the row of the state that each phase multiplies; null: zeros
   int64_t row;            // row in memory, of this step
-  int64_t other;          // forward: row of the previous active step; backward: see backward.cuh
+  int64_t other;          // row of the previous active step
   int flags;
   int padding;
 };
@@ -110,7 +112,8 @@ constexpr int table_bytes(const TileShape& tile) {
   return (tile.batch * static_cast<int>(sizeof(RowInfo)) + 127) / 128 * 128;
 }
 
-// Dynamic shared memory of a block: the table of rows, then the rings of all teams, whose place the partial sums take.
+// Dynamic shared memory of a block: the table of rows, then the rings of all teams. After the product the partial sums take
+// the place of the rings.
 constexpr int smem_bytes(KernelRole role, CellKind cell, MathKind math, const TileShape& tile, int stages) {
   const int ring = tile.teams * stages * stage_bytes(role, cell, math, tile);
   const int sums = sum_bytes(role, cell, math, tile);

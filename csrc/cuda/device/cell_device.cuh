@@ -1,4 +1,5 @@
-// The cells of cells.h as the kernels use them: the three RNN kinds share one kernel, whose nonlinearity is chosen at run time.
+// The cells of cells.h as the kernels use them: the three RNN kinds share one kernel, whose nonlinearity is chosen at run
+// time.
 #pragma once
 #include <simt.cuh>
 
@@ -22,9 +23,9 @@ __device__ __forceinline__ void store_c_n(const ForwardParams& p, int64_t index,
   }
 }
 
-// A float whose sigmoid takes four instructions, two of them of the special function units, and no branch, where the quotient and
-// exp of the math library branch, one sigmoid after another: a step waits for them. Its error is that of exp2 and the reciprocal,
-// 2 ulp and 1, and of the rounded exponent: below 2e-7, and 0 stands for what is below 2^-126.
+// A float whose sigmoid takes four instructions without a branch, two of them on the special function units. The math
+// library's exp and quotient branch, so that a step would wait for one sigmoid after another. The error of this sigmoid is
+// below 2e-7: 2 ulp of exp2, 1 of the reciprocal, and the rounding of the exponent. Results below 2^-126 become 0.
 struct DeviceFloat {
   float v;
   DeviceFloat() = default;
@@ -38,7 +39,7 @@ __device__ __forceinline__ DeviceFloat sigmoid(DeviceFloat x) {
 }
 __device__ __forceinline__ DeviceFloat tanh(DeviceFloat x) { return DeviceFloat(math::tanh(x.v)); }
 
-// f of an array as DeviceFloats, and what f leaves in it.
+// Calls f with the array's values as DeviceFloats, and copies back what f leaves in them.
 template <int kCount, class F>
 __device__ __forceinline__ void as_device_floats(float (&a)[kCount], F&& f) {
   DeviceFloat values[kCount];
@@ -56,8 +57,8 @@ struct DeviceCell : Cell<kCell> {
     sigmoids(a);
     forward_of_sigmoids(cell, a, h_prev, c_prev, h, c);
   }
-  // The two parts. With a fence between them the sigmoids run side by side; else the compiler begins one of them only after the
-  // tanh of the new c, which does not need it.
+  // The two parts of forward. With a fence between them the sigmoids run side by side. Without it the compiler begins one of
+  // the sigmoids only after the tanh of the new c, which does not depend on it.
   static __device__ __forceinline__ void sigmoids(float (&a)[Cell<kCell>::kSlots]) {
     as_device_floats(a, [](DeviceFloat(&slots)[Cell<kCell>::kSlots]) { Cell<kCell>::sigmoids(slots); });
   }
@@ -99,7 +100,7 @@ struct DeviceCell<CellKind::kRnnTanh> : Cell<CellKind::kRnnTanh> {
   }
 
  private:
-  // Calls f with the one of the cells of this kernel.
+  // Calls f with the cell of this kernel that is wanted at run time.
   template <class F>
   static FUSED_RNN_HD void with_rnn(CellKind kind, F&& f) {
     switch (kind) {

@@ -2,9 +2,9 @@
 //   Storage, Acc           element type in memory, accumulator type
 //   kStep                  elements of K consumed at once
 //   kUnroll                steps that are unrolled: as many as the registers of the largest tile allow
-//   load_a(tile, row, k)   16 weight rows from `row`, from a stage that is K-major (rows of kChunkBytes, swizzled) or
-//                          unit-major ([k][units], rows of kPitch bytes)
-//   load_b(tile, row, k)   8 batch rows from `row`, always K-major
+//   load_a(tile, row, k)   16 weight rows from `row` on. The stage is K-major (rows of kChunkBytes, swizzled) or unit-major
+//                          ([k][units], rows of kPitch bytes)
+//   load_b(tile, row, k)   8 batch rows from `row` on, always K-major
 //   multiply(acc, a, b)    acc[4] += a b
 //   unit(i), batch(i)      which element of the 16 x 8 tile the calling lane's acc[i] is
 #pragma once
@@ -17,8 +17,8 @@ namespace fused_rnn::cuda {
 using simt::bfloat16_t;
 using simt::half_t;
 
-// Byte offset of byte `byte` of row `row` in a K-major stage. The 16-byte pieces of a row are permuted by the row's number, so
-// that 8 rows read at the same place meet every bank once.
+// Byte offset of byte `byte` of row `row` in a K-major stage. The 16-byte pieces of a row are permuted by the row's number,
+// so that 8 rows read at the same place meet every bank once.
 __device__ __forceinline__ int k_major_offset(int row, int byte) {
   static_assert(kChunkBytes == 64);
   return row * kChunkBytes + ((byte / 16 ^ (row >> 1 & 3)) * 16) + byte % 16;

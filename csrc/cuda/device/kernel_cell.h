@@ -1,10 +1,10 @@
-// Which cells share a kernel: the three RNN kinds, whose nonlinearity is chosen at run time.
+// Which cells share a kernel: the three RNN kinds, whose kernel chooses the nonlinearity at run time.
 #pragma once
 #include "core/dispatch.h"
 
 namespace fused_rnn::cuda {
 
-// The kind that names the kernels of `cell`.
+// The cell under whose name the kernels of `cell` are compiled.
 constexpr FUSED_RNN_HD CellKind kernel_cell(CellKind cell) {
   return cell == CellKind::kRnnRelu || cell == CellKind::kRnnIdentity ? CellKind::kRnnTanh : cell;
 }

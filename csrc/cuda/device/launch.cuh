@@ -1,5 +1,5 @@
-// What the host asks of the CUDA runtime: launches of kernels, and what a device and the code on it can do. tests/simt/ has an
-// implementation of the same names, which comes first on the include path when a file is compiled for the simulator.
+// What the host asks of the CUDA runtime: launches of kernels, and what a device and the code on it can do. tests/simt/ has
+// an implementation of the same names, which comes first on the include path when a file is compiled for the simulator.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -28,8 +28,8 @@ inline void check(cudaError_t status, const std::string& what) {
   throw std::runtime_error("fused_rnn: " + what + ": " + cudaGetErrorString(status));
 }
 
-// To be called on the device that launches before a kernel's first launch with more than 48 KiB of shared memory; cheap enough
-// for once per layer.
+// Allows a kernel so much shared memory. Called on the device that launches, before its first launch with more than 48 KiB;
+// cheap enough for once per layer.
 template <class Params>
 void prepare(void (*kernel)(Params), const char* name, int smem_bytes) {
   struct Prepared {
@@ -42,7 +42,7 @@ void prepare(void (*kernel)(Params), const char* name, int smem_bytes) {
   for (const Prepared& p : prepared) {
     if (p.kernel == kernel && p.device == device && p.smem_bytes >= smem_bytes) return;
   }
-  // What a thread finds and sets is that of all threads.
+  // The attribute belongs to the kernel, whichever thread asks for it or sets it.
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
   cudaFuncAttributes attributes;
@@ -62,8 +62,8 @@ void allow_large_clusters(void (*kernel)(Params), const char* name) {
         std::string("kernel ") + name + ": clusters of more than 8 blocks");
 }
 
-// Clusters of so many blocks, more than one, that run at once on the current device; 0: it runs none of that size. `kernel` uses
-// no shared memory but the dynamic.
+// How many clusters of so many blocks (at least two) run at once on the current device; 0: it runs none of that size. All
+// shared memory of `kernel` is dynamic.
 template <class Params>
 int active_clusters(void (*kernel)(Params), int blocks, int threads, int smem_bytes) {
   prepare(kernel, "active_clusters", smem_bytes);
@@ -126,8 +126,8 @@ void launch(void (*kernel)(Params), const LaunchConfig& config, void* stream, co
                     " bytes of shared memory");
 }
 
-// Properties of a device, but for what query_code adds; max_cluster is what the architecture allows. Some ten attribute queries:
-// callers keep the result.
+// The properties of a device that do not depend on compiled code (query_code adds the others); max_cluster is what the
+// architecture allows. Callers remember the result of the ten or so attribute queries.
 inline DeviceInfo query_device(int device) {
   const auto get = [device](cudaDeviceAttr attribute) {
     int value = 0;
@@ -146,7 +146,7 @@ inline DeviceInfo query_device(int device) {
   return info;
 }
 
-// f() with the device as the current one, and, should a stream be being captured, with leave to do what must not be captured.
+// Runs f() with the device as the current one. During a stream capture f may do what must not be captured.
 template <class F>
 void on_device(int device, F&& f) {
   struct Restore {
@@ -163,8 +163,9 @@ void on_device(int device, F&& f) {
   f();
 }
 
-// Adds to what query_device tells of a device compiled_for, as arch() / 10 of the kernel's code that the device runs, and the
-// clusters of so many threads a block that it runs at once, which code for sm_90 can ask for. `kernel` uses no shared memory.
+// Adds to the info of query_device what depends on the code: compiled_for, which is arch() / 10 of the kernel's code that
+// the device runs, and, with code for sm_90, the clusters of blocks of so many threads that run at once. `kernel` uses no
+// shared memory.
 template <class Params>
 void query_code(DeviceInfo& info, int device, void (*kernel)(Params), int threads) {
   on_device(device, [&] {

@@ -1,7 +1,7 @@
-// Every hardware primitive the kernels use, by a small named wrapper: the only file with PTX or intrinsics; calls of the CUDA
-// runtime are in launch.cuh. Kernels include it as <simt.cuh>; tests/simt/ has a host implementation of the same names, which
-// comes first on the include path when the kernels are compiled as C++ for the simulator. Beside the names below a kernel may
-// use plain C++17, __global__, __device__, __host__, __forceinline__, __launch_bounds__ and #pragma unroll.
+// Every hardware primitive the kernels use, by a small named wrapper: the only file with PTX or intrinsics; calls of the
+// CUDA runtime are in launch.cuh. Kernels include it as <simt.cuh>; tests/simt/ has a host implementation of the same names,
+// which comes first on the include path when the kernels are compiled as C++ for the simulator. Beside the names below a
+// kernel may use plain C++17, __global__, __device__, __host__, __forceinline__, __launch_bounds__ and #pragma unroll.
 //
 // Memory order: sync_block, sync_named and sync_warp order earlier writes of the participating threads before their later
 // reads (shared and global memory). cp_async data is visible to the issuing thread after cp_async_wait, to others after a
@@ -43,8 +43,8 @@ __device__ __forceinline__ unsigned char* dynamic_smem() {
 
 // All threads of the block.
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
-// A fence for the compiler, by whole warps: loads that stand before it are issued before what follows. It would rather delay some,
-// to save registers, and what needs them then waits.
+// A fence for the compiler, by whole warps: it issues the loads that stand before it before all that follows. Without the
+// fence it delays some loads to save registers, and their users wait.
 __device__ __forceinline__ void issue_loads() { __syncwarp(); }
 // The same as sync_block; returns whether any thread's predicate held.
 __device__ __forceinline__ bool sync_block_or(bool predicate) { return __syncthreads_or(predicate) != 0; }
@@ -173,8 +173,8 @@ __device__ __forceinline__ float reciprocal(float x) {
   return result;
 }
 
-// The same value, of which the compiler does not know how it was made: it keeps the value alone, not its parts too, and what is
-// made of it is made anew.
+// Hides how `value` was computed: the compiler keeps one register for it instead of its operands, and shares nothing across
+// this point.
 __device__ __forceinline__ int opaque(int value) {
   asm volatile("" : "+r"(value));
   return value;
@@ -240,7 +240,7 @@ __device__ __forceinline__ void mma_f16_m16n8k8(float (&d)[4], const uint32_t (&
                : "r"(a[0]), "r"(a[1]), "r"(b[0]));
 }
 
-// The next three need sm_80: code for older architectures must not reach them.
+// The next three functions need sm_80: code for older architectures must not reach them.
 __device__ __forceinline__ void mma_f16_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile(
@@ -281,7 +281,8 @@ __device__ __forceinline__ uint32_t to_tf32(float value) {
   return result;
 }
 
-// --------------------------------------------------------------------------------------------- programmatic dependent launch
+// --------------------------------------------------------------------------------------------- programmatic dependent
+// launch
 
 // Blocks until the grid before this one in the stream has ended and its writes are visible. Every thread calls it before it
 // touches memory that the earlier grid writes or reads. Nothing to do below sm_90, where launches do not overlap.
@@ -299,9 +300,9 @@ __device__ __forceinline__ void pdl_launch_dependents() {
 
 // ------------------------------------------------------------------------------------- exchange between blocks of one grid
 
-// A word that tells when it was written: value and tag are always seen together. Whoever finds the tag of the step it waits
-// for has the value of that step; no barrier, fence or flag is involved. Only for blocks that run at the same time (cooperative
-// launch), in global memory that no plain access touches during the launch.
+// A word that tells when it was written: value and tag are always seen together. A reader that finds the tag of its step has
+// the value of that step, without a barrier, fence or flag. Only for blocks that run at the same time (cooperative launch),
+// in global memory that no plain access touches during the launch.
 struct alignas(8) TaggedWord {
   uint32_t value, tag;
 };
@@ -310,7 +311,7 @@ __device__ __forceinline__ void store_tagged(TaggedWord* to, TaggedWord word) {
   const uint64_t bits = static_cast<uint64_t>(word.tag) << 32 | word.value;
   asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(bits) : "memory");
 }
-// Two neighbours, aligned to 16 bytes; each of the two is whole. To be repeated until the tags are there.
+// Loads two neighbours, aligned to 16 bytes, each of them whole. The caller repeats it until both have the tag it waits for.
 __device__ __forceinline__ void load_tagged(TaggedWord (&words)[2], const TaggedWord* from) {
   uint64_t first, second;
   asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];" : "=l"(first), "=l"(second) : "l"(from) : "memory");
@@ -318,8 +319,9 @@ __device__ __forceinline__ void load_tagged(TaggedWord (&words)[2], const Tagged
   words[1] = {static_cast<uint32_t>(second), static_cast<uint32_t>(second >> 32)};
 }
 
-// A flag: whoever finds the value of a store_release by load_acquire sees all that the storing thread had written, or had been
-// shown by a barrier, before it. Scope of the device; only between blocks that run at the same time.
+// A flag. A thread whose load_acquire returns the value of a store_release sees everything that the storing thread had
+// written before the store, or had been shown by a barrier. Scope of the device; only between blocks that run at the same
+// time.
 __device__ __forceinline__ void store_release(uint32_t* flag, uint32_t value) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
@@ -329,9 +331,10 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* flag) {
   return value;
 }
 
-// -------------------------------------------------------------------------- clusters: pushes into the shared memory of peers
+// -------------------------------------------------------------------------- clusters: pushes into the shared memory of
+// peers
 
-// All below needs sm_90: code for older architectures must not reach it.
+// Everything below needs sm_90: code for older architectures must not reach it.
 
 // Number of the block in its cluster.
 __device__ __forceinline__ int cluster_rank() {
@@ -341,7 +344,8 @@ __device__ __forceinline__ int cluster_rank() {
 #endif
   return static_cast<int>(rank);
 }
-// All threads of all blocks of the cluster; orders memory like sync_block. A block may not end while peers still write to it.
+// A barrier of all threads of all blocks of the cluster, which orders memory like sync_block. A block may not end while
+// peers still write to it.
 __device__ __forceinline__ void sync_cluster() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -362,8 +366,9 @@ __device__ __forceinline__ ClusterAddress map_to_rank(const void* shared, int ra
   return result;
 }
 
-// A barrier in shared memory. Its phase ends when as many threads of the block have arrived in it as it was made for, and as many
-// bytes have come in by store_async as were expected; bytes may come before the arrivals. Phases are numbered 0, 1, ...
+// A barrier in shared memory. A phase ends when two counts are complete: the arrivals of threads of the block, whose number
+// is fixed by mbarrier_init, and the bytes that store_async brings, whose number mbarrier_expect announces. Bytes may come
+// before the announcement. Phases are numbered 0, 1, ...
 using MBarrier = uint64_t;
 // By one thread, before a sync_cluster and any use.
 __device__ __forceinline__ void mbarrier_init(MBarrier* barrier, int arrivals = 1) {
@@ -384,7 +389,7 @@ __device__ __forceinline__ void mbarrier_arrive(MBarrier* barrier) {
   __trap();
 #endif
 }
-// The same, with the bytes that the phase awaits.
+// An arrival that also announces how many bytes the phase awaits.
 __device__ __forceinline__ void mbarrier_expect(MBarrier* barrier, int bytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
@@ -393,10 +398,11 @@ __device__ __forceinline__ void mbarrier_expect(MBarrier* barrier, int bytes) {
   __trap();
 #endif
 }
-// PTX 8.6: waits without an order of memory, and fences for shared memory alone.
+// PTX 8.6 has waits that order no memory, and fences of shared memory alone.
 constexpr bool kHasSharedFence = __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1208;
-// Until the phase of that parity (phase number % 2) has ended, which is the current phase or the one before it. What came in by
-// store_async is then visible to the caller. An acquire of all memory would make every warp discard its SM's L1 (CCTL.IVALL).
+// Waits until the phase of that parity (phase number % 2) has ended, which is the current phase or the one before it. What
+// store_async brought in that phase is then visible to the caller. The fence covers shared memory alone, since an acquire of
+// all memory would make every warp discard its SM's L1 (CCTL.IVALL).
 __device__ __forceinline__ void mbarrier_wait(MBarrier* barrier, int parity) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
@@ -421,8 +427,8 @@ __device__ __forceinline__ void mbarrier_wait(MBarrier* barrier, int parity) {
   __trap();
 #endif
 }
-// Writes 4, 8 or 16 bytes (aligned to the whole) to a block of the cluster and counts them at that block's barrier. Undefined
-// in a cluster of one block.
+// Writes 4, 8 or 16 bytes (aligned to the whole) to a block of the cluster and counts them at that block's barrier.
+// Undefined in a cluster of one block.
 template <int kCount>
 __device__ __forceinline__ void store_async(ClusterAddress to, const uint32_t (&v)[kCount], ClusterAddress barrier) {
   static_assert(kCount == 1 || kCount == 2 || kCount == 4);

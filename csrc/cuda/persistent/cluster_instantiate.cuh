@@ -1,4 +1,5 @@
-// ClusterKernels<kMath> for one kind of arithmetic: family `cluster`, 16, 32 or 48 units a block. Included by cluster_*.cu only.
+// ClusterKernels<kMath> for one kind of arithmetic: family `cluster`, 16, 32 or 48 units a block. Included by cluster_*.cu
+// only.
 #pragma once
 #include <stdexcept>
 
@@ -10,7 +11,8 @@ namespace fused_rnn::cuda {
 template <MathKind kMath, CellKind kCell, int kUnitTiles, bool kBackward>
 using ClusterGeometry = PersistentGeometry<kCell, kMath, kUnitTiles, kBackward, ClusterExchange>;
 
-// Calls f with the cell that names the kernels and the unit tiles of a block.
+// Calls f with two compile-time constants: the cell under whose name the kernels are compiled, and the unit tiles of a
+// block.
 template <class F>
 auto dispatch_cluster(CellKind cell, int unit_tiles, F&& f) {
   const auto with_cell = [&](auto tiles) { return dispatch_kernel_cell(cell, [&](auto kind) { return f(kind, tiles); }); };

@@ -1,5 +1,5 @@
-// The exchanges of family `cluster`, by pushes into the shared memory of its blocks that a barrier of the receiver counts.
-// exchange_grid.cuh says what an exchange is. Barriers: [2][kMaxRowTiles].
+// The exchanges of family `cluster`: a block pushes into the shared memory of the others, and a barrier of the receiver
+// counts the bytes. exchange_grid.cuh says what an exchange is. Barriers: [2][kMaxRowTiles].
 #pragma once
 #include "cuda/persistent/persistent_math.cuh"
 
@@ -10,16 +10,16 @@ struct ClusterBarriers {
   simt::MBarrier* barriers;
   int row_tiles;
   int ranks;       // blocks of the cluster
-  int rank_bytes;  // that each of them sends to a block in an exchange; the compiler knows them
+  int rank_bytes;  // that each of them sends to a block in an exchange; a constant of the kernel
 
-  // A push is defined in clusters of two blocks and more only: a block alone stores, and whoever stores arrives.
+  // A push is undefined in a cluster of one block. Such a block stores, and each thread that stores arrives at the barrier.
   __device__ __forceinline__ bool alone() const { return ranks == 1; }
   __device__ __forceinline__ int pushed_bytes() const { return alone() ? 0 : ranks * rank_bytes; }
   __device__ __forceinline__ simt::MBarrier* barrier(int row_tile, uint32_t step) const {
     return barriers + static_cast<int>(step & 1) * kMaxRowTiles + row_tile;
   }
-  // Nobody may push before all barriers of the cluster are ready. A block awaits every push that is sent to it, so none ends
-  // before they came.
+  // The cluster meets, since all its barriers must be ready before the first push. It need not meet at the end: a block
+  // awaits every push that is sent to it before it ends.
   __device__ __forceinline__ void start() {
     if (simt::thread_x() == 0) {
       for (int i = 0; i < 2 * row_tiles; ++i) {
@@ -30,18 +30,19 @@ struct ClusterBarriers {
     simt::sync_cluster();
   }
 
-  // The thread that saw the end of a phase announces the next phase of the same barrier.
+  // Awaits the exchange. One thread then announces the next phase of the same barrier.
   __device__ __forceinline__ void begin(int row_tile, uint32_t step) {
     simt::mbarrier_wait(barrier(row_tile, step), static_cast<int>(step >> 1 & 1));
     if (simt::thread_x() == 0) simt::mbarrier_expect(barrier(row_tile, step), pushed_bytes());
   }
 
-  // 16 bytes to where `target` of this block is in a block of the cluster.
+  // Pushes 16 bytes into another block of the cluster. target: the place in this block's shared memory that has the same
+  // offset there.
   __device__ __forceinline__ void send(uint32_t* target, const simt::Vec<uint32_t, 4>& piece, int rank, int row_tile,
                                        uint32_t step) const {
     simt::store_async(simt::map_to_rank(target, rank), piece.v, simt::map_to_rank(barrier(row_tile, step), rank));
   }
-  // The same where there is one block.
+  // The same in a cluster of one block.
   __device__ __forceinline__ void keep(uint32_t* target, const simt::Vec<uint32_t, 4>& piece, int row_tile,
                                        uint32_t step) const {
     simt::store_vec(target, piece);
@@ -49,8 +50,8 @@ struct ClusterBarriers {
   }
 };
 
-// Every state to all blocks.
-// Memory: [2][row_tile][chunk][word][lane], in which 16 bytes belong to one row and consecutive units.
+// Every state goes to all blocks.
+// Memory: [2][row tile][chunk][word][lane]; 16 bytes of it belong to one row and consecutive units.
 template <class Chunk>
 struct ClusterExchange : ClusterBarriers {
   static constexpr bool kCluster = true;
@@ -85,7 +86,8 @@ struct ClusterExchange : ClusterBarriers {
     x[1] = packet.word[1];
   }
 
-  // The state of one unit. Lanes whose units fill 16 bytes gather them and push them to all blocks, each lane to its share.
+  // The state of one unit. The lanes whose units fill 16 bytes gather these bytes; each of the lanes pushes them to some of
+  // the blocks.
   __device__ __forceinline__ void publish(float value, int unit, int b, int row_tile, int chunk0, uint32_t step) const {
     constexpr int kLanes = Chunk::kStep == 16 ? 8 : 4, kPerWord = kLanes / 4;
     const float other = kPerWord == 2 ? simt::shuffle_xor(value, 1) : 0.0f;
@@ -109,11 +111,11 @@ struct ClusterExchange : ClusterBarriers {
   }
 };
 
-// Partial sums to the blocks that own their units.
-// Memory: [2][row_tile][block that sent][row][unit of the slice] floats.
+// Partial sums go to the blocks that own their units.
+// Memory: [2][row tile][block that sent][row][unit of the slice] floats.
 struct ClusterScatter : ClusterBarriers {
   float* sums;
-  int floats;  // of one block's sums for one row_tile
+  int floats;  // of one block's sums for one row tile
 
   __device__ __forceinline__ ClusterScatter(const PersistentLaunch& l, PersistentShape shape) {
     const PersistentSmem smem = persistent_smem(shape, l.slices, l.row_tiles);
@@ -137,14 +139,15 @@ struct ClusterScatter : ClusterBarriers {
     auto* target = reinterpret_cast<uint32_t*>(received(row_tile, step) + from * floats + place);
     alone() ? keep(target, words, row_tile, step) : send(target, words, to, row_tile, step);
   }
-  // The sum over all blocks, in their order: even and odd ones apart, so that half of the additions wait for each other.
+  // The sum over all blocks, in their order. Even and odd blocks are added apart, so that two chains of additions run side
+  // by side.
   __device__ __forceinline__ float sum(int place, int row_tile, uint32_t step) const {
     const float* from = received(row_tile, step) + place;
     return ranks > 8 ? sum_of<kMaxClusterBlocks>(from) : ranks > 4 ? sum_of<8>(from) : sum_of<4>(from);
   }
 
  private:
-  // Of at most kMost blocks; of four, no load waits for another.
+  // The sum over at most kMost blocks. Four loads at a time are under way together.
   template <int kMost>
   __device__ __forceinline__ float sum_of(const float* from) const {
     float even = 0.0f, odd = 0.0f;

@@ -1,19 +1,19 @@
-// How the blocks of a group hand each other the states of a step, one policy per family. A state is a word of the policy of
-// persistent_math.cuh; `step` counts exchanges from 0, `row_tile` the row tiles of the group, `chunk` the chunks of K. Both keep
-// two buffers in turn. That suffices: whoever publishes step s + 2 has received step s + 1 of every block of the group, which
-// each of them sent after all its warps had consumed step s.
-//   Packet                                  what a lane gets of a chunk; words(packet) are its 2 words
-//   begin(row_tile, step)                       before the first request
-//   request(packet, row_tile, chunk, step)      asks without waiting
-//   await(packet, row_tile, chunk, step)        waits; by the whole warp
-//   publish(words, row_tile, chunk, place, step)  see each; by all threads of whole warps
+// How the blocks of a group hand each other the states of a step, one policy per family. A state is a word of a Chunk policy
+// (persistent_math.cuh); `step` counts exchanges from 0, `row_tile` the row tiles of the group, `chunk` the chunks of K.
+// Both policies use two buffers in turn. Two suffice: a block that publishes step s + 2 has received step s + 1 of every
+// block of the group, and each of those blocks sent step s + 1 after all its warps had consumed step s.
+//   Packet                                       what a lane gets of a chunk; words(packet) are its 2 words
+//   begin(row_tile, step)                        before the first request
+//   request(packet, row_tile, chunk, step)       asks without waiting
+//   await(packet, row_tile, chunk, step)         waits; by the whole warp
+//   publish(value, unit, b, row_tile, chunk0, step)  hands on one state; by all threads of whole warps
 #pragma once
 #include "cuda/persistent/persistent_math.cuh"
 
 namespace fused_rnn::cuda {
 
-// Through global memory, that is L2: every word carries the number of its step. A lane's two words are neighbours.
-// Memory: [2][row_tile][chunk][lane][2].
+// States go through global memory, that is L2. Every word carries the number of its step. A lane's two words are neighbours.
+// Memory: [2][row tile][chunk][lane][2].
 template <class Chunk>
 struct GridExchange {
   static constexpr bool kCluster = false;
@@ -51,7 +51,7 @@ struct GridExchange {
     x[1] = packet.word[1].value;
   }
 
-  // The state of one unit; with 16-bit types the lane of the even unit of a pair stores for both.
+  // The state of one unit. With 16-bit types the lane of the even unit of a pair stores for both units.
   __device__ __forceinline__ void publish(float value, int unit, int b, int row_tile, int chunk0, uint32_t step) const {
     constexpr bool kPairs = Chunk::kStep == 16;
     const float other = kPairs ? simt::shuffle_xor(value, 1) : 0.0f;

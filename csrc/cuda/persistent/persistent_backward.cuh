@@ -1,12 +1,12 @@
-// The recurrent part of a whole backward sequence of one layer in one launch (persistent.h has the geometry). In scan order from
-// the last step to the first, row b active at t has
+// The recurrent part of a whole backward sequence of one layer in one launch (plan/persistent_geometry.h). In scan order
+// from the last step to the first, row b active at t has
 //   dh[t] = dy[t] + carry + d_rg[next] W_hh
-// and the cell's derivative gives d_gates[t], the gradient of c and the part of dh that bypasses W_hh. A thread keeps, for its
-// elements, carry and the gradient of c in fp32, as forward keeps its states. At first they are dh_n and dc_n;
-// a step before which the row was reset, or at which it is inactive, publishes zeros for d_rg. Then dh[t] is complete without
-// a case for the end of a row, and what remains after the first step is the gradient of the initial state.
-// Exchange k belongs to the launch's k-th step of the backward scan. With the gather product it carries d_rg, and the product is part of
-// step k + 1; with the scatter product it carries the product.
+// and the cell's derivative gives d_gates[t], the gradient of c and the part of dh that bypasses W_hh. A thread keeps, for
+// its elements, carry and the gradient of c in fp32, as forward keeps its states; they begin as dh_n and dc_n. A step
+// publishes zeros for d_rg where it is inactive and where the row was reset before it. So dh[t] is complete without a case
+// for the end of a row, and after the first step the gradient of the initial state remains.
+// Exchange k belongs to the launch's k-th step of the backward scan. With the gather product it carries d_rg, and the
+// product is part of step k + 1. With the scatter product it carries the product.
 #pragma once
 #include "cuda/persistent/persistent_forward.cuh"
 
@@ -20,11 +20,11 @@ struct PersistentBackward : BlockElements<G> {
   using Storage = typename G::Storage;
   using C = DeviceCell<G::kCell>;
   using Place = ElementPlace<G>;
-  // What an element needs beside the product, requested before it and looked at after it.
+  // What an element needs beside the product: requested before the product, used after it.
   struct Element {
     Storage a[C::kSlots];
     Storage dy, h_prev, h, c_prev, c;
-    unsigned char from_zero;  // its state was reset before the step: not 0
+    unsigned char from_zero;  // not 0: the state was reset before the step
   };
   // What is stored of a step.
   struct Result {
@@ -40,7 +40,7 @@ struct PersistentBackward : BlockElements<G> {
 
   __device__ __forceinline__ float carry(const Place& e, int row_tile) const { return Base::kept(0, e, row_tile); }
   __device__ __forceinline__ float dc(const Place& e, int row_tile) const { return Base::kept(1, e, row_tile); }
-  // What the launch before left, and this one leaves, of the gradient of h (0) or c (1).
+  // The gradient of h (which = 0) or c (1) that one launch leaves and the next takes up.
   __device__ __forceinline__ float& carried(int which, const Place& e, int row_tile) const {
     return l.carry[which * p.D * p.seq.B * p.H + state_index(e, row_tile)];
   }
@@ -64,7 +64,7 @@ struct PersistentBackward : BlockElements<G> {
     }
   }
 
-  // What follows in this order is the step before in that of forward.
+  // The scan runs backwards: rows.next is the row of the step that precedes this one in forward's order.
   __device__ __forceinline__ void load(const Place& e, int row_tile, int k, const StepRows& rows, Element& x) const {
     x = Element{};
     if (!exists(e, row_tile)) return;
@@ -80,7 +80,7 @@ struct PersistentBackward : BlockElements<G> {
       x.h = element(p.y, y_index(e, row));
     }
     x.from_zero = reset(e, row_tile, time(k), rows.now, steps_of_row);
-    // Of a reset row they are not used.
+    // A reset row uses neither h_prev nor c_prev.
     const bool from_row = active(time(k + 1), steps_of_row);
     if constexpr (C::kReadsH) {
       x.h_prev = from_row ? element(p.y, y_index(e, previous)) : state(p.h0, e, row_tile);
@@ -108,10 +108,11 @@ struct PersistentBackward : BlockElements<G> {
     }
   }
 
-  // Exchange k carries the gradients of step k on to the step before it; the sequence's last one serves d_h0 alone.
+  // Whether the gradients of step k are needed: by the step after it in the scan, by the next launch, or, at the end of the
+  // sequence, for d_h0.
   __device__ __forceinline__ bool has_exchange(int k) const { return k + 1 < steps || !is_last_launch() || p.d_h0; }
 
-  // d_rg of exchange k - 1 times W_hh, of one element.
+  // One element of the product of W_hh and the d_rg of step k - 1.
   __device__ __forceinline__ float product_sum(const Place& e, int row_tile, int k, int buffer) const {
     if constexpr (G::kScatters) {
       return product.sum(e.unit, e.b, row_tile, k - 1);
@@ -120,7 +121,7 @@ struct PersistentBackward : BlockElements<G> {
     }
   }
 
-  // One element: adds the product (if there was one), applies the derivative, hands d_rg to the next product.
+  // Adds the product (if there is one) to one element, applies the derivative, hands d_rg to the next product.
   __device__ __forceinline__ void finish(const Place& e, int row_tile, int k, const Element& x, int buffer, Result& result) {
     if (!e.mine) return;
     result.active = Base::takes_part(e, row_tile, time(k));
@@ -140,7 +141,7 @@ struct PersistentBackward : BlockElements<G> {
     }
     Base::keep(0, e, row_tile, dh);
     if constexpr (C::kHasC) Base::keep(1, e, row_tile, dc_state);
-    // What goes through the weights, as it is stored.
+    // The product takes d_rg as it is stored, rounded.
 #pragma unroll
     for (int slot = 0; slot < C::kSlots; ++slot) result.d[slot] = simt::from_float<Storage>(d[slot]);
 #pragma unroll
@@ -163,7 +164,7 @@ struct PersistentBackward : BlockElements<G> {
     for (int slot = 0; slot < C::kSlots; ++slot) d_gates[slot * H] = result.d[slot];
   }
 
-  // Until product_sum is there; with the gather product, this makes it.
+  // Waits until product_sum may be called. With the gather product, the product is made here.
   __device__ __forceinline__ void await_product(int row_tile, int k, int buffer) const {
     if constexpr (G::kScatters) {
       product.exchange.begin(row_tile, k - 1);

@@ -9,33 +9,34 @@
 
 namespace fused_rnn::cuda {
 
-// Steps of row b, 0 of a row beyond the batch.
+// Active steps of row b; 0 for a row beyond the batch.
 __device__ __forceinline__ int count_active(const Sequence& seq, int64_t b) {
   return b < seq.B ? active_steps<int>(seq, b) : 0;
 }
 
-// Rows of memory of the first batch row at a step and at the two after it in the order of the scan; no matter which where there is no
-// such step. Those of packed sequences are loaded, so each is asked for a step before it is used.
+// Where the first batch row lies in memory at a step and at the next two steps in the order of the scan. Beyond the last
+// step the number is any. Packed sequences load these numbers, so each is requested a step before its use.
 struct StepRows {
   int now, next, coming;
 
-  // At step 0; time(step): of a step.
+  // Of step 0. time(step): the time of a step.
   template <class Time>
   __device__ __forceinline__ StepRows(const Sequence& seq, const Time& time)
       : now(row_at(seq, time(0))), next(row_at(seq, time(1))), coming(row_at(seq, time(2))) {}
-  // Goes on by a step; time: of the third after the one that is left.
+  // Goes on by a step. time: of the third step after the current one.
   __device__ __forceinline__ void advance(const Sequence& seq, int time) {
     *this = following();
     coming = row_at(seq, time);
   }
-  // Those of the next step; what is coming after them stays unknown.
+  // The rows of the next step, of which `coming` is not known.
   __device__ __forceinline__ StepRows following() const {
     StepRows rows = *this;
     rows.now = next;
     rows.next = coming;
     return rows;
   }
-  // Rows to a step some steps later: of packed sequences a guess, the number of rows taken for constant.
+  // The distance in rows to a step some steps later. For packed sequences it is a guess that takes the number of rows for
+  // constant.
   __device__ __forceinline__ int ahead(int steps) const { return (next - now) * steps; }
 
  private:
@@ -47,14 +48,15 @@ struct StepRows {
 
 // When a block requests what the elements of a row tile need at a step, and when it stores their results.
 //   kPlain      requests before the product of the row tile, stores as soon as an element is finished
-//   kEarly      requests for the next row tile or step before it stores, so that the loads have ended when the next states come: in a
-//               cluster the wait for states is a wait for all loads. Registers suffice for one element of a thread.
-//   kAlternate  one half of the threads suffices for a row tile: while it finishes and stores, the other half requests for the next
-//               row tile or step, which is its own turn
+//   kEarly      requests for the next row tile or step before it stores, so that the loads have ended when the next states
+//               come: in a cluster the wait for states is a wait for all loads. Registers suffice for one element of a
+//               thread.
+//   kAlternate  one half of the threads suffices for a row tile: while it finishes and stores, the other half requests for
+//               the next row tile or step, which is its own turn
 enum class Schedule { kPlain, kEarly, kAlternate };
 
-// One element of a row tile: where it is, and whether the calling thread has it. Where half of the threads suffice, half `half` % 2 has
-// it: of the row tile's number, or, with kAlternate, of the number of row tiles finished before in all steps.
+// One element of a row tile: where it is, and whether the calling thread has it. Where half of the threads suffice, half
+// `half` % 2 has it: of the row tile's number, or, with kAlternate, of the number of row tiles finished before in all steps.
 template <class G>
 struct ElementPlace {
   static constexpr unsigned kElements = G::kUnits * kTileRows;
@@ -83,9 +85,9 @@ using ProductOf = std::conditional_t<G::kScatters, ScatterProduct<G>, Persistent
 // Steps between the hint that a row will be read and its reading. A step may take as little as 0.4 us, memory 0.6 to 0.8 us.
 constexpr int kPrefetchSteps = 4;
 
-// What forward and backward ask about elements. A thread keeps two fp32 values of each of its elements: those of the group's
-// first row tile in registers (row_tiles_in_registers), those of others in shared memory. A step is a chain of latencies with little
-// to hide them, so indices are 32 bits wide but for those of memory.
+// What forward and backward ask about elements. A thread keeps two fp32 values of each of its elements: for the group's
+// first row tile in registers (row_tiles_in_registers), for the others in shared memory. A step is a chain of latencies with
+// little to hide them, so that only indices of memory are 64 bits wide.
 template <class G>
 struct BlockElements {
   using Storage = typename G::Storage;
@@ -131,17 +133,19 @@ struct BlockElements {
   static __device__ __forceinline__ bool active(int t, int length) {
     return static_cast<unsigned>(t) < static_cast<unsigned>(length);
   }
-  // Whether an element takes part in the step at time t: rows from B on have no active steps. Units from H on publish the zeros that
-  // they begin with: their own sums, of weights that are zero, are no numbers where a state is none, and would outlast its reset.
+  // Whether an element takes part in the step at time t. Rows from B on have no active steps. Padding units (from H on)
+  // publish 0, not their sum: 0 * NaN is NaN and would survive a reset.
   __device__ __forceinline__ bool takes_part(const Place& e, int row_tile, int t) const {
     return unit_of(e) < H && active(t, length(e, row_tile));
   }
-  // Whether the state of an element is replaced by zeros before the time whose first row is `row`: as it is loaded, 0 or not.
+  // Whether zeros replace the state of an element before time t, whose first row is `row`: the byte as it is loaded, 0 for
+  // no.
   __device__ __forceinline__ unsigned char reset(const Place& e, int row_tile, int t, int row, int length) const {
     if (!modifier.resets || !active(t, length)) return 0;
     return reinterpret_cast<const unsigned char*>(modifier.resets)[row + row_of_batch(e, row_tile)];
   }
-  // Indices: of a state [D, B, H]; in a row of memory, of slot 0 of `gates` [D, N, S, H], of `cs` [D, N, H], of `y` [N, D, H].
+  // Indices of an element: in a state [D, B, H]; in a row of memory, of slot 0 in `gates` [D, N, S, H], in `cs` [D, N, H],
+  // in `y` [N, D, H].
   __device__ __forceinline__ uint64_t state_index(const Place& e, int row_tile) const {
     const unsigned row = row_of_batch(e, row_tile);
     return multiply_add(row + (block.dir ? static_cast<unsigned>(seq.B) : 0u), H, unit_of(e));
@@ -155,7 +159,7 @@ struct BlockElements {
   __device__ __forceinline__ uint64_t y_index(const Place& e, int row) const {
     return multiply_add(row, D * H, simt::opaque(block.dir * H + unit_of(e)));
   }
-  // An element of [D, B, H], zero if there is no tensor.
+  // An element of a tensor [D, B, H]; zero if the tensor is null.
   __device__ __forceinline__ Storage state(const void* tensor, const Place& e, int row_tile) const {
     return tensor ? static_cast<const Storage*>(tensor)[state_index(e, row_tile)] : Storage{};
   }
@@ -172,8 +176,8 @@ struct BlockElements {
       product.state(which, row_tile - kInRegisters, e.unit, e.b) = value;
     }
   }
-  // Whether the thread hints for its neighbours that a row will be read: 8 of them lie in one or two sectors of 32 bytes. A guessed
-  // row may lie behind the last.
+  // Whether the thread hints that a row will be read: one thread does so for 8 neighbours, whose elements lie in one or two
+  // sectors of 32 bytes. No hint is given for a guessed row behind the last.
   __device__ __forceinline__ bool hints(const Place& e, int row) const {
     return e.unit % 8 == 0 && row < static_cast<int>(seq.N);
   }

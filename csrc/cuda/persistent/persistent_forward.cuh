@@ -1,11 +1,12 @@
-// A whole forward sequence of one layer in one launch (persistent.h has the geometry): with a = W_ih x + b_ih from `gates`,
+// A whole forward sequence of one layer in one launch (plan/persistent_geometry.h): with a = W_ih x + b_ih from `gates`,
 //   h[t] = cell(a[t], W_hh h[t-1] + b_hh)   for the slice's units, row by row of the batch.
-// A thread finishes elements (unit, row) of each row tile, always the same ones, and keeps their h and c in fp32, in registers
-// or in shared memory, where only the thread that takes turns with it touches them too (ElementPlace::kAlternate). Per step and
-// row_tile: the projection is requested, the product awaits the states of all slices, the sums of the warps meet at the one barrier, the
-// elements are finished and their new states published; only then are results stored. In a cluster, blocks of 32 units request the
-// projection for the next row_tile or step before they store (ElementPlace::kEarly); in blocks of 16, where half of the threads have an
-// element, the other half does so at the same time. What is published for step s is the state before it, zero where the row is
+// A thread finishes elements (unit, row) of each row tile, the same ones in all steps (kAlternate: one of two threads in
+// turn). It keeps their h and c in fp32, in registers or in shared memory. A turn (persistent_turns.cuh) has these parts:
+//   load      requests the projection and the reset of an element
+//   multiply  awaits the states of all slices; the sums of the warps meet at the one barrier of the turn
+//   finish    applies the cell and publishes the new state
+//   store     writes the results
+// ElementPlace::kSchedule says in which order they come. Exchange s carries the states before step s, zeros where a row is
 // reset. Steps are counted from the launch's first.
 #pragma once
 #include "cuda/persistent/persistent_turns.cuh"
@@ -21,10 +22,10 @@ struct PersistentForward : BlockElements<G> {
   using Storage = typename G::Storage;
   using C = DeviceCell<G::kCell>;
   using Place = ElementPlace<G>;
-  // What an element needs beside the product, requested before it and looked at after it.
+  // What an element needs beside the product: requested before the product, used after it.
   struct Element {
     Storage projection[C::kGates];
-    unsigned char reset;  // before the next step: not 0
+    unsigned char reset;  // not 0: the state is reset before the next step
   };
   // What is stored of a step.
   struct Result {
@@ -46,7 +47,7 @@ struct PersistentForward : BlockElements<G> {
     if constexpr (C::kHasC) Base::keep(1, e, row_tile, c_state);
   }
 
-  // The states before step 0, which it publishes. row: of memory, the first of time(0).
+  // Publishes the states before step 0. row: the first row of memory at time(0).
   __device__ __forceinline__ void begin(int row_tile, int row) {
 #pragma unroll
     for (int i = 0; i < Place::kPerThread; ++i) {

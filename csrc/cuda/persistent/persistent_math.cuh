@@ -1,13 +1,14 @@
-// Fragment arithmetic of the persistent families, one policy per kind: acc[m][b] += A[m][k] x[k][b] for 16 m, 8 b and one chunk
-// of kStep k. All have
+// Fragment arithmetic of the persistent families, one policy per kind: acc[m][b] += A[m][k] x[k][b] for 16 m, 8 b and one
+// chunk of kStep k. All have
 //   kStep, kAcc       elements of K in a chunk, accumulators of a lane
 //   load(f)           the lane's 4 words of A; f(m, k) gives an element of the chunk
-//   pack(low, high)   the exchanged word of a state: 16-bit types put units 2 i and 2 i + 1 in one word, others ignore `high`
+//   pack(low, high)   the exchanged word of a state: 16-bit types put units 2 i and 2 i + 1 in one word, others ignore
+//                     `high`
 //   place(k, b)       lane and word (0 or 1) at which the state of unit k of a chunk and row b is consumed
-//   multiply(acc, a, x, scratch)   kTiles fragments; x: the lane's 2 words of the state; scratch: see persistent.h
+//   multiply(acc, a, x, scratch)   kTiles fragments; x: the lane's 2 words of the state; scratch: PersistentSmem::scratch
 //   store(acc, partial)            writes a warp's sums to [batch row][unit], rows of kPartialPitch floats
-//   put(own, k, b, value)          writes one element of a chunk to its own_words(); others read them after a barrier by
-//   multiply_own(acc, a, own)      kTiles fragments
+//   put(own, k, b, value)          writes one element of a chunk to its own_words()
+//   multiply_own(acc, a, own)      kTiles fragments by what was put there, after a barrier
 //   rows(acc)                      reorders the sums: the lane's 4 units from `unit` on of batch row `b`
 #pragma once
 #include "cuda/device/fragments.cuh"
@@ -25,8 +26,8 @@ struct RowPiece {
   float v[4];
 };
 
-// Transposes 4 x 4 values, v[i] of each of four lanes whose numbers differ in the bits kBit and 2 * kBit: lane i of the four
-// gets the v[i] of all, in order.
+// Transposes the 4 x 4 values v[i] of four lanes, whose numbers differ in the bits kBit and 2 * kBit: lane i of the four
+// gets the v[i] of all four, in order.
 template <int kBit>
 __device__ __forceinline__ void transpose_lanes(float (&v)[4]) {
   const bool odd = simt::lane_id() & kBit, upper = simt::lane_id() & 2 * kBit;
@@ -133,8 +134,9 @@ struct Tf32Chunk : MmaSums {
   }
 };
 
-// Plain multiply-adds. A lane has row m = lane % 16 and the half lane / 16 of the chunk's k, for all 8 batch rows; it reads the
-// state, which the lanes hold as Tf32Chunk's, through the warp's scratch. Two buffers in turn need one warp barrier a chunk.
+// Plain multiply-adds. A lane has row m = lane % 16 and the half lane / 16 of the chunk's k, for all 8 batch rows. The lanes
+// hold the state in the places of Tf32Chunk and exchange it through the warp's scratch, whose two buffers in turn need one
+// warp barrier a chunk.
 struct Fp32Chunk {
   using Storage = float;
   static constexpr int kStep = 8, kAcc = 8;
@@ -198,7 +200,7 @@ struct Fp32Chunk {
   }
 
  private:
-  // Both halves of k: rows 0 to 3 in the lower lanes, 4 to 7 in the upper.
+  // Adds the two halves of k: of batch rows 0 to 3 in the lower lanes, of 4 to 7 in the upper.
   static __device__ __forceinline__ void add_halves(const float (&acc)[kAcc], float (&sums)[4]) {
     const bool upper = simt::lane_id() >= 16;
 #pragma unroll

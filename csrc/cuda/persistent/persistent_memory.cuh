@@ -1,5 +1,5 @@
-// What the kernels of the persistent families know at compile time, where a block is in its launch, and the part of its shared
-// memory that does not depend on the kind of product.
+// The constants of a persistent kernel, where a block is in its launch, and the part of the block's shared memory that does
+// not depend on the kind of product.
 #pragma once
 #include "cuda/persistent/persistent_math.cuh"
 
@@ -48,7 +48,8 @@ class BlockMemory {
   __device__ __forceinline__ explicit BlockMemory(const PersistentLaunch& l)
       : states_(persistent_smem(G::shape(), l.slices, l.row_tiles).state) {}
 
-  // What a thread keeps of element `unit`, `b` of a row_tile between steps; which: 0 or 1. row_tile: of those beyond the registers.
+  // What a thread keeps between steps of the element (unit, b) of a row tile; which: 0 or 1. row_tile: counted from the
+  // first whose states are not in registers.
   __device__ __forceinline__ float& state(int which, int row_tile, int unit, int b) const {
     return at<float>(states_)[((row_tile * 2 + which) * kTileRows + b) * G::kUnits + unit];
   }
@@ -58,7 +59,7 @@ class BlockMemory {
   }
 
  protected:
-  static constexpr PersistentSmem kSmem = persistent_smem(G::shape(), 1, 1);  // its places up to the weights
+  static constexpr PersistentSmem kSmem = persistent_smem(G::shape(), 1, 1);  // right up to the place of the weights
   template <class T>
   static __device__ __forceinline__ T* at(int offset) {
     return reinterpret_cast<T*>(simt::dynamic_smem() + offset);

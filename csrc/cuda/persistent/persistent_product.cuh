@@ -1,7 +1,7 @@
 // The product of a block's weights and the exchanged states ("gather" in persistent.h).
-//   registers      weights_: 4 words per chunk and tile of M of the warp; the sums of one row_tile of batch rows; states under way
+//   registers      weights_: 4 words per chunk and tile of M of the warp; the sums of one row tile; states under way
 //   shared memory  the weights of further chunks; partial sums, two buffers in turn
-//   barriers       none here; store_sums is followed by the caller's barrier, which also ends the use of the other buffer
+//   barriers       none here; the caller's barrier follows store_sums, and it also ends the use of the other buffer
 #pragma once
 #include "cuda/persistent/persistent_memory.cuh"
 
@@ -37,7 +37,7 @@ class PersistentProduct : public BlockMemory<G> {
         if (i < chunks_) load_fragment(weights_[i][m], weights, H, slice, per_gate, m, chunk_of(i));
       }
     }
-    // What a warp has less than others is zeros.
+    // A warp with fewer chunks than others has zeros in their place.
 #pragma unroll 1
     for (int i = kRegisterChunks; i < kRegisterChunks + smem_chunks_; ++i) {
 #pragma unroll 1
@@ -49,7 +49,7 @@ class PersistentProduct : public BlockMemory<G> {
     }
   }
 
-  // sums = weights x the states of `step` of row tile `row_tile`, over the warp's chunks.
+  // sums = weights x the states of a row tile at exchange `step`, over the warp's chunks.
   __device__ __forceinline__ void run(Sums& sums, int row_tile, uint32_t step) {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
@@ -57,7 +57,7 @@ class PersistentProduct : public BlockMemory<G> {
       for (int i = 0; i < Chunk::kAcc; ++i) sums[m][i] = 0.0f;
     }
     exchange.begin(row_tile, step);
-    // Plain multiply-adds leave no registers for loads far ahead, nor latency to hide.
+    // Plain multiply-adds leave no registers for loads far ahead, and no latency to hide.
     if constexpr (G::kCluster && G::kMath != MathKind::kFp32) {
       run_paired(sums, row_tile, step);
     } else {
@@ -87,8 +87,8 @@ class PersistentProduct : public BlockMemory<G> {
   static __device__ __forceinline__ int m_group() { return simt::warp_id() / kKGroups; }
   static __device__ __forceinline__ int chunk_of(int i) { return k_group() + i * kKGroups; }
 
-  // A batch of chunks in registers goes with as many in shared memory, whose loads hide behind the former's products. States
-  // of chunks that the warp does not have are zeros, so that no branch stands between the loads of a batch.
+  // Chunks in registers and chunks in shared memory alternate, so that the loads of the latter hide behind the products of
+  // the former. The states of chunks that the warp does not have are zeros: no branch stands between the loads of a batch.
   __device__ __forceinline__ void run_paired(Sums& sums, int row_tile, uint32_t step) {
     int beyond = 0;  // chunks in shared memory that are done
 #pragma unroll
@@ -110,7 +110,7 @@ class PersistentProduct : public BlockMemory<G> {
     for (; beyond < smem_chunks_; ++beyond) multiply_smem_chunk(sums, kRegisterChunks + beyond, row_tile, step);
   }
 
-  // Where the states come from afar: one batch is requested before the one before it is awaited.
+  // For states that come from L2: a batch is requested before the preceding batch is awaited.
   __device__ __forceinline__ void run_in_turn(Sums& sums, int row_tile, uint32_t step) {
     Packet now[kBatch], next[kBatch];
     request(now, 0, row_tile, step);
@@ -140,7 +140,7 @@ class PersistentProduct : public BlockMemory<G> {
     }
   }
 
-  // m_tile: of the warp.
+  // m_tile: number among the warp's tiles of M.
   static __device__ __forceinline__ void load_fragment(uint32_t (&words)[4], const Storage* weights, int64_t H, int slice,
                                                        int per_gate, int m_tile, int chunk) {
     m_tile += m_group() * kTiles;

@@ -1,10 +1,11 @@
-// The product of a block's weights and the gradients of its own gates, and the exchange of the partial gradients of the states
-// ("scatter" in persistent.h).
+// The product of a block's weights and the gradients of its own gates, and the exchange of the partial gradients of the
+// states ("scatter" in persistent.h).
 //   registers      weights_: 4 words per chunk for each of the first tiles of M; the sums of all tiles of M of the warp
-//   shared memory  the weights of further tiles of M; the gradients of the slice's gates, two buffers in turn; what was received
-//   barriers       the caller's one between put and run, which also ends the use of the other buffer
-// Both buffers of received sums are free when they are written again: whoever pushes for step s + 2 has received the sums of step
-// s + 1 of every block, each of which sent them after the barrier that followed its reading of step s.
+//   shared memory  the weights of further tiles of M; the gradients of the slice's gates, two buffers in turn; what was
+//   received
+//   barriers       the caller's, between put and run; it also ends the use of the other buffer
+// A buffer of received sums is free when it is written again: a block that pushes for step s + 2 has received the sums of
+// step s + 1 from every block, and each block sent those after the barrier that followed its reading of step s.
 #pragma once
 #include "cuda/persistent/exchange_cluster.cuh"
 #include "cuda/persistent/persistent_memory.cuh"
@@ -54,7 +55,7 @@ class ScatterProduct : public BlockMemory<G> {
     run_with<kRegisterTiles>(buffer, row_tile, step);
   }
 
-  // The sum of what all blocks sent for one element; after exchange.begin.
+  // The sum over what all blocks sent for one element; after exchange.begin.
   __device__ __forceinline__ float sum(int unit, int b, int row_tile, uint32_t step) const {
     return exchange.sum(b * G::kUnits + unit, row_tile, step);
   }
@@ -64,7 +65,7 @@ class ScatterProduct : public BlockMemory<G> {
  private:
   __device__ __forceinline__ int all_tiles() const { return exchange.ranks * G::kUnitTiles; }
   __device__ __forceinline__ int smem_tiles_of_warp() const { return smem_tiles(G::shape(), exchange.ranks); }
-  // Tile of M of the warp's j-th.
+  // The tile of M that is the warp's j-th.
   static __device__ __forceinline__ int tile_of(int j) { return simt::warp_id() + j * kPersistentWarps; }
 
   __device__ __forceinline__ void load_fragment(uint32_t (&words)[4], const Storage* weights, int64_t H, int m_tile,
@@ -78,7 +79,7 @@ class ScatterProduct : public BlockMemory<G> {
     });
   }
 
-  // kCount: tiles of M of every warp, those in registers and those in shared memory.
+  // kCount: tiles of M of every warp, in registers and shared memory together.
   template <int kCount>
   __device__ __forceinline__ void run_with(int buffer, int row_tile, uint32_t step) const {
     if constexpr (kCount < kTiles) {

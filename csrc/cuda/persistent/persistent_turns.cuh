@@ -1,4 +1,5 @@
-// The loop that forward and backward share. A turn is one row tile at one step; all row tiles of a step precede the next step.
+// The loop that forward and backward share. A turn is one row tile at one step; all row tiles of a step precede the next
+// step.
 #pragma once
 #include "cuda/persistent/persistent_elements.cuh"
 

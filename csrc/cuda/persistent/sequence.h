@@ -1,12 +1,13 @@
-// The arguments of the kernels of families `grid` and `cluster`, and where to find a kernel. Geometry: plan/persistent_geometry.h.
+// The arguments of the kernels of families `grid` and `cluster`, and where to find a kernel. Geometry:
+// plan/persistent_geometry.h.
 #pragma once
 #include "plan/persistent_geometry.h"
 
 namespace fused_rnn::cuda {
 
-// What a launch covers; blocks are numbered [direction][group][slice]. Of the scan's steps (backward: of the backward scan) it
-// makes those from first_step on. If these are not the first, it starts from what the launch of the steps before left in h_n
-// and `carry`; if they are not the last, it leaves the same.
+// What a launch covers; blocks are numbered [direction][group][slice]. The launch makes `steps` steps of the scan (backward:
+// of the backward scan) from first_step on. A launch that begins after step 0 starts from what the launch of the steps
+// before left in h_n and `carry`. A launch that ends before the last step leaves the same.
 struct PersistentLaunch {
   int slices;     // blocks of a group
   int groups;     // of each direction in this launch
@@ -28,8 +29,8 @@ struct BackwardSequence {
 using ForwardSequenceKernel = void (*)(ForwardSequence);
 using BackwardSequenceKernel = void (*)(BackwardSequence);
 
-// One specialisation per kind of arithmetic and family, in grid_*.cu and cluster_*.cu. cell: any of the kinds (RNN kinds share
-// their kernels).
+// One specialisation per kind of arithmetic and family, in grid_*.cu and cluster_*.cu. cell: any cell (kernel_cell.h says
+// which share a kernel).
 template <MathKind kMath>
 struct GridKernels {
   static ForwardSequenceKernel forward(CellKind cell);
@@ -41,7 +42,7 @@ struct ClusterKernels {
   static BackwardSequenceKernel backward(CellKind cell, int unit_tiles);
 };
 
-// Fills memory with zeros; in front of a launch of family `grid`.
+// Fills memory with zeros before a launch of family `grid`.
 struct ZeroFill {
   void* memory;    // aligned to 16 bytes
   int64_t pieces;  // of 16 bytes

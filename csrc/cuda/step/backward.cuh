@@ -3,7 +3,8 @@
 // where the last two terms are 0 if the state was reset before `next`, and dh_n stands for them if the row ends at t.
 //   backward_kernel    dh (without projection) or d_h W_hr (with), then the cell's derivative: d_gates[t], carry, d_c0
 //   state_grad_kernel  dh of a projected LSTM, to d_h[t]; and d_h0, which is the same sum at "step -1"
-// A block owns kUnits units of kBatch batch rows in one direction (blockIdx.z); a thread finishes kElements (unit, row) pairs.
+// A block owns kUnits units of kBatch batch rows in one direction (blockIdx.z). A thread finishes kElements (unit, row)
+// pairs.
 #pragma once
 #include "cuda/device/cell_device.cuh"
 #include "cuda/step/forward.cuh"
@@ -13,7 +14,8 @@
 namespace fused_rnn::cuda {
 
 // kActive, kReset and row describe this step; kHasPrevious the previous one, whose row is `other`; kHasNext the next.
-// next_row is its row, next_reset whether the state was replaced before it. At step -1 `next` is the row's first active step.
+// next_row is its row, next_reset whether the state was replaced before it. At step -1 `next` is the row's first active
+// step.
 __device__ __forceinline__ RowInfo backward_row(const BackwardParams& p, int64_t step, int dir, int64_t b, int64_t& next_row,
                                                 bool& next_reset) {
   const Sequence& seq = p.seq;
@@ -220,7 +222,7 @@ __global__ void __launch_bounds__(G::kThreads, 1) backward_kernel(const Backward
   }
 }
 
-// The cell of G does not matter here: gates are counted at run time.
+// The code does not depend on the cell of G: gates are counted at run time.
 template <class G>
 __global__ void __launch_bounds__(G::kThreads, 1) state_grad_kernel(const BackwardStep s) {
   using Storage = typename G::Storage;

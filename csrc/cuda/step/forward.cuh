@@ -3,8 +3,8 @@
 // A block owns kUnits hidden units, with all gates of each, of kBatch batch rows in one direction (blockIdx.z); a thread
 // finishes kElements (unit, row) pairs. Per step: the product (matmul.cuh), the pointwise part, stores. Everything that does
 // not depend on the preceding step is requested before pdl_wait: weights, projection, biases, lengths and resets.
-// family step: the projection x W_ih^T + b_ih is read from `gates`. family cell: it is the first phase of the product.
-// An LSTM with projection leaves h in `hidden` (rounded to dtype); project_kernel multiplies it by W_hr.
+// kForward reads the projection x W_ih^T + b_ih from `gates`; kForwardInput makes it, as the first phase of the product.
+// A cell with a projection leaves h in `hidden` (rounded to dtype), and project_kernel multiplies it by W_hr.
 #pragma once
 #include "cuda/device/cell_device.cuh"
 #include "cuda/step/kernels.h"
@@ -21,7 +21,7 @@ enum RowFlags : int {
   kNever = 32,       // takes part in no step
 };
 
-// What a block must know of row b; source[] is left to the caller. other: row of the previous step.
+// What a block notes of row b, but for source[], which is the caller's. other: row of the previous step.
 __device__ __forceinline__ RowInfo forward_row(const ForwardParams& p, int64_t step, int dir, int64_t b) {
   const Sequence& seq = p.seq;
   RowInfo info{};
@@ -94,7 +94,7 @@ struct ForwardElements {
     return (dir * s.p.seq.N + row) * C::kSlots * s.p.H + first_unit + unit_of(e);
   }
 
-  // Projection and biases: nothing here depends on the preceding step.
+  // Projection and biases, which do not depend on the preceding step.
   __device__ __forceinline__ void load_projection() {
     const auto* b_ih = static_cast<const Storage*>(dir ? s.p.weights[1].b_ih : s.p.weights[0].b_ih);
     const auto* b_hh = static_cast<const Storage*>(dir ? s.p.weights[1].b_hh : s.p.weights[0].b_hh);

@@ -1,5 +1,5 @@
-// The kernels of the families `cell` and `step`: their arguments, and how the host code in cuda.cu finds them. The kernels of
-// each kind of arithmetic are compiled in a file of their own, kernels_*.cu.
+// The kernels of the families `single` and `step`: their arguments, and how the host code (step_launch.cu) finds them. Each
+// kind of arithmetic is compiled in a file of its own, kernels_*.cu.
 #pragma once
 #include "core/params.h"
 #include "plan/step_geometry.h"
@@ -29,7 +29,7 @@ struct BackwardStep {
 using ForwardKernel = void (*)(ForwardStep);
 using BackwardKernel = void (*)(BackwardStep);
 
-// One per MathKind; cell is any of the kinds (RNN kinds share their kernels).
+// One per MathKind. cell: any cell (kernel_cell.h says which share a kernel).
 template <MathKind kMath>
 struct Kernels {
   static ForwardKernel forward(KernelRole role, CellKind cell, TileSize size);

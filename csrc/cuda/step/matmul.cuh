@@ -1,7 +1,7 @@
-// The product of weight rows and state rows that every kernel of the step family makes (tiles.h has the geometry).
+// The product of weight rows and state rows that every step kernel makes (plan/step_geometry.h).
 //
-// A block computes acc[slot][unit][batch row] for its tile. Team t takes the K chunks t, t + teams, ... through its own ring of
-// `stages` stages in shared memory, each a weight tile and a state tile of kChunkBytes of K. Weights do not depend on the
+// A block computes acc[slot][unit][batch row] for its tile. Team t takes the K chunks t, t + teams, ... through its own ring
+// of `stages` stages in shared memory, each a weight tile and a state tile of kChunkBytes of K. Weights do not depend on the
 // preceding launch, so the first stages' are requested before pdl_wait, the states' after it.
 //   registers      acc: slots x (16 x 8 tiles of the warp) x 4 per lane
 //   shared memory  table of rows | rings, later partial sums
@@ -60,9 +60,9 @@ struct Operand {
   int copy_bytes;  // alignment of every row of both: 16, 4, or one element
 };
 
-// Copies kPieces pieces of kBytes per thread into shared memory; piece(i, source, target) sets the target of piece i and its
-// source, which is valid only if it returns true (zeros are written otherwise). Where the copy is not asynchronous, a batch is
-// loaded before it is stored.
+// Copies kPieces pieces of kBytes per thread into shared memory. piece(i, source, target) sets source and target of piece i.
+// If it returns false, its source is invalid and zeros are written. Where the copy is not asynchronous, a batch is loaded
+// before it is stored.
 template <class Storage, int kBytes, int kPieces, class F>
 __device__ __forceinline__ void copy_pieces(F&& piece) {
   const Storage* source;
@@ -102,7 +102,8 @@ __device__ __forceinline__ void dispatch_copy(int copy_bytes, F&& f) {
   f(std::integral_constant<int, static_cast<int>(sizeof(Storage))>{});
 }
 
-// Waits until at most `groups` (or one fewer) of the thread's latest copies are under way. Few branches: this is in the loop.
+// Waits until at most `groups` of the thread's latest copies are under way, or one fewer: an exact count would put more
+// branches into the loop.
 __device__ __forceinline__ void wait_pending(int groups) {
   if (groups >= 4) {
     groups >= 6 ? simt::cp_async_wait<6>() : simt::cp_async_wait<4>();
@@ -139,12 +140,14 @@ class Matmul {
 
   static __device__ __forceinline__ RowInfo* table() { return reinterpret_cast<RowInfo*>(simt::dynamic_smem()); }
 
-  // Requests the weights of the first stages; zeros beyond the last chunk, which the planner leaves to one stage of a team.
+  // Requests the weights of the first stages. Stages beyond the last chunk get zeros; the planner leaves a team at most one
+  // of them.
   __device__ __forceinline__ void prefetch_weights() {
     for (int i = 0; i < stages_ - 1; ++i) fill_weights(i, i);
   }
 
-  // The product, after prefetch_weights and once the table is complete. any_row: the block has a state row that is not zero.
+  // Makes the product, after prefetch_weights and the filling of the table. any_row: the block has a state row that is not
+  // zero.
   __device__ __forceinline__ void run(bool any_row, typename G::Accumulators& acc) {
     clear(acc);
     const int chunks = any_row ? chunks_ : 0;
