@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn._kinds import LSTM, NUMBER_OF_NONLINEARITY, RNN_RELU, Kind
+from fused_rnn._kinds import NUMBER_OF_NONLINEARITY, RNN_RELU, Kind
 from fused_rnn._recipe import Recipe
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # those with kernels
@@ -171,7 +171,7 @@ def weights_per_group(recipe: Recipe, weights: Sequence[Tensor]) -> tuple[int, i
     """(tensors of one layer and direction, those of them that are no projection) of a list of weights."""
     groups = recipe.num_layers * recipe.directions
     base = 4 if recipe.has_biases else 2
-    sizes = (base, base + 1) if recipe.cell == LSTM else (base,)
+    sizes = (base, base + 1) if recipe.kind.may_project else (base,)
     per_group = len(weights) // groups
     if per_group not in sizes or per_group * groups != len(weights):
         expected = " or ".join(str(groups * size) for size in sizes)

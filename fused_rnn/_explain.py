@@ -312,7 +312,7 @@ def _persistent_kernel(family: str, held: Mapping[str, Any]) -> Kernel:
     """The kernel that holds the weights of a layer over all its steps."""
     return Kernel(
         name=family, persistent=True, math=held["math"], grid=(held["blocks"], held["groups"], held["directions"]),
-        threads=PERSISTENT_THREADS, units=held["units"], rows=TILE_ROWS * held["tiles"], launches=held["launches"],
+        threads=PERSISTENT_THREADS, units=held["units"], rows=TILE_ROWS * held["row_tiles"], launches=held["launches"],
         stages=None, smem_bytes=held["smem_bytes"], weight_registers=held["weight_registers"],
         weight_bytes_in_registers=held["weight_bytes_in_registers"], weight_bytes_in_smem=held["weight_bytes_in_smem"],
         us=None,

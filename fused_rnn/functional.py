@@ -229,7 +229,7 @@ def _zero_states(recipe: Recipe, input: Tensor, weights: list[Tensor], batch_siz
     """The states [L*D, B, .] of a packed input that comes without."""
     groups = recipe.num_layers * recipe.directions
     base = 2 + 2 * recipe.has_biases
-    projected = recipe.cell == LSTM and len(weights) // groups == base + 1
+    projected = recipe.kind.may_project and len(weights) // groups == base + 1
     sizes = [weights[base].shape[0] if projected else weights[1].shape[-1], weights[1].shape[0] // recipe.kind.gates]
     # A traced number would be the trace's constant; a traced tensor is not.
     batch: Any = int(batch_sizes[0]) if _get_tracing_state() is None else batch_sizes[0]

@@ -330,9 +330,9 @@ class _Layer(QuickCall, nn.RNNBase):
     def _forward_packed(self, cell: int, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
         """Forward of a packed sequence; hx and the returned state are in the caller's order of rows."""
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        states = [] if hx is None else [*_pair(hx)] if cell == _kinds.LSTM else [hx]
+        states = [] if hx is None else [*_pair(hx)] if _kinds.KINDS[cell].states == 2 else [hx]
         output, last = self._run(cell, data, states, batch_sizes, sorted_indices)
-        hidden: Any = tuple(last) if cell == _kinds.LSTM else last[0]
+        hidden: Any = tuple(last) if len(last) > 1 else last[0]
         return (
             PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices),
             self.permute_hidden(hidden, unsorted_indices),

@@ -55,7 +55,7 @@ LayerShapes measure(const Call& call) {
   LayerShapes s{};
   s.D = static_cast<int>(r.directions());
   s.per_direction = count / s.D;
-  s.projection = r.cell == CellKind::kLstm && s.per_direction == base + 1;
+  s.projection = traits_of(r.cell).may_project && s.per_direction == base + 1;
   TORCH_CHECK_VALUE(count % s.D == 0 && (s.per_direction == base || s.projection), "params: expected ", base * s.D,
                     " tensors, got ", count);
   const int64_t dim = call.rows.offsets || call.one_step ? 2 : 3;

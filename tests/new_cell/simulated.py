@@ -16,15 +16,15 @@ from test_kernels import Simulated, run
 
 def simulated() -> Iterator[Simulated]:
     """Every family, forward and backward: dense, with lengths and resets, packed, two directions."""
-    for family, dtype in itertools.product(("cell", "step", "grid", "cluster"), (torch.float32, torch.float16)):
-        steps = 1 if family == "cell" else 4
+    for family, dtype in itertools.product(("single", "step", "grid", "cluster"), (torch.float32, torch.float16)):
+        steps = 1 if family == "single" else 4
         yield Simulated(Case(MODE, steps, 3, 5, 21, dtype=dtype), 2, family)
         options = {"bidirectional": family != "cluster", "resets": True, "ragged": "lengths", "dtype": dtype}
         yield Simulated(Case(MODE, steps, 3, 5, 21, **options), 2, family)
-        if family != "cell":
+        if family != "single":
             yield Simulated(Case(MODE, steps, 9, 19, 37, ragged="packed", dtype=dtype), 2, family)
-    for family in ("cell", "step"):
-        yield Simulated(Case(MODE, 1 if family == "cell" else 3, 3, 5, 9, resets=True, dtype=torch.float64), 2, family)
+    for family in ("single", "step"):
+        yield Simulated(Case(MODE, 1 if family == "single" else 3, 3, 5, 9, resets=True, dtype=torch.float64), 2, family)
 
 
 @pytest.fixture(scope="session")
