@@ -92,7 +92,7 @@ def extreme(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     ("name", "dtype"), (("amx", torch.float32), ("amx", torch.bfloat16), ("avx512_bf16", torch.bfloat16)), ids=str
 )
 def test_extreme_values_of_parts(cell: str, where: str, name: str, dtype: torch.dtype, setting: Setting) -> None:
-    """A float that has no parts (split.h) gives what the vector kernels give."""
+    """A float that has no parts (parts.h) gives what the vector kernels give."""
     if name not in AVAILABLE:
         pytest.skip(f"needs a CPU with {name}")
     torch.manual_seed(3)
@@ -145,7 +145,7 @@ def test_products_of_pairs_serve_bfloat16_alone(setting: Setting) -> None:
     for dtype in DTYPES:
         module, x = fused_rnn.LSTM(40, 40, dtype=dtype), torch.zeros(20, 3, 40, dtype=dtype)
         layer = fused_rnn.explain(module, x, show=False).layers[0]
-        expected = "split into bfloat16 parts" if dtype == torch.bfloat16 else "packed into panels"
+        expected = "in bfloat16 parts" if dtype == torch.bfloat16 else "packed into panels"
         assert layer.forward.weights == layer.backward.weights == expected
 
 

@@ -6,7 +6,7 @@
 
 namespace fused_rnn::cpu {
 
-std::mutex& kept_lock() {
+std::mutex& cache_lock() {
   static std::mutex* const only = new std::mutex;  // never destroyed: a thread may end after the process's static objects
   return *only;
 }
@@ -14,7 +14,7 @@ std::mutex& kept_lock() {
 #if defined(__unix__) || defined(__APPLE__)
 namespace {
 [[maybe_unused]] const int fork_handlers =
-    pthread_atfork([] { kept_lock().lock(); }, [] { kept_lock().unlock(); }, [] { kept_lock().unlock(); });
+    pthread_atfork([] { cache_lock().lock(); }, [] { cache_lock().unlock(); }, [] { cache_lock().unlock(); });
 }  // namespace
 #endif
 

@@ -6,7 +6,8 @@
 #include <vector>
 
 #include "core/params.h"
-#include "cpu/plan.h"
+#include "cpu/thread_plan.h"
+#include "plan/problem.h"
 
 namespace fused_rnn::cpu {
 
@@ -19,9 +20,8 @@ using Allocate = std::function<void*(int64_t bytes)>;
 void forward(ForwardParams& p, const Allocate& allocate);
 void backward(BackwardParams& p, const Allocate& allocate);
 
-// How the threads of a call made here and now would divide the work (pointers are not read).
-Plan forward_plan(const ForwardParams& p);
-Plan backward_plan(const BackwardParams& p);
+// How the threads of a call made here and now would divide the work, where all rows are in memory (N = T * B).
+ThreadPlan plan_of(const Problem& problem);
 
 // The instruction set in use: the one set, else the best available.
 const char* instruction_set();

@@ -40,7 +40,7 @@ pybind11::dict build_info() {
 }
 
 pybind11::dict weight_cache() {
-  const fused_rnn::cpu::KeptStatistics statistics = fused_rnn::cpu::kept_statistics();
+  const fused_rnn::cpu::WeightCacheStatistics statistics = fused_rnn::cpu::weight_cache_statistics();
   using pybind11::arg;
   return pybind11::dict(arg("limit") = statistics.limit, arg("bytes") = statistics.bytes,
                         arg("matrices") = statistics.matrices, arg("panels_found") = statistics.panels_found,
@@ -56,7 +56,7 @@ pybind11::dict memory_pool() {
 
 int64_t free_memory() {
   const pybind11::gil_scoped_release no_gil;
-  const int64_t bytes = fused_rnn::MemoryPool::free() + fused_rnn::cpu::free_kept_weights();
+  const int64_t bytes = fused_rnn::MemoryPool::free() + fused_rnn::cpu::free_weight_cache();
 #ifdef __GLIBC__
   malloc_trim(0);  // smaller blocks otherwise stay in the heaps of the threads that asked for them
 #endif

@@ -64,7 +64,7 @@ struct Block {
 
 std::atomic<double> idle_seconds{MemoryPool::kIdleSeconds};
 
-// What all threads keep together. Whoever uses it holds cpu::kept_lock().
+// What all threads keep together. Whoever uses it holds cpu::cache_lock().
 class Pool {
  public:
   Pool() { blocks_.reserve(kMostBlocks); }
@@ -143,7 +143,7 @@ Pool& pool() {
 void* take_shared(Use use, int64_t& bytes) {
   if (bytes <= MemoryPool::kMostShared) {
     Dropped dropped;
-    const std::lock_guard<std::mutex> held(cpu::kept_lock());
+    const std::lock_guard<std::mutex> held(cpu::cache_lock());
     if (void* memory = pool().take(use, bytes, dropped)) return memory;
   }
   return c10::alloc_cpu(bytes);
@@ -155,7 +155,7 @@ void give_shared(Use use, void* memory, int64_t bytes) {
     dropped.add(memory);
     return;
   }
-  const std::lock_guard<std::mutex> held(cpu::kept_lock());
+  const std::lock_guard<std::mutex> held(cpu::cache_lock());
   pool().give(use, memory, bytes, dropped);
 }
 
@@ -164,12 +164,12 @@ void give_shared(Use use, void* memory, int64_t bytes) {
 class OwnSlot {
  public:
   OwnSlot() : slot_(std::make_unique<Slot>()) {
-    const std::lock_guard<std::mutex> held(cpu::kept_lock());
+    const std::lock_guard<std::mutex> held(cpu::cache_lock());
     pool().slots.push_back(slot_.get());
   }
   ~OwnSlot() {
     {
-      const std::lock_guard<std::mutex> held(cpu::kept_lock());
+      const std::lock_guard<std::mutex> held(cpu::cache_lock());
       std::vector<Slot*>& slots = pool().slots;
       slots.erase(std::find(slots.begin(), slots.end(), slot_.get()));
     }
@@ -210,7 +210,7 @@ void* MemoryPool::take_workspace(int64_t& bytes) {
   constexpr unsigned kLook = 1024;  // calls between looks for what other threads left idle
   if (own->calls++ % kLook == 0 && pool().bytes() > 0) {
     Dropped dropped;
-    const std::lock_guard<std::mutex> held(cpu::kept_lock());
+    const std::lock_guard<std::mutex> held(cpu::cache_lock());
     pool().drop_idle(dropped);
   }
   void* memory = own->memory.exchange(nullptr, std::memory_order_acquire);
@@ -232,7 +232,7 @@ void MemoryPool::give_workspace(void* memory, int64_t bytes) {
 }
 
 MemoryPool::Statistics MemoryPool::statistics() {
-  const std::lock_guard<std::mutex> held(cpu::kept_lock());
+  const std::lock_guard<std::mutex> held(cpu::cache_lock());
   Statistics result{pool().bytes(), pool().count(), 0, static_cast<int64_t>(pool().slots.size())};
   for (const Slot* slot : pool().slots) {
     if (slot->memory.load()) result.thread_bytes += slot->bytes.load();
@@ -242,7 +242,7 @@ MemoryPool::Statistics MemoryPool::statistics() {
 
 int64_t MemoryPool::free() {
   Dropped dropped;
-  const std::lock_guard<std::mutex> held(cpu::kept_lock());
+  const std::lock_guard<std::mutex> held(cpu::cache_lock());
   int64_t bytes = pool().bytes();
   pool().drop_all(dropped);
   for (Slot* slot : pool().slots) {

@@ -205,24 +205,9 @@ py::dict cuda_device(int index) {
 
 py::dict cpu_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
                   std::optional<int64_t> P, int D, bool training, bool backward) {
-  const CellKind kind = parse_cell(cell);
-  const DType type = parse<DType>("dtype", dtype, kDTypes);
-  const Sequence sequence{T, B, T * B, nullptr, nullptr};
-  static constexpr char kProjection = 0;  // any address: the plan asks only whether there is one
-  Weights weights{};
-  if (P.value_or(H) != H) weights.w_hr.data = &kProjection;
-  cpu::Plan made{};
-  if (backward) {
-    BackwardParams p{};
-    p.cell = kind, p.dtype = type, p.H = H, p.P = P.value_or(H), p.D = D, p.seq = sequence;
-    p.weights[0] = p.weights[1] = weights;
-    made = cpu::backward_plan(p);
-  } else {
-    ForwardParams p{};
-    p.cell = kind, p.dtype = type, p.I = I, p.H = H, p.P = P.value_or(H), p.D = D, p.seq = sequence, p.training = training;
-    p.weights[0] = p.weights[1] = weights;
-    made = cpu::forward_plan(p);
-  }
+  const Problem problem =
+      problem_of(cell, dtype, T, B, I, H, P, D, /*allow_tf32=*/false, /*ragged=*/false, training, backward);
+  const cpu::ThreadPlan made = cpu::plan_of(problem);
   py::dict result;
   result["threads"] = made.threads();
   result["direction_teams"] = made.direction_teams;

@@ -48,7 +48,7 @@ void set_weight_cache(const std::string& value) {
     throw std::invalid_argument("FUSED_RNN_WEIGHT_CACHE=" + value +
                                 ": expected a number of MiB (0: packed weights are not kept from call to call)");
   }
-  cpu::set_kept_limit(mebibytes ? *mebibytes << 20 : cpu::kDefaultKeptLimit);
+  cpu::set_weight_cache_limit(mebibytes ? *mebibytes << 20 : cpu::kDefaultWeightCacheLimit);
 }
 
 }  // namespace

@@ -99,7 +99,7 @@ def build(variant: str, sets: Sequence[str] | None = None, jobs: int = 2) -> Pat
     if sets is None:
         sets = fused_rnn.build_info().get("cpu_instruction_sets", [])
     flags, for_kernels, for_others = VARIANTS[variant]
-    headers = [header for folder in ("core", "cpu") for header in sorted((ROOT / "csrc" / folder).rglob("*.h"))]
+    headers = [header for folder in ("core", "plan", "cpu") for header in sorted((ROOT / "csrc" / folder).rglob("*.h"))]
     headers += sorted((HERE / "harness").glob("*.h"))
     text = _hash(*(f.name.encode() + f.read_bytes() for f in headers))
 

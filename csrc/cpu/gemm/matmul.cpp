@@ -2,7 +2,9 @@
 // group. While the matrix unit multiplies one group, vectors pack the next.
 #include "cpu/gemm/matmul.h"
 
-#include "cpu/gemm/matrix.h"
+#include "cpu/arena.h"
+#include "cpu/gemm/shape.h"
+#include "cpu/matrix_form.h"
 #include "cpu/threads.h"
 
 namespace fused_rnn::cpu {
@@ -10,28 +12,28 @@ namespace {
 
 constexpr int64_t kChunk = 3 * 512 * 256;  // parts of b packed at a time: a third of L2
 constexpr int64_t kMostColumns = 512;      // of them: a is packed once for each
-constexpr int64_t kRows = 4 * kSplitRows;  // rows of a packed at a time
+constexpr int64_t kRows = 4 * kPartsRows;  // rows of a packed at a time
 constexpr int64_t kWork = 64 * 64 * 64;    // a product of fewer multiply-adds is not worth it
 // Multiply-adds for each element that is cut into parts: of fewer than this, MKL is done sooner (where they meet: 128 x 128). In 16 bits
 // an LSTM and a GRU of 100x1x64x64 are 1.4 and 1.5 times as fast forward and backward with our own; below 24 nothing is gained.
 constexpr int64_t kWorkPerElement = 72, kWorkPerShortElement = 24;
 
 struct Sizes {
-  SplitParts parts;
+  Parts parts;
   int64_t columns, depth;  // of a chunk of b
   int64_t b_elements, a_elements;
   int64_t sums;  // of a chunk of columns, kept until they are converted
 };
 
 Sizes sizes_of(const MatmulParams& p) {
-  const SplitParts parts = split_parts(storage_index(p.dtype), /*rounded_rows=*/true);
+  const Parts parts = parts_of(p.dtype, /*rounded_rows=*/true);
   const int64_t columns = p.N <= kMostColumns / 2 ? kMostColumns / 2 : kMostColumns, depth = kChunk / parts.panels / columns;
-  const int64_t blocks = split_blocks(depth);
+  const int64_t blocks = depth_blocks(depth);
   return {parts,
           columns,
           depth,
-          blocks * (columns / kSplitColumns) * parts.panels * kSplitTile,
-          blocks * (kRows / kSplitRows) * parts.rows * kSplitTile,
+          blocks * (columns / kPartsColumns) * parts.panels * kPartsTile,
+          blocks * (kRows / kPartsRows) * parts.rows * kPartsTile,
           p.out_dtype != DType::kFloat32 && p.K > depth ? p.M * columns : 0};
 }
 
@@ -39,7 +41,7 @@ class Matmul {
  public:
   Matmul(const MatmulParams& p, const Kernels<float>& kernels, int threads, const Allocate& allocate)
       : p_(p),
-        kernels_(*kernels.split),
+        kernels_(*kernels.parts),
         save_(p.out_dtype == DType::kFloat32 ? nullptr : kernels.save[storage_index(p.out_dtype)]),
         sizes_(sizes_of(p)),
         storage_(storage_index(p.dtype)),
@@ -59,8 +61,8 @@ class Matmul {
     uint16_t* to;
     int64_t row, count, k, depth;
     int64_t next = 0;
-    int64_t blocks() const { return (count + kSplitRows - 1) / kSplitRows; }
-    int64_t quarters() const { return 4 * blocks() * split_blocks(depth); }
+    int64_t blocks() const { return (count + kPartsRows - 1) / kPartsRows; }
+    int64_t quarters() const { return 4 * blocks() * depth_blocks(depth); }
   };
   // Packing some of a group at each round of products.
   struct Packing {
@@ -75,7 +77,7 @@ class Matmul {
                       int64_t column, int64_t panel, const Background& background);
 
   const MatmulParams& p_;
-  const SplitKernels& kernels_;
+  const PartsKernels& kernels_;
   void (*const save_)(const float* from, void* to, int64_t n);  // to the type of out, or null
   const Sizes sizes_;
   const int storage_;
@@ -107,18 +109,18 @@ void prefetch_rows(const void* first, int64_t stride, int64_t count, int64_t col
 
 // The thread's share of the vectors of b[k, column] on, 32 rows at a time.
 void Matmul::pack_b(int thread, int64_t k, int64_t depth, const Shape& shape, int64_t column) {
-  const int64_t vectors = shape.columns() / kSplitColumns, tile = sizes_.parts.panels * kSplitTile;
+  const int64_t vectors = shape.columns() / kPartsColumns, tile = sizes_.parts.panels * kPartsTile;
   const int64_t first = share_begin(vectors, threads_, thread), last = share_begin(vectors, threads_, thread + 1);
-  for (int64_t begin = 0; begin < depth; begin += kSplitDepth) {
+  for (int64_t begin = 0; begin < depth; begin += kPartsDepth) {
     const void* rows = at(p_.b, (k + begin) * p_.b_stride + column, element_);
-    const int64_t next = std::min<int64_t>(depth - begin - kSplitDepth, kSplitDepth);
+    const int64_t next = std::min<int64_t>(depth - begin - kPartsDepth, kPartsDepth);
     for (int64_t v = first; v < last; ++v) {
       const int64_t panel = v / shape.vectors, place = v % shape.vectors, panel_vectors = shape.vectors_of(panel);
-      uint16_t* to = b_ + (panel * shape.vectors * split_blocks(depth) + begin / kSplitDepth * panel_vectors + place) * tile;
-      const int lanes = static_cast<int>(std::min<int64_t>(shape.units - v * kSplitColumns, kSplitColumns));
-      prefetch_rows(at(rows, kSplitDepth * p_.b_stride + v * kSplitColumns, element_), p_.b_stride, next, lanes, element_);
-      const SplitSource source{at(rows, v * kSplitColumns, element_), p_.b_stride, lanes,
-                               std::min<int64_t>(kSplitDepth, depth - begin)};
+      uint16_t* to = b_ + (panel * shape.vectors * depth_blocks(depth) + begin / kPartsDepth * panel_vectors + place) * tile;
+      const int lanes = static_cast<int>(std::min<int64_t>(shape.units - v * kPartsColumns, kPartsColumns));
+      prefetch_rows(at(rows, kPartsDepth * p_.b_stride + v * kPartsColumns, element_), p_.b_stride, next, lanes, element_);
+      const PartsSource source{at(rows, v * kPartsColumns, element_), p_.b_stride, lanes,
+                               std::min<int64_t>(kPartsDepth, depth - begin)};
       if (!kernels_.pack_straight[storage_](source, sizes_.parts.panels, to, panel_vectors * tile)) infinite_.store(true);
     }
   }
@@ -128,33 +130,33 @@ void Matmul::pack_b(int thread, int64_t k, int64_t depth, const Shape& shape, in
 // so that whole lines are used at once.
 void Matmul::pack_a(RowGroup& group, int64_t quarters) {
   const auto pack = (p_.a_transposed ? kernels_.pack_columns : kernels_.pack_block)[storage_];
-  const int64_t tile_elements = sizes_.parts.rows * kSplitTile, deep = split_blocks(group.depth), blocks = group.blocks();
+  const int64_t tile_elements = sizes_.parts.rows * kPartsTile, deep = depth_blocks(group.depth), blocks = group.blocks();
   for (; group.next < quarters; ++group.next) {
     const int64_t tile = group.next / 4, quarter = group.next % 4;
     const int64_t block = p_.a_transposed ? tile % blocks : tile / deep;
-    const int64_t begin = (p_.a_transposed ? tile / blocks : tile % deep) * kSplitDepth;
-    const int64_t row = group.row + block * kSplitRows, k = group.k + begin;
-    const int64_t depth = std::min<int64_t>(kSplitDepth, group.depth - begin);
-    const int lanes = static_cast<int>(std::min<int64_t>(group.count - block * kSplitRows, kSplitRows));
+    const int64_t begin = (p_.a_transposed ? tile / blocks : tile % deep) * kPartsDepth;
+    const int64_t row = group.row + block * kPartsRows, k = group.k + begin;
+    const int64_t depth = std::min<int64_t>(kPartsDepth, group.depth - begin);
+    const int lanes = static_cast<int>(std::min<int64_t>(group.count - block * kPartsRows, kPartsRows));
     if (p_.a_transposed) {
-      const int64_t next = begin + kSplitDepth + 8 * quarter;
+      const int64_t next = begin + kPartsDepth + 8 * quarter;
       prefetch_rows(at(p_.a, (group.k + next) * p_.a_stride + row, element_), p_.a_stride,
                     std::min<int64_t>(group.depth - next, 8), lanes, element_);
     }
     const int64_t first = p_.a_transposed ? k * p_.a_stride + row : row * p_.a_stride + k;
-    uint16_t* to = group.to + (block * deep + begin / kSplitDepth) * tile_elements;
-    const SplitSource source{at(p_.a, first, element_), p_.a_stride, lanes, depth};
+    uint16_t* to = group.to + (block * deep + begin / kPartsDepth) * tile_elements;
+    const PartsSource source{at(p_.a, first, element_), p_.a_stride, lanes, depth};
     if (!pack(source, sizes_.parts.rows, to, static_cast<int>(quarter))) infinite_.store(true);
   }
 }
 
 void Matmul::multiply_block(const uint16_t* a, int64_t row, int count, int64_t k, int64_t depth, const Shape& shape,
                             int64_t column, int64_t panel, const Background& background) {
-  alignas(64) float tile[2 * kSplitRows * kMaxTileVectors * kSplitColumns];
+  alignas(64) float tile[2 * kPartsRows * kMaxTileVectors * kPartsColumns];
   const int vectors = shape.vectors_of(panel);
-  const int64_t start = shape.columns_before(panel), columns = int64_t{vectors} * kSplitColumns;
+  const int64_t start = shape.columns_before(panel), columns = int64_t{vectors} * kPartsColumns;
   const int64_t exist = std::min(columns, shape.units - start);
-  const uint16_t* b = b_ + panel * shape.vectors * split_blocks(depth) * sizes_.parts.panels * kSplitTile;
+  const uint16_t* b = b_ + panel * shape.vectors * depth_blocks(depth) * sizes_.parts.panels * kPartsTile;
   const int64_t first_out = row * p_.out_stride + column + start;
   float *sums = tile, *out = static_cast<float*>(p_.out) + first_out;
   int64_t stride = columns;
@@ -179,7 +181,7 @@ void Matmul::multiply_block(const uint16_t* a, int64_t row, int count, int64_t k
 }
 
 void Matmul::multiply_group(const RowGroup& group, RowGroup& next, const Shape& shape, int64_t column) {
-  const int64_t deep = split_blocks(group.depth), vectors = shape.columns() / shape.width;
+  const int64_t deep = depth_blocks(group.depth), vectors = shape.columns() / shape.width;
   Packing packing{*this, next, deep * vectors * group.blocks() / 4};
   const Background background{[](void* context, int64_t, int64_t) {
                                 Packing& p = *static_cast<Packing*>(context);
@@ -191,8 +193,8 @@ void Matmul::multiply_group(const RowGroup& group, RowGroup& next, const Shape& 
     const int pair = shape.vectors_of(panel) % 2 == 0 ? 2 : 1;
     for (int64_t r = 0; r < group.count;) {
       const int64_t rows =
-          group.count - r >= pair * kSplitRows ? pair * kSplitRows : std::min<int64_t>(kSplitRows, group.count - r);
-      multiply_block(group.to + r / kSplitRows * deep * sizes_.parts.rows * kSplitTile, group.row + r,
+          group.count - r >= pair * kPartsRows ? pair * kPartsRows : std::min<int64_t>(kPartsRows, group.count - r);
+      multiply_block(group.to + r / kPartsRows * deep * sizes_.parts.rows * kPartsTile, group.row + r,
                      static_cast<int>(rows), group.k, group.depth, shape, column, panel,
                      next.count > 0 ? background : Background{});
       r += rows;
@@ -203,13 +205,13 @@ void Matmul::multiply_group(const RowGroup& group, RowGroup& next, const Shape& 
 
 void Matmul::run(int thread) {
   uint16_t* const a[] = {a_ + 2 * thread * sizes_.a_elements, a_ + (2 * thread + 1) * sizes_.a_elements};
-  const int64_t row_blocks = (p_.M + kSplitRows - 1) / kSplitRows;
-  const int64_t first = share_begin(row_blocks, threads_, thread) * kSplitRows;
-  const int64_t last = std::min(share_begin(row_blocks, threads_, thread + 1) * kSplitRows, p_.M);
+  const int64_t row_blocks = (p_.M + kPartsRows - 1) / kPartsRows;
+  const int64_t first = share_begin(row_blocks, threads_, thread) * kPartsRows;
+  const int64_t last = std::min(share_begin(row_blocks, threads_, thread + 1) * kPartsRows, p_.M);
   for (int64_t column = 0; column < p_.N; column += sizes_.columns) {
     for (int64_t k = 0; k < p_.K; k += sizes_.depth) {
       const int64_t depth = std::min(sizes_.depth, p_.K - k);
-      const Shape shape(depth, std::min(sizes_.columns, p_.N - column), 1, kSplitColumns);
+      const Shape shape(depth, std::min(sizes_.columns, p_.N - column), 1, kPartsColumns);
       pack_b(thread, k, depth, shape, column);
       barrier_.wait();
       const auto group_at = [&](int64_t row, int which) {
@@ -234,7 +236,7 @@ void Matmul::run(int thread) {
 
 bool matmul_available(DType dtype, int64_t M, int64_t N, int64_t K) {
   return dtype != DType::kFloat64 && gains_from_parts(selected_kernels().f32, storage_index(dtype)) && M > 0 && N > 0 &&
-         K >= kSplitDepth && M * N * K >= kWork &&
+         K >= kPartsDepth && M * N * K >= kWork &&
          M * N >= (dtype == DType::kFloat32 ? kWorkPerElement : kWorkPerShortElement) * (M + N);
 }
 

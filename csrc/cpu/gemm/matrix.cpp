@@ -15,9 +15,7 @@ void pack_transposed_from(const Shape& s, const Storage* from, int64_t first, in
     const int64_t step = int64_t{vectors} * s.width;
     A* panel = to + s.columns_before(p) * s.depth;
     for (int v = 0; v < vectors; ++v) {
-      const int64_t unit = (first_vector + v) / s.gates * s.width;
-      const int64_t gate = (first_vector + v) % s.gates;
-      const int lanes = static_cast<int>(std::min<int64_t>(s.width, s.units - unit));
+      const auto [gate, unit, lanes] = vector_of(s, first_vector + v);
       const Storage* rows = from + (gate * s.units + unit) * s.depth;
       // Blocks of a cache line of k keep both sides in L1.
       for (int64_t k0 = 0; k0 < s.depth; k0 += 16) {
@@ -48,41 +46,34 @@ void pack_straight_from(const Shape& s, const Storage* from, int64_t first, int6
   }
 }
 
-// Calls f with the pointer in its storage type, one of those that A is the arithmetic type of.
+// Calls f with the elements of a matrix in their type, one of those that A is the arithmetic type of.
 template <class A, class F>
-void with_storage(int storage, const void* from, F&& f) {
-  if constexpr (sizeof(A) == 8) {
-    (void)storage;
-    f(static_cast<const double*>(from));
+void with_elements(const WeightMatrix& from, F&& f) {
+  if constexpr (sizeof(A) == sizeof(double)) {
+    f(static_cast<const double*>(from.data));
   } else {
-    switch (storage) {
-      case 1: return f(static_cast<const Half*>(from));
-      case 2: return f(static_cast<const BFloat16*>(from));
-      default: return f(static_cast<const float*>(from));
+    switch (from.storage) {
+      case DType::kFloat16: return f(static_cast<const Half*>(from.data));
+      case DType::kBFloat16: return f(static_cast<const BFloat16*>(from.data));
+      case DType::kFloat64: return;  // its arithmetic type is double
+      case DType::kFloat32: return f(static_cast<const float*>(from.data));
     }
   }
 }
 
-template <class A>
-int64_t element_size(const Matrix<A>& m) {
-  return m.storage == 0 ? static_cast<int64_t>(sizeof(A)) : 2;
-}
-
-void split_panels(const SplitKernels& kernels, const Matrix<float>& m, int64_t element_size, int64_t first, int64_t last) {
+void pack_parts(const PartsKernels& kernels, const Matrix<float>& m, int64_t first, int64_t last) {
   const Shape& s = m.shape;
+  const int64_t tile = m.parts.panels * kPartsTile, element_size = dtype_size(m.source.storage);
+  const auto pack = (m.straight ? kernels.pack_straight : kernels.pack_transposed)[storage_index(m.source.storage)];
   for (int64_t p = first; p < last; ++p) {
     const int vectors = s.vectors_of(p);
     const int64_t first_vector = s.columns_before(p) / s.width;
-    uint16_t* panel = m.split + first_vector * m.vector_elements();
+    uint16_t* panel = m.tiles + first_vector * m.vector_elements();
     for (int v = 0; v < vectors; ++v) {
-      const int64_t unit = (first_vector + v) / s.gates * s.width;
-      const int64_t gate = (first_vector + v) % s.gates;
-      const int lanes = static_cast<int>(std::clamp<int64_t>(s.units - unit, 0, s.width));
+      const auto [gate, unit, lanes] = vector_of(s, first_vector + v);
       const int64_t begin = m.straight ? unit : (gate * s.units + unit) * s.depth;
-      const SplitSource source{static_cast<const char*>(m.source) + begin * element_size, m.straight ? s.units : s.depth,
-                               lanes, s.depth};
-      const auto pack = (m.straight ? kernels.pack_straight : kernels.pack_transposed)[m.storage];
-      const int64_t tile = m.parts.panels * kSplitTile;
+      const PartsSource source{stored_at(m.source.data, begin, element_size), m.straight ? s.units : s.depth, lanes,
+                               s.depth};
       if (!pack(source, m.parts.panels, panel + v * tile, vectors * tile))
         m.infinite->store(true, std::memory_order_relaxed);
     }
@@ -91,20 +82,22 @@ void split_panels(const SplitKernels& kernels, const Matrix<float>& m, int64_t e
 
 template <class A>
 void pack_panels(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first, int64_t last) {
-  if (m.form == Form::kPacked) {
-    with_storage<A>(m.storage, m.source, [&](auto* typed) {
-      if (m.straight) {
-        pack_straight_from(m.shape, typed, first, last, m.packed);
-      } else {
-        pack_transposed_from(m.shape, typed, first, last, m.packed);
-      }
-    });
-  } else if (m.form == Form::kSplit) {
-    if constexpr (sizeof(A) == sizeof(float)) split_panels(*kernels.split, m, element_size(m), first, last);
+  switch (m.form) {
+    case Form::kDirect: return;
+    case Form::kPacked:
+      return with_elements<A>(m.source, [&](auto* elements) {
+        if (m.straight) {
+          pack_straight_from(m.shape, elements, first, last, m.packed);
+        } else {
+          pack_transposed_from(m.shape, elements, first, last, m.packed);
+        }
+      });
+    case Form::kParts:
+      if constexpr (sizeof(A) == sizeof(float)) pack_parts(*kernels.parts, m, first, last);
   }
 }
 
-// What a panel of a transposed matrix is made from: of each gate `units` neighbouring rows.
+// What a panel of a transposed matrix is packed from: `units` neighbouring rows of each gate.
 struct PanelSource {
   int64_t unit, units, row_bytes;
   int64_t bytes_of_gate() const { return units * row_bytes; }
@@ -114,11 +107,11 @@ PanelSource source_of(const Matrix<A>& m, int64_t panel) {
   const Shape& s = m.shape;
   const int64_t unit = s.unit_vector(panel) * s.width;
   const int64_t vectors = s.vectors_of(panel) / s.gates;
-  return {unit, std::min(vectors * s.width, s.units - unit), s.depth * element_size(m)};
+  return {unit, std::min(vectors * s.width, s.units - unit), s.depth * dtype_size(m.source.storage)};
 }
 template <class A>
 const char* rows_of_gate(const Matrix<A>& m, const PanelSource& source, int gate) {
-  return static_cast<const char*>(m.source) + (gate * m.shape.units + source.unit) * source.row_bytes;
+  return static_cast<const char*>(m.source.data) + (gate * m.shape.units + source.unit) * source.row_bytes;
 }
 
 template <class A>
@@ -130,36 +123,36 @@ uint64_t source_hash(const Kernels<A>& kernels, const Matrix<A>& m, int64_t pane
   return hash;
 }
 
-// Makes a panel of a kept matrix. It is made from a copy of its source, and so is its hash: weights that another thread
-// changes meanwhile never leave a panel beside the hash of others.
+// Packs panels of a cached matrix. Both a panel and its hash are made from one copy of the source, so that a panel never
+// lies beside the hash of other weights, not even where another thread changes the weights meanwhile.
 template <class A>
-class PanelMaker {
+class CachedPanelPacker {
  public:
-  PanelMaker(const Kernels<A>& kernels, const Matrix<A>& m) : kernels_(kernels), m_(m) {}
+  CachedPanelPacker(const Kernels<A>& kernels, const Matrix<A>& m) : kernels_(kernels), m_(m) {}
 
-  void make(int64_t panel) {
+  void pack(int64_t panel) {
     std::atomic<bool> infinite{false};
-    KeptPanel& kept = m_.kept->panels[panel];
-    kept.made = false;
+    CachedPanel& cached = m_.cached->panels[panel];
+    cached.made = false;
     Matrix<A> one = m_;
     one.infinite = &infinite;
     const PanelSource source = source_of(m_, panel);
     const int64_t gate_bytes = source.bytes_of_gate(), bytes = m_.shape.gates * gate_bytes;
-    if (!reserve(bytes)) {  // then the panel serves this call alone
+    if (!reserve(bytes)) {  // packed from the source itself, for this call alone
       pack_panels(kernels_, one, panel, panel + 1);
-      kept.infinite = infinite.load();
+      cached.infinite = infinite.load();
       return;
     }
     for (int gate = 0; gate < m_.shape.gates; ++gate)
       std::memcpy(copy_.get() + gate * gate_bytes, rows_of_gate(m_, source, gate), static_cast<size_t>(gate_bytes));
     const int64_t columns = m_.shape.columns_before(panel);
     one.shape = Shape(m_.shape.depth, source.units, m_.shape.gates, m_.shape.width);
-    one.source = copy_.get();
-    one.kept = nullptr;
+    one.source.data = copy_.get();
+    one.cached = nullptr;
     if (m_.form == Form::kPacked) one.packed += columns * m_.shape.depth;
-    if (m_.form == Form::kSplit) one.split += columns / m_.shape.width * m_.vector_elements();
+    if (m_.form == Form::kParts) one.tiles += columns / m_.shape.width * m_.vector_elements();
     pack_panels(kernels_, one, 0, 1);
-    kept = {source_hash(kernels_, one, 0), true, infinite.load()};
+    cached = {source_hash(kernels_, one, 0), true, infinite.load()};
   }
 
  private:
@@ -180,37 +173,37 @@ class PanelMaker {
 
 template <class A>
 void pack(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first, int64_t last) {
-  if (!m.kept) {
+  if (!m.cached) {
     pack_panels(kernels, m, first, last);
     return;
   }
-  PanelMaker<A> maker(kernels, m);
+  CachedPanelPacker<A> packer(kernels, m);
   int64_t packed = 0;
   for (int64_t p = first; p < last; ++p) {
-    const KeptPanel& kept = m.kept->panels[p];
-    if (!kept.made || kept.hash != source_hash(kernels, m, p)) {
-      maker.make(p);
+    const CachedPanel& cached = m.cached->panels[p];
+    if (!cached.made || cached.hash != source_hash(kernels, m, p)) {
+      packer.pack(p);
       ++packed;
     }
-    if (kept.infinite) m.infinite->store(true, std::memory_order_relaxed);
+    if (cached.infinite) m.infinite->store(true, std::memory_order_relaxed);
   }
-  count_kept_panels(last - first - packed, packed);
+  count_cached_panels(last - first - packed, packed);
 }
 
 template <class A>
-void multiply_infinite(const Kernels<A>& kernels, const Matrix<A>& m, const A* init, const A* row, int64_t p, A* out) {
+void multiply_infinite(const Kernels<A>& kernels, const Matrix<A>& m, const A* init, const A* row, int64_t panel, A* out) {
   const Shape& s = m.shape;
-  const int64_t start = s.columns_before(p), columns = s.columns_before(p + 1) - start;
+  const int64_t start = s.columns_before(panel), columns = s.columns_before(panel + 1) - start;
   if (!m.straight) {
-    kernels.direct[m.storage]({s.depth, &row, 1, m.source, s.units, s.gates, start / s.width, (start + columns) / s.width,
-                               init ? init + start : nullptr, out, 0});
+    kernels.direct[storage_index(m.source.storage)]({s.depth, &row, 1, m.source.data, s.units, s.gates, start / s.width,
+                                                     (start + columns) / s.width, init ? init + start : nullptr, out, 0});
     return;
   }
   for (int64_t c = 0; c < columns; ++c) out[c] = init ? init[start + c] : A(0);
-  with_storage<A>(m.storage, m.source, [&](auto* typed) {
+  with_elements<A>(m.source, [&](auto* elements) {
     const int64_t exist = std::min(columns, s.units - start);
     for (int64_t k = 0; k < s.depth; ++k) {
-      for (int64_t c = 0; c < exist; ++c) out[c] += row[k] * to_arithmetic(typed[k * s.units + start + c]);
+      for (int64_t c = 0; c < exist; ++c) out[c] += row[k] * to_arithmetic(elements[k * s.units + start + c]);
     }
   });
 }

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "cpu/gemm/matmul.h"
-#include "cpu/gemm/matrix.h"
+#include "cpu/gemm/product.h"
 
 namespace fused_rnn::cpu {
 namespace {

@@ -24,26 +24,26 @@ class Dropped {
   }
   Dropped(const Dropped&) = delete;
   Dropped& operator=(const Dropped&) = delete;
-  void add(KeptMatrix* matrix) { matrix->next = std::exchange(first_, matrix); }
+  void add(CachedMatrix* matrix) { matrix->next = std::exchange(first_, matrix); }
 
  private:
-  KeptMatrix* first_ = nullptr;
+  CachedMatrix* first_ = nullptr;
 };
 
-// The matrices that no call has out, by their key and by the time of their last use. Whoever uses it holds kept_lock().
+// The matrices that no call has out, by their key and by the time of their last use. Whoever uses it holds cache_lock().
 // Never destroyed: a thread may end after the process's static objects.
 class Store {
  public:
   // The one used last of those with this key, or null.
-  KeptMatrix* take(const KeptKey& key) {
-    for (KeptMatrix* m = bucket(key); m; m = m->next) {
+  CachedMatrix* take(const CacheKey& key) {
+    for (CachedMatrix* m = bucket(key); m; m = m->next) {
       if (!(m->key == key)) continue;
       remove(m);
       return m;
     }
     return nullptr;
   }
-  void put(KeptMatrix* m) {
+  void put(CachedMatrix* m) {
     m->next = std::exchange(bucket(m->key), m);
     m->older = std::exchange(newest_, m);
     m->newer = nullptr;
@@ -63,7 +63,7 @@ class Store {
     --count;
   }
   void drop_oldest(Dropped& dropped) {
-    KeptMatrix* m = oldest_;
+    CachedMatrix* m = oldest_;
     remove(m);
     release(m->bytes);
     dropped.add(m);
@@ -74,9 +74,9 @@ class Store {
   int64_t matrices = 0;          // in the store
 
  private:
-  KeptMatrix*& bucket(const KeptKey& key) { return buckets_[key.hash() % kBuckets]; }
-  void remove(KeptMatrix* m) {
-    KeptMatrix** at = &bucket(m->key);
+  CachedMatrix*& bucket(const CacheKey& key) { return buckets_[key.hash() % kBuckets]; }
+  void remove(CachedMatrix* m) {
+    CachedMatrix** at = &bucket(m->key);
     while (*at != m) at = &(*at)->next;
     *at = m->next;
     (m->older ? m->older->newer : oldest_) = m->newer;
@@ -84,15 +84,15 @@ class Store {
     --matrices;
   }
 
-  KeptMatrix* buckets_[kBuckets] = {};
-  KeptMatrix *oldest_ = nullptr, *newest_ = nullptr;
+  CachedMatrix* buckets_[kBuckets] = {};
+  CachedMatrix *oldest_ = nullptr, *newest_ = nullptr;
 };
 Store& store() {
   static Store* const only = new Store;
   return *only;
 }
 
-std::atomic<int64_t> limit{kDefaultKeptLimit}, found{0}, packed{0};
+std::atomic<int64_t> limit{kDefaultWeightCacheLimit}, found{0}, packed{0};
 
 uint64_t next_random(uint64_t& state) {  // SplitMix64
   uint64_t z = state += 0x9e3779b97f4a7c15;
@@ -119,33 +119,33 @@ const HashKeys& hash_keys() {
   return keys;
 }
 
-bool KeptKey::operator==(const KeptKey& o) const {
+bool CacheKey::operator==(const CacheKey& o) const {
   return source == o.source && depth == o.depth && units == o.units && gates == o.gates && width == o.width &&
          storage == o.storage && form == o.form && parts.rows == o.parts.rows && parts.panels == o.parts.panels;
 }
 
-uint64_t KeptKey::hash() const {
+uint64_t CacheKey::hash() const {
   const uint64_t small = static_cast<uint64_t>(depth) << 24 ^ static_cast<uint64_t>(units);
   uint64_t state = reinterpret_cast<uintptr_t>(source) ^ small << 8;  // the rest seldom differs
   return next_random(state);
 }
 
-int64_t kept_limit() { return limit.load(std::memory_order_relaxed); }
-void set_kept_limit(int64_t bytes) { limit = bytes; }
+int64_t weight_cache_limit() { return limit.load(std::memory_order_relaxed); }
+void set_weight_cache_limit(int64_t bytes) { limit = bytes; }
 
-void KeptWeights::take(const KeptKey& key, int64_t bytes, int64_t panels) {
+void CacheLease::take(const CacheKey& key, int64_t bytes, int64_t panels) {
   const int64_t size =
-      bytes + 64 + static_cast<int64_t>(sizeof(KeptMatrix)) + panels * static_cast<int64_t>(sizeof(KeptPanel));
-  if (bytes == 0 || size > kept_limit()) return;
+      bytes + 64 + static_cast<int64_t>(sizeof(CachedMatrix)) + panels * static_cast<int64_t>(sizeof(CachedPanel));
+  if (bytes == 0 || size > weight_cache_limit()) return;
   hash_keys();      // made here: no exception leaves a parallel region
   Dropped dropped;  // freed when the lock is free again
   {
-    const std::lock_guard<std::mutex> held(kept_lock());
+    const std::lock_guard<std::mutex> held(cache_lock());
     matrix_.reset(store().take(key));
-    if (matrix_ || !store().reserve(size, kept_limit(), dropped)) return;
+    if (matrix_ || !store().reserve(size, weight_cache_limit(), dropped)) return;
   }
   try {
-    auto made = std::make_unique<KeptMatrix>();
+    auto made = std::make_unique<CachedMatrix>();
     made->key = key;
     made->memory.reset(new char[static_cast<size_t>(bytes) + 64]);
     made->aligned = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(made->memory.get()) + 63) / 64 * 64);
@@ -154,31 +154,31 @@ void KeptWeights::take(const KeptKey& key, int64_t bytes, int64_t panels) {
     prefer_huge_pages(made->aligned, bytes);
     matrix_ = std::move(made);
   } catch (...) {
-    const std::lock_guard<std::mutex> held(kept_lock());
+    const std::lock_guard<std::mutex> held(cache_lock());
     store().release(size);
     throw;
   }
 }
 
-KeptWeights::~KeptWeights() {
+CacheLease::~CacheLease() {
   if (!matrix_) return;
-  const std::lock_guard<std::mutex> held(kept_lock());
+  const std::lock_guard<std::mutex> held(cache_lock());
   store().put(matrix_.release());
 }
 
-void count_kept_panels(int64_t found_panels, int64_t packed_panels) {
+void count_cached_panels(int64_t found_panels, int64_t packed_panels) {
   found.fetch_add(found_panels, std::memory_order_relaxed);
   packed.fetch_add(packed_panels, std::memory_order_relaxed);
 }
 
-KeptStatistics kept_statistics() {
-  const std::lock_guard<std::mutex> held(kept_lock());
-  return {kept_limit(), store().bytes, store().matrices, found, packed};
+WeightCacheStatistics weight_cache_statistics() {
+  const std::lock_guard<std::mutex> held(cache_lock());
+  return {weight_cache_limit(), store().bytes, store().matrices, found, packed};
 }
 
-int64_t free_kept_weights() {
+int64_t free_weight_cache() {
   Dropped dropped;
-  const std::lock_guard<std::mutex> held(kept_lock());
+  const std::lock_guard<std::mutex> held(cache_lock());
   const int64_t before = store().bytes;
   while (!store().empty()) store().drop_oldest(dropped);
   return before - store().bytes;

@@ -7,66 +7,67 @@
 #include <vector>
 
 #include "cpu/isa/kernels.h"
-#include "cpu/plan.h"
+#include "cpu/matrix_form.h"
 
 namespace fused_rnn::cpu {
 
 // Which matrix, and how it is kept.
-struct KeptKey {
+struct CacheKey {
   const void* source = nullptr;
   int64_t depth = 0, units = 0;
-  int gates = 0, width = 0, storage = 0;
+  int gates = 0, width = 0;
+  DType storage{};
   Form form{};
-  SplitParts parts;
+  Parts parts;
 
-  bool operator==(const KeptKey& other) const;
+  bool operator==(const CacheKey& other) const;
   uint64_t hash() const;
 };
 
-struct KeptPanel {
+struct CachedPanel {
   uint64_t hash = 0;
   bool made = false;
-  bool infinite = false;  // an element has no parts (split.h)
+  bool infinite = false;  // an element has no parts (parts.h)
 };
 
-struct KeptMatrix {
-  KeptKey key;
+struct CachedMatrix {
+  CacheKey key;
   std::unique_ptr<char[]> memory;
   void* aligned = nullptr;  // to 64 bytes
   int64_t bytes = 0;        // what it takes, bookkeeping included
-  std::vector<KeptPanel> panels;
+  std::vector<CachedPanel> panels;
   // In the store: its neighbours by the time of the last use, and the next one of its bucket.
-  KeptMatrix *older = nullptr, *newer = nullptr, *next = nullptr;
+  CachedMatrix *older = nullptr, *newer = nullptr, *next = nullptr;
 };
 
 // A matrix that is out of the store, for one call; none until it is taken, or if the store does not keep it.
-class KeptWeights {
+class CacheLease {
  public:
-  KeptWeights() = default;
-  ~KeptWeights();
-  KeptWeights(const KeptWeights&) = delete;
-  KeptWeights& operator=(const KeptWeights&) = delete;
+  CacheLease() = default;
+  ~CacheLease();
+  CacheLease(const CacheLease&) = delete;
+  CacheLease& operator=(const CacheLease&) = delete;
   // Once. Throws std::bad_alloc, with the store as it was.
-  void take(const KeptKey& key, int64_t bytes, int64_t panels);
-  KeptMatrix* matrix() const { return matrix_.get(); }
+  void take(const CacheKey& key, int64_t bytes, int64_t panels);
+  CachedMatrix* matrix() const { return matrix_.get(); }
 
  private:
-  std::unique_ptr<KeptMatrix> matrix_;
+  std::unique_ptr<CachedMatrix> matrix_;
 };
 
-struct KeptStatistics {
+struct WeightCacheStatistics {
   int64_t limit, bytes, matrices;
   int64_t panels_found, panels_packed;  // since the process began
 };
-KeptStatistics kept_statistics();
-void count_kept_panels(int64_t found, int64_t packed);
+WeightCacheStatistics weight_cache_statistics();
+void count_cached_panels(int64_t found, int64_t packed);
 
 // Frees what no call has out; returns its bytes.
-int64_t free_kept_weights();
+int64_t free_weight_cache();
 
 // Bytes that the store may hold: FUSED_RNN_WEIGHT_CACHE (settings.h).
-constexpr int64_t kDefaultKeptLimit = int64_t{256} << 20;
-int64_t kept_limit();
-void set_kept_limit(int64_t bytes);
+constexpr int64_t kDefaultWeightCacheLimit = int64_t{256} << 20;
+int64_t weight_cache_limit();
+void set_weight_cache_limit(int64_t bytes);
 
 }  // namespace fused_rnn::cpu

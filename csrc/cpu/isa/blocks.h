@@ -5,20 +5,31 @@
 
 namespace fused_rnn::cpu {
 
-// `count` things over `parts`, as evenly as possible: part i has [share_begin(i), share_begin(i + 1)).
-constexpr int64_t share_begin(int64_t count, int64_t parts, int64_t i) { return count * i / parts; }
+constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-// Calls f(first_row, rows) for balanced blocks of at most `most` of n rows.
+// `count` things in `shares` shares, as even as possible: share i is [share_begin(i), share_begin(i + 1)).
+constexpr int64_t share_begin(int64_t count, int64_t shares, int64_t i) { return count * i / shares; }
+
+// Things [first, last).
+struct Range {
+  int64_t first, last;
+  int64_t size() const { return last - first; }
+};
+constexpr Range share_of(int64_t count, int64_t shares, int64_t i) {
+  return {share_begin(count, shares, i), share_begin(count, shares, i + 1)};
+}
+
+// Calls f(first_row, rows) for blocks of n rows, of even size and at most `most`.
 template <class F>
 void for_row_blocks(int64_t n, int most, F&& f) {
-  const int64_t blocks = (n + most - 1) / most;
+  const int64_t blocks = ceil_div(n, most);
   for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t begin = share_begin(n, blocks, i);
-    f(begin, static_cast<int>(share_begin(n, blocks, i + 1) - begin));
+    const auto [begin, end] = share_of(n, blocks, i);
+    f(begin, static_cast<int>(end - begin));
   }
 }
 
-// Calls f(first_row, rows) for blocks of `most` of n rows, and the rest.
+// Calls f(first_row, rows) for blocks of n rows, all of `most` rows but the last.
 template <class F>
 void for_blocks(int64_t n, int64_t most, F&& f) {
   for (int64_t begin = 0; begin < n; begin += most) f(begin, std::min(most, n - begin));

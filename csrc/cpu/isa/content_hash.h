@@ -15,12 +15,12 @@
 
 namespace fused_rnn::cpu {
 
-__extension__ typedef unsigned __int128 Product;
+__extension__ typedef unsigned __int128 Uint128;
 
 // Both halves of a product: every bit of the factors reaches every bit of the result. V: each instruction set has its own.
 template <class V>
 [[gnu::always_inline]] inline uint64_t fold(uint64_t a, uint64_t b) {
-  const Product product = static_cast<Product>(a) * b;
+  const Uint128 product = static_cast<Uint128>(a) * b;
   return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
 }
 
@@ -34,15 +34,15 @@ struct RegisterHash {
   // `stripes` of kStripe bytes, at most a block.
   [[gnu::always_inline]] inline void add(const HashKeys& keys, const char* from, int64_t stripes) {
     constexpr int kWords = kStripe / 8;
-    Product sums[2] = {0, 0};
+    Uint128 sums[2] = {0, 0};
     for (int64_t s = 0; s < stripes; ++s) {
       uint64_t words[kWords];
       std::memcpy(words, from + s * kStripe, kStripe);
       const uint64_t* const key = keys.words + s * kWords;
       for (int i = 0; i < kWords; i += 2)
-        sums[i / 2 % 2] += static_cast<Product>(words[i] + key[i]) * (words[i + 1] + key[i + 1]);
+        sums[i / 2 % 2] += static_cast<Uint128>(words[i] + key[i]) * (words[i + 1] + key[i + 1]);
     }
-    const Product sum = sums[0] + sums[1];
+    const Uint128 sum = sums[0] + sums[1];
     mixed = fold<V>(mixed ^ static_cast<uint64_t>(sum) ^ keys.mix[0], static_cast<uint64_t>(sum >> 64) ^ keys.mix[1]);
   }
   [[gnu::always_inline]] inline uint64_t result(const HashKeys&) const { return mixed; }

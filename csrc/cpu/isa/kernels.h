@@ -19,7 +19,15 @@ constexpr int kMaxTilePanels = 4;
 constexpr int kMaxVectorBytes = 64;
 constexpr int kStorages = 3;  // float: float, Half, BFloat16; double: double only
 
-constexpr int storage_index(DType dtype) { return dtype == DType::kFloat16 ? 1 : dtype == DType::kBFloat16 ? 2 : 0; }
+constexpr int storage_index(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat16: return 1;
+    case DType::kBFloat16: return 2;
+    case DType::kFloat32:
+    case DType::kFloat64: break;  // each the first of its arithmetic type
+  }
+  return 0;
+}
 
 // out[r][c] = init[c] + sum_k rows[r][k] panels[k][c]
 template <class A>
@@ -140,7 +148,7 @@ struct Kernels {
   void (*store[kStorages])(const StoreCall<A>&);
   void (*load[kStorages])(const void* from, A* to, int64_t n);  // storage to arithmetic
   void (*save[kStorages])(const A* from, void* to, int64_t n);  // arithmetic to storage
-  const SplitKernels* split;                                    // products of bfloat16 parts, or null
+  const PartsKernels* parts;                                    // products of bfloat16 parts, or null
   uint64_t (*hash)(const HashKeys& keys, const void* data, int64_t bytes, uint64_t before);  // content_hash.h
 };
 
@@ -164,7 +172,7 @@ const InstructionSet& selected_kernels();  // see instruction_set()
 // Whether matrices of this storage type gain from products of parts.
 template <class A>
 bool gains_from_parts(const Kernels<A>& kernels, int storage) {
-  return sizeof(A) == sizeof(float) && kernels.split != nullptr && kernels.split->gains[storage];
+  return sizeof(A) == sizeof(float) && kernels.parts != nullptr && kernels.parts->gains[storage];
 }
 
 template <class A>

@@ -1,4 +1,4 @@
-// The product of split.h on Intel's AMX. As in kernels_avx512.cpp nothing but functions of this file may be compiled between
+// The product of parts.h on Intel's AMX. As in kernels_avx512.cpp nothing but functions of this file may be compiled between
 // the pragmas.
 #include "cpu/isa/kernels.h"
 
@@ -28,7 +28,7 @@ void configure(int n_rows) {
   TileConfig config;
   for (int tile = 0; tile < 8; ++tile) {
     config.row_bytes[tile] = 64;
-    config.rows[tile] = static_cast<uint8_t>(tile == 7 ? kSplitRows : n_rows);
+    config.rows[tile] = static_cast<uint8_t>(tile == 7 ? kPartsRows : n_rows);
   }
   asm volatile("" : : "r"(&config) : "memory");  // GCC 12 takes the intrinsic to read 8 bytes only
   _tile_loadconfig(&config);
@@ -43,12 +43,12 @@ void release() {
 #define FUSED_RNN_START(v)                                     \
   if constexpr (kVectors > v) {                                \
     if (start) {                                               \
-      _tile_loadd(v, start + v * kSplitColumns, start_stride); \
+      _tile_loadd(v, start + v * kPartsColumns, start_stride); \
     } else {                                                   \
       _tile_zero(v);                                           \
     }                                                          \
   }
-#define FUSED_RNN_PANEL(v, j) _tile_loadd(7, panel + ((v) * kPanelParts + (j)) * kSplitTile, 64)
+#define FUSED_RNN_PANEL(v, j) _tile_loadd(7, panel + ((v) * kPanelParts + (j)) * kPartsTile, 64)
 #define FUSED_RNN_MULTIPLY(v)                                        \
   if constexpr (kVectors > v) {                                      \
     if constexpr (kPanelParts > 2) {                                 \
@@ -69,10 +69,10 @@ void release() {
     stop += quarter;                                                 \
   }
 #define FUSED_RNN_STORE(v) \
-  if constexpr (kVectors > v) _tile_stored(v, call.out + v * kSplitColumns, out_stride)
+  if constexpr (kVectors > v) _tile_stored(v, call.out + v * kPartsColumns, out_stride)
 
 template <int kVectors, int kRowParts, int kPanelParts>
-void product(const SplitCall& call) {
+void product(const PartsCall& call) {
   const uint16_t *rows = call.rows, *panel = call.panel;
   const int64_t out_stride = call.out_stride * static_cast<int64_t>(sizeof(float));
   // A stride of 0 gives every row the same initial values.
@@ -86,17 +86,17 @@ void product(const SplitCall& call) {
   FUSED_RNN_START(3);
   const int64_t quarter = call.prefetch.step / kVectors;
   const char *next = call.prefetch.from, *stop = next + quarter;
-  const int64_t blocks = split_blocks(call.depth);
+  const int64_t blocks = depth_blocks(call.depth);
   for (int64_t block = 0; block < blocks; ++block) {
     _tile_loadd(4, rows, 64);
-    if constexpr (kRowParts > 1) _tile_loadd(5, rows + kSplitTile, 64);
-    if constexpr (kRowParts > 2) _tile_loadd(6, rows + 2 * kSplitTile, 64);
-    rows += kRowParts * kSplitTile;
+    if constexpr (kRowParts > 1) _tile_loadd(5, rows + kPartsTile, 64);
+    if constexpr (kRowParts > 2) _tile_loadd(6, rows + 2 * kPartsTile, 64);
+    rows += kRowParts * kPartsTile;
     FUSED_RNN_MULTIPLY(0);
     FUSED_RNN_MULTIPLY(1);
     FUSED_RNN_MULTIPLY(2);
     FUSED_RNN_MULTIPLY(3);
-    panel += kVectors * kPanelParts * kSplitTile;
+    panel += kVectors * kPanelParts * kPartsTile;
     if (call.background.run) call.background.run(call.background.context, block, blocks);
   }
   FUSED_RNN_STORE(0);
@@ -113,11 +113,11 @@ void product(const SplitCall& call) {
 // 32 rows, two vectors at a time, pairs of parts in the same order as above: sums in tiles 0 to 3 take turns, and each tile that is
 // read serves two products.
 #define FUSED_RNN_ROWS(i)                      \
-  _tile_loadd(4, rows + (i) * kSplitTile, 64); \
-  _tile_loadd(5, more_rows + (i) * kSplitTile, 64)
+  _tile_loadd(4, rows + (i) * kPartsTile, 64); \
+  _tile_loadd(5, more_rows + (i) * kPartsTile, 64)
 #define FUSED_RNN_PANEL(j)                      \
-  _tile_loadd(6, panel + (j) * kSplitTile, 64); \
-  _tile_loadd(7, panel + (kPanelParts + (j)) * kSplitTile, 64)
+  _tile_loadd(6, panel + (j) * kPartsTile, 64); \
+  _tile_loadd(7, panel + (kPanelParts + (j)) * kPartsTile, 64)
 // Each product with its share of the lines to be prefetched: many requests in a row would fill the queue of lines on their way, and the
 // loads of tiles would wait for it. Against all of a block's lines at once 0.84 to 0.92 of the time of an LSTM's inference in fp32
 // (128x64x256, 256x32x512, 32x64x1024; Sapphire Rapids, 2026-11-22).
@@ -132,19 +132,19 @@ void product(const SplitCall& call) {
   FUSED_RNN_ONE(3, 5, 7)
 
 template <int kRowParts, int kPanelParts>
-void product_of_two(const SplitCall& call, int vector) {
-  const int64_t blocks = split_blocks(call.depth), out_stride = call.out_stride * static_cast<int64_t>(sizeof(float));
-  const uint16_t *rows = call.rows, *more_rows = rows + blocks * kRowParts * kSplitTile;
-  const uint16_t* panel = call.panel + vector * kPanelParts * kSplitTile;
-  float *out = call.out + vector * kSplitColumns, *more_out = out + kSplitRows * call.out_stride;
+void product_of_two(const PartsCall& call, int vector) {
+  const int64_t blocks = depth_blocks(call.depth), out_stride = call.out_stride * static_cast<int64_t>(sizeof(float));
+  const uint16_t *rows = call.rows, *more_rows = rows + blocks * kRowParts * kPartsTile;
+  const uint16_t* panel = call.panel + vector * kPanelParts * kPartsTile;
+  float *out = call.out + vector * kPartsColumns, *more_out = out + kPartsRows * call.out_stride;
   if (call.add || call.init) {
-    const float* start = call.add ? out : call.init + vector * kSplitColumns;
+    const float* start = call.add ? out : call.init + vector * kPartsColumns;
     const float* more_start = call.add ? more_out : start;
     const int64_t stride = call.add ? out_stride : 0;
     _tile_loadd(0, start, stride);
-    _tile_loadd(1, start + kSplitColumns, stride);
+    _tile_loadd(1, start + kPartsColumns, stride);
     _tile_loadd(2, more_start, stride);
-    _tile_loadd(3, more_start + kSplitColumns, stride);
+    _tile_loadd(3, more_start + kPartsColumns, stride);
   } else {
     _tile_zero(0);
     _tile_zero(1);
@@ -153,7 +153,7 @@ void product_of_two(const SplitCall& call, int vector) {
   }
   const Prefetch& prefetch = call.prefetch;
   const char* next = prefetch.from + vector * (prefetch.step * blocks / call.vectors);
-  const int64_t share = prefetch.step / (2 * call.vectors * split_products({kRowParts, kPanelParts}));
+  const int64_t share = prefetch.step / (2 * call.vectors * pairs_of_parts({kRowParts, kPanelParts}));
   const char* stop = next + share;
   for (int64_t block = 0; block < blocks; ++block) {
     FUSED_RNN_ROWS(0);
@@ -179,18 +179,18 @@ void product_of_two(const SplitCall& call, int vector) {
       FUSED_RNN_ROWS(kRowParts - 1);
       FUSED_RNN_FOUR;
     }
-    rows += kRowParts * kSplitTile;
-    more_rows += kRowParts * kSplitTile;
-    panel += call.vectors * kPanelParts * kSplitTile;
+    rows += kRowParts * kPartsTile;
+    more_rows += kRowParts * kPartsTile;
+    panel += call.vectors * kPanelParts * kPartsTile;
     if (call.background.run) {
       const int64_t rounds = blocks * call.vectors / 2;
       call.background.run(call.background.context, blocks * vector / 2 + block, rounds);
     }
   }
   _tile_stored(0, out, out_stride);
-  _tile_stored(1, out + kSplitColumns, out_stride);
+  _tile_stored(1, out + kPartsColumns, out_stride);
   _tile_stored(2, more_out, out_stride);
-  _tile_stored(3, more_out + kSplitColumns, out_stride);
+  _tile_stored(3, more_out + kPartsColumns, out_stride);
 }
 #undef FUSED_RNN_ROWS
 #undef FUSED_RNN_PANEL
@@ -198,9 +198,9 @@ void product_of_two(const SplitCall& call, int vector) {
 #undef FUSED_RNN_FOUR
 
 template <int kRowParts, int kPanelParts>
-void product_of_vectors(const SplitCall& call) {
-  if (call.n_rows > kSplitRows) {
-    configure(kSplitRows);
+void product_of_vectors(const PartsCall& call) {
+  if (call.n_rows > kPartsRows) {
+    configure(kPartsRows);
     asm volatile("" : : : "memory");
     for (int vector = 0; vector < call.vectors; vector += 2) product_of_two<kRowParts, kPanelParts>(call, vector);
     return;
@@ -213,7 +213,7 @@ void product_of_vectors(const SplitCall& call) {
   }
 }
 
-void gemm(const SplitCall& call) {
+void gemm(const PartsCall& call) {
   if (call.parts.rows == 3) return product_of_vectors<3, 3>(call);
   if (call.parts.panels == 2) return product_of_vectors<2, 2>(call);
   if (call.parts.rows == 2) return product_of_vectors<2, 1>(call);
@@ -242,17 +242,17 @@ const InstructionSet* amx_kernels() {
   static const bool available = amx_available();
   if (!available) return nullptr;
   static const Kernels<float> f32 = [] {
-    static const SplitKernels split = [] {
-      SplitKernels split = split_packing();
-      split.gains[0] = split.gains[1] = split.gains[2] = true;
-      split.reads_once = true;
-      split.rate = 16;
-      split.gemm = amx::gemm;
-      split.release = amx::release;
-      return split;
+    static const PartsKernels parts = [] {
+      PartsKernels table = parts_packing();
+      table.gains[0] = table.gains[1] = table.gains[2] = true;
+      table.reads_once = true;
+      table.rate = 16;
+      table.gemm = amx::gemm;
+      table.release = amx::release;
+      return table;
     }();
     Kernels<float> table = avx512_kernels()->f32;
-    table.split = &split;
+    table.parts = &parts;
     return table;
   }();
   static const InstructionSet set{"amx", f32, avx512_kernels()->f64};

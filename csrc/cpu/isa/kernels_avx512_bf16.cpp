@@ -1,4 +1,4 @@
-// The product of split.h on AVX-512's dot products of bfloat16 pairs (vdpbf16ps), for matrices of one part, kept in bfloat16. As in
+// The product of parts.h on AVX-512's dot products of bfloat16 pairs (vdpbf16ps), for matrices of one part, kept in bfloat16. As in
 // kernels_avx512.cpp nothing but functions of this file may be compiled between the pragmas.
 #include "cpu/isa/blocks.h"
 #include "cpu/isa/kernels.h"
@@ -36,47 +36,47 @@ inline __m512bh broadcast_pair(const uint16_t* p) {
 // kRows rows from `rows` on (call.rows, or further in its tiles) with one panel: for each pair of k its vectors are loaded once, each
 // row's pair is broadcast, and the sums of all stay in registers.
 template <int kVectors, int kRows, int kRowParts>
-void product(const SplitCall& call, const uint16_t* rows, float* out, const Prefetch& prefetch) {
+void product(const PartsCall& call, const uint16_t* rows, float* out, const Prefetch& prefetch) {
   __m512 sums[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const float* start = call.add ? out + r * call.out_stride : call.init;
-      sums[r][v] = start ? _mm512_loadu_ps(start + v * kSplitColumns) : _mm512_setzero_ps();
+      sums[r][v] = start ? _mm512_loadu_ps(start + v * kPartsColumns) : _mm512_setzero_ps();
     }
   }
   const uint16_t* panel = call.panel;
   const char* next = prefetch.from;
-  const int64_t blocks = split_blocks(call.depth);
+  const int64_t blocks = depth_blocks(call.depth);
   for (int64_t block = 0; block < blocks; ++block) {
     for (int64_t i = 0; i < prefetch.step; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
     next += prefetch.step;
-    for (int pair = 0; pair < kSplitDepth; pair += 2) {
+    for (int pair = 0; pair < kPartsDepth; pair += 2) {
       __m512bh columns[kVectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) columns[v] = load_pinned(panel + v * kSplitTile + pair * kSplitColumns);
+      for (int v = 0; v < kVectors; ++v) columns[v] = load_pinned(panel + v * kPartsTile + pair * kPartsColumns);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
         for (int part = kRowParts - 1; part >= 0; --part) {
-          const __m512bh row = broadcast_pair(rows + part * kSplitTile + r * kSplitDepth + pair);
+          const __m512bh row = broadcast_pair(rows + part * kPartsTile + r * kPartsDepth + pair);
 #pragma GCC unroll 4
           for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], columns[v], row);
         }
       }
     }
-    rows += kRowParts * kSplitTile;
-    panel += kVectors * kSplitTile;
+    rows += kRowParts * kPartsTile;
+    panel += kVectors * kPartsTile;
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(out + r * call.out_stride + v * kSplitColumns, sums[r][v]);
+    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(out + r * call.out_stride + v * kPartsColumns, sums[r][v]);
   }
 }
 
-using Product = void (*)(const SplitCall&, const uint16_t*, float*, const Prefetch&);
+using Product = void (*)(const PartsCall&, const uint16_t*, float*, const Prefetch&);
 
 // By vectors, rows (from 1 on) and parts of the rows.
 template <int kVectors, int kRows>
@@ -117,16 +117,16 @@ namespace fused_rnn::cpu {
 namespace {
 
 // The vector units have no time to spare for the background: it goes first, while the tile it reads is in L1.
-void gemm(const SplitCall& call) {
+void gemm(const PartsCall& call) {
   if (call.background.run) call.background.run(call.background.context, 0, 1);
   const int most = avx512_bf16::kMaxRows[call.vectors];
-  const int64_t blocks = split_blocks(call.depth), block_elements = blocks * call.parts.rows * kSplitTile;
-  const int64_t whole = call.n_rows / kSplitRows * ((kSplitRows + most - 1) / most);
-  const int64_t calls = whole + (call.n_rows % kSplitRows + most - 1) / most;
+  const int64_t blocks = depth_blocks(call.depth), block_elements = blocks * call.parts.rows * kPartsTile;
+  const int64_t whole = call.n_rows / kPartsRows * ((kPartsRows + most - 1) / most);
+  const int64_t calls = whole + (call.n_rows % kPartsRows + most - 1) / most;
   int64_t done = 0;
-  for_blocks(call.n_rows, kSplitRows, [&](int64_t block_row, int64_t block_rows) {
+  for_blocks(call.n_rows, kPartsRows, [&](int64_t block_row, int64_t block_rows) {
     for_row_blocks(block_rows, most, [&](int64_t row, int count) {
-      const uint16_t* rows = call.rows + block_row / kSplitRows * block_elements + row * kSplitDepth;
+      const uint16_t* rows = call.rows + block_row / kPartsRows * block_elements + row * kPartsDepth;
       const Prefetch prefetch = prefetch_share(call.prefetch.from, call.prefetch.step * blocks, calls, done++, blocks);
       float* out = call.out + (block_row + row) * call.out_stride;
       avx512_bf16::product_of(call.vectors, count, call.parts.rows)(call, rows, out, prefetch);
@@ -145,16 +145,16 @@ const InstructionSet* avx512_bf16_kernels() {
   static const bool has_it = available();
   if (!has_it) return nullptr;
   static const Kernels<float> f32 = [] {
-    static const SplitKernels split = [] {
-      SplitKernels split = split_packing();
-      split.gains[storage_index(DType::kBFloat16)] = true;
-      split.rate = 2;
-      split.gemm = gemm;
-      split.release = [] {};
-      return split;
+    static const PartsKernels parts = [] {
+      PartsKernels table = parts_packing();
+      table.gains[storage_index(DType::kBFloat16)] = true;
+      table.rate = 2;
+      table.gemm = gemm;
+      table.release = [] {};
+      return table;
     }();
     Kernels<float> table = avx512_kernels()->f32;
-    table.split = &split;
+    table.parts = &parts;
     return table;
   }();
   static const InstructionSet set{"avx512_bf16", f32, avx512_kernels()->f64};

@@ -9,11 +9,11 @@
 
 namespace fused_rnn::cpu {
 
-constexpr int kSplitRows = 16;
-constexpr int kSplitColumns = 16;
-constexpr int kSplitDepth = 32;
-constexpr int64_t kSplitTile = kSplitRows * kSplitDepth;  // elements of a tile
-constexpr int64_t split_blocks(int64_t depth) { return (depth + kSplitDepth - 1) / kSplitDepth; }
+constexpr int kPartsRows = 16;
+constexpr int kPartsColumns = 16;
+constexpr int kPartsDepth = 32;
+constexpr int64_t kPartsTile = kPartsRows * kPartsDepth;  // elements of a tile
+constexpr int64_t depth_blocks(int64_t depth) { return (depth + kPartsDepth - 1) / kPartsDepth; }
 
 // What to bring into L2 while a product is made: its loop has some number of rounds, and each asks for the next `step` bytes.
 struct Prefetch {
@@ -21,10 +21,10 @@ struct Prefetch {
   int64_t step = 0;
 };
 
-// The share of call `part` of `parts` in fetching `bytes` at `from`.
-inline Prefetch prefetch_share(const void* from, int64_t bytes, int64_t parts, int64_t part, int64_t rounds) {
+// What call `call` of `calls` calls fetches of the `bytes` at `from`.
+inline Prefetch prefetch_share(const void* from, int64_t bytes, int64_t calls, int64_t call, int64_t rounds) {
   if (!from) return {};
-  return {static_cast<const char*>(from) + bytes / parts * part, bytes / (parts * rounds)};
+  return {static_cast<const char*>(from) + bytes / calls * call, bytes / (calls * rounds)};
 }
 
 // Work on vectors to be done while the matrix unit is busy: run(context, round, rounds) is called for each round in turn.
@@ -34,16 +34,16 @@ struct Background {
 };
 
 // Of the rows and of the panels of a product: (1, 1), (2, 1), (2, 2) or (3, 3). Left out are the pairs i, j with i + j >= rows.
-struct SplitParts {
+struct Parts {
   int rows = 0, panels = 0;
 };
 // Pairs of parts that a product needs: of three parts each, those that reach float's accuracy.
-constexpr int split_products(SplitParts parts) { return parts.rows == 3 ? 6 : parts.rows + parts.panels - 1; }
+constexpr int pairs_of_parts(Parts parts) { return parts.rows == 3 ? 6 : parts.rows + parts.panels - 1; }
 
 // out[r][c] = init[c] (or out[r][c] with `add`) + sum_k rows[r][k] panel[k][c]
-struct SplitCall {
+struct PartsCall {
   int64_t depth;
-  SplitParts parts;
+  Parts parts;
   const uint16_t* rows;  // one block; two
   int n_rows;            // at most 16; or 32, with an even number of vectors
   int vectors;
@@ -57,14 +57,14 @@ struct SplitCall {
 };
 
 // Where to take a vector of 16 columns from.
-struct SplitSource {
+struct PartsSource {
   const void* from;
   int64_t stride;  // elements from lane to lane (transposed) or from k to k (straight)
   int lanes;       // columns that exist; the others become zero
   int64_t depth;
 };
 
-struct SplitKernels {
+struct PartsKernels {
   bool gains[3] = {};       // by storage index (kernels.h): whether products of parts are worth it
   bool reads_once = false;  // a call of up to 16 rows reads its panel once
   int rate = 0;             // a product takes the time of one multiply-add of vectors for so many rows and each k
@@ -72,17 +72,17 @@ struct SplitKernels {
   uint32_t (*pack_rows)(const float* const* rows, int n_rows, int64_t depth, int parts, uint16_t* out);
   // Packs a vector of columns by storage index (kernels.h), each a row of the source, or a column of it; `stride` elements of
   // `out` from one block of k to the next. Returns whether all values have parts.
-  bool (*pack_transposed[3])(const SplitSource& source, int parts, uint16_t* out, int64_t stride);
-  bool (*pack_straight[3])(const SplitSource& source, int parts, uint16_t* out, int64_t stride);
+  bool (*pack_transposed[3])(const PartsSource& source, int parts, uint16_t* out, int64_t stride);
+  bool (*pack_straight[3])(const PartsSource& source, int parts, uint16_t* out, int64_t stride);
   // Packs a quarter of a row tile of up to 16 rows (`lanes`) and 32 k, each a row of the source, or a column of it; the tiles of all parts
   // follow one another. Returns as the functions above.
-  bool (*pack_block[3])(const SplitSource& source, int parts, uint16_t* tile, int quarter);
-  bool (*pack_columns[3])(const SplitSource& source, int parts, uint16_t* tile, int quarter);
-  void (*gemm)(const SplitCall& call);
+  bool (*pack_block[3])(const PartsSource& source, int parts, uint16_t* tile, int quarter);
+  bool (*pack_columns[3])(const PartsSource& source, int parts, uint16_t* tile, int quarter);
+  void (*gemm)(const PartsCall& call);
   // Every thread that called gemm calls it at the end: hands the unit's registers back.
   void (*release)();
 };
 // The packing functions of AVX-512; the rest is not set.
-SplitKernels split_packing();
+PartsKernels parts_packing();
 
 }  // namespace fused_rnn::cpu

@@ -1,4 +1,4 @@
-// The packing of split.h with AVX-512. As in kernels_avx512.cpp nothing but functions of this file may be compiled between the
+// The packing of parts.h with AVX-512. As in kernels_avx512.cpp nothing but functions of this file may be compiled between the
 // pragmas.
 #include <type_traits>
 
@@ -11,7 +11,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
-namespace fused_rnn::cpu::split_pack {
+namespace fused_rnn::cpu::parts_pack {
 namespace {
 
 // 16 values as float, lanes past n zero.
@@ -71,8 +71,8 @@ inline int lanes_left(int64_t size, int64_t at) {
 }
 
 uint32_t pack_rows(const float* const* rows, int n_rows, int64_t depth, int parts, uint16_t* out) {
-  Largest largest[kSplitRows];
-  for (int64_t k = 0; k < depth; k += kSplitDepth, out += parts * kSplitTile) {
+  Largest largest[kPartsRows];
+  for (int64_t k = 0; k < depth; k += kPartsDepth, out += parts * kPartsTile) {
     const int low = lanes_left(depth, k), high = lanes_left(depth, k + 16);
     for (int r = 0; r < n_rows; ++r) {
       __m512 a = load16(rows[r] + k, low), b = high > 0 ? load16(rows[r] + k + 16, high) : _mm512_setzero_ps();
@@ -81,7 +81,7 @@ uint32_t pack_rows(const float* const* rows, int n_rows, int64_t depth, int part
       for (int part = 0; part < parts; ++part) {
         const bool rest = part + 1 < kAllParts<float>;
         const __m512i x = take_part(a, rest), y = take_part(b, rest);
-        _mm512_storeu_si512(out + part * kSplitTile + r * kSplitDepth, in_order(x, y));
+        _mm512_storeu_si512(out + part * kPartsTile + r * kPartsDepth, in_order(x, y));
       }
     }
   }
@@ -117,10 +117,10 @@ inline void transpose(__m512i (&rows)[16]) {
 
 // A panel's vector whose columns are rows of the source.
 template <class Storage>
-bool pack_transposed(const SplitSource& source, int parts, uint16_t* out, int64_t stride) {
+bool pack_transposed(const PartsSource& source, int parts, uint16_t* out, int64_t stride) {
   const Storage* from = static_cast<const Storage*>(source.from);
   Largest largest;
-  for (int64_t k = 0; k < source.depth; k += kSplitDepth, out += stride) {
+  for (int64_t k = 0; k < source.depth; k += kPartsDepth, out += stride) {
     const int low = lanes_left(source.depth, k), high = lanes_left(source.depth, k + 16);
     __m512 a[16], b[16];
     for (int lane = 0; lane < 16; ++lane) {
@@ -138,7 +138,7 @@ bool pack_transposed(const SplitSource& source, int parts, uint16_t* out, int64_
         rows[lane] = in_order(x, y);
       }
       transpose(rows);
-      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + part * kSplitTile + i * 32, rows[i]);
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + part * kPartsTile + i * 32, rows[i]);
     }
   }
   return largest.has_parts();
@@ -146,10 +146,10 @@ bool pack_transposed(const SplitSource& source, int parts, uint16_t* out, int64_
 
 // A panel's vector whose columns are columns of the source.
 template <class Storage>
-bool pack_straight(const SplitSource& source, int parts, uint16_t* out, int64_t stride) {
+bool pack_straight(const PartsSource& source, int parts, uint16_t* out, int64_t stride) {
   const Storage* from = static_cast<const Storage*>(source.from);
   Largest largest;
-  for (int64_t k = 0; k < source.depth; k += kSplitDepth, out += stride) {
+  for (int64_t k = 0; k < source.depth; k += kPartsDepth, out += stride) {
     for (int pair = 0; pair < 16; ++pair) {
       const int64_t at = k + 2 * pair;
       __m512 even = at < source.depth ? load16(from + at * source.stride, source.lanes) : _mm512_setzero_ps();
@@ -159,7 +159,7 @@ bool pack_straight(const SplitSource& source, int parts, uint16_t* out, int64_t 
       for (int part = 0; part < parts; ++part) {
         const bool rest = part + 1 < kAllParts<Storage>;
         const __m512i x = take_part(even, rest), y = take_part(odd, rest);
-        _mm512_storeu_si512(out + part * kSplitTile + pair * 32, in_pairs(x, y));
+        _mm512_storeu_si512(out + part * kPartsTile + pair * 32, in_pairs(x, y));
       }
     }
   }
@@ -168,7 +168,7 @@ bool pack_straight(const SplitSource& source, int parts, uint16_t* out, int64_t 
 
 // Four rows of a row tile.
 template <class Storage>
-bool pack_block(const SplitSource& source, int parts, uint16_t* tile, int quarter) {
+bool pack_block(const PartsSource& source, int parts, uint16_t* tile, int quarter) {
   const Storage* from = static_cast<const Storage*>(source.from);
   Largest largest;
   const int low = lanes_left(source.depth, 0), high = lanes_left(source.depth, 16);
@@ -181,7 +181,7 @@ bool pack_block(const SplitSource& source, int parts, uint16_t* tile, int quarte
     for (int part = 0; part < parts; ++part) {
       const bool rest = part + 1 < kAllParts<Storage>;
       const __m512i x = take_part(a, rest), y = take_part(b, rest);
-      _mm512_storeu_si512(tile + part * kSplitTile + lane * kSplitDepth, in_order(x, y));
+      _mm512_storeu_si512(tile + part * kPartsTile + lane * kPartsDepth, in_order(x, y));
     }
   }
   return largest.has_parts();
@@ -189,7 +189,7 @@ bool pack_block(const SplitSource& source, int parts, uint16_t* tile, int quarte
 
 // Eight k of a row tile whose rows are columns of the source.
 template <class Storage>
-bool pack_columns(const SplitSource& source, int parts, uint16_t* tile, int quarter) {
+bool pack_columns(const PartsSource& source, int parts, uint16_t* tile, int quarter) {
   const Storage* from = static_cast<const Storage*>(source.from);
   Largest largest;
   __m512 even[4], odd[4];
@@ -214,10 +214,10 @@ bool pack_columns(const SplitSource& source, int parts, uint16_t* tile, int quar
       u[2 * half + 1] = _mm512_unpackhi_epi64(low, high);
     }
     // u[c] has in its 128-bit lane l the four pairs of column 4 l + c.
-    uint16_t* to = tile + part * kSplitTile + 8 * quarter;
+    uint16_t* to = tile + part * kPartsTile + 8 * quarter;
     for (int c = 0; c < 4; ++c) {
       const auto store = [&](int lane, __m128i pairs) {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + (4 * lane + c) * kSplitDepth), pairs);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + (4 * lane + c) * kPartsDepth), pairs);
       };
       store(0, _mm512_castsi512_si128(u[c]));
       store(1, _mm512_extracti32x4_epi32(u[c], 1));
@@ -229,25 +229,25 @@ bool pack_columns(const SplitSource& source, int parts, uint16_t* tile, int quar
 }
 
 }  // namespace
-}  // namespace fused_rnn::cpu::split_pack
+}  // namespace fused_rnn::cpu::parts_pack
 #pragma GCC pop_options
 
 namespace fused_rnn::cpu {
 namespace {
 
 template <class Storage>
-void add_storage(SplitKernels& kernels, int storage) {
-  kernels.pack_transposed[storage] = split_pack::pack_transposed<Storage>;
-  kernels.pack_straight[storage] = split_pack::pack_straight<Storage>;
-  kernels.pack_block[storage] = split_pack::pack_block<Storage>;
-  kernels.pack_columns[storage] = split_pack::pack_columns<Storage>;
+void add_storage(PartsKernels& kernels, int storage) {
+  kernels.pack_transposed[storage] = parts_pack::pack_transposed<Storage>;
+  kernels.pack_straight[storage] = parts_pack::pack_straight<Storage>;
+  kernels.pack_block[storage] = parts_pack::pack_block<Storage>;
+  kernels.pack_columns[storage] = parts_pack::pack_columns<Storage>;
 }
 
 }  // namespace
 
-SplitKernels split_packing() {
-  SplitKernels kernels;
-  kernels.pack_rows = split_pack::pack_rows;
+PartsKernels parts_packing() {
+  PartsKernels kernels;
+  kernels.pack_rows = parts_pack::pack_rows;
   add_storage<float>(kernels, 0);
   add_storage<Half>(kernels, 1);
   add_storage<BFloat16>(kernels, 2);

@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#include "cpu/plan.h"
+#include "cpu/isa/blocks.h"
 #include "cpu/threads.h"
 
 namespace fused_rnn::cpu {

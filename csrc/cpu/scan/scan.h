@@ -1,57 +1,170 @@
-// What the forward and the backward scan share: the teams of a plan with their batch rows, and where a row is at a step.
+// What the forward and the backward scan share: what is decided before memory is touched, the workspace of the threads, and
+// running on the threads of a plan.
 #pragma once
-#include <memory>
-#include <vector>
+#include <algorithm>
 
-#include "cpu/gemm/matrix.h"
+#include "core/params.h"
+#include "cpu/cpu.h"
+#include "cpu/gemm/product.h"
+#include "cpu/scan/teams.h"
 #include "cpu/threads.h"
+#include "plan/problem.h"
 
 namespace fused_rnn::cpu {
 
-// A batch row of a team.
-struct TeamRow {
-  int64_t b, length;
-
-  // Steps that the row has done before step t (an active one) of direction d.
-  int64_t steps_before(int64_t t, int d) const { return d == 0 ? t : length - 1 - t; }
+// What a scan is planned with: the problem, and what a problem leaves open.
+struct ScanProblem : Problem {
+  int64_t N;      // rows in memory
+  bool projects;  // there is a w_hr; a square one has P == H
+  DType weights;  // how the weights are stored, in both directions
 };
+ScanProblem scan_problem(const ForwardParams& p);
+ScanProblem scan_problem(const BackwardParams& p);
 
-struct Team {
-  int first_direction, last_direction;
-  std::vector<TeamRow> rows;
-  Barrier barrier;
+// The matrices that a step multiplies with, in their forms, without memory; and how threads divide the work.
+//   forward   x: W_ih, h: W_hh, r: W_hr
+//   backward  h: W_hh and r: W_hr, both straight: gradients are multiplied from the other side
+template <class A>
+struct ScanPlan {
+  Matrix<A> x, h, r;
+  ThreadPlan threads;
 };
+template <class A>
+ScanPlan<A> plan_scan(const ScanProblem& problem, const Kernels<A>& kernels, int max_threads);
 
-struct Teams {
-  std::unique_ptr<Team[]> teams;
-  Barrier all;
-
-  Teams(const Plan& plan, const Sequence& seq, int D) : teams(new Team[plan.direction_teams * plan.batch_teams]) {
-    std::vector<TeamRow> rows(static_cast<size_t>(seq.B));
-    for (int64_t b = 0; b < seq.B; ++b) rows[b] = {b, active_steps(seq, b)};
-    const bool ragged = seq.lengths || seq.offsets;
-    if (ragged) std::stable_sort(rows.begin(), rows.end(), [](auto& x, auto& y) { return x.length > y.length; });
-    for (int i = 0; i < plan.direction_teams * plan.batch_teams; ++i) {
-      Team& team = teams[i];
-      const int part = i % plan.batch_teams;
-      team.first_direction = plan.direction_teams == 1 ? 0 : i / plan.batch_teams;
-      team.last_direction = plan.direction_teams == 1 ? D : team.first_direction + 1;
-      // Ragged rows are dealt out longest first, so that every team has about as many steps to do.
-      const int64_t begin = ragged ? part : share_begin(seq.B, plan.batch_teams, part);
-      const int64_t end = ragged ? seq.B : share_begin(seq.B, plan.batch_teams, part + 1);
-      for (int64_t j = begin; j < end; j += ragged ? plan.batch_teams : 1) team.rows.push_back(rows[j]);
-      team.barrier.reset(plan.split);
-    }
-    all.reset(plan.threads());
+template <class A>
+class Scan {
+ public:
+  // Lays out the workspace; with a null base only counts its bytes.
+  int64_t layout(void* base) {
+    Arena arena(base);
+    layout_shared(arena);
+    threads_ = arena.take<char>(thread_bytes_ * plan_.threads.threads());
+    return arena.used();
   }
-};
 
-constexpr int64_t rows_of_team(const Plan& plan, int64_t B) { return (B + plan.batch_teams - 1) / plan.batch_teams; }
+ protected:
+  // What one thread works with in one direction.
+  struct Worker {
+    int d, rank;  // rank: among the threads of its team
+    Team* team;
+    int64_t n;                 // rows of the team
+    Range h_panels, r_panels;  // that the thread multiplies with, of plan_.h and plan_.r
+    const A** pointers;        // to the rows of the next product
+    StoreRow<A>* store_rows;   // [n]
+    A* tiles;                  // two
+    PartsScratch parts;
+  };
+
+  template <class Params>
+  Scan(const Params& p, const Kernels<A>& kernels, int max_threads)
+      : kernels_(kernels),
+        seq_(p.seq),
+        D_(p.D),
+        cell_(static_cast<int>(p.cell)),
+        slots_(slot_count(p.cell)),
+        gates_(gate_count(p.cell)),
+        storage_(storage_index(p.dtype)),
+        size_(dtype_size(p.dtype)),
+        converts_(static_cast<int64_t>(sizeof(A)) != size_),
+        h_padded_(round_up(p.H, kernels.width)),
+        p_padded_(round_up(p.P, kernels.width)),
+        plan_(plan_scan(scan_problem(p), kernels, max_threads)),
+        projects_(plan_.r.shape.panels > 0),
+        team_rows_(rows_of_team(plan_.threads, p.seq.B)) {
+    parts_room_.include(plan_.h, team_rows_);
+    parts_room_.include(plan_.r, team_rows_);
+  }
+  ~Scan() = default;  // never through a pointer to Scan
+
+  // Takes all arrays but those of single threads.
+  virtual void layout_shared(Arena& arena) = 0;
+  // Packs share `share` of `shares` of the weights of all directions.
+  virtual void pack_share(int share, int shares) const = 0;
+  // All steps of one direction, for the rows and units of one thread.
+  virtual void scan(int thread, int d, Teams& teams) const = 0;
+
+  // The arrays of a Worker; `most_pointers`: rows of its largest product.
+  void take_arrays(Arena& arena, int64_t most_pointers, Worker& w) const {
+    w.pointers = arena.take<const A*>(most_pointers);
+    w.store_rows = arena.take<StoreRow<A>>(team_rows_);
+    w.tiles = reinterpret_cast<A*>(arena.take<char>(2 * kTileBytes));
+    w.parts = parts_room_.take(arena);
+  }
+  Arena arena_of_thread(int thread) const { return Arena(threads_ + thread * thread_bytes_); }
+
+  void set_place(int thread, int d, Teams& teams, Worker& w) const {
+    const ThreadPlan& plan = plan_.threads;
+    w.d = d;
+    w.rank = thread % plan.split;
+    w.team = &teams.teams[thread / plan.split];
+    w.n = static_cast<int64_t>(w.team->rows.size());
+    w.h_panels = share_of(plan_.h.shape.panels, plan.split, w.rank);
+    w.r_panels = share_of(plan_.r.shape.panels, plan.split, w.rank);
+  }
+  // The rank's share of its team's rows, for what is done by row.
+  Range rows_of(const Worker& w) const { return share_of(w.n, plan_.threads.split, w.rank); }
+  // t of a step of the forward recurrence.
+  int64_t time_of(const Worker& w, int64_t step) const { return w.d == 0 ? step : seq_.T - 1 - step; }
+
+  // f(tile) for the tiles of w.pointers [n] with these panels of a matrix, at a step.
+  template <class F>
+  void for_tiles_of_step(const Worker& w, const Matrix<A>& m, const Range& panels, const A* init, int64_t n, int64_t step,
+                         F&& f) const {
+    for_tiles<A>({kernels_, m, init, w.pointers, n, panels_at(kernels_, m, n, panels, step)}, w.tiles, w.parts, f);
+  }
+
+  // False, with nothing done, if fewer threads were to be had than planned.
+  bool run_on_threads() {
+    Teams teams(plan_.threads, seq_, D_);
+    return run_threads(plan_.threads.threads(), [this, &teams](int thread) {
+      pack_share(thread, plan_.threads.threads());
+      teams.all.wait();
+      const Team& team = teams.teams[thread / plan_.threads.split];
+      for (int d = team.first_direction; d < team.last_direction; ++d) scan(thread, d, teams);
+      if (kernels_.parts) kernels_.parts->release();
+    });
+  }
+
+  const Kernels<A>& kernels_;
+  const Sequence& seq_;
+  const int D_, cell_, slots_, gates_;
+  const int storage_;    // storage_index of the dtype
+  const int64_t size_;   // of a stored element
+  const bool converts_;  // elements are stored in another type than A
+  const int64_t h_padded_, p_padded_;
+  const ScanPlan<A> plan_;
+  const bool projects_;       // there is a W_hr
+  const int64_t team_rows_;   // at most
+  PartsRoom parts_room_;      // of a thread
+  int64_t thread_bytes_ = 0;  // of the arrays of a thread; layout_shared sets it
+  char* threads_ = nullptr;
+};
 
 // Calls f with a value of the arithmetic type of a dtype.
 template <class F>
-auto with_arithmetic(DType dtype, F&& f) {
-  return dtype == DType::kFloat64 ? f(double{}) : f(float{});
+void with_arithmetic(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64: return f(double{});
+    case DType::kFloat32:
+    case DType::kFloat16:
+    case DType::kBFloat16: return f(float{});
+  }
+}
+
+// Runs ScanOf<arithmetic type> on as many threads as there may be, or on one if OpenMP gives fewer than it offered.
+template <template <class> class ScanOf, class Params>
+void run_scan(Params& p, const Allocate& allocate) {
+  with_arithmetic(p.dtype, [&](auto a) {
+    using A = decltype(a);
+    const Kernels<A>& kernels = kernels_of<A>(selected_kernels());
+    const auto run = [&](int threads) {
+      ScanOf<A> scan(p, kernels, threads);
+      p.workspace = allocate(scan.layout(nullptr));
+      return scan.run();
+    };
+    if (!run(thread_limit())) run(1);
+  });
 }
 
 }  // namespace fused_rnn::cpu

@@ -91,17 +91,17 @@ float part_value(uint16_t bits) { return to_arithmetic(BFloat16{bits}); }
 // Writes all parts of a value, part by part one tile further.
 bool write_parts(float value, int parts, uint16_t* at) {
   bool finite = true;
-  for (int part = 0; part < parts; ++part) finite &= take_part(value, at[part * kSplitTile]);
+  for (int part = 0; part < parts; ++part) finite &= take_part(value, at[part * kPartsTile]);
   return finite;
 }
 
 uint32_t pack_rows(const float* const* rows, int n_rows, int64_t depth, int parts, uint16_t* out) {
   uint32_t infinite = 0;
-  for (int64_t block = 0; block < split_blocks(depth); ++block, out += parts * kSplitTile) {
+  for (int64_t block = 0; block < depth_blocks(depth); ++block, out += parts * kPartsTile) {
     for (int r = 0; r < n_rows; ++r) {
-      for (int i = 0; i < kSplitDepth; ++i) {
-        const int64_t k = block * kSplitDepth + i;
-        const bool finite = write_parts(k < depth ? rows[r][k] : 0.0f, parts, out + r * kSplitDepth + i);
+      for (int i = 0; i < kPartsDepth; ++i) {
+        const int64_t k = block * kPartsDepth + i;
+        const bool finite = write_parts(k < depth ? rows[r][k] : 0.0f, parts, out + r * kPartsDepth + i);
         if (!finite) infinite |= 1u << r;
       }
     }
@@ -110,7 +110,7 @@ uint32_t pack_rows(const float* const* rows, int n_rows, int64_t depth, int part
 }
 
 template <class Storage>
-float value_at(const SplitSource& source, int64_t lane, int64_t k, bool lanes_are_rows) {
+float value_at(const PartsSource& source, int64_t lane, int64_t k, bool lanes_are_rows) {
   if (lane >= source.lanes || k >= source.depth) return 0;
   return to_arithmetic(
       static_cast<const Storage*>(source.from)[lanes_are_rows ? lane * source.stride + k : k * source.stride + lane]);
@@ -118,13 +118,13 @@ float value_at(const SplitSource& source, int64_t lane, int64_t k, bool lanes_ar
 
 // A panel's vector.
 template <class Storage, bool kTransposed>
-bool pack_vector(const SplitSource& source, int parts, uint16_t* out, int64_t stride) {
+bool pack_vector(const PartsSource& source, int parts, uint16_t* out, int64_t stride) {
   bool finite = true;
-  for (int64_t block = 0; block < split_blocks(source.depth); ++block, out += stride) {
-    for (int i = 0; i < kSplitDepth; ++i) {
-      for (int lane = 0; lane < kSplitColumns; ++lane) {
-        const float value = value_at<Storage>(source, lane, block * kSplitDepth + i, kTransposed);
-        finite &= write_parts(value, parts, out + i / 2 * 2 * kSplitColumns + lane * 2 + i % 2);
+  for (int64_t block = 0; block < depth_blocks(source.depth); ++block, out += stride) {
+    for (int i = 0; i < kPartsDepth; ++i) {
+      for (int lane = 0; lane < kPartsColumns; ++lane) {
+        const float value = value_at<Storage>(source, lane, block * kPartsDepth + i, kTransposed);
+        finite &= write_parts(value, parts, out + i / 2 * 2 * kPartsColumns + lane * 2 + i % 2);
       }
     }
   }
@@ -132,30 +132,30 @@ bool pack_vector(const SplitSource& source, int parts, uint16_t* out, int64_t st
 }
 
 template <class Storage>
-bool pack_block(const SplitSource& source, int parts, uint16_t* tile, int quarter) {
+bool pack_block(const PartsSource& source, int parts, uint16_t* tile, int quarter) {
   bool finite = true;
   for (int lane = 4 * quarter; lane < 4 * quarter + 4; ++lane) {
-    for (int i = 0; i < kSplitDepth; ++i) {
-      finite &= write_parts(value_at<Storage>(source, lane, i, true), parts, tile + lane * kSplitDepth + i);
+    for (int i = 0; i < kPartsDepth; ++i) {
+      finite &= write_parts(value_at<Storage>(source, lane, i, true), parts, tile + lane * kPartsDepth + i);
     }
   }
   return finite;
 }
 template <class Storage>
-bool pack_columns(const SplitSource& source, int parts, uint16_t* tile, int quarter) {
+bool pack_columns(const PartsSource& source, int parts, uint16_t* tile, int quarter) {
   bool finite = true;
-  for (int lane = 0; lane < kSplitRows; ++lane) {
+  for (int lane = 0; lane < kPartsRows; ++lane) {
     for (int i = 8 * quarter; i < 8 * quarter + 8; ++i) {
-      finite &= write_parts(value_at<Storage>(source, lane, i, false), parts, tile + lane * kSplitDepth + i);
+      finite &= write_parts(value_at<Storage>(source, lane, i, false), parts, tile + lane * kPartsDepth + i);
     }
   }
   return finite;
 }
 
-void gemm(const SplitCall& call) {
-  const int64_t blocks = split_blocks(call.depth);
+void gemm(const PartsCall& call) {
+  const int64_t blocks = depth_blocks(call.depth);
   for (int r = 0; r < call.n_rows; ++r) {
-    for (int c = 0; c < call.vectors * kSplitColumns; ++c) {
+    for (int c = 0; c < call.vectors * kPartsColumns; ++c) {
       float& out = call.out[r * call.out_stride + c];
       if (!call.add) out = call.init ? call.init[c] : 0.0f;
     }
@@ -163,30 +163,30 @@ void gemm(const SplitCall& call) {
   const uint16_t* panel = call.panel;
   for (int64_t block = 0; block < blocks; ++block) {
     for (int r = 0; r < call.n_rows; ++r) {
-      const uint16_t* rows = call.rows + (r / kSplitRows * blocks + block) * call.parts.rows * kSplitTile;
+      const uint16_t* rows = call.rows + (r / kPartsRows * blocks + block) * call.parts.rows * kPartsTile;
       for (int v = 0; v < call.vectors; ++v) {
-        for (int c = 0; c < kSplitColumns; ++c) {
+        for (int c = 0; c < kPartsColumns; ++c) {
           float sum = 0;
           for (int i = 0; i < call.parts.rows; ++i) {
             for (int j = 0; j < call.parts.panels && i + j < std::max(call.parts.rows, 1); ++j) {
-              const uint16_t* row = rows + i * kSplitTile + r % kSplitRows * kSplitDepth;
-              const uint16_t* column = panel + (v * call.parts.panels + j) * kSplitTile + 2 * c;
-              for (int k = 0; k < kSplitDepth; ++k) {
-                sum += part_value(row[k]) * part_value(column[k / 2 * 2 * kSplitColumns + k % 2]);
+              const uint16_t* row = rows + i * kPartsTile + r % kPartsRows * kPartsDepth;
+              const uint16_t* column = panel + (v * call.parts.panels + j) * kPartsTile + 2 * c;
+              for (int k = 0; k < kPartsDepth; ++k) {
+                sum += part_value(row[k]) * part_value(column[k / 2 * 2 * kPartsColumns + k % 2]);
               }
             }
           }
-          call.out[r * call.out_stride + v * kSplitColumns + c] += sum;
+          call.out[r * call.out_stride + v * kPartsColumns + c] += sum;
         }
       }
     }
-    panel += call.vectors * call.parts.panels * kSplitTile;
+    panel += call.vectors * call.parts.panels * kPartsTile;
     if (call.background.run) call.background.run(call.background.context, block, blocks);
   }
 }
 
 template <class Storage>
-void add_storage(SplitKernels& kernels, int storage) {
+void add_storage(PartsKernels& kernels, int storage) {
   kernels.gains[storage] = true;
   kernels.pack_transposed[storage] = pack_vector<Storage, true>;
   kernels.pack_straight[storage] = pack_vector<Storage, false>;
@@ -197,21 +197,21 @@ void add_storage(SplitKernels& kernels, int storage) {
 }  // namespace parts
 
 const InstructionSet* parts_kernels() {
-  static const SplitKernels split = [] {
-    SplitKernels split;
-    split.reads_once = true;
-    split.rate = 16;
-    split.pack_rows = parts::pack_rows;
-    parts::add_storage<float>(split, 0);
-    parts::add_storage<Half>(split, 1);
-    parts::add_storage<BFloat16>(split, 2);
-    split.gemm = parts::gemm;
-    split.release = [] {};
-    return split;
+  static const PartsKernels parts = [] {
+    PartsKernels table;
+    table.reads_once = true;
+    table.rate = 16;
+    table.pack_rows = parts::pack_rows;
+    parts::add_storage<float>(table, 0);
+    parts::add_storage<Half>(table, 1);
+    parts::add_storage<BFloat16>(table, 2);
+    table.gemm = parts::gemm;
+    table.release = [] {};
+    return table;
   }();
   static const Kernels<float> f32 = [] {
     Kernels<float> table = make_kernels<parts::Vec<float>>();
-    table.split = &split;
+    table.parts = &parts;
     return table;
   }();
   static const Kernels<double> f64 = make_kernels<parts::Vec<double>>();

@@ -36,33 +36,21 @@ void store(DType dtype, double number, void* base, int64_t index) {
 }
 
 std::string Problem::name() const {
-  const char* cells[] = {"RNN_TANH", "RNN_RELU", "RNN_IDENTITY", "LSTM", "GRU"};
   const char* dtypes[] = {"float64", "float32", "float16", "bfloat16"};
   const char* raggeds[] = {"", "-lengths", "-packed"};
   const auto size = [](const char* letter, int64_t n) { return std::string("-") + letter + std::to_string(n); };
-  return cells[static_cast<int>(cell)] + size("T", T) + size("B", B) + size("I", I) + size("H", H) +
-         (P == H ? "" : size("P", P)) + (D == 2 ? "-bi" : "") + raggeds[static_cast<int>(ragged)] +
-         (resets ? "-resets" : "") + (states ? "" : "-nohx") + (biases ? "" : "-nobias") + (infinite ? "-infinite" : "") +
-         "-" + dtypes[static_cast<int>(dtype)] + " on " + instruction_set();
+  return traits_of(cell).name + size("T", T) + size("B", B) + size("I", I) + size("H", H) + (P == H ? "" : size("P", P)) +
+         (D == 2 ? "-bi" : "") + raggeds[static_cast<int>(ragged)] + (resets ? "-resets" : "") + (states ? "" : "-nohx") +
+         (biases ? "" : "-nobias") + (infinite ? "-infinite" : "") + "-" + dtypes[static_cast<int>(dtype)] + " on " +
+         instruction_set();
 }
 
-Plan plan_of(const Problem& p, bool backward) {
-  const char projection = 0;  // its address says that there is one
-  const void* const w_hr = p.P == p.H ? nullptr : &projection;
-  if (backward) {
-    BackwardParams params{};
-    params.cell = p.cell, params.dtype = p.dtype;
-    params.H = p.H, params.P = p.P, params.D = p.D;
-    params.seq = {p.T, p.B, p.T * p.B, nullptr, nullptr};
-    params.weights[0].w_hr.data = params.weights[1].w_hr.data = w_hr;
-    return backward_plan(params);
-  }
-  ForwardParams params{};
-  params.cell = p.cell, params.dtype = p.dtype;
-  params.I = p.I, params.H = p.H, params.P = p.P, params.D = p.D;
-  params.seq = {p.T, p.B, p.T * p.B, nullptr, nullptr};
-  params.weights[0].w_hr.data = params.weights[1].w_hr.data = w_hr;
-  return forward_plan(params);
+ThreadPlan plan_of(const Problem& p, bool backward) {
+  fused_rnn::Problem problem{};
+  problem.cell = p.cell, problem.dtype = p.dtype;
+  problem.T = p.T, problem.B = p.B, problem.I = p.I, problem.H = p.H, problem.P = p.P, problem.D = p.D;
+  problem.ragged = p.ragged != Ragged::kDense, problem.training = problem.backward = backward;
+  return cpu::plan_of(problem);
 }
 
 Inputs make_inputs(const Problem& p) {
@@ -104,7 +92,7 @@ Inputs make_inputs(const Problem& p) {
   const double scale = 1 / std::sqrt(static_cast<double>(std::max(p.H, p.I)));
   in.x = values(in.N * p.I, 2);
   if (p.states) in.h0 = values(p.D * p.B * p.P, 1);
-  if (p.states && p.cell == CellKind::kLstm) in.c0 = values(p.D * p.B * p.H, 1);
+  if (p.states && traits_of(p.cell).has_c) in.c0 = values(p.D * p.B * p.H, 1);
   for (int d = 0; d < p.D; ++d) {
     in.w_ih[d] = values(G * p.H * p.I, scale);
     in.w_hh[d] = values(G * p.H * p.P, scale);
@@ -113,7 +101,7 @@ Inputs make_inputs(const Problem& p) {
   }
   in.dy = values(in.N * p.D * p.P, 1);
   in.dh_n = values(p.D * p.B * p.P, 1);
-  if (p.cell == CellKind::kLstm) in.dc_n = values(p.D * p.B * p.H, 1);
+  if (traits_of(p.cell).has_c) in.dc_n = values(p.D * p.B * p.H, 1);
   if (p.resets) {
     for (int64_t i = 0; i < in.N; ++i) in.resets.push_back(random.below(4) == 0);
   }
@@ -148,13 +136,13 @@ class Call {
                       values(in.b_hh[d]),
                       {values(in.w_hr[d]), p.dtype}};
     }
-    const bool lstm = p.cell == CellKind::kLstm, gated = slot_count(p.cell) > 1;
+    const CellTraits cell = traits_of(p.cell);
     f.y = output("y", in.N * p.D * p.P);
     f.h_n = output("h_n", p.D * p.B * p.P);
-    if (lstm) f.c_n = output("c_n", p.D * p.B * p.H);
+    if (cell.has_c) f.c_n = output("c_n", p.D * p.B * p.H);
     f.training = training;
-    if (training && gated) f.gates = output("gates", p.D * in.N * slot_count(p.cell) * p.H);
-    if (training && lstm) f.cs = output("cs", p.D * in.N * p.H);
+    if (training && cell.saved > 0) f.gates = output("gates", p.D * in.N * cell.slots * p.H);
+    if (training && cell.has_c) f.cs = output("cs", p.D * in.N * p.H);
     if (!training) return;
     BackwardParams& b = backward_;
     b.cell = p.cell, b.dtype = p.dtype;
@@ -164,10 +152,10 @@ class Call {
     std::copy(std::begin(f.weights), std::end(f.weights), b.weights);
     b.y = f.y, b.gates = f.gates, b.cs = f.cs;
     b.dy = values(in.dy), b.dh_n = values(in.dh_n), b.dc_n = values(in.dc_n);
-    b.d_gates = output("d_gates", p.D * in.N * slot_count(p.cell) * p.H, true);
+    b.d_gates = output("d_gates", p.D * in.N * cell.slots * p.H, true);
     if (p.P != p.H) b.d_h = output("d_h", p.D * in.N * p.P, true);
     b.d_h0 = output("d_h0", p.D * p.B * p.P, true);
-    if (lstm) b.d_c0 = output("d_c0", p.D * p.B * p.H, true);
+    if (cell.has_c) b.d_c0 = output("d_c0", p.D * p.B * p.H, true);
   }
 
   void forward() {
@@ -207,7 +195,7 @@ class Call {
       }
     }
   }
-  // Puts results of another call in the place of what forward kept.
+  // Puts results of another call in the place of what forward saved.
   void replace_saved(const Results& saved) {
     for (const char* name : {"y", "gates", "cs"}) {
       const auto to =

@@ -24,7 +24,7 @@ struct Problem {
   std::string name() const;
 };
 // How a call of forward, or of backward, would divide the work now.
-fused_rnn::cpu::Plan plan_of(const Problem& problem, bool backward);
+fused_rnn::cpu::ThreadPlan plan_of(const Problem& problem, bool backward);
 
 // Values as numbers that the dtype holds.
 struct Inputs {

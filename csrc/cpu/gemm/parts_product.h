@@ -1,0 +1,211 @@
+// Products of rows with a matrix in bfloat16 parts (parts.h).
+#pragma once
+#include <algorithm>
+
+#include "cpu/arena.h"
+#include "cpu/gemm/matrix.h"
+
+namespace fused_rnn::cpu {
+
+// A thread's room for the rows of a product in parts.
+struct PartsScratch {
+  uint16_t* packed = nullptr;
+  int64_t elements = 0;          // of packed
+  uint32_t* infinite = nullptr;  // [blocks], of each block of 16 rows a bit for every row that has a value without parts
+  int64_t blocks = 0;
+};
+
+// A product in parts, in three loops. Rows are packed in blocks of 16, a group of blocks at a time: as many as the scratch
+// holds. Each panel then meets the whole group, so that it is read from memory once for the group. A call of the kernel
+// takes one block, or two where the kernel can.
+//
+// Sink:  void place(Tile<float>&)          fills in where the sums of a tile go
+//        void done(const Tile<float>&)     the sums are there
+//        Background background()           what the kernel does while it waits for the matrix unit
+template <class Sink>
+class PartsProduct {
+ public:
+  PartsProduct(const Product<float>& product, const PartsScratch& scratch, Sink& sink)
+      : product_(product),
+        m_(product.matrix),
+        kernels_(*product.kernels.parts),
+        scratch_(scratch),
+        sink_(sink),
+        matrix_infinite_(m_.infinite->load(std::memory_order_relaxed)) {}
+
+  void run() {
+    const int64_t blocks = std::min(scratch_.blocks, scratch_.elements / m_.row_block_elements());
+    const Panels& panels = product_.panels;
+    for (int64_t row = 0; row < product_.n; row += blocks * kPartsRows) {
+      const Group group{row, std::min(blocks * kPartsRows, product_.n - row)};
+      pack_rows(group);
+      for (int64_t i = panels.first; i < panels.last; ++i) {
+        multiply_panel(group, panels.descending ? panels.first + panels.last - 1 - i : i);
+      }
+    }
+  }
+
+ private:
+  // Rows [first, first + rows) of the product, packed.
+  struct Group {
+    int64_t first, rows;
+  };
+
+  // All blocks are full but the last: the matrix unit is configured for a number of rows, and that costs time.
+  void pack_rows(const Group& group) const {
+    for (int64_t row = 0, block = 0; row < group.rows; row += kPartsRows, ++block) {
+      const int rows = static_cast<int>(std::min<int64_t>(kPartsRows, group.rows - row));
+      const uint32_t infinite = kernels_.pack_rows(product_.rows + group.first + row, rows, m_.shape.depth, m_.parts.rows,
+                                                   scratch_.packed + block * m_.row_block_elements());
+      scratch_.infinite[block] = matrix_infinite_ ? ~0u : infinite;
+    }
+  }
+
+  void multiply_panel(const Group& group, int64_t panel) {
+    const bool pairs = m_.shape.vectors_of(panel) % 2 == 0 && group.rows >= 2 * kPartsRows;
+    const int64_t calls = ceil_div(group.rows, pairs ? 2 * kPartsRows : kPartsRows);
+    // Memory alone holds a panel back that is read once, as in prefetch_after: without prefetching 16 rows of H=256 take 0.9
+    // of the time, one row 0.85 (LSTM, fp32, AMX).
+    const bool once = calls == 1 && !pairs && kernels_.reads_once;
+    const Fetch fetch = once ? Fetch{} : fetch_after(panel);
+    int64_t call = 0;
+    for (int64_t row = 0; row < group.rows; ++call) {
+      const int64_t left = group.rows - row;
+      const int rows =
+          static_cast<int>(pairs && left >= 2 * kPartsRows ? 2 * kPartsRows : std::min<int64_t>(left, kPartsRows));
+      const Prefetch prefetch =
+          prefetch_share(fetch.from, fetch.bytes, calls, std::min(call, calls - 1), depth_blocks(m_.shape.depth));
+      multiply_blocks(group, row, rows, panel, prefetch);
+      row += rows;
+    }
+  }
+
+  // What to bring into L2 while a panel is in use.
+  struct Fetch {
+    const void* from = nullptr;
+    int64_t bytes = 0;
+  };
+  Fetch fetch_after(int64_t panel) const {
+    const auto [next, end] = product_.panels.after(panel, panel + 1);
+    if (next >= end || m_.tile_elements() * 2 <= kPrefetchBytes) return {};
+    return {m_.tiles_of(next), m_.shape.vectors_of(next) * m_.vector_elements() * 2};
+  }
+
+  // One call of the kernel: rows [row, row + rows) of the group, with a panel.
+  void multiply_blocks(const Group& group, int64_t row, int rows, int64_t panel, const Prefetch& prefetch) {
+    const int64_t block = row / kPartsRows;
+    Tile<float> tile{group.first + row, rows, panel, panel + 1, nullptr, 0};
+    sink_.place(tile);
+    PartsCall call{};
+    call.depth = m_.shape.depth;
+    call.parts = m_.parts;
+    call.rows = scratch_.packed + block * m_.row_block_elements();
+    call.n_rows = rows;
+    call.vectors = m_.shape.vectors_of(panel);
+    call.panel = m_.tiles_of(panel);
+    call.init = product_.init ? product_.init + m_.shape.columns_before(panel) : nullptr;
+    call.add = false;
+    call.out = tile.sums;
+    call.out_stride = tile.stride;
+    call.prefetch = prefetch;
+    call.background = sink_.background();
+    kernels_.gemm(call);
+    replace_infinite(tile, block);
+    sink_.done(tile);
+  }
+
+  // Sums of rows that have a value without parts are made again, from the source.
+  void replace_infinite(const Tile<float>& tile, int64_t block) const {
+    for (int r = 0; r < tile.rows; ++r) {
+      if (!(scratch_.infinite[block + r / kPartsRows] >> r % kPartsRows & 1)) continue;
+      multiply_infinite(product_.kernels, m_, product_.init, product_.rows[tile.row + r], tile.first,
+                        tile.sums + r * tile.stride);
+    }
+  }
+
+  const Product<float>& product_;
+  const Matrix<float>& m_;
+  const PartsKernels& kernels_;
+  const PartsScratch& scratch_;
+  Sink& sink_;
+  const bool matrix_infinite_;
+};
+
+// A sink that leaves the sums where `place` puts them.
+template <class Place>
+struct StoringSink {
+  const Place& place;
+  static void done(const Tile<float>&) {}
+  static Background background() { return {}; }
+};
+
+// A sink with two tiles that take turns: f runs on the rows of a finished tile while the matrix unit makes the next one.
+template <class F>
+class TilePipeline {
+ public:
+  TilePipeline(const Shape& shape, float* first, float* second, F& f) : shape_(shape), room_{first, second}, f_(f) {}
+
+  void place(Tile<float>& tile) const {
+    tile.sums = room_[next_];
+    tile.stride = shape_.vectors_of(tile.first) * shape_.width;
+  }
+  void done(const Tile<float>& tile) {
+    finished_ = tile;
+    next_ = 1 - next_;
+  }
+  Background background() {
+    return {[](void* self, int64_t round, int64_t rounds) { static_cast<TilePipeline*>(self)->run(round, rounds); }, this};
+  }
+  // The last tile has no tile after it.
+  void flush() { run(0, 1); }
+
+ private:
+  // f on the rows that fall to a round.
+  void run(int64_t round, int64_t rounds) {
+    const auto [begin, end] = share_of(finished_.rows, rounds, round);
+    if (begin == end) return;
+    Tile<float> some = finished_;
+    some.row += begin;
+    some.rows = static_cast<int>(end - begin);
+    some.sums += begin * some.stride;
+    f_(some);
+  }
+
+  const Shape& shape_;
+  float* const room_[2];
+  F& f_;
+  int next_ = 0;
+  Tile<float> finished_{};
+};
+
+// ---- room ----
+
+// How much of a thread's L2 packed rows may take. Up to 256 rows may take more, because each panel is then read once.
+constexpr int64_t kPartsRowsBytes = 768 * 1024, kMostPartsRowsBytes = 1536 * 1024, kPartsGroup = 256 / kPartsRows;
+
+// Blocks of rows that are packed at a time.
+template <class A>
+int64_t row_blocks_of_group(const Matrix<A>& m, int64_t rows) {
+  if (m.form != Form::kParts || m.shape.panels == 0) return 0;
+  const int64_t bytes = m.row_block_elements() * 2;
+  const int64_t most = std::max({kPartsRowsBytes / bytes, std::min(kMostPartsRowsBytes / bytes, kPartsGroup), int64_t{1}});
+  return std::min(ceil_div(rows, kPartsRows), most);
+}
+
+// The size of a scratch that serves several matrices in turn.
+struct PartsRoom {
+  int64_t blocks = 0, elements = 0;
+
+  template <class A>
+  void include(const Matrix<A>& m, int64_t rows) {
+    const int64_t needed = row_blocks_of_group(m, rows);
+    blocks = std::max(blocks, needed);
+    elements = std::max(elements, needed * m.row_block_elements());
+  }
+  PartsScratch take(Arena& arena) const {
+    uint16_t* packed = arena.take<uint16_t>(elements);
+    return {packed, elements, arena.take<uint32_t>(blocks), blocks};
+  }
+};
+
+}  // namespace fused_rnn::cpu
