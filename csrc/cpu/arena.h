@@ -11,7 +11,7 @@ namespace fused_rnn::cpu {
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 #ifdef __SANITIZE_ADDRESS__
-// Under AddressSanitizer a gap follows every array, and touching it or the padding before it is an error.
+// Under AddressSanitizer a gap follows every array. Touching the gap, or the padding before it, is an error.
 constexpr int64_t kArenaGap = 128;
 inline void guard_array(char* array, int64_t bytes, int64_t with_gap) {
   __asan_unpoison_memory_region(array, static_cast<size_t>(bytes));
@@ -22,7 +22,7 @@ constexpr int64_t kArenaGap = 0;
 inline void guard_array(char*, int64_t, int64_t) {}
 #endif
 
-// Lays arrays out one after the other from a base address; with a null base it only counts bytes.
+// Lays arrays out one after the other from a base address, each aligned to 64 bytes; with a null base it only counts bytes.
 class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}

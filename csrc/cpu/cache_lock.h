@@ -1,6 +1,6 @@
-// One lock for all that is kept from call to call, by all threads (weight_cache.h, ../kept_memory.h). It is held for the
-// time of a search, never while large memory is allocated or freed; a fork waits for it, so that a child finds everything
-// whole.
+// One lock for all caches that threads share: packed weights (gemm/weight_cache.h) and memory (torch/memory.h). A thread
+// holds it while it searches, never while it allocates or frees large memory. A fork waits for it, so that the child's
+// caches are whole.
 #pragma once
 #include <mutex>
 

@@ -30,7 +30,7 @@ const InstructionSet* best_kernels() {
   return portable_kernels();
 }
 
-// One that has been asked for; null: the best.
+// The instruction set that was set; null: the best.
 std::atomic<const InstructionSet*> forced{nullptr};
 
 }  // namespace

@@ -30,7 +30,7 @@ void yield() {}
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-// Seconds that the calling thread had a core; those of the wall clock where the system does not tell.
+// Seconds that the calling thread had a core, or seconds of the wall clock where the system does not tell them apart.
 double seconds_on_a_core() {
 #ifdef CLOCK_THREAD_CPUTIME_ID
   timespec t{};
@@ -40,10 +40,12 @@ double seconds_on_a_core() {
   return now();
 }
 
-// Another process holds one of the cores: threads that meet at every step then wait for the one that shares that core, up to a time
-// slice for each step, and fewer threads are faster. Noticed by the time that a thread of a region had no core: more than half of
-// it, twice in a row or for long, halves the limit for a while. Where a thread alone lacks its core too, all cores are shared, and
-// more threads get a larger share of them: the limit then stays as it is for longer.
+// Lowers the number of threads for a while when another process holds one of the cores. The threads of a team then wait at
+// every step for the thread that shares this core, up to a time slice each time, and fewer threads are faster.
+//   - The sign is the time that some thread of a region had no core. More than half of the region's time, twice in a row or
+//     once for long, halves the limit for kWhile.
+//   - Where a call on one thread lacks its core too, other processes hold all cores, and more threads get a larger share of
+//     them: the limit is lifted at once, and not lowered again for ten times as long.
 class Crowd {
  public:
   int limit(int threads) {
@@ -54,7 +56,7 @@ class Crowd {
     return threads;
   }
   bool limits() const { return until_.load(std::memory_order_relaxed) != 0; }
-  // seconds: of a region of so many threads; lacked: the most that one of them had no core.
+  // A region of so many threads took `seconds`; the thread that lacked a core for longest did so for `lacked` seconds.
   void report(int threads, double seconds, double lacked) {
     if (lacked < std::max(seconds * (threads == 1 ? 0.2 : 0.55), kSlice)) {
       in_a_row_.store(0, std::memory_order_relaxed);

@@ -6,20 +6,20 @@
 
 namespace fused_rnn::cpu {
 
-// The most threads that a call made here and now may use: omp_get_max_threads(), at most as many as there are processors for
-// this process (processors.h), fewer for a while after calls whose threads lacked cores; 1 inside a parallel region, without
-// OpenMP, and in a forked child (whose copy of the parent's thread pool has no threads behind it). Results do not depend on
-// it.
+// The most threads that a call made here and now may use. It is omp_get_max_threads(), at most the processors of the process
+// (processors.h), and fewer for a while after calls whose threads lacked cores. It is 1 inside a parallel region, without
+// OpenMP, and in a forked child, whose copy of the parent's thread pool has no threads. Results do not depend on it.
 int thread_limit();
 
-// Runs work(thread) for thread = 0 .. threads - 1, all at once. False, with nothing run, if fewer threads were to be had.
+// Runs work(thread) for thread = 0 .. threads - 1, all at once. Returns false, with nothing run, if OpenMP gave fewer
+// threads.
 bool run_threads(int threads, const std::function<void(int)>& work);
 
-// Asks for huge pages behind a large array that is about to be written for the first time: page faults are otherwise a fifth of a
-// large training forward. A hint; does nothing where the system does not know it or the array is small.
+// Asks for huge pages behind a large array that is about to be written for the first time: page faults otherwise take a
+// fifth of a large training forward. This is a hint: it does nothing for small arrays and on systems that do not know it.
 void prefer_huge_pages(void* array, int64_t bytes);
 
-// Spins for 0.1 to 0.2 ms, then yields the core: another process may hold the one that a late thread needs.
+// A waiting thread spins for 0.1 to 0.2 ms, then yields its core: the late thread may need that core.
 class Barrier {
  public:
   void reset(int threads) {
@@ -30,7 +30,8 @@ class Barrier {
   void wait();
 
  private:
-  // Cache lines apart without being aligned: allocating an aligned array takes as long as a small step's arithmetic.
+  // The spaces put the counters on cache lines of their own. Alignment would do that too, but allocating an aligned array
+  // takes as long as the arithmetic of a small step.
   int threads_ = 1;
   char space_[60];
   std::atomic<int> waiting_{0};

@@ -1,5 +1,5 @@
-// K is cut into chunks, so that a chunk of b stays in L2: threads pack it together, then each multiplies its rows of a, group by
-// group. While the matrix unit multiplies one group, vectors pack the next.
+// K is cut into chunks, so that a chunk of b stays in L2: threads pack it together, then each multiplies its rows of a,
+// group by group. While the matrix unit multiplies one group, vectors pack the next.
 #include "cpu/gemm/matmul.h"
 
 #include "cpu/arena.h"
@@ -14,8 +14,9 @@ constexpr int64_t kChunk = 3 * 512 * 256;  // parts of b packed at a time: a thi
 constexpr int64_t kMostColumns = 512;      // of them: a is packed once for each
 constexpr int64_t kRows = 4 * kPartsRows;  // rows of a packed at a time
 constexpr int64_t kWork = 64 * 64 * 64;    // a product of fewer multiply-adds is not worth it
-// Multiply-adds for each element that is cut into parts: of fewer than this, MKL is done sooner (where they meet: 128 x 128). In 16 bits
-// an LSTM and a GRU of 100x1x64x64 are 1.4 and 1.5 times as fast forward and backward with our own; below 24 nothing is gained.
+// Multiply-adds for each element that is cut into parts: of fewer than this, MKL is done sooner (where they meet: 128 x
+// 128). In 16 bits an LSTM and a GRU of 100x1x64x64 are 1.4 and 1.5 times as fast forward and backward with our own; below
+// 24 nothing is gained.
 constexpr int64_t kWorkPerElement = 72, kWorkPerShortElement = 24;
 
 struct Sizes {
@@ -126,8 +127,8 @@ void Matmul::pack_b(int thread, int64_t k, int64_t depth, const Shape& shape, in
   }
 }
 
-// Packs the group up to so many quarters of tiles. Columns of memory (a transposed) are taken 32 deep and for all blocks at a time,
-// so that whole lines are used at once.
+// Packs the group up to so many quarters of tiles. Columns of memory (a transposed) are taken 32 deep and for all blocks at
+// a time, so that whole lines are used at once.
 void Matmul::pack_a(RowGroup& group, int64_t quarters) {
   const auto pack = (p_.a_transposed ? kernels_.pack_columns : kernels_.pack_block)[storage_];
   const int64_t tile_elements = sizes_.parts.rows * kPartsTile, deep = depth_blocks(group.depth), blocks = group.blocks();

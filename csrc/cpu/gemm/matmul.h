@@ -21,8 +21,8 @@ struct MatmulParams {
   DType out_dtype;  // float, or as dtype
 };
 
-// Whether the instruction set in use has products of bfloat16 parts that gain for this dtype, and the product is large enough to
-// gain from it.
+// Whether the instruction set in use has products of bfloat16 parts that gain for this dtype, and the product is large
+// enough to gain from it.
 bool matmul_available(DType dtype, int64_t M, int64_t N, int64_t K);
 // Returns false, with anything in out, where a or b has a value that is infinite or near it: such products need another way.
 bool matmul(const MatmulParams& p, const Allocate& allocate);

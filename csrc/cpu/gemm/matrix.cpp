@@ -17,7 +17,7 @@ void pack_transposed_from(const Shape& s, const Storage* from, int64_t first, in
     for (int v = 0; v < vectors; ++v) {
       const auto [gate, unit, lanes] = vector_of(s, first_vector + v);
       const Storage* rows = from + (gate * s.units + unit) * s.depth;
-      // Blocks of a cache line of k keep both sides in L1.
+      // Blocks of 16 k, a cache line of floats: both sides then stay in L1.
       for (int64_t k0 = 0; k0 < s.depth; k0 += 16) {
         const int64_t k1 = std::min(k0 + 16, s.depth);
         for (int lane = 0; lane < lanes; ++lane) {
@@ -133,7 +133,7 @@ class CachedPanelPacker {
   void pack(int64_t panel) {
     std::atomic<bool> infinite{false};
     CachedPanel& cached = m_.cached->panels[panel];
-    cached.made = false;
+    cached.valid = false;
     Matrix<A> one = m_;
     one.infinite = &infinite;
     const PanelSource source = source_of(m_, panel);
@@ -181,7 +181,7 @@ void pack(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first, int64_t 
   int64_t packed = 0;
   for (int64_t p = first; p < last; ++p) {
     const CachedPanel& cached = m.cached->panels[p];
-    if (!cached.made || cached.hash != source_hash(kernels, m, p)) {
+    if (!cached.valid || cached.hash != source_hash(kernels, m, p)) {
       packer.pack(p);
       ++packed;
     }

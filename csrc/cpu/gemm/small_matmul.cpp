@@ -1,5 +1,5 @@
-// Products of a size at which calling a library, or waking threads, takes longer than the work: by the vector kernels' tile, on the
-// calling thread.
+// Products so small that calling a library, or waking threads, takes longer than the work. The vector kernels' tile makes
+// them on the calling thread.
 #include <algorithm>
 
 #include "cpu/gemm/matmul.h"
@@ -22,7 +22,7 @@ void transpose(const MatmulParams& p, A* to) {
   }
 }
 
-// Where the parts of the workspace lie; all null to ask for its size.
+// Where the arrays of the workspace lie; with a null base only its size is known.
 template <class A>
 struct Room {
   A *rows, *last_columns, *tile;
@@ -89,7 +89,7 @@ void multiply(const MatmulParams& p, bool add, const Allocate& allocate) {
   multiply_small(p, add, kernels, allocate(Room<A>(p, kernels.width, nullptr).bytes));
 }
 
-// Of 16 bits, in float.
+// Products of 16-bit matrices: in float, rounded once.
 void multiply_converted(const MatmulParams& p, bool add, const Allocate& allocate) {
   const Kernels<float>& kernels = selected_kernels().f32;
   const int storage = storage_index(p.dtype);

@@ -15,7 +15,7 @@ namespace {
 constexpr size_t kBuckets = 8192;
 constexpr int64_t kMostMatrices = 16384;
 
-// Matrices that have left the store, freed with the object.
+// Matrices that have left the cache; they are freed with this object, after the lock.
 class Dropped {
  public:
   Dropped() = default;
@@ -30,11 +30,11 @@ class Dropped {
   CachedMatrix* first_ = nullptr;
 };
 
-// The matrices that no call has out, by their key and by the time of their last use. Whoever uses it holds cache_lock().
-// Never destroyed: a thread may end after the process's static objects.
-class Store {
+// The matrices that no call has leased, by their key and by the time of their last use. To be used under cache_lock(). The
+// only object is never destroyed: a thread may end after the process's static objects.
+class WeightCache {
  public:
-  // The one used last of those with this key, or null.
+  // Of the matrices with this key the one that was used last, or null.
   CachedMatrix* take(const CacheKey& key) {
     for (CachedMatrix* m = bucket(key); m; m = m->next) {
       if (!(m->key == key)) continue;
@@ -50,7 +50,7 @@ class Store {
     (m->older ? m->older->newer : oldest_) = m;
     ++matrices;
   }
-  // Room for one more, of so many bytes, in the place of the oldest; false if the rest is in use.
+  // Makes room for one more matrix, of so many bytes, by dropping the oldest; false if what is leased takes too much.
   bool reserve(int64_t size, int64_t limit, Dropped& dropped) {
     while (oldest_ && (bytes + size > limit || count >= kMostMatrices)) drop_oldest(dropped);
     if (bytes + size > limit || count >= kMostMatrices) return false;
@@ -70,8 +70,8 @@ class Store {
   }
   bool empty() const { return !oldest_; }
 
-  int64_t bytes = 0, count = 0;  // of all, those that calls have out included
-  int64_t matrices = 0;          // in the store
+  int64_t bytes = 0, count = 0;  // of all matrices, leased ones included
+  int64_t matrices = 0;          // of those that no call has leased
 
  private:
   CachedMatrix*& bucket(const CacheKey& key) { return buckets_[key.hash() % kBuckets]; }
@@ -87,8 +87,8 @@ class Store {
   CachedMatrix* buckets_[kBuckets] = {};
   CachedMatrix *oldest_ = nullptr, *newest_ = nullptr;
 };
-Store& store() {
-  static Store* const only = new Store;
+WeightCache& weight_cache() {
+  static WeightCache* const only = new WeightCache;
   return *only;
 }
 
@@ -141,8 +141,8 @@ void CacheLease::take(const CacheKey& key, int64_t bytes, int64_t panels) {
   Dropped dropped;  // freed when the lock is free again
   {
     const std::lock_guard<std::mutex> held(cache_lock());
-    matrix_.reset(store().take(key));
-    if (matrix_ || !store().reserve(size, weight_cache_limit(), dropped)) return;
+    matrix_.reset(weight_cache().take(key));
+    if (matrix_ || !weight_cache().reserve(size, weight_cache_limit(), dropped)) return;
   }
   try {
     auto made = std::make_unique<CachedMatrix>();
@@ -155,7 +155,7 @@ void CacheLease::take(const CacheKey& key, int64_t bytes, int64_t panels) {
     matrix_ = std::move(made);
   } catch (...) {
     const std::lock_guard<std::mutex> held(cache_lock());
-    store().release(size);
+    weight_cache().release(size);
     throw;
   }
 }
@@ -163,7 +163,7 @@ void CacheLease::take(const CacheKey& key, int64_t bytes, int64_t panels) {
 CacheLease::~CacheLease() {
   if (!matrix_) return;
   const std::lock_guard<std::mutex> held(cache_lock());
-  store().put(matrix_.release());
+  weight_cache().put(matrix_.release());
 }
 
 void count_cached_panels(int64_t found_panels, int64_t packed_panels) {
@@ -173,15 +173,15 @@ void count_cached_panels(int64_t found_panels, int64_t packed_panels) {
 
 WeightCacheStatistics weight_cache_statistics() {
   const std::lock_guard<std::mutex> held(cache_lock());
-  return {weight_cache_limit(), store().bytes, store().matrices, found, packed};
+  return {weight_cache_limit(), weight_cache().bytes, weight_cache().matrices, found, packed};
 }
 
 int64_t free_weight_cache() {
   Dropped dropped;
   const std::lock_guard<std::mutex> held(cache_lock());
-  const int64_t before = store().bytes;
-  while (!store().empty()) store().drop_oldest(dropped);
-  return before - store().bytes;
+  const int64_t before = weight_cache().bytes;
+  while (!weight_cache().empty()) weight_cache().drop_oldest(dropped);
+  return before - weight_cache().bytes;
 }
 
 }  // namespace fused_rnn::cpu

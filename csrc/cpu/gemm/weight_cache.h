@@ -1,6 +1,8 @@
-// Weights in the form of the kernels, kept from one inference to the next. A call takes what was kept for a matrix out of the store and
-// compares each panel with the weights as they are now, by a hash of their contents (content_hash.h): reading weights costs a small part of
-// packing them, and no way to change them goes unnoticed, be it in place, through `.data`, or by a new tensor in the same memory.
+// A cache of packed weights, from one inference to the next.
+//
+// A call leases the matrix that the cache has for its weights, and compares a hash of the contents of each panel
+// (content_hash.h) with the weights as they are now. Reading weights costs a small part of packing them. No change of
+// weights goes unnoticed, whether it was made in place, through `.data`, or by a new tensor in the same memory.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -11,7 +13,7 @@
 
 namespace fused_rnn::cpu {
 
-// Which matrix, and how it is kept.
+// Which matrix, and the form that it is packed in.
 struct CacheKey {
   const void* source = nullptr;
   int64_t depth = 0, units = 0;
@@ -26,7 +28,7 @@ struct CacheKey {
 
 struct CachedPanel {
   uint64_t hash = 0;
-  bool made = false;
+  bool valid = false;     // the panel is packed, from weights with this hash
   bool infinite = false;  // an element has no parts (parts.h)
 };
 
@@ -34,20 +36,21 @@ struct CachedMatrix {
   CacheKey key;
   std::unique_ptr<char[]> memory;
   void* aligned = nullptr;  // to 64 bytes
-  int64_t bytes = 0;        // what it takes, bookkeeping included
+  int64_t bytes = 0;        // of memory in all, bookkeeping included
   std::vector<CachedPanel> panels;
-  // In the store: its neighbours by the time of the last use, and the next one of its bucket.
+  // In the cache: the neighbours by the time of the last use, and the next matrix of the bucket.
   CachedMatrix *older = nullptr, *newer = nullptr, *next = nullptr;
 };
 
-// A matrix that is out of the store, for one call; none until it is taken, or if the store does not keep it.
+// Takes a matrix out of the cache for the time of one call, and puts it back.
 class CacheLease {
  public:
   CacheLease() = default;
   ~CacheLease();
   CacheLease(const CacheLease&) = delete;
   CacheLease& operator=(const CacheLease&) = delete;
-  // Once. Throws std::bad_alloc, with the store as it was.
+  // To be called once. Without a matrix of this key in the cache, memory for a new one is allocated; without room for it in
+  // the cache, matrix() stays null. Throws std::bad_alloc, and the cache is as it was.
   void take(const CacheKey& key, int64_t bytes, int64_t panels);
   CachedMatrix* matrix() const { return matrix_.get(); }
 
@@ -56,16 +59,17 @@ class CacheLease {
 };
 
 struct WeightCacheStatistics {
-  int64_t limit, bytes, matrices;
+  int64_t limit, bytes;
+  int64_t matrices;                     // that no call has leased
   int64_t panels_found, panels_packed;  // since the process began
 };
 WeightCacheStatistics weight_cache_statistics();
 void count_cached_panels(int64_t found, int64_t packed);
 
-// Frees what no call has out; returns its bytes.
+// Frees the matrices that no call has leased; returns their bytes.
 int64_t free_weight_cache();
 
-// Bytes that the store may hold: FUSED_RNN_WEIGHT_CACHE (settings.h).
+// Bytes that the cache may hold: FUSED_RNN_WEIGHT_CACHE (settings.h).
 constexpr int64_t kDefaultWeightCacheLimit = int64_t{256} << 20;
 int64_t weight_cache_limit();
 void set_weight_cache_limit(int64_t bytes);

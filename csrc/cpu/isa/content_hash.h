@@ -1,12 +1,14 @@
-// A hash of what lies in memory, at about the speed of reading it: to tell that weights are those of the call before. Keys
-// are random for each process, so no kind of change is more likely to go unseen than another.
+// A hash of memory, at about the speed of reading it. It tells whether weights are still those of the call before. Keys are
+// random for each process, so that no kind of change is more likely to go unseen than another.
 //
-// A block of kHashBlock bytes is hashed by the sum over pairs of its words of (word + key)(other word + other key), every
-// place in the block with keys of its own (NH; Black et al., UMAC, 1999): two blocks that differ have the same sum at most
-// once in 2^b times, with b the bits of a word. Registers sum products of 64 bits. AVX-512 sums products of 32 bits, and
-// beside them the words: a change of one word goes unseen once in 2^64 times; one of several words whose sum stays the same,
-// at most once in 2^32 times. The sums of the blocks are then mixed one after the other. Include inside the target region,
-// if any.
+// The hash of a block of kHashBlock bytes is a sum over pairs of its words, of (word + key)(other word + other key), with
+// keys for every place in the block (NH; Black et al., UMAC, 1999). Two blocks that differ have the same sum with a
+// probability of at most 2^-b, with b the bits of a word. Registers sum products of words of 64 bits. AVX-512 sums products
+// of words of 32 bits, and beside them the words themselves: a change of one word goes unseen with a probability of 2^-64,
+// a change of several words whose sum stays the same with at most 2^-32. The sums of the blocks are mixed one after the
+// other.
+//
+// To be included inside the target region, if there is one.
 #pragma once
 #include <cstring>
 #include <type_traits>
@@ -17,14 +19,15 @@ namespace fused_rnn::cpu {
 
 __extension__ typedef unsigned __int128 Uint128;
 
-// Both halves of a product: every bit of the factors reaches every bit of the result. V: each instruction set has its own.
+// Both halves of a product in one word: every bit of the factors reaches every bit of the result. V makes it a function of
+// one instruction set.
 template <class V>
 [[gnu::always_inline]] inline uint64_t fold(uint64_t a, uint64_t b) {
   const Uint128 product = static_cast<Uint128>(a) * b;
   return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
 }
 
-// The state of a hash for instruction sets without vectors for it.
+// The state of a hash in registers, for instruction sets whose vectors have none (V::Hash).
 template <class V>
 struct RegisterHash {
   static constexpr int kStripe = 64;
@@ -57,7 +60,7 @@ struct HashOf<V, std::void_t<typename V::Hash>> {
   using State = typename V::Hash;
 };
 
-// Of `bytes` at `data`, after what `before` stands for.
+// The hash of `bytes` at `data`, after data whose hash is `before`.
 template <class V>
 uint64_t content_hash(const HashKeys& keys, const void* data, int64_t bytes, uint64_t before) {
   using State = typename HashOf<V>::State;

@@ -1,4 +1,4 @@
-// The tables of one instruction set, from its two vector types. Include inside the target region, if any.
+// The tables of one instruction set, from its two vector types. To be included inside the target region, if there is one.
 #pragma once
 #include "cpu/isa/content_hash.h"
 #include "cpu/isa/pointwise.h"

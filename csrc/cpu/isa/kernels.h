@@ -1,9 +1,9 @@
 // What an instruction set provides: a table of functions for one arithmetic type A (float or double). The scans
 // (forward.cpp, backward.cpp) are written once on top of it.
 //
-// W is the number of A in a vector. A packed matrix [K, columns] is a row of panels; a panel is [K][vectors][W], so that a
-// tile of kMaxTileRows rows and one panel keeps its sums in registers. Columns of a gate matrix are ordered [unit /
-// W][gate][unit % W]: the gates of W units are neighbours.
+// W is the number of A in a vector. A packed matrix [K, columns] is a row of panels. A panel is [K][vectors][W], so narrow
+// that the sums of kMaxTileRows rows with it stay in registers. The columns of a gate matrix have the order
+// [unit / W][gate][unit % W]: the gates of W units are neighbours.
 #pragma once
 #include <cstdint>
 
@@ -46,8 +46,8 @@ struct GemmCall {
   Prefetch prefetch;     // rounds: K
 };
 
-// The same product with a matrix as torch keeps it, [gates, units, K] row-major in storage type Storage: worth it for few rows, which
-// would not pay for packing. out is in gate matrix order.
+// The same product with a matrix as torch stores it, [gates, units, K] row-major. It serves few rows, for which packing
+// would take longer than the product. out has the order of a gate matrix.
 template <class A>
 struct DirectCall {
   int64_t depth;         // K
@@ -62,7 +62,7 @@ struct DirectCall {
   int64_t out_stride;
 };
 
-// The places of one active row at one step. A arrays are padded to a whole vector, storage arrays are not.
+// The arrays of one active row at one step. Arrays of A are padded to whole vectors, arrays in storage are not.
 template <class A>
 struct ForwardRow {
   const A* h_prev;  // [H] (unused with an output projection)
@@ -98,7 +98,7 @@ struct BackwardRow {
   A* dc;               // [H] gradient of this step's c from the next one; of the previous step's on return
   void* d_gates;       // [S, H] storage
   A* d_rec;            // [G, H] copy of the last G slots of d_gates in A, or null
-  bool reset;          // the state before this step does not matter: carry and dc become zero
+  bool reset;          // the step began from zeros: carry and dc become zero
 };
 template <class A>
 struct BackwardCall {
@@ -126,10 +126,10 @@ struct StoreCall {
   int n_rows;
   int64_t size;  // columns in all
   int64_t first, last;
-  bool rounded;  // out_arithmetic takes the value as stored
+  bool rounded;  // out_arithmetic takes the value as `out` stores it
 };
 
-// Keys of content_hash.h, random for each process.
+// Keys of the hash in content_hash.h, random for each process.
 constexpr int64_t kHashBlock = 2048;  // bytes
 struct HashKeys {
   uint64_t words[kHashBlock / 8];
@@ -152,7 +152,7 @@ struct Kernels {
   uint64_t (*hash)(const HashKeys& keys, const void* data, int64_t bytes, uint64_t before);  // content_hash.h
 };
 
-// Panels that one gemm call takes: few rows need several panels in flight to hide the latency of the FMA.
+// The most panels that one gemm call takes. Few rows need several panels at a time, to hide the latency of the FMA.
 constexpr int max_panels(int n_rows) { return n_rows == 1 ? 4 : n_rows == 2 ? 2 : 1; }
 
 struct InstructionSet {
@@ -160,16 +160,16 @@ struct InstructionSet {
   const Kernels<float>& f32;
   const Kernels<double>& f64;
 };
-// Null where this machine lacks the instructions or they were not compiled in.
+// Null where this machine lacks the instructions, or the compiler did.
 const InstructionSet* amx_kernels();
 const InstructionSet* avx512_bf16_kernels();
 const InstructionSet* avx512_kernels();
 const InstructionSet* avx2_kernels();
 const InstructionSet* portable_kernels();
-bool avx512_bf16_is_fast();                // in bfloat16, next to avx512
+bool avx512_bf16_is_fast();                // whether avx512_bf16 gains on avx512, in bfloat16
 const InstructionSet& selected_kernels();  // see instruction_set()
 
-// Whether matrices of this storage type gain from products of parts.
+// Whether matrices of this storage (its index) gain from products in parts.
 template <class A>
 bool gains_from_parts(const Kernels<A>& kernels, int storage) {
   return sizeof(A) == sizeof(float) && kernels.parts != nullptr && kernels.parts->gains[storage];

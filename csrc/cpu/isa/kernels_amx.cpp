@@ -1,5 +1,5 @@
-// The product of parts.h on Intel's AMX. As in kernels_avx512.cpp nothing but functions of this file may be compiled between
-// the pragmas.
+// The product of parts.h on Intel's AMX. Only functions of this file may be compiled between the pragmas, for the reason
+// that kernels_avx512.cpp gives.
 #include "cpu/isa/kernels.h"
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
@@ -30,7 +30,7 @@ void configure(int n_rows) {
     config.row_bytes[tile] = 64;
     config.rows[tile] = static_cast<uint8_t>(tile == 7 ? kPartsRows : n_rows);
   }
-  asm volatile("" : : "r"(&config) : "memory");  // GCC 12 takes the intrinsic to read 8 bytes only
+  asm volatile("" : : "r"(&config) : "memory");  // GCC 12 believes that the intrinsic reads 8 bytes only
   _tile_loadconfig(&config);
   configured_rows = n_rows;
 }
@@ -75,7 +75,7 @@ template <int kVectors, int kRowParts, int kPanelParts>
 void product(const PartsCall& call) {
   const uint16_t *rows = call.rows, *panel = call.panel;
   const int64_t out_stride = call.out_stride * static_cast<int64_t>(sizeof(float));
-  // A stride of 0 gives every row the same initial values.
+  // With a stride of 0 every row starts from the same values.
   const float* start = call.add ? call.out : call.init;
   const int64_t start_stride = call.add ? out_stride : 0;
   configure(call.n_rows);
@@ -110,17 +110,17 @@ void product(const PartsCall& call) {
 #undef FUSED_RNN_PANEL
 #undef FUSED_RNN_STORE
 
-// 32 rows, two vectors at a time, pairs of parts in the same order as above: sums in tiles 0 to 3 take turns, and each tile that is
-// read serves two products.
+// 32 rows, two vectors at a time, with pairs of parts in the same order as above. Sums in tiles 0 to 3 take turns, and each
+// tile that is read serves two products.
 #define FUSED_RNN_ROWS(i)                      \
   _tile_loadd(4, rows + (i) * kPartsTile, 64); \
   _tile_loadd(5, more_rows + (i) * kPartsTile, 64)
 #define FUSED_RNN_PANEL(j)                      \
   _tile_loadd(6, panel + (j) * kPartsTile, 64); \
   _tile_loadd(7, panel + (kPanelParts + (j)) * kPartsTile, 64)
-// Each product with its share of the lines to be prefetched: many requests in a row would fill the queue of lines on their way, and the
-// loads of tiles would wait for it. Against all of a block's lines at once 0.84 to 0.92 of the time of an LSTM's inference in fp32
-// (128x64x256, 256x32x512, 32x64x1024; Sapphire Rapids, 2026-11-22).
+// Each product asks for its share of the lines to be prefetched. Many requests in a row would fill the queue of lines on
+// their way, and loads of tiles would wait for it: an LSTM's inference in fp32 takes 0.84 to 0.92 of the time that it takes
+// with all lines of a block at once (128x64x256, 256x32x512, 32x64x1024; Sapphire Rapids, 2026-11-22).
 #define FUSED_RNN_ONE(sum, row, panel)                             \
   _tile_dpbf16ps(sum, row, panel);                                 \
   for (; next < stop; next += 64) _mm_prefetch(next, _MM_HINT_T1); \
@@ -227,7 +227,7 @@ void gemm(const PartsCall& call) {
 namespace fused_rnn::cpu {
 namespace {
 
-// The processor has it, and the kernel lets this process use its registers (arch/x86/include/uapi/asm/prctl.h).
+// The processor has AMX, and Linux lets this process use its registers (arch/x86/include/uapi/asm/prctl.h).
 bool amx_available() {
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;

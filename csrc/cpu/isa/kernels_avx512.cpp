@@ -1,6 +1,6 @@
-// The AVX-512 kernels. Everything between the pragmas is compiled for that instruction set: only templates over its vector
-// types may be instantiated there, so that no function of another file can be replaced by one this machine lacks the
-// instructions for.
+// The AVX-512 kernels. Everything between the pragmas is compiled for that instruction set, so only templates over its
+// vector types may be instantiated there. Any other function could become the program's one copy of a function that other
+// files use too, and would then stop a machine without the instructions.
 #include "cpu/isa/kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -13,7 +13,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #include "cpu/isa/vec_avx512.h"
-// Vectors first.
+// After the vectors: its templates find their functions where they are defined.
 #include "cpu/isa/kernel_table.h"
 
 namespace fused_rnn::cpu::avx512 {

@@ -1,5 +1,6 @@
-// The product of parts.h on AVX-512's dot products of bfloat16 pairs (vdpbf16ps), for matrices of one part, kept in bfloat16. As in
-// kernels_avx512.cpp nothing but functions of this file may be compiled between the pragmas.
+// The product of parts.h on AVX-512's dot products of bfloat16 pairs (vdpbf16ps), for matrices of one part, which are
+// stored in bfloat16. Only functions of this file may be compiled between the pragmas, for the reason that
+// kernels_avx512.cpp gives.
 #include "cpu/isa/blocks.h"
 #include "cpu/isa/kernels.h"
 
@@ -19,7 +20,7 @@ namespace {
 // Rows whose sums stay in registers, by vectors of the panel.
 constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 8, 8, 6};
 
-// Kept out of memory operands, which would cost one load for each product.
+// The value in a register: as an operand in memory it would be loaded again for each product.
 inline __m512bh load_pinned(const uint16_t* p) {
   __m512i value = _mm512_loadu_si512(p);
   asm("" : "+v"(value));
@@ -33,8 +34,8 @@ inline __m512bh broadcast_pair(const uint16_t* p) {
   return reinterpret_cast<__m512bh>(value);
 }
 
-// kRows rows from `rows` on (call.rows, or further in its tiles) with one panel: for each pair of k its vectors are loaded once, each
-// row's pair is broadcast, and the sums of all stay in registers.
+// kRows rows from `rows` on, which points into the tiles of call.rows, with one panel. For each pair of k the panel's
+// vectors are loaded once and each row's pair is broadcast. All sums stay in registers.
 template <int kVectors, int kRows, int kRowParts>
 void product(const PartsCall& call, const uint16_t* rows, float* out, const Prefetch& prefetch) {
   __m512 sums[kRows][kVectors];
@@ -78,7 +79,7 @@ void product(const PartsCall& call, const uint16_t* rows, float* out, const Pref
 
 using Product = void (*)(const PartsCall&, const uint16_t*, float*, const Prefetch&);
 
-// By vectors, rows (from 1 on) and parts of the rows.
+// The product for a number of vectors, of rows (at least 1), and of parts of the rows.
 template <int kVectors, int kRows>
 constexpr Product product_of(int row_parts) {
   if constexpr (kRows > kMaxRows[kVectors]) {
@@ -116,7 +117,7 @@ Product product_of(int vectors, int rows, int row_parts) {
 namespace fused_rnn::cpu {
 namespace {
 
-// The vector units have no time to spare for the background: it goes first, while the tile it reads is in L1.
+// The background goes first, while the tile that it reads is in L1: vector units have no time to spare beside a product.
 void gemm(const PartsCall& call) {
   if (call.background.run) call.background.run(call.background.context, 0, 1);
   const int most = avx512_bf16::kMaxRows[call.vectors];
@@ -161,8 +162,8 @@ const InstructionSet* avx512_bf16_kernels() {
   return &set;
 }
 
-// A vdpbf16ps takes as long as a multiply-add of floats on Zen 4 and 5, but as long as four on Intel's cores from Sapphire Rapids on,
-// which have AMX (1.8 ns and 0.5 ns there in a loop of 16 independent sums, 2026-11-21).
+// A vdpbf16ps takes as long as a multiply-add of floats on Zen 4 and 5. On Intel's cores with AMX, from Sapphire Rapids on,
+// it takes as long as four (1.8 and 0.5 ns in a loop of 16 independent sums, 2026-11-21).
 bool avx512_bf16_is_fast() { return !__builtin_cpu_is("intel") || __builtin_cpu_is("cooperlake"); }
 }  // namespace fused_rnn::cpu
 #else

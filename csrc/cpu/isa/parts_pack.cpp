@@ -1,5 +1,5 @@
-// The packing of parts.h with AVX-512. As in kernels_avx512.cpp nothing but functions of this file may be compiled between the
-// pragmas.
+// The packing of parts.h with AVX-512. Only functions of this file may be compiled between the pragmas, for the reason that
+// kernels_avx512.cpp gives.
 #include <type_traits>
 
 #include "cpu/isa/kernels.h"
@@ -7,7 +7,8 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #include <immintrin.h>
 
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 in its own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // both: GCC 12 in its own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
@@ -31,8 +32,9 @@ constexpr int kAllParts = sizeof(Storage) == 4            ? 3
                           : std::is_same_v<Storage, Half> ? 2
                                                           : 1;
 
-// A part is the upper half of a float, rounded, and the rest is exact: returned in place, the values keep the rest. The part that leaves
-// no rest is the values themselves; their lower half is then zero or, near the smallest numbers, left out.
+// Returns the values' next part, the rounded upper half of each float, in place; the values become the rest, which is exact.
+// The last part leaves no rest: it is the values themselves, whose lower halves are zero, or are dropped near the smallest
+// numbers.
 inline __m512i take_part(__m512& values, bool leaves_rest) {
   if (!leaves_rest) return _mm512_castps_si512(values);
   const __m512i rounded = _mm512_add_epi32(_mm512_castps_si512(values), _mm512_set1_epi32(0x8000));
@@ -40,7 +42,7 @@ inline __m512i take_part(__m512& values, bool leaves_rest) {
   values = _mm512_sub_ps(values, _mm512_castsi512_ps(part));
   return part;
 }
-// Parts of 32 values in order, and of 16 pairs.
+// The upper halves of 32 values: one after the other, or as 16 pairs of an even and an odd value.
 inline __m512i in_order(__m512i low, __m512i high) {
   const __m512i upper_halves = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
                                                 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
@@ -52,7 +54,7 @@ inline __m512i in_pairs(__m512i even, __m512i odd) {
   return _mm512_ternarylogic_epi32(_mm512_srli_epi32(even, 16), odd, upper, kEvenOrUpperOdd);
 }
 
-// The largest magnitude that was seen, as bits. NaN, infinities and what rounds to one have no parts.
+// The largest magnitude that was seen, as bits. NaN, infinities and values that round to an infinity have no parts.
 class Largest {
  public:
   Largest() : bits_(_mm512_setzero_si512()) {}
@@ -90,7 +92,7 @@ uint32_t pack_rows(const float* const* rows, int n_rows, int64_t depth, int part
   return infinite;
 }
 
-// rows[i] lane j <-> rows[j] lane i.
+// Swaps lane j of rows[i] with lane i of rows[j].
 inline void transpose(__m512i (&rows)[16]) {
   __m512i t[16];
   for (int i = 0; i < 16; i += 2) {

@@ -1,5 +1,4 @@
-// The pointwise half of a step on the sums of a tile: cells.h applied to vectors of units, storage converted at loads and
-// stores.
+// The pointwise half of a step, on the sums of a tile: cells.h on vectors of units. Loads and stores convert the storage.
 #pragma once
 #include <utility>
 
@@ -10,7 +9,7 @@
 
 namespace fused_rnn::cpu {
 
-// One vector of a storage array, lanes past n read as zero and not written.
+// One vector of an array in storage: lanes past n are read as zeros and not written.
 template <class V, class Storage>
 inline V load_stored(const void* base, int64_t index, int n) {
   const Storage* from = static_cast<const Storage*>(base) + index;
@@ -56,8 +55,9 @@ inline void for_items(int n_rows, int64_t first, int64_t last, F&& f) {
   }
 }
 
-// The items are computed in step, so that their chains of dependent instructions hide each other's latency: an LSTM's vector of units
-// takes 26 ns in fours and 36 ns one by one, a GRU's 17 and 26 (bfloat16, Sapphire Rapids, 2026-11-21).
+// Computes several items in step, so that their chains of dependent instructions hide each other's latency. A vector of
+// units of an LSTM takes 26 ns in fours and 36 ns one by one, of a GRU 17 and 26 ns (bfloat16, Sapphire Rapids,
+// 2026-11-21).
 template <class V, class C, class Storage, bool kSave, int kItems>
 inline void forward_items(const ForwardCall<typename V::Scalar>& call, const Item (&items)[kItems]) {
   using A = typename V::Scalar;
@@ -101,7 +101,7 @@ inline void forward_items(const ForwardCall<typename V::Scalar>& call, const Ite
 template <class V, class C, class Storage>
 [[gnu::flatten]] void forward_pointwise(const ForwardCall<typename V::Scalar>& call) {
   if (C::kSaved > 0 && call.rows[0].gates) {
-    // One by one: in step the gates to be saved would not stay in registers.
+    // One by one: the gates of several items, which are saved, would not stay in registers.
     for_items<1>(call.n_rows, call.first, call.last,
                  [&](const auto& items) { forward_items<V, C, Storage, (C::kSaved > 0)>(call, items); });
   } else {

@@ -1,8 +1,8 @@
 // sigmoid, tanh and relu of SIMD vectors, found by argument-dependent lookup through the base class VectorBase.
 //
-// With y = n ln 2 + r, |r| <= ln 2 / 2:  expm1(y) = 2^n expm1(r) + (2^n - 1), expm1(r) = r + r^2 q(r), q a polynomial fitted
-// on Chebyshev nodes. tanh(x) = e / (e + 2) with e = expm1(2x) keeps its relative accuracy near 0. The errors are below 2 ulp
-// (tests/test_cpu.py). Infinities saturate, NaN stays NaN.
+// With y = n ln 2 + r, |r| <= ln 2 / 2:  expm1(y) = 2^n expm1(r) + (2^n - 1), expm1(r) = r + r^2 q(r), where q is a
+// polynomial that was fitted on Chebyshev nodes. tanh(x) = e / (e + 2) with e = expm1(2x), which is accurate near 0 too.
+// Errors are below 2 ulp (tests/test_cpu.py). Infinities saturate, NaN stays NaN.
 #pragma once
 #include "cpu/isa/kernels.h"
 
@@ -10,7 +10,7 @@ namespace fused_rnn::cpu::simd {
 
 struct VectorBase {};
 
-// kCount vectors that the same is done to.
+// kCount vectors; every operation is done on all of them.
 template <class V, int kCount>
 struct Several : VectorBase {
   using Scalar = typename V::Scalar;
@@ -85,7 +85,7 @@ struct Polynomial<double> {
   static constexpr double kExpLimit = 708.0, kTanhLimit = 40.0;
 };
 
-// expm1(y), y limited to [-limit, limit]; NaN passes.
+// expm1 of y, limited to [-limit, limit]; NaN stays NaN.
 template <class V>
 inline V limited_expm1(V y, typename V::Scalar limit) {
   using P = Polynomial<typename V::Scalar>;

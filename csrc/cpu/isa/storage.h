@@ -1,4 +1,4 @@
-// Storage types of the four dtypes and their conversions to and from the arithmetic type, in plain C++ (round to nearest
+// Storage types of the four dtypes, and their conversions to and from the arithmetic type in plain C++ (round to nearest
 // even).
 #pragma once
 #include <cstdint>
@@ -80,7 +80,7 @@ auto dispatch_storage(DType dtype, F&& f) {
   return f(float{});
 }
 
-// The element of that index in memory of elements of so many bytes; null stays null.
+// The address of element `index` of an array whose elements have `element_size` bytes; null stays null.
 inline const void* stored_at(const void* base, int64_t index, int64_t element_size) {
   return base ? static_cast<const char*>(base) + index * element_size : nullptr;
 }

@@ -1,5 +1,5 @@
-// The matrix tile: kRows rows times kPanels panels of kVectors vectors, sums in registers. Every sum runs over k in order,
-// one fused (or not) multiply-add at a time, whatever the tile: results do not depend on how rows are grouped.
+// The matrix tile: kRows rows times kPanels panels of kVectors vectors, with its sums in registers. Every sum runs over k in
+// order, one multiply-add at a time, in every tile: results do not depend on how rows are grouped.
 #pragma once
 #include "cpu/isa/kernels.h"
 
@@ -22,9 +22,9 @@ void gemm_tile(const GemmCall<typename V::Scalar>& call) {
   for (int r = 0; r < kRows; ++r) rows[r] = call.rows[r];
   const A* panel = call.panels;
   const int64_t stride = call.panel_stride, k_stride = call.k_stride;
-  // The lines of several k at once: a test in every round of the inner loop would be a tenth of a small tile's instructions. Not of too
-  // many: dozens of requests in a row fill the queue of lines on their way (LSTM 64x8x1024x1024, 128 bytes for each k: 1.05 times as fast
-  // with those of 8 k than with those of 16).
+  // The lines of 8 or 16 k are asked for at once. A test in every round of the inner loop would be a tenth of the
+  // instructions of a small tile; dozens of requests in a row fill the queue of lines on their way (LSTM 64x8x1024x1024,
+  // with 128 bytes for each k: 1.05 times as fast with the lines of 8 k at once as with those of 16).
   const int64_t round = call.prefetch.step == 0 ? call.depth : call.prefetch.step > 64 ? 8 : 16;
   const int64_t fetch = call.prefetch.step * round;
   const char* next = call.prefetch.from;
@@ -95,8 +95,9 @@ inline V sum_lanes(const V (&v)[V::kWidth]) {
   return V::load(sums);
 }
 
-// kWidth dot products of `row` with the rows of `block`, each of length `depth`. Rows are reached from every fourth by multiples of
-// the depth: as many pointers would not fit the registers.
+// kWidth dot products of `row` with the rows of `block`, each of length `depth`. Every fourth row of the block has a
+// pointer, and the others are reached from it by multiples of the depth: a pointer for each row would not fit the
+// registers.
 template <class V, class Storage>
 inline V block_product(const typename V::Scalar* row, const Storage* block, int64_t depth) {
   constexpr int kWidth = V::kWidth, kNear = kWidth < 4 ? kWidth : 4;
@@ -119,7 +120,7 @@ inline V block_product(const typename V::Scalar* row, const Storage* block, int6
   return sum_lanes(sum);
 }
 
-// The same with the first `lanes` rows alone; zeros for the others.
+// The same for a block of `lanes` rows; the other lanes are zero.
 template <class V, class Storage>
 inline V block_product(const typename V::Scalar* row, const Storage* block, int64_t depth, int lanes) {
   constexpr int kWidth = V::kWidth;

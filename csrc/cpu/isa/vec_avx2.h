@@ -1,4 +1,4 @@
-// SIMD vectors of AVX2 with FMA and F16C. Include inside a target region.
+// SIMD vectors of AVX2 with FMA and F16C. To be included inside a target region.
 #pragma once
 #include "cpu/isa/simd_math.h"
 

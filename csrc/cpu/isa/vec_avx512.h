@@ -1,4 +1,4 @@
-// SIMD vectors of AVX-512 (F, BW, DQ, VL) with F16C. Include inside a target region.
+// SIMD vectors of AVX-512 (F, BW, DQ, VL) with F16C. To be included inside a target region.
 #pragma once
 #include "cpu/isa/simd_math.h"
 
@@ -6,7 +6,7 @@ namespace fused_rnn::cpu::avx512 {
 
 #define FUSED_RNN_INLINE [[gnu::always_inline]] inline
 
-// The state of content_hash.h: each block's sums of products of 32 bits, and of its words, in eight lanes.
+// The state of the hash in content_hash.h: sums of products of 32 bits, and of words, each in eight lanes.
 struct VectorHash {
   static constexpr int kStripe = 64;
   __m512i mixed;
@@ -56,7 +56,7 @@ struct VecF : simd::VectorBase {
   FUSED_RNN_INLINE static __mmask16 mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
   FUSED_RNN_INLINE static VecF broadcast(const float* p) { return _mm512_set1_ps(*p); }
   FUSED_RNN_INLINE static VecF load(const float* p) { return _mm512_loadu_ps(p); }
-  // Kept out of memory operands, which would cost one load for each row of a tile.
+  // The value in a register: as an operand in memory it would be loaded again for each row of a tile.
   FUSED_RNN_INLINE static VecF load_pinned(const float* p) {
     __m512 value = _mm512_loadu_ps(p);
     asm("" : "+v"(value));
@@ -101,7 +101,7 @@ struct VecF : simd::VectorBase {
   FUSED_RNN_INLINE friend VecF operator*(VecF a, VecF b) { return _mm512_mul_ps(a.v, b.v); }
   FUSED_RNN_INLINE friend VecF multiply_add(VecF a, VecF b, VecF c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
   FUSED_RNN_INLINE friend VecF clamp(VecF x, VecF low, VecF high) {
-    return _mm512_min_ps(high.v, _mm512_max_ps(low.v, x.v));  // the second operand where one is NaN
+    return _mm512_min_ps(high.v, _mm512_max_ps(low.v, x.v));  // where x is NaN: the second operand, x
   }
   FUSED_RNN_INLINE friend VecF round_to_integer(VecF x) { return _mm512_roundscale_ps(x.v, 8); }
   FUSED_RNN_INLINE friend VecF power_of_two(VecF n) { return _mm512_scalef_ps(_mm512_set1_ps(1), n.v); }
@@ -113,7 +113,7 @@ struct VecF : simd::VectorBase {
     const __m512 r = _mm512_rcp14_ps(x.v);
     return _mm512_fmadd_ps(_mm512_fnmadd_ps(x.v, r, _mm512_set1_ps(1)), r, r);
   }
-  // The same on the quotient.
+  // One Newton step on the quotient that the estimate gives.
   FUSED_RNN_INLINE friend VecF divide(VecF n, VecF d) {
     const __m512 r = _mm512_rcp14_ps(d.v);
     const __m512 q = _mm512_mul_ps(n.v, r);

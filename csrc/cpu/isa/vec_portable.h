@@ -1,4 +1,5 @@
-// Vectors of 16 bytes in the vector extension of GCC and Clang: what every target of theirs has, in registers or not.
+// Vectors of 16 bytes in the vector extension of GCC and Clang, which every target of theirs has, in vector registers or
+// without.
 #pragma once
 #include <cstring>
 

@@ -4,8 +4,8 @@
 //
 // d_rec is the gradient of the recurrent product, the last G slots of d_gates. Float and double read it back from there;
 // 16-bit dtypes keep the d_rec of two steps unrounded. carry is the gradient of h that goes past the weights (GRU's z).
-// With an output projection dh[t] is the gradient of the projected h. It is completed first, and its product with W_hr is the
-// tile that the cell works on.
+// With an output projection dh[t] is the gradient of the projected h. It is completed first, and its product with W_hr is
+// the tile that the cell works on.
 #include <cstring>
 
 #include "cpu/scan/scan.h"

@@ -8,7 +8,7 @@
 namespace fused_rnn::cpu {
 namespace {
 
-constexpr int64_t kBytesOfThread = 256 * 1024;  // less does not pay for another thread
+constexpr int64_t kBytesOfThread = 256 * 1024;  // a thread with fewer is not worth its start
 
 void rows_of_step(const PreviousParams& p, int64_t t) {
   const Sequence& s = p.seq;

@@ -1,4 +1,4 @@
-// What the gradient of the recurrent weights multiplies d_gates with.
+// The h before every step, which the gradient of the recurrent weights multiplies d_gates with.
 #pragma once
 #include "core/previous.h"
 
