@@ -49,7 +49,7 @@ def test_failing_allocations(instruction_set: str) -> None:
 
 
 def test_threads() -> None:
-    """Layers on two to four threads, and callers that share the store of weights, under ThreadSanitizer."""
+    """Layers on two to four threads, and callers that share the cache of weights, under ThreadSanitizer."""
     printed = native.run(native.build("threads", sets=["avx2"] if "avx2" in AVAILABLE else []), "threads", *cases(10))
     kinds = dict(kind.split(": ") for kind in printed.splitlines()[-1].removeprefix("plans with ").split(", "))
     if "FUSED_RNN_HARDENING" not in os.environ:

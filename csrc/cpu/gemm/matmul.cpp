@@ -1,5 +1,5 @@
-// K is cut into chunks, so that a chunk of b stays in L2: threads pack it together, then each multiplies its rows of a,
-// group by group. While the matrix unit multiplies one group, vectors pack the next.
+// b is cut into chunks of columns and of K that stay in L2. Threads pack a chunk together, then each thread multiplies its
+// rows of a with it, group by group. While the matrix unit multiplies one group, the vector units pack the next.
 #include "cpu/gemm/matmul.h"
 
 #include "cpu/arena.h"
@@ -10,20 +10,26 @@
 namespace fused_rnn::cpu {
 namespace {
 
-constexpr int64_t kChunk = 3 * 512 * 256;  // parts of b packed at a time: a third of L2
-constexpr int64_t kMostColumns = 512;      // of them: a is packed once for each
-constexpr int64_t kRows = 4 * kPartsRows;  // rows of a packed at a time
-constexpr int64_t kWork = 64 * 64 * 64;    // a product of fewer multiply-adds is not worth it
-// Multiply-adds for each element that is cut into parts: of fewer than this, MKL is done sooner (where they meet: 128 x
-// 128). In 16 bits an LSTM and a GRU of 100x1x64x64 are 1.4 and 1.5 times as fast forward and backward with our own; below
-// 24 nothing is gained.
+constexpr int64_t kChunk = 3 * 512 * 256;  // elements of a chunk of b in parts: a third of L2
+constexpr int64_t kMostColumns = 512;      // of a chunk: a is packed once for each chunk of columns
+constexpr int64_t kRows = 4 * kPartsRows;  // rows of a group
+constexpr int64_t kWork = 64 * 64 * 64;    // multiply-adds of the smallest product that gains
+// Multiply-adds for each element that is cut into parts, of the smallest product that gains: in fp32 MKL is faster below
+// 72, in 16 bits nothing is gained below 24. (128 x 128 takes as long either way; in 16 bits an LSTM and a GRU of
+// 100x1x64x64 are 1.4 and 1.5 times as fast, forward and backward.)
 constexpr int64_t kWorkPerElement = 72, kWorkPerShortElement = 24;
 
 struct Sizes {
   Parts parts;
-  int64_t columns, depth;  // of a chunk of b
-  int64_t b_elements, a_elements;
-  int64_t sums;  // of a chunk of columns, kept until they are converted
+  int64_t columns, depth;          // of a chunk of b
+  int64_t b_elements, a_elements;  // of a chunk, and of a group of rows, in parts
+  int64_t sums;                    // that wait for all of K before they are converted
+};
+
+// Rows [k, k + depth) of b, of the columns from `column` on that `shape` counts.
+struct Chunk {
+  int64_t k, depth, column;
+  Shape shape;
 };
 
 Sizes sizes_of(const MatmulParams& p) {
@@ -56,8 +62,8 @@ class Matmul {
 
  private:
   int64_t layout(void* base);
-  void pack_b(int thread, int64_t k, int64_t depth, const Shape& shape, int64_t column);
-  // A group of rows of a, some of k, and the quarters of tiles that are packed by now.
+  void pack_b(int thread, const Chunk& chunk);
+  // A group of rows of a, of the chunk's k; `next` quarters of its tiles are packed by now.
   struct RowGroup {
     uint16_t* to;
     int64_t row, count, k, depth;
@@ -65,17 +71,22 @@ class Matmul {
     int64_t blocks() const { return (count + kPartsRows - 1) / kPartsRows; }
     int64_t quarters() const { return 4 * blocks() * depth_blocks(depth); }
   };
-  // Packing some of a group at each round of products.
+  // The packing of a group, some of it at each round of another group's products.
   struct Packing {
     Matmul& matmul;
     RowGroup& group;
-    int64_t rounds;  // of all products meanwhile
+    int64_t rounds;  // of those products
     int64_t done = 0;
   };
   void pack_a(RowGroup& group, int64_t quarters);
-  void multiply_group(const RowGroup& group, RowGroup& next, const Shape& shape, int64_t column);
-  void multiply_block(const uint16_t* a, int64_t row, int count, int64_t k, int64_t depth, const Shape& shape,
-                      int64_t column, int64_t panel, const Background& background);
+  void multiply_group(const RowGroup& group, RowGroup& next, const Chunk& chunk);
+  // `count` rows of a from `row` on, packed at `rows`.
+  struct Rows {
+    const uint16_t* packed;
+    int64_t row;
+    int count;
+  };
+  void multiply_block(const Rows& rows, const Chunk& chunk, int64_t panel, const Background& background);
 
   const MatmulParams& p_;
   const PartsKernels& kernels_;
@@ -108,8 +119,9 @@ void prefetch_rows(const void* first, int64_t stride, int64_t count, int64_t col
   }
 }
 
-// The thread's share of the vectors of b[k, column] on, 32 rows at a time.
-void Matmul::pack_b(int thread, int64_t k, int64_t depth, const Shape& shape, int64_t column) {
+// Packs the thread's share of the vectors of a chunk, 32 rows at a time.
+void Matmul::pack_b(int thread, const Chunk& chunk) {
+  const auto& [k, depth, column, shape] = chunk;
   const int64_t vectors = shape.columns() / kPartsColumns, tile = sizes_.parts.panels * kPartsTile;
   const int64_t first = share_begin(vectors, threads_, thread), last = share_begin(vectors, threads_, thread + 1);
   for (int64_t begin = 0; begin < depth; begin += kPartsDepth) {
@@ -127,8 +139,8 @@ void Matmul::pack_b(int thread, int64_t k, int64_t depth, const Shape& shape, in
   }
 }
 
-// Packs the group up to so many quarters of tiles. Columns of memory (a transposed) are taken 32 deep and for all blocks at
-// a time, so that whole lines are used at once.
+// Packs the group up to so many quarters of tiles. A transposed a is taken 32 k deep for all blocks, so that a line of memory
+// is used whole.
 void Matmul::pack_a(RowGroup& group, int64_t quarters) {
   const auto pack = (p_.a_transposed ? kernels_.pack_columns : kernels_.pack_block)[storage_];
   const int64_t tile_elements = sizes_.parts.rows * kPartsTile, deep = depth_blocks(group.depth), blocks = group.blocks();
@@ -151,8 +163,11 @@ void Matmul::pack_a(RowGroup& group, int64_t quarters) {
   }
 }
 
-void Matmul::multiply_block(const uint16_t* a, int64_t row, int count, int64_t k, int64_t depth, const Shape& shape,
-                            int64_t column, int64_t panel, const Background& background) {
+// The product of a block of rows, or two, with a panel of the chunk: into `out` directly, or by way of sums that are
+// converted, cut to the columns that exist, or added.
+void Matmul::multiply_block(const Rows& rows, const Chunk& chunk, int64_t panel, const Background& background) {
+  const auto& [packed, row, count] = rows;
+  const auto& [k, depth, column, shape] = chunk;
   alignas(64) float tile[2 * kPartsRows * kMaxTileVectors * kPartsColumns];
   const int vectors = shape.vectors_of(panel);
   const int64_t start = shape.columns_before(panel), columns = int64_t{vectors} * kPartsColumns;
@@ -167,7 +182,7 @@ void Matmul::multiply_block(const uint16_t* a, int64_t row, int count, int64_t k
     sums = out, stride = p_.out_stride;
   }
   const bool add = k > 0 && sums != tile;
-  kernels_.gemm({depth, sizes_.parts, a, count, vectors, b, nullptr, add, sums, stride, {}, background});
+  kernels_.gemm({depth, sizes_.parts, packed, count, vectors, b, nullptr, add, sums, stride, {}, background});
   if (save_) {
     if (k + depth < p_.K) return;
     char* to = static_cast<char*>(p_.out) + first_out * dtype_size(p_.out_dtype);
@@ -181,7 +196,8 @@ void Matmul::multiply_block(const uint16_t* a, int64_t row, int count, int64_t k
   }
 }
 
-void Matmul::multiply_group(const RowGroup& group, RowGroup& next, const Shape& shape, int64_t column) {
+void Matmul::multiply_group(const RowGroup& group, RowGroup& next, const Chunk& chunk) {
+  const Shape& shape = chunk.shape;
   const int64_t deep = depth_blocks(group.depth), vectors = shape.columns() / shape.width;
   Packing packing{*this, next, deep * vectors * group.blocks() / 4};
   const Background background{[](void* context, int64_t, int64_t) {
@@ -195,8 +211,8 @@ void Matmul::multiply_group(const RowGroup& group, RowGroup& next, const Shape& 
     for (int64_t r = 0; r < group.count;) {
       const int64_t rows =
           group.count - r >= pair * kPartsRows ? pair * kPartsRows : std::min<int64_t>(kPartsRows, group.count - r);
-      multiply_block(group.to + r / kPartsRows * deep * sizes_.parts.rows * kPartsTile, group.row + r,
-                     static_cast<int>(rows), group.k, group.depth, shape, column, panel,
+      const uint16_t* packed = group.to + r / kPartsRows * deep * sizes_.parts.rows * kPartsTile;
+      multiply_block({packed, group.row + r, static_cast<int>(rows)}, chunk, panel,
                      next.count > 0 ? background : Background{});
       r += rows;
     }
@@ -212,8 +228,8 @@ void Matmul::run(int thread) {
   for (int64_t column = 0; column < p_.N; column += sizes_.columns) {
     for (int64_t k = 0; k < p_.K; k += sizes_.depth) {
       const int64_t depth = std::min(sizes_.depth, p_.K - k);
-      const Shape shape(depth, std::min(sizes_.columns, p_.N - column), 1, kPartsColumns);
-      pack_b(thread, k, depth, shape, column);
+      const Chunk chunk{k, depth, column, Shape(depth, std::min(sizes_.columns, p_.N - column), 1, kPartsColumns)};
+      pack_b(thread, chunk);
       barrier_.wait();
       const auto group_at = [&](int64_t row, int which) {
         return RowGroup{a[which], row, std::clamp<int64_t>(last - row, 0, kRows), k, depth};
@@ -224,7 +240,7 @@ void Matmul::run(int thread) {
       while (group.count > 0) {
         which = 1 - which;
         RowGroup next = group_at(group.row + kRows, which);
-        multiply_group(group, next, shape, column);
+        multiply_group(group, next, chunk);
         group = next;
       }
       barrier_.wait();

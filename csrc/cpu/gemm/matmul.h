@@ -6,8 +6,8 @@
 
 namespace fused_rnn::cpu {
 
-// out [M, N] = a b. a is [M, K], or [K, M] with `a_transposed`; b is [K, N]. Strides in elements from row to
-// row; elements of a row are neighbours. a and b have dtype `dtype`.
+// out [M, N] = a b. a is [M, K], or [K, M] where `a_transposed`; b is [K, N]. Strides count elements from row to row; the
+// elements of a row are neighbours. a and b have dtype `dtype`.
 struct MatmulParams {
   DType dtype;
   int64_t M, N, K;
@@ -21,15 +21,16 @@ struct MatmulParams {
   DType out_dtype;  // float, or as dtype
 };
 
-// Whether the instruction set in use has products of bfloat16 parts that gain for this dtype, and the product is large
-// enough to gain from it.
+// Whether the instruction set in use has products in bfloat16 parts that gain for this dtype, and the product is large enough
+// to gain from them.
 bool matmul_available(DType dtype, int64_t M, int64_t N, int64_t K);
-// Returns false, with anything in out, where a or b has a value that is infinite or near it: such products need another way.
+// Returns false where a or b has a value without parts (infinite, NaN, or rounded to infinity): out then holds nothing of
+// use, and the caller makes the product in another way.
 bool matmul(const MatmulParams& p, const Allocate& allocate);
 
-// out = a b, or that added to out, on the calling thread; out has the dtype of a and b.
+// out = a b, or out += a b with `add`, on the calling thread; out has the dtype of a and b.
 void small_matmul(const MatmulParams& p, bool add, const Allocate& allocate);
-// Whether such a product takes less time so than by a library, which has threads to wake.
+// Whether small_matmul takes less time than a library, which has threads to wake.
 bool small_matmul_available(DType dtype, int64_t M, int64_t N, int64_t K);
 
 }  // namespace fused_rnn::cpu

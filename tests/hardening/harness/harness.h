@@ -1,4 +1,5 @@
-// The CPU kernels (csrc/cpu, no torch) on arrays of the harness's own, for sanitizers. test_cpu_kernels.py compiles and runs it.
+// The CPU kernels (csrc/cpu, no torch) on arrays of the harness's own, for sanitizers. test_cpu_kernels.py compiles and runs
+// this program.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -19,9 +20,9 @@ void set_threads(int most, int granted = 1 << 20);
 std::vector<std::string> sets();
 void select_set(const std::string& name);
 
-// ---- memory.cpp ----
-// How an array lies: between redzones of the heap, or with a page that nobody may touch right behind or right before it. A masked
-// access of AVX-512 and a tile of AMX, which AddressSanitizer does not see, cannot pass such a page.
+// ---- memory.cpp ---- How an array lies: between redzones of the heap, or with a page that nobody may touch right behind
+// it or right before it. Such a page also stops masked accesses of AVX-512 and tiles of AMX, which AddressSanitizer does
+// not see.
 enum class Place { kHeap, kEnd, kStart };
 
 class Array {
@@ -47,8 +48,8 @@ void fill_with_nan(void* data, int64_t bytes);
 // Whether all bytes that AddressSanitizer holds for gaps (csrc/cpu/arena.h) are as they were filled.
 bool gaps_are_untouched(const void* data, int64_t bytes);
 
-// From the next one on, the n-th allocation (0: the first) by operator new or through allocation_point fails, and no other, on the
-// calling thread. Returns whether it came to that when disarmed.
+// Of the allocations that follow on the calling thread, by operator new or through allocation_point, number n (0: the first)
+// fails. disarm() says whether that happened.
 void fail_allocation(int64_t n);
 bool disarm();
 // For allocators of the harness: throws std::bad_alloc if it is their turn.

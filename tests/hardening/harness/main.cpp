@@ -151,7 +151,7 @@ void run_product(const std::string& set, uint64_t seed) {
     cpu::small_matmul(p, add, allocate);
   }
   if (!gaps_are_untouched(workspace.data(), workspace.bytes())) throw std::runtime_error("a gap was written to");
-  // Sums are rounded to the type of out. Of two numbers in two parts each, as float16 has them, the product of the lesser parts is left out.
+  // Sums are rounded to the type of out. A float16 has two parts, and a product leaves out the pair of the lesser ones.
   const double rounding[] = {1e-14, 2e-6, 2e-3, 1e-2};
   const double tolerance = std::max(rounding[static_cast<int>(p.out_dtype)], p.dtype == DType::kFloat16 ? 2e-5 : 0);
   for (int64_t m = 0; m < p.M; ++m) {
@@ -176,11 +176,11 @@ void run_product(const std::string& set, uint64_t seed) {
   }
 }
 
-// Bytes of matrices that the store says it has, and has: nobody has one out, so that both are the same where none is kept.
-void expect_consistent_store() {
+// What the cache of weights says of itself. No call has leased a matrix now, so that bytes without matrices are lost ones.
+void expect_consistent_cache() {
   const cpu::WeightCacheStatistics s = cpu::weight_cache_statistics();
   if (s.bytes < 0 || s.bytes > s.limit || (s.matrices == 0) != (s.bytes == 0)) {
-    throw std::runtime_error("the store of weights has " + std::to_string(s.matrices) + " matrices in " +
+    throw std::runtime_error("the cache of weights has " + std::to_string(s.matrices) + " matrices in " +
                              std::to_string(s.bytes) + " bytes");
   }
 }
@@ -201,7 +201,7 @@ void expect_survival(const std::string& what, const std::function<Results()>& ca
     }
     const bool failed = disarm();
     if (threw && !failed) throw std::runtime_error("std::bad_alloc with no allocation that failed");
-    expect_consistent_store();
+    expect_consistent_cache();
     expect_equal(call(), expected);
     if (!failed) {
       std::printf("%s: %d allocations\n", what.c_str(), static_cast<int>(n));
@@ -227,7 +227,7 @@ void run_allocations(const std::string& set) {
     set_threads(threads);
     const Inputs inputs = make_inputs(p);
     const std::string name = p.name() + " " + std::to_string(threads) + " threads";
-    // The weights lie elsewhere at each call: a matrix is packed into memory that has to be allocated, or that the store had.
+    // The weights lie elsewhere at each call: a matrix is packed into new memory, or into memory that the cache had.
     expect_survival("inference " + name, [&] { return infer(p, inputs, Place::kHeap); });
     expect_survival("training " + name, [&] { return train(p, inputs, Place::kHeap); });
   }

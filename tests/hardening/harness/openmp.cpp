@@ -1,5 +1,5 @@
-// The part of OpenMP that csrc/cpu/threads.cpp uses, on std::thread: ThreadSanitizer then sees every thread and every join, which it
-// does not see of libgomp. A region may also be given fewer threads than it asks for, and an allocation may fail in it.
+// The part of OpenMP that csrc/cpu/threads.cpp uses, on std::thread. ThreadSanitizer then sees every thread and every join,
+// which it does not see of libgomp. A region may also be given fewer threads than it asks for, and an allocation may fail.
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -34,8 +34,8 @@ void set_threads(int most, int granted) { most_threads = most, granted_threads =
 }  // namespace harness
 
 extern "C" {
-// The time that a thread had a core is that of the wall clock: csrc/cpu/threads.cpp lowers its limit where threads lack cores, and what
-// is tested here would depend on what else the machine does.
+// Threads never lack a core by this clock, which runs like that on the wall. csrc/cpu/threads.cpp lowers its limit where
+// threads lack cores, so that tests would depend on what else the machine does.
 int clock_gettime(clockid_t clock, timespec* time) noexcept {
   return static_cast<int>(syscall(SYS_clock_gettime, clock == CLOCK_THREAD_CPUTIME_ID ? CLOCK_MONOTONIC : clock, time));
 }

@@ -1,5 +1,6 @@
-// An instruction set in plain C++ with what AVX-512 and AMX have: 16 floats in a vector, and products of bfloat16 parts (csrc/cpu/isa/parts.h)
-// for every storage type. The layout and the loops of such products run, under sanitizers, on machines that lack the instructions.
+// An instruction set in plain C++ with what AVX-512 and AMX have: 16 floats in a vector, and products in bfloat16 parts
+// (csrc/cpu/isa/parts.h) for every storage type. With it the layout and the loops of such products run, under sanitizers, on
+// machines that lack the instructions.
 #include <algorithm>
 #include <cmath>
 

@@ -46,11 +46,12 @@ using Results = std::vector<Result>;
 
 // Calls with the selected instruction set. Throws std::runtime_error if an input was written to, or a gap of the workspace.
 Results infer(const Problem& problem, const Inputs& inputs, Place place);
-// Forward, then backward; of `saved` what forward kept takes the place of the call's own before backward.
+// Forward, then backward. What forward saved in `saved`, another call's results, takes the place of the call's own before
+// backward.
 Results train(const Problem& problem, const Inputs& inputs, Place place, const Results* saved = nullptr);
 
-// Throws std::runtime_error with the name of the first result that is not near its like in float64 by the portable kernels, within the
-// tolerances of tests/cases.py. Changes the selected instruction set.
+// Compares with the portable kernels in float64, within the tolerances of tests/cases.py. Throws std::runtime_error with the
+// name of the first result that is not near. Changes the selected instruction set.
 void expect_right(const Problem& problem, const Inputs& inputs, const Results& found);
 void expect_equal(const Results& found, const Results& expected);
 
