@@ -139,8 +139,8 @@ void Matmul::pack_b(int thread, const Chunk& chunk) {
   }
 }
 
-// Packs the group up to so many quarters of tiles. A transposed a is taken 32 k deep for all blocks, so that a line of memory
-// is used whole.
+// Packs the group up to so many quarters of tiles. A transposed a is taken 32 k deep for all blocks, so that a line of
+// memory is used whole.
 void Matmul::pack_a(RowGroup& group, int64_t quarters) {
   const auto pack = (p_.a_transposed ? kernels_.pack_columns : kernels_.pack_block)[storage_];
   const int64_t tile_elements = sizes_.parts.rows * kPartsTile, deep = depth_blocks(group.depth), blocks = group.blocks();

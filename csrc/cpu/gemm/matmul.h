@@ -21,8 +21,8 @@ struct MatmulParams {
   DType out_dtype;  // float, or as dtype
 };
 
-// Whether the instruction set in use has products in bfloat16 parts that gain for this dtype, and the product is large enough
-// to gain from them.
+// Whether the instruction set in use has products in bfloat16 parts that gain for this dtype, and the product is large
+// enough to gain from them.
 bool matmul_available(DType dtype, int64_t M, int64_t N, int64_t K);
 // Returns false where a or b has a value without parts (infinite, NaN, or rounded to infinity): out then holds nothing of
 // use, and the caller makes the product in another way.
