@@ -8,7 +8,6 @@
 #include "cpu/gemm/product.h"
 #include "cpu/scan/teams.h"
 #include "cpu/threads.h"
-#include "plan/problem.h"
 
 namespace fused_rnn::cpu {
 

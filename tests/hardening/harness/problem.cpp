@@ -228,7 +228,7 @@ class Call {
     Array array;
   };
 
-  const void* keep(Array array) {
+  const void* owned(Array array) {
     const char* from = static_cast<const char*>(array.data());
     inputs_.push_back({std::move(array), {}});
     inputs_.back().copy.assign(from, from + inputs_.back().array.bytes());
@@ -239,14 +239,14 @@ class Call {
     if (numbers.empty() && !needed) return nullptr;
     Array array(static_cast<int64_t>(numbers.size()) * dtype_size(p_.dtype), place_);
     for (size_t i = 0; i < numbers.size(); ++i) store(p_.dtype, numbers[i], array.data(), static_cast<int64_t>(i));
-    return keep(std::move(array));
+    return owned(std::move(array));
   }
   template <class E>
   const void* integers(const std::vector<E>& numbers) {
     if (numbers.empty()) return nullptr;
     Array array(static_cast<int64_t>(numbers.size() * sizeof(E)), place_);
     std::memcpy(array.data(), numbers.data(), numbers.size() * sizeof(E));
-    return keep(std::move(array));
+    return owned(std::move(array));
   }
   void* output(const char* name, int64_t count, bool gradient = false) {
     outputs_.push_back({name, gradient, Array(count * dtype_size(p_.dtype), place_)});
