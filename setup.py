@@ -24,7 +24,7 @@ def extension(torch, cuda):
     time). OpenMP is compiled in but not linked: its symbols come from the library that torch has loaded; so do CUDA's."""
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    cxx = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden"]
+    cxx = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=switch"]
     files = [name for name in sources("csrc/**/*.cpp") if not name.endswith("_cuda.cpp")]
     include_dirs = [str(ROOT / "csrc"), str(ROOT / "csrc" / "cuda" / "device")]
     if "skipped" in cuda:

@@ -8,7 +8,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -92,58 +92,61 @@ def why_not_native(device_type: str) -> str | None:
     return f"fused_rnn has no kernels for {device_type!r} tensors"
 
 
-def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """None if this backend can serve tensors of this device type and dtype now, else the reason as a clause.
+class Demand(NamedTuple):
+    """What a call asks of a backend."""
 
-    A call takes the first of BACKENDS that can.
+    device_type: str
+    dtype: torch.dtype
+    transformed: bool = False  # inside a torch.func transform, or with forward-mode AD
+
+
+class Reason(NamedTuple):
+    """Why a backend does not serve a call."""
+
+    key: str  # each is warned of once
+    text: str  # a clause
+    mend: str = ""
+
+
+def why_not(backend: str, demand: Demand) -> Reason | None:
+    """None if this backend can serve such a call, else the reason. A call takes the first of BACKENDS that can.
+
+    The one place that knows what a backend lacks: a feature that it has not yet is a field of Demand and a line here.
     """
-    if forced not in (None, backend):
-        return f"backend {forced!r} is forced"
+    device_type, dtype, transformed = demand
     if backend == "reference":
         return None
     if backend != device_type:
-        return why_not_native(device_type) if device_type not in BACKENDS else f"the input is on {device_type!r}"
-    return f"there are no kernels for {dtype}" if dtype.is_complex else why_not_native(device_type)
+        return Reason("device", f"the input is on {device_type!r}")
+    if dtype.is_complex:
+        return Reason("complex", f"there are no kernels for {dtype}")
+    if transformed:
+        text = "torch.func transforms (vmap, grad, jvp) and forward-mode AD do not reach the compiled kernels"
+        return Reason("torch.func", text)
+    missing = why_not_native(device_type)
+    return Reason(device_type, missing, "python -m fused_rnn info says what is missing") if missing else None
 
 
 def uses_ops(device_type: str, dtype: torch.dtype) -> bool:
-    """True if the compiled ops serve this device type and dtype now, False if the reference does.
+    """True if the compiled ops serve this device type and dtype now, False if the reference does; then it warns, once.
 
     Raises:
-        RuntimeError: a backend was forced that cannot serve the device type, or complex numbers, or torch.func's transforms
-            or forward-mode AD.
+        RuntimeError: a backend was forced that cannot serve the call.
     """
-    if dtype.is_complex:
-        return _left_to_reference("complex", "for complex numbers", f"there are no kernels for {dtype}")
-    if not torch.compiler.is_compiling() and (
+    transformed = not torch.compiler.is_compiling() and (
         torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-    ):
-        return _left_to_reference(
-            "torch.func",
-            "inside torch.func transforms and forward-mode AD",
-            "torch.func transforms (vmap, grad, jvp) and forward-mode AD do not reach the compiled kernels",
-        )
-    if forced is None:
-        native = _native.get(device_type, False)
-        if not native:
-            _warn_once(device_type, f"{why_not_native(device_type)}; python -m fused_rnn info says what is missing")
-        return native
+    )
+    if forced is None and not transformed and not dtype.is_complex and _native.get(device_type, False):
+        return True
     if forced == "reference":
         return False
-    if forced != device_type:
-        raise RuntimeError(f"backend {forced!r} is forced but the input is on {device_type!r}")
-    reason = why_not_native(device_type)
-    if reason is not None:
-        raise RuntimeError(f"backend {forced!r} is forced but {reason}; see python -m fused_rnn info")
-    return True
-
-
-def _left_to_reference(key: str, where: str, reason: str) -> bool:
-    """False: what only the reference serves; raises where another backend is forced."""
-    if forced not in (None, "reference"):
-        raise RuntimeError(f"backend {forced!r} is forced but {where} only the reference runs")
-    if forced is None:
-        _warn_once(key, reason)
+    reason = why_not(forced or device_type, Demand(device_type, dtype, transformed))
+    if reason is None:
+        return True
+    text = f"{reason.text}; {reason.mend}" if reason.mend else reason.text
+    if forced is not None:
+        raise RuntimeError(f"backend {forced!r} is forced but {text}")
+    _warn_once(reason.key, text)
     return False
 
 

@@ -224,12 +224,18 @@ def _backend_for(
         _backend.uses_ops(device_type, dtype)  # raises where it cannot serve
     if planned:
         planner()
+    demand = _backend.Demand(device_type, dtype)
     rejected: list[Rejection] = []
     for backend in _backend.BACKENDS:
-        why_not = None if planned and backend == "cuda" else _backend.why_not(backend, device_type, dtype)
+        if planned and backend == "cuda":
+            break
+        if forced not in (None, backend):
+            rejected.append(Rejection(backend, f"backend {forced!r} is forced"))
+            continue
+        why_not = _backend.why_not(backend, demand)
         if why_not is None:
             break
-        rejected.append(Rejection(backend, why_not))
+        rejected.append(Rejection(backend, why_not.text))
     if forced is not None:
         reason = "it is forced"
     elif backend == "reference":

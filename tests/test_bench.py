@@ -73,7 +73,7 @@ def test_the_cpu_cases_are_the_goals() -> None:
         assert (BenchCase(cell, "bf16", mode, t, b, i, h) in cases) == (mode != "training_forward")
 
 
-@pytest.mark.skipif(_backend._C is None, reason="needs the compiled extension")
+@pytest.mark.skipif(_backend.extension is None, reason="needs the compiled extension")
 def test_floor() -> None:
     """At the table's rows the table; between them between; other cells and dtypes at the same number of bytes."""
     for hidden, kib in ((128, 128), (512, 2048), (768, 4608), (2048, 32768)):

@@ -325,7 +325,7 @@ def test_why_not_the_backends_before(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [other.name for other in result.rejected] == ["cuda", "cpu"] and result.backend == "reference"
         assert result.rejected[1].reason == text
         assert result.reason == ("it is forced" if forced else text)
-    with fused_rnn.use_backend("cuda"), pytest.raises(RuntimeError, match="complex numbers only the reference runs"):
+    with fused_rnn.use_backend("cuda"), pytest.raises(RuntimeError, match="'cuda' is forced but the input is on 'cpu'"):
         explain(fused_rnn.GRU(3, 4, dtype=torch.complex64), x.to(torch.complex64))
 
 

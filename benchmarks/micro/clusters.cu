@@ -1,5 +1,5 @@
-// How many clusters of 2 to 16 blocks run at once, with 100 and 200 KiB of shared memory and 256 threads a block. The planner asks
-// the device that is there for the like of the latter; of one that is only described it makes an estimate (csrc/plan/machine.cpp,
+// How many clusters of 2 to 16 blocks run at once, with 100 and 200 KiB of shared memory and 256 threads a block. The
+// planner asks a device that is there for such figures, and estimates those of a described one (csrc/plan/machine.cpp,
 // clusters_at_once).
 #include "micro.cuh"
 

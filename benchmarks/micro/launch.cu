@@ -1,6 +1,6 @@
-// From one launch to the next: kLaunchUs and kOverlappedLaunchUs of csrc/plan/machine.h, for a kernel that does nothing but what the
-// step kernels do for programmatic dependent launch (PDL). In a stream and replayed from a CUDA graph, with and without PDL, on
-// one block and on a block for every SM.
+// From one launch to the next: kLaunchUs and kOverlappedLaunchUs of csrc/plan/machine.h, for a kernel that does nothing but
+// what the step kernels do for programmatic dependent launch (PDL). In a stream and replayed from a CUDA graph, with and
+// without PDL, on one block and on a block for every SM.
 #include <chrono>
 
 #include "micro.cuh"

@@ -1,7 +1,7 @@
 // mma.sync from registers, as the persistent families issue it: persistent_math_rate of csrc/plan/machine.cpp.
 //   latency  clocks of one m16n8k16 (TF32: m16n8k8) that waits for the one before it, one warp
-//   rate     multiply-adds per clock and SM of 8 warps, each with 4 tiles of 16 rows by N = 8, 16, 32 columns (1, 2, 4 tiles of
-//            8), all of them independent; every SM busy
+//   rate     multiply-adds per clock and SM of 8 warps, each with 4 tiles of 16 rows by N = 8, 16, 32 columns (1, 2, 4 tiles
+//            of 8), all of them independent; every SM busy
 #include "micro.cuh"
 
 namespace {

@@ -1,8 +1,8 @@
 // Remote pushes inside a cluster: st.async into another block's shared memory, counted by an mbarrier there, as family
 // `cluster` exchanges states. Two figures for clusters of 2, 4, 8 and 16 blocks:
 //   one_way   half a round trip of 16 bytes between the first and the last block
-//   exchange  a step in which every block pushes the 256 bytes of its 16 units x 8 rows (16-bit) to all blocks, waits for all
-//             and meets at a block barrier: kClusterHandOffUs of csrc/plan/machine.h
+//   exchange  a step in which every block pushes the 256 bytes of its 16 units x 8 rows (16-bit) to all blocks, waits for
+//             all and meets at a block barrier: kClusterHandOffUs of csrc/plan/machine.h
 #include "micro.cuh"
 #include "push_kernels.cuh"
 

@@ -1,5 +1,6 @@
-// Python's view of the extension: what was built, and the two composites as plain functions. torch.ops.fused_rnn.rnn and .cell
-// are the same ops; their generic call converts every argument through a boxed value, which takes longer than a small step.
+// Python's view of the extension: what was built, and the two composites as plain functions. torch.ops.fused_rnn.rnn and
+// .cell are the same ops; their generic call converts every argument through a boxed value, which takes longer than a small
+// step.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>

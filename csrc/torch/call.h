@@ -65,9 +65,9 @@ struct LayerShapes {
   }
 };
 
-// Checks everything that memory safety depends on, and raises with the name of the argument: device, dtype, layout, shape and
-// memory of every tensor, and the values of offsets on a CPU. On CUDA, where reading them would wait for the device, offsets
-// are cut to [0, N] later; lengths are cut by the kernels.
+// Checks everything that memory safety depends on, and raises with the name of the argument: device, dtype, layout, shape
+// and memory of every tensor, and the values of offsets on a CPU. On CUDA, where reading them would wait for the device,
+// offsets are cut to [0, N] later; lengths are cut by the kernels.
 LayerShapes check_layer(const Call& call);
 
 // A tensor of a layer's call, or of its backward, against x's device.

@@ -1,5 +1,5 @@
-// What makes the ops for CUDA tensors theirs. tests/simt/torch_host has another file of this name: there they serve CPU tensors,
-// with the simulator as the device.
+// What makes the ops for CUDA tensors theirs. tests/simt/torch_host has another file of this name: there they serve CPU
+// tensors, with the simulator as the device.
 #pragma once
 #include <ATen/core/Tensor.h>
 

@@ -3,6 +3,7 @@
 #pragma once
 #include <tuple>
 
+#include "core/previous.h"
 #include "torch/call.h"
 
 namespace fused_rnn {
@@ -65,8 +66,8 @@ void allocate_gates(ForwardCall& call);
 // Results of a finished ForwardCall in the op's order.
 LayerOutputs forward_outputs(const ForwardCall& call, bool save);
 
-// Columns of rows of d_gates, dg [rows, S * H], that are the gradient of the input product, in weight order: all of them, or a
-// GRU's r and z, then n_x (core/params.h). Each with its first row in w_ih.
+// Columns of rows of d_gates, dg [rows, S * H], that are the gradient of the input product, in weight order: all of them, or
+// a GRU's r and z, then n_x (core/params.h). Each with its first row in w_ih.
 using InputColumns = std::vector<std::pair<Tensor, int64_t>>;
 InputColumns input_columns(CellKind cell, int64_t H, const Tensor& dg);
 
@@ -76,6 +77,11 @@ void input_gradient(const Call& call, const InputColumns& all, const Tensor& dx,
 // dW and dx from made.d_gates by matrix products; those of the states are taken from `made`.
 LayerGradients gradients_of_layer(const Call& call, const ResultGradients& given, const BackwardCall& made,
                                   GradientMask mask);
+
+#ifdef FUSED_RNN_WITH_CUDA
+// cuda::previous_rows on the current stream (ops_cuda.cpp).
+void previous_rows_on_device(const PreviousParams& params);
+#endif
 
 // Pointers for kernels.
 Sequence sequence_of(const Call& call, const LayerShapes& s, Copies& copies);

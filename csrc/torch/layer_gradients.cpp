@@ -1,14 +1,12 @@
 // Gradients of a layer's input, states and weights, from the gradients of its gates: matrix products.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/mul.h>
-#include <ATen/ops/searchsorted.h>
 #include <ATen/ops/tanh.h>
 #include <ATen/ops/where.h>
-#include <ATen/ops/zeros.h>
 
 #include "cpu/scan/previous.h"
+#include "torch/device.h"
 #include "torch/layer.h"
 #include "torch/products.h"
 
@@ -21,45 +19,27 @@ Tensor active_rows(const Call& call, const LayerShapes& s) {
   return (t < call.rows.lengths->unsqueeze(0)).reshape({s.N, 1});
 }
 
-// For every row of memory the row of cat(y, h0) that was its h before the step: [N].
-Tensor previous_rows(const Call& call, const LayerShapes& s, bool reverse) {
-  const auto options = call.x.options().dtype(at::kLong);
-  const Tensor row = at::arange(s.N, options);
-  if (call.rows.offsets) {
-    const Tensor& offsets = *call.rows.offsets;
-    const Tensor t = at::searchsorted(offsets, row, /*out_int32=*/false, /*right=*/true).sub_(1);
-    const Tensor b = row - offsets.index_select(0, t);
-    if (!reverse) {
-      const Tensor before = offsets.index_select(0, (t - 1).clamp_min_(0)) + b;
-      return at::where(t == 0, b + s.N, before);
-    }
-    const Tensor next = (t + 1).clamp_max_(s.T - 1);
-    const Tensor begin = offsets.index_select(0, next);
-    const Tensor active = (t + 1 < s.T).logical_and_(b < offsets.index_select(0, next + 1) - begin);
-    return at::where(active, begin + b, b + s.N);
-  }
-  const Tensor t = row.div(s.B, "floor");
-  const Tensor b = row - t * s.B;
-  if (!reverse) return at::where(t == 0, b + s.N, row - s.B);
-  const Tensor active = call.rows.lengths ? t + 1 < call.rows.lengths->index_select(0, b) : t + 1 < s.T;
-  return at::where(active, row + s.B, b + s.N);
-}
-
 // Of every row the h before its step [N, P]; y [N, P] is a strided view.
 Tensor previous_states(const Call& call, const LayerShapes& s, const Tensor& y, int d) {
-  if (call.x.is_cpu() && y.stride(1) == 1) {
-    Copies copies;
-    const int64_t size = static_cast<int64_t>(y.element_size());
-    const Tensor h_prev = empty_like(y, {s.N, s.P});
-    const void* h0 = call.h0() ? copies.contiguous(call.h0()->select(0, d)) : nullptr;
-    cpu::previous_rows({sequence_of(call, s, copies), modifier_of(call, copies), d == 1, s.P * size, y.const_data_ptr(),
-                        y.stride(0) * size, h0, h_prev.data_ptr()});
+  Copies copies;
+  const Tensor rows = y.stride(1) == 1 ? y : y.contiguous();
+  const int64_t size = static_cast<int64_t>(y.element_size());
+  const Tensor h_prev = empty_like(y, {s.N, s.P});
+  PreviousParams p{};
+  p.seq = sequence_of(call, s, copies);
+  p.modifier = modifier_of(call, copies);
+  p.reverse = d == 1;
+  p.row_bytes = s.P * size;
+  p.y = rows.const_data_ptr(), p.y_stride = rows.stride(0) * size;
+  p.h0 = call.h0() ? copies.contiguous(call.h0()->select(0, d)) : nullptr;
+  p.out = h_prev.data_ptr();
+#ifdef FUSED_RNN_WITH_CUDA
+  if (is_on_device(y)) {
+    previous_rows_on_device(p);
     return h_prev;
   }
-  const Tensor h0 = call.h0() ? call.h0()->select(0, d) : at::zeros({s.B, s.P}, y.options());
-  Tensor h_prev = at::cat({y, h0}).index_select(0, previous_rows(call, s, d == 1));
-  if (call.rows.resets) h_prev.masked_fill_(call.rows.resets->reshape({s.N, 1}), 0);
-  if (call.rows.lengths) h_prev.masked_fill_(active_rows(call, s).logical_not_(), 0);
+#endif
+  cpu::previous_rows(p);
   return h_prev;
 }
 
@@ -87,8 +67,8 @@ void multiply_shifted(const Tensor& dw, const Tensor& d_rg, const Call& call, co
   }
 }
 
-// d_rg^T h_prev [G*H, P] of direction d. d_rg [N, G*H] is a strided view. Rows that take no part get zeros for h_prev: their y
-// and h0 may be NaN, and 0 * NaN is not 0.
+// d_rg^T h_prev [G*H, P] of direction d. d_rg [N, G*H] is a strided view. Rows that take no part get zeros for h_prev: their
+// y and h0 may be NaN, and 0 * NaN is not 0.
 Tensor recurrent_weight_gradient(const Call& call, const LayerShapes& s, const Tensor& d_rg, const OptionalTensor& y,
                                  int d) {
   const Tensor dw = empty_like(call.x, {d_rg.size(1), s.P});

@@ -28,7 +28,7 @@ double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// Blocks that nothing keeps any more, in a list through their first bytes; freed with the object, after the lock.
+// Blocks to be freed when the object dies, after the lock is released. The first bytes of each point to the next.
 class Dropped {
  public:
   Dropped() = default;
@@ -75,7 +75,7 @@ class Pool {
     auto best = blocks_.end();
     for (auto block = blocks_.begin(); block != blocks_.end(); ++block) {
       if (block->use != use || !serves(*block, bytes)) continue;
-      // Of workspaces the one given last, so that a call's workspaces of several sizes share one; of tensors the one that
+      // A workspace: the one given last, so that workspaces of several sizes in one call share it. A tensor: the block that
       // fits best.
       if (best == blocks_.end() || use == Use::kWorkspace || block->bytes < best->bytes) best = block;
     }
@@ -159,8 +159,8 @@ void give_shared(Use use, void* memory, int64_t bytes) {
   pool().give(use, memory, bytes, dropped);
 }
 
-// The calling thread's slot. Slots lie on the heap: in a forked child the other threads' own memory is used again, but not
-// this.
+// The calling thread's slot. Slots lie on the heap, because a forked child reuses the stacks and thread-local memory of the
+// threads that it does not have.
 class OwnSlot {
  public:
   OwnSlot() : slot_(std::make_unique<Slot>()) {

@@ -1,10 +1,9 @@
-// Memory of calls on a CPU that is kept for the next one: workspaces (workspace.h), what a training forward saves, and
-// backward's gradients of the gates. New memory has to be mapped and cleared page by page: a tenth of a training step of
-// LSTM 128x64x256x256, and half of one where a virtual machine hands freed pages back to its host; a sixth of the time of
-// LSTM 64x8x1024x1024.
+// A pool of memory for calls on a CPU: workspaces (workspace.h), what a training forward saves, and backward's gradients of
+// the gates. New memory is mapped and cleared page by page, which costs a tenth of a training step of LSTM 128x64x256x256
+// (half of it where a virtual machine hands freed pages back to its host), and a sixth of LSTM 64x8x1024x1024.
 //
-// Blocks of kLeastShared bytes or more are kept for all threads together, up to kMostShared bytes, and for kIdleSeconds.
-// Smaller ones stay with their thread, one each: a small call takes it and puts it back by an exchange, without a lock.
+// All threads share the blocks of kLeastShared bytes or more: the pool holds up to kMostShared bytes of them, each for
+// kIdleSeconds. A thread keeps one smaller block for itself, and takes and returns it by an atomic exchange, without a lock.
 #pragma once
 #include <ATen/core/Tensor.h>
 

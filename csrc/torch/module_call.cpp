@@ -1,7 +1,7 @@
-// A call of a module in one C++ call, for the case that streaming makes most often: plain CPU tensors, no hooks. A step of a small
-// network takes a few microseconds, and nn.Module.__call__, forward and the dispatcher were more than that. Returns None in
-// every other case and for arguments that the layer's checks refuse (call.h): nn.Module.__call__ then runs forward, whose checks
-// in modules.py and cells.py raise what there is to raise.
+// A module's call as one C++ call, where streaming needs it most: plain CPU tensors, no hooks. A step of a small network
+// takes a few microseconds; nn.Module.__call__, forward and the dispatcher took longer than the step. In every other case,
+// and for arguments that the layer's checks refuse (call.h), the result is None: nn.Module.__call__ then runs forward, and
+// the checks of modules.py and cells.py raise torch.nn's errors.
 #include "torch/module_call.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -49,7 +49,7 @@ const Names& names() {
   return all;
 }
 
-// What Python told at import (watch_modules).
+// What watch_modules was told when Python imported the modules.
 struct Watched {
   struct Forward {
     PyObject* function;
@@ -67,8 +67,8 @@ Watched& watched() {
   return all;
 }
 
-// Tensors that somebody else keeps alive. Owning one that Python holds counts a reference there as well, which takes longer than an
-// element-wise operation of a small step.
+// Tensors that the caller keeps alive. Owning a tensor that Python holds would count a reference in Python too, which takes
+// longer than an element-wise operation of a small step.
 class Borrowed {
  public:
   Borrowed() = default;
@@ -133,8 +133,8 @@ class Fields {
   PyObject* dict_;
 };
 
-// Runs f without the GIL, and with the tensors owned, where it takes long enough for another thread to gain from it: more than
-// `work` multiply-adds, some ten microseconds.
+// Runs f(call). A call of more than kShort multiply-adds, some ten microseconds, owns its tensors and releases the GIL, so
+// that other threads of Python run meanwhile.
 template <class F>
 Results run(const Call& call, F&& f) {
   constexpr int64_t kShort = int64_t{1} << 19;
@@ -161,7 +161,7 @@ PyObject* wrapped(States states) {
   return states.size() == 2 ? pair_of(h, THPVariable_Wrap(std::move(states[1]))) : h;
 }
 
-// False where the general way must be taken, also for what the layer's checks refuse: its errors are torch.nn's.
+// False where the call must go through nn.Module.__call__, also for what the layer's checks refuse.
 bool run_call(const Call& call, Results& results) {
   if (!runs_plainly_on_cpu(call)) return false;
   try {
@@ -172,7 +172,7 @@ bool run_call(const Call& call, Results& results) {
   return true;
 }
 
-// (output, last states) of a layer module; null where the general way must be taken.
+// (output, last states) of a layer module; null where nn.Module.__call__ must be asked.
 PyObject* call_layers(const Fields& fields, CellKind cell, const Tensor& input, at::TensorList states) {
   const Names& n = names();
   Recipe recipe;
@@ -199,7 +199,7 @@ PyObject* call_layers(const Fields& fields, CellKind cell, const Tensor& input, 
   return pair_of(output, wrapped(std::move(results.last)));
 }
 
-// The last states of a cell module; null where the general way must be taken.
+// The last states of a cell module; null where nn.Module.__call__ must be asked.
 PyObject* call_cell(const Fields& fields, CellKind cell, const Tensor& input, at::TensorList states) {
   Recipe recipe;
   recipe.cell = cell;
@@ -221,7 +221,8 @@ PyObject* call_cell(const Fields& fields, CellKind cell, const Tensor& input, at
   return wrapped(std::move(results.last));
 }
 
-// Which forward nn.Module.__call__ would run, if it would do nothing else; null where it would or where forward is another's.
+// The forward that nn.Module.__call__ would run, if running it is all that it would do; null otherwise, and for a forward
+// that watch_modules was not told.
 const Watched::Forward* plain_forward(PyObject* module, const Fields& fields) {
   const Watched& all = watched();
   const Names& n = names();
@@ -250,7 +251,7 @@ int64_t cell_by_name(const Fields& fields, bool is_cell) {
   return cell ? PyLong_AsLongLong(cell) : -1;
 }
 
-// A tensor, a tuple of `count` tensors, or None for none of them (also null); false for anything else.
+// Reads hx: a tensor, a tuple of `count` tensors, or None (or null) for no states. False for anything else.
 bool read_states(PyObject* hx, int count, Borrowed& states) {
   if (!hx || hx == Py_None) return true;
   states.reserve(count);
@@ -315,7 +316,7 @@ PyObject* watch_modules(PyObject*, PyObject* args) {
     Py_INCREF(function);
     all.forwards.push_back({function, is_cell != 0, cell});
   }
-  // They last as long as the process.
+  // These objects last as long as the process.
   all.module = reinterpret_cast<PyTypeObject*>(module);
   all.call = _PyType_Lookup(all.module, names().call);
   all.global_hooks = global_hooks;

@@ -59,8 +59,8 @@ Results run_stack(const Call& stack, const Layer& layer) {
   return {recipe.batch_first ? y.transpose(0, 1) : y, joined(last)};
 }
 
-// Whether a call concerns the CPU kernels, and autograd, alone: autocast, dispatch modes, tracing, subclasses and the profiler
-// have no part in it, so that it need not go through the dispatcher.
+// Whether a call concerns the CPU kernels, and autograd, alone: autocast, dispatch modes, tracing, subclasses and the
+// profiler have no part in it, so that it need not go through the dispatcher.
 bool runs_plainly_on_cpu(const Call& call);
 // fused_rnn::rnn, or with call.one_step fused_rnn::cell, of such a call.
 Results run_on_cpu(const Call& call);
@@ -76,7 +76,8 @@ bool is_plain(const Tensor& t);
 // fused_rnn::rnn as a wavefront of chunks (plan/overlap.h), or none where the layers are to be called in turn.
 std::optional<Results> overlapped_rnn(const Call& call);
 
-// Integers of the host on input's device, without a copy that the host would have to wait for or that a capture would refuse.
+// Integers of the host on input's device, without a copy that the host would have to wait for or that a capture would
+// refuse.
 Tensor on_cuda(const Tensor& integers, const Tensor& input);
 #endif
 

@@ -1,4 +1,5 @@
-// The layer op on CUDA tensors: input projection and weight gradients by cuBLAS, the recurrence by the planned kernel family.
+// The layer op on CUDA tensors: input projection and weight gradients by cuBLAS, the recurrence by the planned kernel
+// family.
 #include "torch/ops_cuda.h"
 
 #include <ATen/ops/addmm.h>
@@ -38,6 +39,10 @@ void project_rows(const Call& call, const ForwardCall& made, const Tensor& x, in
   } else {
     at::mm_out(out, rows, w[0].t());
   }
+}
+
+void previous_rows_on_device(const PreviousParams& params) {
+  cuda::previous_rows(params, c10::cuda::getCurrentCUDAStream().stream());
 }
 
 Tensor workspace_of(const Plan& plan, const Tensor& x) {

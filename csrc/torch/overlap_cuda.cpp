@@ -1,4 +1,4 @@
-// Carries out the plans of plan_overlap.h: forward and backward of a stack of layers on CUDA as wavefronts of chunks.
+// Carries out the plans of plan/overlap.h: forward and backward of a stack of layers on CUDA as wavefronts of chunks.
 #include "torch/overlap_cuda.h"
 
 #include <ATen/cuda/CUDAEvent.h>
@@ -44,14 +44,14 @@ const Schedule& schedule_for(const Stack& stack, const Plan& plan, int device, s
   return kept.get({stack, plan.family, device, chunks}, [&] { return make_schedule(stack, plan, device, chunks); });
 }
 
-// Streams and events of the calling thread on one device, made once. A thread has its own, since a stream in a capture must
-// not get another thread's work.
+// Streams and events of the calling thread on one device, made once. Every thread has its own: a stream that is being
+// captured must not get another thread's work.
 struct Lanes {
   std::vector<c10::cuda::CUDAStream> streams;
   std::vector<at::cuda::CUDAEvent> events;  // one for each task
 
   void prepare(size_t stream_count, size_t event_count, c10::DeviceIndex device) {
-    // The recurrences run there: of the SMs that come free they go before the matrix products beside them.
+    // High priority: when an SM comes free, a recurrence takes it before the matrix products beside it do.
     while (streams.size() < stream_count) streams.push_back(c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device));
     if (events.size() < event_count) events.resize(event_count);
   }
@@ -61,9 +61,10 @@ Lanes& lanes_of(c10::DeviceIndex device) {
   return all.at(device);
 }
 
-// Hands every task to its stream: run(task, stream). The side streams begin after what the caller's stream has been given, so
-// a capture includes them, and in the end the caller's stream waits for them. All memory is allocated on the caller's stream and
-// freed on the host after that wait has been enqueued: what takes its place runs after the side streams, without record_stream.
+// Hands every task to its stream: run(task, stream). The side streams wait for the caller's stream at the beginning, so a
+// capture includes them; the caller's stream waits for the side streams at the end. All memory is allocated on the caller's
+// stream, and the host frees it after that last wait was enqueued: the memory's next user runs after the side streams, and
+// record_stream is not needed.
 template <class Run>
 void run_tasks(const Schedule& schedule, const Run& run) {
   const c10::cuda::CUDAStream caller = c10::cuda::getCurrentCUDAStream();
@@ -173,7 +174,7 @@ std::optional<Stack> stack_of(const Call& s, bool training, bool backward) {
 
 double scale_of(double dropout) { return 1 / (1 - dropout); }
 
-// dropped() of some rows, into others or the same.
+// dropped() of some rows, into `to`, which may be `from`.
 void drop_rows(Tensor to, const Tensor& from, const Tensor& left, double dropout) {
   at::mul_out(to, from, left);
   to.mul_(scale_of(dropout));
@@ -205,8 +206,8 @@ std::optional<StackOutputs> overlapped_forward(const Call& s, bool save) {
   for (int64_t l = 0; l < s.recipe.num_layers; ++l) {
     Tensor x = l == 0 ? s.x : layers.back().made.y;
     if (l > 0 && dropout > 0) {
-      // The call that the layers in turn would make, in their order, so it draws the same mask; what it makes of an output that is
-      // not there yet is written over.
+      // The layers in turn would make the same calls in the same order, so the same masks are drawn. The values are written
+      // later, when the output below is there.
       const auto [room, left] = at::native_dropout(x, dropout, /*train=*/true);
       results.inputs.push_back(x = room);
       results.left.push_back(left);
@@ -224,7 +225,7 @@ std::optional<StackOutputs> overlapped_forward(const Call& s, bool save) {
     const ForwardLayer& layer = layers[task.layer];
     const ForwardParams& p = layer.made.params;
     if (!task.project) return cuda::forward_steps(p, plan, {task.first, task.end, layer.carry.data_ptr<float>()}, stream);
-    // With two directions the whole layer below is there.
+    // With two directions the first task of a layer waits for the whole layer below.
     if (task.layer > 0 && dropout > 0 && (p.D == 1 || task.first == 0)) {
       const auto rows = [&](const Tensor& t) { return p.D == 1 ? all.of(t, task.first, task.end) : t; };
       drop_rows(rows(layer.x), rows(layers[task.layer - 1].made.y), rows(results.left[task.layer - 1]), dropout);

@@ -1,10 +1,11 @@
-// The planners for Python, all plain values and dicts: plan(...) of a layer on a CUDA device that is given by its properties,
-// cuda_device(index) those of a device that is there, cpu_plan(...) of a layer on this machine's CPU.
+// The planners for Python, all plain values and dicts: plan(...) of a layer on a CUDA device that is given by its
+// properties, cuda_device(index) those of a device that is there, cpu_plan(...) of a layer on this machine's CPU.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <iterator>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -72,11 +73,62 @@ py::dict to_dict(const PersistentPlan& plan) {
   return result;
 }
 
-Problem problem_of(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
-                   std::optional<int64_t> P, int D, bool allow_tf32, bool ragged, bool training, bool backward) {
-  return {
-      parse_cell(cell), parse<DType>("dtype", dtype, kDTypes), allow_tf32, T, B, I, H, P.value_or(H), D, ragged, training,
-      backward};
+// Keyword arguments of a function, taken by name.
+class Keywords {
+ public:
+  Keywords(const char* function, const py::kwargs& given) : function_(function), given_(given) {}
+
+  // Raises TypeError where it was not given, or is of another type.
+  template <class T>
+  T take(const char* name) {
+    known_.insert(name);
+    if (!given_.contains(name)) throw py::type_error(std::string(function_) + ": missing argument '" + name + "'");
+    return converted<T>(name);
+  }
+  template <class T>
+  T take(const char* name, T otherwise) {
+    known_.insert(name);
+    return given_.contains(name) ? converted<T>(name) : otherwise;
+  }
+  // Raises TypeError for an argument that nobody has taken.
+  void end() const {
+    for (const auto& item : given_) {
+      const auto name = item.first.cast<std::string>();
+      if (!known_.count(name)) throw py::type_error(std::string(function_) + ": unknown argument '" + name + "'");
+    }
+  }
+
+ private:
+  template <class T>
+  T converted(const char* name) const {
+    const py::object value = given_[name];
+    try {
+      return value.cast<T>();
+    } catch (const py::cast_error&) {
+      throw py::type_error(std::string(function_) + ": " + name + ": got " + Py_TYPE(value.ptr())->tp_name);
+    }
+  }
+
+  const char* const function_;
+  const py::kwargs& given_;
+  std::set<std::string> known_;
+};
+
+Problem problem_of(Keywords& k) {
+  Problem problem{};
+  problem.cell = parse_cell(k.take<std::string>("cell"));
+  problem.dtype = parse<DType>("dtype", k.take<std::string>("dtype"), kDTypes);
+  problem.allow_tf32 = k.take<bool>("allow_tf32", false);
+  problem.T = k.take<int64_t>("T");
+  problem.B = k.take<int64_t>("B");
+  problem.I = k.take<int64_t>("I");
+  problem.H = k.take<int64_t>("H");
+  problem.P = k.take<std::optional<int64_t>>("P", std::nullopt).value_or(problem.H);
+  problem.D = k.take<int>("D", 1);
+  problem.ragged = k.take<bool>("ragged", false);
+  problem.training = k.take<bool>("training", false);
+  problem.backward = k.take<bool>("backward", false);
+  return problem;
 }
 
 DeviceInfo device_of(const py::dict& device) {
@@ -101,13 +153,18 @@ DeviceInfo device_of(const py::dict& device) {
   return info;
 }
 
-FamilyChoice choice_of(const std::optional<std::string>& name) { return name ? parse_choice(*name) : FamilyChoice{}; }
+FamilyChoice choice_of(Keywords& k) {
+  const auto name = k.take<std::optional<std::string>>("forced", std::nullopt);
+  return name ? parse_choice(*name) : FamilyChoice{};
+}
 
-py::dict plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
-              const py::dict& device, std::optional<int64_t> P, int D, bool allow_tf32, bool ragged, bool training,
-              bool backward, const std::optional<std::string>& forced) {
-  const Problem problem = problem_of(cell, dtype, T, B, I, H, P, D, allow_tf32, ragged, training, backward);
-  const Plan made = make_plan(problem, device_of(device), choice_of(forced));
+py::dict plan(const py::kwargs& given) {
+  Keywords k("plan", given);
+  const Problem problem = problem_of(k);
+  const DeviceInfo device = device_of(k.take<py::dict>("device"));
+  const FamilyChoice choice = choice_of(k);
+  k.end();
+  const Plan made = make_plan(problem, device, choice);
   py::list kernels;
   for (const KernelPlan& kernel : made.kernels) kernels.append(to_dict(problem, kernel));
   py::dict candidates;
@@ -136,14 +193,17 @@ py::dict plan(const std::string& cell, const std::string& dtype, int64_t T, int6
   return result;
 }
 
-py::dict overlap(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
-                 const py::dict& device, std::optional<int64_t> P, int D, bool allow_tf32, bool ragged, bool training,
-                 bool backward, const std::optional<std::string>& forced, int layers, int64_t first_input,
-                 std::optional<int64_t> rows, double dropout, std::optional<int> chunks) {
-  const Problem problem = problem_of(cell, dtype, T, B, I, H, P, D, allow_tf32, ragged, training, backward);
-  const DeviceInfo info = device_of(device);
-  const Plan layer = make_plan(problem, info, choice_of(forced));
-  const OverlapPlan made = plan_overlap({problem, first_input, layers, rows.value_or(T * B), dropout}, layer, info, chunks);
+py::dict overlap(const py::kwargs& given) {
+  Keywords k("overlap", given);
+  const Problem problem = problem_of(k);
+  const DeviceInfo device = device_of(k.take<py::dict>("device"));
+  const FamilyChoice choice = choice_of(k);
+  const auto rows = k.take<std::optional<int64_t>>("rows", std::nullopt);
+  const Stack stack{problem, k.take<int64_t>("first_input"), k.take<int>("layers"), rows.value_or(problem.T * problem.B),
+                    k.take<double>("dropout", 0.0)};
+  const auto chunks = k.take<std::optional<int>>("chunks", std::nullopt);
+  k.end();
+  const OverlapPlan made = plan_overlap(stack, make_plan(problem, device, choice), device, chunks);
   py::dict result;
   result["chunks"] = made.chunks;
   result["chunk_steps"] = made.chunk_steps;
@@ -203,10 +263,10 @@ py::dict cuda_device(int index) {
 }
 #endif
 
-py::dict cpu_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
-                  std::optional<int64_t> P, int D, bool training, bool backward) {
-  const Problem problem =
-      problem_of(cell, dtype, T, B, I, H, P, D, /*allow_tf32=*/false, /*ragged=*/false, training, backward);
+py::dict cpu_plan(const py::kwargs& given) {
+  Keywords k("cpu_plan", given);
+  const Problem problem = problem_of(k);
+  k.end();
   const cpu::ThreadPlan made = cpu::plan_of(problem);
   py::dict result;
   result["threads"] = made.threads();
@@ -220,18 +280,14 @@ py::dict cpu_plan(const std::string& cell, const std::string& dtype, int64_t T, 
 }  // namespace
 
 void bind_plan(py::module_& module) {
-  module.def("plan", &plan, py::kw_only(), py::arg("cell"), py::arg("dtype"), py::arg("T"), py::arg("B"), py::arg("I"),
-             py::arg("H"), py::arg("device"), py::arg("P") = py::none(), py::arg("D") = 1, py::arg("allow_tf32") = false,
-             py::arg("ragged") = false, py::arg("training") = false, py::arg("backward") = false,
-             py::arg("forced") = py::none(),
-             "The CUDA kernels that would serve one layer on a device given by its properties. No GPU is needed.");
-  module.def("overlap", &overlap, py::kw_only(), py::arg("cell"), py::arg("dtype"), py::arg("T"), py::arg("B"), py::arg("I"),
-             py::arg("H"), py::arg("device"), py::arg("P") = py::none(), py::arg("D") = 1, py::arg("allow_tf32") = false,
-             py::arg("ragged") = false, py::arg("training") = false, py::arg("backward") = false,
-             py::arg("forced") = py::none(), py::arg("layers"), py::arg("first_input"), py::arg("rows") = py::none(),
-             py::arg("dropout") = 0.0, py::arg("chunks") = py::none(),
-             "How the layers of a stack would overlap on a device given by its properties; I: of the layers above "
-             "the first; rows: in memory, if packed. No GPU is needed.");
+  module.def("plan", &plan,
+             "plan(*, cell, dtype, T, B, I, H, device, P=H, D=1, allow_tf32=False, ragged=False, training=False, "
+             "backward=False, forced=None): the CUDA kernels that would serve one layer on a device given by its "
+             "properties. No GPU is needed.");
+  module.def("overlap", &overlap,
+             "overlap(*, layers, first_input, rows=T*B, dropout=0.0, chunks=None, and plan's): how the layers of a stack "
+             "would overlap on a device given by its properties; I: of the layers above the first; rows: in memory, if "
+             "packed. No GPU is needed.");
   module.def("overlap_tasks", &tasks, py::arg("layers"), py::arg("directions"), py::arg("backward"), py::arg("T"),
              py::arg("chunk_steps"), py::arg("concurrent_layers"),
              "The parts of an overlap, in the order in which they go to their streams.");
@@ -243,10 +299,9 @@ void bind_plan(py::module_& module) {
 #ifdef FUSED_RNN_WITH_CUDA
   module.def("cuda_device", &cuda_device, "The properties of a visible device that plan() asks for.");
 #endif
-  module.def("cpu_plan", &cpu_plan, py::kw_only(), py::arg("cell"), py::arg("dtype"), py::arg("T"), py::arg("B"),
-             py::arg("I"), py::arg("H"), py::arg("P") = py::none(), py::arg("D") = 1, py::arg("training") = false,
-             py::arg("backward") = false,
-             "How the threads of a call on this machine's CPU, made now, would divide the work of one layer.");
+  module.def("cpu_plan", &cpu_plan,
+             "cpu_plan(*, cell, dtype, T, B, I, H, P=H, D=1, training=False, backward=False): how the threads of a call on "
+             "this machine's CPU, made now, would divide the work of one layer.");
 }
 
 }  // namespace fused_rnn

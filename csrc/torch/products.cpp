@@ -9,7 +9,7 @@
 #include <algorithm>
 
 #include "cpu/gemm/matmul.h"
-#include "torch/layer.h"
+#include "torch/tensors.h"
 #include "torch/workspace.h"
 
 namespace fused_rnn {
@@ -35,7 +35,7 @@ void add_rows(const Tensor& out, const Tensor& a) {
   }
 }
 
-// The same as multiply_into, in float: some rows of a and b (transposed) or of a and out are converted at a time.
+// multiply_into in float: converts a and b (transposed), or a and out, some rows at a time.
 void multiply_in_float(const Tensor& out, const Tensor& a, bool transposed, const Tensor& b, bool add) {
   constexpr int64_t kElements = 1 << 18, kFewestRows = 512;
   const int64_t rows = a.size(0), step = std::max(kElements / (a.size(1) + b.size(1)), kFewestRows);
@@ -79,18 +79,13 @@ void multiply_into(const Tensor& out, const Tensor& a, bool transposed, const Te
   if (out.is_cpu() && out.stride(1) == 1 && a.stride(1) == 1 && b.stride(1) == 1) {
     const DType dtype = dtype_of(a);
     const auto call = [&](const Tensor& to) {
-      return cpu::MatmulParams{dtype,
-                               M,
-                               N,
-                               K,
-                               a.const_data_ptr(),
-                               a.stride(0),
-                               transposed,
-                               b.const_data_ptr(),
-                               b.stride(0),
-                               to.data_ptr(),
-                               to.stride(0),
-                               dtype_of(to)};
+      cpu::MatmulParams p{};
+      p.dtype = dtype;
+      p.M = M, p.N = N, p.K = K;
+      p.a = a.const_data_ptr(), p.a_stride = a.stride(0), p.a_transposed = transposed;
+      p.b = b.const_data_ptr(), p.b_stride = b.stride(0);
+      p.out = to.data_ptr(), p.out_stride = to.stride(0), p.out_dtype = dtype_of(to);
+      return p;
     };
     Workspace workspace;
     const auto allocate = [&](int64_t bytes) { return workspace.take(bytes); };
@@ -105,8 +100,8 @@ void multiply_into(const Tensor& out, const Tensor& a, bool transposed, const Te
       return;
     }
   }
-  // A library's products of 16 bits may let a row that is NaN into its neighbours: oneDNN's of bfloat16, where K is odd to
-  // its blocks.
+  // A library's product of 16 bits may spread the NaN of one row to its neighbours: oneDNN's of bfloat16 does where its
+  // blocks do not divide K.
   if (out.is_cpu() && out.element_size() == 2) return multiply_in_float(out, a, transposed, b, add);
   const Tensor left = transposed ? a.t() : a;
   if (add) {

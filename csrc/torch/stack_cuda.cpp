@@ -48,9 +48,9 @@ class ListReader {
 };
 
 // One node of the graph, whose backward overlaps too. Its results are every layer's y, then every layer's last states, then
-// what every layer saved. Only the last y goes to the caller, but where gradients are differentiated the others have gradients
-// too. The caller may write into its results before backward runs: last states are not kept, and the last y is kept as
-// layer_autograd.cpp does, as an alias with its version then.
+// what every layer saved. Only the last y goes to the caller, but where gradients are differentiated the others have
+// gradients too. The caller may write into its results before backward runs: last states are not kept, and the last y is
+// kept as layer_autograd.cpp does, as an alias with its version then.
 class StackFunction : public torch::autograd::Function<StackFunction> {
  public:
   static variable_list forward(AutogradContext* ctx, const Tensor& x, at::TensorList states, at::TensorList weights,

@@ -6,7 +6,7 @@
 
 namespace fused_rnn {
 
-// Lasts as long as the object.
+// The memory lasts as long as the object.
 class Workspace {
  public:
   Workspace() = default;
@@ -14,7 +14,7 @@ class Workspace {
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
-  // In the place of what was taken before.
+  // New memory; what the object had before is given back.
   void* take(int64_t bytes) {
     give();
     memory_ = MemoryPool::take_workspace(bytes);

@@ -52,11 +52,11 @@ def floor_us_per_step(case: BenchCase, compute_capability: int, tf32: bool) -> f
     """
     if compute_capability != 90:
         return None
-    if _backend._C is None:
+    if _backend.extension is None:
         text = "floor_us_per_step: the constants of csrc/plan/machine.h come from the compiled extension, which is missing"
         warnings.warn(f"{text}: {_backend.import_error}", RuntimeWarning, stacklevel=2)
         return None
-    machine = _backend._C.machine_constants()
+    machine = _backend.extension.machine_constants()
     clocks_per_us = machine["clock_ghz"] * 1e3
     elements = GATES[case.cell] * case.H * case.H
     weight_bytes = elements * DTYPES[case.dtype].itemsize

@@ -1,6 +1,6 @@
-// simt::query_device and simt::query_code on a device that is made up: a program of the library's own host code (launch.cuh, which
-// the simulator replaces) and of a CUDA runtime that knows no more than what it takes. Prints compiled_for, max_cluster and
-// active_clusters, or the error.
+// simt::query_device and simt::query_code on a device that is made up: a program of the library's own host code (launch.cuh,
+// which the simulator replaces) and of a CUDA runtime that knows no more than what it takes. Prints compiled_for,
+// max_cluster and active_clusters, or the error.
 #include <cstdio>
 #include <cstdlib>
 #include <launch.cuh>

@@ -12,8 +12,8 @@
 namespace fused_rnn::cpu {
 namespace {
 
-// Bytes of a chunk's input projection: a fraction of L2 (of the sizes tried in a prototype on Zen 4 this one was fastest), or
-// as many as the weights that each chunk reads, within reason.
+// Bytes of a chunk's input projection: a fraction of L2 (of the sizes tried in a prototype on Zen 4 this one was fastest),
+// or as many as the weights that each chunk reads, within reason.
 constexpr int64_t kChunkBytes = 512 * 1024, kMaxChunkBytes = 8 * 1024 * 1024;
 
 template <class A>

@@ -97,6 +97,10 @@ void write_integers(int64_t* to, const int64_t* integers, int64_t count, void*) 
   check(simulator<int(int64_t*, const int64_t*, int64_t)>("simt_write_integers")(to, integers, count));
 }
 
+void previous_rows(const PreviousParams& params, void*) {
+  check(simulator<int(const PreviousParams*)>("simt_previous_rows")(&params));
+}
+
 void forward(const ForwardParams& params, const Plan& plan, void*) {
   ++calls;
   check(simulator<int(const ForwardParams*, const Plan*)>("simt_forward")(&params, &plan));
