@@ -22,9 +22,11 @@ def sources(*patterns):
 def extension(torch, cuda):
     """The one extension module. No -std (torch passes the one it needs) and no -march (the instruction set is chosen at run
     time). OpenMP is compiled in but not linked: its symbols come from the library that torch has loaded; so do CUDA's."""
-    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension, include_paths
 
     cxx = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=switch"]
+    for folder in include_paths():  # a system header's warnings are not ours
+        cxx += ["-isystem", folder]
     files = [name for name in sources("csrc/**/*.cpp") if not name.endswith("_cuda.cpp")]
     include_dirs = [str(ROOT / "csrc"), str(ROOT / "csrc" / "cuda" / "device")]
     if "skipped" in cuda:
