@@ -116,6 +116,8 @@ class PartsProduct {
 
   // Sums of rows that have a value without parts are made again, from the source.
   void replace_infinite(const Tile<float>& tile, int64_t block) const {
+    const uint32_t second = tile.rows > kPartsRows ? scratch_.infinite[block + 1] : 0;
+    if ((scratch_.infinite[block] | second) == 0) return;
     for (int r = 0; r < tile.rows; ++r) {
       if (!(scratch_.infinite[block + r / kPartsRows] >> r % kPartsRows & 1)) continue;
       multiply_infinite(product_.kernels, m_, product_.init, product_.rows[tile.row + r], tile.first,

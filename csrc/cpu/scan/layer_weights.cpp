@@ -27,6 +27,8 @@ void LayerWeights<A>::pack_biases(const Kernels<A>& kernels, const LayerSource& 
   const Shape& shape = h.shape;
   const auto load = kernels.load[storage_index(source.dtype)];
   const int64_t size = dtype_size(source.dtype);
+  bool one_slot[kMaxTileVectors];  // of each gate: both its biases are added to the same slot
+  for (int gate = 0; gate < shape.gates; ++gate) one_slot[gate] = recurrent_slot_of(source.cell, gate) == gate;
   for (int64_t v = vectors.first; v < vectors.last; ++v) {
     const auto [gate, unit, lanes] = vector_of(shape, v);
     const int64_t from = gate * shape.units + unit;
@@ -35,7 +37,7 @@ void LayerWeights<A>::pack_biases(const Kernels<A>& kernels, const LayerSource& 
     std::fill_n(to_h, shape.width, A(0));
     if (source.weights.b_ih) load(stored_at(source.weights.b_ih, from, size), to_x, lanes);
     if (source.weights.b_hh) load(stored_at(source.weights.b_hh, from, size), to_h, lanes);
-    if (recurrent_slot_of(source.cell, static_cast<int>(gate)) != gate) continue;
+    if (!one_slot[gate]) continue;
     for (int i = 0; i < lanes; ++i) {
       to_x[i] += to_h[i];
       to_h[i] = 0;
