@@ -44,7 +44,7 @@ int64_t width_of(DType dtype) {
 int64_t work_of(const Problem& p) { return p.T * p.B * p.D * fused_rnn::gate_count(p.cell) * p.H * (p.I + p.P + 8); }
 
 // An output projection goes with a c, which keeps H where h has P (torch.nn has it for its LSTM alone).
-bool may_project(CellKind cell) { return fused_rnn::traits_of(cell).has_c; }
+bool may_project(CellKind cell) { return fused_rnn::traits_of(cell).may_project; }
 
 // Of at most so much work.
 Problem random_problem(uint64_t seed, int64_t most) {
