@@ -45,7 +45,7 @@ PROBE = r"""
 #include <cstddef>
 #include <cstdio>
 #include <initializer_list>
-#include "plan/persistent_geometry.h"
+#include "cuda/persistent/sequence.h"
 using namespace fused_rnn;
 using namespace fused_rnn::cuda;
 int main() {

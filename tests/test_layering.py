@@ -16,7 +16,7 @@ BELOW = {
     "cpu/scan": {"core", "cpu/isa", "cpu", "cpu/gemm"},
     "cuda/device": {"core", "plan"},
     "cuda/step": {"core", "plan", "cuda/device"},
-    "cuda/persistent": {"core", "plan", "cuda/device", "cuda"},
+    "cuda/persistent": {"core", "plan", "cuda/device"},
     "cuda": {"core", "plan", "cuda/device", "cuda/step", "cuda/persistent"},
     "torch": {"core", "plan", "cpu", "cpu/isa", "cpu/gemm", "cpu/scan", "cuda"},
 }

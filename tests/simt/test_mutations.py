@@ -37,7 +37,7 @@ EQUIVALENT: dict[str, str] = {
     "matmul.cuh `if (next < chunks) {` -> `{`": "saves copies: beyond the last chunk they are zeros that nobody reads",
     "matmul.cuh `any_row ? chunks_ : 0` -> `chunks_`": "saves the product of states that are all zero",
     "forward.cuh `if (active && !(info.flags & kHasNext))` -> `if (active)`": _LAST,
-    "forward.cuh `if (!(info.flags & kHasNext)) c_n` -> `c_n`": _LAST,
+    "forward.cuh `if (!(info.flags & kHasNext)) store_c_n` -> `store_c_n`": _LAST,
     "backward.cuh `C::kHasC && !(info.flags & kHasPrevious)` -> `C::kHasC`": _LAST,
 }
 

@@ -14,7 +14,7 @@ from layers import Layer, LayerRun, structure
 from simulator import Fault, Simulator
 from torch import Tensor
 
-OverlapTask = structure("OverlapTask", "plan_overlap.h")
+OverlapTask = structure("OverlapTask", "plan/overlap.h")
 
 
 def layers_of(case: Case) -> list[Layer]:

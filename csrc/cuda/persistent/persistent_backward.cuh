@@ -176,8 +176,15 @@ struct PersistentBackward : BlockElements<G> {
     }
   }
 
-  // After the product with the gradients of the launch's last step, if there is one.
-  __device__ __forceinline__ void end(const Place& e, int row_tile, int buffer) const {
+  // The gradients of the states of a row tile, after the product with the gradients of the launch's last step, if there is
+  // one.
+  __device__ __forceinline__ void end(int row_tile, int half, int buffer) const {
+#pragma unroll
+    for (int i = 0; i < Place::kPerThread; ++i) end_element(Place(half, i), row_tile, buffer);
+  }
+
+ private:
+  __device__ __forceinline__ void end_element(const Place& e, int row_tile, int buffer) const {
     if (!exists(e, row_tile)) return;
     const bool goes_on = !is_last_launch();
     if (goes_on || p.d_h0) {
@@ -198,108 +205,131 @@ struct PersistentBackward : BlockElements<G> {
   }
 };
 
-// The turns of backward. Those of the step after the last one only finish the gradients of the states.
+// With the scatter product, multiplies the gradients of step k, which all threads have put, and sends the sums to their
+// owners.
 template <class G>
-struct BackwardTurns : Turns<G, PersistentBackward<G>> {
-  using Base = Turns<G, PersistentBackward<G>>;
-  using Base::advance, Base::buffer, Base::elements, Base::load, Base::next_of, Base::rows, Base::rows_of, Base::x;
-  using Place = typename Base::Place;
-  using Result = typename PersistentBackward<G>::Result;
-  using Base::Base;
-
-  __device__ __forceinline__ void make(const Turn& turn) {
-    const bool is_over = turn.step == elements.steps;
-    if constexpr (Base::kSchedule == Schedule::kPlain) {
-      if (!is_over) load(turn.row_tile, turn, rows);
+__device__ __forceinline__ void scatter(PersistentBackward<G>& backward, int row_tile, int k, int buffer) {
+  if constexpr (G::kScatters) {
+    if (backward.has_exchange(k)) {
+      simt::sync_block();
+      backward.product.run(buffer, row_tile, k);
     }
-    if (turn.step > 0 && elements.has_exchange(turn.step - 1)) elements.await_product(turn.row_tile, turn.step, buffer);
-    if (is_over) {
-      finish_states(turn);
-    } else if constexpr (Base::kSchedule == Schedule::kPlain) {
-      finish_plain(turn);
-    } else if constexpr (Base::kSchedule == Schedule::kEarly) {
-      finish_early(turn);
-    } else {
-      finish_alternate(turn);
-    }
-    buffer ^= 1;
   }
+}
 
- private:
-  // What follows the finishing of all elements: with the scatter product, the product itself.
-  __device__ __forceinline__ void scatter(const Turn& turn) {
-    if constexpr (G::kScatters) {
-      if (elements.has_exchange(turn.step)) {
-        simt::sync_block();
-        elements.product.run(buffer, turn.row_tile, turn.step);
+// The loop over steps and row tiles, one function for each schedule. rows: of step 0. The turns after the last step finish
+// the gradients of the states.
+template <class G>
+__device__ __forceinline__ void run_plain(PersistentBackward<G>& backward, const BlockPlace& block, StepRows& rows) {
+  using Place = ElementPlace<G>;
+  typename PersistentBackward<G>::Element x[Place::kPerThread];
+  int buffer = 0;
+#pragma unroll 1
+  for (int k = 0; k <= backward.steps; ++k) {
+#pragma unroll 1
+    for (int row_tile = 0; row_tile < block.row_tiles; ++row_tile) {
+      const bool is_over = k == backward.steps;
+      if (!is_over) load_elements(backward, x, row_tile, row_tile, k, rows);
+      if (k > 0 && backward.has_exchange(k - 1)) backward.await_product(row_tile, k, buffer);
+      if (is_over) {
+        backward.end(row_tile, row_tile, buffer);
+        buffer ^= 1;
+        continue;
       }
-    }
-  }
-
-  __device__ __forceinline__ void finish_plain(const Turn& turn) {
-    const auto next = next_of(turn);
-    Result results[Place::kPerThread];
+      const NextTurn next(block, row_tile, k, backward.steps);
+      typename PersistentBackward<G>::Result results[Place::kPerThread];
 #pragma unroll
-    for (int i = 0; i < Place::kPerThread; ++i) {
-      const Place e(turn.row_tile, i);
-      elements.finish(e, turn.row_tile, turn.step, x[i], buffer, results[i]);
-      elements.store(e, turn.row_tile, rows.now, results[i]);
+      for (int i = 0; i < Place::kPerThread; ++i) {
+        backward.finish(Place(row_tile, i), row_tile, k, x[i], buffer, results[i]);
+        backward.store(Place(row_tile, i), row_tile, rows.now, results[i]);
+      }
+      scatter(backward, row_tile, k, buffer);
+      if (!next.same_step) rows.advance(backward.seq, backward.time(k + 3));
+      buffer ^= 1;
     }
-    scatter(turn);
-    advance(turn, next);
   }
+}
 
-  __device__ __forceinline__ void finish_early(const Turn& turn) {
-    const auto next = next_of(turn);
-    const Place e(turn.row_tile, 0);
-    Result result;
-    elements.finish(e, turn.row_tile, turn.step, x[0], buffer, result);
-    scatter(turn);
-    const int row = rows.now;
-    advance(turn, next);
-    if (next.exists) load(next.turn.row_tile, next.turn, rows);
-    elements.store(e, turn.row_tile, row, result);
-  }
-
-  __device__ __forceinline__ void finish_alternate(const Turn& turn) {
-    const auto next = next_of(turn);
-    const Place e(buffer, 0);
-    Result result;
-    if (e.mine) {
-      elements.finish(e, turn.row_tile, turn.step, x[0], buffer, result);
-    } else if (next.exists) {
-      load(buffer ^ 1, next.turn, rows_of(next));
+template <class G>
+__device__ __forceinline__ void run_early(PersistentBackward<G>& backward, const BlockPlace& block, StepRows& rows) {
+  using Place = ElementPlace<G>;
+  typename PersistentBackward<G>::Element x[1];
+  load_elements(backward, x, 0, 0, 0, rows);
+  int buffer = 0;
+#pragma unroll 1
+  for (int k = 0; k <= backward.steps; ++k) {
+#pragma unroll 1
+    for (int row_tile = 0; row_tile < block.row_tiles; ++row_tile) {
+      if (k > 0 && backward.has_exchange(k - 1)) backward.await_product(row_tile, k, buffer);
+      if (k == backward.steps) {
+        backward.end(row_tile, row_tile, buffer);
+        buffer ^= 1;
+        continue;
+      }
+      const NextTurn next(block, row_tile, k, backward.steps);
+      const int row = rows.now;
+      typename PersistentBackward<G>::Result result;
+      backward.finish(Place(row_tile, 0), row_tile, k, x[0], buffer, result);
+      scatter(backward, row_tile, k, buffer);
+      if (!next.same_step) rows.advance(backward.seq, backward.time(k + 3));
+      if (next.exists) load_elements(backward, x, next.row_tile, next.row_tile, next.same_step ? k : k + 1, rows);
+      backward.store(Place(row_tile, 0), row_tile, row, result);
+      buffer ^= 1;
     }
-    scatter(turn);
-    elements.store(e, turn.row_tile, rows.now, result);
-    advance(turn, next);
   }
+}
 
-  __device__ __forceinline__ void finish_states(const Turn& turn) {
-    // With kAlternate the half that has been finishing this row tile.
-    const int half = Base::kSchedule == Schedule::kAlternate ? buffer + Base::row_tiles : turn.row_tile;
-#pragma unroll
-    for (int i = 0; i < Place::kPerThread; ++i) elements.end(Place(half, i), turn.row_tile, buffer);
+template <class G>
+__device__ __forceinline__ void run_alternate(PersistentBackward<G>& backward, const BlockPlace& block, StepRows& rows) {
+  using Place = ElementPlace<G>;
+  typename PersistentBackward<G>::Element x[1];
+  load_elements(backward, x, 0, 0, 0, rows);
+  int buffer = 0;  // parity of the turns made: the buffer in use, and the half whose turn it is
+#pragma unroll 1
+  for (int k = 0; k <= backward.steps; ++k) {
+#pragma unroll 1
+    for (int row_tile = 0; row_tile < block.row_tiles; ++row_tile) {
+      if (k > 0 && backward.has_exchange(k - 1)) backward.await_product(row_tile, k, buffer);
+      if (k == backward.steps) {
+        // The row tile's last turn was row_tiles ago, so that its half is known by that parity.
+        backward.end(row_tile, buffer + block.row_tiles, buffer);
+        buffer ^= 1;
+        continue;
+      }
+      const NextTurn next(block, row_tile, k, backward.steps);
+      const int row = rows.now;
+      typename PersistentBackward<G>::Result result;
+      if (const Place e(buffer, 0); e.mine) {
+        backward.finish(e, row_tile, k, x[0], buffer, result);
+      } else if (next.exists) {
+        load_elements(backward, x, buffer ^ 1, next.row_tile, next.same_step ? k : k + 1,
+                      next.same_step ? rows : rows.following());
+      }
+      scatter(backward, row_tile, k, buffer);
+      backward.store(Place(buffer, 0), row_tile, row, result);
+      if (!next.same_step) rows.advance(backward.seq, backward.time(k + 3));
+      buffer ^= 1;
+    }
   }
-};
+}
 
 template <class G>
 __device__ __forceinline__ void persistent_backward(const BackwardSequence& s) {
   const BlockPlace block = block_place(s.l, s.p.seq.B);
   const void* const w_hh = block.dir ? s.p.weights[1].w_hh.data : s.p.weights[0].w_hh.data;
   ProductOf<G> product(w_hh, s.p.H, s.l, block.slice, block.group);
-  PersistentBackward<G> elements(s, block, product);
+  PersistentBackward<G> backward(s, block, product);
   load_lengths(product, s.p.seq, block);
   product.exchange.start();
   simt::sync_block();
-  for (int row_tile = 0; row_tile < block.row_tiles; ++row_tile) elements.begin(row_tile);
-
-  BackwardTurns<G> turns(elements, block);
-  if constexpr (turns.kSchedule != Schedule::kPlain) turns.load(0, {0, 0}, turns.rows);
-#pragma unroll 1
-  for (int step = 0; step <= elements.steps; ++step) {
-#pragma unroll 1
-    for (int row_tile = 0; row_tile < block.row_tiles; ++row_tile) turns.make({step, row_tile});
+  for (int row_tile = 0; row_tile < block.row_tiles; ++row_tile) backward.begin(row_tile);
+  StepRows rows(s.p.seq, [&](int k) { return backward.time(k); });
+  if constexpr (ElementPlace<G>::kSchedule == Schedule::kPlain) {
+    run_plain(backward, block, rows);
+  } else if constexpr (ElementPlace<G>::kSchedule == Schedule::kEarly) {
+    run_early(backward, block, rows);
+  } else {
+    run_alternate(backward, block, rows);
   }
 }
 

@@ -173,98 +173,116 @@ __device__ __forceinline__ void load_biases(const PersistentProduct<G>& product,
   }
 }
 
-// The turns of forward.
+// Awaits the states of all slices and multiplies the weights by them. The barrier also ends the use of the other buffer.
 template <class G>
-struct ForwardTurns : Turns<G, PersistentForward<G>> {
-  using Base = Turns<G, PersistentForward<G>>;
-  using Base::advance, Base::buffer, Base::elements, Base::load, Base::next_of, Base::rows, Base::rows_of, Base::x;
-  using Place = typename Base::Place;
-  using Result = typename PersistentForward<G>::Result;
-  using Base::Base;
+__device__ __forceinline__ void multiply_states(PersistentProduct<G>& product, int row_tile, int step, int buffer) {
+  typename PersistentProduct<G>::Sums sums;
+  product.run(sums, row_tile, step);
+  product.store_sums(sums, buffer);
+  simt::sync_block();
+}
 
-  __device__ __forceinline__ void make(const Turn& turn) {
-    if constexpr (Base::kSchedule == Schedule::kPlain) {
-      make_plain(turn);
-    } else if constexpr (Base::kSchedule == Schedule::kEarly) {
-      make_early(turn);
-    } else {
-      make_alternate(turn);
-    }
-    buffer ^= 1;
-  }
-
- private:
-  // Awaits the states of all slices and multiplies the weights by them. The barrier also ends the use of the other buffer.
-  __device__ __forceinline__ void multiply(const Turn& turn) {
-    typename PersistentProduct<G>::Sums sums;
-    elements.product.run(sums, turn.row_tile, turn.step);
-    elements.product.store_sums(sums, buffer);
-    simt::sync_block();
-  }
-
-  __device__ __forceinline__ void make_plain(const Turn& turn) {
-    load(turn.row_tile, turn, rows);
-    multiply(turn);
-    const auto next = next_of(turn);
-    Result results[Place::kPerThread];
+// The loop over steps and row tiles, one function for each schedule. rows: of step 0.
+template <class G>
+__device__ __forceinline__ void run_plain(PersistentForward<G>& forward, PersistentProduct<G>& product,
+                                          const BlockPlace& block, StepRows& rows) {
+  using Place = ElementPlace<G>;
+  typename PersistentForward<G>::Element x[Place::kPerThread];
+  int buffer = 0;
+#pragma unroll 1
+  for (int step = 0; step < forward.steps; ++step) {
+#pragma unroll 1
+    for (int row_tile = 0; row_tile < block.row_tiles; ++row_tile) {
+      load_elements(forward, x, row_tile, row_tile, step, rows);
+      multiply_states(product, row_tile, step, buffer);
+      const NextTurn next(block, row_tile, step, forward.steps);
+      typename PersistentForward<G>::Result results[Place::kPerThread];
 #pragma unroll
-    for (int i = 0; i < Place::kPerThread; ++i) {
-      const Place e(turn.row_tile, i);
-      elements.finish(e, turn.row_tile, turn.step, x[i], buffer, results[i]);
-      elements.store(e, turn.row_tile, rows.now, results[i]);
+      for (int i = 0; i < Place::kPerThread; ++i) {
+        forward.finish(Place(row_tile, i), row_tile, step, x[i], buffer, results[i]);
+        forward.store(Place(row_tile, i), row_tile, rows.now, results[i]);
+      }
+      if (!next.same_step) rows.advance(forward.seq, forward.time(step + 3));
+      buffer ^= 1;
     }
-    advance(turn, next);
   }
+  for (int row_tile = 0; row_tile < block.row_tiles; ++row_tile) forward.end(row_tile, row_tile);
+}
 
-  __device__ __forceinline__ void make_early(const Turn& turn) {
-    multiply(turn);
-    const auto next = next_of(turn);
-    const Place e(turn.row_tile, 0);
-    Result result;
-    elements.finish(e, turn.row_tile, turn.step, x[0], buffer, result);
-    const int row = rows.now;
-    advance(turn, next);
-    if (next.exists) load(next.turn.row_tile, next.turn, rows);
-    elements.store(e, turn.row_tile, row, result);
-  }
-
-  __device__ __forceinline__ void make_alternate(const Turn& turn) {
-    multiply(turn);
-    const auto next = next_of(turn);
-    if (const Place e(buffer, 0); e.mine) {
-      Result result;
-      elements.finish(e, turn.row_tile, turn.step, x[0], buffer, result);
-      elements.store(e, turn.row_tile, rows.now, result);
-    } else if (next.exists) {
-      load(buffer ^ 1, next.turn, rows_of(next));
+template <class G>
+__device__ __forceinline__ void run_early(PersistentForward<G>& forward, PersistentProduct<G>& product,
+                                          const BlockPlace& block, StepRows& rows) {
+  using Place = ElementPlace<G>;
+  typename PersistentForward<G>::Element x[1];
+  load_elements(forward, x, 0, 0, 0, rows);
+  int buffer = 0;
+#pragma unroll 1
+  for (int step = 0; step < forward.steps; ++step) {
+#pragma unroll 1
+    for (int row_tile = 0; row_tile < block.row_tiles; ++row_tile) {
+      multiply_states(product, row_tile, step, buffer);
+      const NextTurn next(block, row_tile, step, forward.steps);
+      typename PersistentForward<G>::Result result;
+      forward.finish(Place(row_tile, 0), row_tile, step, x[0], buffer, result);
+      const int row = rows.now;
+      if (!next.same_step) rows.advance(forward.seq, forward.time(step + 3));
+      if (next.exists) load_elements(forward, x, next.row_tile, next.row_tile, next.same_step ? step : step + 1, rows);
+      forward.store(Place(row_tile, 0), row_tile, row, result);
+      buffer ^= 1;
     }
-    advance(turn, next);
   }
-};
+  for (int row_tile = 0; row_tile < block.row_tiles; ++row_tile) forward.end(row_tile, row_tile);
+}
+
+template <class G>
+__device__ __forceinline__ void run_alternate(PersistentForward<G>& forward, PersistentProduct<G>& product,
+                                              const BlockPlace& block, StepRows& rows) {
+  using Place = ElementPlace<G>;
+  typename PersistentForward<G>::Element x[1];
+  load_elements(forward, x, 0, 0, 0, rows);
+  int buffer = 0;  // parity of the turns made: the buffer of sums in use, and the half whose turn it is
+#pragma unroll 1
+  for (int step = 0; step < forward.steps; ++step) {
+#pragma unroll 1
+    for (int row_tile = 0; row_tile < block.row_tiles; ++row_tile) {
+      multiply_states(product, row_tile, step, buffer);
+      const NextTurn next(block, row_tile, step, forward.steps);
+      typename PersistentForward<G>::Result result;
+      if (const Place e(buffer, 0); e.mine) {
+        forward.finish(e, row_tile, step, x[0], buffer, result);
+        forward.store(e, row_tile, rows.now, result);
+      } else if (next.exists) {
+        load_elements(forward, x, buffer ^ 1, next.row_tile, next.same_step ? step : step + 1,
+                      next.same_step ? rows : rows.following());
+      }
+      if (!next.same_step) rows.advance(forward.seq, forward.time(step + 3));
+      buffer ^= 1;
+    }
+  }
+  // A row tile's last turn was the row_tiles - row_tile th before now, and `buffer` is the parity of now.
+  for (int row_tile = 0; row_tile < block.row_tiles; ++row_tile) {
+    forward.end(row_tile, buffer + block.row_tiles + row_tile);
+  }
+}
 
 template <class G>
 __device__ __forceinline__ void persistent_forward(const ForwardSequence& s) {
   const BlockPlace block = block_place(s.l, s.p.seq.B);
   const void* const w_hh = block.dir ? s.p.weights[1].w_hh.data : s.p.weights[0].w_hh.data;
   PersistentProduct<G> product(w_hh, s.p.H, s.l, block.slice, block.group);
-  PersistentForward<G> elements(s, block, product);
+  PersistentForward<G> forward(s, block, product);
   load_lengths(product, s.p.seq, block);
-  load_biases(product, block.dir ? s.p.weights[1].b_hh : s.p.weights[0].b_hh, elements.H, block.slice);
+  load_biases(product, block.dir ? s.p.weights[1].b_hh : s.p.weights[0].b_hh, forward.H, block.slice);
   product.exchange.start();
   simt::sync_block();
-
-  ForwardTurns<G> turns(elements, block);
-  for (int row_tile = 0; row_tile < block.row_tiles; ++row_tile) elements.begin(row_tile, turns.rows.now);
-  if constexpr (turns.kSchedule != Schedule::kPlain) turns.load(0, {0, 0}, turns.rows);
-#pragma unroll 1
-  for (int step = 0; step < elements.steps; ++step) {
-#pragma unroll 1
-    for (int row_tile = 0; row_tile < block.row_tiles; ++row_tile) turns.make({step, row_tile});
-  }
-  for (int row_tile = 0; row_tile < block.row_tiles; ++row_tile) {
-    // With kAlternate a row tile's last turn was the row_tiles - row_tile th before now, and `buffer` is the parity of now.
-    const bool alternate = turns.kSchedule == Schedule::kAlternate;
-    elements.end(row_tile, alternate ? turns.buffer + block.row_tiles + row_tile : row_tile);
+  StepRows rows(s.p.seq, [&](int step) { return forward.time(step); });
+  for (int row_tile = 0; row_tile < block.row_tiles; ++row_tile) forward.begin(row_tile, rows.now);
+  if constexpr (ElementPlace<G>::kSchedule == Schedule::kPlain) {
+    run_plain(forward, product, block, rows);
+  } else if constexpr (ElementPlace<G>::kSchedule == Schedule::kEarly) {
+    run_early(forward, product, block, rows);
+  } else {
+    run_alternate(forward, product, block, rows);
   }
 }
 
