@@ -30,7 +30,7 @@ def _backward_flops(call: dict[str, Any]) -> int:
 
     Where the gradient of h0 is not wanted, the first step of a direction takes no product with W_hh.
     """
-    x, params, offsets = call["x"], call["params"], rows_of(call["rows"]).offsets
+    x, params, offsets = call["x"], call["params"], rows_of(call["rows"], call["recipe"]).offsets
     needs_x, needs_states, needs_weights = call["mask"]
     rows, directions = _rows(x), unpacked(call["recipe"]).directions
     per_direction = len(params) // directions

@@ -31,11 +31,11 @@ def _check_fake(x: Tensor, recipe: int, **others: Sequence[Tensor | None]) -> Re
 
 
 def _fake_layer(
-    x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], rows: list[Tensor | None], recipe: int, save: bool
+    x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], rows: Sequence[Tensor], recipe: int, save: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Shapes of fused_rnn::layer's results."""
     layer = _check_fake(x, recipe, states=states, params=params, rows=rows)
-    kind, w_hh, packed = layer.kind, params[1], rows_of(rows).offsets is not None
+    kind, w_hh, packed = layer.kind, params[1], rows_of(rows, recipe).offsets is not None
     hidden, out = w_hh.shape[0] // kind.gates, w_hh.shape[1]
     count = x.shape[0] if packed else x.shape[0] * x.shape[1]
     batch = states[0].shape[1] if packed and states else x.shape[1]
@@ -52,11 +52,11 @@ def _fake_layer(
 
 def _fake_layer_backward(
     dy: Tensor | None,
-    dlast: list[Tensor | None],
+    dlast: Sequence[Tensor],
     x: Tensor,
     states: Sequence[Tensor],
     params: Sequence[Tensor],
-    rows: list[Tensor | None],
+    rows: Sequence[Tensor],
     saved: Sequence[Tensor],
     recipe: int,
     mask: Sequence[bool],
@@ -72,11 +72,11 @@ def _fake_layer_backward(
 
 def _layer_backward_differentiable(
     dy: Tensor | None,
-    dlast: list[Tensor | None],
+    dlast: Sequence[Tensor],
     x: Tensor,
     states: Sequence[Tensor],
     params: Sequence[Tensor],
-    rows: list[Tensor | None],
+    rows: Sequence[Tensor],
     saved: Sequence[Tensor],
     recipe: int,
     mask: Sequence[bool],
@@ -94,9 +94,9 @@ def _layer_backward_differentiable(
 
         args = [alias(t) if wanted else t for t, wanted in zip(given, asked, strict=True)]
         first = 1 + len(states)
-        y, last = reference.layer(args[0], args[1:first], args[first:], rows_of(rows), unpacked(recipe))
-        results = [y, *(last if dlast else [])]
-        pairs = [(out, grad) for out, grad in zip(results, [dy, *dlast], strict=True) if grad is not None]
+        y, last = reference.layer(args[0], args[1:first], args[first:], rows_of(rows, recipe), unpacked(recipe))
+        given_grads = [dy, *(None if grad.shape == (0,) else grad for grad in dlast)]
+        pairs = [(out, grad) for out, grad in zip([y, *last], given_grads, strict=False) if grad is not None]
         inputs = [t for t, wanted in zip(args, asked, strict=True) if wanted]
         found = iter(
             torch.autograd.grad(

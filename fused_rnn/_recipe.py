@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from fused_rnn._kinds import KINDS, Kind
 
+_HAS_LENGTHS = 1 << 12  # offsets and resets follow
 _LAYERS_SHIFT = 16
 
 
@@ -47,7 +49,7 @@ def unpacked(number: int) -> Recipe:
         ValueError: the number is no packed recipe.
     """
     cell, num_layers = number & 0xFF, number >> _LAYERS_SHIFT
-    if cell >= len(KINDS) or number >> 12 & 0xF or not 1 <= num_layers <= 2**31:
+    if cell >= len(KINDS) or number >> 15 & 1 or not 1 <= num_layers <= 2**31:
         raise ValueError(
             f"recipe: expected a number that fused_rnn._recipe makes (a cell of 0 to {len(KINDS) - 1} in its last byte), "
             f"got {number}"
@@ -62,11 +64,25 @@ class Rows(NamedTuple):
     offsets: Tensor | None = None  # [T + 1] int64, of packed rows
     resets: Tensor | None = None  # [T, B] ([B, T] with batch_first, [N] packed) bool
 
-    def given(self) -> list[Tensor | None]:
+    def given(self) -> list[Tensor]:
         """The ops' argument ``rows``: [] for all rows in every step."""
-        return [] if self.lengths is None and self.offsets is None and self.resets is None else [*self]
+        return [tensor for tensor in self if tensor is not None]
+
+    @property
+    def bits(self) -> int:
+        """What the ops' argument ``recipe`` says of ``rows``: which they are."""
+        return sum(_HAS_LENGTHS << place for place, tensor in enumerate(self) if tensor is not None)
 
 
-def rows_of(given: list[Tensor | None]) -> Rows:
-    """The rows of an op's argument."""
-    return Rows(*given)
+def rows_of(given: Sequence[Tensor], recipe: int) -> Rows:
+    """The rows of an op's arguments ``rows`` and ``recipe``.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    places = [place for place in range(len(Rows._fields)) if recipe & _HAS_LENGTHS << place]
+    if len(places) != len(given):
+        raise ValueError(
+            f"rows: expected {len(places)} of lengths, offsets and resets (recipe says which), got {len(given)}"
+        )
+    return Rows(**{Rows._fields[place]: tensor for place, tensor in zip(places, given, strict=True)})

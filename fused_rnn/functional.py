@@ -192,7 +192,9 @@ def run_rnn(
         # Modes see the op's call, and so do subclasses, wherever in it they are.
         seen = torch.compiler.is_compiling() or _has_torch_function_variadic(input, *states, *rows, *weights)
         op = _ops.rnn if seen else _ops.eager_rnn
-        result: tuple[Tensor, list[Tensor]] = op(input, states, weights, rows.given(), recipe.packed, recipe.dropout)
+        result: tuple[Tensor, list[Tensor]] = op(
+            input, states, weights, rows.given(), recipe.packed | rows.bits, recipe.dropout
+        )
         return result
     input, states, weights = _autocast(device_type, input, states, weights)
     if rows.lengths is not None:

@@ -100,7 +100,7 @@ def test_floor() -> None:
 
 def test_floor_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its constants are the planner's: without them there is no floor, and a warning says what is missing."""
-    monkeypatch.setattr(_backend, "_C", None)
+    monkeypatch.setattr(_backend, "extension", None)
     monkeypatch.setattr(_backend, "import_error", "it was not built")
     lstm = BenchCase("LSTM", "fp16", "inference", 256, 8, 256, 256)
     assert floor_us_per_step(lstm, 80, True) is None

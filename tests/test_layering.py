@@ -71,3 +71,18 @@ def test_ptx_and_the_runtime_have_one_file_each() -> None:
     }
     calls = {path.name for path in FILES if re.search(r"\bcuda[A-Z]\w+\(", path.read_text())}
     assert calls == {"launch.cuh"}, calls
+
+
+def test_lines_fit() -> None:
+    """125 columns, comments included, which clang-format leaves as they are."""
+    root = CSRC.parent
+    files = [path for folder in ("csrc", "tests", "benchmarks") for path in (root / folder).rglob("*")]
+    kinds = (".h", ".cuh", ".cpp", ".cu", ".c")
+    long = [
+        f"{path.relative_to(root)}:{number}"
+        for path in files
+        if path.suffix in kinds
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 125
+    ]
+    assert not long, "\n".join(long)

@@ -31,7 +31,7 @@ def layer_args(case: Case, device: str, requires_grad: bool = True) -> list:
             t.requires_grad_()
     recipe = Recipe(KINDS[case.cell], 1, case.has_biases, case.bidirectional)
     rows = Rows(data.lengths, offsets, data.resets)
-    return [data.input, states_of(data), data.weights, rows.given(), recipe.packed]
+    return [data.input, states_of(data), data.weights, rows.given(), recipe.packed | rows.bits]
 
 
 def states_of(data: Data) -> list[torch.Tensor]:
@@ -195,10 +195,13 @@ def test_op_arguments_are_checked() -> None:
     fails(r"states: expected 2 \(h0 and c0\) or none, got 1", states=[data.h0])
     fails("params: expected 4 tensors, got 3", params=data.weights[:3])
     fails("w_ih: expected shape", params=[data.weights[0][:, :-1], *data.weights[1:]])
-    fails("lengths: expected dtype", rows=[torch.zeros(3, dtype=torch.int32), None, None])
-    fails("lengths: expected shape", rows=[torch.zeros(4, dtype=torch.int64), None, None])
-    fails("resets: expected shape", rows=[None, None, torch.zeros(3, 5, dtype=torch.bool)])
-    fails(r"rows: expected \[\] or \[lengths, offsets, resets\], got 2 entries", rows=[None, None])
+    for rows, match in (
+        (Rows(lengths=torch.zeros(3, dtype=torch.int32)), "lengths: expected dtype"),
+        (Rows(lengths=torch.zeros(4, dtype=torch.int64)), "lengths: expected shape"),
+        (Rows(resets=torch.zeros(3, 5, dtype=torch.bool)), "resets: expected shape"),
+    ):
+        fails(match, rows=rows.given(), recipe=recipe | rows.bits)
+    fails("rows: expected 0 of lengths, offsets and resets", rows=[torch.zeros(3, dtype=torch.int64)])
     fails(r"recipe: expected .*\(a cell of 0 to 4 ", recipe=Recipe(7).packed)
     fails("recipe: expected that of one layer", recipe=Recipe(KINDS["LSTM"], num_layers=2).packed)
 

@@ -21,7 +21,7 @@ def test_there_and_back() -> None:
             assert _backend.extension.unpack_recipe(recipe.packed) == recipe[:6]
 
 
-NONE = (-1, 0, 3, 2**16 + len(KINDS), 2**16 + 2**12, 2**48, (2**31 + 1) << 16, 2**63 - 1, -(2**63))
+NONE = (-1, 0, 3, 2**16 + len(KINDS), 2**16 + 2**15, 2**48, (2**31 + 1) << 16, 2**63 - 1, -(2**63))
 
 
 @pytest.mark.parametrize("number", NONE)

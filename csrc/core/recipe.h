@@ -18,7 +18,10 @@ struct Recipe {
 };
 
 // A recipe without dropout as one number, which a schema takes and a graph keeps: the cell in bits 0 to 7, a bit each for
-// has_biases, bidirectional, batch_first and training, the number of layers from bit 16 on.
+// has_biases, bidirectional, batch_first and training, then three that say which tensors a schema's list `rows` has, and the
+// number of layers from bit 16 on.
+constexpr int64_t kHasLengths = 1 << 12, kHasOffsets = 1 << 13, kHasResets = 1 << 14;
+constexpr int64_t kHasRows = kHasLengths | kHasOffsets | kHasResets;
 constexpr int kLayersShift = 16;
 constexpr int64_t kMostLayers = int64_t{1} << 31;
 
@@ -30,7 +33,7 @@ constexpr int64_t pack(const Recipe& r) {
 // Whether a number is a packed recipe.
 constexpr bool is_packed(int64_t number) {
   const int64_t layers = number >> kLayersShift;
-  return (number & 0xff) < kCellCount && (number >> 12 & 0xf) == 0 && layers >= 1 && layers <= kMostLayers;
+  return (number & 0xff) < kCellCount && (number >> 15 & 1) == 0 && layers >= 1 && layers <= kMostLayers;
 }
 
 // Of a number that is one.

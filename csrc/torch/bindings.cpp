@@ -26,7 +26,6 @@ void bind_plan(pybind11::module_& module);  // plan_bindings.cpp
 namespace {
 
 using at::Tensor;
-using fused_rnn::OptionalTensor;
 
 pybind11::dict build_info() {
   pybind11::dict info;
@@ -81,30 +80,14 @@ struct Argument<Tensor> {
   }
 };
 template <>
-struct Argument<OptionalTensor> {
-  static OptionalTensor of(PyObject* object, const char* name) {
-    return object == Py_None ? std::nullopt : OptionalTensor(Argument<Tensor>::of(object, name));
-  }
-};
-// Calls f for each item of a list.
-template <class F>
-void for_items(PyObject* object, const char* name, F&& f) {
-  TORCH_CHECK_TYPE(PyList_Check(object), name, ": expected a list, got ", Py_TYPE(object)->tp_name);
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(object); ++i) f(PyList_GET_ITEM(object, i));
-}
-template <>
 struct Argument<std::vector<Tensor>> {
   static std::vector<Tensor> of(PyObject* object, const char* name) {
+    TORCH_CHECK_TYPE(PyList_Check(object), name, ": expected a list, got ", Py_TYPE(object)->tp_name);
     std::vector<Tensor> result;
-    for_items(object, name, [&](PyObject* item) { result.push_back(Argument<Tensor>::of(item, name)); });
-    return result;
-  }
-};
-template <>
-struct Argument<fused_rnn::OptionalTensors> {
-  static fused_rnn::OptionalTensors of(PyObject* object, const char* name) {
-    fused_rnn::OptionalTensors result;
-    for_items(object, name, [&](PyObject* item) { result.push_back(Argument<OptionalTensor>::of(item, name)); });
+    result.reserve(PyList_GET_SIZE(object));
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(object); ++i) {
+      result.push_back(Argument<Tensor>::of(PyList_GET_ITEM(object, i), name));
+    }
     return result;
   }
 };
@@ -155,7 +138,7 @@ PyObject* rnn(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Arguments a("rnn", args, count, 6);
   const Tensor& input = a.take<Tensor>("input");
   const auto states = a.take<std::vector<Tensor>>("states"), weights = a.take<std::vector<Tensor>>("weights");
-  const auto rows = a.take<fused_rnn::OptionalTensors>("rows");
+  const auto rows = a.take<std::vector<Tensor>>("rows");
   const auto recipe = a.take<int64_t>("recipe");
   const auto dropout = a.take<double>("dropout");
   auto [y, last] = [&] {

@@ -5,18 +5,6 @@
 namespace fused_rnn {
 namespace {
 
-// A storage may be smaller than its tensors: FSDP and others free it by resizing it to 0.
-void check_memory(const char* name, const Tensor& t) {
-  TORCH_CHECK(t.layout() == at::kStrided, name, ": expected a dense tensor (torch.strided), got layout ", t.layout());
-  if (t.numel() == 0) return;
-  int64_t elements = t.storage_offset() + 1;
-  for (int64_t d = 0; d < t.dim(); ++d) elements += (t.size(d) - 1) * t.stride(d);
-  const auto available = static_cast<int64_t>(t.storage().nbytes());
-  TORCH_CHECK(elements * static_cast<int64_t>(t.element_size()) <= available, name,
-              ": expected memory for a tensor of shape ", t.sizes(), ", got a storage of ", available,
-              " bytes (freed or resized after the tensor was made)");
-}
-
 // Raises unless the offsets of packed rows, on a CPU, are those of N rows in all and at most B in a step: from 0 to N, in
 // steps that never grow.
 void check_offsets(const Tensor& offsets, int64_t B, int64_t N) {
@@ -96,19 +84,33 @@ void check_weights(const Call& call, const LayerShapes& s) {
 
 }  // namespace
 
-Rows rows_of(const OptionalTensors& list) {
-  if (list.empty()) return {};
-  TORCH_CHECK_VALUE(list.size() == 3, "rows: expected [] or [lengths, offsets, resets], got ", list.size(), " entries");
-  return {list.get(0), list.get(1), list.get(2), std::nullopt};
+RowList list_of(const Rows& rows) {
+  RowList list;
+  const auto add = [&](const OptionalTensor& t, int64_t bit) {
+    if (!t) return;
+    list.tensors.push_back(*t);
+    list.bits |= bit;
+  };
+  add(rows.lengths, kHasLengths);
+  add(rows.offsets, kHasOffsets);
+  add(rows.resets, kHasResets);
+  return list;
 }
 
-OptionalTensors list_of(const Rows& rows) {
-  static const OptionalTensors none;  // a list is shared by its copies, and nobody writes into an argument
-  if (rows.all()) return none;
-  OptionalTensors list;
-  list.reserve(3);
-  for (const OptionalTensor* t : {&rows.lengths, &rows.offsets, &rows.resets}) list.push_back(*t);
-  return list;
+Rows rows_of(at::TensorList list, int64_t packed) {
+  Rows rows;
+  size_t next = 0;
+  const auto take = [&](OptionalTensor& to, int64_t bit) {
+    if (!(packed & bit)) return;
+    if (next < list.size()) to = list[next];
+    ++next;
+  };
+  take(rows.lengths, kHasLengths);
+  take(rows.offsets, kHasOffsets);
+  take(rows.resets, kHasResets);
+  TORCH_CHECK_VALUE(next == list.size(), "rows: expected ", next,
+                    " of lengths, offsets and resets (recipe says which), got ", list.size());
+  return rows;
 }
 
 Recipe recipe_of(int64_t packed, double dropout) {
@@ -121,8 +123,9 @@ Recipe recipe_of(int64_t packed, double dropout) {
 
 Recipe layer_recipe_of(int64_t packed) {
   const Recipe recipe = recipe_of(packed, 0);
-  TORCH_CHECK_VALUE(packed == pack(recipe.of_layer()), "recipe: expected that of one layer (num_layers=1, and neither ",
-                    "batch_first nor training), got ", packed);
+  TORCH_CHECK_VALUE((packed & ~kHasRows) == pack(recipe.of_layer()),
+                    "recipe: expected that of one layer (num_layers=1, and neither ", "batch_first nor training), got ",
+                    packed);
   return recipe;
 }
 
@@ -141,6 +144,17 @@ States states_of_layer(const Call& stack, int64_t layer) {
 at::TensorList params_of_layer(const Call& stack, int64_t layer) {
   const size_t count = stack.params.size() / stack.recipe.num_layers;
   return stack.params.slice(layer * count, count);
+}
+
+void check_memory(const char* name, const Tensor& t) {
+  TORCH_CHECK(t.layout() == at::kStrided, name, ": expected a dense tensor (torch.strided), got layout ", t.layout());
+  if (t.numel() == 0) return;
+  int64_t elements = t.storage_offset() + 1;
+  for (int64_t d = 0; d < t.dim(); ++d) elements += (t.size(d) - 1) * t.stride(d);
+  const auto available = static_cast<int64_t>(t.storage().nbytes());
+  TORCH_CHECK(elements * static_cast<int64_t>(t.element_size()) <= available, name,
+              ": expected memory for a tensor of shape ", t.sizes(), ", got a storage of ", available,
+              " bytes (freed or resized after the tensor was made)");
 }
 
 void check_tensor(const char* name, const Tensor& t, at::IntArrayRef shape, const Tensor& x, at::ScalarType dtype) {

@@ -1,6 +1,5 @@
 // The arguments of a stack, a layer or a step in one place, and their checks. Letters: core/params.h.
 #pragma once
-#include <ATen/core/List.h>
 #include <c10/util/SmallVector.h>
 
 #include "core/recipe.h"
@@ -8,8 +7,7 @@
 
 namespace fused_rnn {
 
-using OptionalTensors = c10::List<std::optional<Tensor>>;  // Tensor?[] of a schema
-using States = c10::SmallVector<Tensor, 2>;                // h, and c of a cell that has one
+using States = c10::SmallVector<Tensor, 2>;  // h, and c of a cell that has one
 
 // Which rows take part at each step, and which start again (core/active.h, core/modifier.h).
 struct Rows {
@@ -19,9 +17,15 @@ struct Rows {
   bool ragged() const { return lengths || offsets; }
   bool all() const { return !lengths && !offsets && !resets; }  // in every step, none from zero
 };
-// [lengths, offsets, resets], or [] for none of them.
-Rows rows_of(const OptionalTensors& list);
-OptionalTensors list_of(const Rows& rows);
+// As schemas have them: the tensors that are given, in this order, and the bits of a packed recipe that say which they are. A
+// list of optional tensors would not do: torch does not resolve negated views in one, and torch.jit.trace refuses it.
+struct RowList {
+  c10::SmallVector<Tensor, 3> tensors;
+  int64_t bits = 0;
+};
+RowList list_of(const Rows& rows);
+// Raises unless the list has the tensors that the packed recipe says.
+Rows rows_of(at::TensorList list, int64_t packed);
 
 // References live as long as the call.
 struct Call {
@@ -70,6 +74,8 @@ struct LayerShapes {
 // offsets are cut to [0, N] later; lengths are cut by the kernels.
 LayerShapes check_layer(const Call& call);
 
+// A storage may be smaller than its tensors: FSDP and others free it by resizing it to 0.
+void check_memory(const char* name, const Tensor& t);
 // A tensor of a layer's call, or of its backward, against x's device.
 void check_tensor(const char* name, const Tensor& t, at::IntArrayRef shape, const Tensor& x, at::ScalarType dtype);
 void check_optional(const char* name, const OptionalTensor& t, at::IntArrayRef shape, const Tensor& x, at::ScalarType dtype);

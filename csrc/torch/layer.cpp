@@ -51,12 +51,12 @@ Saved saved_of(CellKind cell, at::TensorList list) {
   return saved;
 }
 
-std::vector<OptionalTensor> gradients_of_last(CellKind cell, const OptionalTensors& list) {
+std::vector<OptionalTensor> gradients_of_last(CellKind cell, at::TensorList list) {
   const size_t states = state_count(cell);
-  TORCH_CHECK_VALUE(list.empty() || list.size() == states, "dlast: expected a gradient or None for each of ", states,
-                    " states, or none, got ", list.size());
+  TORCH_CHECK_VALUE(list.empty() || list.size() == states, "dlast: expected a gradient for each of ", states,
+                    " states ([0]: none), or no list of them, got ", list.size());
   std::vector<OptionalTensor> gradients;
-  for (size_t i = 0; i < list.size(); ++i) gradients.push_back(list.get(i));
+  for (const Tensor& t : list) gradients.push_back(t.dim() == 1 && t.numel() == 0 ? std::nullopt : OptionalTensor(t));
   return gradients;
 }
 

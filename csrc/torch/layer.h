@@ -45,7 +45,8 @@ struct ResultGradients {
   OptionalTensor dh_n() const { return of_last.empty() ? std::nullopt : of_last[0]; }
   OptionalTensor dc_n() const { return of_last.size() < 2 ? std::nullopt : of_last[1]; }
 };
-std::vector<OptionalTensor> gradients_of_last(CellKind cell, const OptionalTensors& list);
+// Of a schema's list: empty, or of each state, where a tensor of shape [0] stands for none.
+std::vector<OptionalTensor> gradients_of_last(CellKind cell, at::TensorList list);
 
 // Which gradients a backward call makes.
 struct GradientMask {

@@ -4,6 +4,7 @@
 // alias that autograd does not check, together with y's version: if y was written meanwhile, backward makes it again by
 // forward from the arguments. Arguments are unpacked, which raises for one that was written in place, only where a gradient
 // that is asked for depends on their values.
+#include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -74,11 +75,15 @@ class LayerNode final : public torch::autograd::Node {
     const Call call{a.x, a.states, a.params, rows, recipe_};
     std::vector<Tensor> saved = unpacked(saved_);
     if (has_y_) saved.push_back(written() ? output_again(call) : y_.unpack());
-    OptionalTensors dlast;
-    for (int i = 0; i < state_count(recipe_.cell); ++i) dlast.push_back(optional_of(grads[1 + i]));
+    States dlast(grads.begin() + 1, grads.begin() + 1 + state_count(recipe_.cell));
+    if (std::none_of(dlast.begin(), dlast.end(), [](const Tensor& t) { return t.defined(); })) dlast.clear();
+    for (Tensor& t : dlast) {
+      if (!t.defined()) t = at::empty({0}, unchecked(x_).options());  // by the dispatcher: fake among fake ones
+    }
+    const RowList list = list_of(rows);
     auto [dx, dstates, dparams] =
-        layer_backward_op().call(optional_of(grads[0]), dlast, call.x, call.states, call.params, list_of(rows), saved,
-                                 pack(recipe_), {mask.x, mask.states, mask.weights});
+        layer_backward_op().call(optional_of(grads[0]), dlast, call.x, call.states, call.params, list.tensors, saved,
+                                 pack(recipe_) | list.bits, {mask.x, mask.states, mask.weights});
     if (mask.x) result[0] = dx;
     if (mask.states) std::copy(dstates.begin(), dstates.end(), result.begin() + 1);
     if (mask.weights) std::copy(dparams.begin(), dparams.end(), result.begin() + 1 + states_.size());
@@ -166,9 +171,9 @@ bool has_tangents(const Call& call) {
           std::any_of(call.params.begin(), call.params.end(), has_tangent));
 }
 
-LayerOutputs layer_autograd(const Tensor& x, at::TensorList states, at::TensorList params, const OptionalTensors& rows,
+LayerOutputs layer_autograd(const Tensor& x, at::TensorList states, at::TensorList params, at::TensorList rows,
                             int64_t recipe, bool save) {
-  const Rows given = rows_of(rows);
+  const Rows given = rows_of(rows, recipe);
   const Call call{x, states, params, given, layer_recipe_of(recipe)};
   TORCH_CHECK_NOT_IMPLEMENTED(!has_tangents(call),
                               "fused_rnn::layer has no jvp: forward-mode AD runs on the reference, by "
@@ -190,21 +195,14 @@ LayerOutputs layer_autograd(const Tensor& x, at::TensorList states, at::TensorLi
 
 bool requires_grad(const OptionalTensor& t) { return t && t->defined() && t->requires_grad(); }
 
-bool any_requires_grad_of(const OptionalTensors& tensors) {
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    if (requires_grad(tensors.get(i))) return true;
-  }
-  return false;
-}
-
 // Inside backward with create_graph the gradients must be differentiable themselves: they are then made by the composite
 // in fused_rnn/_ops.py, which runs the reference once more under autograd.
-LayerGradients layer_backward_autograd(const OptionalTensor& dy, const OptionalTensors& dlast, const Tensor& x,
-                                       at::TensorList states, at::TensorList params, const OptionalTensors& rows,
+LayerGradients layer_backward_autograd(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x,
+                                       at::TensorList states, at::TensorList params, at::TensorList rows,
                                        at::TensorList saved, int64_t recipe, std::array<bool, 3> mask) {
   static const auto differentiable_op = find_op<LayerBackwardSignature>("fused_rnn::layer_backward_differentiable");
   const bool differentiate =
-      at::GradMode::is_enabled() && (requires_grad(dy) || any_requires_grad_of(dlast) || x.requires_grad() ||
+      at::GradMode::is_enabled() && (requires_grad(dy) || any_requires_grad(dlast) || x.requires_grad() ||
                                      any_requires_grad(states) || any_requires_grad(params));
   if (differentiate) return differentiable_op.call(dy, dlast, x, states, params, rows, saved, recipe, mask);
   const at::AutoDispatchBelowADInplaceOrView guard;

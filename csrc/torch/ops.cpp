@@ -26,8 +26,8 @@ OptionalTensor beside(const OptionalTensor& integers, const Tensor& input) {
 }
 
 std::tuple<Tensor, std::vector<Tensor>> rnn(const Tensor& input, at::TensorList states, at::TensorList weights,
-                                            const OptionalTensors& rows, int64_t recipe, double dropout) {
-  const Rows given = rows_of(rows);
+                                            at::TensorList rows, int64_t recipe, double dropout) {
+  const Rows given = rows_of(rows, recipe);
   Results made = run_composite({input, states, weights, given, recipe_of(recipe, dropout)});
   return {std::move(made.y), {made.last.begin(), made.last.end()}};
 }
@@ -45,6 +45,12 @@ Results results_of(LayerOutputs outputs) {
 
 // One step: input [B, I], states [B, H] -> last states [B, H]. A layer's call with T == 1.
 Results run_step(const Call& call) {
+  if (nothing_intercepts()) {  // before unsqueeze, which says less of freed memory
+    if (is_plain(call.x)) check_memory("input", call.x);
+    for (const Tensor& t : call.states) {
+      if (is_plain(t)) check_memory("hidden", t);
+    }
+  }
   const Tensor x = call.x.unsqueeze(0);
   States states(call.states.begin(), call.states.end());
   for (Tensor& t : states) t = t.unsqueeze(0);
@@ -70,7 +76,8 @@ Results run_composite(const Call& call) {
 
 LayerOutputs call_layer(const Call& call, bool save) {
   static const auto op = find_op<LayerSignature>("fused_rnn::layer");
-  return op.call(call.x, call.states, call.params, list_of(call.rows), pack(call.recipe), save);
+  const RowList rows = list_of(call.rows);
+  return op.call(call.x, call.states, call.params, rows.tensors, pack(call.recipe) | rows.bits, save);
 }
 
 const c10::TypedOperatorHandle<LayerBackwardSignature>& layer_backward_op() {
@@ -107,16 +114,16 @@ States joined(const std::vector<States>& of_layers) {
 
 TORCH_LIBRARY(fused_rnn, m) {
   m.def(
-      "layer(Tensor x, Tensor[] states, Tensor[] params, Tensor?[] rows, int recipe, bool save) "
+      "layer(Tensor x, Tensor[] states, Tensor[] params, Tensor[] rows, int recipe, bool save) "
       "-> (Tensor y, Tensor[] last, Tensor[] saved)");
   m.def(
-      "layer_backward(Tensor? dy, Tensor?[] dlast, Tensor x, Tensor[] states, Tensor[] params, Tensor?[] rows, "
+      "layer_backward(Tensor? dy, Tensor[] dlast, Tensor x, Tensor[] states, Tensor[] params, Tensor[] rows, "
       "Tensor[] saved, int recipe, bool[3] mask) -> (Tensor dx, Tensor[] dstates, Tensor[] dparams)");
   m.def(
-      "layer_backward_differentiable(Tensor? dy, Tensor?[] dlast, Tensor x, Tensor[] states, Tensor[] params, "
-      "Tensor?[] rows, Tensor[] saved, int recipe, bool[3] mask) -> (Tensor dx, Tensor[] dstates, Tensor[] dparams)");
+      "layer_backward_differentiable(Tensor? dy, Tensor[] dlast, Tensor x, Tensor[] states, Tensor[] params, "
+      "Tensor[] rows, Tensor[] saved, int recipe, bool[3] mask) -> (Tensor dx, Tensor[] dstates, Tensor[] dparams)");
   m.def(
-      "rnn(Tensor input, Tensor[] states, Tensor[] weights, Tensor?[] rows, int recipe, float dropout) "
+      "rnn(Tensor input, Tensor[] states, Tensor[] weights, Tensor[] rows, int recipe, float dropout) "
       "-> (Tensor output, Tensor[] last)");
   m.def("cell(Tensor input, Tensor[] states, Tensor[] params, int recipe) -> Tensor[]");
   m.impl("rnn", c10::DispatchKey::CompositeImplicitAutograd, fused_rnn::rnn);

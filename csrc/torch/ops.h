@@ -8,16 +8,16 @@
 
 namespace fused_rnn {
 
-using LayerSignature = LayerOutputs(const Tensor& x, at::TensorList states, at::TensorList params,
-                                    const OptionalTensors& rows, int64_t recipe, bool save);
+using LayerSignature = LayerOutputs(const Tensor& x, at::TensorList states, at::TensorList params, at::TensorList rows,
+                                    int64_t recipe, bool save);
 
-using LayerBackwardSignature = LayerGradients(const OptionalTensor& dy, const OptionalTensors& dlast, const Tensor& x,
-                                              at::TensorList states, at::TensorList params, const OptionalTensors& rows,
+using LayerBackwardSignature = LayerGradients(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x,
+                                              at::TensorList states, at::TensorList params, at::TensorList rows,
                                               at::TensorList saved, int64_t recipe, std::array<bool, 3> mask);
 
 using RnnSignature = std::tuple<Tensor, std::vector<Tensor>>(const Tensor& input, at::TensorList states,
-                                                             at::TensorList weights, const OptionalTensors& rows,
-                                                             int64_t recipe, double dropout);
+                                                             at::TensorList weights, at::TensorList rows, int64_t recipe,
+                                                             double dropout);
 
 using CellSignature = std::vector<Tensor>(const Tensor& input, at::TensorList states, at::TensorList params, int64_t recipe);
 

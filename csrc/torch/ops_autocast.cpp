@@ -24,7 +24,7 @@ struct Autocast {
   }
 
   static std::tuple<Tensor, std::vector<Tensor>> rnn(const Tensor& input, at::TensorList states, at::TensorList weights,
-                                                     const OptionalTensors& rows, int64_t recipe, double dropout) {
+                                                     at::TensorList rows, int64_t recipe, double dropout) {
     c10::impl::ExcludeDispatchKeyGuard no_autocast(kKey);
     static const auto op = find_op<RnnSignature>("fused_rnn::rnn");
     return op.call(cast(input), cast(states), cast(weights), rows, recipe, dropout);

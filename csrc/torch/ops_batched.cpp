@@ -27,9 +27,6 @@ class Samples {
   void include(at::TensorList tensors) {
     for (const Tensor& t : tensors) include(t);
   }
-  void include(const OptionalTensors& tensors) {
-    for (size_t i = 0; i < tensors.size(); ++i) include(tensors.get(i));
-  }
   int64_t count() const { return count_; }
 
   Tensor at(const Tensor& t, int64_t index) const {
@@ -47,11 +44,6 @@ class Samples {
   std::vector<Tensor> at(at::TensorList tensors, int64_t index) const {
     std::vector<Tensor> result;
     for (const Tensor& t : tensors) result.push_back(at(t, index));
-    return result;
-  }
-  OptionalTensors at(const OptionalTensors& tensors, int64_t index) const {
-    OptionalTensors result;
-    for (size_t i = 0; i < tensors.size(); ++i) result.push_back(at(OptionalTensor(tensors.get(i)), index));
     return result;
   }
   Tensor joined(const std::vector<Tensor>& of_samples) const {
@@ -72,15 +64,13 @@ class Samples {
   int64_t level_ = -1, count_ = 0;
 };
 
-LayerGradients layer_backward_batched(const OptionalTensor& dy, const OptionalTensors& dlast, const Tensor& x,
-                                      at::TensorList states, at::TensorList params, const OptionalTensors& rows,
-                                      at::TensorList saved, int64_t recipe, std::array<bool, 3> mask) {
+LayerGradients layer_backward_batched(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
+                                      at::TensorList params, at::TensorList rows, at::TensorList saved, int64_t recipe,
+                                      std::array<bool, 3> mask) {
   Samples samples;
   samples.include(dy);
-  samples.include(dlast);
   samples.include(x);
-  for (const at::TensorList& tensors : {states, params, saved}) samples.include(tensors);
-  samples.include(rows);
+  for (const at::TensorList& tensors : {dlast, states, params, rows, saved}) samples.include(tensors);
   TORCH_CHECK_VALUE(samples.count() > 0, "fused_rnn::layer_backward: expected at least one gradient in the batch, got 0");
   std::vector<Tensor> dx;
   std::vector<std::vector<Tensor>> dstates, dparams;

@@ -16,18 +16,18 @@ void run_forward(ForwardCall& call) {
   cpu::forward(call.params, [&](int64_t bytes) { return workspace.take(bytes); });
 }
 
-LayerOutputs layer_cpu(const Tensor& x, at::TensorList states, at::TensorList params, const OptionalTensors& rows,
-                       int64_t recipe, bool save) {
-  const Rows given = rows_of(rows);
+LayerOutputs layer_cpu(const Tensor& x, at::TensorList states, at::TensorList params, at::TensorList rows, int64_t recipe,
+                       bool save) {
+  const Rows given = rows_of(rows, recipe);
   ForwardCall made = prepare_forward({x, states, params, given, layer_recipe_of(recipe)}, save);
   run_forward(made);
   return forward_outputs(made, save);
 }
 
-LayerGradients layer_backward_cpu(const OptionalTensor& dy, const OptionalTensors& dlast, const Tensor& x,
-                                  at::TensorList states, at::TensorList params, const OptionalTensors& rows,
-                                  at::TensorList saved, int64_t recipe, std::array<bool, 3> mask) {
-  const Rows given_rows = rows_of(rows);
+LayerGradients layer_backward_cpu(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
+                                  at::TensorList params, at::TensorList rows, at::TensorList saved, int64_t recipe,
+                                  std::array<bool, 3> mask) {
+  const Rows given_rows = rows_of(rows, recipe);
   const Call call{x, states, params, given_rows, layer_recipe_of(recipe)};
   const CellKind cell = call.recipe.cell;
   const ResultGradients given{dy, gradients_of_last(cell, dlast), saved_of(cell, saved)};

@@ -51,10 +51,10 @@ Tensor workspace_of(const Plan& plan, const Tensor& x) {
 
 namespace {
 
-LayerOutputs layer_cuda(const Tensor& x, at::TensorList states, at::TensorList params, const OptionalTensors& rows,
-                        int64_t recipe, bool save) {
+LayerOutputs layer_cuda(const Tensor& x, at::TensorList states, at::TensorList params, at::TensorList rows, int64_t recipe,
+                        bool save) {
   const c10::cuda::CUDAGuard device_guard(x.device());
-  const Rows given = rows_of(rows);
+  const Rows given = rows_of(rows, recipe);
   const Call call{x, states, params, given, layer_recipe_of(recipe)};
   ForwardCall made = prepare_forward(call, save);
   ForwardParams& p = made.params;
@@ -74,11 +74,11 @@ LayerOutputs layer_cuda(const Tensor& x, at::TensorList states, at::TensorList p
   return forward_outputs(made, save);
 }
 
-LayerGradients layer_backward_cuda(const OptionalTensor& dy, const OptionalTensors& dlast, const Tensor& x,
-                                   at::TensorList states, at::TensorList params, const OptionalTensors& rows,
-                                   at::TensorList saved, int64_t recipe, std::array<bool, 3> mask) {
+LayerGradients layer_backward_cuda(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
+                                   at::TensorList params, at::TensorList rows, at::TensorList saved, int64_t recipe,
+                                   std::array<bool, 3> mask) {
   const c10::cuda::CUDAGuard device_guard(x.device());
-  const Rows given_rows = rows_of(rows);
+  const Rows given_rows = rows_of(rows, recipe);
   const Call call{x, states, params, given_rows, layer_recipe_of(recipe)};
   const CellKind cell = call.recipe.cell;
   const ResultGradients given{dy, gradients_of_last(cell, dlast), saved_of(cell, saved)};

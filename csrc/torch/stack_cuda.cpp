@@ -1,6 +1,7 @@
 // A stack of layers whose parts overlap on CUDA (overlap_cuda.cpp), as a function of autograd.
 #include <ATen/ops/add.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "torch/device.h"
@@ -156,11 +157,12 @@ class StackFunction : public torch::autograd::Function<StackFunction> {
           again ? dropped(std::get<0>(outputs.layers[l - 1]), outputs.left[l - 1], dropout) : input_of(s, outputs, l);
       std::vector<Tensor> saved_with_y = saved;
       saved_with_y.push_back(y);
-      OptionalTensors dlast;
-      for (const OptionalTensor& t : given.of_last[l]) dlast.push_back(t);
-      made[l] =
-          layer_backward_op().call(optional_of(dy), dlast, x, states_of_layer(s, l), params_of_layer(s, l), list_of(s.rows),
-                                   saved_with_y, pack(s.recipe.of_layer()), {masks[l].x, masks[l].states, masks[l].weights});
+      States dlast;
+      for (const OptionalTensor& t : given.of_last[l]) dlast.push_back(t ? *t : at::empty({0}, x.options()));
+      const RowList rows = list_of(s.rows);
+      made[l] = layer_backward_op().call(optional_of(dy), dlast, x, states_of_layer(s, l), params_of_layer(s, l),
+                                         rows.tensors, saved_with_y, pack(s.recipe.of_layer()) | rows.bits,
+                                         {masks[l].x, masks[l].states, masks[l].weights});
       if (l == 0) break;
       dy = std::get<0>(made[l]);
       if (dropout > 0) dy = dropped(dy, outputs.left[l - 1], dropout);

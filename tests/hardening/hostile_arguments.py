@@ -52,7 +52,8 @@ class Layer:
 
     @property
     def recipe(self) -> Any:
-        return Recipe(self.cell, 1, self.has_biases, self.bidirectional).packed
+        bits = Rows(self.lengths, self.offsets, self.resets).bits
+        return Recipe(self.cell, 1, self.has_biases, self.bidirectional).packed | bits
 
     def run(self) -> list[Tensor]:
         """y and the last states."""
@@ -106,7 +107,8 @@ class Backward:
     def run(self, **changes: Any) -> Any:
         values = {**self.values, **changes}
         of = Layer(**{f.name: values[f.name] for f in dataclasses.fields(Layer)})
-        dlast = [values["dh_n"], values["dc_n"]][: 2 if self.values["dc_n"] is not None else 1]
+        names = ("dh_n", "dc_n")[: 2 if self.values["dc_n"] is not None else 1]
+        dlast = [torch.empty(0) if values[name] is None else values[name] for name in names]
         saved = [t for t in (values["gates"], values["cs"], values["y"]) if t is not None]
         op = getattr(ops, self.op)
         return op(values["dy"], dlast, of.x, of.states, of.params, of.rows, saved, of.recipe, values["mask"])

@@ -1,4 +1,5 @@
-// Host implementation of csrc/cuda/device/launch.cuh: the same names and signatures, on the simulated device of tests/simt/runtime.
+// Host implementation of csrc/cuda/device/launch.cuh: the same names and signatures, on the simulated device of
+// tests/simt/runtime.
 #pragma once
 #include <cstdint>
 #include <utility>

@@ -1,6 +1,6 @@
-// Host implementation of csrc/cuda/device/simt.cuh: the same names and signatures, on the simulated device of tests/simt/runtime.
-// It comes first on the include path when the kernels are compiled by g++. A primitive that is added there must be added
-// here too; what each one means and where it may be called is written there.
+// Host implementation of csrc/cuda/device/simt.cuh: the same names and signatures, on the simulated device of
+// tests/simt/runtime. It comes first on the include path when the kernels are compiled by g++. A primitive that is added
+// there must be added here too; what each one means and where it may be called is written there.
 //
 // The compiler instruments every plain load and store of the kernels (see runtime/hooks.cpp), so only what is not a plain
 // access needs an implementation here.
@@ -227,7 +227,7 @@ __forceinline__ uint32_t to_tf32(float value) {
   }();
 }
 
-// --------------------------------------------------------------------------------------------- programmatic dependent launch
+// --------------------------------------------------------------------------------------- programmatic dependent launch
 
 __forceinline__ void pdl_wait() {
   if constexpr (arch() >= 900) simt_host::grid_wait(SIMT_HERE);
@@ -261,7 +261,7 @@ __forceinline__ uint32_t load_acquire(const uint32_t* flag) {
   return value;
 }
 
-// -------------------------------------------------------------------------- clusters: pushes into the shared memory of peers
+// -------------------------------------------------------------------- clusters: pushes into the shared memory of peers
 
 __forceinline__ int cluster_rank() { return simt_host::cluster_rank(); }
 __forceinline__ void sync_cluster() { simt_host::sync_cluster(SIMT_HERE); }

@@ -1,4 +1,5 @@
-// Little kernels with known answers for the simulator's own tests: each is right, or wrong in the one way that its name says.
+// Little kernels with known answers for the simulator's own tests: each is right, or wrong in the one way that its name
+// says.
 #include <launch.cuh>
 #include <simt.cuh>
 #include <stdexcept>

@@ -243,7 +243,8 @@ void check_access(const void* address, size_t bytes, unsigned kind, uintptr_t pc
 
 void check_access_of(Thread& thread, const void* address, size_t bytes, unsigned kind, uintptr_t pc) {
   if (!in_arena(address)) {
-    // A small address is a null pointer plus an offset. Others are the kernel's own locals and constants, for which nobody hints.
+    // A small address is a null pointer plus an offset. Others are the kernel's own locals and constants, for which nobody
+    // hints.
     const bool null = reinterpret_cast<uintptr_t>(address) < 65536;
     if (null || kind & kHint) {
       fault("out of bounds",

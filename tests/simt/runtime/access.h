@@ -1,5 +1,5 @@
-// The simulated device's memory: one reserved address range that holds global buffers and every block's shared memory, with a
-// state for each byte and a record of the last accesses for each pair of bytes.
+// The simulated device's memory: one reserved address range that holds global buffers and every block's shared memory, with
+// a state for each byte and a record of the last accesses for each pair of bytes.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -15,8 +15,8 @@ struct Grid;
 enum ByteState : uint8_t { kUnmapped = 0, kPoison = 1, kDefined = 2, kClosed = 3 };
 constexpr int kPoisonByte = 0xff;  // NaN in every floating-point format, -1 as an integer
 
-// One access. grid 0: none. tid counts the threads of the grid, then their copy engines (Thread::agent), then whose pushes: those
-// under way (Grid::pusher), and those that each mbarrier has counted, whose clock is the phase that they ended.
+// One access. grid 0: none. tid counts the threads of the grid, then their copy engines (Thread::agent), then whose pushes:
+// those under way (Grid::pusher), and those that each mbarrier has counted, whose clock is the phase that they ended.
 struct Access {
   uint32_t grid;
   uint32_t tid : 30;
@@ -25,8 +25,8 @@ struct Access {
   uint32_t clock;
   uint32_t site;  // offset of the instruction in the library
 };
-// Two bytes of memory: the last write and some of the reads since then. Reads that another recorded read is ordered after are
-// dropped; when there are still more than fit, a random one goes (another seed drops another).
+// Two bytes of memory: the last write and some of the reads since then. Reads that another recorded read is ordered after
+// are dropped; when there are still more than fit, a random one goes (another seed drops another).
 struct Cell {
   Access write;
   Access reads[3];

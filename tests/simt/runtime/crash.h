@@ -3,8 +3,8 @@
 
 namespace simt_host {
 
-// While it lives, a kernel that touches no memory at all is reported, instead of ending the process. AddressSanitizer has reports
-// of its own.
+// While it lives, a kernel that touches no memory at all is reported, instead of ending the process. AddressSanitizer has
+// reports of its own.
 class CrashReports {
  public:
   CrashReports();

@@ -19,8 +19,8 @@ struct Block;
 
 enum class Wait { kNone, kBlock, kWarp, kGrid, kPoll, kCluster, kMbarrier };
 
-// What a thread knew when it released something: itself up to `clock`, its copy engine up to `agent_clock`, others by `base`, and
-// by `weak` all but their plain writes.
+// What a thread knew when it released something: itself up to `clock`, its copy engine up to `agent_clock`, others by
+// `base`, and by `weak` all but their plain writes.
 struct Snapshot {
   Clock base, weak;
   uint32_t tid, clock, agent, agent_clock, visible_grid;
@@ -53,10 +53,10 @@ struct Thread {
   Warp* warp;
   int index;  // in the block
   uint32_t grid_number, tid, agent;
-  // Happens-before: own time, copy engine's time, what is known of others, newest grid whose effects (and those of all before
-  // it) are visible. `weak` is what pushes from other blocks have told beyond `base` (null: nothing). A push promises its own
-  // bytes only; but what was read or awaited before it was issued is over, so it orders everything except plain writes, which
-  // may still be on their way to other blocks.
+  // Happens-before: own time, copy engine's time, what is known of others, newest grid whose effects (and those of all
+  // before it) are visible. `weak` is what pushes from other blocks have told beyond `base` (null: nothing). A push promises
+  // its own bytes only; but what was read or awaited before it was issued is over, so it orders everything except plain
+  // writes, which may still be on their way to other blocks.
   uint32_t clock = 1, agent_clock = 1, agent_seen = 0;
   Clock base, weak;
   uint32_t visible_grid = 0;

@@ -1,5 +1,5 @@
-// csrc/cuda/backend.h on the simulated device, for torch's CPU tensors: their memory comes from the simulator's, so that kernels
-// may touch it, and every call runs its launches before it returns. The library's path is in FUSED_RNN_SIMT_LIBRARY.
+// csrc/cuda/backend.h on the simulated device, for torch's CPU tensors: their memory comes from the simulator's, so that
+// kernels may touch it, and every call runs its launches before it returns. The library's path is in FUSED_RNN_SIMT_LIBRARY.
 #include "cuda/backend.h"
 
 #include <c10/core/Allocator.h>

@@ -20,6 +20,7 @@ def load() -> ModuleType:
     """The extension, as fused_rnn._C; fused_rnn must not have been imported yet."""
     folder = builder.CACHE / "torch_host"
     copy = folder / "csrc"
+    wanted = set()
     for source in [*(builder.ROOT / "csrc").rglob("*.h"), *(builder.ROOT / "csrc").rglob("*.cpp")]:
         if source.relative_to(builder.ROOT / "csrc").as_posix() in REPLACED:
             continue
@@ -27,9 +28,12 @@ def load() -> ModuleType:
         target = copy / source.relative_to(builder.ROOT / "csrc")
         if source.suffix == ".cpp":  # objects are called by the names of their sources alone
             target = target.with_stem("_".join(target.relative_to(copy).with_suffix("").parts))
+        wanted.add(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists() or target.read_text() != text:
             target.write_text(text)
+    for left in [path for path in copy.rglob("*") if path.is_file() and path not in wanted]:
+        left.unlink()  # of sources that were there when the copy was made before
     os.environ["FUSED_RNN_SIMT_LIBRARY"] = str(builder.build())
     # Torch's headers of these names, which want CUDA's, come later on the include path.
     shutil.copytree(HERE / "include", folder / "include", dirs_exist_ok=True, copy_function=_copy_if_changed)
