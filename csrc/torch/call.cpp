@@ -149,8 +149,11 @@ at::TensorList params_of_layer(const Call& stack, int64_t layer) {
 void check_memory(const char* name, const Tensor& t) {
   TORCH_CHECK(t.layout() == at::kStrided, name, ": expected a dense tensor (torch.strided), got layout ", t.layout());
   if (t.numel() == 0) return;
-  int64_t elements = t.storage_offset() + 1;
-  for (int64_t d = 0; d < t.dim(); ++d) elements += (t.size(d) - 1) * t.stride(d);
+  int64_t elements = t.storage_offset() + t.numel();
+  if (!t.is_contiguous()) {
+    elements = t.storage_offset() + 1;
+    for (int64_t d = 0; d < t.dim(); ++d) elements += (t.size(d) - 1) * t.stride(d);
+  }
   const auto available = static_cast<int64_t>(t.storage().nbytes());
   TORCH_CHECK(elements * static_cast<int64_t>(t.element_size()) <= available, name,
               ": expected memory for a tensor of shape ", t.sizes(), ", got a storage of ", available,

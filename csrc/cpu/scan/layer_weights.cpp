@@ -27,16 +27,18 @@ void LayerWeights<A>::pack_biases(const Kernels<A>& kernels, const LayerSource& 
   const Shape& shape = h.shape;
   const auto load = kernels.load[storage_index(source.dtype)];
   const int64_t size = dtype_size(source.dtype);
+  const int width = shape.width;
+  const void *const b_ih = source.weights.b_ih, *const b_hh = source.weights.b_hh;
   bool one_slot[kMaxTileVectors];  // of each gate: both its biases are added to the same slot
   for (int gate = 0; gate < shape.gates; ++gate) one_slot[gate] = recurrent_slot_of(source.cell, gate) == gate;
   for (int64_t v = vectors.first; v < vectors.last; ++v) {
     const auto [gate, unit, lanes] = vector_of(shape, v);
     const int64_t from = gate * shape.units + unit;
-    A *to_x = bias_x + v * shape.width, *to_h = bias_h + v * shape.width;
-    std::fill_n(to_x, shape.width, A(0));
-    std::fill_n(to_h, shape.width, A(0));
-    if (source.weights.b_ih) load(stored_at(source.weights.b_ih, from, size), to_x, lanes);
-    if (source.weights.b_hh) load(stored_at(source.weights.b_hh, from, size), to_h, lanes);
+    A *to_x = bias_x + v * width, *to_h = bias_h + v * width;
+    if (!b_ih || lanes < width) std::fill_n(to_x, width, A(0));
+    if (!b_hh || lanes < width) std::fill_n(to_h, width, A(0));
+    if (b_ih) load(stored_at(b_ih, from, size), to_x, lanes);
+    if (b_hh) load(stored_at(b_hh, from, size), to_h, lanes);
     if (!one_slot[gate]) continue;
     for (int i = 0; i < lanes; ++i) {
       to_x[i] += to_h[i];
