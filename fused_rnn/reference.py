@@ -6,7 +6,7 @@ Differentiable any number of times, and by ``torch.func``, because every operati
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,8 +43,11 @@ def step(x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], recipe: 
     return [a.tanh() if cell == RNN_TANH else a.relu() if cell == RNN_RELU else a]
 
 
+StepFunction = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Recipe], list[Tensor]]  # as ``step``
+
+
 def _scan(
-    x: Tensor, states: list[Tensor], params: Sequence[Tensor], rows: Rows, recipe: Recipe, reverse: bool
+    x: Tensor, states: list[Tensor], params: Sequence[Tensor], rows: Rows, recipe: Recipe, reverse: bool, step: StepFunction
 ) -> tuple[Tensor, list[Tensor]]:
     """One direction over time; see csrc/core/active.h for lengths and offsets, modifier.h for resets."""
     sizes = None if rows.offsets is None else rows.offsets.diff().tolist()
@@ -74,7 +77,12 @@ def _scan(
 
 
 def layer(
-    x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], rows: Rows, recipe: Recipe
+    x: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    rows: Rows,
+    recipe: Recipe,
+    step: StepFunction = step,
 ) -> tuple[Tensor, list[Tensor]]:
     """One layer, both directions: x [T, B, I] or packed [N, I] -> y [T, B, D*P] or [N, D*P], last states [D, B, .].
 
@@ -88,7 +96,7 @@ def layer(
     for d in range(directions):
         p = params[d * per_direction : (d + 1) * per_direction]
         first = [s[d] for s in states] if states else zero_states(x, x.shape[1], p, recipe)
-        scans.append(_scan(x, first, p, rows, recipe, reverse=d == 1))
+        scans.append(_scan(x, first, p, rows, recipe, d == 1, step))
     y = torch.cat([outputs for outputs, _ in scans], dim=-1)
     return y, [torch.stack(of_directions) for of_directions in zip(*(last for _, last in scans), strict=True)]
 
@@ -101,9 +109,15 @@ def zero_states(x: Tensor, batch: int, params: Sequence[Tensor], recipe: Recipe)
 
 
 def rnn(
-    input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], rows: Rows, recipe: Recipe
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    rows: Rows,
+    recipe: Recipe,
+    step: StepFunction = step,
 ) -> tuple[Tensor, list[Tensor]]:
-    """A stack of layers with dropout between them; shapes as torch.nn.LSTM's, states [L*D, B, .]."""
+    """A stack of layers with dropout between them; shapes as torch.nn.LSTM's, states [L*D, B, .]. step: of a cell that is
+    no kind of ours, which then needs its states."""
     num_layers, directions = recipe.num_layers, recipe.directions
     per_layer = len(weights) // num_layers
     y = input.transpose(0, 1) if recipe.batch_first else input
@@ -112,7 +126,8 @@ def rnn(
     last = []
     for index in range(num_layers):
         of_layer = [state[index * directions : (index + 1) * directions] for state in states]
-        y, states_after = layer(y, of_layer, weights[index * per_layer : (index + 1) * per_layer], rows, recipe.of_layer())
+        params = weights[index * per_layer : (index + 1) * per_layer]
+        y, states_after = layer(y, of_layer, params, rows, recipe.of_layer(), step)
         last.append(states_after)
         if recipe.dropout and recipe.training and index + 1 < num_layers:
             y = torch.nn.functional.dropout(y, recipe.dropout)

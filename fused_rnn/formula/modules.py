@@ -1,0 +1,322 @@
+"""Layer and Step: modules with torch.nn's parameters and forward for any cell.
+
+They run the cell's ``step`` in a loop, under autograd: the definition that kernels will be compared with.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fused_rnn import _checks, functional, reference
+from fused_rnn._recipe import Recipe, Rows
+from fused_rnn.formula.language import Cell
+from fused_rnn.formula.parameters import as_declared, empty, outputs_first, specs_of, step_function
+
+_OWN_KIND = -1  # a recipe's number of a cell that is no kind of ours
+
+
+class _Formula(nn.Module):
+    """What Layer and Step share: the cell, the sizes, the start of the parameters, hx."""
+
+    def __init__(self, cell: Cell, input_size: int, hidden_size: int, bias: bool) -> None:
+        super().__init__()
+        if not isinstance(cell, Cell):
+            hint = f"; write {cell.__name__}()" if isinstance(cell, type) and issubclass(cell, Cell) else ""
+            raise TypeError(f"cell: expected a fused_rnn Cell, got {cell!r}{hint}")
+        for name, value in (("input_size", input_size), ("hidden_size", hidden_size)):
+            _check_count(name, value)
+        if not isinstance(bias, bool):
+            raise TypeError(f"bias: expected a bool, got {type(bias).__name__}")
+        self.cell = cell
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.bias = bias
+
+    def _states_of(self, hx: Any) -> list[Tensor]:
+        """The states in hx, in the cell's order; none where it is None."""
+        names = self.cell.declaration.states
+        if hx is None:
+            return []
+        values = [hx] if len(names) == 1 and isinstance(hx, Tensor) else hx
+        if not isinstance(values, (tuple, list)) or len(values) != len(names):
+            wanted = "a Tensor" if len(names) == 1 else f"a tuple of {len(names)} Tensors ({', '.join(names)})"
+            got = f"a {type(hx).__name__}" + (f" of {len(hx)}" if isinstance(hx, (tuple, list)) else "")
+            raise TypeError(f"hx: expected {wanted}, got {got}")
+        return list(values)
+
+    def _form_of(self, states: Sequence[Tensor]) -> Any:
+        """States as they are returned: a tensor, or a tuple where there are several."""
+        return states[0] if len(states) == 1 else tuple(states)
+
+    def _check_tensors(self, input: Tensor, states: Sequence[Any], weights: Sequence[Any], names: Sequence[str]) -> None:
+        _checks.check_tensor("input", input)
+        if input.dtype not in _checks.DTYPES:
+            raise ValueError(f"input: expected dtype float64, float32, float16 or bfloat16, got {input.dtype}")
+        if input.shape[-1:] != (self.input_size,):
+            raise ValueError(f"input: expected {self.input_size} features in its last dimension, got {list(input.shape)}")
+        autocast = functional.autocast_on(input.device.type)
+        _checks.check_places(input, weights, names.__getitem__, autocast)
+        _checks.check_places(input, states, self._name_of_state, autocast)
+
+    def _name_of_state(self, index: int) -> str:
+        return f"hx ({self.cell.declaration.states[index]})"
+
+
+class Layer(_Formula):
+    """Layers of a cell over time: torch.nn.LSTM's arguments, parameter names, start and forward, for any formula.
+
+    Args:
+        cell: the cell, an instance.
+        input_size: I.
+        hidden_size: H.
+        num_layers: L.
+        bias: whether the products have biases, bias_ih of the input's and bias_hh of the recurrent ones.
+        batch_first: input and output are [B, T, .].
+        dropout: probability of zeroing an element between layers, while training.
+        bidirectional: D = 2.
+        factory: device and dtype of the parameters.
+
+    Parameters, for layer k and, of the reverse direction, with the suffix _reverse: weight_ih_l{k} [G*H, I or D*H],
+    weight_hh_l{k} [G*H, H], bias_ih_l{k}, bias_hh_l{k} [G*H] (rows of the gates that have such a product), <name>_l{k}
+    of the cell's own vectors [H] and numbers [], weight_<name>_l{k} of its products [H, H] and norms [H].
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        **factory: Any,
+    ) -> None:
+        super().__init__(cell, input_size, hidden_size, bias)
+        _check_factory("Layer", factory)
+        self.num_layers = num_layers
+        self.batch_first = batch_first
+        self.dropout = dropout
+        self.bidirectional = bidirectional
+        _checks.check_recipe(self._recipe(batch_first))
+        if dropout > 0 and num_layers == 1:
+            warnings.warn(
+                f"dropout={dropout} has no effect with num_layers=1: it acts between layers",
+                stacklevel=2,
+            )
+        for name, spec in self._specs():
+            self.register_parameter(name, empty(spec.shape, factory.get("device"), factory.get("dtype")))
+        self.reset_parameters()
+
+    def _recipe(self, batch_first: bool) -> Recipe:
+        return Recipe(_OWN_KIND, self.num_layers, self.bias, self.bidirectional, batch_first, self.training, self.dropout)
+
+    def _specs(self) -> list[tuple[str, Any]]:
+        """(name, spec) of all parameters in order."""
+        directions = 2 if self.bidirectional else 1
+        return [
+            (f"{spec.name}_l{layer}{'_reverse' if d else ''}", spec)
+            for layer in range(self.num_layers)
+            for d in range(directions)
+            for spec in specs_of(
+                self.cell, self.hidden_size * directions if layer else self.input_size, self.hidden_size, self.bias
+            )
+        ]
+
+    def reset_parameters(self) -> None:
+        """Fills all parameters anew: uniform within 1/sqrt(H), as torch.nn does, unless the cell says otherwise."""
+        for name, spec in self._specs():
+            with torch.no_grad():
+                spec.start(getattr(self, name), self.hidden_size)
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        *,
+        lengths: Any = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Any, Any]:
+        """Runs the layers.
+
+        Args:
+            input: [T, B, I]; [B, T, I] with batch_first; [T, I] unbatched; or a PackedSequence.
+            hx: the initial states, each [L*D, B, H] ([L*D, H] unbatched), in the order of the cell's states: a tensor if
+                there is one, else a tuple; None for zeros.
+            lengths: [B] integers: row b takes part in steps t < lengths[b]; its output is 0 after them. Not with packed
+                input.
+            resets: bool [T, B] ([B, T] with batch_first, [T] unbatched, [N] packed): the states are zero before this step.
+
+        Returns:
+            output [T, B, D*H] in the input's form, and the last states in the form of hx.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong; the message names it.
+        """
+        states = self._states_of(hx)
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, states, lengths, resets)
+        self._check(input, states)
+        if input.dim() not in (2, 3):
+            raise ValueError(f"input: expected 2-D or 3-D, got {input.dim()}-D")
+        unbatched, batch_dim = input.dim() == 2, 0 if self.batch_first else 1
+        lengths = None if lengths is None else _checks.lengths_tensor(lengths)
+        if resets is not None:
+            _checks.check_resets(resets)
+        if unbatched:
+            input = input.unsqueeze(batch_dim)
+            states = [state.unsqueeze(1) for state in states]
+            resets = None if resets is None else resets.unsqueeze(batch_dim)
+            lengths = None if lengths is None else lengths.reshape(1)
+        batch, steps = input.shape[batch_dim], input.shape[1 - batch_dim]
+        if steps == 0:
+            raise ValueError("input: expected at least 1 time step, got 0")
+        _checks.check_masks(lengths, resets, steps, batch, input.shape[:2])
+        rows = Rows(None if lengths is None else lengths.to(torch.int64), None, resets)
+        y, last = self._run(input, states, rows, self.batch_first, batch)
+        if unbatched:
+            return y.squeeze(batch_dim), self._form_of([state.squeeze(1) for state in last])
+        return y, self._form_of(last)
+
+    def _forward_packed(
+        self, input: PackedSequence, states: list[Tensor], lengths: Any, resets: Tensor | None
+    ) -> tuple[PackedSequence, Any]:
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        if lengths is not None:
+            raise ValueError("lengths: expected None with packed input, which already gives the lengths")
+        self._check(data, states)
+        _checks.check_batch_sizes(batch_sizes, data)
+        if resets is not None:
+            _checks.check_resets(resets)
+        batch = int(batch_sizes[0])
+        _checks.check_masks(None, resets, 0, batch, data.shape[:1])
+        rows = Rows(None, torch.cat([batch_sizes.new_zeros(1), batch_sizes.cumsum(0)]), resets)
+        if sorted_indices is not None:
+            self._check_states(states, batch)
+            states = [state.index_select(1, sorted_indices) for state in states]
+        y, last = self._run(data, states, rows, False, batch)
+        if unsorted_indices is not None:
+            last = [state.index_select(1, unsorted_indices) for state in last]
+        return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), self._form_of(last)
+
+    def _check(self, input: Tensor, states: list[Tensor]) -> None:
+        names = [name for name, _ in self._specs()]
+        self._check_tensors(input, states, [getattr(self, name) for name in names], names)
+
+    def _check_states(self, states: list[Tensor], batch: int) -> None:
+        shape = [self.num_layers * (2 if self.bidirectional else 1), batch, self.hidden_size]
+        _checks.check_states([self._name_of_state(i) for i in range(len(states))], states, *[shape] * len(states))
+
+    def _run(
+        self, input: Tensor, states: list[Tensor], rows: Rows, batch_first: bool, batch: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Batched or packed input, checked: output and last states, in the cell's order."""
+        self._check_states(states, batch)
+        recipe = self._recipe(batch_first)
+        if not states:
+            shape = (self.num_layers * recipe.directions, batch, self.hidden_size)
+            states = [input.new_zeros(shape) for _ in self.cell.declaration.states]
+        weights = [getattr(self, name) for name, _ in self._specs()]
+        input, states, weights = functional._autocast(input.device.type, input, states, weights)
+        rows = Rows(*(None if row is None else row.to(input.device) for row in rows))
+        y, last = reference.rnn(input, outputs_first(self.cell, states), weights, rows, recipe, step_function(self.cell))
+        return y, as_declared(self.cell, last)
+
+    def extra_repr(self) -> str:
+        """As torch.nn's, with the cell."""
+        parts = [repr(self.cell), str(self.input_size), str(self.hidden_size)]
+        for name, usual in (
+            ("num_layers", 1),
+            ("bias", True),
+            ("batch_first", False),
+            ("dropout", 0.0),
+            ("bidirectional", False),
+        ):
+            if getattr(self, name) != usual:
+                parts.append(f"{name}={getattr(self, name)}")
+        return ", ".join(parts)
+
+
+class Step(_Formula):
+    """One step of a cell: torch.nn.LSTMCell's arguments, parameter names, start and forward, for any formula.
+
+    Args:
+        cell: the cell, an instance.
+        input_size: I.
+        hidden_size: H.
+        bias: whether the products have biases.
+        device, dtype: of the parameters.
+
+    Parameters: as Layer's, without suffix: weight_ih, weight_hh, bias_ih, bias_hh, and the cell's own by their names.
+    """
+
+    def __init__(
+        self, cell: Cell, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__(cell, input_size, hidden_size, bias)
+        for spec in specs_of(cell, input_size, hidden_size, bias):
+            if hasattr(self, spec.name):
+                raise ValueError(f"cell: its parameter {spec.name} has the name of an attribute of the module")
+            self.register_parameter(spec.name, empty(spec.shape, device, dtype))
+        self.reset_parameters()
+
+    def _specs(self) -> list[Any]:
+        return specs_of(self.cell, self.input_size, self.hidden_size, self.bias)
+
+    def reset_parameters(self) -> None:
+        """Fills all parameters anew: uniform within 1/sqrt(H), as torch.nn does, unless the cell says otherwise."""
+        for spec in self._specs():
+            with torch.no_grad():
+                spec.start(getattr(self, spec.name), self.hidden_size)
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        """One step.
+
+        Args:
+            input: [B, I] or [I].
+            hx: the states before, each [B, H] or [H], in the cell's order: a tensor if there is one, else a tuple; None
+                for zeros.
+
+        Returns:
+            The states after, in the form of hx.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong; the message names it.
+        """
+        states = self._states_of(hx)
+        names = [spec.name for spec in self._specs()]
+        weights = [getattr(self, name) for name in names]
+        self._check_tensors(input, states, weights, names)
+        if input.dim() not in (1, 2):
+            raise ValueError(f"input: expected 1-D or 2-D, got {input.dim()}-D")
+        shape = [*input.shape[:-1], self.hidden_size]
+        _checks.check_states([self._name_of_state(i) for i in range(len(states))], states, *[shape] * len(states))
+        states = states or [input.new_zeros(shape) for _ in self.cell.declaration.states]
+        input, states, weights = functional._autocast(input.device.type, input, states, weights)
+        recipe = Recipe(_OWN_KIND, has_biases=self.bias)
+        after = step_function(self.cell)(input, outputs_first(self.cell, states), weights, recipe)
+        return self._form_of(as_declared(self.cell, after))
+
+    def extra_repr(self) -> str:
+        """As torch.nn's, with the cell."""
+        return f"{self.cell!r}, {self.input_size}, {self.hidden_size}" + ("" if self.bias else ", bias=False")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def _check_factory(who: str, factory: dict[str, Any]) -> None:
+    unknown = sorted(set(factory) - {"device", "dtype"})
+    if unknown:
+        raise TypeError(f"{who}() got an unexpected keyword argument '{unknown[0]}'")

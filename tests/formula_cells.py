@@ -1,0 +1,216 @@
+"""Cells as formulas, for the tests of fused_rnn.formula; each with the paper's equations in `step`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fused_rnn.formula import Cell, Gate
+
+
+class Rnn(Cell):
+    gates = ("a",)
+
+    def step(self, x: Any, r: Any, h: Any) -> Any:
+        return torch.tanh(x.a + r.a)
+
+
+class ReluRnn(Cell):
+    gates = ("a",)
+
+    def step(self, x: Any, r: Any, h: Any) -> Any:
+        return F.relu(x.a + r.a)
+
+
+class Lstm(Cell):
+    gates = ("i", "f", "g", "o")
+    states = ("h", "c")
+
+    def step(self, x: Any, r: Any, h: Any, c: Any) -> Any:
+        i = torch.sigmoid(x.i + r.i)
+        f = torch.sigmoid(x.f + r.f)
+        g = torch.tanh(x.g + r.g)
+        o = torch.sigmoid(x.o + r.o)
+        c = f * c + i * g
+        return o * torch.tanh(c), c
+
+
+class Gru(Cell):
+    gates = ("r", "z", "n")
+
+    def step(self, x: Any, r: Any, h: Any) -> Any:
+        reset = torch.sigmoid(x.r + r.r)
+        z = torch.sigmoid(x.z + r.z)
+        n = torch.tanh(x.n + reset * r.n)
+        return n + z * (h - n)
+
+
+class LiGru(Cell):
+    """Ravanelli et al. 2018, without the batch norm."""
+
+    gates = ("z", "g")
+
+    def step(self, x: Any, r: Any, h: Any) -> Any:
+        z = torch.sigmoid(x.z + r.z)
+        return z * h + (1 - z) * torch.relu(x.g + r.g)
+
+
+class Janet(Cell):
+    """Van der Westhuizen and Lasenby 2018: only the forget gate; beta is a constant of the instance."""
+
+    gates = ("f", "g")
+
+    def __init__(self, beta: float = 1.0) -> None:
+        self.beta = beta
+
+    def step(self, x: Any, r: Any, h: Any) -> Any:
+        s = x.f + r.f
+        f = torch.sigmoid(s)
+        return f * h + (1 - torch.sigmoid(s - self.beta)) * torch.tanh(x.g + r.g)
+
+
+class PeepholeLstm(Cell):
+    """Gers and Schmidhuber 2000."""
+
+    gates = ("i", "f", "g", "o")
+    states = ("h", "c")
+    unit_parameters = ("p_i", "p_f", "p_o")
+
+    def step(self, x: Any, r: Any, h: Any, c: Any) -> Any:
+        i = torch.sigmoid(x.i + r.i + self.p_i * c)
+        f = torch.sigmoid(x.f + r.f + self.p_f * c)
+        new_c = f * c + i * torch.tanh(x.g + r.g)
+        o = torch.sigmoid(x.o + r.o + self.p_o * new_c)
+        return o * torch.tanh(new_c), new_c
+
+
+class SLstm(Cell):
+    """Beck et al. 2024 (xLSTM): exponential gates, normaliser n, stabiliser m."""
+
+    gates = ("i", "f", "z", "o")
+    states = ("h", "c", "n", "m")
+
+    def step(self, x: Any, r: Any, h: Any, c: Any, n: Any, m: Any) -> Any:
+        log_f = F.logsigmoid(x.f + r.f) + m
+        log_i = x.i + r.i
+        new_m = torch.maximum(log_f, log_i)
+        i = torch.exp(log_i - new_m)
+        f = torch.exp(log_f - new_m)
+        c = f * c + i * torch.tanh(x.z + r.z)
+        n = f * n + i
+        return torch.sigmoid(x.o + r.o) * c / n, c, n, new_m
+
+
+class MinimalRnn(Cell):
+    """Chen 2017: z has no recurrent product; u reads the input's embedding by the gate's own block of weights."""
+
+    gates = (Gate("z", recurrent=False), "u")
+
+    def step(self, x: Any, r: Any, h: Any) -> Any:
+        u = torch.sigmoid(x.u + r.u)
+        return u * h + (1 - u) * torch.tanh(x.z)
+
+
+class IndRnn(Cell):
+    """Li et al. 2018: every unit sees only itself."""
+
+    gates = (Gate("a", recurrent=False),)
+    unit_parameters = {"u": 0.5}
+
+    def step(self, x: Any, r: Any, h: Any) -> Any:
+        return torch.relu(x.a + self.u * h)
+
+
+class FastRnn(Cell):
+    """Kusupati et al. 2018: learnable numbers."""
+
+    gates = ("a",)
+    scalar_parameters = {"alpha": -3.0, "beta": 3.0}
+
+    def step(self, x: Any, r: Any, h: Any) -> Any:
+        return torch.sigmoid(self.alpha) * torch.tanh(x.a + r.a) + torch.sigmoid(self.beta) * h
+
+
+class RecurrentOnly(Cell):
+    """A gate without input, an output that is not the state that recurs."""
+
+    gates = ("a", Gate("k", input=False))
+    states = ("s", "y")
+    output = "y"
+    recurrent = "s"
+
+    def step(self, x: Any, r: Any, s: Any, y: Any) -> Any:
+        s = torch.tanh(x.a + r.a) + 0.5 * s
+        return s, s * torch.sigmoid(r.k)
+
+
+class Mgu(Cell):
+    """Zhou et al. 2016: the second product, of f h, is inside of the step."""
+
+    gates = ("f", Gate("g", recurrent=False))
+
+    def step(self, x: Any, r: Any, h: Any) -> Any:
+        f = torch.sigmoid(x.f + r.f)
+        return (1 - f) * h + f * torch.tanh(x.g + self.product("u", f * h))
+
+
+class NormLstm(Cell):
+    """Layer norm of the cell state before the output (after Ba et al. 2016), RMS norm of the candidate."""
+
+    gates = ("i", "f", "g", "o")
+    states = ("h", "c")
+
+    def step(self, x: Any, r: Any, h: Any, c: Any) -> Any:
+        g = torch.tanh(self.rms_norm(x.g + r.g, "g"))
+        c = torch.sigmoid(x.f + r.f) * c + torch.sigmoid(x.i + r.i) * g
+        return torch.sigmoid(x.o + r.o) * torch.tanh(self.layer_norm(c, "c")), c
+
+
+class Everything(Cell):
+    """Every operation of the language that the other cells lack; one gate of its own each, so that nothing cancels."""
+
+    gates = ("a", "b", Gate("e", recurrent=False))
+    states = ("h", "c")
+    unit_parameters = ("w",)
+    scalar_parameters = ("k",)
+
+    def step(self, x: Any, r: Any, h: Any, c: Any) -> Any:
+        a, b = x.a + r.a, x.b - r.b
+        u = F.softplus(a) + F.silu(b) + F.gelu(x.e) + F.gelu(a, approximate="tanh") + F.hardtanh(b, -0.7, 0.9)
+        u = u + F.hardsigmoid(3 * a) + F.softsign(b) + F.elu(a, 1.3) + F.leaky_relu(b, 0.1) + F.relu6(4 * a)
+        v = torch.erf(a) + torch.sin(b) + torch.cos(x.e) + torch.expm1(a) + torch.log1p(torch.abs(b)) + torch.square(h)
+        v = (
+            v
+            + torch.log(torch.exp(a) + 1.5)
+            + torch.sqrt(1 + b * b)
+            + F.softplus(b, 2.0, 0.5)
+            + (2 - a) / (2 + torch.cos(b))
+        )
+        w = torch.minimum(a, c) + torch.clamp(b, -0.5, 0.5) + torch.clamp(a, min=x.e * 0.1) + torch.clamp(h, max=0.3)
+        w = w + torch.where(a > b, a * self.w, self.k) + torch.where(h <= 0.1, 0.2, b) + torch.where(a == b, 1.0, h)
+        w = (
+            w
+            + torch.where(a >= 0, -a, torch.where(b != c, b, 0.0))
+            + torch.where(c < 0.2, a, b)
+            + torch.add(a, b, alpha=0.3)
+        )
+        return torch.tanh(0.1 * u + 0.1 * w) * torch.reciprocal(1 + torch.exp(v)), 0.5 * c + torch.sigmoid(v) * torch.tanh(w)
+
+
+CELLS = (
+    Rnn(),
+    ReluRnn(),
+    Lstm(),
+    Gru(),
+    LiGru(),
+    Janet(1.5),
+    PeepholeLstm(),
+    SLstm(),
+    MinimalRnn(),
+    IndRnn(),
+    FastRnn(),
+    RecurrentOnly(),
+    Everything(),
+)
