@@ -65,7 +65,7 @@ class TooManyResults(One):
 @wrong("state h is a NoneType, no tensor", "an expression of gates and states")
 class NothingReturned(One):
     def step(self, x: Any, r: Any, h: Any) -> Any:
-        h = torch.tanh(x.a + r.a)
+        torch.tanh(x.a + r.a)
 
 
 @wrong("state c is a float, no tensor", "an expression of gates and states")

@@ -1,9 +1,10 @@
 """Whether a step is a formula: it runs once on small tensors, and each call of torch inside of it is looked up in a table.
 
 Why a ``TorchFunctionMode`` and not torch.fx's symbolic tracing: it sees the calls as the user wrote them (operators,
-methods, functions, factories, ``bool(h)``, ``h.shape``, in-place operators) on tensors that have shapes and dtypes, while the
-user's line is still on the stack. A proxy of torch.fx has neither shape nor dtype, takes ``h += 1`` for ``h = h + 1`` and does
-not see ``torch.rand(3)``. The graph that code is generated from is made by make_fx (trace.py), in ATen's operations.
+methods, functions, factories, ``bool(h)``, ``h.shape``, in-place operators) on tensors that have shapes and dtypes, while
+the user's line is still on the stack. A proxy of torch.fx has neither shape nor dtype, takes ``h += 1`` for ``h = h + 1``
+and does not see ``torch.rand(3)``. The graph that code is generated from is made by make_fx (trace.py), in ATen's
+operations.
 """
 
 from __future__ import annotations

@@ -86,7 +86,8 @@ _HINTS = (
         "nothing: gradients flow through all of a formula",
     ),
     (
-        "logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not __and__ __or__ __invert__ __xor__",
+        "logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not __and__ __or__ __invert__ "
+        "__xor__",
         "torch.where inside of torch.where",
     ),
 )
