@@ -1,0 +1,255 @@
+"""The graph of a cell: forward from its ``step``, backward from torch's own autograd of it.
+
+make_fx records the step and ``torch.autograd.grad`` of it as ATen's operations, as AOTAutograd's joint graph has them, with
+torch's decompositions of what has no counterpart in C++ (softplus, gelu, elu and their derivatives). All tensors have one
+shape, so that nothing broadcasts and no gradient is a sum: gradients of vectors and numbers are those of one unit of one row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._decomp import core_aten_decompositions, get_decompositions
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fused_rnn.formula.graph import Graph, Value
+from fused_rnn.formula.language import Cell, run_step
+
+_ATEN = torch.ops.aten
+
+
+@dataclasses.dataclass
+class Traced:
+    """The values of a step and of its gradients.
+
+    Inputs of the graph: "x.<gate>", "r.<gate>", the states, "self.<parameter>"; of its backward part also "d.<state>", the
+    gradients of the states after the step.
+    """
+
+    graph: Graph
+    after: dict[str, Value]  # the states after the step
+    gradients: dict[str, Value]  # of every input, by its name
+    names: dict[Value, str]  # the user's names of values
+
+
+def trace(cell: Cell) -> Traced:
+    """Traces a step and its gradients.
+
+    Raises:
+        NotImplementedError: the step has products or norms inside, which need several phases.
+    """
+    if cell.phases:
+        phase = cell.phases[0]
+        raise NotImplementedError(
+            f"{type(cell).__name__}: no code yet for a step with self.{phase.kind} inside; Layer and Step run it on the "
+            "reference"
+        )
+    says = cell.declaration
+    names = [f"x.{gate}" for gate in says.input_gates] + [f"r.{gate}" for gate in says.recurrent_gates]
+    names += [*says.states, *(f"self.{name}" for name in (*says.units, *says.scalars))]
+    local_names: list[str] = []
+
+    def joint(primals: list[Tensor], tangents: list[Tensor]) -> list[Tensor]:
+        leaves = [primal.detach().requires_grad_() for primal in primals]
+        after, local = _run_with_locals(cell, dict(zip(names, leaves, strict=True)))
+        gradients = torch.autograd.grad(after, leaves, tangents, materialize_grads=True)
+        local_names[:] = local
+        return [*after, *gradients, *local.values()]
+
+    # The values do not matter: no operation of a formula depends on them, and none is taken for another at equal values.
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+        primals = [torch.rand(2, 3, generator=generator, dtype=torch.float64) for _ in names]
+        tangents = [torch.rand(2, 3, generator=generator, dtype=torch.float64) for _ in says.states]
+        traced = make_fx(joint, decomposition_table=_decompositions())(primals, tangents)
+    reader = _Reader(traced, [*names, *(f"d.{state}" for state in says.states)])
+    results = reader.run()
+    states, inputs = len(says.states), len(names)
+    after, gradients, local = results[:states], results[states : states + inputs], results[states + inputs :]
+    return Traced(
+        reader.graph,
+        dict(zip(says.states, after, strict=True)),
+        dict(zip(names, gradients, strict=True)),
+        dict(reversed(list(zip(local, local_names, strict=True)))),
+    )
+
+
+def _run_with_locals(cell: Cell, named: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The states after the step, and the floating-point tensors among its local variables as it returns."""
+    says, found = cell.declaration, {}
+    code = type(cell).step.__code__
+
+    def watch(frame: FrameType, event: str, result: Any) -> None:
+        if event == "return" and frame.f_code is code:
+            found.update({name: value for name, value in frame.f_locals.items() if isinstance(value, Tensor)})
+
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        result = run_step(
+            cell,
+            {gate: named[f"x.{gate}"] for gate in says.input_gates},
+            {gate: named[f"r.{gate}"] for gate in says.recurrent_gates},
+            [named[state] for state in says.states],
+            {name: named[f"self.{name}"] for name in (*says.units, *says.scalars)},
+            lambda phase, value: value,
+        )
+    finally:
+        sys.setprofile(before)
+    return [result] if isinstance(result, Tensor) else list(result), found
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """torch's, but for the operations that have a form of their own below."""
+    table = {
+        **core_aten_decompositions(),
+        **get_decompositions([_ATEN.elu, _ATEN.gelu, _ATEN.hardtanh, _ATEN.leaky_relu]),
+    }
+    own = ("sigmoid_backward", "tanh_backward", "threshold_backward", "masked_fill", "masked_fill_")
+    return {op: form for op, form in table.items() if _name_of(op) not in own}
+
+
+def _name_of(op: Any) -> str:
+    """The name without namespace and overload: "masked_fill_"."""
+    name: str = op._schema.name
+    return name.rsplit("::", 1)[-1]
+
+
+# --- from ATen's operations to ours ---
+
+_SAME = {
+    "mul": "mul",
+    "div": "div",
+    "neg": "neg",
+    "sigmoid": "sigmoid",
+    "tanh": "tanh",
+    "relu": "relu",
+    "exp": "exp",
+    "expm1": "expm1",
+    "log": "log",
+    "log1p": "log1p",
+    "sqrt": "sqrt",
+    "abs": "abs",
+    "minimum": "minimum",
+    "maximum": "maximum",
+    "clamp_min": "maximum",
+    "clamp_max": "minimum",
+    "erf": "erf",
+    "sin": "sin",
+    "cos": "cos",
+    "where": "where",
+    "lt": "lt",
+    "le": "le",
+    "gt": "gt",
+    "ge": "ge",
+    "eq": "eq",
+    "ne": "ne",
+    "logical_and": "and",
+    "logical_and_": "and",
+    "bitwise_and": "and",
+    "logical_or": "or",
+    "bitwise_or": "or",
+    "logical_not": "not",
+    "bitwise_not": "not",
+}
+_PASS_ON = frozenset({"detach", "alias", "clone", "_to_copy", "lift_fresh_copy", "expand", "view_of", "to"})
+_NUMBERS = {"zeros_like": 0.0, "ones_like": 1.0, "new_zeros": 0.0, "new_ones": 1.0, "zeros": 0.0, "ones": 1.0}
+
+
+class _Reader:
+    """Makes values of make_fx's graph."""
+
+    def __init__(self, traced: fx.GraphModule, inputs: Sequence[str]) -> None:
+        self.graph = Graph()
+        self.traced = traced
+        self.inputs = iter(inputs)
+        self.values: dict[fx.Node, Any] = {}
+
+    def run(self) -> list[Value]:
+        """The outputs."""
+        for node in self.traced.graph.nodes:
+            match node.op:
+                case "placeholder":
+                    self.values[node] = self.graph.input(next(self.inputs))
+                case "get_attr":  # a number that torch made a tensor of
+                    self.values[node] = self.graph.const(getattr(self.traced, node.target).item())
+                case "call_function":
+                    self.values[node] = self.call(node)
+                case "output":
+                    return [self.values[output] for output in node.args[0]]
+        raise AssertionError("a graph without output")
+
+    def call(self, node: fx.Node) -> Value:
+        name = _name_of(node.target)
+        args = [self.value_of(arg) for arg in node.args]
+        return self.operation(name, args, dict(node.kwargs))
+
+    def value_of(self, arg: Any) -> Any:
+        """A value for a node or a number; what else there is (None, dtypes, shapes) as it is."""
+        if isinstance(arg, fx.Node):
+            return self.values[arg]
+        if isinstance(arg, (int, float)):
+            return self.graph.const(float(arg))
+        return arg
+
+    def operation(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> Value:
+        make, const = self.graph.make, self.graph.const
+        if name in _SAME:
+            return make(_SAME[name], *args)
+        if name in _PASS_ON:
+            value: Value = args[0]
+            return value
+        if name in _NUMBERS:
+            return const(_NUMBERS[name])
+        match name, args:
+            case (("add" | "sub" | "rsub"), [a, b, *alpha]):
+                factor = alpha[0] if alpha else const(kwargs.get("alpha", 1))
+                scaled = make("mul", b, factor)
+                return make("sub", b, make("mul", a, factor)) if name == "rsub" else make(name, a, scaled)
+            case "reciprocal", [a]:
+                return make("div", const(1), a)
+            case "pow", [a, Value(op="const", number=number)]:
+                return self.power(a, number)
+            case (("sgn" | "sign"), [a]):
+                negative = make("where", make("lt", a, const(0)), const(-1), a)
+                return make("where", make("gt", a, const(0)), const(1), negative)
+            case "clamp", [a, *bounds]:
+                low, high = (*bounds, None, None)[:2]
+                low, high = (self.value_of(kwargs.get(key, bound)) for key, bound in (("min", low), ("max", high)))
+                a = a if low is None else make("maximum", a, low)
+                return a if high is None else make("minimum", a, high)
+            case "scalar_tensor", [a]:
+                value = a
+                return value
+            case (("full" | "full_like" | "new_full"), [_, *_, a]):
+                value = a
+                return value
+            case (("masked_fill" | "masked_fill_"), [a, mask, b]):
+                return make("where", mask, b, a)
+            case "sigmoid_backward", [d, y]:
+                return make("mul", make("mul", d, y), make("sub", const(1), y))
+            case "tanh_backward", [d, y]:
+                return make("mul", d, make("sub", const(1), make("mul", y, y)))
+            case "threshold_backward", [d, y, threshold]:
+                return make("where", make("gt", y, threshold), d, const(0))
+        raise NotImplementedError(f"no C++ for torch's operation aten.{name} with {len(args)} arguments")
+
+    def power(self, a: Value, exponent: float) -> Value:
+        """a to an exponent that torch's derivatives and decompositions have."""
+        make = self.graph.make
+        if exponent == 0.5:
+            return make("sqrt", a)
+        if exponent < 0:
+            return make("div", self.graph.const(1), self.power(a, -exponent))
+        if exponent != int(exponent) or exponent > 8:
+            raise NotImplementedError(f"no C++ for a power of {exponent}")
+        result = self.graph.const(1)
+        for _ in range(int(exponent)):
+            result = make("mul", result, a)
+        return result

@@ -1,0 +1,352 @@
+"""A cell as C++: a struct like those of csrc/core/cells.h, with forward and backward of one unit at one step.
+
+A cell that fits has the form of cells.h to the letter: forward(a, h_prev, c_prev, h, c) and backward(a, h_prev, c_prev, c,
+h, dh, dc, d, dh_prev), sigmoids and forward_of_sigmoids. It fits if it has the states (h) or (h, c), no parameters of its
+own, both products for each gate, saves no more values than it has slots, and reads the h after the step only where it saves
+nothing.
+
+Every other cell has the general form:
+
+    forward(a, before, after, p)
+        a [kValues]: accumulators in (the first kSlots), saved values out (the first kSaved)
+        before, after [kStates]: the states; p [kParameters]: vectors and numbers of the cell at this unit
+    backward(a, before, after, p, d_states, d, d_parameters)
+        d_states [kStates]: gradients of the states after the step in (the output's is the total), of those before it out,
+        without what goes through the recurrent weights
+        d [kSlots]: gradients of the products in the order of BackwardParams::d_gates
+        d_parameters [kParameters]: gradients of p for this row and step
+    reads_state(s): whether backward reads before[s] or after[s]; if not, they may hold anything
+    forward_reads(s): whether forward reads before[s]
+    passes_gradient(s): whether backward leaves more than 0 in d_states[s]
+    input_slot(k), recurrent_slot(k): the accumulator of the k-th gate that has such a product
+    input_gradient(k): the place in d of the gradient of the k-th input product. The last kRecurrentGates of d are those of the
+        recurrent products.
+
+Without parameters p and d_parameters are left out.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from collections.abc import Sequence
+
+from fused_rnn.formula.expressions import Block, Names
+from fused_rnn.formula.graph import Value, leaves_of, ordered, users_of
+from fused_rnn.formula.language import Cell
+from fused_rnn.formula.plan import Plan, make_plan
+
+
+def source_of(cell: Cell) -> str:
+    """The cell's struct as C++, to be included after core/formula_math.h in namespace fused_rnn.
+
+    Raises:
+        TypeError: ``cell`` is no Cell.
+        NotImplementedError: the step has products or norms inside.
+    """
+    if not isinstance(cell, Cell):
+        raise TypeError(f"cell: expected a fused_rnn Cell, got {cell!r}")
+    return _Writer(make_plan(cell)).struct()
+
+
+def has_present_form(plan: Plan) -> bool:
+    """Whether the struct has the form of csrc/core/cells.h."""
+    says = plan.cell.declaration
+    reads_new_h = plan.after[0] in leaves_of(plan.backward_roots, _in_memory(plan))
+    return (
+        len(says.states) <= 2
+        and says.output == says.recurrent == 0
+        and not plan.parameters
+        and all(gate.input and gate.recurrent for gate in says.gates)
+        and len(plan.saved) <= len(plan.accumulators)
+        and not (plan.saved and reads_new_h)
+    )
+
+
+def _in_memory(plan: Plan) -> dict[Value, None]:
+    """What backward does not make: saved values, and states whose series it reads."""
+    kept = [index for index, reads in enumerate(plan.series) if reads]
+    inputs = {leaf.name: leaf for leaf in ordered([*plan.backward_roots, *plan.after]) if leaf.op == "input"}
+    states = plan.cell.declaration.states
+    before = [inputs[states[index]] for index in kept if states[index] in inputs]
+    return dict.fromkeys([*plan.saved, *before, *(plan.after[index] for index in kept)])
+
+
+class _Writer:
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.states = plan.cell.declaration.states
+        self.present = has_present_form(plan)
+        values = ordered([*plan.backward_roots, *plan.after, *plan.accumulators])
+        self.inputs = {value.name: value for value in values if value.op == "input"}
+        self.early = self._early_sigmoids()
+
+    def _early_sigmoids(self) -> dict[int, Value]:
+        """Sigmoids of accumulators that nothing else reads, by slot: they depend on nothing and come first."""
+        roots = [*self.plan.after, *self.plan.saved]
+        users = users_of(ordered(roots))
+        return {
+            slot: users[value][0]
+            for slot, value in enumerate(self.plan.accumulators)
+            if len(set(users.get(value, []))) == 1 and users[value][0].op == "sigmoid" and value not in roots
+        }
+
+    # --- the struct ---
+
+    def struct(self) -> str:
+        parts = [self._comment(), f"struct {type(self.plan.cell).__name__} {{", *_indented(self._constants()), ""]
+        functions = [self._sigmoids(), self._forward_of_sigmoids(), self._forward(), self._backward()]
+        for function in functions:
+            parts += [*_indented(function), ""]
+        parts[-1] = "};"
+        return "\n".join(parts) + "\n"
+
+    def _comment(self) -> str:
+        plan, says = self.plan, self.plan.cell.declaration
+        try:
+            text = textwrap.dedent(inspect.getsource(type(plan.cell).step)).rstrip()
+        except OSError:  # a cell typed into an interpreter has no file
+            text = "(the text of step is not at hand)"
+        slots = ", ".join(f"a[{slot}] {_product(value)}" for slot, value in enumerate(plan.accumulators))
+        shown = Block({value: _product(value) for value in self.inputs.values()}, {}, Names(()))
+        saved = ", ".join(f"a[{place}] {self._described(value, shown)}" for place, value in enumerate(plan.saved))
+        kept = [state for state, reads in zip(says.states, plan.series, strict=True) if reads]
+        lines = [
+            f"{plan.cell!r}",
+            *(f"    {line}" for line in text.split("\n")),
+            *textwrap.wrap(f"Accumulators: {slots}.", 120),
+            *textwrap.wrap(
+                f"Saved for backward: {saved or 'nothing'}; states that it reads: {', '.join(kept) or 'none'}.", 120
+            ),
+        ]
+        return "\n".join(f"// {line}".rstrip() for line in lines)
+
+    def _described(self, value: Value, shown: Block) -> str:
+        text = self.plan.names.get(value) or shown.text(value)
+        return text if len(text) < 60 else "(an expression)"
+
+    def _constants(self) -> list[str]:
+        plan, says = self.plan, self.plan.cell.declaration
+        slots, saved, states = len(plan.accumulators), len(plan.saved), len(says.states)
+        read = leaves_of([*plan.after, *plan.saved], set(self.inputs.values()))
+        reads_h = _is_not_zero(plan.d_states[0]) or self.inputs.get(says.states[0]) in read
+        lines = [f"static constexpr int kGates = {len(says.gates)}, kSlots = {slots}, kSaved = {saved};"]
+        if self.present:
+            lines.append(f"static constexpr bool kHasC = {_bool(states == 2)}, kReadsH = {_bool(reads_h)};")
+            lines.append(_table("recurrent_slot", "gate", plan.recurrent_slots))
+            return lines
+        inputs, recurrent = len(says.input_gates), len(says.recurrent_gates)
+        return [
+            *lines,
+            f"static constexpr int kStates = {states}, kParameters = {len(plan.parameters)}, kOutput = {says.output}, "
+            f"kRecurrent = {says.recurrent};",
+            f"static constexpr int kInputGates = {inputs}, kRecurrentGates = {recurrent};",
+            f"static constexpr int kValues = {max(slots, saved)};  // of a",
+            _table("input_slot", "gate", plan.input_slots),
+            _table("recurrent_slot", "gate", plan.recurrent_slots),
+            _table("input_gradient", "gate", plan.input_gradients),
+            _table("reads_state", "state", plan.series),
+            _table("forward_reads", "state", [self.inputs.get(state) in read for state in says.states]),
+            _table("passes_gradient", "state", [_is_not_zero(value) for value in plan.d_states]),
+        ]
+
+    def _signature(self, name: str, arguments: str, body: Sequence[str]) -> list[str]:
+        head = _wrapped(f"static FUSED_RNN_HD void {name}(", arguments.split(", "), ") {")
+        return (
+            ["template <class V>", *head, *_indented(body), "}"]
+            if body
+            else ["template <class V>", *head[:-1], f"{head[-1]}}}"]
+        )
+
+    # --- forward ---
+
+    @property
+    def _a(self) -> str:
+        return "V (&a)[kSlots]" if self.present else "V (&a)[kValues]"
+
+    def _forward_arguments(self) -> str:
+        if self.present:
+            return f"{self._a}, const V& h_prev, const V& c_prev, V& h, V& c"
+        p = ", const V (&p)[kParameters]" if self.plan.parameters else ""
+        return f"{self._a}, const V (&before)[kStates], V (&after)[kStates]{p}"
+
+    def _sigmoids(self) -> list[str]:
+        lines = [f"a[{slot}] = sigmoid(a[{slot}]);" for slot in self.early]
+        return self._signature("sigmoids", self._a if lines else self._a.replace("a)", ")"), _using(lines))
+
+    def _forward(self) -> list[str]:
+        names = "a, h_prev, c_prev, h, c" if self.present else "a, before, after"
+        names += ", p" if self.plan.parameters else ""
+        return self._signature("forward", self._forward_arguments(), ["sigmoids(a);", f"forward_of_sigmoids({names});"])
+
+    def _forward_of_sigmoids(self) -> list[str]:
+        plan, names = self.plan, self._names()
+        roots = [*plan.after, *plan.saved]
+        places = {value: f"a[{slot}]" for slot, value in enumerate(plan.accumulators) if slot not in self.early}
+        early = {value: f"a[{slot}]" for slot, value in self.early.items()}
+        leaves = leaves_of(roots, {*places, *early, *self.inputs.values()})
+        block = Block({**places, **early, **(self._texts_of_states(after=False) if self.present else {})}, plan.names, names)
+        block.load([(value, plan.names[value], early[value]) for value in early if value in leaves and value in plan.names])
+        if not self.present:
+            block.load(self._loads(leaves))
+        block.load(self._parameter_loads(leaves))
+        block.compute(roots)
+        moved = [value for place, value in enumerate(plan.saved) if {**places, **early}.get(value) != f"a[{place}]"]
+        block.make_safe([*moved, *plan.after] if moved else [], "a")
+        block.lines += [f"a[{place}] = {block.text(value)};" for place, value in enumerate(plan.saved) if value in moved]
+        for place, value in enumerate(plan.after):
+            target = ("h", "c")[place] if self.present else f"after[{place}]"
+            block.lines.append(f"{target} = {block.text(value)};")
+        arguments = _without_unused(self._forward_arguments(), block.lines)
+        return self._signature("forward_of_sigmoids", arguments, _using(block.lines))
+
+    def _names(self) -> Names:
+        own = "h c dh dc h_prev c_prev dh_prev" if self.present else "before after p d_states d_parameters"
+        return Names(["a", "d", *own.split()])
+
+    def _texts_of_states(self, after: bool) -> dict[Value, str]:
+        """In the present form: the names of the arguments that are states."""
+        texts = {}
+        for index, (state, letter) in enumerate(zip(self.states, "hc", strict=False)):
+            if after and self.plan.after[index].op not in ("input", "const"):
+                texts[self.plan.after[index]] = letter
+            if state in self.inputs:
+                texts[self.inputs[state]] = f"{letter}_prev"
+        return texts
+
+    def _loads(self, leaves: set[Value]) -> list[tuple[Value, str, str]]:
+        return [
+            (self.inputs[state], f"{state}_prev", f"before[{index}]")
+            for index, state in enumerate(self.states)
+            if self.inputs.get(state) in leaves
+        ]
+
+    def _parameter_loads(self, leaves: set[Value]) -> list[tuple[Value, str, str]]:
+        return [
+            (self.inputs[f"self.{name}"], name, f"p[{index}]")
+            for index, name in enumerate(self.plan.parameters)
+            if self.inputs.get(f"self.{name}") in leaves
+        ]
+
+    # --- backward ---
+
+    def _backward(self) -> list[str]:
+        plan, names = self.plan, self._names()
+        roots = list(plan.backward_roots)
+        there = {**_in_memory(plan), **dict.fromkeys(self.inputs.values())}
+        leaves = leaves_of(roots, there)
+        atoms: dict[Value, str] = {}
+        if self.present:
+            atoms = {value: text for value, text in self._texts_of_states(after=True).items() if value not in plan.saved}
+            tangents = zip(self.states, "hc", strict=False)
+            atoms |= {self.inputs[f"d.{s}"]: f"d{letter}" for s, letter in tangents if f"d.{s}" in self.inputs}
+        block = Block(atoms, self.plan.names, names)
+        saved = [(value, self._name_of_saved(value, i), f"a[{i}]") for i, value in enumerate(plan.saved) if value in leaves]
+        block.load(saved)
+        if not self.present:
+            block.load(self._loads(leaves))
+            after = [(value, self.states[i], f"after[{i}]") for i, value in enumerate(plan.after) if plan.series[i]]
+            block.load([load for load in after if load[0] in leaves and load[0] not in plan.saved and load[0].args])
+            in_out = [(self.inputs.get(f"d.{s}"), f"d_{s}", f"d_states[{i}]") for i, s in enumerate(self.states)]
+            block.load([(value, name, where) for value, name, where in in_out if value is not None and value in leaves])
+        block.load(self._parameter_loads(leaves))
+        block.compute(roots)
+        block.lines += self._outputs(block)
+        return self._signature("backward", _without_unused(self._backward_arguments(), block.lines), _using(block.lines))
+
+    def _name_of_saved(self, value: Value, place: int) -> str:
+        if value in self.plan.accumulators:  # as it came: r.n of a GRU
+            return self.plan.names.get(value, value.name.replace(".", "_"))
+        return self.plan.names.get(value, f"s{place}")
+
+    def _backward_arguments(self) -> str:
+        if self.present:
+            return (
+                "const V (&a)[kSlots], const V& h_prev, const V& c_prev, const V& c, const V& h, const V& dh, V& dc, "
+                "V (&d)[kSlots], V& dh_prev"
+            )
+        own = bool(self.plan.parameters)
+        return (
+            "const V (&a)[kValues], const V (&before)[kStates], const V (&after)[kStates], "
+            + ("const V (&p)[kParameters], " if own else "")
+            + "V (&d_states)[kStates], V (&d)[kSlots]"
+            + (", V (&d_parameters)[kParameters]" if own else "")
+        )
+
+    def _outputs(self, block: Block) -> list[str]:
+        """Assignments of the results; dc, which is an argument too, last."""
+        plan = self.plan
+        lines = [f"d[{place}] = {block.text(value)};" for place, value in enumerate(plan.gradients)]
+        targets = ("dh_prev", "dc") if self.present else [f"d_states[{i}]" for i in range(len(self.states))]
+        lines += [f"{target} = {block.text(value)};" for target, value in zip(targets, plan.d_states, strict=False)]
+        return lines + [f"d_parameters[{i}] = {block.text(value)};" for i, value in enumerate(plan.d_parameters)]
+
+
+# --- text ---
+
+
+def _product(value: Value) -> str:
+    letter, _, gate = value.name.partition(".")
+    return f"x.{gate} + r.{gate}" if letter == "a" else value.name
+
+
+def _is_not_zero(value: Value) -> bool:
+    return not (value.op == "const" and value.number == 0)
+
+
+def _bool(value: bool) -> str:
+    return "true" if value else "false"
+
+
+def _table(name: str, argument: str, values: Sequence[int] | Sequence[bool]) -> str:
+    """A constexpr function with these values for 0, 1, ..."""
+    flags = all(isinstance(value, bool) for value in values)
+    result = "bool" if flags and values else "int"
+    if not flags and list(values) == list(range(len(values))):
+        body = f"return {argument};"
+    elif len(set(values)) <= 1:
+        argument, body = "", f"return {_bool(bool(values[0])) if flags and values else values[0] if values else 0};"
+    elif flags:
+        body = f"return {' || '.join(f'{argument} == {index}' for index, value in enumerate(values) if value)};"
+    else:
+        own = [index == value for index, value in enumerate(values)]  # the argument itself
+        told = [f"{argument} == {index} ? {value} : " for index, value in enumerate(values) if not own[index]]
+        last = argument if any(own) else str(values[-1])
+        body = f"return {''.join(told if any(own) else told[:-1])}{last};"
+    return f"static constexpr FUSED_RNN_HD {result} {name}(int{' ' * bool(argument)}{argument}) {{ {body} }}"
+
+
+def _wrapped(start: str, parts: Sequence[str], end: str) -> list[str]:
+    """start, the parts with commas between them and end, in lines of at most 122 columns."""
+    lines = [start]
+    for index, part in enumerate(parts):
+        text = part + (", " if index + 1 < len(parts) else end)
+        if len(lines[-1]) + len(text.rstrip()) > 122:
+            lines.append(" " * len(start))
+        lines[-1] += text
+    return [line.rstrip() for line in lines]
+
+
+def _using(lines: Sequence[str]) -> list[str]:
+    """A body, with the functions of fused_rnn::math where it calls one."""
+    calls = any("(" in line.replace("V(", "") for line in lines)
+    return ["using namespace math;", *lines] if calls else list(lines)
+
+
+def _without_unused(arguments: str, lines: Sequence[str]) -> str:
+    """The parameters, those without a name that the body does not read: compilers warn of them."""
+    body = "\n".join(lines)
+
+    def shown(part: str) -> str:
+        array = re.fullmatch(r"(.*\(&)(\w+)(\)\[\w+\])", part)
+        name = array[2] if array else part.split()[-1]
+        if re.search(rf"\b{name}\b", body):
+            return part
+        return f"{array[1]}{array[3]}" if array else part.rsplit(" ", 1)[0]
+
+    return ", ".join(shown(part) for part in arguments.split(", "))
+
+
+def _indented(lines: Sequence[str]) -> list[str]:
+    return [f"  {line}" if line else "" for line in lines]
