@@ -179,7 +179,7 @@ class Everything(Cell):
     def step(self, x: Any, r: Any, h: Any, c: Any) -> Any:
         a, b = x.a + r.a, x.b - r.b
         u = F.softplus(a) + F.silu(b) + F.gelu(x.e) + F.gelu(a, approximate="tanh") + F.hardtanh(b, -0.7, 0.9)
-        u = u + F.hardsigmoid(3 * a) + F.softsign(b) + F.elu(a, 1.3) + F.leaky_relu(b, 0.1) + F.relu6(4 * a)
+        u = u + F.softsign(b) + F.elu(a, 1.3) + F.leaky_relu(b, 0.1) + F.relu6(4 * a)
         v = torch.erf(a) + torch.sin(b) + torch.cos(x.e) + torch.expm1(a) + torch.log1p(torch.abs(b)) + torch.square(h)
         v = v + torch.log(torch.exp(a) + 1.5) + torch.sqrt(1 + b * b) + F.softplus(b, 2.0, 0.5)
         v = v + (2 - a) / (2 + torch.cos(b)) + torch.add(a, b, alpha=0.3)
@@ -187,6 +187,19 @@ class Everything(Cell):
         w = w + torch.where(a > b, a * self.w, self.k) + torch.where(h <= 0.1, 0.2, b) + torch.where(a == b, 1.0, h)
         w = w + torch.where(a >= 0, -a, torch.where(b != c, b, 0.0)) + torch.where(c < 0.2, a, b)
         return torch.tanh(0.1 * u + 0.1 * w) * torch.reciprocal(1 + torch.exp(v)), 0.5 * c + torch.sigmoid(v) * torch.tanh(w)
+
+
+class OddNames(Cell):
+    """Variables with names that C++ or the struct has for something else."""
+
+    gates = ("double",)
+    states = ("int", "a")
+    unit_parameters = ("V",)
+
+    def step(self, x: Any, r: Any, int: Any, a: Any) -> Any:
+        double, tanh, d, after, p = x.double + r.double, int * 2, x.double * r.double, int + 1, self.V * a
+        t1, h_prev, int_prev = double * tanh, d * after, p + tanh
+        return torch.tanh(double + p * t1) + h_prev * int_prev, a + tanh
 
 
 CELLS = (
@@ -203,4 +216,5 @@ CELLS = (
     FastRnn(),
     RecurrentOnly(),
     Everything(),
+    OddNames(),
 )

@@ -84,8 +84,10 @@ class Block:
         for root in roots:
             uses[root] = uses.get(root, 0) + 1
         for value in needed:
-            text, _ = self._expression(value)
-            if value.args and (uses[value] > 1 or value in self._wanted or len(text) > _WIDTH):
+            for arg in sorted(value.args, key=lambda arg: -len(self.text(arg))):
+                if len(self.text(value)) > _WIDTH and arg.args and arg not in self._text:
+                    self.name(arg)
+            if value.args and (uses[value] > 1 or value in self._wanted):
                 self.name(value)
 
     def make_safe(self, values: Sequence[Value], array: str) -> None:

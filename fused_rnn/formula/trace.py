@@ -2,12 +2,13 @@
 
 make_fx records the step and ``torch.autograd.grad`` of it as ATen's operations, as AOTAutograd's joint graph has them, with
 torch's decompositions of what has no counterpart in C++ (softplus, gelu, elu and their derivatives). All tensors have one
-shape, so that nothing broadcasts and no gradient is a sum: gradients of vectors and numbers are those of one unit of one row.
+shape, so that nothing broadcasts and no gradient is a sum: gradients of vectors and numbers are those of one unit of a row.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
@@ -105,6 +106,7 @@ def _run_with_locals(cell: Cell, named: Mapping[str, Tensor]) -> tuple[list[Tens
     return [result] if isinstance(result, Tensor) else list(result), found
 
 
+@functools.cache
 def _decompositions() -> dict[Any, Callable[..., Any]]:
     """torch's, but for the operations that have a form of their own below."""
     table = {

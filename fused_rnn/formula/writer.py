@@ -19,8 +19,8 @@ Every other cell has the general form:
     forward_reads(s): whether forward reads before[s]
     passes_gradient(s): whether backward leaves more than 0 in d_states[s]
     input_slot(k), recurrent_slot(k): the accumulator of the k-th gate that has such a product
-    input_gradient(k): the place in d of the gradient of the k-th input product. The last kRecurrentGates of d are those of the
-        recurrent products.
+    input_gradient(k): the place in d of the gradient of the k-th input product. The last kRecurrentGates of d are those of
+        the recurrent products.
 
 Without parameters p and d_parameters are left out.
 """
@@ -47,7 +47,12 @@ def source_of(cell: Cell) -> str:
     """
     if not isinstance(cell, Cell):
         raise TypeError(f"cell: expected a fused_rnn Cell, got {cell!r}")
-    return _Writer(make_plan(cell)).struct()
+    return source_of_plan(make_plan(cell))
+
+
+def source_of_plan(plan: Plan) -> str:
+    """The struct of a planned cell."""
+    return _Writer(plan).struct()
 
 
 def has_present_form(plan: Plan) -> bool:
