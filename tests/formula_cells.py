@@ -199,7 +199,33 @@ class OddNames(Cell):
     def step(self, x: Any, r: Any, int: Any, a: Any) -> Any:
         double, tanh, d, after, p = x.double + r.double, int * 2, x.double * r.double, int + 1, self.V * a
         t1, h_prev, int_prev = double * tanh, d * after, p + tanh
-        return torch.tanh(double + p * t1) + h_prev * int_prev, a + tanh
+        return torch.tanh(double + p * t1 + h_prev * int_prev), torch.tanh(a + tanh)
+
+
+class HeadedSLstm(SLstm):
+    heads = 3
+
+
+class Delay(Cell):
+    """The state before the last one, handed on as it is."""
+
+    gates = ("a",)
+    states = ("h", "last")
+
+    def step(self, x: Any, r: Any, h: Any, last: Any) -> Any:
+        return torch.tanh(x.a + r.a + 0.5 * last) * h, h
+
+
+class SameTwice(Cell):
+    """Two states with one value."""
+
+    gates = ("f", "g")
+    states = ("h", "c")
+
+    def step(self, x: Any, r: Any, h: Any, c: Any) -> Any:
+        f = torch.sigmoid(x.f + r.f)
+        c = torch.sigmoid(f * c + (1 - f) * (x.g + r.g))
+        return c, c
 
 
 CELLS = (
@@ -217,4 +243,7 @@ CELLS = (
     RecurrentOnly(),
     Everything(),
     OddNames(),
+    HeadedSLstm(),
+    Delay(),
+    SameTwice(),
 )

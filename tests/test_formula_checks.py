@@ -299,6 +299,12 @@ class ArithmeticOfMasks(One):
         return (x.a > 0) * r.a + h
 
 
+@wrong("torch.where gives torch.float32", "with a tensor for one of both")
+class WhereOfNumbers(One):
+    def step(self, x: Any, r: Any, h: Any) -> Any:
+        return torch.tanh(x.a + r.a) * torch.where(h > 0, 1.0, 0.0)
+
+
 @wrong("torch.Tensor.__pow__ is no operation", "a * a, torch.sqrt(a)")
 class Power(One):
     def step(self, x: Any, r: Any, h: Any) -> Any:
@@ -382,6 +388,8 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"states": ("h", "h")}, r"states: h is there twice"),
     ({"output": "y"}, r"output: expected one of states \(h\), got 'y'"),
     ({"recurrent": "c"}, r"recurrent: expected one of states \(h\), got 'c'"),
+    ({"heads": 0}, r"heads: expected an int of at least 1, got 0"),
+    ({"heads": 2.0}, r"heads: expected an int of at least 1, got 2.0"),
     ({"unit_parameters": ("step",)}, r"parameter step has the name of something else"),
     ({"unit_parameters": ("w",), "scalar_parameters": ("w",)}, r"w is there twice"),
     ({"unit_parameters": {"w": "ones"}}, r"w: expected None, a number or a function of the tensor, got 'ones'"),

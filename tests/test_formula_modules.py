@@ -348,6 +348,20 @@ def test_starts_of_parameters() -> None:
     assert Layer(cells.Mgu(), IN, H).weight_u_l0.shape == (H, H)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_heads_are_blocks_of_the_dense_weights(bias: bool) -> None:
+    """Gate by gate, head by head: the same as the dense cell whose recurrent weights are zero outside of the blocks."""
+    heads = Layer(cells.HeadedSLstm(), IN, H, bias=bias, dtype=torch.float64)
+    dense = Layer(cells.SLstm(), IN, H, bias=bias, dtype=torch.float64)
+    blocks = heads.weight_hh_l0.detach().view(3, 4, H // 3, H // 3)
+    rows = torch.stack([torch.block_diag(*blocks[:, gate]) for gate in range(4)]).view(4 * H, H)
+    dense.load_state_dict({**heads.state_dict(), "weight_hh_l0": rows})
+    x = rand(T, B, IN)
+    torch.testing.assert_close(heads(x), dense(x), atol=LIMIT, rtol=0)
+    with pytest.raises(ValueError, match="hidden_size: expected a multiple of the cell's 3 heads, got 8"):
+        Layer(cells.HeadedSLstm(), IN, 8)
+
+
 # --- wrong arguments ---
 
 LSTM = Layer(cells.Lstm(), IN, H)

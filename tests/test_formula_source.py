@@ -104,9 +104,13 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if shutil.which(COMPILER) is None:
         pytest.skip(f"needs a C++ compiler ({COMPILER})")
     folder = tmp_path_factory.mktemp("formula")
-    text = ['#include "formula_harness.h"', "namespace fused_rnn {", *(source_of_plan(plan_of(name)) for name in ALL)]
+    text = [
+        '#include "formula_harness.h"',
+        "namespace fused_rnn::generated {",
+        *(source_of_plan(plan_of(name)) for name in ALL),
+    ]
     text += [f"struct Hand{name} : Cell<CellKind::{kind}> {{}};" for name, kind in BY_HAND.items()]
-    text += ["}", "using namespace fused_rnn;"]
+    text += ["}", "using namespace fused_rnn::generated;", "using namespace fused_rnn;"]
     names = [*ALL, *(f"Hand{name}" for name in BY_HAND)]
     text += [f'extern "C" void {name}_run(Units* units, bool wide) {{ run<{name}>(*units, wide); }}' for name in names]
     (folder / "cells.cpp").write_text("\n".join(text))
@@ -233,6 +237,24 @@ def test_the_constants_of_cells_h(name: str) -> None:
     assert plan.saved_per_unit == kind.saved + kind.has_c
     assert len(plan.gradients) == kind.slots
     assert plan.input_gradients == ((1, 2, 0) if name == "Gru" else tuple(range(kind.gates)))
+
+
+def test_fits_the_cpu_kernels(tmp_path: Path) -> None:
+    """What has the form of cells.h goes into the pointwise kernels of the CPU's tables as they are, on SIMD vectors."""
+    if shutil.which(COMPILER) is None:
+        pytest.skip(f"needs a C++ compiler ({COMPILER})")
+    names = ("Lstm", "Gru", "Rnn", "ReluRnn", "LiGru")
+    text = ['#include "core/formula_math.h"', '#include "cpu/isa/vec_portable.h"', '#include "cpu/isa/pointwise.h"']
+    text += ["namespace fused_rnn::generated {", *(source_of_plan(plan_of(name)) for name in names), "}"]
+    text += ["namespace fused_rnn::cpu {"]
+    for name in names:
+        arguments = f"<portable::Vec<float>, generated::{name}, float>"
+        text += [f"template void forward_pointwise{arguments}(const ForwardCall<float>&);"]
+        text += [f"template void backward_pointwise{arguments}(const BackwardCall<float>&);"]
+    (tmp_path / "tables.cpp").write_text("\n".join([*text, "}"]))
+    flags = ["-std=c++17", "-O1", "-fsyntax-only", "-Wno-psabi", f"-I{ROOT}/csrc"]
+    done = subprocess.run([COMPILER, *flags, str(tmp_path / "tables.cpp")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:6000]
 
 
 # Numbers a unit keeps of a step beside its output: saved values and the series of states that backward reads.

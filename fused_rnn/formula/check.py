@@ -122,7 +122,11 @@ class _Trial(TorchFunctionMode):
         if result.dtype not in (torch.float64, torch.bool) or (
             result.dtype == torch.bool and name.rsplit(".", 1)[-1] not in MAKERS_OF_MASKS
         ):
-            self.refuse(f"{name} gives {result.dtype}", "floating-point numbers; the layer chooses the dtype")
+            numbers = (
+                "torch.where(condition, a, 0.0) with a tensor for one of both: numbers alone have no dtype of the layer"
+            )
+            usual = "floating-point numbers; the layer chooses the dtype"
+            self.refuse(f"{name} gives {result.dtype}", numbers if name == "torch.where" else usual)
         if tuple(result.shape) not in (_SHAPE, _SHAPE[1:], ()):
             self.refuse(f"{name} gives another shape than [B, H]", "operations of the table, unit by unit")
 

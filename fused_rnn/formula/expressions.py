@@ -31,7 +31,8 @@ class Names:
 
     def of(self, wanted: str | None) -> str:
         """A new name: the wanted one, or one like it if that is taken."""
-        if wanted is None:
+        wanted = None if wanted is None or not wanted.isascii() else wanted.strip("_").replace("__", "_")
+        if not wanted:
             self._unnamed += 1
             wanted = f"t{self._unnamed}"
         wanted = f"new_{wanted}" if wanted in self._taken else wanted

@@ -58,6 +58,7 @@ class Declaration:
     recurrent: int  # index of the state that the recurrent product reads
     units: Mapping[str, Init]  # learnable vectors [H]
     scalars: Mapping[str, Init]  # learnable numbers
+    heads: int  # blocks on the diagonal of the recurrent weights of each gate
 
     @property
     def input_gates(self) -> tuple[str, ...]:
@@ -102,6 +103,8 @@ class Cell(metaclass=_CellType):
         unit_parameters: names of learnable vectors [H], or a dict of names with how each starts. ``step`` reads them as
             ``self.<name>``.
         scalar_parameters: the same for learnable numbers.
+        heads: n blocks of units that see no other block's state: weight_hh is [n, G*H/n, H/n], of each head the rows of all
+            its gates.
 
     Numbers that the constructor sets on the instance are constants of the formula.
 
@@ -116,6 +119,7 @@ class Cell(metaclass=_CellType):
     recurrent: str | None = None
     unit_parameters: Sequence[str] | Mapping[str, Init] = ()
     scalar_parameters: Sequence[str] | Mapping[str, Init] = ()
+    heads: int = 1
 
     def step(self, x: Any, r: Any, *states: Any) -> Any:
         """One step of one unit.
@@ -233,6 +237,8 @@ def declaration_of(cell: Cell) -> Declaration:
     for name in [*units, *scalars]:
         if hasattr(cell, name) or name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
             raise FormulaError(f"{who}: parameter {name} has the name of something else; choose another name")
+    if not isinstance(cell.heads, int) or isinstance(cell.heads, bool) or cell.heads < 1:
+        raise FormulaError(f"{who}.heads: expected an int of at least 1, got {cell.heads!r}")
     _check_signature(cell, states)
     return Declaration(
         gates,
@@ -241,6 +247,7 @@ def declaration_of(cell: Cell) -> Declaration:
         _index_of(who, "recurrent", cell.recurrent, states),
         units,
         scalars,
+        cell.heads,
     )
 
 

@@ -31,6 +31,10 @@ class _Formula(nn.Module):
             raise TypeError(f"cell: expected a fused_rnn Cell, got {cell!r}{hint}")
         for name, value in (("input_size", input_size), ("hidden_size", hidden_size)):
             _check_count(name, value)
+        if hidden_size % cell.declaration.heads:
+            raise ValueError(
+                f"hidden_size: expected a multiple of the cell's {cell.declaration.heads} heads, got {hidden_size}"
+            )
         if not isinstance(bias, bool):
             raise TypeError(f"bias: expected a bool, got {type(bias).__name__}")
         self.cell = cell
@@ -82,9 +86,9 @@ class Layer(_Formula):
         bidirectional: D = 2.
         factory: device and dtype of the parameters.
 
-    Parameters, for layer k and, of the reverse direction, with the suffix _reverse: weight_ih_l{k} [G*H, I or D*H],
-    weight_hh_l{k} [G*H, H], bias_ih_l{k}, bias_hh_l{k} [G*H] (rows of the gates that have such a product), <name>_l{k}
-    of the cell's own vectors [H] and numbers [], weight_<name>_l{k} of its products [H, H] and norms [H].
+    Parameters, for layer k and, of the reverse direction, with the suffix _reverse (rows: of the gates with such a product):
+    weight_ih_l{k} [G*H, I or D*H], weight_hh_l{k} [G*H, H] (of n heads [n, G*H/n, H/n]), bias_ih_l{k}, bias_hh_l{k} [G*H],
+    <name>_l{k} of the cell's own vectors [H] and numbers [], weight_<name>_l{k} of its products [H, H] and norms [H].
     """
 
     def __init__(

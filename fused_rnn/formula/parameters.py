@@ -38,7 +38,8 @@ def specs_of(cell: Cell, inputs: int, hidden: int, bias: bool) -> list[Parameter
     in_rows, rec_rows = (len(gates) * hidden for gates in (says.input_gates, says.recurrent_gates))
     specs = [ParameterSpec("weight_ih", (in_rows, inputs))]
     if rec_rows:
-        specs.append(ParameterSpec("weight_hh", (rec_rows, hidden)))
+        n = says.heads
+        specs.append(ParameterSpec("weight_hh", (rec_rows, hidden) if n == 1 else (n, rec_rows // n, hidden // n)))
     if bias:
         specs.append(ParameterSpec("bias_ih", (in_rows,)))
         if rec_rows:
@@ -64,7 +65,7 @@ def step_function(cell: Cell) -> StepFunction:
         x_gates = dict(zip(says.input_gates, gi.chunk(len(says.input_gates), dim=-1), strict=True))
         r_gates: dict[str, Tensor] = {}
         if says.recurrent_gates:
-            gh = nn.functional.linear(before[says.recurrent], named["weight_hh"], named.get("bias_hh"))
+            gh = recurrent_product(before[says.recurrent], named["weight_hh"], named.get("bias_hh"))
             r_gates = dict(zip(says.recurrent_gates, gh.chunk(len(says.recurrent_gates), dim=-1), strict=True))
         own = {name: named[name] for name in (*says.units, *says.scalars)}
         result = run_step(cell, x_gates, r_gates, before, own, lambda phase, value: run_phase(phase, value, named))
@@ -72,6 +73,16 @@ def step_function(cell: Cell) -> StepFunction:
         return [after[index] for index in order]
 
     return step
+
+
+def recurrent_product(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """h [..., H] times weight_hh, [G*H, H] or of n heads [n, G*H/n, H/n], plus bias_hh [G*H]: [..., G*H]."""
+    if weight.dim() == 2:
+        return nn.functional.linear(h, weight, bias)
+    heads, rows, units = weight.shape
+    product = torch.einsum("...nk,nrk->...nr", h.unflatten(-1, (heads, units)), weight)
+    by_gate = product.unflatten(-1, (rows // units, units)).transpose(-3, -2).flatten(-3)
+    return by_gate if bias is None else by_gate + bias
 
 
 def run_phase(phase: Phase, value: Tensor, named: dict[str, Tensor]) -> Tensor:

@@ -39,7 +39,7 @@ from fused_rnn.formula.plan import Plan, make_plan
 
 
 def source_of(cell: Cell) -> str:
-    """The cell's struct as C++, to be included after core/formula_math.h in namespace fused_rnn.
+    """The cell's struct as C++, to be included after core/formula_math.h in a namespace inside of fused_rnn.
 
     Raises:
         TypeError: ``cell`` is no Cell.
@@ -53,6 +53,11 @@ def source_of(cell: Cell) -> str:
 def source_of_plan(plan: Plan) -> str:
     """The struct of a planned cell."""
     return _Writer(plan).struct()
+
+
+def struct_name(cell: Cell) -> str:
+    """The name of the cell's struct: that of its class, where C++ allows it."""
+    return Names(()).of(re.sub(r"[^A-Za-z0-9_]", "", type(cell).__name__).strip("_") or "Unnamed")
 
 
 def has_present_form(plan: Plan) -> bool:
@@ -100,7 +105,7 @@ class _Writer:
     # --- the struct ---
 
     def struct(self) -> str:
-        parts = [self._comment(), f"struct {type(self.plan.cell).__name__} {{", *_indented(self._constants()), ""]
+        parts = [self._comment(), f"struct {struct_name(self.plan.cell)} {{", *_indented(self._constants()), ""]
         functions = [self._sigmoids(), self._forward_of_sigmoids(), self._forward(), self._backward()]
         for function in functions:
             parts += [*_indented(function), ""]
@@ -119,7 +124,7 @@ class _Writer:
         kept = [state for state, reads in zip(says.states, plan.series, strict=True) if reads]
         lines = [
             f"{plan.cell!r}",
-            *(f"    {line}" for line in text.split("\n")),
+            *(f"    {line.removesuffix(chr(92))}" for line in text.split("\n")),  # a backslash would join lines
             *textwrap.wrap(f"Accumulators: {slots}.", 120),
             *textwrap.wrap(
                 f"Saved for backward: {saved or 'nothing'}; states that it reads: {', '.join(kept) or 'none'}.", 120
@@ -239,8 +244,7 @@ class _Writer:
     def _backward(self) -> list[str]:
         plan, names = self.plan, self._names()
         roots = list(plan.backward_roots)
-        there = {**_in_memory(plan), **dict.fromkeys(self.inputs.values())}
-        leaves = leaves_of(roots, there)
+        leaves = leaves_of(roots, {*_in_memory(plan), *self.inputs.values()})
         atoms: dict[Value, str] = {}
         if self.present:
             atoms = {value: text for value, text in self._texts_of_states(after=True).items() if value not in plan.saved}
@@ -251,8 +255,8 @@ class _Writer:
         block.load(saved)
         if not self.present:
             block.load(self._loads(leaves))
-            after = [(value, self.states[i], f"after[{i}]") for i, value in enumerate(plan.after) if plan.series[i]]
-            block.load([load for load in after if load[0] in leaves and load[0] not in plan.saved and load[0].args])
+            there = {value: i for i, value in enumerate(plan.after) if plan.series[i] and value in leaves and value.args}
+            block.load([(v, self.states[i], f"after[{i}]") for v, i in there.items() if v not in plan.saved])
             in_out = [(self.inputs.get(f"d.{s}"), f"d_{s}", f"d_states[{i}]") for i, s in enumerate(self.states)]
             block.load([(value, name, where) for value, name, where in in_out if value is not None and value in leaves])
         block.load(self._parameter_loads(leaves))
