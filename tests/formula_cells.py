@@ -228,6 +228,20 @@ class SameTwice(Cell):
         return c, c
 
 
+class OutputLast(Cell):
+    """Three states, of which the output is the last and the one that recurs the second."""
+
+    gates = ("f", "g")
+    states = ("c", "s", "y")
+    output = "y"
+    recurrent = "s"
+
+    def step(self, x: Any, r: Any, c: Any, s: Any, y: Any) -> Any:
+        f = torch.sigmoid(x.f + r.f)
+        c = f * c + (1 - f) * torch.tanh(x.g + r.g)
+        return c, torch.tanh(c - 0.3 * y), f * s + 0.2 * c
+
+
 CELLS = (
     Rnn(),
     ReluRnn(),
@@ -246,4 +260,5 @@ CELLS = (
     HeadedSLstm(),
     Delay(),
     SameTwice(),
+    OutputLast(),
 )

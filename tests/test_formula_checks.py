@@ -89,6 +89,12 @@ class StateNotRead(Two):
         return h, h
 
 
+@wrong("state c is not read", "states without it")
+class StateHandedOn(Two):
+    def step(self, x: Any, r: Any, h: Any, c: Any) -> Any:
+        return torch.tanh(x.a + r.a), c
+
+
 @wrong("state h is a comparison", "h = torch.where(comparison, u, v)")
 class ComparisonAsState(One):
     def step(self, x: Any, r: Any, h: Any) -> Any:

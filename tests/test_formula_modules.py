@@ -207,7 +207,16 @@ def norm_lstm(p: Layer, x: Tensor, s: list[Tensor]) -> list[Tensor]:
     return [(xo + ro).sigmoid() * normed.tanh(), c]
 
 
+def output_last(p: Layer, x: Tensor, s: list[Tensor]) -> list[Tensor]:
+    c, recurrent, y = s
+    (xf, xg), (rf, rg) = products(p, x, recurrent, 2)
+    f = (xf + rf).sigmoid()
+    c = f * c + (1 - f) * (xg + rg).tanh()
+    return [c, (c - 0.3 * y).tanh(), f * recurrent + 0.2 * c]
+
+
 BY_HAND = {
+    "output last": (cells.OutputLast(), output_last),
     "LiGRU": (cells.LiGru(), li_gru),
     "JANET": (cells.Janet(1.5), janet),
     "peephole LSTM": (cells.PeepholeLstm(), peephole),
@@ -234,7 +243,7 @@ def test_equal_to_a_loop(name: str) -> None:
         current, outputs = [state[0] for state in states], []
         for row in x:
             current = step(layer, row, current)
-            outputs.append(current[0])
+            outputs.append(current[cell.declaration.output])
         return [torch.stack(outputs), *(state[None] for state in current)]
 
     hx = states[0] if len(states) == 1 else tuple(states)
