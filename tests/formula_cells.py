@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fused_rnn.formula import Cell, Gate
+from fused_rnn.formula import Cell, Gate, operations
 
 
 class Rnn(Cell):
@@ -242,6 +242,49 @@ class OutputLast(Cell):
         return c, torch.tanh(c - 0.3 * y), f * s + 0.2 * c
 
 
+class EveryFunction(Cell):
+    """Every function of the table, by each of its names that takes one or two tensors."""
+
+    gates = ("a", "b")
+
+    def step(self, x: Any, r: Any, h: Any) -> Any:
+        a, b = 0.5 + torch.sigmoid(x.a + r.a), 0.5 + torch.sigmoid(x.b + r.b)
+        total = h * 0.1
+        for function, takes in FUNCTIONS:
+            if takes == "comparison":
+                total = total + torch.where(function(a, b), a, b)
+            else:
+                total = total + (function(a) if takes == 1 else function(a, b))
+        return torch.tanh(0.01 * total)
+
+
+def _name_of(function: Any) -> str:
+    name: str = torch.overrides.resolve_name(function)
+    return name
+
+
+def _functions() -> list[tuple[Any, Any]]:
+    """(function, how many tensors it takes). Not hardsigmoid, whose sixth has float32's precision in torch."""
+    found = []
+    for function in sorted(operations.ALLOWED, key=_name_of):
+        name = _name_of(function).rsplit(".", 1)[-1]
+        if name in ("where", "hardsigmoid"):
+            continue
+        a = torch.full((2,), 0.7)
+        for count in (1, 2):
+            try:
+                result = function(*[a] * count)
+            except (TypeError, ValueError, RuntimeError):
+                continue
+            if result is NotImplemented:
+                continue
+            found.append((function, "comparison" if result.dtype == torch.bool else count))
+            break
+    return found
+
+
+FUNCTIONS = _functions()
+
 CELLS = (
     Rnn(),
     ReluRnn(),
@@ -261,4 +304,5 @@ CELLS = (
     Delay(),
     SameTwice(),
     OutputLast(),
+    EveryFunction(),
 )

@@ -394,6 +394,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"states": ("h", "h")}, r"states: h is there twice"),
     ({"output": "y"}, r"output: expected one of states \(h\), got 'y'"),
     ({"recurrent": "c"}, r"recurrent: expected one of states \(h\), got 'c'"),
+    ({"step": 3}, r"step: expected a function, got 3"),
     ({"heads": 0}, r"heads: expected an int of at least 1, got 0"),
     ({"heads": 2.0}, r"heads: expected an int of at least 1, got 2.0"),
     ({"unit_parameters": ("step",)}, r"parameter step has the name of something else"),

@@ -112,7 +112,8 @@ class _Trial(TorchFunctionMode):
         if id(tensor) not in self.sources:
             self.refuse(
                 f"{name} of a tensor that is neither a gate, a state nor a declared parameter (shape {list(tensor.shape)})",
-                'a number, or unit_parameters = ("name",) and self.name for a learnable vector of the units',
+                'a number; or self.name with unit_parameters = ("name",) for a learnable vector of the units, '
+                "scalar_parameters for a learnable number",
             )
         return self.sources[id(tensor)]
 

@@ -293,6 +293,8 @@ def _index_of(who: str, field: str, name: str | None, states: Sequence[str]) -> 
 def _check_signature(cell: Cell, states: Sequence[str]) -> None:
     if type(cell).step is Cell.step:
         raise FormulaError(f"{type(cell).__name__}: no step; define step(self, x, r, {', '.join(states)})")
+    if not inspect.isfunction(type(cell).step):
+        raise FormulaError(f"{type(cell).__name__}.step: expected a function, got {type(cell).step!r}")
     try:
         inspect.signature(cell.step).bind(None, None, *states)
     except TypeError:

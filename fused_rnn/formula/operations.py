@@ -18,7 +18,9 @@ _SPACES = (torch, torch.Tensor, torch.nn.functional, torch.special)
 
 
 def _functions(names: list[str]) -> frozenset[object]:
-    return frozenset(getattr(space, name) for space in _SPACES for name in names if hasattr(space, name))
+    plain = [(space, name) for space in _SPACES for name in names if not name.startswith("__")]
+    plain += [(torch.Tensor, name) for name in names if name.startswith("__")]  # modules have some of these too
+    return frozenset(getattr(space, name) for space, name in plain if hasattr(space, name))
 
 
 ALLOWED = _functions(_NAMES)

@@ -56,10 +56,10 @@ def step_function(cell: Cell) -> StepFunction:
     """The cell's ``step`` in the form of fused_rnn.reference.step. Its states, before and after, begin with the output."""
     says = cell.declaration
     order = [says.output, *(index for index in range(len(says.states)) if index != says.output)]
+    names = {bias: [spec.name for spec in specs_of(cell, 1, says.heads, bias)] for bias in (True, False)}  # of any sizes
 
     def step(x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], recipe: Recipe) -> list[Tensor]:
-        specs = specs_of(cell, x.shape[-1], states[0].shape[-1], recipe.has_biases)
-        named = {spec.name: param for spec, param in zip(specs, params, strict=True)}
+        named = dict(zip(names[recipe.has_biases], params, strict=True))
         before = [states[order.index(index)] for index in range(len(order))]
         gi = nn.functional.linear(x, named["weight_ih"], named.get("bias_ih"))
         x_gates = dict(zip(says.input_gates, gi.chunk(len(says.input_gates), dim=-1), strict=True))
