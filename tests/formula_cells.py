@@ -242,6 +242,16 @@ class OutputLast(Cell):
         return c, torch.tanh(c - 0.3 * y), f * s + 0.2 * c
 
 
+class ResetFirst(Cell):
+    """A GRU whose candidate is the first gate."""
+
+    gates = ("n", "z", "r")
+
+    def step(self, x: Any, r: Any, h: Any) -> Any:
+        n = torch.tanh(x.n + torch.sigmoid(x.r + r.r) * r.n)
+        return n + torch.sigmoid(x.z + r.z) * (h - n)
+
+
 class EveryFunction(Cell):
     """Every function of the table, by each of its names that takes one or two tensors."""
 
@@ -304,5 +314,6 @@ CELLS = (
     Delay(),
     SameTwice(),
     OutputLast(),
+    ResetFirst(),
     EveryFunction(),
 )

@@ -1,5 +1,5 @@
-// Runs generated cells, and those of cells.h, on arrays of units: forward, then backward on nothing but what it may read. All
-// else holds NaN meanwhile, so that a value that backward should not have shows in its results.
+// Runs generated cells, and those of cells.h, on arrays of units: forward, then backward on nothing but what it may read.
+// All else holds NaN meanwhile, so that a value that backward should not have shows in its results.
 #pragma once
 #include <cmath>
 #include <limits>

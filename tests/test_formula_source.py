@@ -257,6 +257,12 @@ def test_fits_the_cpu_kernels(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[:6000]
 
 
+def test_which_cells_have_the_form_of_cells_h() -> None:
+    """Those that ask no more of a kernel than LSTM, GRU and RNN do."""
+    fitting = {type(cell).__name__ for cell in cells.CELLS if has_present_form(plan_of(type(cell).__name__))}
+    assert fitting == {"Rnn", "ReluRnn", "Lstm", "Gru", "LiGru", "Janet"}
+
+
 # Numbers a unit keeps of a step beside its output: saved values and the series of states that backward reads.
 SAVED = {
     "LiGru": 2,

@@ -1,9 +1,10 @@
 """A cell as C++: a struct like those of csrc/core/cells.h, with forward and backward of one unit at one step.
 
 A cell that fits has the form of cells.h to the letter: forward(a, h_prev, c_prev, h, c) and backward(a, h_prev, c_prev, c,
-h, dh, dc, d, dh_prev), sigmoids and forward_of_sigmoids. It fits if it has the states (h) or (h, c), no parameters of its
-own, both products for each gate, saves no more values than it has slots, and reads the h after the step only where it saves
-nothing.
+h, dh, dc, d, dh_prev), sigmoids and forward_of_sigmoids, and can go wherever those cells go. It fits if it asks no more of a
+kernel than they do: the states (h), or (h, c) with an h that the step does not read; no parameters of its own; both products
+for each gate, which only the last gate may read apart; no more saved values than slots; the h after the step in backward
+only where nothing is saved.
 
 Every other cell has the general form:
 
@@ -64,14 +65,25 @@ def has_present_form(plan: Plan) -> bool:
     """Whether the struct has the form of csrc/core/cells.h."""
     says = plan.cell.declaration
     reads_new_h = plan.after[0] in leaves_of(plan.backward_roots, _in_memory(plan))
+    last = len(says.gates) - 1
+    slots_of_cells_h = (tuple(range(last + 1)), (*range(last), last + 1))
     return (
         len(says.states) <= 2
         and says.output == says.recurrent == 0
         and not plan.parameters
         and all(gate.input and gate.recurrent for gate in says.gates)
+        and plan.recurrent_slots in slots_of_cells_h
+        and not (len(says.states) == 2 and reads_state(plan, 0))
         and len(plan.saved) <= len(plan.accumulators)
         and not (plan.saved and reads_new_h)
     )
+
+
+def reads_state(plan: Plan, index: int) -> bool:
+    """Whether the step reads this state outside of the recurrent product, in forward or for its gradient."""
+    name = plan.cell.declaration.states[index]
+    read = any(value.op == "input" and value.name == name for value in ordered([*plan.after, *plan.saved]))
+    return read or _is_not_zero(plan.d_states[index])
 
 
 def _in_memory(plan: Plan) -> dict[Value, None]:
@@ -140,10 +152,9 @@ class _Writer:
         plan, says = self.plan, self.plan.cell.declaration
         slots, saved, states = len(plan.accumulators), len(plan.saved), len(says.states)
         read = leaves_of([*plan.after, *plan.saved], set(self.inputs.values()))
-        reads_h = _is_not_zero(plan.d_states[0]) or self.inputs.get(says.states[0]) in read
         lines = [f"static constexpr int kGates = {len(says.gates)}, kSlots = {slots}, kSaved = {saved};"]
         if self.present:
-            lines.append(f"static constexpr bool kHasC = {_bool(states == 2)}, kReadsH = {_bool(reads_h)};")
+            lines.append(f"static constexpr bool kHasC = {_bool(states == 2)}, kReadsH = {_bool(reads_state(plan, 0))};")
             lines.append(_table("recurrent_slot", "gate", plan.recurrent_slots))
             return lines
         inputs, recurrent = len(says.input_gates), len(says.recurrent_gates)
