@@ -17,8 +17,8 @@ struct Rows {
   bool ragged() const { return lengths || offsets; }
   bool all() const { return !lengths && !offsets && !resets; }  // in every step, none from zero
 };
-// As schemas have them: the tensors that are given, in this order, and the bits of a packed recipe that say which they are. A
-// list of optional tensors would not do: torch does not resolve negated views in one, and torch.jit.trace refuses it.
+// As schemas have them: the tensors that are given, in this order, and the bits of a packed recipe that say which they are.
+// A list of optional tensors would not do: torch does not resolve negated views in one, and torch.jit.trace refuses it.
 struct RowList {
   c10::SmallVector<Tensor, 3> tensors;
   int64_t bits = 0;
