@@ -17,10 +17,7 @@ ROOT = Path(__file__).parent.parent
 PARTS = ("csrc", "fused_rnn", "tests", "build_support", "setup.py", "pyproject.toml", "CONTRIBUTING.md", "README.md")
 COMPILER = os.environ.get("CXX", "c++").split()[0]
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs a C++ compiler ({COMPILER})"),
-]
+needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs a C++ compiler ({COMPILER})")
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +64,13 @@ def pytest_of(root: Path, *files: str, choice: str = "") -> None:
     done(root, sys.executable, "-m", "pytest", *options, *files)
 
 
+def test_every_edit_finds_its_place(edited: Path) -> None:
+    """Without compiling: an edit whose anchor has changed fails here, in every run of the tests."""
+    assert MODE in (edited / "fused_rnn" / "_kinds.py").read_text()
+
+
+@pytest.mark.slow
+@needs_compiler
 def test_on_a_cpu(edited: Path) -> None:
     """On every instruction set: against float64 and the formulas; the tests that follow from the cell's name."""
     done(edited, sys.executable, "setup.py", "build_ext", "--inplace")
@@ -75,6 +79,8 @@ def test_on_a_cpu(edited: Path) -> None:
     pytest_of(edited, *(f"tests/test_{name}.py" for name in following), choice=f"{MODE} or kinds")
 
 
+@pytest.mark.slow
+@needs_compiler
 def test_in_the_simulator(edited: Path) -> None:
     """The CUDA kernels of every family."""
     pytest_of(edited, "tests/new_cell/simulated.py")

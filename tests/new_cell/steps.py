@@ -157,14 +157,18 @@ END_OF_GRU_STEP = "        n = (x_n + r * h_n).tanh()\n        return [n + z * (
 
 STEPS: dict[str, tuple[Edit, ...]] = {
     "1: params.h and _kinds.py": (
-        Edit(PARAMS, '  X(kGru, "gru", 3, 4, 4, false, true)', f' \\\n  X(kUpdateGate, "{NAME}", 2, 2, 2, false, true)'),
+        Edit(
+            PARAMS,
+            '  X(kGru, "gru", 3, 4, 4, false, true, false)',
+            f' \\\n  X(kUpdateGate, "{NAME}", 2, 2, 2, false, true, false)',
+        ),
         Edit(PARAMS, "// Gate order of the weights: LSTM i f g o, GRU r z n", ", update gate z n"),
         Edit(PARAMS, "GRU r z n hn, where hn = W_hn h + b_hn.", " Update gate z n."),
         Edit(PARAMS, "GRU n_x r z n_h: gradients of pre-activations.", " Update gate z n."),
         Edit(
             KINDS,
-            '    Kind("GRU", "gru", 3, 4, 4, False, True),\n',
-            f'    Kind("{MODE}", "{NAME}", 2, 2, 2, False, True),\n',
+            '    Kind("GRU", "gru", 3, 4, 4, False, True, False),\n',
+            f'    Kind("{MODE}", "{NAME}", 2, 2, 2, False, True, False),\n',
         ),
     ),
     "2: cells.h": (Edit("csrc/core/cells.h", END_OF_GRU, STRUCT),),
