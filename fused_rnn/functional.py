@@ -196,7 +196,7 @@ def run_rnn(
             input, states, weights, rows.given(), recipe.packed | rows.bits, recipe.dropout
         )
         return result
-    input, states, weights = _autocast(device_type, input, states, weights)
+    input, states, weights = autocast(device_type, input, states, weights)
     if rows.lengths is not None:
         rows = rows._replace(lengths=rows.lengths.to(input.device))
     if for_onnx:
@@ -217,7 +217,7 @@ def run_cell(recipe: Recipe, input: Tensor, states: list[Tensor], params: list[T
         op = _ops.cell if seen else _ops.eager_cell
         result: list[Tensor] = op(input, states, params, recipe.packed)
         return result
-    input, states, params = _autocast(device_type, input, states, params)
+    input, states, params = autocast(device_type, input, states, params)
     lifted = [state.unsqueeze(0) for state in states]
     if _get_tracing_state() is None:
         _checks.check_call(recipe, input, lifted, params, input.shape[0])
@@ -273,7 +273,7 @@ def autocast_on(device_type: str) -> bool:
     return device_type in ("cpu", "cuda", "mps", "xpu") and torch.is_autocast_enabled(device_type)
 
 
-def _autocast(
+def autocast(
     device_type: str, input: Tensor, states: Sequence[Tensor], weights: list[Tensor]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """What the ops' Autocast kernels do, for the reference: integers, complex numbers and float64 stay what they are."""
@@ -310,9 +310,9 @@ def _checked_rnn(
         raise ValueError("lengths: expected None with batch_sizes, which already give the lengths")
     weights = _checks.list_of_weights(weights)
     states = _checks.states_of(recipe.kind, hx)
-    autocast = autocast_on(input.device.type)
-    _checks.check_places(input, weights, _checks.name_of_weight, autocast)
-    _checks.check_places(input, states, _checks.STATE_NAMES.__getitem__, autocast)
+    casts = autocast_on(input.device.type)
+    _checks.check_places(input, weights, _checks.name_of_weight, casts)
+    _checks.check_places(input, states, _checks.STATE_NAMES.__getitem__, casts)
     if resets is not None:
         _checks.check_resets(resets)
     if lengths is not None:
@@ -355,9 +355,9 @@ def _checked_cell(
     params = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
     names = ("w_ih", "w_hh", "b_ih", "b_hh")[: len(params)]
     states = _checks.states_of(recipe.kind, hx)
-    autocast = autocast_on(input.device.type)
-    _checks.check_places(input, params, names.__getitem__, autocast)
-    _checks.check_places(input, states, ("h", "c").__getitem__, autocast)
+    casts = autocast_on(input.device.type)
+    _checks.check_places(input, params, names.__getitem__, casts)
+    _checks.check_places(input, states, ("h", "c").__getitem__, casts)
     unbatched = input.dim() == 1
     if unbatched:
         input = input.unsqueeze(0)

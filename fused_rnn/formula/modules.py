@@ -228,7 +228,7 @@ class Layer(_Formula):
             shape = (self.num_layers * recipe.directions, batch, self.hidden_size)
             states = [input.new_zeros(shape) for _ in self.cell.declaration.states]
         weights = [getattr(self, name) for name, _ in self._specs()]
-        input, states, weights = _autocast(input, states, weights)
+        input, states, weights = functional.autocast(input.device.type, input, states, list(weights))
         rows = Rows(*(None if row is None else row.to(input.device) for row in rows))
         y, last = reference.rnn(input, outputs_first(self.cell, states), weights, rows, recipe, step_function(self.cell))
         return y, as_declared(self.cell, last)
@@ -303,7 +303,7 @@ class Step(_Formula):
         shape = [*input.shape[:-1], self.hidden_size]
         _checks.check_states([self._name_of_state(i) for i in range(len(states))], states, *[shape] * len(states))
         states = states or [input.new_zeros(shape) for _ in self.cell.declaration.states]
-        input, states, weights = _autocast(input, states, weights)
+        input, states, weights = functional.autocast(input.device.type, input, states, list(weights))
         recipe = Recipe(_OWN_KIND, has_biases=self.bias)
         after = step_function(self.cell)(input, outputs_first(self.cell, states), weights, recipe)
         return self._form_of(as_declared(self.cell, after))
@@ -311,21 +311,6 @@ class Step(_Formula):
     def extra_repr(self) -> str:
         """As torch.nn's, with the cell."""
         return f"{self.cell!r}, {self.input_size}, {self.hidden_size}" + ("" if self.bias else ", bias=False")
-
-
-def _autocast(
-    input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Under autocast all in its dtype, but what is float64; else as they are."""
-    device_type = input.device.type
-    if not functional.autocast_on(device_type):
-        return input, list(states), list(weights)
-    dtype = torch.get_autocast_dtype(device_type)
-
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
-
-    return cast(input), [cast(state) for state in states], [cast(weight) for weight in weights]
 
 
 def _check_count(name: str, value: Any) -> None:
