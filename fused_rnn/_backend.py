@@ -127,15 +127,20 @@ def why_not(backend: str, demand: Demand) -> Reason | None:
     return Reason(device_type, missing, "python -m fused_rnn info says what is missing") if missing else None
 
 
+def is_transformed() -> bool:
+    """Whether a torch.func transform or forward-mode AD is at work."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
 def uses_ops(device_type: str, dtype: torch.dtype) -> bool:
     """True if the compiled ops serve this device type and dtype now, False if the reference does; then it warns, once.
 
     Raises:
         RuntimeError: a backend was forced that cannot serve the call.
     """
-    transformed = not torch.compiler.is_compiling() and (
-        torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-    )
+    transformed = is_transformed()
     if forced is None and not transformed and not dtype.is_complex and _native.get(device_type, False):
         return True
     if forced == "reference":
@@ -146,7 +151,7 @@ def uses_ops(device_type: str, dtype: torch.dtype) -> bool:
     text = f"{reason.text}; {reason.mend}" if reason.mend else reason.text
     if forced is not None:
         raise RuntimeError(f"backend {forced!r} is forced but {text}")
-    _warn_once(reason.key, text)
+    warn_once(reason.key, text)
     return False
 
 
@@ -154,7 +159,7 @@ def uses_ops(device_type: str, dtype: torch.dtype) -> bool:
 _OUR_FRAMES = (os.path.dirname(__file__) + os.sep, os.path.dirname(torch.__file__) + os.sep, "<eval_with_key>")
 
 
-def _warn_once(key: str, reason: str) -> None:
+def warn_once(key: str, reason: str) -> None:
     """Warns that the reference runs, at the line of the first caller outside fused_rnn and torch."""
     if key in _warned:
         return
@@ -166,7 +171,7 @@ def _warn_once(key: str, reason: str) -> None:
 
 
 # What torch.compiler.assume_constant_result sets, without its import of Dynamo: Dynamo calls the function while it compiles.
-_warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
+warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def forced_backend() -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -85,18 +85,38 @@ def _layer_backward_differentiable(
 
     Runs the reference again and differentiates it. What forward saved is not read: it follows from the other arguments.
     """
-    given = [x, *states, *params]
+    first = 1 + len(states)
+
+    def run(args: Sequence[Tensor]) -> list[Tensor]:
+        y, last = reference.layer(args[0], args[1:first], args[first:], rows_of(rows, recipe), unpacked(recipe))
+        return [y, *last]
+
     asked = [mask[0], *[mask[1]] * len(states), *[mask[2]] * len(params)]
+    grads = differentiated(run, [x, *states, *params], asked, [dy, *dlast])
+    return grads[0], grads[1:first], grads[first:]
+
+
+def differentiated(
+    run: Callable[[Sequence[Tensor]], list[Tensor]],
+    given: Sequence[Tensor],
+    asked: Sequence[bool],
+    result_grads: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """Gradients of ``run(given)`` as differentiable functions of everything they depend on; [0] where not asked for.
+
+    result_grads: of run's results; None or a tensor of shape [0] for none, and there may be fewer.
+    """
     with torch.enable_grad():
         # An alias for every use, so that a tensor that comes in twice gets two gradients, not twice their sum.
         def alias(t: Tensor) -> Tensor:
             return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
 
         args = [alias(t) if wanted else t for t, wanted in zip(given, asked, strict=True)]
-        first = 1 + len(states)
-        y, last = reference.layer(args[0], args[1:first], args[first:], rows_of(rows, recipe), unpacked(recipe))
-        given_grads = [dy, *(None if grad.shape == (0,) else grad for grad in dlast)]
-        pairs = [(out, grad) for out, grad in zip([y, *last], given_grads, strict=False) if grad is not None]
+        pairs = [
+            (out, grad)
+            for out, grad in zip(run(args), result_grads, strict=False)
+            if grad is not None and grad.shape != (0,)
+        ]
         inputs = [t for t, wanted in zip(args, asked, strict=True) if wanted]
         found = iter(
             torch.autograd.grad(
@@ -110,8 +130,7 @@ def _layer_backward_differentiable(
             if inputs and pairs
             else [torch.zeros_like(t) for t in inputs]
         )
-    grads = [next(found) if wanted else x.new_empty(0) for wanted in asked]
-    return grads[0], grads[1:first], grads[first:]
+    return [next(found) if wanted else given[0].new_empty(0) for wanted in asked]
 
 
 def _layer_backward_batched(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, tuple[Any, ...]]:

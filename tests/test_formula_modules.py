@@ -288,7 +288,8 @@ def test_steps_make_a_layer(cell: Any) -> None:
         outputs.append(hx if isinstance(hx, Tensor) else hx[cell.declaration.output])
     y, last = layer(x)
     torch.testing.assert_close(torch.stack(outputs), y, atol=LIMIT, rtol=0)
-    assert all(torch.equal(a[0], b) for a, b in zip(flat(last), flat(hx), strict=True))
+    for a, b in zip(flat(last), flat(hx), strict=True):  # one step reads the weights as they lie: another order of sums
+        torch.testing.assert_close(a[0], b, atol=LIMIT, rtol=0)
 
 
 @pytest.mark.parametrize("cell", EVERY, ids=lambda cell: type(cell).__name__)

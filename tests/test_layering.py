@@ -14,11 +14,12 @@ BELOW = {
     "cpu": {"core", "plan", "cpu/isa"},
     "cpu/gemm": {"core", "cpu/isa", "cpu"},
     "cpu/scan": {"core", "cpu/isa", "cpu", "cpu/gemm"},
+    "cpu/formula": {"core", "cpu/isa", "cpu", "cpu/gemm", "cpu/scan"},
     "cuda/device": {"core", "plan"},
     "cuda/step": {"core", "plan", "cuda/device"},
     "cuda/persistent": {"core", "plan", "cuda/device"},
     "cuda": {"core", "plan", "cuda/device", "cuda/step", "cuda/persistent"},
-    "torch": {"core", "plan", "cpu", "cpu/isa", "cpu/gemm", "cpu/scan", "cuda"},
+    "torch": {"core", "plan", "cpu", "cpu/isa", "cpu/gemm", "cpu/scan", "cpu/formula", "cuda"},
 }
 FILES = sorted(path for path in CSRC.rglob("*") if path.is_file())
 

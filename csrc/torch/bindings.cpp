@@ -14,6 +14,7 @@
 #include "cpu/gemm/weight_cache.h"
 #include "cpu/isa/kernels.h"
 #include "cpu/processors.h"
+#include "torch/formula.h"
 #include "torch/memory.h"
 #include "torch/module_call.h"
 #include "torch/ops.h"
@@ -220,6 +221,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Processors' worth of time that control groups allow, 0 for no limit (csrc/cpu/processors.h).");
   m.def("set_setting", &fused_rnn::set_setting, pybind11::arg("name"), pybind11::arg("value"),
         "What an environment variable chooses (csrc/torch/settings.h); an empty value is the default.");
+  m.def("register_formula", &fused_rnn::register_formula, pybind11::arg("formula"), pybind11::arg("path"),
+        "Lets the library at this path serve the formula (csrc/torch/formula.h).");
+  m.def("forget_formula", &fused_rnn::forget_formula, pybind11::arg("formula"), pybind11::arg("dtype"),
+        "The formula's library does not serve it any more.");
+  m.def("formula_traits", &fused_rnn::formula_traits, pybind11::arg("formula"), pybind11::arg("dtype"),
+        "(gradients, saved, parameters, reads_series) of a registered formula (csrc/cpu/isa/formula.h).");
+  m.def("has_formula", &fused_rnn::has_formula, pybind11::arg("formula"), pybind11::arg("dtype"),
+        "Whether a library serves the formula for a dtype (0: float64, float32, float16, bfloat16) on the instruction set "
+        "in use.");
   fused_rnn::bind_plan(m);
   if (PyModule_AddFunctions(m.ptr(), fast_calls) != 0) throw pybind11::error_already_set();
 }

@@ -46,8 +46,7 @@ LayerShapes measure(const Call& call) {
   s.projection = traits_of(r.cell).may_project && s.per_direction == base + 1;
   TORCH_CHECK_VALUE(count % s.D == 0 && (s.per_direction == base || s.projection), "params: expected ", base * s.D,
                     " tensors, got ", count);
-  const int64_t dim = call.rows.offsets || call.one_step ? 2 : 3;
-  TORCH_CHECK(call.x.dim() == dim, "input: expected ", dim, "-D, got ", call.x.dim(), "-D");
+  check_dimensions(call);
   const Tensor& w_hh = call.params[1];
   TORCH_CHECK(w_hh.dim() == 2 && w_hh.size(0) % G == 0, "w_hh: expected shape [", G, "*H, P], got ", w_hh.sizes());
   s.I = call.x.size(-1);
@@ -55,14 +54,7 @@ LayerShapes measure(const Call& call) {
   s.P = w_hh.size(1);
   TORCH_CHECK(s.H > 0 && s.P > 0, "w_hh: expected H and P of at least 1, got ", w_hh.sizes());
   TORCH_CHECK(s.projection || s.P == s.H, "w_hh: expected shape [", G * s.H, ", ", s.H, "], got ", w_hh.sizes());
-  if (call.rows.offsets) {
-    measure_packed(call, s);
-  } else {
-    s.T = call.one_step ? 1 : call.x.size(0);
-    s.B = call.x.size(call.one_step ? 0 : 1);
-    s.N = s.T * s.B;
-  }
-  TORCH_CHECK(s.T > 0, "input: expected at least 1 time step, got 0");
+  measure_rows(call, s);
   return s;
 }
 
@@ -172,6 +164,28 @@ void check_optional(const char* name, const OptionalTensor& t, at::IntArrayRef s
   if (t && t->defined()) check_tensor(name, *t, shape, x, dtype);
 }
 
+void check_dimensions(const Call& call) {
+  const int64_t dim = call.rows.offsets || call.one_step ? 2 : 3;
+  TORCH_CHECK(call.x.dim() == dim, "input: expected ", dim, "-D, got ", call.x.dim(), "-D");
+}
+
+void measure_rows(const Call& call, LayerShapes& s) {
+  if (call.rows.offsets) {
+    measure_packed(call, s);
+  } else {
+    s.T = call.one_step ? 1 : call.x.size(0);
+    s.B = call.x.size(call.one_step ? 0 : 1);
+    s.N = s.T * s.B;
+  }
+  TORCH_CHECK(s.T > 0, "input: expected at least 1 time step, got 0");
+}
+
+void check_rows(const Call& call, const LayerShapes& s) {
+  check_optional("lengths", call.rows.lengths, {s.B}, call.x, at::kLong);
+  const auto resets_shape = call.rows.offsets ? at::DimVector{s.N} : at::DimVector{s.T, s.B};
+  check_optional("resets", call.rows.resets, resets_shape, call.x, at::kBool);
+}
+
 LayerShapes check_layer(const Call& call) {
   const Tensor& x = call.x;
   dtype_of(x);
@@ -183,9 +197,7 @@ LayerShapes check_layer(const Call& call) {
                     states == 2 ? "h0 and c0" : "h0", ") or none, got ", call.states.size());
   if (call.h0()) check_tensor("h0", *call.h0(), s.state(call, s.P), x, dtype);
   if (call.c0()) check_tensor("c0", *call.c0(), s.state(call, s.H), x, call.has_wide_c() ? at::kFloat : dtype);
-  check_optional("lengths", call.rows.lengths, {s.B}, x, at::kLong);
-  const auto resets_shape = call.rows.offsets ? at::DimVector{s.N} : at::DimVector{s.T, s.B};
-  check_optional("resets", call.rows.resets, resets_shape, x, at::kBool);
+  check_rows(call, s);
   check_weights(call, s);
   return s;
 }

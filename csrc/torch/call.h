@@ -73,6 +73,10 @@ struct LayerShapes {
 // and memory of every tensor, and the values of offsets on a CPU. On CUDA, where reading them would wait for the device,
 // offsets are cut to [0, N] later; lengths are cut by the kernels.
 LayerShapes check_layer(const Call& call);
+// Its parts that concern no weights: the number of x's dimensions; T, B and N; lengths, offsets and resets.
+void check_dimensions(const Call& call);
+void measure_rows(const Call& call, LayerShapes& s);
+void check_rows(const Call& call, const LayerShapes& s);
 
 // A storage may be smaller than its tensors: FSDP and others free it by resizing it to 0.
 void check_memory(const char* name, const Tensor& t);

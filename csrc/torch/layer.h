@@ -79,6 +79,16 @@ void input_gradient(const Call& call, const InputColumns& all, const Tensor& dx,
 LayerGradients gradients_of_layer(const Call& call, const ResultGradients& given, const BackwardCall& made,
                                   GradientMask mask);
 
+// Parts of it, for every scan. States, and outputs of all directions [N, D * P], as forward left them; h0: call.states[0].
+// [N, 1] bool, true at rows that take part; only for dense batches with lengths.
+Tensor active_rows(const Call& call, const LayerShapes& s);
+// Of every row the h before its step [N, P]; y [N, P]: outputs of direction d.
+Tensor previous_states(const Call& call, const LayerShapes& s, const Tensor& y, int d);
+// Outputs of direction d [N, P].
+Tensor output_of_direction(const Tensor& y, const LayerShapes& s, int d);
+// d_rg^T h_prev [G*H, P] of direction d. d_rg [N, G*H] is a strided view.
+Tensor recurrent_weight_gradient(const Call& call, const LayerShapes& s, const Tensor& d_rg, const OptionalTensor& y, int d);
+
 #ifdef FUSED_RNN_WITH_CUDA
 // cuda::previous_rows on the current stream (ops_cuda.cpp).
 void previous_rows_on_device(const PreviousParams& params);

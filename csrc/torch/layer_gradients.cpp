@@ -11,15 +11,12 @@
 #include "torch/products.h"
 
 namespace fused_rnn {
-namespace {
 
-// [N, 1] bool, true at rows that take part; only for dense batches with lengths.
 Tensor active_rows(const Call& call, const LayerShapes& s) {
   const Tensor t = at::arange(s.T, call.x.options().dtype(at::kLong)).unsqueeze(1);
   return (t < call.rows.lengths->unsqueeze(0)).reshape({s.N, 1});
 }
 
-// Of every row the h before its step [N, P]; y [N, P] is a strided view.
 Tensor previous_states(const Call& call, const LayerShapes& s, const Tensor& y, int d) {
   Copies copies;
   const Tensor rows = y.stride(1) == 1 ? y : y.contiguous();
@@ -43,12 +40,13 @@ Tensor previous_states(const Call& call, const LayerShapes& s, const Tensor& y, 
   return h_prev;
 }
 
-// Forward's output of one direction [N, P].
 Tensor output_of_direction(const Tensor& y, const LayerShapes& s, int d) {
   return part(y.reshape({s.N, s.D * s.P}), 1, d * s.P, (d + 1) * s.P);
 }
 
-// The same product where every row takes part in every step: h_prev is y moved by one step and never stored.
+namespace {
+
+// d_rg^T h_prev where every row takes part in every step: h_prev is y moved by one step and never stored.
 void multiply_shifted(const Tensor& dw, const Tensor& d_rg, const Call& call, const LayerShapes& s, const OptionalTensor& y,
                       int d) {
   const bool reverse = d == 1, later_steps = s.T > 1;
@@ -67,8 +65,9 @@ void multiply_shifted(const Tensor& dw, const Tensor& d_rg, const Call& call, co
   }
 }
 
-// d_rg^T h_prev [G*H, P] of direction d. d_rg [N, G*H] is a strided view. Rows that take no part get zeros for h_prev: their
-// y and h0 may be NaN, and 0 * NaN is not 0.
+}  // namespace
+
+// Rows that take no part get zeros for h_prev: their y and h0 may be NaN, and 0 * NaN is not 0.
 Tensor recurrent_weight_gradient(const Call& call, const LayerShapes& s, const Tensor& d_rg, const OptionalTensor& y,
                                  int d) {
   const Tensor dw = empty_like(call.x, {d_rg.size(1), s.P});
@@ -81,6 +80,8 @@ Tensor recurrent_weight_gradient(const Call& call, const LayerShapes& s, const T
   }
   return dw;
 }
+
+namespace {
 
 // d_gates of one direction [N, S * H].
 Tensor gate_gradients(const BackwardCall& made, int64_t columns, int d) {

@@ -23,8 +23,10 @@ from fused_rnn.formula.operations import ALLOWED, LISTED, MAKERS_OF_MASKS, hint_
 _SHAPE = (2, 3)  # [B, H] of the trial
 
 
-def check_step(cell: Cell) -> tuple[Phase, ...]:
-    """Runs the step on trial and returns the products and norms in it.
+def check_step(cell: Cell) -> tuple[tuple[Phase, ...], str]:
+    """Runs the step on trial and returns the products and norms in it, and the calls of torch as text.
+
+    Two cells of one declaration and one text compute the same.
 
     Raises:
         FormulaError: the step is no formula.
@@ -40,7 +42,7 @@ def check_step(cell: Cell) -> tuple[Phase, ...]:
             )
     if len(first.calls) != len(again.calls):
         raise FormulaError.at_step(cell, "two runs of the step differ", "a step that does the same every time")
-    return tuple(first.phases)
+    return tuple(first.phases), "\n".join(first.text)
 
 
 class _Trial(TorchFunctionMode):
@@ -53,6 +55,8 @@ class _Trial(TorchFunctionMode):
         self.kept: list[Tensor] = []  # alive, so that ids stay theirs
         self.calls: list[tuple[str, tuple[str, int] | None]] = []
         self.phases: list[Phase] = []
+        self.names: dict[int, str] = {}  # id of a tensor -> its name in the text
+        self.text: list[str] = []
         self.read: set[str] = set()  # arguments that an operation has taken
         self.values = torch.Generator().manual_seed(0)
 
@@ -61,6 +65,7 @@ class _Trial(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             tensor = torch.rand(shape, generator=self.values, dtype=torch.float64, device="cpu")
         self.kept.append(tensor)
+        self.names[id(tensor)] = source if isinstance(source, str) else f"%{len(self.kept)}"
         self.sources[id(tensor)] = frozenset([source]) if isinstance(source, str) else source
         return tensor
 
@@ -105,8 +110,20 @@ class _Trial(TorchFunctionMode):
         numbers = [value for value in _leaves([args, kwargs]) if not isinstance(value, Tensor)]
         self.calls.append((f"{name} with {numbers}" if numbers else name, place_in_step(type(self.cell).step.__code__)))
         self.kept.append(result)
+        self.names.setdefault(id(result), f"%{len(self.kept)}")
+        self.text.append(f"{self.names[id(result)]} = {name}({self.shown(args)}, {self.shown(kwargs)})")
         self.sources[id(result)] = frozenset().union(*sources)
         return result
+
+    def shown(self, value: Any) -> str:
+        """Arguments of a call with the names of tensors."""
+        if isinstance(value, Tensor):
+            return self.names[id(value)]
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{key}: {self.shown(value[key])}" for key in sorted(value)) + "}"
+        if isinstance(value, (list, tuple)):
+            return "[" + ", ".join(map(self.shown, value)) + "]"
+        return repr(value)
 
     def sources_of(self, tensor: Tensor, name: str) -> frozenset[str]:
         if id(tensor) not in self.sources:
@@ -143,7 +160,9 @@ class _Trial(TorchFunctionMode):
         sources = self.sources_of(value, what)
         self.read.update(sources)
         self.phases.append(phase)
-        return self.new(sources)
+        result = self.new(sources)
+        self.text.append(f"{self.names[id(result)]} = self.{phase.kind}({self.names[id(value)]}, {phase.name})")
+        return result
 
     def refuse(self, met: str, instead: str) -> NoReturn:
         raise FormulaError.at_step(self.cell, met, instead)
@@ -167,6 +186,7 @@ class _Trial(TorchFunctionMode):
             if tuple(value.shape) != _SHAPE:
                 self.refuse(f"state {name} has shape {list(value.shape)}, not [B, H]", "an expression of gates and states")
             self.read.update(sources - {name})  # a state that is only handed on is not read
+            self.text.append(f"{name} = {self.names[id(value)]}")
 
     def check_all_is_used(self, inputs: list[str], recurrent: list[str], parameters: list[str]) -> None:
         says = self.cell.declaration

@@ -7,6 +7,7 @@ Step that runs it, which hands them to ``step`` as attributes of a bound copy of
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 import keyword
 from collections.abc import Callable, Mapping, Sequence
@@ -77,7 +78,7 @@ class _CellType(type):
 
         cell = super().__call__(*args, **kwargs)
         cell.__dict__["_declaration"] = declaration_of(cell)
-        cell.__dict__["_phases"] = check_step(cell)
+        cell.__dict__["_phases"], cell.__dict__["_text"] = check_step(cell)
         return cell
 
 
@@ -163,6 +164,13 @@ class Cell(metaclass=_CellType):
         """The products and norms inside of the step, in its order."""
         found: tuple[Phase, ...] = self.__dict__["_phases"]
         return found
+
+    @property
+    def identity(self) -> str:
+        """The same for cells that compute the same: a hash of the declaration and of step's calls of torch."""
+        says = self.declaration
+        facts = (says.gates, says.states, says.output, says.recurrent, list(says.units), list(says.scalars), says.heads)
+        return hashlib.sha256(f"{facts}\n{self.__dict__['_text']}".encode()).hexdigest()[:32]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "_declaration" in self.__dict__:

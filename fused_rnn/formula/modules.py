@@ -1,6 +1,6 @@
 """Layer and Step: modules with torch.nn's parameters and forward for any cell.
 
-They run the cell's ``step`` in a loop, under autograd: the definition that kernels will be compared with.
+Compiled kernels serve them where they can be made (serve.py), else the cell's ``step`` in a loop, under autograd.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import _checks, functional, reference
 from fused_rnn._recipe import Recipe, Rows
+from fused_rnn.formula import ops, serve
 from fused_rnn.formula.language import Cell
-from fused_rnn.formula.parameters import as_declared, empty, outputs_first, specs_of, step_function
-
-_OWN_KIND = -1  # a recipe's number of a cell that is no kind of ours
+from fused_rnn.formula.parameters import OWN_KIND, as_declared, empty, outputs_first, specs_of, step_function
 
 
 class _Formula(nn.Module):
@@ -38,9 +37,15 @@ class _Formula(nn.Module):
         if not isinstance(bias, bool):
             raise TypeError(f"bias: expected a bool, got {type(bias).__name__}")
         self.cell = cell
+        self._formula = ops.remember(cell)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.bias = bias
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What unpickling and copying do; the cell is made known in this process."""
+        super().__setstate__(state)
+        self._formula = ops.remember(self.cell)
 
     def _states_of(self, hx: Any) -> list[Tensor]:
         """The states in hx, in the cell's order; none where it is None."""
@@ -120,7 +125,7 @@ class Layer(_Formula):
         self.reset_parameters()
 
     def _recipe(self, batch_first: bool) -> Recipe:
-        return Recipe(_OWN_KIND, self.num_layers, self.bias, self.bidirectional, batch_first, self.training, self.dropout)
+        return Recipe(OWN_KIND, self.num_layers, self.bias, self.bidirectional, batch_first, self.training, self.dropout)
 
     def _specs(self) -> list[tuple[str, Any]]:
         """(name, spec) of all parameters in order."""
@@ -224,12 +229,15 @@ class Layer(_Formula):
         """Batched or packed input, checked: output and last states, in the cell's order."""
         self._check_states(states, batch)
         recipe = self._recipe(batch_first)
-        if not states:
-            shape = (self.num_layers * recipe.directions, batch, self.hidden_size)
-            states = [input.new_zeros(shape) for _ in self.cell.declaration.states]
         weights = [getattr(self, name) for name, _ in self._specs()]
         input, states, weights = functional.autocast(input.device.type, input, states, list(weights))
         rows = Rows(*(None if row is None else row.to(input.device) for row in rows))
+        compiled = serve.has_kernels(self._formula, input.device.type, input.dtype)
+        if not states and (not compiled or rows.offsets is not None):  # packed rows do not say the batch size
+            shape = (self.num_layers * recipe.directions, batch, self.hidden_size)
+            states = [input.new_zeros(shape) for _ in self.cell.declaration.states]
+        if compiled:
+            return ops.stack(self._formula, input, states, weights, rows, recipe)
         y, last = reference.rnn(input, outputs_first(self.cell, states), weights, rows, recipe, step_function(self.cell))
         return y, as_declared(self.cell, last)
 
@@ -302,11 +310,21 @@ class Step(_Formula):
             raise ValueError(f"input: expected 1-D or 2-D, got {input.dim()}-D")
         shape = [*input.shape[:-1], self.hidden_size]
         _checks.check_states([self._name_of_state(i) for i in range(len(states))], states, *[shape] * len(states))
-        states = states or [input.new_zeros(shape) for _ in self.cell.declaration.states]
         input, states, weights = functional.autocast(input.device.type, input, states, list(weights))
-        recipe = Recipe(_OWN_KIND, has_biases=self.bias)
+        recipe = Recipe(OWN_KIND, has_biases=self.bias)
+        if serve.has_kernels(self._formula, input.device.type, input.dtype):
+            return self._form_of(self._run(input, states, weights, recipe))
+        states = states or [input.new_zeros(shape) for _ in self.cell.declaration.states]
         after = step_function(self.cell)(input, outputs_first(self.cell, states), weights, recipe)
         return self._form_of(as_declared(self.cell, after))
+
+    def _run(self, input: Tensor, states: list[Tensor], weights: list[Tensor], recipe: Recipe) -> list[Tensor]:
+        """The states after a step on compiled kernels: a layer's call of one step."""
+        batched = input.dim() == 2
+        x = input.unsqueeze(0) if batched else input[None, None]
+        first = [state.unsqueeze(0) if batched else state[None, None] for state in states]
+        _, last = ops.layer(self._formula, x, first, weights, Rows(), recipe)
+        return [state.squeeze(0) if batched else state[0, 0] for state in last]
 
     def extra_repr(self) -> str:
         """As torch.nn's, with the cell."""

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from fused_rnn.formula.language import Cell, Init, Phase, run_step
 from fused_rnn.reference import Recipe, StepFunction
 
+OWN_KIND = -1  # a recipe's number of a cell that is no kind of ours
+
 
 @dataclasses.dataclass(frozen=True)
 class ParameterSpec:

@@ -51,9 +51,9 @@ def source_of(cell: Cell) -> str:
     return source_of_plan(make_plan(cell))
 
 
-def source_of_plan(plan: Plan) -> str:
-    """The struct of a planned cell."""
-    return _Writer(plan).struct()
+def source_of_plan(plan: Plan, general: bool = False) -> str:
+    """The struct of a planned cell; general: in the general form, also where the cell fits that of cells.h."""
+    return _Writer(plan, general).struct()
 
 
 def struct_name(cell: Cell) -> str:
@@ -96,10 +96,10 @@ def _in_memory(plan: Plan) -> dict[Value, None]:
 
 
 class _Writer:
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, general: bool = False) -> None:
         self.plan = plan
         self.states = plan.cell.declaration.states
-        self.present = has_present_form(plan)
+        self.present = not general and has_present_form(plan)
         values = ordered([*plan.backward_roots, *plan.after, *plan.accumulators])
         self.inputs = {value.name: value for value in values if value.op == "input"}
         self.early = self._early_sigmoids()

@@ -39,7 +39,21 @@ class Planner {
       plan.h = matrix(Shape(p_.P, p_.H, gates, width), p_.B, /*rounded_rows=*/true);
       plan.r = matrix(p_.projects ? Shape(p_.H, p_.P, 1, width) : Shape(), p_.B, /*rounded_rows=*/false);
     }
-    plan.threads = thread_plan(plan, max_threads);
+    plan.threads = thread_plan(plan, max_threads, /*heads=*/1, /*barriers=*/p_.projects ? 2 : 1);
+    return plan;
+  }
+
+  ScanPlan<A> plan_formula(const FormulaProblem& problem, int max_threads) const {
+    ScanPlan<A> plan;
+    const int64_t units = p_.H / problem.heads, columns = problem.recurrent_gates * units;
+    const bool recurs = problem.recurrent_gates > 0;
+    if (p_.backward) {
+      plan.h = straight_matrix(recurs ? Shape(columns, units, 1, kernels_.width) : Shape());
+    } else {
+      plan.x = matrix(Shape(p_.I, problem.input_gates * p_.H, 1, kernels_.width), p_.N, /*rounded_rows=*/true);
+      plan.h = matrix(recurs ? Shape(units, columns, 1, kernels_.width) : Shape(), p_.B, /*rounded_rows=*/true);
+    }
+    plan.threads = thread_plan(plan, max_threads, problem.heads, /*barriers=*/2);
     return plan;
   }
 
@@ -70,16 +84,16 @@ class Planner {
     return m;
   }
 
-  ThreadPlan thread_plan(const ScanPlan<A>& plan, int max_threads) const {
+  ThreadPlan thread_plan(const ScanPlan<A>& plan, int max_threads, int heads, int barriers) const {
     ThreadPlanInput in{};
     in.T = p_.T;
     in.B = p_.B;
     in.D = p_.D;
     in.step_depth = plan.h.shape.depth;
     in.outside_depth = plan.x.shape.depth;
-    in.columns = plan.h.shape.columns();
-    in.panels = plan.h.shape.panels;
-    in.barriers = p_.projects ? 2 : 1;
+    in.columns = heads * plan.h.shape.columns();
+    in.panels = std::max<int64_t>(heads * plan.h.shape.panels, 1);  // without recurrent weights threads divide rows alone
+    in.barriers = barriers;
     in.element_size = plan.h.element_size();
     in.step_part_pairs = plan.h.part_pairs();
     in.outside_part_pairs = plan.x.part_pairs();
@@ -132,6 +146,13 @@ ScanPlan<A> plan_scan(const ScanProblem& problem, const Kernels<A>& kernels, int
 }
 template ScanPlan<float> plan_scan(const ScanProblem&, const Kernels<float>&, int);
 template ScanPlan<double> plan_scan(const ScanProblem&, const Kernels<double>&, int);
+
+template <class A>
+ScanPlan<A> plan_formula_scan(const FormulaProblem& problem, const Kernels<A>& kernels, int max_threads) {
+  return Planner<A>(problem.scan, kernels).plan_formula(problem, max_threads);
+}
+template ScanPlan<float> plan_formula_scan(const FormulaProblem&, const Kernels<float>&, int);
+template ScanPlan<double> plan_formula_scan(const FormulaProblem&, const Kernels<double>&, int);
 
 ThreadPlan plan_of(const Problem& problem) {
   const ScanProblem scan{problem, problem.T * problem.B, problem.P != problem.H, problem.dtype};

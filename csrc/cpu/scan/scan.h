@@ -31,6 +31,29 @@ struct ScanPlan {
 template <class A>
 ScanPlan<A> plan_scan(const ScanProblem& problem, const Kernels<A>& kernels, int max_threads);
 
+// The same of a formula's scan, whose products are matrices of one gate each: x [Gi * H, I], h [Gr * H / heads, H / heads]
+// of one head, without panels where there is none.
+struct FormulaProblem {
+  ScanProblem scan;  // cell and projects say nothing
+  int input_gates, recurrent_gates, heads;
+};
+template <class A>
+ScanPlan<A> plan_formula_scan(const FormulaProblem& problem, const Kernels<A>& kernels, int max_threads);
+
+// What a scan must know of a cell.
+struct ScanCell {
+  int kind;  // of core/params.h's list; -1: a formula
+  int slots, gates;
+};
+
+// The sizes of a scan.
+struct ScanSizes {
+  const Sequence& seq;
+  int D;
+  int64_t H, P;
+  DType dtype;
+};
+
 template <class A>
 class Scan {
  public:
@@ -57,20 +80,23 @@ class Scan {
 
   template <class Params>
   Scan(const Params& p, const Kernels<A>& kernels, int max_threads)
+      : Scan({p.seq, p.D, p.H, p.P, p.dtype}, {static_cast<int>(p.cell), slot_count(p.cell), gate_count(p.cell)}, kernels,
+             plan_scan(scan_problem(p), kernels, max_threads)) {}
+  Scan(const ScanSizes& sizes, const ScanCell& cell, const Kernels<A>& kernels, const ScanPlan<A>& plan)
       : kernels_(kernels),
-        seq_(p.seq),
-        D_(p.D),
-        cell_(static_cast<int>(p.cell)),
-        slots_(slot_count(p.cell)),
-        gates_(gate_count(p.cell)),
-        storage_(storage_index(p.dtype)),
-        size_(dtype_size(p.dtype)),
+        seq_(sizes.seq),
+        D_(sizes.D),
+        cell_(cell.kind),
+        slots_(cell.slots),
+        gates_(cell.gates),
+        storage_(storage_index(sizes.dtype)),
+        size_(dtype_size(sizes.dtype)),
         converts_(static_cast<int64_t>(sizeof(A)) != size_),
-        h_padded_(round_up(p.H, kernels.width)),
-        p_padded_(round_up(p.P, kernels.width)),
-        plan_(plan_scan(scan_problem(p), kernels, max_threads)),
+        h_padded_(round_up(sizes.H, kernels.width)),
+        p_padded_(round_up(sizes.P, kernels.width)),
+        plan_(plan),
         projects_(plan_.r.shape.panels > 0),
-        team_rows_(rows_of_team(plan_.threads, p.seq.B)) {
+        team_rows_(rows_of_team(plan_.threads, sizes.seq.B)) {
     parts_room_.include(plan_.h, team_rows_);
     parts_room_.include(plan_.r, team_rows_);
   }

@@ -1,0 +1,239 @@
+// Backward of one layer's recurrence of a formula: forward's scan the other way round.
+//
+//   rec[t] = d_rec[t+1] W_hh    the gradient of the recurrent state through the weights, then the cell's backward makes
+//   d[t], d_states[t]           from it, dy[t] and d_states[t+1]; d_rec[t] is the last Gr blocks of d[t]
+//
+// Float and double of one head read d_rec back from there; else the d_rec of two steps is kept, unrounded, head by head.
+#include <cstring>
+#include <memory>
+
+#include "cpu/formula/scan.h"
+
+namespace fused_rnn::cpu {
+namespace {
+
+template <class A>
+class FormulaBackwardScan final : public FormulaScan<A> {
+ public:
+  FormulaBackwardScan(const FormulaBackward& p, const Kernels<A>& kernels, int max_threads);
+  bool run();
+
+ private:
+  using Base = FormulaScan<A>;
+  using Row = FormulaBackwardRow<A>;
+  using Base::D_, Base::H_, Base::heads_, Base::items_, Base::kernels_, Base::plan_, Base::rec_columns_, Base::recurs_,
+      Base::room_, Base::seq_, Base::size_, Base::storage_, Base::team_rows_, Base::traits_, Base::units_;
+
+  struct Worker : Base::Worker {
+    A* d_states;       // [states][n][room], of the team
+    A* d_rec;          // [2][n][Gr * H], of the team, where it is kept
+    const A** next;    // [n] d_rec of each row's step done last, or zeros
+    const A** active;  // [n] the same of the active rows
+    Row* rows;         // [n]
+  };
+  struct Direction {
+    std::vector<Matrix<A>> heads;
+    A* parameters;
+  };
+
+  void layout_shared(Arena& arena) override;
+  void pack_share(int share, int shares) const override;
+  void scan(int thread, int d, Teams& teams) const override;
+
+  int64_t rec_elements() const { return traits_.recurrent_gates * H_; }
+  int64_t blocks() const { return traits_.gradients + traits_.parameters; }  // of a row of d
+  A* d_state(const Worker& w, int s, int64_t i) const { return w.d_states + (s * team_rows_ + i) * room_; }
+  void take_arrays(Arena& arena, Worker& w) const;
+  Worker make_worker(int thread, int d, Teams& teams) const;
+  void start(Worker& w) const;
+  int64_t gather(Worker& w, int64_t t) const;
+  void gather_row(Worker& w, int64_t i, int64_t t, int64_t active) const;
+  void gather_states(Worker& w, Row& out, int64_t i, int64_t t) const;
+  void step(Worker& w, int64_t s) const;
+  void finish(Worker& w) const;
+
+  const FormulaBackward& p_;
+  const bool keeps_rec_;
+  std::unique_ptr<std::atomic<bool>[]> infinite_;  // [D][heads]
+  // Workspace.
+  Direction directions_[2];
+  A* zeros_;
+  int64_t zeros_size_;
+  A* team_arrays_;
+  int64_t team_elements_;
+};
+
+template <class A>
+FormulaBackwardScan<A>::FormulaBackwardScan(const FormulaBackward& p, const Kernels<A>& kernels, int max_threads)
+    : Base(p, formula_problem(p, /*backward=*/true, /*training=*/true), kernels, max_threads),
+      p_(p),
+      keeps_rec_(recurs_ && (this->converts_ || heads_ > 1)) {
+  infinite_.reset(new std::atomic<bool>[D_ * heads_]());
+  for (int d = 0; d < D_; ++d) directions_[d].heads = this->head_matrices(p.weights[d].w_hh, &infinite_[d * heads_]);
+}
+
+template <class A>
+void FormulaBackwardScan<A>::layout_shared(Arena& arena) {
+  for (int d = 0; d < D_; ++d) {
+    for (Matrix<A>& m : directions_[d].heads) this->take_memory(arena, m);
+    directions_[d].parameters = arena.take<A>(this->parameter_elements());
+  }
+  zeros_size_ = std::max(rec_elements(), H_) + kernels_.width;
+  zeros_ = arena.take<A>(zeros_size_);
+  const int64_t rec = team_rows_ * heads_ * rec_columns_ + kernels_.width;
+  const int64_t kept = keeps_rec_ ? 2 * team_rows_ * rec_elements() : 0;
+  team_elements_ = round_up(traits_.states * team_rows_ * room_ + rec + kept, 16);
+  team_arrays_ = arena.take<A>(team_elements_ * plan_.threads.direction_teams * plan_.threads.batch_teams);
+  Arena thread(nullptr);
+  Worker counted;
+  take_arrays(thread, counted);
+  this->thread_bytes_ = thread.used();
+}
+
+template <class A>
+void FormulaBackwardScan<A>::take_arrays(Arena& arena, Worker& w) const {
+  w.next = arena.take<const A*>(team_rows_);
+  w.active = arena.take<const A*>(team_rows_);
+  w.rows = arena.take<Row>(team_rows_);
+  Base::take_arrays(arena, team_rows_, w);
+}
+
+template <class A>
+typename FormulaBackwardScan<A>::Worker FormulaBackwardScan<A>::make_worker(int thread, int d, Teams& teams) const {
+  Worker w;
+  Base::set_place(thread, d, teams, w);
+  w.d_states = team_arrays_ + thread / plan_.threads.split * team_elements_;
+  w.rec = w.d_states + traits_.states * team_rows_ * room_;
+  w.d_rec = w.rec + team_rows_ * heads_ * rec_columns_ + kernels_.width;
+  w.matrix = directions_[d].heads.data();
+  w.parameters = directions_[d].parameters;
+  Arena arena = this->arena_of_thread(thread);
+  take_arrays(arena, w);
+  return w;
+}
+
+template <class A>
+void FormulaBackwardScan<A>::pack_share(int share, int shares) const {
+  for (int d = 0; d < D_; ++d) {
+    this->pack_heads(directions_[d].heads, share, shares);
+    if (d % shares == share) this->load_parameters(p_.weights[d].parameters, directions_[d].parameters);
+  }
+}
+
+// The rank's share of the rows gets the gradients of the last states.
+template <class A>
+void FormulaBackwardScan<A>::start(Worker& w) const {
+  for (int64_t i = 0; i < w.n; ++i) w.next[i] = zeros_;
+  const auto [begin, end] = this->rows_of(w);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t row = w.d * seq_.B + w.team->rows[i].b;
+    for (int s = 0; s < traits_.states; ++s) {
+      std::fill_n(d_state(w, s, i), room_, A(0));
+      if (p_.d_last[s]) kernels_.load[storage_](stored_at(p_.d_last[s], row * H_, size_), d_state(w, s, i), H_);
+    }
+  }
+}
+
+// The states before and after step t of row i of the team.
+template <class A>
+void FormulaBackwardScan<A>::gather_states(Worker& w, Row& out, int64_t i, int64_t t) const {
+  const TeamRow& team_row = w.team->rows[i];
+  const int64_t row = row_of(seq_, t, team_row.b), done = team_row.steps_before(t, w.d);
+  const int64_t previous = done > 0 ? row_of(seq_, w.d == 0 ? t - 1 : t + 1, team_row.b) : 0;
+  for (int s = 0; s < traits_.states; ++s) {
+    out.d_states[s] = d_state(w, s, i);
+    if (!traits_.reads_series[s]) continue;
+    const void* const series = s == traits_.output ? p_.y : p_.series[s];
+    const auto at = [&](int64_t of) { return stored_at(series, (of * D_ + w.d) * H_, size_); };
+    const void* const initial = stored_at(p_.states[s], (w.d * seq_.B + team_row.b) * H_, size_);
+    out.after[s] = at(row);
+    out.before[s] = out.reset ? zeros_ : done > 0 ? at(previous) : initial ? initial : zeros_;
+  }
+}
+
+// Row i of the team, active at step t, as active row number `active`.
+template <class A>
+void FormulaBackwardScan<A>::gather_row(Worker& w, int64_t i, int64_t t, int64_t active) const {
+  const TeamRow& team_row = w.team->rows[i];
+  const int64_t row = row_of(seq_, t, team_row.b), kept = w.d * seq_.N + row;
+  Row& out = w.rows[active];
+  out.reset = is_reset(p_.modifier, row);
+  gather_states(w, out, i, t);
+  out.saved = stored_at(p_.saved, kept * traits_.saved * H_, size_);
+  out.dy = p_.dy ? stored_at(p_.dy, (row * D_ + w.d) * H_, size_) : zeros_;
+  out.rec = w.rec + active * heads_ * rec_columns_;
+  out.d = stored_at(p_.d, kept * blocks() * H_, size_);
+  const int64_t parity = team_row.steps_before(t, w.d) & 1;
+  out.d_rec = keeps_rec_ ? w.d_rec + (parity * team_rows_ + i) * rec_elements() : nullptr;
+  w.active[active] = w.next[i];
+  const void* const stored_rec = stored_at(out.d, (traits_.gradients - traits_.recurrent_gates) * H_, size_);
+  w.next[i] = out.reset ? zeros_ : keeps_rec_ ? out.d_rec : static_cast<const A*>(stored_rec);
+}
+
+template <class A>
+int64_t FormulaBackwardScan<A>::gather(Worker& w, int64_t t) const {
+  int64_t active = 0;
+  for (int64_t i = 0; i < w.n; ++i) {
+    if (t < w.team->rows[i].length) {
+      gather_row(w, i, t, active++);
+    } else if (!seq_.offsets && w.rank == 0) {
+      const int64_t row = w.d * seq_.N + row_of(seq_, t, w.team->rows[i].b);
+      std::memset(stored_at(p_.d, row * blocks() * H_, size_), 0, blocks() * H_ * size_);
+    }
+  }
+  return active;
+}
+
+template <class A>
+void FormulaBackwardScan<A>::step(Worker& w, int64_t s) const {
+  const int64_t active = gather(w, this->time_of(w, s));
+  this->multiply_heads(w, w.active, active, nullptr, s);
+  w.team->barrier.wait();
+  if (active > 0) {
+    this->step_of(*p_.cell).backward(
+        {w.rows, active, w.items.first, w.items.last, H_, heads_, rec_columns_, w.parameters, room_});
+  }
+  w.team->barrier.wait();
+}
+
+// Gradients of the initial states.
+template <class A>
+void FormulaBackwardScan<A>::finish(Worker& w) const {
+  this->multiply_heads(w, w.next, w.n, nullptr, 0);
+  w.team->barrier.wait();
+  const auto [begin, end] = this->rows_of(w);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t row = w.d * seq_.B + w.team->rows[i].b;
+    A* const recurrent = d_state(w, traits_.recurrent, i);
+    for (int64_t u = 0; recurs_ && u < H_; ++u) {
+      recurrent[u] += w.rec[(i * heads_ + u / units_) * rec_columns_ + u % units_];
+    }
+    for (int s = 0; s < traits_.states; ++s) {
+      kernels_.save[storage_](d_state(w, s, i), stored_at(p_.d_states[s], row * H_, size_), H_);
+    }
+  }
+}
+
+template <class A>
+void FormulaBackwardScan<A>::scan(int thread, int d, Teams& teams) const {
+  Worker w = make_worker(thread, d, teams);
+  start(w);
+  w.team->barrier.wait();
+  for (int64_t s = seq_.T - 1; s >= 0; --s) step(w, s);
+  finish(w);
+  w.team->barrier.wait();
+}
+
+template <class A>
+bool FormulaBackwardScan<A>::run() {
+  prefer_huge_pages(p_.workspace, this->layout(p_.workspace));
+  prefer_huge_pages(p_.d, D_ * seq_.N * blocks() * H_ * size_);
+  std::fill_n(zeros_, zeros_size_, A(0));
+  return this->run_on_threads();
+}
+
+}  // namespace
+
+void backward(FormulaBackward& p, const Allocate& allocate) { run_scan<FormulaBackwardScan>(p, allocate); }
+
+}  // namespace fused_rnn::cpu

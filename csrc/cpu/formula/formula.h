@@ -1,0 +1,58 @@
+// One layer of a cell that is a formula, on a CPU. The layouts are params.h's where it has them; letters as in isa/formula.h.
+#pragma once
+#include <string>
+
+#include "core/params.h"
+#include "cpu/cpu.h"
+#include "cpu/isa/formula.h"
+
+namespace fused_rnn::cpu {
+
+// The parameters of one direction.
+struct FormulaWeights {
+  WeightMatrix w_ih;       // [Gi, H, I]
+  WeightMatrix w_hh;       // [heads, Gr * H / heads, H / heads]; null where Gr is 0
+  const void* b_ih;        // [Gi, H] or null
+  const void* b_hh;        // [Gr, H] or null
+  const void* parameters;  // [U, H], numbers repeated; null where U is 0
+};
+
+struct FormulaParams {
+  const FormulaLibrary* cell;
+  DType dtype;
+  int64_t I, H;
+  int D, heads;
+  Sequence seq;
+  Modifier modifier;
+  FormulaWeights weights[2];
+  const void* states[kMostFormulaStates];  // initial [D, B, H], or null (zeros)
+  void* workspace;                         // set by the call
+};
+
+struct FormulaForward : FormulaParams {
+  const void* x;                     // [N, I]
+  void* y;                           // [N, D * H]: the output state; 0 at inactive rows of a dense batch
+  void* last[kMostFormulaStates];    // [D, B, H]
+  void* series[kMostFormulaStates];  // [N, D * H], or null: not kept. Never the output's, which is y.
+  void* saved;                       // [D, N, K, H] or null
+  bool training;
+};
+
+struct FormulaBackward : FormulaParams {
+  const void* y;
+  const void* series[kMostFormulaStates];
+  const void* saved;
+  const void* dy;                          // [N, D * H] or null (zeros)
+  const void* d_last[kMostFormulaStates];  // [D, B, H] or null (zeros)
+  void* d;                                 // [D, N, S + U, H] out; 0 at inactive rows
+  void* d_states[kMostFormulaStates];      // [D, B, H] out
+};
+
+void forward(FormulaForward& p, const Allocate& allocate);
+void backward(FormulaBackward& p, const Allocate& allocate);
+
+// The library of a compiled formula at this path, which stays loaded. Throws std::runtime_error if it cannot be loaded, or
+// was not made for this build of the kernels.
+const FormulaLibrary* load_formula(const std::string& path);
+
+}  // namespace fused_rnn::cpu

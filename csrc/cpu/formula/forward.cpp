@@ -1,0 +1,331 @@
+// Forward of one layer of a formula: the input products of a chunk of steps, then those steps.
+#include <cstring>
+#include <memory>
+
+#include "cpu/formula/scan.h"
+
+namespace fused_rnn::cpu {
+
+FormulaProblem formula_problem(const FormulaParams& p, bool backward, bool training) {
+  FormulaProblem problem{};
+  ScanProblem& scan = problem.scan;
+  scan.dtype = p.dtype;
+  scan.T = p.seq.T;
+  scan.B = p.seq.B;
+  scan.I = p.I;
+  scan.H = scan.P = p.H;
+  scan.D = p.D;
+  scan.ragged = p.seq.lengths || p.seq.offsets;
+  scan.training = training;
+  scan.backward = backward;
+  scan.N = p.seq.N;
+  scan.weights = p.dtype;
+  problem.input_gates = p.cell->traits.input_gates;
+  problem.recurrent_gates = p.cell->traits.recurrent_gates;
+  problem.heads = p.heads;
+  return problem;
+}
+
+namespace {
+
+// As in scan/forward.cpp.
+constexpr int64_t kChunkBytes = 512 * 1024, kMaxChunkBytes = 8 * 1024 * 1024;
+
+template <class A>
+class FormulaForwardScan final : public FormulaScan<A> {
+ public:
+  FormulaForwardScan(const FormulaForward& p, const Kernels<A>& kernels, int max_threads);
+  bool run();
+
+ private:
+  using Base = FormulaScan<A>;
+  using Row = FormulaForwardRow<A>;
+  using Base::D_, Base::H_, Base::heads_, Base::items_, Base::kernels_, Base::plan_, Base::rec_columns_, Base::recurs_,
+      Base::room_, Base::seq_, Base::size_, Base::storage_, Base::team_rows_, Base::traits_, Base::units_;
+
+  struct Worker : Base::Worker {
+    A* states;  // [copies of all states][n][room], of the team
+    A* xg;      // [chunk rows][x columns], of the team
+    Range x_panels;
+    A* x;              // [chunk rows, I], where x is converted
+    Row* rows;         // [n]
+    const A** before;  // [n] the recurrent state
+  };
+  struct Direction {
+    Matrix<A> x;
+    std::vector<Matrix<A>> heads;
+    A *bias_x, *bias_h, *parameters;
+  };
+
+  void layout_shared(Arena& arena) override;
+  void pack_share(int share, int shares) const override;
+  void scan(int thread, int d, Teams& teams) const override;
+
+  int64_t chunk_rows() const { return chunk_steps_ * team_rows_; }
+  bool has_copies(int s) const { return recurs_ && s == traits_.recurrent; }
+  int copies() const { return traits_.states + recurs_; }
+  // A row's state; a copied one's second copy lies behind all others.
+  A* state(const Worker& w, int s, int64_t copy, int64_t i) const {
+    const int64_t place = has_copies(s) && copy ? traits_.states : s;
+    return w.states + (place * team_rows_ + i) * room_;
+  }
+  void lease_weights();
+  void layout_direction(Arena& arena, int d);
+  void take_arrays(Arena& arena, Worker& w) const;
+  Worker make_worker(int thread, int d, Teams& teams) const;
+  void start(Worker& w) const;
+  void project(Worker& w, int64_t begin, int64_t end) const;
+  int64_t gather(Worker& w, int64_t t, int64_t first_xg) const;
+  void gather_row(Worker& w, int64_t i, int64_t t, int64_t xg_row, int64_t active) const;
+  int64_t step(Worker& w, int64_t step, int64_t first_xg) const;
+  void finish(Worker& w) const;
+
+  const FormulaForward& p_;
+  int64_t x_columns_;  // of a row of xg
+  int64_t chunk_steps_;
+  std::unique_ptr<CacheLease[]> leases_;           // [D][1 + heads]
+  std::unique_ptr<std::atomic<bool>[]> infinite_;  // [D][1 + heads]
+  // Workspace.
+  Direction directions_[2];
+  A* zeros_;
+  A* team_arrays_;
+  int64_t team_elements_;
+};
+
+template <class A>
+FormulaForwardScan<A>::FormulaForwardScan(const FormulaForward& p, const Kernels<A>& kernels, int max_threads)
+    : Base(p, formula_problem(p, /*backward=*/false, p.training), kernels, max_threads), p_(p) {
+  // A load of a whole vector may start at any unit of the last gate.
+  x_columns_ = plan_.x.shape.columns() + kernels.width;
+  const int64_t step_bytes = team_rows_ * x_columns_ * static_cast<int64_t>(sizeof(A));
+  const int64_t weight_bytes = plan_.x.shape.elements() * plan_.x.element_size();
+  const int64_t chunk_bytes = std::clamp(weight_bytes, kChunkBytes, kMaxChunkBytes);
+  chunk_steps_ = std::min(std::max<int64_t>(chunk_bytes / step_bytes, 1), p.seq.T);
+  this->parts_room_.include(plan_.x, chunk_rows());
+  leases_.reset(new CacheLease[D_ * (1 + heads_)]);
+  infinite_.reset(new std::atomic<bool>[D_ * (1 + heads_)]());
+  for (int d = 0; d < D_; ++d) {
+    directions_[d].x = plan_.x;
+    directions_[d].x.source = p.weights[d].w_ih;
+    directions_[d].x.infinite = &infinite_[d * (1 + heads_)];
+    directions_[d].heads = this->head_matrices(p.weights[d].w_hh, &infinite_[d * (1 + heads_) + 1]);
+  }
+  if (!p.training) lease_weights();
+}
+
+// What an inference finds in the cache of packed weights, or leaves there.
+template <class A>
+void FormulaForwardScan<A>::lease_weights() {
+  const auto lease = [](CacheLease& lease, Matrix<A>& m) {
+    const Shape& s = m.shape;
+    lease.take({m.source.data, s.depth, s.units, s.gates, s.width, m.source.storage, m.form, m.parts}, m.bytes(), s.panels);
+    m.cached = lease.matrix();
+  };
+  for (int d = 0; d < D_; ++d) {
+    CacheLease* const leases = &leases_[d * (1 + heads_)];
+    lease(leases[0], directions_[d].x);
+    for (size_t k = 0; k < directions_[d].heads.size(); ++k) lease(leases[1 + k], directions_[d].heads[k]);
+  }
+}
+
+template <class A>
+void FormulaForwardScan<A>::layout_direction(Arena& arena, int d) {
+  Direction& direction = directions_[d];
+  const auto place = [&](Matrix<A>& m) {
+    if (m.cached) {
+      m.packed = static_cast<A*>(m.cached->aligned);
+      m.tiles = static_cast<uint16_t*>(m.cached->aligned);
+    } else {
+      this->take_memory(arena, m);
+    }
+  };
+  place(direction.x);
+  for (Matrix<A>& m : direction.heads) place(m);
+  direction.bias_x = arena.take<A>(plan_.x.shape.columns());
+  direction.bias_h = arena.take<A>(heads_ * rec_columns_);
+  direction.parameters = arena.take<A>(this->parameter_elements());
+}
+
+template <class A>
+void FormulaForwardScan<A>::layout_shared(Arena& arena) {
+  for (int d = 0; d < D_; ++d) layout_direction(arena, d);
+  zeros_ = arena.take<A>(room_);
+  const int64_t rec = team_rows_ * heads_ * rec_columns_ + kernels_.width;
+  team_elements_ = round_up(copies() * team_rows_ * room_ + chunk_rows() * x_columns_ + rec, 16);
+  team_arrays_ = arena.take<A>(team_elements_ * plan_.threads.direction_teams * plan_.threads.batch_teams);
+  Arena thread(nullptr);
+  Worker counted;
+  take_arrays(thread, counted);
+  this->thread_bytes_ = thread.used();
+}
+
+template <class A>
+void FormulaForwardScan<A>::take_arrays(Arena& arena, Worker& w) const {
+  w.x = arena.take<A>(this->converts_ ? chunk_rows() * p_.I : 0);
+  w.rows = arena.take<Row>(team_rows_);
+  w.before = arena.take<const A*>(team_rows_);
+  Base::take_arrays(arena, chunk_rows(), w);
+}
+
+template <class A>
+typename FormulaForwardScan<A>::Worker FormulaForwardScan<A>::make_worker(int thread, int d, Teams& teams) const {
+  Worker w;
+  Base::set_place(thread, d, teams, w);
+  w.x_panels = share_of(plan_.x.shape.panels, plan_.threads.split, w.rank);
+  w.states = team_arrays_ + thread / plan_.threads.split * team_elements_;
+  w.xg = w.states + copies() * team_rows_ * room_;
+  w.rec = w.xg + chunk_rows() * x_columns_;
+  w.matrix = directions_[d].heads.data();
+  w.parameters = directions_[d].parameters;
+  Arena arena = this->arena_of_thread(thread);
+  take_arrays(arena, w);
+  return w;
+}
+
+template <class A>
+void FormulaForwardScan<A>::pack_share(int share, int shares) const {
+  for (int d = 0; d < D_; ++d) {
+    const Direction& direction = directions_[d];
+    const Range panels = share_of(plan_.x.shape.panels, shares, share);
+    pack(kernels_, direction.x, panels.first, panels.last);
+    this->pack_heads(direction.heads, share, shares);
+    if (d % shares != share) continue;
+    const FormulaWeights& weights = p_.weights[d];
+    const auto load = kernels_.load[storage_];
+    std::fill_n(direction.bias_x, plan_.x.shape.columns(), A(0));
+    std::fill_n(direction.bias_h, heads_ * rec_columns_, A(0));
+    if (weights.b_ih) load(weights.b_ih, direction.bias_x, traits_.input_gates * H_);
+    for (int k = 0; weights.b_hh && k < heads_; ++k) {
+      for (int g = 0; g < traits_.recurrent_gates; ++g) {
+        load(stored_at(weights.b_hh, g * H_ + k * units_, size_), direction.bias_h + k * rec_columns_ + g * units_, units_);
+      }
+    }
+    this->load_parameters(weights.parameters, direction.parameters);
+  }
+}
+
+// The rank's share of the rows gets its initial states.
+template <class A>
+void FormulaForwardScan<A>::start(Worker& w) const {
+  const auto [begin, end] = this->rows_of(w);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t row = w.d * seq_.B + w.team->rows[i].b;
+    for (int s = 0; s < traits_.states; ++s) {
+      for (int copy = 0; copy <= has_copies(s); ++copy) std::fill_n(state(w, s, copy, i), room_, A(0));
+      if (p_.states[s]) kernels_.load[storage_](stored_at(p_.states[s], row * H_, size_), state(w, s, 0, i), H_);
+    }
+  }
+}
+
+// Input products of the active rows of steps [begin, end), in the order of the scan, into w.xg.
+template <class A>
+void FormulaForwardScan<A>::project(Worker& w, int64_t begin, int64_t end) const {
+  int64_t count = 0;
+  for (int64_t step = begin; step < end; ++step) {
+    const int64_t t = this->time_of(w, step);
+    for (const TeamRow& row : w.team->rows) {
+      if (t >= row.length) continue;
+      const void* x = stored_at(p_.x, row_of(seq_, t, row.b) * p_.I, size_);
+      if (this->converts_) {
+        A* converted = w.x + count * p_.I;
+        kernels_.load[storage_](x, converted, p_.I);
+        x = converted;
+      }
+      w.pointers[count++] = static_cast<const A*>(x);
+    }
+  }
+  const Matrix<A>& m = directions_[w.d].x;
+  multiply<A>({kernels_, m, directions_[w.d].bias_x, w.pointers, count, {w.x_panels.first, w.x_panels.last}}, w.parts,
+              {w.xg + m.shape.columns_before(w.x_panels.first), x_columns_, int64_t{m.shape.vectors} * m.shape.width,
+               /*rows_first=*/true});
+}
+
+// Row i of the team, active at step t, as active row number `active`; xg_row: its row of input products.
+template <class A>
+void FormulaForwardScan<A>::gather_row(Worker& w, int64_t i, int64_t t, int64_t xg_row, int64_t active) const {
+  const TeamRow& team_row = w.team->rows[i];
+  const int64_t row = row_of(seq_, t, team_row.b), kept = w.d * seq_.N + row;
+  const int64_t copy = team_row.steps_before(t, w.d) & 1;
+  const bool reset = is_reset(p_.modifier, row);
+  Row& out = w.rows[active];
+  out.x = w.xg + xg_row * x_columns_;
+  out.rec = w.rec + active * heads_ * rec_columns_;
+  for (int s = 0; s < traits_.states; ++s) {
+    out.before[s] = reset ? zeros_ : state(w, s, copy, i);
+    out.after[s] = state(w, s, 1 - copy, i);
+    out.series[s] = stored_at(p_.series[s], (row * D_ + w.d) * H_, size_);
+  }
+  out.series[traits_.output] = stored_at(p_.y, (row * D_ + w.d) * H_, size_);
+  out.saved = stored_at(p_.saved, kept * traits_.saved * H_, size_);
+  w.before[active] = out.before[traits_.recurrent];
+}
+
+template <class A>
+int64_t FormulaForwardScan<A>::gather(Worker& w, int64_t t, int64_t first_xg) const {
+  int64_t active = 0;
+  for (int64_t i = 0; i < w.n; ++i) {
+    if (t < w.team->rows[i].length) {
+      gather_row(w, i, t, first_xg + active, active);
+      ++active;
+    } else if (!seq_.offsets && w.rank == 0) {
+      std::memset(stored_at(p_.y, (row_of(seq_, t, w.team->rows[i].b) * D_ + w.d) * H_, size_), 0, H_ * size_);
+    }
+  }
+  return active;
+}
+
+// One step of the team's active rows; first_xg: its first row in w.xg. Returns the number of active rows.
+template <class A>
+int64_t FormulaForwardScan<A>::step(Worker& w, int64_t step, int64_t first_xg) const {
+  const int64_t active = gather(w, this->time_of(w, step), first_xg);
+  this->multiply_heads(w, w.before, active, directions_[w.d].bias_h, step);
+  w.team->barrier.wait();
+  if (active > 0) {
+    this->step_of(*p_.cell).forward(
+        {w.rows, active, w.items.first, w.items.last, H_, heads_, rec_columns_, w.parameters, room_});
+  }
+  w.team->barrier.wait();
+  return active;
+}
+
+template <class A>
+void FormulaForwardScan<A>::finish(Worker& w) const {
+  const auto [begin, end] = this->rows_of(w);
+  for (int64_t i = begin; i < end; ++i) {
+    const TeamRow& row = w.team->rows[i];
+    for (int s = 0; s < traits_.states; ++s) {
+      void* const to = stored_at(p_.last[s], (w.d * seq_.B + row.b) * H_, size_);
+      kernels_.save[storage_](state(w, s, row.length & 1, i), to, H_);
+    }
+  }
+}
+
+template <class A>
+void FormulaForwardScan<A>::scan(int thread, int d, Teams& teams) const {
+  Worker w = make_worker(thread, d, teams);
+  start(w);
+  for (int64_t begin = 0; begin < seq_.T; begin += chunk_steps_) {
+    const int64_t end = std::min(begin + chunk_steps_, seq_.T);
+    project(w, begin, end);
+    w.team->barrier.wait();
+    int64_t first_xg = 0;
+    for (int64_t s = begin; s < end; ++s) first_xg += step(w, s, first_xg);
+  }
+  finish(w);
+  w.team->barrier.wait();
+}
+
+template <class A>
+bool FormulaForwardScan<A>::run() {
+  prefer_huge_pages(p_.workspace, this->layout(p_.workspace));
+  prefer_huge_pages(p_.y, seq_.N * D_ * H_ * size_);
+  if (p_.saved) prefer_huge_pages(p_.saved, D_ * seq_.N * traits_.saved * H_ * size_);
+  std::fill_n(zeros_, room_, A(0));
+  return this->run_on_threads();
+}
+
+}  // namespace
+
+void forward(FormulaForward& p, const Allocate& allocate) { run_scan<FormulaForwardScan>(p, allocate); }
+
+}  // namespace fused_rnn::cpu

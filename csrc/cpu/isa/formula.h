@@ -1,0 +1,79 @@
+// What a compiled formula (fused_rnn/formula) gives the scan of csrc/cpu/formula: facts of the cell, and its step on vectors
+// of units, forward and backward. A formula is compiled by itself, for one instruction set and one dtype, into a library
+// with one symbol, fused_rnn_formula, of type FormulaLibrary.
+#pragma once
+#include <cstdint>
+
+namespace fused_rnn::cpu {
+
+constexpr int kMostFormulaStates = 8;
+
+// Letters: Gi gates with an input product, Gr with a recurrent one, S = Gi + Gr less the gates of which the step reads only
+// the sum of both: the gradients of products. K saved values, U vectors and numbers of the cell itself.
+struct FormulaTraits {
+  int states, output, recurrent;  // output, recurrent: indices among the states
+  int input_gates, recurrent_gates;
+  int gradients;               // S; the last Gr of them are those of the recurrent products
+  int saved;                   // K
+  int parameters;              // U
+  const int* input_gradients;  // [Gi] place among the gradients
+  const bool* reads_series;    // [states] backward reads the state before or after a step
+};
+
+// Arrays of A hold whole vectors, and one more than the units need: a load of a full vector may start at any unit. Arrays in
+// storage have no such room. With heads, the products of a row lie head by head: [heads][columns of a head], a head's
+// columns [gates][H / heads], rounded up to a whole vector.
+template <class A>
+struct FormulaForwardRow {
+  const A* x;                           // [Gi, H] input products
+  const A* rec;                         // [heads][..] recurrent products
+  const A* before[kMostFormulaStates];  // [H]
+  A* after[kMostFormulaStates];         // [H]; may be the same as before
+  void* series[kMostFormulaStates];     // [H] storage, or null; the output's is y
+  void* saved;                          // [K, H] storage, or null
+};
+template <class A>
+struct FormulaBackwardRow {
+  const void* before[kMostFormulaStates];  // [H] storage, of the states whose series backward reads
+  const void* after[kMostFormulaStates];   // [H] storage
+  const void* saved;                       // [K, H] storage
+  const void* dy;                          // [H] storage
+  const A* rec;                            // [heads][..] gradient of the recurrent state through the weights
+  A* d_states[kMostFormulaStates];         // [H] gradients of the states after the step in, before the step out
+  void* d;                                 // [S + U, H] storage
+  A* d_rec;                                // [heads][Gr][H / heads] copy of the recurrent products' gradients, or null
+  bool reset;                              // the step began from zeros: d_states become zero
+};
+
+// Units come in items: the vectors of each head, the last of a head with as many lanes as are left.
+template <class Row>
+struct FormulaCall {
+  const Row* rows;
+  int64_t n_rows;
+  int64_t first, last;  // items
+  int64_t H;
+  int heads;
+  int64_t rec_columns;     // of a head in `rec`
+  const void* parameters;  // A [U][parameter_stride]
+  int64_t parameter_stride;
+};
+
+template <class A>
+struct FormulaKernels {
+  void (*forward)(const FormulaCall<FormulaForwardRow<A>>&);
+  void (*backward)(const FormulaCall<FormulaBackwardRow<A>>&);
+};
+
+// Set anew with every change of the types above.
+constexpr int kFormulaVersion = 1;
+
+struct FormulaLibrary {
+  int version;  // kFormulaVersion
+  int width;    // of a vector
+  int dtype;    // DType
+  FormulaTraits traits;
+  FormulaKernels<float> f32;  // of the dtypes that are computed in float, else null
+  FormulaKernels<double> f64;
+};
+
+}  // namespace fused_rnn::cpu

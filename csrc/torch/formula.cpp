@@ -1,0 +1,394 @@
+// One layer of a cell that is a formula (fused_rnn/formula), on CPU tensors: the ops formula and formula_backward. Fake
+// kernels, autograd and the double backward are in fused_rnn/formula/ops.py.
+//
+//   params of a direction: weight_ih [Gi*H, I], weight_hh [Gr*H, H] or of n heads [n, Gr*H/n, H/n], bias_ih, bias_hh, the
+//   cell's vectors [H] and numbers []; what the cell lacks is left out.
+#include "cpu/formula/formula.h"
+
+#include <ATen/ops/stack.h>
+#include <ATen/ops/where.h>
+#include <torch/library.h>
+
+#include <mutex>
+#include <unordered_map>
+
+#include "cpu/isa/kernels.h"
+#include "torch/formula.h"
+#include "torch/layer.h"
+#include "torch/products.h"
+#include "torch/workspace.h"
+
+namespace fused_rnn {
+namespace {
+
+using cpu::FormulaLibrary;
+
+// The libraries that were loaded, by formula, dtype and instruction set.
+std::mutex formulas_mutex;
+std::unordered_map<std::string, const FormulaLibrary*>& formulas() {
+  static auto* const all = new std::unordered_map<std::string, const FormulaLibrary*>;
+  return *all;
+}
+std::string key_of(const std::string& formula, DType dtype) {
+  return formula + "/" + std::to_string(static_cast<int>(dtype)) + "/" + cpu::instruction_set();
+}
+const FormulaLibrary* find(const std::string& formula, DType dtype) {
+  const std::lock_guard<std::mutex> lock(formulas_mutex);
+  const auto found = formulas().find(key_of(formula, dtype));
+  return found == formulas().end() ? nullptr : found->second;
+}
+
+// A checked call of a layer.
+struct FormulaLayer {
+  const FormulaLibrary& cell;
+  const Call& call;
+  LayerShapes shapes;
+  int heads;
+
+  const cpu::FormulaTraits& traits() const { return cell.traits; }
+  bool recurs() const { return traits().recurrent_gates > 0; }
+  // Of a direction's parameters.
+  size_t first_bias() const { return 1 + recurs(); }
+  size_t first_own() const { return first_bias() + (call.recipe.has_biases ? 1 + recurs() : 0); }
+  // Whether forward keeps every state of this index for backward, beside y.
+  bool keeps(int state) const {
+    return state != traits().output && (traits().reads_series[state] || (recurs() && state == traits().recurrent));
+  }
+};
+
+Recipe recipe_of_flags(int64_t flags) {
+  Recipe recipe;
+  recipe.has_biases = flags & kFormulaBiases;
+  recipe.bidirectional = flags & kFormulaBidirectional;
+  return recipe;
+}
+
+void check_direction(const FormulaLayer& layer, at::TensorList w) {
+  const LayerShapes& s = layer.shapes;
+  const cpu::FormulaTraits& traits = layer.traits();
+  const Tensor& x = layer.call.x;
+  const auto dtype = x.scalar_type();
+  const int64_t in = traits.input_gates * s.H, rec = traits.recurrent_gates * s.H;
+  check_tensor("weight_ih", w[0], {in, s.I}, x, dtype);
+  if (layer.recurs()) {
+    const auto shape = layer.heads == 1 && w[1].dim() == 2
+                           ? at::DimVector{rec, s.H}
+                           : at::DimVector{layer.heads, rec / layer.heads, s.H / layer.heads};
+    check_tensor("weight_hh", w[1], shape, x, dtype);
+  }
+  if (layer.call.recipe.has_biases) {
+    check_tensor("bias_ih", w[layer.first_bias()], {in}, x, dtype);
+    if (layer.recurs()) check_tensor("bias_hh", w[layer.first_bias() + 1], {rec}, x, dtype);
+  }
+  for (size_t i = layer.first_own(); i < w.size(); ++i) {
+    check_tensor("parameters", w[i], w[i].dim() == 0 ? at::DimVector{} : at::DimVector{s.H}, x, dtype);
+  }
+}
+
+FormulaLayer check_formula(const Call& call, const std::string& formula) {
+  const Tensor& x = call.x;
+  TORCH_CHECK(x.is_cpu(), "input: expected a CPU tensor, got one on ", x.device());
+  const FormulaLibrary* const cell = find(formula, dtype_of(x));
+  TORCH_CHECK(cell, "cell: the formula ", formula, " has no kernels in this process for ", x.scalar_type(),
+              ": make a fused_rnn.Layer of the cell first");
+  FormulaLayer layer{*cell, call, {}, 1};
+  LayerShapes& s = layer.shapes;
+  const cpu::FormulaTraits& traits = layer.traits();
+  s.D = static_cast<int>(call.recipe.directions());
+  s.per_direction = static_cast<int64_t>(call.params.size()) / s.D;
+  const auto wanted = static_cast<int64_t>(layer.first_own()) + traits.parameters;
+  TORCH_CHECK_VALUE(static_cast<int64_t>(call.params.size()) == wanted * s.D, "params: expected ", wanted * s.D,
+                    " tensors, got ", call.params.size());
+  check_memory("input", x);
+  check_dimensions(call);
+  const Tensor& w_ih = call.params[0];
+  TORCH_CHECK(w_ih.dim() == 2 && w_ih.size(0) > 0 && w_ih.size(0) % traits.input_gates == 0, "weight_ih: expected shape [",
+              traits.input_gates, "*H, I], got ", w_ih.sizes());
+  s.I = x.size(-1);
+  s.H = s.P = w_ih.size(0) / traits.input_gates;
+  if (layer.recurs() && call.params[1].dim() == 3) layer.heads = static_cast<int>(call.params[1].size(0));
+  TORCH_CHECK(layer.heads > 0 && s.H % layer.heads == 0, "weight_hh: expected heads that divide H=", s.H, ", got ",
+              layer.heads);
+  measure_rows(call, s);
+  check_rows(call, s);
+  const auto states = static_cast<size_t>(traits.states);
+  TORCH_CHECK_VALUE(call.states.empty() || call.states.size() == states, "states: expected ", states, " or none, got ",
+                    call.states.size());
+  for (const Tensor& t : call.states) check_tensor("states", t, {s.D, s.B, s.H}, x, x.scalar_type());
+  for (int d = 0; d < s.D; ++d) check_direction(layer, call.params_of_direction(d));
+  return layer;
+}
+
+// The cell's own vectors and numbers of one direction, [U, H].
+Tensor own_parameters(const FormulaLayer& layer, int d) {
+  const at::TensorList w = layer.call.params_of_direction(d);
+  std::vector<Tensor> rows;
+  for (size_t i = layer.first_own(); i < w.size(); ++i) rows.push_back(w[i].expand({layer.shapes.H}));
+  return at::stack(rows);
+}
+
+void fill(cpu::FormulaParams& p, const FormulaLayer& layer, Copies& copies) {
+  const LayerShapes& s = layer.shapes;
+  const Call& call = layer.call;
+  p.cell = &layer.cell;
+  p.dtype = dtype_of(call.x);
+  p.I = s.I, p.H = s.H, p.D = s.D, p.heads = layer.heads;
+  p.seq = sequence_of(call, s, copies);
+  p.modifier = modifier_of(call, copies);
+  for (size_t i = 0; i < call.states.size(); ++i) p.states[i] = copies.contiguous(call.states[i]);
+  for (int d = 0; d < s.D; ++d) {
+    const at::TensorList w = call.params_of_direction(d);
+    cpu::FormulaWeights& weights = p.weights[d];
+    weights.w_ih = {copies.contiguous(w[0]), p.dtype};
+    weights.w_hh = {layer.recurs() ? copies.contiguous(w[1]) : nullptr, p.dtype};
+    if (call.recipe.has_biases) {
+      weights.b_ih = copies.contiguous(w[layer.first_bias()]);
+      if (layer.recurs()) weights.b_hh = copies.contiguous(w[layer.first_bias() + 1]);
+    }
+    if (layer.traits().parameters > 0) weights.parameters = copies.keep(own_parameters(layer, d));
+  }
+}
+
+LayerOutputs formula_cpu(const Tensor& x, at::TensorList states, at::TensorList params, at::TensorList rows,
+                         std::string_view cell, int64_t flags) {
+  const Rows given = rows_of(rows, flags);
+  const Call call{x, states, params, given, recipe_of_flags(flags)};
+  const FormulaLayer layer = check_formula(call, std::string(cell));
+  const LayerShapes& s = layer.shapes;
+  const cpu::FormulaTraits& traits = layer.traits();
+  cpu::FormulaForward p{};
+  Copies copies;
+  fill(p, layer, copies);
+  p.x = copies.contiguous(x);
+  p.training = flags & kFormulaSave;
+  Tensor y = empty_like(x, s.output(call));
+  p.y = data_or_null(y);
+  std::vector<Tensor> last, saved;
+  for (int i = 0; i < traits.states; ++i) {
+    last.push_back(empty_like(x, {s.D, s.B, s.H}));
+    p.last[i] = data_or_null(last.back());
+  }
+  if (p.training && traits.saved > 0) {
+    saved.push_back(empty_inside(x, {s.D, s.N, traits.saved, s.H}));
+    p.saved = data_or_null(saved.back());
+  }
+  for (int i = 0; p.training && i < traits.states; ++i) {
+    if (!layer.keeps(i)) continue;
+    saved.push_back(empty_inside(x, {s.N, s.D * s.H}));
+    p.series[i] = data_or_null(saved.back());
+  }
+  if (s.B > 0) {
+    Workspace workspace;
+    cpu::forward(p, [&](int64_t bytes) { return workspace.take(bytes); });
+  }
+  return {std::move(y), std::move(last), std::move(saved)};
+}
+
+// What backward has beside the call: d [D, N, S + U, H], gradients of the states, y and series by state.
+struct FormulaGradients {
+  Tensor d;
+  std::vector<Tensor> d_states;
+  std::vector<Tensor> series;  // [N, D * H] of each state, undefined where forward kept none
+
+  // Blocks [first, first + count) of direction k [N, count * H].
+  Tensor blocks(int k, int64_t first, int64_t count) const {
+    const int64_t N = d.size(1), H = d.size(3);
+    return part(d.select(0, k).view({N, d.size(2) * H}), 1, first * H, (first + count) * H);
+  }
+};
+
+FormulaGradients run_backward(const FormulaLayer& layer, const OptionalTensor& dy, at::TensorList dlast,
+                              at::TensorList saved) {
+  const LayerShapes& s = layer.shapes;
+  const Call& call = layer.call;
+  const cpu::FormulaTraits& traits = layer.traits();
+  const Tensor& x = call.x;
+  const auto dtype = x.scalar_type();
+  size_t kept = 1 + (traits.saved > 0);
+  for (int i = 0; i < traits.states; ++i) kept += layer.keeps(i);
+  TORCH_CHECK_VALUE(saved.size() == kept, "saved: expected ", kept, " tensors of forward, its output last, got ",
+                    saved.size());
+  TORCH_CHECK_VALUE(dlast.empty() || dlast.size() == static_cast<size_t>(traits.states), "dlast: expected ", traits.states,
+                    " gradients ([0]: none), or no list of them, got ", dlast.size());
+  cpu::FormulaBackward p{};
+  Copies copies;
+  fill(p, layer, copies);
+  FormulaGradients made;
+  made.series.resize(traits.states);
+  size_t next = 0;
+  if (traits.saved > 0) {
+    check_tensor("saved", saved[next], {s.D, s.N, traits.saved, s.H}, x, dtype);
+    p.saved = copies.contiguous(saved[next++]);
+  }
+  for (int i = 0; i < traits.states; ++i) {
+    if (!layer.keeps(i)) continue;
+    check_tensor("saved", saved[next], {s.N, s.D * s.H}, x, dtype);
+    made.series[i] = saved[next];
+    p.series[i] = copies.contiguous(saved[next++]);
+  }
+  check_tensor("y", saved[next], s.output(call), x, dtype);
+  made.series[traits.output] = saved[next];
+  p.y = copies.contiguous(saved[next]);
+  check_optional("dy", dy, s.output(call), x, dtype);
+  p.dy = copies.contiguous(dy);
+  made.d = empty_inside(x, {s.D, s.N, traits.gradients + traits.parameters, s.H});
+  p.d = data_or_null(made.d);
+  for (int i = 0; i < traits.states; ++i) {
+    const bool given = !dlast.empty() && !(dlast[i].dim() == 1 && dlast[i].numel() == 0);
+    if (given) check_tensor("dlast", dlast[i], {s.D, s.B, s.H}, x, dtype);
+    p.d_last[i] = given ? copies.contiguous(dlast[i]) : nullptr;
+    made.d_states.push_back(empty_like(x, {s.D, s.B, s.H}));
+    p.d_states[i] = data_or_null(made.d_states.back());
+  }
+  if (s.B > 0) {
+    Workspace workspace;
+    cpu::backward(p, [&](int64_t bytes) { return workspace.take(bytes); });
+  }
+  return made;
+}
+
+// Gradients of the input products, as runs of blocks that are neighbours in d and in weight_ih: f(first gate, first block,
+// count).
+template <class F>
+void for_input_blocks(const cpu::FormulaTraits& traits, F&& f) {
+  const int* const place = traits.input_gradients;
+  for (int gate = 0; gate < traits.input_gates;) {
+    int count = 1;
+    while (gate + count < traits.input_gates && place[gate + count] == place[gate] + count) ++count;
+    f(gate, place[gate], count);
+    gate += count;
+  }
+}
+
+// The gradient of weight_hh of direction k.
+Tensor recurrent_gradient(const FormulaLayer& layer, const FormulaGradients& made, int k) {
+  const LayerShapes& s = layer.shapes;
+  const cpu::FormulaTraits& traits = layer.traits();
+  const int64_t G = traits.recurrent_gates, units = s.H / layer.heads;
+  const Tensor d_rec = made.blocks(k, traits.gradients - G, G), &series = made.series[traits.recurrent];
+  // The call with the recurrent state as its first.
+  const at::TensorList states = layer.call.states;
+  const Call call{layer.call.x, states.empty() ? states : states.slice(traits.recurrent, 1), layer.call.params,
+                  layer.call.rows, layer.call.recipe};
+  const Tensor& w_hh = layer.call.params_of_direction(k)[1];
+  if (layer.heads == 1) return recurrent_weight_gradient(call, s, d_rec, series, k).view(w_hh.sizes());
+  const Tensor before = previous_states(call, s, output_of_direction(series, s, k), k);
+  const Tensor dw = empty_like(call.x, w_hh.sizes());
+  for (int64_t head = 0; head < layer.heads; ++head) {
+    const Tensor of_head = part(before, 1, head * units, (head + 1) * units);
+    for (int64_t g = 0; g < G; ++g) {
+      const int64_t first = g * s.H + head * units;
+      multiply_into(part(dw.select(0, head), 0, g * units, (g + 1) * units), part(d_rec, 1, first, first + units),
+                    /*transposed=*/true, of_head, /*add=*/false);
+    }
+  }
+  return dw;
+}
+
+void direction_gradients(const FormulaLayer& layer, const FormulaGradients& made, const Tensor& x, int k,
+                         std::vector<Tensor>& gradients) {
+  const LayerShapes& s = layer.shapes;
+  const cpu::FormulaTraits& traits = layer.traits();
+  const int64_t in = traits.input_gates * s.H, G = traits.recurrent_gates;
+  const Tensor dw_ih = empty_like(x, {in, s.I}), db_ih = empty_like(x, {in});
+  const bool biases = layer.call.recipe.has_biases;
+  for_input_blocks(traits, [&](int64_t gate, int64_t block, int64_t count) {
+    const Tensor d = made.blocks(k, block, count);
+    multiply_into(part(dw_ih, 0, gate * s.H, (gate + count) * s.H), d, /*transposed=*/true, x, /*add=*/false);
+    if (biases) sum_rows_into(part(db_ih, 0, gate * s.H, (gate + count) * s.H), d);
+  });
+  gradients.push_back(dw_ih);
+  if (layer.recurs()) gradients.push_back(recurrent_gradient(layer, made, k));
+  if (biases) gradients.push_back(db_ih);
+  if (biases && layer.recurs()) {
+    gradients.push_back(empty_like(x, {G * s.H}));
+    sum_rows_into(gradients.back(), made.blocks(k, traits.gradients - G, G));
+  }
+  const at::TensorList w = layer.call.params_of_direction(k);
+  for (int i = 0; i < traits.parameters; ++i) {
+    const Tensor sums = empty_like(x, {s.H});
+    sum_rows_into(sums, made.blocks(k, traits.gradients + i, 1));
+    gradients.push_back(w[layer.first_own() + i].dim() == 0 ? sums.sum() : sums);
+  }
+}
+
+Tensor input_gradient(const FormulaLayer& layer, const FormulaGradients& made) {
+  const LayerShapes& s = layer.shapes;
+  const Tensor dx = empty_like(layer.call.x, {s.N, s.I});
+  bool add = false;
+  for (int k = 0; k < s.D; ++k) {
+    const Tensor& w_ih = layer.call.params_of_direction(k)[0];
+    for_input_blocks(layer.traits(), [&](int64_t gate, int64_t block, int64_t count) {
+      multiply_into(dx, made.blocks(k, block, count), /*transposed=*/false, part(w_ih, 0, gate * s.H, (gate + count) * s.H),
+                    add);
+      add = true;
+    });
+  }
+  return dx.view(layer.call.x.sizes());
+}
+
+LayerGradients formula_backward_cpu(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
+                                    at::TensorList params, at::TensorList rows, at::TensorList saved, std::string_view cell,
+                                    int64_t flags) {
+  const Rows given = rows_of(rows, flags);
+  const Call call{x, states, params, given, recipe_of_flags(flags)};
+  const FormulaLayer layer = check_formula(call, std::string(cell));
+  const FormulaGradients made = run_backward(layer, dy, dlast, saved);
+  const auto none = [&] { return empty_like(x, {0}); };
+  std::vector<Tensor> d_states, d_params;
+  for (size_t i = 0; i < states.size(); ++i) d_states.push_back(flags & kFormulaGradStates ? made.d_states[i] : none());
+  if (flags & kFormulaGradParams) {
+    Tensor rows_of_x = x.contiguous().view({layer.shapes.N, layer.shapes.I});
+    // The d of padding is 0, but its x may hold anything, and 0 * NaN is not 0.
+    if (given.lengths) rows_of_x = at::where(active_rows(call, layer.shapes), rows_of_x, 0);
+    for (int k = 0; k < layer.shapes.D; ++k) direction_gradients(layer, made, rows_of_x, k, d_params);
+  } else {
+    for (size_t i = 0; i < params.size(); ++i) d_params.push_back(none());
+  }
+  return {flags & kFormulaGradX ? input_gradient(layer, made) : none(), std::move(d_states), std::move(d_params)};
+}
+
+}  // namespace
+
+void register_formula(const std::string& formula, const std::string& path) {
+  const FormulaLibrary* const library = cpu::load_formula(path);
+  const int width = library->dtype == static_cast<int>(DType::kFloat64) ? cpu::selected_kernels().f64.width
+                                                                        : cpu::selected_kernels().f32.width;
+  TORCH_CHECK(library->width == width, "path: expected a formula's library with vectors of ", width, " numbers, got ",
+              library->width);
+  TORCH_CHECK(library->traits.states <= cpu::kMostFormulaStates, "path: expected at most ", cpu::kMostFormulaStates,
+              " states, got ", library->traits.states);
+  const std::lock_guard<std::mutex> lock(formulas_mutex);
+  formulas()[key_of(formula, static_cast<DType>(library->dtype))] = library;
+}
+
+void forget_formula(const std::string& formula, int dtype) {
+  const std::lock_guard<std::mutex> lock(formulas_mutex);
+  formulas().erase(key_of(formula, static_cast<DType>(dtype)));
+}
+
+std::tuple<int, int, int, std::vector<bool>> formula_traits(const std::string& formula, int dtype) {
+  const FormulaLibrary* const library = find(formula, static_cast<DType>(dtype));
+  TORCH_CHECK_VALUE(library, "formula: expected one with kernels in this process, got ", formula);
+  const cpu::FormulaTraits& traits = library->traits;
+  return {traits.gradients, traits.saved, traits.parameters,
+          std::vector<bool>(traits.reads_series, traits.reads_series + traits.states)};
+}
+
+bool has_formula(const std::string& formula, int dtype) { return find(formula, static_cast<DType>(dtype)) != nullptr; }
+
+}  // namespace fused_rnn
+
+TORCH_LIBRARY_FRAGMENT(fused_rnn, m) {
+  m.def(
+      "formula(Tensor x, Tensor[] states, Tensor[] params, Tensor[] rows, str cell, int flags) "
+      "-> (Tensor y, Tensor[] last, Tensor[] saved)");
+  m.def(
+      "formula_backward(Tensor? dy, Tensor[] dlast, Tensor x, Tensor[] states, Tensor[] params, Tensor[] rows, "
+      "Tensor[] saved, str cell, int flags) -> (Tensor dx, Tensor[] dstates, Tensor[] dparams)");
+}
+
+TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
+  m.impl("formula", fused_rnn::formula_cpu);
+  m.impl("formula_backward", fused_rnn::formula_backward_cpu);
+}

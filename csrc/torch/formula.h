@@ -1,0 +1,26 @@
+// The ops of cells that are formulas: their flags, and the libraries that they run (formula.cpp).
+#pragma once
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "core/recipe.h"
+
+namespace fused_rnn {
+
+// Bits of the ops' argument `flags`, beside kHasLengths, kHasOffsets and kHasResets of recipe.h, which say what `rows` has.
+// fused_rnn/formula/ops.py is the twin in Python.
+constexpr int64_t kFormulaBiases = 1, kFormulaBidirectional = 2, kFormulaSave = 4;
+constexpr int64_t kFormulaGradX = 8, kFormulaGradStates = 16, kFormulaGradParams = 32;
+
+// From now on the library at this path serves the formula, on the instruction set in use.
+void register_formula(const std::string& formula, const std::string& path);
+// Its library does not serve it any more, for a dtype (a DType).
+void forget_formula(const std::string& formula, int dtype);
+// What a library says of its cell: (gradients, saved, parameters, of each state whether backward reads its series); throws
+// where there is none.
+std::tuple<int, int, int, std::vector<bool>> formula_traits(const std::string& formula, int dtype);
+// Whether there is one for the dtype (a DType) and the instruction set in use.
+bool has_formula(const std::string& formula, int dtype);
+
+}  // namespace fused_rnn

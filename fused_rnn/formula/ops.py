@@ -1,0 +1,194 @@
+"""The ops of compiled formulas: what csrc/torch/formula.cpp leaves to Python (fake kernels, autograd, double backward), and
+a layer and a stack on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_rnn import reference
+from fused_rnn._backend import extension
+from fused_rnn._ops import differentiated
+from fused_rnn._recipe import Recipe, Rows, rows_of
+from fused_rnn.formula.language import Cell
+from fused_rnn.formula.parameters import OWN_KIND, as_declared, outputs_first, step_function
+
+# csrc/torch/formula.h's bits of `flags`.
+BIASES, BIDIRECTIONAL, SAVE, GRAD_X, GRAD_STATES, GRAD_PARAMS = (1 << bit for bit in range(6))
+
+# csrc/core/params.h's DType.
+_DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+
+_cells: dict[str, Cell] = {}  # by name
+
+
+def dtype_number(dtype: torch.dtype) -> int:
+    """csrc/core/params.h's DType."""
+    return _DTYPES[dtype]
+
+
+def cell_of(formula: str) -> Cell:
+    """The cell of such a name.
+
+    Raises:
+        RuntimeError: no Layer or Step of the cell was made in this process.
+    """
+    cell = _cells.get(formula)
+    if cell is None:
+        raise RuntimeError(f"{formula}: no such cell in this process; import its class and make a fused_rnn.Layer of it")
+    return cell
+
+
+def remember(cell: Cell) -> str:
+    """Makes a cell known to the ops; returns its name."""
+    formula = f"{type(cell).__name__}-{cell.identity}"
+    _cells.setdefault(formula, cell)
+    return formula
+
+
+def layer(
+    formula: str, x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], rows: Rows, recipe: Recipe
+) -> tuple[Tensor, list[Tensor]]:
+    """One layer on the kernels of a formula: x [T, B, I] or packed [N, I] -> y, last states [D, B, H] in the cell's order.
+
+    states: of each [D, B, H], or none for zeros.
+    """
+    differentiates = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *params))
+    flags = BIASES * recipe.has_biases | BIDIRECTIONAL * recipe.bidirectional | SAVE * differentiates | rows.bits
+    y, last, _ = torch.ops.fused_rnn.formula(x, list(states), list(params), rows.given(), formula, flags)
+    return y, last
+
+
+def stack(
+    formula: str, input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], rows: Rows, recipe: Recipe
+) -> tuple[Tensor, list[Tensor]]:
+    """Layers with dropout between them: input [T, B, I] ([B, T, I] with batch_first) or packed, states [L*D, B, H]."""
+    directions, per_layer = recipe.directions, len(weights) // recipe.num_layers
+    y = input.transpose(0, 1) if recipe.batch_first else input
+    if recipe.batch_first and rows.resets is not None:
+        rows = rows._replace(resets=rows.resets.transpose(0, 1))
+    last = []
+    for index in range(recipe.num_layers):
+        of_layer = [state[index * directions : (index + 1) * directions] for state in states]
+        params = weights[index * per_layer : (index + 1) * per_layer]
+        y, after = layer(formula, y, of_layer, params, rows, recipe.of_layer())
+        last.append(after)
+        if recipe.dropout and recipe.training and index + 1 < recipe.num_layers:
+            y = torch.nn.functional.dropout(y, recipe.dropout)
+    y = y.transpose(0, 1) if recipe.batch_first else y
+    return y, last[0] if len(last) == 1 else [torch.cat(of_layers) for of_layers in zip(*last, strict=True)]
+
+
+def _fake_formula(
+    x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], rows: Sequence[Tensor], cell: str, flags: int
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Shapes of fused_rnn::formula's results."""
+    says = cell_of(cell).declaration
+    _, saved, _, reads_series = extension.formula_traits(cell, dtype_number(x.dtype))  # type: ignore[union-attr]
+    directions, hidden = 2 if flags & BIDIRECTIONAL else 1, params[0].shape[0] // len(says.input_gates)
+    packed = rows_of(rows, flags).offsets is not None
+    count = x.shape[0] if packed else x.shape[0] * x.shape[1]
+    batch = states[0].shape[1] if packed else x.shape[1]
+    kept = [
+        x.new_empty(count, directions * hidden)
+        for state, reads in enumerate(reads_series)
+        if state != says.output and (reads or (says.recurrent_gates and state == says.recurrent))
+    ]
+    if saved:
+        kept.insert(0, x.new_empty(directions, count, saved, hidden))
+    last = [x.new_empty(directions, batch, hidden) for _ in says.states]
+    return x.new_empty(*x.shape[:-1], directions * hidden), last, kept if flags & SAVE else []
+
+
+def _fake_formula_backward(
+    dy: Tensor | None,
+    dlast: Sequence[Tensor],
+    x: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    cell: str,
+    flags: int,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Shapes of fused_rnn::formula_backward's results."""
+    return (
+        x.new_empty(x.shape if flags & GRAD_X else 0),
+        [s.new_empty(s.shape if flags & GRAD_STATES else 0) for s in states],
+        [p.new_empty(p.shape if flags & GRAD_PARAMS else 0) for p in params],
+    )
+
+
+def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    x, states, params, rows, cell, flags = inputs
+    y, _, saved = output
+    ctx.save_for_backward(x, *states, *params, *rows, *saved, y)
+    ctx.counts = (len(states), len(params), len(rows))
+    ctx.cell, ctx.flags = cell, flags
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor | None, dlast: Sequence[Tensor | None], dsaved: Any) -> tuple[Any, ...]:
+    x, *others = ctx.saved_tensors
+    groups = []
+    for count in ctx.counts:
+        groups.append(others[:count])
+        others = others[count:]
+    states, params, rows = groups
+    none = x.new_empty(0)
+    given = [none if grad is None else grad for grad in dlast or []]
+    needs_x, needs_states, needs_params = ctx.needs_input_grad[:3]
+    asked = (bool(needs_x), _any(needs_states), _any(needs_params))
+    if torch.is_grad_enabled():
+        dx, dstates, dparams = _differentiable(ctx, dy, given, (x, states, params, rows), asked)
+    else:
+        flags = ctx.flags | GRAD_X * asked[0] | GRAD_STATES * asked[1] | GRAD_PARAMS * asked[2]
+        op = torch.ops.fused_rnn.formula_backward
+        dx, dstates, dparams = op(dy, given, x, states, params, rows, others, ctx.cell, flags)
+    return (
+        dx if asked[0] else None,
+        dstates if asked[1] else [None] * len(states),
+        dparams if asked[2] else [None] * len(params),
+        [None] * len(rows),
+        None,
+        None,
+    )
+
+
+def _any(needs: Any) -> bool:
+    return any(needs) if isinstance(needs, (list, tuple)) else bool(needs)
+
+
+def _differentiable(
+    ctx: Any, dy: Tensor | None, dlast: Sequence[Tensor], given: tuple[Any, ...], asked: tuple[bool, bool, bool]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The gradients as a differentiable function of everything they depend on: ``step`` in a loop, differentiated."""
+    x, states, params, rows = given
+    cell, first = cell_of(ctx.cell), 1 + len(states)
+    recipe = Recipe(OWN_KIND, has_biases=bool(ctx.flags & BIASES), bidirectional=bool(ctx.flags & BIDIRECTIONAL))
+
+    def run(args: Sequence[Tensor]) -> list[Tensor]:
+        begin = list(args[1:first]) or [x.new_zeros(recipe.directions, x.shape[1], _hidden(cell, params))] * len(
+            cell.declaration.states
+        )
+        y, last = reference.layer(
+            args[0], outputs_first(cell, begin), args[first:], rows_of(rows, ctx.flags), recipe, step_function(cell)
+        )
+        return [y, *as_declared(cell, last)]
+
+    wanted = [asked[0], *[asked[1]] * len(states), *[asked[2]] * len(params)]
+    grads = differentiated(run, [x, *states, *params], wanted, [dy, *dlast])
+    return grads[0], grads[1:first], grads[first:]
+
+
+def _hidden(cell: Cell, params: Sequence[Tensor]) -> int:
+    return params[0].shape[0] // len(cell.declaration.input_gates)
+
+
+if extension is not None:
+    torch.library.register_fake("fused_rnn::formula", _fake_formula)
+    torch.library.register_fake("fused_rnn::formula_backward", _fake_formula_backward)
+    torch.library.register_autograd("fused_rnn::formula", _backward, setup_context=_set_up)

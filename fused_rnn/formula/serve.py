@@ -1,0 +1,72 @@
+"""Which implementation serves a call of a cell: its compiled kernels, or ``step`` in a loop."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from fused_rnn import _backend, _settings
+from fused_rnn.formula import build, ops
+
+MOST_STATES = 8  # csrc/cpu/isa/formula.h's kMostFormulaStates
+
+_lock = threading.RLock()  # one compiler at a time in this process
+_ready: set[tuple[str, torch.dtype, str]] = set()  # by formula, dtype and setting of the instruction set
+_reasons: dict[tuple[str, torch.dtype], _backend.Reason] = {}  # why a cell has none, found by trying
+
+
+def why_not(formula: str, device_type: str, dtype: torch.dtype) -> _backend.Reason | None:
+    """None if compiled kernels could serve such a call of the cell, else the reason; compiles nothing."""
+    cell = ops.cell_of(formula)
+    name = type(cell).__name__
+    if device_type != "cpu":
+        return _backend.Reason(
+            "formula:device", f"cells written as formulas have kernels for CPUs alone, not {device_type!r}"
+        )
+    reason = _backend.why_not("cpu", _backend.Demand(device_type, dtype, _backend.is_transformed()))
+    if reason is not None:
+        return reason
+    if cell.phases:
+        kind = cell.phases[0].kind
+        return _backend.Reason(f"formula:{formula}", f"{name} has self.{kind} in its step, which kernels lack yet")
+    if len(cell.declaration.states) > MOST_STATES:
+        return _backend.Reason(f"formula:{formula}", f"{name} has more than {MOST_STATES} states")
+    return _reasons.get((formula, dtype))
+
+
+def has_kernels(formula: str, device_type: str, dtype: torch.dtype) -> bool:
+    """Whether compiled kernels serve the call; they are made if need be. Else ``step`` does, and a warning says why, once.
+
+    formula: the cell's name (ops.remember).
+
+    Raises:
+        RuntimeError: a backend was forced that cannot serve the call; or the kernels disagree with ``step``.
+    """
+    if _backend.forced == "reference":
+        return False
+    reason = why_not(formula, device_type, dtype)
+    if reason is None:
+        try:
+            _prepare(formula, dtype)
+            return True
+        except build.BuildError as error:
+            name = type(ops.cell_of(formula)).__name__
+            reason = _backend.Reason(f"formula:{formula}:{dtype}", f"{name} could not be compiled: {error}")
+            _reasons[formula, dtype] = reason
+    if _backend.forced is not None:
+        raise RuntimeError(f"backend {_backend.forced!r} is forced but {reason.text}")
+    _backend.warn_once(reason.key, reason.text)
+    return False
+
+
+# Dynamo calls the function while it compiles, and takes the answer for a constant.
+has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _prepare(formula: str, dtype: torch.dtype) -> None:
+    key = (formula, dtype, _settings.value("FUSED_RNN_CPU"))
+    if key not in _ready:
+        with _lock:
+            build.prepare(formula, dtype)
+        _ready.add(key)

@@ -1,0 +1,78 @@
+"""A formula's kernels against ``step`` in float64, on a small problem, before they serve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fused_rnn import reference
+from fused_rnn._recipe import Recipe, Rows
+from fused_rnn.formula import ops
+from fused_rnn.formula.language import Cell
+from fused_rnn.formula.parameters import OWN_KIND, as_declared, outputs_first, specs_of, step_function
+
+# What a result may differ by, relative to the largest number of the tensor and at least 1: some hundred roundings of the
+# dtype, as a step's errors add up over T and over the rows of a sum.
+TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
+_T, _B, _I = 4, 3, 5
+
+
+def check_kernels(cell: Cell, formula: str, dtype: torch.dtype) -> None:
+    """Compares outputs and all gradients of one layer of both directions.
+
+    Raises:
+        RuntimeError: a tensor differs; the message has both numbers.
+    """
+    hidden = 19 if cell.declaration.heads == 1 else 3 * cell.declaration.heads
+    generator = torch.Generator().manual_seed(0)
+
+    def made(*shape: int) -> Tensor:
+        return (torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5).to(dtype)
+
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+        specs = specs_of(cell, _I, hidden, bias=True)
+        states = [made(2, _B, hidden) for _ in cell.declaration.states]
+        inputs = [made(_T, _B, _I), *states, *(made(*spec.shape) for _ in range(2) for spec in specs)]
+        weights = [made(_T, _B, 2 * hidden), *(made(2, _B, hidden) for _ in states)]
+        names = ["input", *cell.declaration.states, *(spec.name + suffix for suffix in ("", "_reverse") for spec in specs)]
+        recipe = Recipe(OWN_KIND, bidirectional=True)
+        count = len(states)
+
+        def ours(leaves: Sequence[Tensor]) -> list[Tensor]:
+            y, last = ops.layer(formula, leaves[0], leaves[1 : 1 + count], leaves[1 + count :], Rows(), recipe)
+            return [y, *last]
+
+        def theirs(leaves: Sequence[Tensor]) -> list[Tensor]:
+            given = outputs_first(cell, leaves[1 : 1 + count])
+            y, last = reference.layer(leaves[0], given, leaves[1 + count :], Rows(), recipe, step_function(cell))
+            return [y, *as_declared(cell, last)]
+
+        got = _results_and_gradients(ours, inputs, weights)
+        expected = _results_and_gradients(theirs, [t.double() for t in inputs], [t.double() for t in weights])
+    labels = ["output", *(f"last {name}" for name in cell.declaration.states), *(f"gradient of {name}" for name in names)]
+    for label, mine, wanted in zip(labels, got, expected, strict=True):
+        _compare(cell, dtype, label, mine.double(), wanted)
+
+
+def _results_and_gradients(run: object, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    assert callable(run)
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    results = run(leaves)
+    gradients = torch.autograd.grad(results, leaves, list(weights), materialize_grads=True)
+    return [t.detach() for t in (*results, *gradients)]
+
+
+def _compare(cell: Cell, dtype: torch.dtype, label: str, got: Tensor, expected: Tensor) -> None:
+    if not expected.isfinite().all():
+        return  # the formula itself overflows on these numbers: nothing to compare
+    allowed = TOLERANCES[dtype] * max(1.0, float(expected.abs().max()) if expected.numel() else 1.0)
+    difference = (got - expected).abs().nan_to_num(nan=torch.inf)
+    if difference.numel() and float(difference.max()) > allowed:
+        place = int(difference.argmax())
+        raise RuntimeError(
+            f"{type(cell).__name__}: the compiled kernels for {dtype} disagree with step: {label} has "
+            f"{float(got.flatten()[place])!r} where step has {float(expected.flatten()[place])!r} (allowed difference "
+            f"{allowed:.1e}). This is a fault of fused_rnn; fused_rnn.use_backend('reference') runs step itself"
+        )
