@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import os
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ torch.set_num_threads(int(os.environ.get("FUSED_RNN_TEST_THREADS", "1")))
 # anything imports torch.testing._internal, which reads it.
 torch.backends.cudnn.allow_tf32 = False
 
+# Compiled formulas are kept beside pytest's own cache: the next run finds what has not changed.
+os.environ.setdefault("FUSED_RNN_CACHE", str(Path(__file__).parent.parent / ".pytest_cache" / "formula"))
 
 BACKENDS = (
     "reference",

@@ -307,8 +307,6 @@ def test_text(name: str) -> None:
     assert all(len(line) <= 125 for line in text.split("\n") if not line.startswith("//     "))
 
 
-def test_no_code_yet() -> None:
-    with pytest.raises(NotImplementedError, match="Mgu: no code yet for a step with self.product inside"):
-        source(cells.Mgu())
+def test_source_of_no_cell() -> None:
     with pytest.raises(TypeError, match="cell: expected a fused_rnn Cell, got 'lstm'"):
         source("lstm")  # type: ignore[arg-type]

@@ -2,9 +2,13 @@
 // kernels, autograd and the double backward are in fused_rnn/formula/ops.py.
 //
 //   params of a direction: weight_ih [Gi*H, I], weight_hh [Gr*H, H] or of n heads [n, Gr*H/n, H/n], bias_ih, bias_hh, the
-//   cell's vectors [H] and numbers []; what the cell lacks is left out.
+//   cell's vectors [H] and numbers [], of each phase a product's matrix [H, H] or a norm's weight and bias [H]; what the cell
+//   lacks is left out.
 #include "cpu/formula/formula.h"
 
+#include <ATen/ops/layer_norm.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/rms_norm.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
 #include <torch/library.h>
@@ -50,6 +54,13 @@ struct FormulaLayer {
   // Of a direction's parameters.
   size_t first_bias() const { return 1 + recurs(); }
   size_t first_own() const { return first_bias() + (call.recipe.has_biases ? 1 + recurs() : 0); }
+  cpu::FormulaPhase phase(int k) const { return static_cast<cpu::FormulaPhase>(traits().phase_kinds[k]); }
+  // The place of a phase's first parameter; of `phases`: the number of all parameters.
+  size_t first_of_phase(int k) const {
+    size_t place = first_own() + static_cast<size_t>(traits().parameters);
+    for (int i = 0; i < k; ++i) place += phase(i) == cpu::FormulaPhase::kLayerNorm ? 2 : 1;
+    return place;
+  }
   // Whether forward keeps every state of this index for backward, beside y.
   bool keeps(int state) const {
     return state != traits().output && (traits().reads_series[state] || (recurs() && state == traits().recurrent));
@@ -80,8 +91,14 @@ void check_direction(const FormulaLayer& layer, at::TensorList w) {
     check_tensor("bias_ih", w[layer.first_bias()], {in}, x, dtype);
     if (layer.recurs()) check_tensor("bias_hh", w[layer.first_bias() + 1], {rec}, x, dtype);
   }
-  for (size_t i = layer.first_own(); i < w.size(); ++i) {
+  for (size_t i = layer.first_own(); i < layer.first_of_phase(0); ++i) {
     check_tensor("parameters", w[i], w[i].dim() == 0 ? at::DimVector{} : at::DimVector{s.H}, x, dtype);
+  }
+  for (int k = 0; k < traits.phases; ++k) {
+    const bool product = layer.phase(k) == cpu::FormulaPhase::kProduct;
+    for (size_t i = layer.first_of_phase(k); i < layer.first_of_phase(k + 1); ++i) {
+      check_tensor("parameters", w[i], product ? at::DimVector{s.H, s.H} : at::DimVector{s.H}, x, dtype);
+    }
   }
 }
 
@@ -96,7 +113,7 @@ FormulaLayer check_formula(const Call& call, const std::string& formula) {
   const cpu::FormulaTraits& traits = layer.traits();
   s.D = static_cast<int>(call.recipe.directions());
   s.per_direction = static_cast<int64_t>(call.params.size()) / s.D;
-  const auto wanted = static_cast<int64_t>(layer.first_own()) + traits.parameters;
+  const auto wanted = static_cast<int64_t>(layer.first_of_phase(traits.phases));
   TORCH_CHECK_VALUE(static_cast<int64_t>(call.params.size()) == wanted * s.D, "params: expected ", wanted * s.D,
                     " tensors, got ", call.params.size());
   check_memory("input", x);
@@ -123,7 +140,7 @@ FormulaLayer check_formula(const Call& call, const std::string& formula) {
 Tensor own_parameters(const FormulaLayer& layer, int d) {
   const at::TensorList w = layer.call.params_of_direction(d);
   std::vector<Tensor> rows;
-  for (size_t i = layer.first_own(); i < w.size(); ++i) rows.push_back(w[i].expand({layer.shapes.H}));
+  for (size_t i = layer.first_own(); i < layer.first_of_phase(0); ++i) rows.push_back(w[i].expand({layer.shapes.H}));
   return at::stack(rows);
 }
 
@@ -146,6 +163,15 @@ void fill(cpu::FormulaParams& p, const FormulaLayer& layer, Copies& copies) {
       if (layer.recurs()) weights.b_hh = copies.contiguous(w[layer.first_bias() + 1]);
     }
     if (layer.traits().parameters > 0) weights.parameters = copies.keep(own_parameters(layer, d));
+    for (int k = 0; k < layer.traits().phases; ++k) {
+      const size_t first = layer.first_of_phase(k);
+      cpu::FormulaPhaseWeights& phase = weights.phases[k];
+      switch (layer.phase(k)) {
+        case cpu::FormulaPhase::kProduct: phase.matrix = {copies.contiguous(w[first]), p.dtype}; break;
+        case cpu::FormulaPhase::kLayerNorm: phase.bias = copies.contiguous(w[first + 1]); [[fallthrough]];
+        case cpu::FormulaPhase::kRmsNorm: phase.weight = copies.contiguous(w[first]); break;
+      }
+    }
   }
 }
 
@@ -177,6 +203,10 @@ LayerOutputs formula_cpu(const Tensor& x, at::TensorList states, at::TensorList 
     saved.push_back(empty_inside(x, {s.N, s.D * s.H}));
     p.series[i] = data_or_null(saved.back());
   }
+  for (int k = 0; p.training && k < traits.phases; ++k) {
+    saved.push_back(empty_inside(x, {s.D, s.N, s.H}));
+    p.v[k] = data_or_null(saved.back());
+  }
   if (s.B > 0) {
     Workspace workspace;
     cpu::forward(p, [&](int64_t bytes) { return workspace.take(bytes); });
@@ -184,11 +214,13 @@ LayerOutputs formula_cpu(const Tensor& x, at::TensorList states, at::TensorList 
   return {std::move(y), std::move(last), std::move(saved)};
 }
 
-// What backward has beside the call: d [D, N, S + U, H], gradients of the states, y and series by state.
+// What backward has beside the call: d [D, N, S + U + Q, H], gradients of the states, y and series by state, and what phases
+// took.
 struct FormulaGradients {
   Tensor d;
   std::vector<Tensor> d_states;
   std::vector<Tensor> series;  // [N, D * H] of each state, undefined where forward kept none
+  std::vector<Tensor> v;       // [D, N, H] of each phase
 
   // Blocks [first, first + count) of direction k [N, count * H].
   Tensor blocks(int k, int64_t first, int64_t count) const {
@@ -204,7 +236,7 @@ FormulaGradients run_backward(const FormulaLayer& layer, const OptionalTensor& d
   const cpu::FormulaTraits& traits = layer.traits();
   const Tensor& x = call.x;
   const auto dtype = x.scalar_type();
-  size_t kept = 1 + (traits.saved > 0);
+  size_t kept = 1 + (traits.saved > 0) + static_cast<size_t>(traits.phases);
   for (int i = 0; i < traits.states; ++i) kept += layer.keeps(i);
   TORCH_CHECK_VALUE(saved.size() == kept, "saved: expected ", kept, " tensors of forward, its output last, got ",
                     saved.size());
@@ -226,12 +258,17 @@ FormulaGradients run_backward(const FormulaLayer& layer, const OptionalTensor& d
     made.series[i] = saved[next];
     p.series[i] = copies.contiguous(saved[next++]);
   }
+  for (int k = 0; k < traits.phases; ++k) {
+    check_tensor("saved", saved[next], {s.D, s.N, s.H}, x, dtype);
+    made.v.push_back(saved[next]);
+    p.v[k] = copies.contiguous(saved[next++]);
+  }
   check_tensor("y", saved[next], s.output(call), x, dtype);
   made.series[traits.output] = saved[next];
   p.y = copies.contiguous(saved[next]);
   check_optional("dy", dy, s.output(call), x, dtype);
   p.dy = copies.contiguous(dy);
-  made.d = empty_inside(x, {s.D, s.N, traits.gradients + traits.parameters, s.H});
+  made.d = empty_inside(x, {s.D, s.N, traits.gradients + traits.parameters + traits.phases, s.H});
   p.d = data_or_null(made.d);
   for (int i = 0; i < traits.states; ++i) {
     const bool given = !dlast.empty() && !(dlast[i].dim() == 1 && dlast[i].numel() == 0);
@@ -285,6 +322,30 @@ Tensor recurrent_gradient(const FormulaLayer& layer, const FormulaGradients& mad
   return dw;
 }
 
+// Gradients of the parameters of phase q of direction k.
+void phase_gradients(const FormulaLayer& layer, const FormulaGradients& made, int k, int q, std::vector<Tensor>& gradients) {
+  const cpu::FormulaTraits& traits = layer.traits();
+  const int64_t H = layer.shapes.H;
+  const Tensor &x = layer.call.x, v = made.v[q].select(0, k);
+  const Tensor d = made.blocks(k, traits.gradients + traits.parameters + q, 1);
+  const auto sums_of = [&](const Tensor& rows) {
+    const Tensor sums = empty_like(x, {H});
+    sum_rows_into(sums, rows);
+    return sums;
+  };
+  switch (layer.phase(q)) {
+    case cpu::FormulaPhase::kProduct:
+      gradients.push_back(empty_like(x, {H, H}));
+      multiply_into(gradients.back(), d, /*transposed=*/true, v, /*add=*/false);
+      break;
+    case cpu::FormulaPhase::kLayerNorm:
+      gradients.push_back(sums_of(at::mul(d, at::layer_norm(v, {H}, {}, {}, 1e-5))));
+      gradients.push_back(sums_of(d));
+      break;
+    case cpu::FormulaPhase::kRmsNorm: gradients.push_back(sums_of(at::mul(d, at::rms_norm(v, {H}, {}, 1e-5)))); break;
+  }
+}
+
 void direction_gradients(const FormulaLayer& layer, const FormulaGradients& made, const Tensor& x, int k,
                          std::vector<Tensor>& gradients) {
   const LayerShapes& s = layer.shapes;
@@ -310,6 +371,7 @@ void direction_gradients(const FormulaLayer& layer, const FormulaGradients& made
     sum_rows_into(sums, made.blocks(k, traits.gradients + i, 1));
     gradients.push_back(w[layer.first_own() + i].dim() == 0 ? sums.sum() : sums);
   }
+  for (int q = 0; q < traits.phases; ++q) phase_gradients(layer, made, k, q, gradients);
 }
 
 Tensor input_gradient(const FormulaLayer& layer, const FormulaGradients& made) {
@@ -356,8 +418,9 @@ void register_formula(const std::string& formula, const std::string& path) {
                                                                         : cpu::selected_kernels().f32.width;
   TORCH_CHECK(library->width == width, "path: expected a formula's library with vectors of ", width, " numbers, got ",
               library->width);
-  TORCH_CHECK(library->traits.states <= cpu::kMostFormulaStates, "path: expected at most ", cpu::kMostFormulaStates,
-              " states, got ", library->traits.states);
+  TORCH_CHECK(library->traits.states <= cpu::kMostFormulaStates && library->traits.phases <= cpu::kMostFormulaPhases,
+              "path: expected at most ", cpu::kMostFormulaStates, " states and ", cpu::kMostFormulaPhases, " phases, got ",
+              library->traits.states, " and ", library->traits.phases);
   const std::lock_guard<std::mutex> lock(formulas_mutex);
   formulas()[key_of(formula, static_cast<DType>(library->dtype))] = library;
 }
@@ -367,12 +430,11 @@ void forget_formula(const std::string& formula, int dtype) {
   formulas().erase(key_of(formula, static_cast<DType>(dtype)));
 }
 
-std::tuple<int, int, int, std::vector<bool>> formula_traits(const std::string& formula, int dtype) {
+FormulaFacts formula_facts(const std::string& formula, int dtype) {
   const FormulaLibrary* const library = find(formula, static_cast<DType>(dtype));
   TORCH_CHECK_VALUE(library, "formula: expected one with kernels in this process, got ", formula);
   const cpu::FormulaTraits& traits = library->traits;
-  return {traits.gradients, traits.saved, traits.parameters,
-          std::vector<bool>(traits.reads_series, traits.reads_series + traits.states)};
+  return {traits.saved, traits.phases, std::vector<bool>(traits.reads_series, traits.reads_series + traits.states)};
 }
 
 bool has_formula(const std::string& formula, int dtype) { return find(formula, static_cast<DType>(dtype)) != nullptr; }

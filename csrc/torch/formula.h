@@ -17,9 +17,10 @@ constexpr int64_t kFormulaGradX = 8, kFormulaGradStates = 16, kFormulaGradParams
 void register_formula(const std::string& formula, const std::string& path);
 // Its library does not serve it any more, for a dtype (a DType).
 void forget_formula(const std::string& formula, int dtype);
-// What a library says of its cell: (gradients, saved, parameters, of each state whether backward reads its series); throws
-// where there is none.
-std::tuple<int, int, int, std::vector<bool>> formula_traits(const std::string& formula, int dtype);
+// What its library says of the cell; throws where there is none. (saved values, phases, of each state whether backward reads
+// its series)
+using FormulaFacts = std::tuple<int, int, std::vector<bool>>;
+FormulaFacts formula_facts(const std::string& formula, int dtype);
 // Whether there is one for the dtype (a DType) and the instruction set in use.
 bool has_formula(const std::string& formula, int dtype);
 

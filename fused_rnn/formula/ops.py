@@ -87,7 +87,7 @@ def _fake_formula(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Shapes of fused_rnn::formula's results."""
     says = cell_of(cell).declaration
-    _, saved, _, reads_series = extension.formula_traits(cell, dtype_number(x.dtype))  # type: ignore[union-attr]
+    saved, phases, reads_series = extension.formula_facts(cell, dtype_number(x.dtype))  # type: ignore[union-attr]
     directions, hidden = 2 if flags & BIDIRECTIONAL else 1, params[0].shape[0] // len(says.input_gates)
     packed = rows_of(rows, flags).offsets is not None
     count = x.shape[0] if packed else x.shape[0] * x.shape[1]
@@ -97,6 +97,7 @@ def _fake_formula(
         for state, reads in enumerate(reads_series)
         if state != says.output and (reads or (says.recurrent_gates and state == says.recurrent))
     ]
+    kept += [x.new_empty(directions, count, hidden) for _ in range(phases)]
     if saved:
         kept.insert(0, x.new_empty(directions, count, saved, hidden))
     last = [x.new_empty(directions, batch, hidden) for _ in says.states]

@@ -43,6 +43,8 @@ class Plan:
         d_states: gradients of the states before the step, without what goes through the recurrent weights.
         d_parameters: gradients of vectors and numbers, for one unit of one row.
         names: the user's names of values.
+        phases: what each product or norm inside of the step takes.
+        d_phases: gradients of the results of these.
     """
 
     cell: Cell
@@ -57,6 +59,8 @@ class Plan:
     d_states: tuple[Value, ...]
     d_parameters: tuple[Value, ...]
     names: Mapping[Value, str]
+    phases: tuple[Value, ...]
+    d_phases: tuple[Value, ...]
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -65,14 +69,19 @@ class Plan:
 
     @property
     def backward_roots(self) -> tuple[Value, ...]:
-        return (*self.gradients, *self.d_states, *self.d_parameters)
+        return (*self.gradients, *self.d_states, *self.d_parameters, *self.d_phases)
+
+    @property
+    def forward_roots(self) -> tuple[Value, ...]:
+        return (*self.after, *self.phases, *self.saved)
 
     @property
     def saved_per_unit(self) -> int:
         """How many numbers a unit keeps for a step's backward, beside the output: saved values and series of states."""
         says = self.cell.declaration
         free = {says.output, says.recurrent}
-        return len(self.saved) + sum(kept and index not in free for index, kept in enumerate(self.series))
+        kept_states = sum(kept and index not in free for index, kept in enumerate(self.series))
+        return len(self.saved) + kept_states + len(self.phases)
 
 
 def make_plan(cell: Cell) -> Plan:
@@ -86,7 +95,8 @@ def make_plan(cell: Cell) -> Plan:
     after = tuple(traced.after[state] for state in says.states)
     d_states = tuple(traced.gradients[state] for state in says.states)
     d_parameters = tuple(traced.gradients[f"self.{name}"] for name in (*says.units, *says.scalars))
-    saved, series = choose_saved(traced, says, [*gradients, *d_states, *d_parameters])
+    d_phases = tuple(traced.gradients[f"ph.{k}"] for k in range(len(cell.phases)))
+    saved, series = choose_saved(traced, says, [*gradients, *d_states, *d_parameters, *d_phases])
     return Plan(
         cell,
         accumulators,
@@ -100,6 +110,8 @@ def make_plan(cell: Cell) -> Plan:
         d_states,
         d_parameters,
         traced.names,
+        traced.phases,
+        d_phases,
     )
 
 
@@ -108,13 +120,13 @@ def make_plan(cell: Cell) -> Plan:
 
 def _is_sum(traced: Traced, gate: str) -> bool:
     """Whether the step reads x.<gate> and r.<gate> only as terms of one sum."""
-    users = users_of(ordered(traced.after.values()))
+    users = users_of(ordered(traced.forward_roots))
 
     def sums(name: str) -> list[Value]:
         """The additions that the product is a term of, from the inside; all but the last have no other use."""
         found: list[Value] = []
         at = traced.graph.input(name)
-        while len(users.get(at, [])) == 1 and users[at][0].op == "add" and at not in traced.after.values():
+        while len(users.get(at, [])) == 1 and users[at][0].op == "add" and at not in traced.forward_roots:
             at = users[at][0]
             found.append(at)
         return found
@@ -144,8 +156,9 @@ def _with_sums(traced: Traced, merged: Iterable[str]) -> Traced:
         {name: rebuilt(value) for name, value in traced.after.items()},
         {name: rebuilt(value) for name, value in traced.gradients.items()},
         {rebuilt(value): name for value, name in traced.names.items()},
+        tuple(rebuilt(value) for value in traced.phases),
     )
-    left = [value for value in ordered([*result.after.values(), *result.gradients.values()]) if value in dropped]
+    left = [value for value in ordered([*result.forward_roots, *result.gradients.values()]) if value in dropped]
     assert not left, f"backward reads {left} outside of the sum"
     return result
 
@@ -211,7 +224,7 @@ def choose_saved(traced: Traced, says: Declaration, roots: Sequence[Value]) -> t
 def _in_memory(traced: Traced, says: Declaration, kept: Iterable[int]) -> set[Value]:
     """States before and after a step whose series are kept."""
     names = [says.states[index] for index in kept]
-    values = {traced.graph.input(name) for name in names} | {traced.after[name] for name in names}
+    values = {traced.graph.input(name) for name in names} | {traced.after[name] for name in names} | set(traced.phases)
     return {value for value in values if value.op != "const"}
 
 

@@ -9,7 +9,7 @@ import torch
 from fused_rnn import _backend, _settings
 from fused_rnn.formula import build, ops
 
-MOST_STATES = 8  # csrc/cpu/isa/formula.h's kMostFormulaStates
+MOST_STATES = MOST_PHASES = 8  # csrc/cpu/isa/formula.h's kMostFormulaStates, kMostFormulaPhases
 
 _lock = threading.RLock()  # one compiler at a time in this process
 _ready: set[tuple[str, torch.dtype, str]] = set()  # by formula, dtype and setting of the instruction set
@@ -27,11 +27,10 @@ def why_not(formula: str, device_type: str, dtype: torch.dtype) -> _backend.Reas
     reason = _backend.why_not("cpu", _backend.Demand(device_type, dtype, _backend.is_transformed()))
     if reason is not None:
         return reason
-    if cell.phases:
-        kind = cell.phases[0].kind
-        return _backend.Reason(f"formula:{formula}", f"{name} has self.{kind} in its step, which kernels lack yet")
     if len(cell.declaration.states) > MOST_STATES:
         return _backend.Reason(f"formula:{formula}", f"{name} has more than {MOST_STATES} states")
+    if len(cell.phases) > MOST_PHASES:
+        return _backend.Reason(f"formula:{formula}", f"{name} has more than {MOST_PHASES} products and norms in its step")
     return _reasons.get((formula, dtype))
 
 

@@ -20,7 +20,7 @@ from torch._decomp import core_aten_decompositions, get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fused_rnn.formula.graph import Graph, Value
-from fused_rnn.formula.language import Cell, run_step
+from fused_rnn.formula.language import Cell, Phase, run_step
 
 _ATEN = torch.ops.aten
 
@@ -29,61 +29,68 @@ _ATEN = torch.ops.aten
 class Traced:
     """The values of a step and of its gradients.
 
-    Inputs of the graph: "x.<gate>", "r.<gate>", the states, "self.<parameter>"; of its backward part also "d.<state>", the
-    gradients of the states after the step.
+    Inputs of the graph: "x.<gate>", "r.<gate>", the states, "self.<parameter>", and "ph.<k>", the result of the k-th product
+    or norm inside of the step; of its backward part also "d.<state>", the gradients of the states after the step, and
+    "d.ph.<k>", the gradient of what the k-th product or norm takes.
     """
 
     graph: Graph
     after: dict[str, Value]  # the states after the step
     gradients: dict[str, Value]  # of every input, by its name
     names: dict[Value, str]  # the user's names of values
+    phases: tuple[Value, ...] = ()  # what each product or norm takes
+
+    @property
+    def forward_roots(self) -> list[Value]:
+        return [*self.after.values(), *self.phases]
 
 
 def trace(cell: Cell) -> Traced:
-    """Traces a step and its gradients.
-
-    Raises:
-        NotImplementedError: the step has products or norms inside, which need several phases.
-    """
-    if cell.phases:
-        phase = cell.phases[0]
-        raise NotImplementedError(
-            f"{type(cell).__name__}: no code yet for a step with self.{phase.kind} inside; Layer and Step run it on the "
-            "reference"
-        )
+    """Traces a step and its gradients."""
     says = cell.declaration
     names = [f"x.{gate}" for gate in says.input_gates] + [f"r.{gate}" for gate in says.recurrent_gates]
     names += [*says.states, *(f"self.{name}" for name in (*says.units, *says.scalars))]
+    names += [f"ph.{k}" for k in range(len(cell.phases))]
+    tangent_names = [f"d.{state}" for state in says.states] + [f"d.ph.{k}" for k in range(len(cell.phases))]
     local_names: list[str] = []
 
     def joint(primals: list[Tensor], tangents: list[Tensor]) -> list[Tensor]:
         leaves = [primal.detach().requires_grad_() for primal in primals]
-        after, local = _run_with_locals(cell, dict(zip(names, leaves, strict=True)))
-        gradients = torch.autograd.grad(after, leaves, tangents, materialize_grads=True)
+        after, phases, local = _run_with_locals(cell, dict(zip(names, leaves, strict=True)))
+        results = [*after, *phases]
+        gradients = torch.autograd.grad(results, leaves, tangents, materialize_grads=True)
         local_names[:] = local
-        return [*after, *gradients, *local.values()]
+        return [*results, *gradients, *local.values()]
 
     # The values do not matter: no operation of a formula depends on them, and none is taken for another at equal values.
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         primals = [torch.rand(2, 3, generator=generator, dtype=torch.float64) for _ in names]
-        tangents = [torch.rand(2, 3, generator=generator, dtype=torch.float64) for _ in says.states]
+        tangents = [torch.rand(2, 3, generator=generator, dtype=torch.float64) for _ in tangent_names]
         traced = make_fx(joint, decomposition_table=_decompositions())(primals, tangents)
-    reader = _Reader(traced, [*names, *(f"d.{state}" for state in says.states)])
+    reader = _Reader(traced, [*names, *tangent_names])
     results = reader.run()
-    states, inputs = len(says.states), len(names)
-    after, gradients, local = results[:states], results[states : states + inputs], results[states + inputs :]
+    states, forward, inputs = len(says.states), len(tangent_names), len(names)
+    after, phases = results[:states], results[states:forward]
+    gradients, local = results[forward : forward + inputs], results[forward + inputs :]
     return Traced(
         reader.graph,
         dict(zip(says.states, after, strict=True)),
         dict(zip(names, gradients, strict=True)),
         dict(reversed(list(zip(local, local_names, strict=True)))),
+        tuple(phases),
     )
 
 
-def _run_with_locals(cell: Cell, named: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The states after the step, and the floating-point tensors among its local variables as it returns."""
+def _run_with_locals(cell: Cell, named: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
+    """The states after the step, what its products and norms take, and the tensors among its local variables at its end."""
     says, found = cell.declaration, {}
+    phases: list[Tensor] = []
+
+    def run_phase(_: Phase, value: Tensor) -> Tensor:
+        phases.append(value)
+        return named[f"ph.{len(phases) - 1}"]
+
     code = type(cell).step.__code__
 
     def watch(frame: FrameType, event: str, result: Any) -> None:
@@ -99,11 +106,11 @@ def _run_with_locals(cell: Cell, named: Mapping[str, Tensor]) -> tuple[list[Tens
             {gate: named[f"r.{gate}"] for gate in says.recurrent_gates},
             [named[state] for state in says.states],
             {name: named[f"self.{name}"] for name in (*says.units, *says.scalars)},
-            lambda phase, value: value,
+            run_phase,
         )
     finally:
         sys.setprofile(before)
-    return [result] if isinstance(result, Tensor) else list(result), found
+    return [result] if isinstance(result, Tensor) else list(result), phases, found
 
 
 @functools.cache

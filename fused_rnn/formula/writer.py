@@ -23,7 +23,18 @@ Every other cell has the general form:
     input_gradient(k): the place in d of the gradient of the k-th input product. The last kRecurrentGates of d are those of
         the recurrent products.
 
-Without parameters p and d_parameters are left out.
+Without parameters p and d_parameters are left out. A step with products or norms inside has phases. Before each of them
+
+    phase_input<k>(a, before, p, ph, v)
+        ph [kPhases]: results of the phases before, v: what phase k takes
+
+runs, and ``forward`` after all of them, with ph behind its other arguments. Backward goes the other way:
+
+    phase_gradient<k>(a, before, after, p, v, d_states, dv, d)
+        v [kPhases]: what the phases took; dv [kPhases]: gradients of it, there for the phases behind k; d: the gradient of
+        phase k's result
+
+and ``backward`` after all of them, with v and dv behind p.
 """
 
 from __future__ import annotations
@@ -31,12 +42,14 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from fused_rnn.formula.expressions import Block, Names
 from fused_rnn.formula.graph import Value, leaves_of, ordered, users_of
 from fused_rnn.formula.language import Cell
 from fused_rnn.formula.plan import Plan, make_plan
+
+_PHASE_KINDS = {"product": 0, "layer_norm": 1, "rms_norm": 2}  # csrc/cpu/isa/formula.h's FormulaPhase
 
 
 def source_of(cell: Cell) -> str:
@@ -44,7 +57,6 @@ def source_of(cell: Cell) -> str:
 
     Raises:
         TypeError: ``cell`` is no Cell.
-        NotImplementedError: the step has products or norms inside.
     """
     if not isinstance(cell, Cell):
         raise TypeError(f"cell: expected a fused_rnn Cell, got {cell!r}")
@@ -69,6 +81,7 @@ def has_present_form(plan: Plan) -> bool:
     slots_of_cells_h = (tuple(range(last + 1)), (*range(last), last + 1))
     return (
         len(says.states) <= 2
+        and not plan.phases
         and says.output == says.recurrent == 0
         and not plan.parameters
         and all(gate.input and gate.recurrent for gate in says.gates)
@@ -92,7 +105,7 @@ def _in_memory(plan: Plan) -> dict[Value, None]:
     inputs = {leaf.name: leaf for leaf in ordered([*plan.backward_roots, *plan.after]) if leaf.op == "input"}
     states = plan.cell.declaration.states
     before = [inputs[states[index]] for index in kept if states[index] in inputs]
-    return dict.fromkeys([*plan.saved, *before, *(plan.after[index] for index in kept)])
+    return dict.fromkeys([*plan.saved, *before, *(plan.after[index] for index in kept), *plan.phases])
 
 
 class _Writer:
@@ -100,12 +113,14 @@ class _Writer:
         self.plan = plan
         self.states = plan.cell.declaration.states
         self.present = not general and has_present_form(plan)
-        values = ordered([*plan.backward_roots, *plan.after, *plan.accumulators])
+        values = ordered([*plan.backward_roots, *plan.forward_roots, *plan.accumulators])
         self.inputs = {value.name: value for value in values if value.op == "input"}
         self.early = self._early_sigmoids()
 
     def _early_sigmoids(self) -> dict[int, Value]:
         """Sigmoids of accumulators that nothing else reads, by slot: they depend on nothing and come first."""
+        if self.plan.phases:
+            return {}  # each phase reads the accumulators as they came
         roots = [*self.plan.after, *self.plan.saved]
         users = users_of(ordered(roots))
         return {
@@ -119,6 +134,8 @@ class _Writer:
     def struct(self) -> str:
         parts = [self._comment(), f"struct {struct_name(self.plan.cell)} {{", *_indented(self._constants()), ""]
         functions = [self._sigmoids(), self._forward_of_sigmoids(), self._forward(), self._backward()]
+        if self.plan.phases:
+            functions = [self._phases(), self._forward_of_sigmoids("forward"), self._phase_gradients(), self._backward()]
         for function in functions:
             parts += [*_indented(function), ""]
         parts[-1] = "};"
@@ -151,7 +168,7 @@ class _Writer:
     def _constants(self) -> list[str]:
         plan, says = self.plan, self.plan.cell.declaration
         slots, saved, states = len(plan.accumulators), len(plan.saved), len(says.states)
-        read = leaves_of([*plan.after, *plan.saved], set(self.inputs.values()))
+        read = leaves_of(plan.forward_roots, set(self.inputs.values()))
         lines = [f"static constexpr int kGates = {len(says.gates)}, kSlots = {slots}, kSaved = {saved};"]
         if self.present:
             lines.append(f"static constexpr bool kHasC = {_bool(states == 2)}, kReadsH = {_bool(reads_state(plan, 0))};")
@@ -164,6 +181,8 @@ class _Writer:
             f"kRecurrent = {says.recurrent};",
             f"static constexpr int kInputGates = {inputs}, kRecurrentGates = {recurrent};",
             f"static constexpr int kValues = {max(slots, saved)};  // of a",
+            f"static constexpr int kPhases = {len(plan.phases)};",
+            _table("phase_kind", "phase", [_PHASE_KINDS[phase.kind] for phase in plan.cell.phases]),
             _table("input_slot", "gate", plan.input_slots),
             _table("recurrent_slot", "gate", plan.recurrent_slots),
             _table("input_gradient", "gate", plan.input_gradients),
@@ -189,8 +208,15 @@ class _Writer:
     def _forward_arguments(self) -> str:
         if self.present:
             return f"{self._a}, const V& h_prev, const V& c_prev, V& h, V& c"
-        p = ", const V (&p)[kParameters]" if self.plan.parameters else ""
-        return f"{self._a}, const V (&before)[kStates], V (&after)[kStates]{p}"
+        return f"{self._a}, const V (&before)[kStates], V (&after)[kStates]{self._p}{self._ph}"
+
+    @property
+    def _p(self) -> str:
+        return ", const V (&p)[kParameters]" if self.plan.parameters else ""
+
+    @property
+    def _ph(self) -> str:
+        return ", const V (&ph)[kPhases]" if self.plan.phases else ""
 
     def _sigmoids(self) -> list[str]:
         lines = [f"a[{slot}] = sigmoid(a[{slot}]);" for slot in self.early]
@@ -201,7 +227,42 @@ class _Writer:
         names += ", p" if self.plan.parameters else ""
         return self._signature("forward", self._forward_arguments(), ["sigmoids(a);", f"forward_of_sigmoids({names});"])
 
-    def _forward_of_sigmoids(self) -> list[str]:
+    def _phases(self) -> list[str]:
+        """phase_input."""
+        plan = self.plan
+        places = {value: f"a[{slot}]" for slot, value in enumerate(plan.accumulators)}
+        branches = []
+        for value in plan.phases:
+            leaves = leaves_of([value], {*places, *self.inputs.values()})
+            block = Block(places, plan.names, self._names())
+            block.load([*self._loads(leaves), *self._parameter_loads(leaves), *self._phase_loads(leaves)])
+            block.compute([value])
+            branches.append([*block.lines, f"v = {block.text(value)};"])
+        arguments = f"const {self._a}, const V (&before)[kStates]{self._p}{self._ph}, V& v"
+        return self._by_phase("phase_input", arguments, branches)
+
+    def _phase_gradients(self) -> list[str]:
+        """phase_gradient."""
+        branches = []
+        for value in self.plan.d_phases:
+            block = self._backward_block([value])
+            branches.append([*block.lines, f"d = {block.text(value)};"])
+        arguments = f"{self._backward_inputs()}, const V (&d_states)[kStates], const V (&dv)[kPhases], V& d"
+        return self._by_phase("phase_gradient", arguments, branches)
+
+    def _by_phase(self, name: str, arguments: str, branches: Sequence[Sequence[str]]) -> list[str]:
+        """A function of kPhase with a body for each."""
+        lines: list[str] = []
+        for k, branch in enumerate(branches):
+            start = f"if constexpr (kPhase == {k})" if k + 1 < len(branches) else ""
+            head = f"{'} else ' if k else ''}{start}".rstrip() + " {"
+            lines += [head, *_indented(branch)] if len(branches) > 1 else branch
+        lines += ["}"] if len(branches) > 1 else []
+        body = _using(lines)
+        head = _wrapped(f"static FUSED_RNN_HD void {name}(", _without_unused(arguments, body).split(", "), ") {")
+        return ["template <int kPhase, class V>", *head, *_indented(body), "}"]
+
+    def _forward_of_sigmoids(self, name: str = "forward_of_sigmoids") -> list[str]:
         plan, names = self.plan, self._names()
         roots = [*plan.after, *plan.saved]
         places = {value: f"a[{slot}]" for slot, value in enumerate(plan.accumulators) if slot not in self.early}
@@ -212,6 +273,7 @@ class _Writer:
         if not self.present:
             block.load(self._loads(leaves))
         block.load(self._parameter_loads(leaves))
+        block.load(self._phase_loads(leaves))
         block.compute(roots)
         moved = [value for place, value in enumerate(plan.saved) if {**places, **early}.get(value) != f"a[{place}]"]
         block.make_safe([*moved, *plan.after] if moved else [], "a")
@@ -220,10 +282,10 @@ class _Writer:
             target = ("h", "c")[place] if self.present else f"after[{place}]"
             block.lines.append(f"{target} = {block.text(value)};")
         arguments = _without_unused(self._forward_arguments(), block.lines)
-        return self._signature("forward_of_sigmoids", arguments, _using(block.lines))
+        return self._signature(name, arguments, _using(block.lines))
 
     def _names(self) -> Names:
-        own = "h c dh dc h_prev c_prev dh_prev" if self.present else "before after p d_states d_parameters"
+        own = "h c dh dc h_prev c_prev dh_prev" if self.present else "before after p ph v dv d_states d_parameters"
         return Names(["a", "d", *own.split()])
 
     def _texts_of_states(self, after: bool) -> dict[Value, str]:
@@ -250,11 +312,22 @@ class _Writer:
             if self.inputs.get(f"self.{name}") in leaves
         ]
 
+    def _phase_loads(self, leaves: set[Value]) -> list[tuple[Value, str, str]]:
+        phases = self.plan.cell.phases
+        given = [(self.inputs.get(f"ph.{k}"), f"ph_{phase.name}", f"ph[{k}]") for k, phase in enumerate(phases)]
+        return [(value, name, where) for value, name, where in given if value is not None and value in leaves]
+
     # --- backward ---
 
     def _backward(self) -> list[str]:
+        plan = self.plan
+        block = self._backward_block([*plan.gradients, *plan.d_states, *plan.d_parameters])
+        block.lines += self._outputs(block)
+        return self._signature("backward", _without_unused(self._backward_arguments(), block.lines), _using(block.lines))
+
+    def _backward_block(self, roots: list[Value]) -> Block:
+        """The statements that make these gradients."""
         plan, names = self.plan, self._names()
-        roots = list(plan.backward_roots)
         leaves = leaves_of(roots, {*_in_memory(plan), *self.inputs.values()})
         atoms: dict[Value, str] = {}
         if self.present:
@@ -270,10 +343,21 @@ class _Writer:
             block.load([(v, self.states[i], f"after[{i}]") for v, i in there.items() if v not in plan.saved])
             in_out = [(self.inputs.get(f"d.{s}"), f"d_{s}", f"d_states[{i}]") for i, s in enumerate(self.states)]
             block.load([(value, name, where) for value, name, where in in_out if value is not None and value in leaves])
+            block.load(self._loads_of_phases(leaves, {*plan.saved, *there, *(self.inputs.get(s) for s in self.states)}))
         block.load(self._parameter_loads(leaves))
         block.compute(roots)
-        block.lines += self._outputs(block)
-        return self._signature("backward", _without_unused(self._backward_arguments(), block.lines), _using(block.lines))
+        return block
+
+    def _loads_of_phases(self, leaves: set[Value], known: Container[Value | None]) -> list[tuple[Value, str, str]]:
+        """What phases took, and the gradients of it; known: values that are there already."""
+        loads = []
+        for k, phase in enumerate(self.plan.cell.phases):
+            value, gradient = self.plan.phases[k], self.inputs.get(f"d.ph.{k}")
+            if value in leaves and value not in known:
+                loads.append((value, self.plan.names.get(value, f"v_{phase.name}"), f"v[{k}]"))
+            if gradient is not None and gradient in leaves:
+                loads.append((gradient, f"d_{phase.name}", f"dv[{k}]"))
+        return loads
 
     def _name_of_saved(self, value: Value, place: int) -> str:
         if value in self.plan.accumulators:  # as it came: r.n of a GRU
@@ -286,13 +370,13 @@ class _Writer:
                 "const V (&a)[kSlots], const V& h_prev, const V& c_prev, const V& c, const V& h, const V& dh, V& dc, "
                 "V (&d)[kSlots], V& dh_prev"
             )
-        own = bool(self.plan.parameters)
-        return (
-            "const V (&a)[kValues], const V (&before)[kStates], const V (&after)[kStates], "
-            + ("const V (&p)[kParameters], " if own else "")
-            + "V (&d_states)[kStates], V (&d)[kSlots]"
-            + (", V (&d_parameters)[kParameters]" if own else "")
-        )
+        dv = ", const V (&dv)[kPhases]" if self.plan.phases else ""
+        own = ", V (&d_parameters)[kParameters]" if self.plan.parameters else ""
+        return f"{self._backward_inputs()}, V (&d_states)[kStates]{dv}, V (&d)[kSlots]{own}"
+
+    def _backward_inputs(self) -> str:
+        v = ", const V (&v)[kPhases]" if self.plan.phases else ""
+        return f"const V (&a)[kValues], const V (&before)[kStates], const V (&after)[kStates]{self._p}{v}"
 
     def _outputs(self, block: Block) -> list[str]:
         """Assignments of the results; dc, which is an argument too, last."""

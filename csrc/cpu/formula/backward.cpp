@@ -1,7 +1,10 @@
 // Backward of one layer's recurrence of a formula: forward's scan the other way round.
 //
 //   rec[t] = d_rec[t+1] W_hh    the gradient of the recurrent state through the weights, then the cell's backward makes
-//   d[t], d_states[t]           from it, dy[t] and d_states[t+1]; d_rec[t] is the last Gr blocks of d[t]
+//   d[t], d_states[t]           from it, dy[t] and d_states[t+1]; d_rec[t] is the last Gr blocks of d[t]'s gradients
+//
+// The phases of a step come in between, the last one first: the cell makes the gradient of a phase's result, and the phase
+// the gradient of what it took.
 //
 // Float and double of one head read d_rec back from there; else the d_rec of two steps is kept, unrounded, head by head.
 #include <cstring>
@@ -27,13 +30,14 @@ class FormulaBackwardScan final : public FormulaScan<A> {
   struct Worker : Base::Worker {
     A* d_states;       // [states][n][room], of the team
     A* d_rec;          // [2][n][Gr * H], of the team, where it is kept
+    A *d_ph, *dv;      // [Q][n][room], of the team
     const A** next;    // [n] d_rec of each row's step done last, or zeros
     const A** active;  // [n] the same of the active rows
     Row* rows;         // [n]
   };
   struct Direction {
-    std::vector<Matrix<A>> heads;
-    A* parameters;
+    std::vector<Matrix<A>> heads, phases;
+    A *parameters, *norms;
   };
 
   void layout_shared(Arena& arena) override;
@@ -41,7 +45,7 @@ class FormulaBackwardScan final : public FormulaScan<A> {
   void scan(int thread, int d, Teams& teams) const override;
 
   int64_t rec_elements() const { return traits_.recurrent_gates * H_; }
-  int64_t blocks() const { return traits_.gradients + traits_.parameters; }  // of a row of d
+  int64_t blocks() const { return traits_.gradients + traits_.parameters + traits_.phases; }  // of a row of d
   A* d_state(const Worker& w, int s, int64_t i) const { return w.d_states + (s * team_rows_ + i) * room_; }
   void take_arrays(Arena& arena, Worker& w) const;
   Worker make_worker(int thread, int d, Teams& teams) const;
@@ -49,12 +53,14 @@ class FormulaBackwardScan final : public FormulaScan<A> {
   int64_t gather(Worker& w, int64_t t) const;
   void gather_row(Worker& w, int64_t i, int64_t t, int64_t active) const;
   void gather_states(Worker& w, Row& out, int64_t i, int64_t t) const;
+  void run_phase(Worker& w, int phase, int64_t active) const;
+  int64_t phase_elements() const { return traits_.phases * team_rows_ * room_; }
   void step(Worker& w, int64_t s) const;
   void finish(Worker& w) const;
 
   const FormulaBackward& p_;
   const bool keeps_rec_;
-  std::unique_ptr<std::atomic<bool>[]> infinite_;  // [D][heads]
+  std::unique_ptr<std::atomic<bool>[]> infinite_;  // [D][heads + Q]
   // Workspace.
   Direction directions_[2];
   A* zeros_;
@@ -68,21 +74,27 @@ FormulaBackwardScan<A>::FormulaBackwardScan(const FormulaBackward& p, const Kern
     : Base(p, formula_problem(p, /*backward=*/true, /*training=*/true), kernels, max_threads),
       p_(p),
       keeps_rec_(recurs_ && (this->converts_ || heads_ > 1)) {
-  infinite_.reset(new std::atomic<bool>[D_ * heads_]());
-  for (int d = 0; d < D_; ++d) directions_[d].heads = this->head_matrices(p.weights[d].w_hh, &infinite_[d * heads_]);
+  const int64_t matrices = heads_ + traits_.phases;
+  infinite_.reset(new std::atomic<bool>[D_ * matrices]());
+  for (int d = 0; d < D_; ++d) {
+    directions_[d].heads = this->head_matrices(p.weights[d].w_hh, &infinite_[d * matrices]);
+    directions_[d].phases = this->phase_matrices(p.weights[d], &infinite_[d * matrices] + heads_);
+  }
 }
 
 template <class A>
 void FormulaBackwardScan<A>::layout_shared(Arena& arena) {
   for (int d = 0; d < D_; ++d) {
     for (Matrix<A>& m : directions_[d].heads) this->take_memory(arena, m);
+    for (Matrix<A>& m : directions_[d].phases) this->take_memory(arena, m);
     directions_[d].parameters = arena.take<A>(this->parameter_elements());
+    directions_[d].norms = arena.take<A>(this->norm_elements());
   }
   zeros_size_ = std::max(rec_elements(), H_) + kernels_.width;
   zeros_ = arena.take<A>(zeros_size_);
   const int64_t rec = team_rows_ * heads_ * rec_columns_ + kernels_.width;
   const int64_t kept = keeps_rec_ ? 2 * team_rows_ * rec_elements() : 0;
-  team_elements_ = round_up(traits_.states * team_rows_ * room_ + rec + kept, 16);
+  team_elements_ = round_up(traits_.states * team_rows_ * room_ + rec + kept + 2 * phase_elements(), 16);
   team_arrays_ = arena.take<A>(team_elements_ * plan_.threads.direction_teams * plan_.threads.batch_teams);
   Arena thread(nullptr);
   Worker counted;
@@ -105,7 +117,11 @@ typename FormulaBackwardScan<A>::Worker FormulaBackwardScan<A>::make_worker(int 
   w.d_states = team_arrays_ + thread / plan_.threads.split * team_elements_;
   w.rec = w.d_states + traits_.states * team_rows_ * room_;
   w.d_rec = w.rec + team_rows_ * heads_ * rec_columns_ + kernels_.width;
+  w.d_ph = w.d_rec + (keeps_rec_ ? 2 * team_rows_ * rec_elements() : 0);
+  w.dv = w.d_ph + phase_elements();
   w.matrix = directions_[d].heads.data();
+  w.phases = directions_[d].phases.data();
+  w.norms = directions_[d].norms;
   w.parameters = directions_[d].parameters;
   Arena arena = this->arena_of_thread(thread);
   take_arrays(arena, w);
@@ -115,8 +131,11 @@ typename FormulaBackwardScan<A>::Worker FormulaBackwardScan<A>::make_worker(int 
 template <class A>
 void FormulaBackwardScan<A>::pack_share(int share, int shares) const {
   for (int d = 0; d < D_; ++d) {
-    this->pack_heads(directions_[d].heads, share, shares);
-    if (d % shares == share) this->load_parameters(p_.weights[d].parameters, directions_[d].parameters);
+    this->pack_all(directions_[d].heads, share, shares);
+    this->pack_all(directions_[d].phases, share, shares);
+    if (d % shares != share) continue;
+    this->load_parameters(p_.weights[d].parameters, directions_[d].parameters);
+    this->load_norms(p_.weights[d], directions_[d].norms);
   }
 }
 
@@ -159,6 +178,11 @@ void FormulaBackwardScan<A>::gather_row(Worker& w, int64_t i, int64_t t, int64_t
   Row& out = w.rows[active];
   out.reset = is_reset(p_.modifier, row);
   gather_states(w, out, i, t);
+  for (int k = 0; k < traits_.phases; ++k) {
+    out.v[k] = stored_at(p_.v[k], kept * H_, size_);
+    out.d_ph[k] = w.d_ph + (k * team_rows_ + active) * room_;
+    out.dv[k] = w.dv + (k * team_rows_ + active) * room_;
+  }
   out.saved = stored_at(p_.saved, kept * traits_.saved * H_, size_);
   out.dy = p_.dy ? stored_at(p_.dy, (row * D_ + w.d) * H_, size_) : zeros_;
   out.rec = w.rec + active * heads_ * rec_columns_;
@@ -184,15 +208,39 @@ int64_t FormulaBackwardScan<A>::gather(Worker& w, int64_t t) const {
   return active;
 }
 
+// dv of a phase from d_ph: the thread's panels of the product, or the norms of its share of the rows.
+template <class A>
+void FormulaBackwardScan<A>::run_phase(Worker& w, int phase, int64_t active) const {
+  const A* const d_ph = w.d_ph + phase * team_rows_ * room_;
+  A* const dv = w.dv + phase * team_rows_ * room_;
+  if (this->is_product(phase)) return this->multiply_phase(w, phase, d_ph, active, dv);
+  FormulaNorm<A> norm{};
+  norm.centred = this->is_centred(phase);
+  norm.H = H_;
+  norm.weight = w.norms + 2 * phase * room_;
+  const auto [begin, end] = share_of(active, plan_.threads.split, w.rank);
+  for (int64_t i = begin; i < end; ++i) {
+    norm.v_stored = w.rows[i].v[phase];
+    norm.d = d_ph + i * room_;
+    norm.out = dv + i * room_;
+    this->step_of(*p_.cell).norm_gradient(norm);
+  }
+}
+
 template <class A>
 void FormulaBackwardScan<A>::step(Worker& w, int64_t s) const {
   const int64_t active = gather(w, this->time_of(w, s));
   this->multiply_heads(w, w.active, active, nullptr, s);
   w.team->barrier.wait();
-  if (active > 0) {
-    this->step_of(*p_.cell).backward(
-        {w.rows, active, w.items.first, w.items.last, H_, heads_, rec_columns_, w.parameters, room_});
+  const FormulaKernels<A>& cell = this->step_of(*p_.cell);
+  const FormulaCall<Row> call{w.rows, active, w.items.first, w.items.last, H_, heads_, rec_columns_, w.parameters, room_};
+  for (int k = traits_.phases - 1; k >= 0; --k) {
+    cell.phase_gradient[k](call);
+    w.team->barrier.wait();
+    run_phase(w, k, active);
+    w.team->barrier.wait();
   }
+  cell.backward(call);
   w.team->barrier.wait();
 }
 

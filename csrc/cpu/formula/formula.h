@@ -1,4 +1,4 @@
-// One layer of a cell that is a formula, on a CPU. The layouts are params.h's where it has them; letters as in isa/formula.h.
+// One layer of a cell that is a formula, on a CPU. Layouts are those of core/params.h; letters as in cpu/isa/formula.h.
 #pragma once
 #include <string>
 
@@ -8,6 +8,12 @@
 
 namespace fused_rnn::cpu {
 
+// The parameters of a phase: a product's matrix, or a norm's weight and, of a layer norm, bias [H].
+struct FormulaPhaseWeights {
+  WeightMatrix matrix;  // [H, H]
+  const void *weight, *bias;
+};
+
 // The parameters of one direction.
 struct FormulaWeights {
   WeightMatrix w_ih;       // [Gi, H, I]
@@ -15,6 +21,7 @@ struct FormulaWeights {
   const void* b_ih;        // [Gi, H] or null
   const void* b_hh;        // [Gr, H] or null
   const void* parameters;  // [U, H], numbers repeated; null where U is 0
+  FormulaPhaseWeights phases[kMostFormulaPhases];
 };
 
 struct FormulaParams {
@@ -34,6 +41,7 @@ struct FormulaForward : FormulaParams {
   void* y;                           // [N, D * H]: the output state; 0 at inactive rows of a dense batch
   void* last[kMostFormulaStates];    // [D, B, H]
   void* series[kMostFormulaStates];  // [N, D * H], or null: not kept. Never the output's, which is y.
+  void* v[kMostFormulaPhases];       // [D, N, H] what each phase took, or null; 0 at inactive rows of a dense batch
   void* saved;                       // [D, N, K, H] or null
   bool training;
 };
@@ -41,10 +49,11 @@ struct FormulaForward : FormulaParams {
 struct FormulaBackward : FormulaParams {
   const void* y;
   const void* series[kMostFormulaStates];
+  const void* v[kMostFormulaPhases];
   const void* saved;
   const void* dy;                          // [N, D * H] or null (zeros)
   const void* d_last[kMostFormulaStates];  // [D, B, H] or null (zeros)
-  void* d;                                 // [D, N, S + U, H] out; 0 at inactive rows
+  void* d;                                 // [D, N, S + U + Q, H] out; 0 at inactive rows
   void* d_states[kMostFormulaStates];      // [D, B, H] out
 };
 

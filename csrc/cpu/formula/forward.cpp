@@ -23,6 +23,10 @@ FormulaProblem formula_problem(const FormulaParams& p, bool backward, bool train
   problem.input_gates = p.cell->traits.input_gates;
   problem.recurrent_gates = p.cell->traits.recurrent_gates;
   problem.heads = p.heads;
+  problem.phases = p.cell->traits.phases;
+  for (int k = 0; k < problem.phases; ++k) {
+    problem.products |= static_cast<FormulaPhase>(p.cell->traits.phase_kinds[k]) == FormulaPhase::kProduct;
+  }
   return problem;
 }
 
@@ -48,13 +52,14 @@ class FormulaForwardScan final : public FormulaScan<A> {
     A* xg;      // [chunk rows][x columns], of the team
     Range x_panels;
     A* x;              // [chunk rows, I], where x is converted
+    A *v, *ph;         // [Q][n][room], of the team: what phases take, and their results
     Row* rows;         // [n]
     const A** before;  // [n] the recurrent state
   };
   struct Direction {
     Matrix<A> x;
-    std::vector<Matrix<A>> heads;
-    A *bias_x, *bias_h, *parameters;
+    std::vector<Matrix<A>> heads, phases;
+    A *bias_x, *bias_h, *parameters, *norms;
   };
 
   void layout_shared(Arena& arena) override;
@@ -78,13 +83,20 @@ class FormulaForwardScan final : public FormulaScan<A> {
   int64_t gather(Worker& w, int64_t t, int64_t first_xg) const;
   void gather_row(Worker& w, int64_t i, int64_t t, int64_t xg_row, int64_t active) const;
   int64_t step(Worker& w, int64_t step, int64_t first_xg) const;
+  FormulaCall<Row> call_of(const Worker& w, int64_t active) const {
+    return {w.rows, active, w.items.first, w.items.last, H_, heads_, rec_columns_, w.parameters, room_};
+  }
+  void run_phase(Worker& w, int phase, int64_t active) const;
+  int64_t matrices_of_direction() const { return 1 + heads_ + traits_.phases; }
+  int64_t phase_elements() const { return traits_.phases * team_rows_ * room_; }
+  void zero_inactive(const Worker& w, int64_t row) const;
   void finish(Worker& w) const;
 
   const FormulaForward& p_;
   int64_t x_columns_;  // of a row of xg
   int64_t chunk_steps_;
-  std::unique_ptr<CacheLease[]> leases_;           // [D][1 + heads]
-  std::unique_ptr<std::atomic<bool>[]> infinite_;  // [D][1 + heads]
+  std::unique_ptr<CacheLease[]> leases_;           // [D][matrices_of_direction]
+  std::unique_ptr<std::atomic<bool>[]> infinite_;  // [D][matrices_of_direction]
   // Workspace.
   Direction directions_[2];
   A* zeros_;
@@ -102,13 +114,15 @@ FormulaForwardScan<A>::FormulaForwardScan(const FormulaForward& p, const Kernels
   const int64_t chunk_bytes = std::clamp(weight_bytes, kChunkBytes, kMaxChunkBytes);
   chunk_steps_ = std::min(std::max<int64_t>(chunk_bytes / step_bytes, 1), p.seq.T);
   this->parts_room_.include(plan_.x, chunk_rows());
-  leases_.reset(new CacheLease[D_ * (1 + heads_)]);
-  infinite_.reset(new std::atomic<bool>[D_ * (1 + heads_)]());
+  leases_.reset(new CacheLease[D_ * matrices_of_direction()]);
+  infinite_.reset(new std::atomic<bool>[D_ * matrices_of_direction()]());
   for (int d = 0; d < D_; ++d) {
+    std::atomic<bool>* const infinite = &infinite_[d * matrices_of_direction()];
     directions_[d].x = plan_.x;
     directions_[d].x.source = p.weights[d].w_ih;
-    directions_[d].x.infinite = &infinite_[d * (1 + heads_)];
-    directions_[d].heads = this->head_matrices(p.weights[d].w_hh, &infinite_[d * (1 + heads_) + 1]);
+    directions_[d].x.infinite = infinite;
+    directions_[d].heads = this->head_matrices(p.weights[d].w_hh, infinite + 1);
+    directions_[d].phases = this->phase_matrices(p.weights[d], infinite + 1 + heads_);
   }
   if (!p.training) lease_weights();
 }
@@ -122,9 +136,12 @@ void FormulaForwardScan<A>::lease_weights() {
     m.cached = lease.matrix();
   };
   for (int d = 0; d < D_; ++d) {
-    CacheLease* const leases = &leases_[d * (1 + heads_)];
+    CacheLease* const leases = &leases_[d * matrices_of_direction()];
     lease(leases[0], directions_[d].x);
     for (size_t k = 0; k < directions_[d].heads.size(); ++k) lease(leases[1 + k], directions_[d].heads[k]);
+    for (int k = 0; k < traits_.phases; ++k) {
+      if (this->is_product(k)) lease(leases[1 + heads_ + k], directions_[d].phases[k]);
+    }
   }
 }
 
@@ -141,9 +158,11 @@ void FormulaForwardScan<A>::layout_direction(Arena& arena, int d) {
   };
   place(direction.x);
   for (Matrix<A>& m : direction.heads) place(m);
+  for (Matrix<A>& m : direction.phases) place(m);
   direction.bias_x = arena.take<A>(plan_.x.shape.columns());
   direction.bias_h = arena.take<A>(heads_ * rec_columns_);
   direction.parameters = arena.take<A>(this->parameter_elements());
+  direction.norms = arena.take<A>(this->norm_elements());
 }
 
 template <class A>
@@ -151,7 +170,7 @@ void FormulaForwardScan<A>::layout_shared(Arena& arena) {
   for (int d = 0; d < D_; ++d) layout_direction(arena, d);
   zeros_ = arena.take<A>(room_);
   const int64_t rec = team_rows_ * heads_ * rec_columns_ + kernels_.width;
-  team_elements_ = round_up(copies() * team_rows_ * room_ + chunk_rows() * x_columns_ + rec, 16);
+  team_elements_ = round_up(copies() * team_rows_ * room_ + chunk_rows() * x_columns_ + rec + 2 * phase_elements(), 16);
   team_arrays_ = arena.take<A>(team_elements_ * plan_.threads.direction_teams * plan_.threads.batch_teams);
   Arena thread(nullptr);
   Worker counted;
@@ -175,7 +194,11 @@ typename FormulaForwardScan<A>::Worker FormulaForwardScan<A>::make_worker(int th
   w.states = team_arrays_ + thread / plan_.threads.split * team_elements_;
   w.xg = w.states + copies() * team_rows_ * room_;
   w.rec = w.xg + chunk_rows() * x_columns_;
+  w.v = w.rec + team_rows_ * heads_ * rec_columns_ + kernels_.width;
+  w.ph = w.v + phase_elements();
   w.matrix = directions_[d].heads.data();
+  w.phases = directions_[d].phases.data();
+  w.norms = directions_[d].norms;
   w.parameters = directions_[d].parameters;
   Arena arena = this->arena_of_thread(thread);
   take_arrays(arena, w);
@@ -188,7 +211,8 @@ void FormulaForwardScan<A>::pack_share(int share, int shares) const {
     const Direction& direction = directions_[d];
     const Range panels = share_of(plan_.x.shape.panels, shares, share);
     pack(kernels_, direction.x, panels.first, panels.last);
-    this->pack_heads(direction.heads, share, shares);
+    this->pack_all(direction.heads, share, shares);
+    this->pack_all(direction.phases, share, shares);
     if (d % shares != share) continue;
     const FormulaWeights& weights = p_.weights[d];
     const auto load = kernels_.load[storage_];
@@ -201,6 +225,7 @@ void FormulaForwardScan<A>::pack_share(int share, int shares) const {
       }
     }
     this->load_parameters(weights.parameters, direction.parameters);
+    this->load_norms(weights, direction.norms);
   }
 }
 
@@ -256,6 +281,11 @@ void FormulaForwardScan<A>::gather_row(Worker& w, int64_t i, int64_t t, int64_t 
     out.series[s] = stored_at(p_.series[s], (row * D_ + w.d) * H_, size_);
   }
   out.series[traits_.output] = stored_at(p_.y, (row * D_ + w.d) * H_, size_);
+  for (int k = 0; k < traits_.phases; ++k) {
+    out.v[k] = w.v + (k * team_rows_ + active) * room_;
+    out.ph[k] = w.ph + (k * team_rows_ + active) * room_;
+    out.v_series[k] = stored_at(p_.v[k], kept * H_, size_);
+  }
   out.saved = stored_at(p_.saved, kept * traits_.saved * H_, size_);
   w.before[active] = out.before[traits_.recurrent];
 }
@@ -268,10 +298,38 @@ int64_t FormulaForwardScan<A>::gather(Worker& w, int64_t t, int64_t first_xg) co
       gather_row(w, i, t, first_xg + active, active);
       ++active;
     } else if (!seq_.offsets && w.rank == 0) {
-      std::memset(stored_at(p_.y, (row_of(seq_, t, w.team->rows[i].b) * D_ + w.d) * H_, size_), 0, H_ * size_);
+      zero_inactive(w, row_of(seq_, t, w.team->rows[i].b));
     }
   }
   return active;
+}
+
+template <class A>
+void FormulaForwardScan<A>::zero_inactive(const Worker& w, int64_t row) const {
+  std::memset(stored_at(p_.y, (row * D_ + w.d) * H_, size_), 0, H_ * size_);
+  for (int k = 0; k < traits_.phases; ++k) {
+    if (p_.v[k]) std::memset(stored_at(p_.v[k], (w.d * seq_.N + row) * H_, size_), 0, H_ * size_);
+  }
+}
+
+// A phase of a step: the thread's panels of the product, or the norms of its share of the rows.
+template <class A>
+void FormulaForwardScan<A>::run_phase(Worker& w, int phase, int64_t active) const {
+  const A* const v = w.v + phase * team_rows_ * room_;
+  A* const ph = w.ph + phase * team_rows_ * room_;
+  if (this->is_product(phase)) return this->multiply_phase(w, phase, v, active, ph);
+  const A* const weight = w.norms + 2 * phase * room_;
+  FormulaNorm<A> norm{};
+  norm.centred = this->is_centred(phase);
+  norm.H = H_;
+  norm.weight = weight;
+  norm.bias = norm.centred ? weight + room_ : nullptr;
+  const auto [begin, end] = share_of(active, plan_.threads.split, w.rank);
+  for (int64_t i = begin; i < end; ++i) {
+    norm.v = v + i * room_;
+    norm.out = ph + i * room_;
+    this->step_of(*p_.cell).norm(norm);
+  }
 }
 
 // One step of the team's active rows; first_xg: its first row in w.xg. Returns the number of active rows.
@@ -280,10 +338,15 @@ int64_t FormulaForwardScan<A>::step(Worker& w, int64_t step, int64_t first_xg) c
   const int64_t active = gather(w, this->time_of(w, step), first_xg);
   this->multiply_heads(w, w.before, active, directions_[w.d].bias_h, step);
   w.team->barrier.wait();
-  if (active > 0) {
-    this->step_of(*p_.cell).forward(
-        {w.rows, active, w.items.first, w.items.last, H_, heads_, rec_columns_, w.parameters, room_});
+  const FormulaKernels<A>& cell = this->step_of(*p_.cell);
+  const FormulaCall<Row> call = call_of(w, active);
+  for (int k = 0; k < traits_.phases; ++k) {
+    cell.phase_input[k](call);
+    w.team->barrier.wait();
+    run_phase(w, k, active);
+    w.team->barrier.wait();
   }
+  cell.forward(call);
   w.team->barrier.wait();
   return active;
 }

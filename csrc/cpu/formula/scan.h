@@ -1,7 +1,8 @@
 // What the forward and the backward scan of a formula share beside scan/scan.h.
 //
 // Products are stored row by row, head by head. A step has two parts, between which a team meets: a thread multiplies with
-// its panels of the recurrent weights, then computes its items (vectors of units, isa/formula.h) from the products.
+// its panels of the recurrent weights, then computes its items (vectors of units, isa/formula.h) from the products. A step
+// with phases has more such pairs: items that make what a phase takes, then the phase, a product or the norm of some rows.
 #pragma once
 #include <vector>
 
@@ -10,6 +11,7 @@
 
 namespace fused_rnn::cpu {
 
+// A formula's scan as the planner sees it.
 FormulaProblem formula_problem(const FormulaParams& p, bool backward, bool training);
 
 template <class A>
@@ -36,6 +38,8 @@ class FormulaScan : public Scan<A> {
     A* rec;                   // [n][heads][rec_columns], of the team
     const A* parameters;      // [U][room]
     const Matrix<A>* matrix;  // [heads]
+    const Matrix<A>* phases;  // [Q], of products
+    const A* norms;           // [Q][weight, bias][room], of norms
   };
 
   void set_place(int thread, int d, Teams& teams, Worker& w) const {
@@ -43,6 +47,42 @@ class FormulaScan : public Scan<A> {
     const int split = plan_.threads.split;
     w.head_panels = share_of(heads_ * plan_.h.shape.panels, split, w.rank);
     w.items = share_of(items_, split, w.rank);
+  }
+
+  bool is_product(int phase) const {
+    return static_cast<FormulaPhase>(traits_.phase_kinds[phase]) == FormulaPhase::kProduct;
+  }
+  bool is_centred(int phase) const {
+    return static_cast<FormulaPhase>(traits_.phase_kinds[phase]) == FormulaPhase::kLayerNorm;
+  }
+  // The matrices of a direction's phases, without memory; empty ones for norms.
+  std::vector<Matrix<A>> phase_matrices(const FormulaWeights& weights, std::atomic<bool>* infinite) const {
+    std::vector<Matrix<A>> all(static_cast<size_t>(traits_.phases));
+    for (int k = 0; k < traits_.phases; ++k) {
+      if (!is_product(k)) continue;
+      all[k] = plan_.r;
+      all[k].source = weights.phases[k].matrix;
+      all[k].infinite = infinite + k;
+    }
+    return all;
+  }
+  int64_t norm_elements() const { return 2 * traits_.phases * room_; }
+  void load_norms(const FormulaWeights& weights, A* to) const {
+    std::fill_n(to, norm_elements(), A(0));
+    const auto load = kernels_.load[this->storage_];
+    for (int k = 0; k < traits_.phases; ++k) {
+      const FormulaPhaseWeights& phase = weights.phases[k];
+      if (phase.weight) load(phase.weight, to + 2 * k * room_, H_);
+      if (phase.bias) load(phase.bias, to + (2 * k + 1) * room_, H_);
+    }
+  }
+  // The thread's panels of the product of n rows, `from` [n][room], with a phase's matrix, to `to` [n][room].
+  void multiply_phase(Worker& w, int phase, const A* from, int64_t n, A* to) const {
+    const Matrix<A>& m = w.phases[phase];
+    for (int64_t i = 0; i < n; ++i) w.pointers[i] = from + i * room_;
+    multiply<A>({kernels_, m, nullptr, w.pointers, n, {w.r_panels.first, w.r_panels.last}}, w.parts,
+                {to + m.shape.columns_before(w.r_panels.first), room_, int64_t{m.shape.vectors} * m.shape.width,
+                 /*rows_first=*/true});
   }
 
   int64_t parameter_elements() const { return traits_.parameters * room_; }
@@ -67,8 +107,8 @@ class FormulaScan : public Scan<A> {
     m.packed = arena.take<A>(m.packed_elements());
     m.tiles = arena.take<uint16_t>(m.tile_elements());
   }
-  void pack_heads(const std::vector<Matrix<A>>& heads, int share, int shares) const {
-    for (const Matrix<A>& m : heads) {
+  void pack_all(const std::vector<Matrix<A>>& matrices, int share, int shares) const {
+    for (const Matrix<A>& m : matrices) {
       const Range panels = share_of(m.shape.panels, shares, share);
       pack(kernels_, m, panels.first, panels.last);
     }

@@ -6,18 +6,24 @@
 
 namespace fused_rnn::cpu {
 
-constexpr int kMostFormulaStates = 8;
+constexpr int kMostFormulaStates = 8, kMostFormulaPhases = 8;
+
+// What a step computes over all units of a row, between its pointwise parts (fused_rnn/formula/language.py's Phase): a
+// product with a matrix [H, H], or a norm.
+enum class FormulaPhase : int { kProduct = 0, kLayerNorm = 1, kRmsNorm = 2 };
 
 // Letters: Gi gates with an input product, Gr with a recurrent one, S = Gi + Gr less the gates of which the step reads only
-// the sum of both: the gradients of products. K saved values, U vectors and numbers of the cell itself.
+// the sum of both: the gradients of products. K saved values, U vectors and numbers of the cell itself, Q phases.
 struct FormulaTraits {
   int states, output, recurrent;  // output, recurrent: indices among the states
   int input_gates, recurrent_gates;
   int gradients;               // S; the last Gr of them are those of the recurrent products
   int saved;                   // K
   int parameters;              // U
+  int phases;                  // Q
   const int* input_gradients;  // [Gi] place among the gradients
   const bool* reads_series;    // [states] backward reads the state before or after a step
+  const int* phase_kinds;      // [Q] FormulaPhase
 };
 
 // Arrays of A hold whole vectors, and one more than the units need: a load of a full vector may start at any unit. Arrays in
@@ -30,17 +36,23 @@ struct FormulaForwardRow {
   const A* before[kMostFormulaStates];  // [H]
   A* after[kMostFormulaStates];         // [H]; may be the same as before
   void* series[kMostFormulaStates];     // [H] storage, or null; the output's is y
+  A* v[kMostFormulaPhases];             // [H] what a phase takes
+  void* v_series[kMostFormulaPhases];   // [H] storage, or null
+  const A* ph[kMostFormulaPhases];      // [H] its result
   void* saved;                          // [K, H] storage, or null
 };
 template <class A>
 struct FormulaBackwardRow {
   const void* before[kMostFormulaStates];  // [H] storage, of the states whose series backward reads
   const void* after[kMostFormulaStates];   // [H] storage
+  const void* v[kMostFormulaPhases];       // [H] storage
   const void* saved;                       // [K, H] storage
   const void* dy;                          // [H] storage
   const A* rec;                            // [heads][..] gradient of the recurrent state through the weights
   A* d_states[kMostFormulaStates];         // [H] gradients of the states after the step in, before the step out
-  void* d;                                 // [S + U, H] storage
+  A* d_ph[kMostFormulaPhases];             // [H] gradient of a phase's result
+  const A* dv[kMostFormulaPhases];         // [H] gradient of what it took
+  void* d;                                 // [S + U + Q, H] storage
   A* d_rec;                                // [heads][Gr][H / heads] copy of the recurrent products' gradients, or null
   bool reset;                              // the step began from zeros: d_states become zero
 };
@@ -58,14 +70,32 @@ struct FormulaCall {
   int64_t parameter_stride;
 };
 
+// A norm over the H units of a row, eps 1e-5: out = v^ weight + bias, v^ = (v - mean) / sqrt(variance + eps); an RMS norm
+// has no mean and no bias. Backward: out = the gradient of v, from d, the gradient of the result.
+template <class A>
+struct FormulaNorm {
+  bool centred;  // a layer norm
+  int64_t H;
+  const A* v;            // forward
+  const void* v_stored;  // backward; storage
+  const A *weight, *bias;
+  const A* d;  // backward
+  A* out;
+};
+
 template <class A>
 struct FormulaKernels {
   void (*forward)(const FormulaCall<FormulaForwardRow<A>>&);
   void (*backward)(const FormulaCall<FormulaBackwardRow<A>>&);
+  // Of each phase: v from what is there before it, and the gradient of its result from what is there behind it.
+  void (*phase_input[kMostFormulaPhases])(const FormulaCall<FormulaForwardRow<A>>&);
+  void (*phase_gradient[kMostFormulaPhases])(const FormulaCall<FormulaBackwardRow<A>>&);
+  void (*norm)(const FormulaNorm<A>&);
+  void (*norm_gradient)(const FormulaNorm<A>&);
 };
 
 // Set anew with every change of the types above.
-constexpr int kFormulaVersion = 1;
+constexpr int kFormulaVersion = 2;
 
 struct FormulaLibrary {
   int version;  // kFormulaVersion

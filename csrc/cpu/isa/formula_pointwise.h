@@ -58,6 +58,7 @@ struct FormulaStep {
   using A = typename V::Scalar;
   static constexpr int kParameters = C::kParameters > 0 ? C::kParameters : 1;
   static constexpr int kValues = C::kValues > 0 ? C::kValues : 1;
+  static constexpr int kPhases = C::kPhases > 0 ? C::kPhases : 1;
 
   // Whether the accumulator of a recurrent product has an input product in it.
   static constexpr bool adds(int recurrent_gate) {
@@ -73,24 +74,55 @@ struct FormulaStep {
     for (int i = 0; i < C::kParameters; ++i) p[i] = V::load(from + i * call.parameter_stride);
   }
 
-  static void forward_item(const FormulaCall<FormulaForwardRow<A>>& call, const FormulaForwardRow<A>& row,
-                           const FormulaItem& item) {
+  struct Forward {
+    V a[kValues], before[C::kStates], p[kParameters], ph[kPhases];
+  };
+  // What a pointwise part of forward reads; `phases`: results that are there.
+  static Forward load_forward(const FormulaCall<FormulaForwardRow<A>>& call, const FormulaForwardRow<A>& row,
+                              const FormulaItem& item, int phases) {
     const int64_t units = call.H / call.heads, unit = item.global_unit;
-    V a[kValues], before[C::kStates], after[C::kStates], p[kParameters];
-    for (int g = 0; g < C::kInputGates; ++g) a[C::input_slot(g)] = V::load(row.x + g * call.H + unit);
+    Forward in;
+    for (int g = 0; g < C::kInputGates; ++g) in.a[C::input_slot(g)] = V::load(row.x + g * call.H + unit);
     for (int g = 0; g < C::kRecurrentGates; ++g) {
       const V sum = V::load(row.rec + item.head * call.rec_columns + g * units + item.unit);
       const int slot = C::recurrent_slot(g);
-      a[slot] = adds(g) ? a[slot] + sum : sum;
+      in.a[slot] = adds(g) ? in.a[slot] + sum : sum;
     }
     for (int s = 0; s < C::kStates; ++s) {
-      if (C::forward_reads(s)) before[s] = V::load(row.before[s] + unit);
+      if (C::forward_reads(s)) in.before[s] = V::load(row.before[s] + unit);
     }
-    load_parameters(call, item, p);
+    for (int k = 0; k < phases; ++k) in.ph[k] = V::load(row.ph[k] + unit);
+    load_parameters(call, item, in.p);
+    return in;
+  }
+
+  template <int kPhase>
+  static void phase_input_item(const FormulaCall<FormulaForwardRow<A>>& call, const FormulaForwardRow<A>& row,
+                               const FormulaItem& item) {
+    const Forward in = load_forward(call, row, item, kPhase);
+    V v;
     if constexpr (C::kParameters > 0) {
-      C::forward(a, before, after, p);
+      C::template phase_input<kPhase>(in.a, in.before, in.p, in.ph, v);
     } else {
-      C::forward(a, before, after);
+      C::template phase_input<kPhase>(in.a, in.before, in.ph, v);
+    }
+    store_units(v, row.v[kPhase] + item.global_unit, item);
+    if (row.v_series[kPhase]) store_stored<V, Storage>(v, row.v_series[kPhase], item.global_unit, item.lanes);
+  }
+
+  static void forward_item(const FormulaCall<FormulaForwardRow<A>>& call, const FormulaForwardRow<A>& row,
+                           const FormulaItem& item) {
+    const int64_t unit = item.global_unit;
+    Forward in = load_forward(call, row, item, C::kPhases);
+    V after[C::kStates];
+    if constexpr (C::kParameters > 0 && C::kPhases > 0) {
+      C::forward(in.a, in.before, after, in.p, in.ph);
+    } else if constexpr (C::kPhases > 0) {
+      C::forward(in.a, in.before, after, in.ph);
+    } else if constexpr (C::kParameters > 0) {
+      C::forward(in.a, in.before, after, in.p);
+    } else {
+      C::forward(in.a, in.before, after);
     }
     for (int s = 0; s < C::kStates; ++s) {
       if (s == C::kOutput || s == C::kRecurrent) after[s] = rounded<V, Storage>(after[s]);
@@ -98,32 +130,64 @@ struct FormulaStep {
       if (row.series[s]) store_stored<V, Storage>(after[s], row.series[s], unit, item.lanes);
     }
     if (!row.saved) return;
-    for (int k = 0; k < C::kSaved; ++k) store_stored<V, Storage>(a[k], row.saved, k * call.H + unit, item.lanes);
+    for (int k = 0; k < C::kSaved; ++k) store_stored<V, Storage>(in.a[k], row.saved, k * call.H + unit, item.lanes);
+  }
+
+  struct Backward {
+    V a[kValues], before[C::kStates], after[C::kStates], p[kParameters], v[kPhases], d_states[C::kStates], dv[kPhases];
+  };
+  // What a pointwise part of backward reads; `phases`: the first phase whose dv is there.
+  static Backward load_backward(const FormulaCall<FormulaBackwardRow<A>>& call, const FormulaBackwardRow<A>& row,
+                                const FormulaItem& item, int phases) {
+    const int64_t unit = item.global_unit;
+    Backward in;
+    for (int k = 0; k < C::kSaved; ++k) in.a[k] = load_stored<V, Storage>(row.saved, k * call.H + unit, item.lanes);
+    for (int s = 0; s < C::kStates; ++s) {
+      if (C::reads_state(s)) {
+        in.before[s] = load_stored<V, Storage>(row.before[s], unit, item.lanes);
+        in.after[s] = load_stored<V, Storage>(row.after[s], unit, item.lanes);
+      }
+      in.d_states[s] = V::load(row.d_states[s] + unit);
+    }
+    in.d_states[C::kOutput] = in.d_states[C::kOutput] + load_stored<V, Storage>(row.dy, unit, item.lanes);
+    if constexpr (C::kRecurrentGates > 0) {
+      in.d_states[C::kRecurrent] = in.d_states[C::kRecurrent] + V::load(row.rec + item.head * call.rec_columns + item.unit);
+    }
+    for (int k = 0; k < C::kPhases; ++k) in.v[k] = load_stored<V, Storage>(row.v[k], unit, item.lanes);
+    for (int k = phases; k < C::kPhases; ++k) in.dv[k] = V::load(row.dv[k] + unit);
+    load_parameters(call, item, in.p);
+    return in;
+  }
+
+  template <int kPhase>
+  static void phase_gradient_item(const FormulaCall<FormulaBackwardRow<A>>& call, const FormulaBackwardRow<A>& row,
+                                  const FormulaItem& item) {
+    const Backward in = load_backward(call, row, item, kPhase + 1);
+    V d;
+    if constexpr (C::kParameters > 0) {
+      C::template phase_gradient<kPhase>(in.a, in.before, in.after, in.p, in.v, in.d_states, in.dv, d);
+    } else {
+      C::template phase_gradient<kPhase>(in.a, in.before, in.after, in.v, in.d_states, in.dv, d);
+    }
+    store_units(d, row.d_ph[kPhase] + item.global_unit, item);
+    const int64_t block = C::kSlots + C::kParameters + kPhase;
+    store_stored<V, Storage>(d, row.d, block * call.H + item.global_unit, item.lanes);
   }
 
   static void backward_item(const FormulaCall<FormulaBackwardRow<A>>& call, const FormulaBackwardRow<A>& row,
                             const FormulaItem& item) {
     constexpr int kFirst = C::kSlots - C::kRecurrentGates;
     const int64_t units = call.H / call.heads, unit = item.global_unit;
-    V a[kValues], before[C::kStates], after[C::kStates], p[kParameters];
-    V d_states[C::kStates], d[C::kSlots], d_parameters[kParameters];
-    for (int k = 0; k < C::kSaved; ++k) a[k] = load_stored<V, Storage>(row.saved, k * call.H + unit, item.lanes);
-    for (int s = 0; s < C::kStates; ++s) {
-      if (C::reads_state(s)) {
-        before[s] = load_stored<V, Storage>(row.before[s], unit, item.lanes);
-        after[s] = load_stored<V, Storage>(row.after[s], unit, item.lanes);
-      }
-      d_states[s] = V::load(row.d_states[s] + unit);
-    }
-    d_states[C::kOutput] = d_states[C::kOutput] + load_stored<V, Storage>(row.dy, unit, item.lanes);
-    if constexpr (C::kRecurrentGates > 0) {
-      d_states[C::kRecurrent] = d_states[C::kRecurrent] + V::load(row.rec + item.head * call.rec_columns + item.unit);
-    }
-    load_parameters(call, item, p);
-    if constexpr (C::kParameters > 0) {
-      C::backward(a, before, after, p, d_states, d, d_parameters);
+    Backward in = load_backward(call, row, item, 0);
+    V d[C::kSlots], d_parameters[kParameters];
+    if constexpr (C::kParameters > 0 && C::kPhases > 0) {
+      C::backward(in.a, in.before, in.after, in.p, in.v, in.d_states, in.dv, d, d_parameters);
+    } else if constexpr (C::kPhases > 0) {
+      C::backward(in.a, in.before, in.after, in.v, in.d_states, in.dv, d);
+    } else if constexpr (C::kParameters > 0) {
+      C::backward(in.a, in.before, in.after, in.p, in.d_states, d, d_parameters);
     } else {
-      C::backward(a, before, after, d_states, d);
+      C::backward(in.a, in.before, in.after, in.d_states, d);
     }
     for (int s = 0; s < C::kSlots; ++s) store_stored<V, Storage>(d[s], row.d, s * call.H + unit, item.lanes);
     for (int i = 0; i < C::kParameters; ++i) {
@@ -133,22 +197,104 @@ struct FormulaStep {
       A* const to = row.d_rec + item.head * C::kRecurrentGates * units + item.unit;
       for (int g = 0; g < C::kRecurrentGates; ++g) store_stored<V, A>(d[kFirst + g], to, g * units, item.lanes);
     }
-    for (int s = 0; s < C::kStates; ++s) store_units(row.reset ? V(0) : d_states[s], row.d_states[s] + unit, item);
+    for (int s = 0; s < C::kStates; ++s) store_units(row.reset ? V(0) : in.d_states[s], row.d_states[s] + unit, item);
   }
 
-  [[gnu::flatten]] static void forward(const FormulaCall<FormulaForwardRow<A>>& call) {
+  // f(row, item) for all items of all rows.
+  template <class Row, class F>
+  static void for_all(const FormulaCall<Row>& call, F&& f) {
     for (int64_t r = 0; r < call.n_rows; ++r) {
       for_formula_items<V::kWidth>(call.first, call.last, call.H, call.heads,
-                                   [&](const FormulaItem& item) { forward_item(call, call.rows[r], item); });
+                                   [&](const FormulaItem& item) { f(call.rows[r], item); });
     }
   }
+  [[gnu::flatten]] static void forward(const FormulaCall<FormulaForwardRow<A>>& call) {
+    for_all(call, [&](const auto& row, const FormulaItem& item) { forward_item(call, row, item); });
+  }
   [[gnu::flatten]] static void backward(const FormulaCall<FormulaBackwardRow<A>>& call) {
-    for (int64_t r = 0; r < call.n_rows; ++r) {
-      for_formula_items<V::kWidth>(call.first, call.last, call.H, call.heads,
-                                   [&](const FormulaItem& item) { backward_item(call, call.rows[r], item); });
+    for_all(call, [&](const auto& row, const FormulaItem& item) { backward_item(call, row, item); });
+  }
+  template <int kPhase>
+  [[gnu::flatten]] static void phase_input(const FormulaCall<FormulaForwardRow<A>>& call) {
+    for_all(call, [&](const auto& row, const FormulaItem& item) { phase_input_item<kPhase>(call, row, item); });
+  }
+  template <int kPhase>
+  [[gnu::flatten]] static void phase_gradient(const FormulaCall<FormulaBackwardRow<A>>& call) {
+    for_all(call, [&](const auto& row, const FormulaItem& item) { phase_gradient_item<kPhase>(call, row, item); });
+  }
+};
+
+// Norms over the units of a row (formula.h).
+template <class V, class Storage>
+struct FormulaNorms {
+  using A = typename V::Scalar;
+
+  static A sum_of_lanes(const V& v) {
+    A lanes[V::kWidth], sum = 0;
+    v.store(lanes);
+    for (const A lane : lanes) sum += lane;
+    return sum;
+  }
+  // The sum of f(unit, lanes) over the row; f gives 0 in lanes that are no units.
+  template <class F>
+  static A sum(int64_t H, F&& f) {
+    V total = V(0);
+    for (int64_t u = 0; u < H; u += V::kWidth) total = total + f(u, lanes_left<V>(H, u));
+    return sum_of_lanes(total);
+  }
+  static V present(const V& v, int lanes) {
+    if (lanes == V::kWidth) return v;
+    A values[V::kWidth];
+    v.store(values);
+    return V::load_partial(values, lanes);
+  }
+  struct Moments {
+    A mean, scale;  // 1 / sqrt(variance + eps)
+  };
+  template <class Load>
+  static Moments moments(const FormulaNorm<A>& call, Load&& load) {
+    const A count = static_cast<A>(call.H);
+    const A mean = call.centred ? sum(call.H, load) / count : A(0);
+    const A variance = sum(call.H,
+                           [&](int64_t u, int lanes) {
+                             const V off = present(load(u, lanes) - V(mean), lanes);
+                             return off * off;
+                           }) /
+                       count;
+    return {mean, A(1) / std::sqrt(variance + A(1e-5))};
+  }
+
+  [[gnu::flatten]] static void forward(const FormulaNorm<A>& call) {
+    const auto load = [&](int64_t u, int lanes) { return load_stored<V, A>(call.v, u, lanes); };
+    const Moments m = moments(call, load);
+    for (int64_t u = 0; u < call.H; u += V::kWidth) {
+      V out = (V::load(call.v + u) - V(m.mean)) * V(m.scale) * V::load(call.weight + u);
+      if (call.bias) out = out + V::load(call.bias + u);
+      out.store(call.out + u);
+    }
+  }
+  [[gnu::flatten]] static void backward(const FormulaNorm<A>& call) {
+    const auto load = [&](int64_t u, int lanes) { return load_stored<V, Storage>(call.v_stored, u, lanes); };
+    const Moments m = moments(call, load);
+    const auto normal = [&](int64_t u, int lanes) { return (load(u, lanes) - V(m.mean)) * V(m.scale); };
+    const auto weighted = [&](int64_t u) { return V::load(call.d + u) * V::load(call.weight + u); };
+    const A count = static_cast<A>(call.H);
+    const A along =
+        sum(call.H, [&](int64_t u, int lanes) { return present(weighted(u) * normal(u, lanes), lanes); }) / count;
+    const A mean =
+        call.centred ? sum(call.H, [&](int64_t u, int lanes) { return present(weighted(u), lanes); }) / count : A(0);
+    for (int64_t u = 0; u < call.H; u += V::kWidth) {
+      const V n = normal(u, lanes_left<V>(call.H, u));
+      ((weighted(u) - V(mean) - n * V(along)) * V(m.scale)).store(call.out + u);
     }
   }
 };
+
+template <class Step, class A, int... kPhases>
+void fill_phases(FormulaKernels<A>& kernels, std::integer_sequence<int, kPhases...>) {
+  ((kernels.phase_input[kPhases] = Step::template phase_input<kPhases>), ...);
+  ((kernels.phase_gradient[kPhases] = Step::template phase_gradient<kPhases>), ...);
+}
 
 template <class V, class C, class Storage>
 FormulaLibrary make_formula_library(DType dtype) {
@@ -156,17 +302,27 @@ FormulaLibrary make_formula_library(DType dtype) {
   library.version = kFormulaVersion;
   library.width = V::kWidth;
   library.dtype = static_cast<int>(dtype);
-  static int input_gradients[C::kInputGates];
+  static int input_gradients[C::kInputGates], phase_kinds[C::kPhases + 1];
   static bool reads_series[C::kStates];
   for (int g = 0; g < C::kInputGates; ++g) input_gradients[g] = C::input_gradient(g);
+  for (int k = 0; k < C::kPhases; ++k) phase_kinds[k] = C::phase_kind(k);
   for (int s = 0; s < C::kStates; ++s) reads_series[s] = C::reads_state(s);
-  library.traits = {C::kStates, C::kOutput, C::kRecurrent,  C::kInputGates,  C::kRecurrentGates,
-                    C::kSlots,  C::kSaved,  C::kParameters, input_gradients, reads_series};
+  library.traits = {C::kStates, C::kOutput,     C::kRecurrent, C::kInputGates,  C::kRecurrentGates, C::kSlots,
+                    C::kSaved,  C::kParameters, C::kPhases,    input_gradients, reads_series,       phase_kinds};
+  using A = typename V::Scalar;
   using Step = FormulaStep<V, C, Storage>;
-  if constexpr (sizeof(typename V::Scalar) == 8) {
-    library.f64 = {Step::forward, Step::backward};
+  FormulaKernels<A> kernels{};
+  kernels.forward = Step::forward;
+  kernels.backward = Step::backward;
+  fill_phases<Step>(kernels, std::make_integer_sequence<int, C::kPhases>{});
+  if constexpr (C::kPhases > 0) {
+    kernels.norm = FormulaNorms<V, Storage>::forward;
+    kernels.norm_gradient = FormulaNorms<V, Storage>::backward;
+  }
+  if constexpr (sizeof(A) == 8) {
+    library.f64 = kernels;
   } else {
-    library.f32 = {Step::forward, Step::backward};
+    library.f32 = kernels;
   }
   return library;
 }

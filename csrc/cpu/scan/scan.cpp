@@ -49,11 +49,13 @@ class Planner {
     const bool recurs = problem.recurrent_gates > 0;
     if (p_.backward) {
       plan.h = straight_matrix(recurs ? Shape(columns, units, 1, kernels_.width) : Shape());
+      plan.r = straight_matrix(problem.products ? Shape(p_.H, p_.H, 1, kernels_.width) : Shape());
     } else {
       plan.x = matrix(Shape(p_.I, problem.input_gates * p_.H, 1, kernels_.width), p_.N, /*rounded_rows=*/true);
       plan.h = matrix(recurs ? Shape(units, columns, 1, kernels_.width) : Shape(), p_.B, /*rounded_rows=*/true);
+      plan.r = matrix(problem.products ? Shape(p_.H, p_.H, 1, kernels_.width) : Shape(), p_.B, /*rounded_rows=*/false);
     }
-    plan.threads = thread_plan(plan, max_threads, problem.heads, /*barriers=*/2);
+    plan.threads = thread_plan(plan, max_threads, problem.heads, /*barriers=*/2 + 2 * problem.phases);
     return plan;
   }
 

@@ -32,10 +32,12 @@ template <class A>
 ScanPlan<A> plan_scan(const ScanProblem& problem, const Kernels<A>& kernels, int max_threads);
 
 // The same of a formula's scan, whose products are matrices of one gate each: x [Gi * H, I], h [Gr * H / heads, H / heads]
-// of one head, without panels where there is none.
+// of one head, r [H, H] of the products inside of a step, without panels where there is none.
 struct FormulaProblem {
   ScanProblem scan;  // cell and projects say nothing
   int input_gates, recurrent_gates, heads;
+  int phases;     // products and norms inside of a step
+  bool products;  // there is a product among them
 };
 template <class A>
 ScanPlan<A> plan_formula_scan(const FormulaProblem& problem, const Kernels<A>& kernels, int max_threads);
