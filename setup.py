@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 os.chdir(ROOT)
@@ -46,6 +47,22 @@ def extension(torch, cuda):
     )
     result.libraries.remove("cudart")
     return result
+
+
+# What compiled formulas include (fused_rnn/formula/build.py).
+HEADERS = ("core", "cpu/isa")
+
+
+class BuildPackage(build_py):
+    """Puts the headers into the package. A source tree, and an editable install, has them under csrc."""
+
+    def run(self):
+        super().run()
+        for folder in () if self.editable_mode else HEADERS:
+            target = Path(self.build_lib) / "fused_rnn" / "include" / folder
+            target.mkdir(parents=True, exist_ok=True)
+            for path in (ROOT / "csrc" / folder).glob("*.h"):
+                shutil.copyfile(path, target / path.name)
 
 
 def build_options(torch):
@@ -88,4 +105,5 @@ if torch is None and {"bdist_wheel", "editable_wheel", "build_ext", "develop", "
 if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None and os.environ.get("FUSED_RNN_CUDA") != "1":
     print("fused_rnn: no C++ compiler was found, so nothing is compiled: the Python reference will run", file=sys.stderr)
     torch = None
-setup(**(build_options(torch) if torch is not None else {}))
+options = build_options(torch) if torch is not None else {}
+setup(**{**options, "cmdclass": {**options.get("cmdclass", {}), "build_py": BuildPackage}})

@@ -5,18 +5,24 @@ from fused_rnn._backend import build_info, free_memory, use_backend
 from fused_rnn._explain import explain
 from fused_rnn.cells import GRUCell, LSTMCell, RNNCell
 from fused_rnn.convert import convert, revert
+from fused_rnn.formula import Cell, FormulaError, Gate, Layer, Step, source
 from fused_rnn.modules import GRU, LSTM, RNN
 from fused_rnn.patch import patched
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "Cell",
+    "FormulaError",
+    "Gate",
     "GRU",
     "GRUCell",
     "LSTM",
     "LSTMCell",
+    "Layer",
     "RNN",
     "RNNCell",
+    "Step",
     "build_info",
     "convert",
     "explain",
@@ -25,6 +31,7 @@ __all__ = [
     "functional",
     "patched",
     "revert",
+    "source",
     "use_backend",
 ]
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from fused_rnn import bench, demo, info
+from fused_rnn import bench, cache, demo, info
 
 COMMANDS = {
     "info": (info, "what was built, what serves CPU and CUDA tensors, what is missing and the command that mends it"),
     "demo": (demo, "train a character language model and compare it with torch.nn"),
+    "cache": (cache, "list or clear the compiled formulas that are kept on disk"),
     "bench": (bench, "time fused_rnn against torch.nn"),
 }
 

@@ -14,6 +14,8 @@ from fused_rnn import _backend, _checks, _settings, functional
 from fused_rnn._kinds import KINDS, NUMBER_OF_MODE, NUMBER_OF_NONLINEARITY, Kind
 from fused_rnn._quick_call import QuickCall
 from fused_rnn.explanation import Candidate, Explanation, Kernel, LayerPlan, Overlap, PassPlan, Rejection, Shares
+from fused_rnn.formula.explaining import explain_formula, sizes_of
+from fused_rnn.formula.modules import Layer, Step
 
 _KIB = 1024
 # Of a block of a persistent kernel: csrc/plan/persistent_geometry.h, kPersistentThreads and kTileRows.
@@ -61,7 +63,8 @@ def explain(
     and how the threads divide the work.
 
     Args:
-        module: fused_rnn's RNN, LSTM, GRU or one of its cells.
+        module: fused_rnn's RNN, LSTM, GRU or one of its cells; or a Layer or Step of a cell of your own, which has no plan
+            for other devices than the input's.
         input: what would be passed to it: [T, B, I] ([B, T, I] with batch_first), [T, I] or a PackedSequence; for cells
             [B, I] or [I]. Its values are not read: a tensor on the meta device will do if ``device`` is given.
         device: plan for this GPU instead of the input's device; none has to be there. "T4", "A100", "RTX 3090",
@@ -76,6 +79,13 @@ def explain(
             serve the call (with the reasons).
         RuntimeError: as the call itself would, the forced backend cannot serve the input.
     """
+    if isinstance(module, (Layer, Step)):
+        sizes, rows = sizes_of(module, input)
+        data = input.data if isinstance(input, PackedSequence) else input
+        result = explain_formula(module, input, _dtype(module, data, data.device.type), sizes, rows)
+        if show:
+            print(result)
+        return result
     sizes, rows = _sizes(module, input)
     data = input.data if isinstance(input, PackedSequence) else input
     described = _described_device(device)

@@ -74,3 +74,11 @@ def test_time_machine_reads_a_file(tmp_path: Path) -> None:
     book.write_text("To be, or not to be: that is the question.\n" * 60)
     perplexities, _ = load("time_machine").main(path=book, steps=20)
     assert perplexities[-1] < 27
+
+
+def test_own_cell(tmp_path: Path) -> None:
+    results = load("own_cell").main(updates=60, steps=12, hidden=32, plot=str(tmp_path / "loss.png"))
+    assert sum(results["losses"][-10:]) < 0.8 * sum(results["losses"][:10])
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+    kernels, loop = results["seconds"]
+    assert 0 < kernels and 0 < loop

@@ -496,3 +496,61 @@ def test_a_step_trains_and_equals_the_layer() -> None:
         torch.testing.assert_close(mine, wanted, atol=1e-12, rtol=0)
     single = step(x[0])
     torch.testing.assert_close(single[0], step(x)[0][0], atol=1e-12, rtol=0)
+
+
+# --- around ---
+
+
+def test_headers_of_a_package_suffice(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """setup.py puts these two folders into an installed package."""
+    root = Path(__file__).parent.parent
+    text = (root / "setup.py").read_text()
+    assert 'HEADERS = ("core", "cpu/isa")' in text
+    for folder in ("core", "cpu/isa"):
+        (tmp_path / folder).mkdir(parents=True)
+        for path in (root / "csrc" / folder).glob("*.h"):
+            shutil.copyfile(path, tmp_path / folder / path.name)
+    monkeypatch.setattr(build, "headers_directory", lambda: tmp_path)
+    with fused_rnn.use_backend("cpu"):
+        new_layer()(torch.rand(2, 2, 2))
+
+
+def test_without_headers_step_serves(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "headers_directory", lambda: tmp_path)
+    with pytest.warns(RuntimeWarning, match="the headers of the kernels are missing"):
+        new_layer()(torch.rand(2, 2, 2))
+
+
+def test_explain() -> None:
+    layer = Layer(cells.NormLstm(), 16, 32, num_layers=2)
+    explanation = fused_rnn.explain(layer, torch.rand(T, B, 16), show=False)
+    assert explanation.backend == "cpu" and explanation.cell == "NormLstm" and len(explanation.layers) == 2
+    assert "8 numbers of a unit are kept of each step" in str(explanation)
+    assert explanation.layers[0].saved_bytes == 8 * T * B * 32 * 4
+    with fused_rnn.use_backend("reference"):
+        assert fused_rnn.explain(layer, torch.rand(T, B, 16), show=False).backend == "reference"
+    step = fused_rnn.explain(Step(cells.SLstm(), 4, 8, dtype=torch.float64), torch.rand(4, dtype=torch.float64), show=False)
+    assert step.layers[0].T == step.layers[0].B == 1
+    with pytest.raises(ValueError, match="input: expected 16 features"):
+        fused_rnn.explain(layer, torch.rand(T, B, 3))
+
+
+def test_saved_bytes_are_those_of_forward() -> None:
+    for cell in (cells.SLstm(), cells.NormLstm(), cells.Gru()):
+        layer = Layer(cell, 4, 8)
+        x = torch.rand(T, B, 4)
+        layer(x)
+        flags = ops.BIASES | ops.SAVE
+        _, _, saved = torch.ops.fused_rnn.formula(x, [], list(layer.parameters()), [], layer.formula, flags)
+        told = fused_rnn.explain(layer, x, show=False).layers[0].saved_bytes
+        assert told == sum(t.numel() * t.element_size() for t in saved), type(cell)
+
+
+def test_cache_command(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fused_rnn.__main__ import main
+
+    new_layer()(torch.rand(2, 2, 2))
+    main(["cache"])
+    assert "1 compiled formulas" in capsys.readouterr().out
+    main(["cache", "--clear"])
+    assert "bytes freed" in capsys.readouterr().out and store.entries() == []

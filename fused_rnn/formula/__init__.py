@@ -1,6 +1,7 @@
-"""Recurrent cells written as formulas. Not public yet: names and behaviour may change.
+"""Recurrent cells written as formulas: Cell is the language, Layer and Step run a cell, source shows its C++.
 
-``Cell`` is the language, ``Layer`` and ``Step`` run a cell, ``source`` writes it as C++.
+On a CPU they run on kernels that the machine's C++ compiler makes of the formula at its first call (build.py). On other
+devices, and where nothing can be compiled, ``step`` runs in a loop, with a warning that says why.
 """
 
 from fused_rnn.formula.errors import FormulaError
@@ -15,7 +16,6 @@ def source(cell: Cell) -> str:
 
     Raises:
         TypeError: ``cell`` is no Cell.
-        NotImplementedError: the step has products or norms inside.
     """
     from fused_rnn.formula.writer import source_of  # tracing takes a second to import
 

@@ -42,6 +42,11 @@ class _Formula(nn.Module):
         self.hidden_size = hidden_size
         self.bias = bias
 
+    @property
+    def formula(self) -> str:
+        """The cell's name among the compiled formulas."""
+        return self._formula
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What unpickling and copying do; the cell is made known in this process."""
         super().__setstate__(state)

@@ -34,6 +34,13 @@ def why_not(formula: str, device_type: str, dtype: torch.dtype) -> _backend.Reas
     return _reasons.get((formula, dtype))
 
 
+def why_not_here(formula: str, device_type: str, dtype: torch.dtype) -> _backend.Reason | None:
+    """The same with the backend that is forced now."""
+    if _backend.forced is not None and _backend.forced != "cpu":
+        return _backend.Reason("forced", f"backend {_backend.forced!r} is forced")
+    return why_not(formula, device_type, dtype)
+
+
 def has_kernels(formula: str, device_type: str, dtype: torch.dtype) -> bool:
     """Whether compiled kernels serve the call; they are made if need be. Else ``step`` does, and a warning says why, once.
 

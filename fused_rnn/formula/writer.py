@@ -259,8 +259,8 @@ class _Writer:
             lines += [head, *_indented(branch)] if len(branches) > 1 else branch
         lines += ["}"] if len(branches) > 1 else []
         body = _using(lines)
-        head = _wrapped(f"static FUSED_RNN_HD void {name}(", _without_unused(arguments, body).split(", "), ") {")
-        return ["template <int kPhase, class V>", *head, *_indented(body), "}"]
+        signature = _wrapped(f"static FUSED_RNN_HD void {name}(", _without_unused(arguments, body).split(", "), ") {")
+        return ["template <int kPhase, class V>", *signature, *_indented(body), "}"]
 
     def _forward_of_sigmoids(self, name: str = "forward_of_sigmoids") -> list[str]:
         plan, names = self.plan, self._names()
