@@ -294,12 +294,12 @@ def test_steps_make_a_layer(cell: Any) -> None:
 
 @pytest.mark.parametrize("cell", EVERY, ids=lambda cell: type(cell).__name__)
 def test_copies(cell: Any) -> None:
-    layer = Layer(cell, IN, H, bidirectional=True)
-    x = torch.randn(T, B, IN)
+    layer = Layer(cell, IN, H, bidirectional=True, dtype=torch.float64)
+    x = rand(T, B, IN)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert twin.cell is not layer.cell and repr(twin) == repr(layer)
         assert all(torch.equal(a, b) for a, b in zip(flat(twin(x)), flat(layer(x)), strict=True))
-    other = Layer(cell, IN, H, bidirectional=True)
+    other = Layer(cell, IN, H, bidirectional=True, dtype=torch.float64)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x)[0], layer(x)[0])
 
