@@ -176,7 +176,7 @@ def test_sdist_is_complete(tmp_path: Path) -> None:
 
 def test_code_of_the_readme_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     weights = [torch.randn(24, 8), torch.randn(24, 8), torch.randn(24), torch.randn(24)]
     names: dict[str, object] = {
         "model": torch.nn.Sequential(torch.nn.LSTM(8, 8)),

@@ -14,7 +14,7 @@
 #include "cpu/gemm/weight_cache.h"
 #include "cpu/isa/kernels.h"
 #include "cpu/processors.h"
-#include "torch/formula.h"
+#include "torch/formula_ops.h"
 #include "torch/memory.h"
 #include "torch/module_call.h"
 #include "torch/ops.h"
@@ -222,7 +222,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_setting", &fused_rnn::set_setting, pybind11::arg("name"), pybind11::arg("value"),
         "What an environment variable chooses (csrc/torch/settings.h); an empty value is the default.");
   m.def("register_formula", &fused_rnn::register_formula, pybind11::arg("formula"), pybind11::arg("path"),
-        "Lets the library at this path serve the formula (csrc/torch/formula.h).");
+        "Lets the library at this path serve the formula (csrc/torch/formula_ops.h).");
   m.def("forget_formula", &fused_rnn::forget_formula, pybind11::arg("formula"), pybind11::arg("dtype"),
         "The formula's library does not serve it any more.");
   m.def("formula_facts", &fused_rnn::formula_facts, pybind11::arg("formula"), pybind11::arg("dtype"),

@@ -1,5 +1,5 @@
-"""The ops of compiled formulas: what csrc/torch/formula.cpp leaves to Python (fake kernels, autograd, double backward), and
-a layer and a stack on them."""
+"""The ops of compiled formulas: what csrc/torch/formula_ops.cpp leaves to Python (fake kernels, autograd, double backward),
+and a layer and a stack on them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fused_rnn._recipe import Recipe, Rows, rows_of
 from fused_rnn.formula.language import Cell
 from fused_rnn.formula.parameters import OWN_KIND, as_declared, outputs_first, step_function
 
-# csrc/torch/formula.h's bits of `flags`.
+# csrc/torch/formula_ops.h's bits of `flags`.
 BIASES, BIDIRECTIONAL, SAVE, GRAD_X, GRAD_STATES, GRAD_PARAMS = (1 << bit for bit in range(6))
 
 # csrc/core/params.h's DType.

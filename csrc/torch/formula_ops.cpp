@@ -2,9 +2,9 @@
 // kernels, autograd and the double backward are in fused_rnn/formula/ops.py.
 //
 //   params of a direction: weight_ih [Gi*H, I], weight_hh [Gr*H, H] or of n heads [n, Gr*H/n, H/n], bias_ih, bias_hh, the
-//   cell's vectors [H] and numbers [], of each phase a product's matrix [H, H] or a norm's weight and bias [H]; what the cell
-//   lacks is left out.
-#include "cpu/formula/formula.h"
+//   cell's vectors [H] and numbers [], then of each phase a product's matrix [H, H] or a norm's weight and bias [H]. What a
+//   cell lacks is left out.
+#include "torch/formula_ops.h"
 
 #include <ATen/ops/layer_norm.h>
 #include <ATen/ops/mul.h>
@@ -16,8 +16,8 @@
 #include <mutex>
 #include <unordered_map>
 
+#include "cpu/formula/formula.h"
 #include "cpu/isa/kernels.h"
-#include "torch/formula.h"
 #include "torch/layer.h"
 #include "torch/products.h"
 #include "torch/workspace.h"

@@ -1,4 +1,4 @@
-// The ops of cells that are formulas: their flags, and the libraries that they run (formula.cpp).
+// The ops of cells that are formulas: their flags, and the libraries that they run (formula_ops.cpp).
 #pragma once
 #include <string>
 #include <tuple>
