@@ -36,6 +36,7 @@ class _Formula(nn.Module):
             )
         if not isinstance(bias, bool):
             raise TypeError(f"bias: expected a bool, got {type(bias).__name__}")
+        self._names: tuple[str, ...] = ()  # of the parameters, in order
         self.cell = cell
         self._formula = ops.remember(cell)
         self.input_size = input_size
@@ -125,7 +126,9 @@ class Layer(_Formula):
                 f"dropout={dropout} has no effect with num_layers=1: it acts between layers",
                 stacklevel=2,
             )
-        for name, spec in self._specs():
+        specs = self._specs()
+        self._names = tuple(name for name, _ in specs)
+        for name, spec in specs:
             self.register_parameter(name, empty(spec.shape, factory.get("device"), factory.get("dtype")))
         self.reset_parameters()
 
@@ -221,8 +224,7 @@ class Layer(_Formula):
         return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), self._form_of(last)
 
     def _check(self, input: Tensor, states: list[Tensor]) -> None:
-        names = [name for name, _ in self._specs()]
-        self._check_tensors(input, states, [getattr(self, name) for name in names], names)
+        self._check_tensors(input, states, [getattr(self, name) for name in self._names], self._names)
 
     def _check_states(self, states: list[Tensor], batch: int) -> None:
         shape = [self.num_layers * (2 if self.bidirectional else 1), batch, self.hidden_size]
@@ -234,7 +236,7 @@ class Layer(_Formula):
         """Batched or packed input, checked: output and last states, in the cell's order."""
         self._check_states(states, batch)
         recipe = self._recipe(batch_first)
-        weights = [getattr(self, name) for name, _ in self._specs()]
+        weights = [getattr(self, name) for name in self._names]
         input, states, weights = functional.autocast(input.device.type, input, states, list(weights))
         rows = Rows(*(None if row is None else row.to(input.device) for row in rows))
         compiled = serve.has_kernels(self._formula, input.device.type, input.dtype)
@@ -278,7 +280,9 @@ class Step(_Formula):
         self, cell: Cell, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
     ) -> None:
         super().__init__(cell, input_size, hidden_size, bias)
-        for spec in specs_of(cell, input_size, hidden_size, bias):
+        specs = self._specs()
+        self._names = tuple(spec.name for spec in specs)
+        for spec in specs:
             if hasattr(self, spec.name):
                 raise ValueError(f"cell: its parameter {spec.name} has the name of an attribute of the module")
             self.register_parameter(spec.name, empty(spec.shape, device, dtype))
@@ -308,9 +312,8 @@ class Step(_Formula):
             TypeError, ValueError: an argument is wrong; the message names it.
         """
         states = self._states_of(hx)
-        names = [spec.name for spec in self._specs()]
-        weights = [getattr(self, name) for name in names]
-        self._check_tensors(input, states, weights, names)
+        weights = [getattr(self, name) for name in self._names]
+        self._check_tensors(input, states, weights, self._names)
         if input.dim() not in (1, 2):
             raise ValueError(f"input: expected 1-D or 2-D, got {input.dim()}-D")
         shape = [*input.shape[:-1], self.hidden_size]
