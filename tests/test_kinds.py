@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from fused_rnn import _backend
@@ -18,3 +23,34 @@ def test_modes_are_torchs() -> None:
     for kind in KINDS:
         assert kind.mode == kind.name.upper()
         assert kind.mode == ("RNN_" + kind.nonlinearity.upper() if kind.nonlinearity else kind.mode)
+
+
+# Gates 0 and 2 of Apart have accumulators of their own for the recurrent part, as GRU's n has.
+SLOTS = """
+#include "core/cells.h"
+using namespace fused_rnn;
+struct Apart {
+  static constexpr int kGates = 3, kSlots = 5;
+  static constexpr int recurrent_slot(int gate) { return gate == 0 ? 3 : gate == 2 ? 4 : gate; }
+};
+template <class C>
+constexpr int slots() {
+  int digits = 0;
+  for (int gate = 0; gate < C::kGates; ++gate) digits = 10 * digits + input_gradient_slot<C>(gate);
+  return digits;
+}
+static_assert(slots<Cell<CellKind::kRnnTanh>>() == 0);
+static_assert(slots<Cell<CellKind::kLstm>>() == 123);
+static_assert(slots<Cell<CellKind::kGru>>() == 120);
+static_assert(slots<Apart>() == 31);  // 0, 3, 1
+"""
+COMPILER = os.environ.get("CXX", "c++").split()[0]
+
+
+@pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs a C++ compiler ({COMPILER})")
+def test_slots_of_input_gradients() -> None:
+    """Where d_gates has the gradient of each gate's input part follows from the accumulators that a cell names."""
+    include = f"-I{Path(__file__).parent.parent / 'csrc'}"
+    command = [COMPILER, "-std=c++17", "-fsyntax-only", include, "-x", "c++", "-"]
+    run = subprocess.run(command, input=SLOTS, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -168,4 +168,14 @@ struct Cell<CellKind::kGru> : CellConstants<CellKind::kGru> {
   }
 };
 
+// The slot of d_gates that is the gradient of gate `gate` of the input product (BackwardParams::d_gates): that of its
+// recurrent product where both are added to one accumulator, else one of the first kSlots - kGates slots, in gate order.
+template <class C>
+constexpr int input_gradient_slot(int gate) {
+  if (C::recurrent_slot(gate) == gate) return C::kSlots - C::kGates + gate;
+  int slot = 0;
+  for (int g = 0; g < gate; ++g) slot += C::recurrent_slot(g) != g;
+  return slot;
+}
+
 }  // namespace fused_rnn

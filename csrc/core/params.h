@@ -8,8 +8,10 @@
 // Slot order of `gates`:     LSTM i f g o, GRU r z n hn, where hn = W_hn h + b_hn. Before the recurrence the first G slots
 //                            hold the input projection x W_ih^T + b_ih.
 // Slot order of `d_gates`:   LSTM i f g o, GRU n_x r z n_h: gradients of pre-activations. The last G slots are always the
-//                            gradient of the recurrent product, in weight order; GRU's slot 0 is that of the input part of
-//                            n. So the gradient of the input product is slots (1, 2, 0) for a GRU, all slots otherwise.
+//                            gradient of the recurrent product, in weight order. The first S - G are the gradients of the
+//                            input parts of gates whose recurrent part has an accumulator of its own (GRU's n), in weight
+//                            order. So the gradient of the input product is slots (1, 2, 0) for a GRU, all slots otherwise
+//                            (input_gradient_slot in cells.h).
 #pragma once
 #include "core/active.h"
 #include "core/modifier.h"

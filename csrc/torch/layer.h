@@ -67,8 +67,8 @@ void allocate_gates(ForwardCall& call);
 // Results of a finished ForwardCall in the op's order.
 LayerOutputs forward_outputs(const ForwardCall& call, bool save);
 
-// Columns of rows of d_gates, dg [rows, S * H], that are the gradient of the input product, in weight order: all of them, or
-// a GRU's r and z, then n_x (core/params.h). Each with its first row in w_ih.
+// Columns of rows of d_gates, dg [rows, S * H], that are the gradient of the input product, in weight order; gates whose
+// columns follow each other are together: all of them, or a GRU's r and z, then n_x. Each with its first row in w_ih.
 using InputColumns = std::vector<std::pair<Tensor, int64_t>>;
 InputColumns input_columns(CellKind cell, int64_t H, const Tensor& dg);
 

@@ -5,6 +5,8 @@
 #include <ATen/ops/tanh.h>
 #include <ATen/ops/where.h>
 
+#include "core/cells.h"
+#include "core/dispatch.h"
 #include "cpu/scan/previous.h"
 #include "torch/device.h"
 #include "torch/layer.h"
@@ -131,9 +133,17 @@ std::vector<Tensor> state_gradients(const Call& call, const BackwardCall& made, 
 }  // namespace
 
 InputColumns input_columns(CellKind cell, int64_t H, const Tensor& dg) {
-  const int64_t G = gate_count(cell);
-  if (slot_count(cell) == G) return {{dg, 0}};
-  return {{dg.slice(1, H, G * H), 0}, {dg.slice(1, 0, H), (G - 1) * H}};
+  return dispatch_cell(cell, [&](auto tag) -> InputColumns {
+    using C = Cell<decltype(tag)::value>;
+    if constexpr (C::kSlots == C::kGates) return {{dg, 0}};
+    InputColumns all;
+    for (int gate = 0, end = 0; gate < C::kGates; gate = end) {
+      const int slot = input_gradient_slot<C>(gate);
+      for (end = gate + 1; end < C::kGates && input_gradient_slot<C>(end) == slot + end - gate;) ++end;
+      all.emplace_back(dg.slice(1, slot * H, (slot + end - gate) * H), gate * H);
+    }
+    return all;
+  });
 }
 
 void input_gradient(const Call& call, const InputColumns& all, const Tensor& dx, int64_t d) {
