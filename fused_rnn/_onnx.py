@@ -1,8 +1,8 @@
 """What the layers and cells are in a graph that ``torch.onnx.export(model, args, dynamo=True)`` captures.
 
 Layers become ONNX's own LSTM, GRU and RNN, one node a layer with both directions, of any T and B. Cells become the products
-and element-wise operations of their definition (fused_rnn/reference.py). A projection and resets, which ONNX's operators
-lack, become ONNX's Scan over the definition of a step.
+and element-wise operations of their definition (fused_rnn/reference.py). What ONNX's operators lack (a projection, resets, a
+further cell) becomes ONNX's Scan over the definition of a step.
 
 ONNX: X [T, B, I], W [D, G*H, I], R [D, G*H, H], B [D, 2*G*H] (those of W, then those of R), sequence_lens [B], initial_h and
 initial_c [D, B, H] -> Y [T, D, B, H], Y_h, Y_c [D, B, H]. Order of gates: LSTM i o f g, GRU z r n; torch's: i f g o, r z n.
@@ -51,7 +51,7 @@ def rnn(
         refuse_packed()
     num_layers, directions = recipe.num_layers, recipe.directions
     per_direction = len(weights) // (num_layers * directions)
-    in_one_node = per_direction % 2 == 0 and rows.resets is None
+    in_one_node = recipe.cell in _OPERATOR and per_direction % 2 == 0 and rows.resets is None
     y = input.transpose(0, 1) if recipe.batch_first else input
     if rows.resets is not None and recipe.batch_first:
         rows = rows._replace(resets=rows.resets.transpose(0, 1))

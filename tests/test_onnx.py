@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import fused_rnn
-from fused_rnn import functional
+from fused_rnn import _onnx, functional
+from fused_rnn._kinds import GRU
 
 MISSING = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
 pytestmark = [
@@ -133,6 +134,14 @@ def test_projection_is_a_loop_of_any_length(bidirectional: bool, tmp_path: Path)
     assert operators["Scan"] == rows
     for size in ((5, 3), (9, 2)):
         check(session, model, example(*size))
+
+
+def test_a_cell_that_onnx_lacks_is_a_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(_onnx._OPERATOR, GRU)
+    model = fused_rnn.GRU(4, 6)
+    session, operators = export(model, (torch.randn(5, 3, 4),), ({0: Dim("T"), 1: Dim("B")},), tmp_path / "m.onnx")
+    assert operators["Scan"] == 1 and operators["GRU"] == 0
+    check(session, model, (torch.randn(9, 2, 4),))
 
 
 class Masked(nn.Module):
