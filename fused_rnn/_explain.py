@@ -18,8 +18,6 @@ from fused_rnn.formula.explaining import explain_formula, sizes_of
 from fused_rnn.formula.modules import Layer, Step
 
 _KIB = 1024
-# Of a block of a persistent kernel: csrc/plan/persistent_geometry.h, kPersistentThreads and kTileRows.
-PERSISTENT_THREADS, TILE_ROWS = 256, 8
 
 
 def _device(cc: int, sms: int, block: int, sm: int, threads: int, l2: int, cluster: int) -> dict[str, int]:
@@ -328,7 +326,7 @@ def _persistent_kernel(family: str, held: Mapping[str, Any]) -> Kernel:
     """The kernel that holds the weights of a layer over all its steps."""
     return Kernel(
         name=family, persistent=True, math=held["math"], grid=(held["blocks"], held["groups"], held["directions"]),
-        threads=PERSISTENT_THREADS, units=held["units"], rows=TILE_ROWS * held["row_tiles"], launches=held["launches"],
+        threads=held["threads"], units=held["units"], rows=held["rows"], launches=held["launches"],
         stages=None, smem_bytes=held["smem_bytes"], weight_registers=held["weight_registers"],
         weight_bytes_in_registers=held["weight_bytes_in_registers"], weight_bytes_in_smem=held["weight_bytes_in_smem"],
         us=None,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,6 +78,9 @@ def test_forced_family(family: str, setting: Setting) -> None:
         (held,) = plan.kernels
         slices = held.grid[0]
         assert f"{held.blocks} blocks at most in a launch" in plan.text and plan.launches == held.launches == 1
+        # A group's blocks share the units, the groups share the rows.
+        assert slices * held.units >= 256 and (held.grid[1] - 1) * held.rows < 16 <= held.grid[1] * held.rows
+        assert held.threads * held.weight_registers * 4 == held.weight_bytes_in_registers
         # The registers and the shared memory of all blocks of a group hold the weights: 4 gates, 256 x 256, 2 bytes.
         in_registers = slices * held.threads * held.weight_registers * 4
         in_smem = slices * held.weight_bytes_in_smem
@@ -337,15 +338,6 @@ def test_launches() -> None:
         layer = explain(lstm, torch.zeros(100, 5, 12), device="A100").layers[0]
         assert layer.backward is not None
         assert (layer.forward.launches, layer.backward.launches) == (forward, backward)
-
-
-def test_constants_of_the_persistent_kernels() -> None:
-    """Twins of those of csrc/plan/persistent_geometry.h."""
-    text = (Path(__file__).parent.parent / "csrc" / "plan" / "persistent_geometry.h").read_text()
-    values = dict(re.findall(r"constexpr int (k\w+) = ([^;]+);", text))
-    warps = int(values["kPersistentWarps"])
-    assert values["kPersistentThreads"] == "32 * kPersistentWarps" and warps * 32 == _explain.PERSISTENT_THREADS
-    assert int(values["kTileRows"]) == _explain.TILE_ROWS
 
 
 @pytest.mark.gpu

@@ -62,6 +62,8 @@ py::dict to_dict(const PersistentPlan& plan) {
   result["math"] = to_string(plan.math);
   result["units"] = plan.unit_tiles * cuda::kTileUnits;
   result["blocks"] = plan.slices;
+  result["threads"] = cuda::kPersistentThreads;
+  result["rows"] = plan.row_tiles * cuda::kTileRows;  // of a group
   result["row_tiles"] = plan.row_tiles;
   result["groups"] = plan.groups;
   result["directions"] = plan.directions;
