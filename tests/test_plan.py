@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from fused_rnn._explain import DEVICES
+from fused_rnn._kinds import KINDS
 
 C = pytest.importorskip("fused_rnn._C", reason="the extension is not built")
 
 KIB = 1024
 
-CELLS = ("rnn_tanh", "rnn_relu", "rnn_identity", "lstm", "gru")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 SIZES = ((1, 1), (1, 7), (3, 33), (8, 129), (16, 768), (32, 1134), (64, 1024), (512, 256), (4096, 2048))
 
@@ -29,7 +29,7 @@ def kernel(result: dict[str, Any], name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", DEVICES)
 def test_every_plan_fits_its_device(name: str) -> None:
     limits = DEVICES[name]
-    for cell in CELLS:
+    for cell in (kind.name for kind in KINDS):
         for dtype in DTYPES:
             for batch, hidden in SIZES:
                 for backward in (False, True):
