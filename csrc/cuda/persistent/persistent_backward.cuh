@@ -206,13 +206,15 @@ struct PersistentBackward : BlockElements<G> {
 };
 
 // With the scatter product, multiplies the gradients of step k, which all threads have put, and sends the sums to their
-// owners.
+// owners. product: that of `backward`; read through `backward`, it costs the cluster kernel of fp32 GRU with 32 units 4
+// registers (nvcc 13.0, sm_90a).
 template <class G>
-__device__ __forceinline__ void scatter(PersistentBackward<G>& backward, int row_tile, int k, int buffer) {
+__device__ __forceinline__ void scatter(const PersistentBackward<G>& backward, const ProductOf<G>& product, int row_tile,
+                                        int k, int buffer) {
   if constexpr (G::kScatters) {
     if (backward.has_exchange(k)) {
       simt::sync_block();
-      backward.product.run(buffer, row_tile, k);
+      product.run(buffer, row_tile, k);
     }
   }
 }
@@ -220,7 +222,8 @@ __device__ __forceinline__ void scatter(PersistentBackward<G>& backward, int row
 // The loop over steps and row tiles, one function for each schedule. rows: of step 0. The turns after the last step finish
 // the gradients of the states.
 template <class G>
-__device__ __forceinline__ void run_plain(PersistentBackward<G>& backward, const BlockPlace& block, StepRows& rows) {
+__device__ __forceinline__ void run_plain(PersistentBackward<G>& backward, const ProductOf<G>& product,
+                                          const BlockPlace& block, StepRows& rows) {
   using Place = ElementPlace<G>;
   typename PersistentBackward<G>::Element x[Place::kPerThread];
   int buffer = 0;
@@ -243,7 +246,7 @@ __device__ __forceinline__ void run_plain(PersistentBackward<G>& backward, const
         backward.finish(Place(row_tile, i), row_tile, k, x[i], buffer, results[i]);
         backward.store(Place(row_tile, i), row_tile, rows.now, results[i]);
       }
-      scatter(backward, row_tile, k, buffer);
+      scatter(backward, product, row_tile, k, buffer);
       if (!next.same_step) rows.advance(backward.seq, backward.time(k + 3));
       buffer ^= 1;
     }
@@ -251,7 +254,8 @@ __device__ __forceinline__ void run_plain(PersistentBackward<G>& backward, const
 }
 
 template <class G>
-__device__ __forceinline__ void run_early(PersistentBackward<G>& backward, const BlockPlace& block, StepRows& rows) {
+__device__ __forceinline__ void run_early(PersistentBackward<G>& backward, const ProductOf<G>& product,
+                                          const BlockPlace& block, StepRows& rows) {
   using Place = ElementPlace<G>;
   typename PersistentBackward<G>::Element x[1];
   load_elements(backward, x, 0, 0, 0, rows);
@@ -270,7 +274,7 @@ __device__ __forceinline__ void run_early(PersistentBackward<G>& backward, const
       const int row = rows.now;
       typename PersistentBackward<G>::Result result;
       backward.finish(Place(row_tile, 0), row_tile, k, x[0], buffer, result);
-      scatter(backward, row_tile, k, buffer);
+      scatter(backward, product, row_tile, k, buffer);
       if (!next.same_step) rows.advance(backward.seq, backward.time(k + 3));
       if (next.exists) load_elements(backward, x, next.row_tile, next.row_tile, next.same_step ? k : k + 1, rows);
       backward.store(Place(row_tile, 0), row_tile, row, result);
@@ -280,7 +284,8 @@ __device__ __forceinline__ void run_early(PersistentBackward<G>& backward, const
 }
 
 template <class G>
-__device__ __forceinline__ void run_alternate(PersistentBackward<G>& backward, const BlockPlace& block, StepRows& rows) {
+__device__ __forceinline__ void run_alternate(PersistentBackward<G>& backward, const ProductOf<G>& product,
+                                              const BlockPlace& block, StepRows& rows) {
   using Place = ElementPlace<G>;
   typename PersistentBackward<G>::Element x[1];
   load_elements(backward, x, 0, 0, 0, rows);
@@ -305,7 +310,7 @@ __device__ __forceinline__ void run_alternate(PersistentBackward<G>& backward, c
         load_elements(backward, x, buffer ^ 1, next.row_tile, next.same_step ? k : k + 1,
                       next.same_step ? rows : rows.following());
       }
-      scatter(backward, row_tile, k, buffer);
+      scatter(backward, product, row_tile, k, buffer);
       backward.store(Place(buffer, 0), row_tile, row, result);
       if (!next.same_step) rows.advance(backward.seq, backward.time(k + 3));
       buffer ^= 1;
@@ -325,11 +330,11 @@ __device__ __forceinline__ void persistent_backward(const BackwardSequence& s) {
   for (int row_tile = 0; row_tile < block.row_tiles; ++row_tile) backward.begin(row_tile);
   StepRows rows(s.p.seq, [&](int k) { return backward.time(k); });
   if constexpr (ElementPlace<G>::kSchedule == Schedule::kPlain) {
-    run_plain(backward, block, rows);
+    run_plain(backward, product, block, rows);
   } else if constexpr (ElementPlace<G>::kSchedule == Schedule::kEarly) {
-    run_early(backward, block, rows);
+    run_early(backward, product, block, rows);
   } else {
-    run_alternate(backward, block, rows);
+    run_alternate(backward, product, block, rows);
   }
 }
 
