@@ -1,5 +1,9 @@
 // The matrix tile: kRows rows times kPanels panels of kVectors vectors, with its sums in registers. Every sum runs over k in
 // order, one multiply-add at a time, in every tile: results do not depend on how rows are grouped.
+//
+// Beside the sums a tile keeps in registers what is fewer, the elements of its rows or the vectors of its panel, and takes
+// the others one after the other. 4 rows times 3 vectors (a GRU) with the rows' elements kept need 17 registers of AVX2's
+// 16: one sum then lies in memory, and its chain of load, multiply-add and store takes twice as long as the whole round.
 #pragma once
 #include "cpu/isa/kernels.h"
 
@@ -33,12 +37,25 @@ void gemm_tile(const GemmCall<typename V::Scalar>& call) {
     for (int64_t i = 0; i < fetch; i += 64) __builtin_prefetch(next + i, 0, 2);
     next += fetch;
     for (int64_t k = begin; k < end; ++k, panel += k_stride) {
-      V a[kRows];
-      for (int r = 0; r < kRows; ++r) a[r] = V::broadcast(rows[r] + k);
-      for (int p = 0; p < kPanels; ++p) {
-        for (int v = 0; v < kVectors; ++v) {
-          const V w = V::load_pinned(panel + p * stride + v * kWidth);
-          for (int r = 0; r < kRows; ++r) sum[p][r][v] = multiply_add(a[r], w, sum[p][r][v]);
+      if constexpr (kRows > kPanels * kVectors) {
+        V w[kPanels][kVectors];
+        for (int p = 0; p < kPanels; ++p) {
+          for (int v = 0; v < kVectors; ++v) w[p][v] = V::load_pinned(panel + p * stride + v * kWidth);
+        }
+        for (int r = 0; r < kRows; ++r) {
+          const V a = V::broadcast(rows[r] + k);
+          for (int p = 0; p < kPanels; ++p) {
+            for (int v = 0; v < kVectors; ++v) sum[p][r][v] = multiply_add(a, w[p][v], sum[p][r][v]);
+          }
+        }
+      } else {
+        V a[kRows];
+        for (int r = 0; r < kRows; ++r) a[r] = V::broadcast(rows[r] + k);
+        for (int p = 0; p < kPanels; ++p) {
+          for (int v = 0; v < kVectors; ++v) {
+            const V w = V::load_pinned(panel + p * stride + v * kWidth);
+            for (int r = 0; r < kRows; ++r) sum[p][r][v] = multiply_add(a[r], w, sum[p][r][v]);
+          }
         }
       }
     }
@@ -47,6 +64,28 @@ void gemm_tile(const GemmCall<typename V::Scalar>& call) {
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVectors; ++v) sum[p][r][v].store(call.out + r * call.out_stride + p * kStep + v * kWidth);
     }
+  }
+}
+
+// A panel of four vectors by halves, where its sums do not fit the registers at once.
+template <class V, int kRows>
+void gemm_halves(const GemmCall<typename V::Scalar>& call) {
+  GemmCall<typename V::Scalar> half = call;
+  half.vectors = 2;
+  gemm_tile<V, kRows, 2, 1>(half);
+  half.panels += 2 * V::kWidth;
+  half.out += 2 * V::kWidth;
+  if (half.init) half.init += 2 * V::kWidth;
+  half.prefetch = {};
+  gemm_tile<V, kRows, 2, 1>(half);
+}
+// kRows rows with one panel.
+template <class V, int kRows, int kVectors>
+void gemm_rows(const GemmCall<typename V::Scalar>& call) {
+  if constexpr (kVectors == 4 && kRows * kVectors > V::kMostSums) {
+    gemm_halves<V, kRows>(call);
+  } else {
+    gemm_tile<V, kRows, kVectors, 1>(call);
   }
 }
 
@@ -62,11 +101,11 @@ void gemm_panels(const GemmCall<typename V::Scalar>& call) {
       return gemm_tile<V, 1, kVectors, 4>(call);
     case 2: return call.n_panels == 1 ? gemm_tile<V, 2, kVectors, 1>(call) : gemm_tile<V, 2, kVectors, 2>(call);
     case 3: return gemm_tile<V, 3, kVectors, 1>(call);
-    case 4: return gemm_tile < V, kMax<4 ? 3 : 4, kVectors, 1>(call);
-    case 5: return gemm_tile < V, kMax<5 ? 3 : 5, kVectors, 1>(call);
-    case 6: return gemm_tile < V, kMax<6 ? 3 : 6, kVectors, 1>(call);
-    case 7: return gemm_tile < V, kMax<7 ? 3 : 7, kVectors, 1>(call);
-    default: return gemm_tile < V, kMax<8 ? 3 : 8, kVectors, 1>(call);
+    case 4: return gemm_rows < V, kMax<4 ? 3 : 4, kVectors>(call);
+    case 5: return gemm_rows < V, kMax<5 ? 3 : 5, kVectors>(call);
+    case 6: return gemm_rows < V, kMax<6 ? 3 : 6, kVectors>(call);
+    case 7: return gemm_rows < V, kMax<7 ? 3 : 7, kVectors>(call);
+    default: return gemm_rows < V, kMax<8 ? 3 : 8, kVectors>(call);
   }
 }
 
@@ -95,32 +134,48 @@ inline V sum_lanes(const V (&v)[V::kWidth]) {
   return V::load(sums);
 }
 
-// kWidth dot products of `row` with the rows of `block`, each of length `depth`. Every fourth row of the block has a
-// pointer, and the others are reached from it by multiples of the depth: a pointer for each row would not fit the
-// registers.
-template <class V, class Storage>
-inline V block_product(const typename V::Scalar* row, const Storage* block, int64_t depth) {
-  constexpr int kWidth = V::kWidth, kNear = kWidth < 4 ? kWidth : 4;
-  const Storage* near[kWidth / kNear];
-  for (int q = 0; q < kWidth / kNear; ++q) near[q] = block + q * kNear * depth;
-  V sum[kWidth];
-  for (int l = 0; l < kWidth; ++l) sum[l] = V(0);
-  int64_t k = 0;
-  for (; k + kWidth <= depth; k += kWidth) {
-    const V a = V::load(row + k);
-    for (int l = 0; l < kWidth; ++l) sum[l] = multiply_add(a, V::load(near[l / kNear] + l % kNear * depth + k), sum[l]);
-  }
-  if (k < depth) {
-    const int n = static_cast<int>(depth - k);
-    const V a = V::load_partial(row + k, n);
-    for (int l = 0; l < kWidth; ++l) {
-      sum[l] = multiply_add(a, V::load_partial(near[l / kNear] + l % kNear * depth + k, n), sum[l]);
+// kWidth dot products of each of kRows rows with the rows of `block`, each of length `depth`: out[r * out_stride + lane] gets
+// init[lane] + product. Every fourth row of the block has a pointer, and the others are reached from it by multiples of the
+// depth: a pointer for each row would not fit the registers. A single row meets the whole block at once, several meet four
+// rows of it at a time. Every product is summed in the same order.
+template <class V, int kRows, class Storage>
+inline void block_products(const typename V::Scalar* const* rows, const Storage* block, int64_t depth, V init,
+                           typename V::Scalar* out, int64_t out_stride) {
+  constexpr int kWidth = V::kWidth, kNear = kWidth < 4 ? kWidth : 4, kAtOnce = kRows == 1 ? kWidth : kNear;
+  const typename V::Scalar* row[kRows];
+  for (int r = 0; r < kRows; ++r) row[r] = rows[r];
+  V sums[kRows][kWidth];
+  for (int first = 0; first < kWidth; first += kAtOnce) {
+    const Storage* near[kAtOnce / kNear];
+    for (int q = 0; q < kAtOnce / kNear; ++q) near[q] = block + (first + q * kNear) * depth;
+    V sum[kRows][kAtOnce];
+    for (int r = 0; r < kRows; ++r) {
+      for (int l = 0; l < kAtOnce; ++l) sum[r][l] = V(0);
+    }
+    const auto add = [&](int64_t k, const auto& load_a, const auto& load_w) {
+      V a[kRows];
+      for (int r = 0; r < kRows; ++r) a[r] = load_a(row[r] + k);
+      for (int l = 0; l < kAtOnce; ++l) {
+        const V w = load_w(near[l / kNear] + l % kNear * depth + k);
+        for (int r = 0; r < kRows; ++r) sum[r][l] = multiply_add(a[r], w, sum[r][l]);
+      }
+    };
+    int64_t k = 0;
+    const auto whole = [](const auto* p) { return V::load(p); };
+    for (; k + kWidth <= depth; k += kWidth) add(k, whole, whole);
+    if (k < depth) {
+      const int n = static_cast<int>(depth - k);
+      const auto partial = [n](const auto* p) { return V::load_partial(p, n); };
+      add(k, partial, partial);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int l = 0; l < kAtOnce; ++l) sums[r][first + l] = sum[r][l];
     }
   }
-  return sum_lanes(sum);
+  for (int r = 0; r < kRows; ++r) (init + sum_lanes(sums[r])).store(out + r * out_stride);
 }
 
-// The same for a block of `lanes` rows; the other lanes are zero.
+// The dot products of `row` with a block of `lanes` rows; the other lanes are zero.
 template <class V, class Storage>
 inline V block_product(const typename V::Scalar* row, const Storage* block, int64_t depth, int lanes) {
   constexpr int kWidth = V::kWidth;
@@ -137,15 +192,26 @@ inline V block_product(const typename V::Scalar* row, const Storage* block, int6
 
 template <class V, class Storage>
 [[gnu::flatten]] void direct_product(const DirectCall<typename V::Scalar>& call) {
-  constexpr int kWidth = V::kWidth;
+  constexpr int kWidth = V::kWidth, kRows = V::kDirectRows;
   for (int64_t v = call.first; v < call.last; ++v) {
     const int64_t unit = v / call.gates * kWidth, lanes = call.units - unit, column = (v - call.first) * kWidth;
     const auto* block = static_cast<const Storage*>(call.weights) + (v % call.gates * call.units + unit) * call.depth;
     const V init = call.init ? V::load(call.init + column) : V(0);
-    for (int r = 0; r < call.n_rows; ++r) {
-      const V sum = lanes >= kWidth ? block_product<V>(call.rows[r], block, call.depth)
-                                    : block_product<V>(call.rows[r], block, call.depth, static_cast<int>(lanes));
-      (init + sum).store(call.out + r * call.out_stride + column);
+    auto* const out = call.out + column;
+    int r = 0;
+    if (lanes >= kWidth) {
+      for (; r + kRows <= call.n_rows; r += kRows) {
+        block_products<V, kRows>(call.rows + r, block, call.depth, init, out + r * call.out_stride, call.out_stride);
+      }
+      for (; r + 2 <= call.n_rows; r += 2) {
+        block_products<V, 2>(call.rows + r, block, call.depth, init, out + r * call.out_stride, call.out_stride);
+      }
+      for (; r < call.n_rows; ++r) {
+        block_products<V, 1>(call.rows + r, block, call.depth, init, out + r * call.out_stride, call.out_stride);
+      }
+    }
+    for (; r < call.n_rows; ++r) {
+      (init + block_product<V>(call.rows[r], block, call.depth, static_cast<int>(lanes))).store(out + r * call.out_stride);
     }
   }
 }

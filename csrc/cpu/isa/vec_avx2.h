@@ -9,7 +9,9 @@ namespace fused_rnn::cpu::avx2 {
 struct VecF : simd::VectorBase {
   using Scalar = float;
   static constexpr int kWidth = 8;
-  static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 6, 4, 3};  // 12 sums leave 4 of 16 registers
+  static constexpr int kMostSums = 12;  // of a tile in registers: they leave 4 of 16
+  static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 6, 4, 6};
+  static constexpr int kDirectRows = 3;
   static constexpr int kInStep = 1;
   __m256 v;
   FUSED_RNN_INLINE VecF() {}
@@ -75,12 +77,28 @@ struct VecF : simd::VectorBase {
   }
   FUSED_RNN_INLINE friend VecF reciprocal(VecF x) { return _mm256_div_ps(_mm256_set1_ps(1), x.v); }
   FUSED_RNN_INLINE friend VecF divide(VecF n, VecF d) { return _mm256_div_ps(n.v, d.v); }
+  // Lane l of the result is the sum of the lanes of v[l], in the order of tile.h's sum_lanes: halves of each vector, halves of
+  // those, and so on.
+  FUSED_RNN_INLINE friend VecF sum_lanes(const VecF (&v)[8]) {
+    __m256 halves[4];  // [l] has the four sums of v[l] and of v[l + 4]
+    for (int l = 0; l < 4; ++l) {
+      const __m256 low = _mm256_permute2f128_ps(v[l].v, v[l + 4].v, 0x20);
+      halves[l] = _mm256_add_ps(low, _mm256_permute2f128_ps(v[l].v, v[l + 4].v, 0x31));
+    }
+    const __m256 a =
+        _mm256_add_ps(_mm256_shuffle_ps(halves[0], halves[1], 0x44), _mm256_shuffle_ps(halves[0], halves[1], 0xee));
+    const __m256 b =
+        _mm256_add_ps(_mm256_shuffle_ps(halves[2], halves[3], 0x44), _mm256_shuffle_ps(halves[2], halves[3], 0xee));
+    return _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd));
+  }
 };
 
 struct VecD : simd::VectorBase {
   using Scalar = double;
   static constexpr int kWidth = 4;
-  static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 6, 4, 3};
+  static constexpr int kMostSums = 12;
+  static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 6, 4, 6};
+  static constexpr int kDirectRows = 3;
   static constexpr int kInStep = 1;
   __m256d v;
   FUSED_RNN_INLINE VecD() {}

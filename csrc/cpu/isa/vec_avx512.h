@@ -47,7 +47,9 @@ struct VecF : simd::VectorBase {
   using Scalar = float;
   using Hash = VectorHash;
   static constexpr int kWidth = 16;
+  static constexpr int kMostSums = 24;
   static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 8, 8, 6};
+  static constexpr int kDirectRows = 4;
   static constexpr int kInStep = 4;
   __m512 v;
   FUSED_RNN_INLINE VecF() {}
@@ -141,7 +143,9 @@ struct VecD : simd::VectorBase {
   using Scalar = double;
   using Hash = VectorHash;
   static constexpr int kWidth = 8;
+  static constexpr int kMostSums = 24;
   static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 8, 8, 6};
+  static constexpr int kDirectRows = 4;
   static constexpr int kInStep = 4;
   __m512d v;
   FUSED_RNN_INLINE VecD() {}
