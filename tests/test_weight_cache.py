@@ -213,6 +213,29 @@ def test_off_in_training() -> None:
     assert (found, packed) == (0, 0)
 
 
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_a_training_loop_of_a_cell_packs_once(kind: str, instruction_set: str) -> None:
+    """The steps of a loop share their weights; a change between two loops, past autograd's versions too, is noticed."""
+    torch.manual_seed(next(SEEDS))
+    module = getattr(fused_rnn, kind)(SIZE, HIDDEN)
+    steps = torch.randn(STEPS, 24, SIZE)
+
+    def run(cell: nn.Module) -> Tensor:
+        state = None
+        for x in steps:
+            state = cell(x, state)
+        h = state if isinstance(state, Tensor) else state[0]  # type: ignore[index]
+        return torch.cat([h.flatten(), *(g.flatten() for g in torch.autograd.grad(h.sum(), list(cell.parameters())))])
+
+    _, found, packed = counted(lambda: run(module))
+    assert packed > 0 and found == (STEPS - 1) * packed
+    module.weight_hh.data[-1, 0] += 1
+    module.weight_ih.data.mul_(2)
+    result, found, packed = counted(lambda: run(module))
+    assert 0 < packed < found
+    assert torch.equal(result, run(copy.deepcopy(module)))
+
+
 def test_several_python_threads() -> None:
     """Calls at the same time each have their own; weights change between them."""
     modules = [layer()[0] for _ in range(3)]

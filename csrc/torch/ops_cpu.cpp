@@ -34,6 +34,7 @@ LayerGradients layer_backward_cpu(const OptionalTensor& dy, at::TensorList dlast
   const GradientMask wanted{mask[0], mask[1], mask[2]};
   BackwardCall made = prepare_backward(call, given, wanted);
   if (made.params.seq.B > 0) {
+    if (!(wanted.states && call.h0())) made.params.d_h0 = nullptr;  // one product less
     Workspace workspace;
     cpu::backward(made.params, [&](int64_t bytes) { return workspace.take(bytes); });
   }

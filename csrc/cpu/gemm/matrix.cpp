@@ -3,45 +3,94 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#ifdef __SSE2__
+#include <xmmintrin.h>
+#endif
 
 namespace fused_rnn::cpu {
 namespace {
 
-template <class A, class Storage>
-void pack_transposed_from(const Shape& s, const Storage* from, int64_t first, int64_t last, A* to) {
+constexpr int64_t kDeep = 16;  // k that are packed at a time: a cache line of floats, so that both sides stay in L1
+
+// to[k * step + lane] = from[lane * stride + k] of so many lanes and k.
+template <class A>
+void transpose(const A* from, int64_t stride, const Range& lanes, const Range& depth, A* to, int64_t step) {
+  for (int64_t lane = lanes.first; lane < lanes.last; ++lane) {
+    for (int64_t k = depth.first; k < depth.last; ++k) to[k * step + lane] = from[lane * stride + k];
+  }
+}
+
+#ifdef __SSE2__
+// Floats four by four: a packed LSTM of H=256 in a third of the time that one by one takes.
+template <>
+void transpose(const float* from, int64_t stride, const Range& lanes, const Range& depth, float* to, int64_t step) {
+  int64_t lane = lanes.first;
+  for (; lane + 4 <= lanes.last; lane += 4) {
+    int64_t k = depth.first;
+    for (; k + 4 <= depth.last; k += 4) {
+      __m128 rows[4];
+      for (int i = 0; i < 4; ++i) rows[i] = _mm_loadu_ps(from + (lane + i) * stride + k);
+      _MM_TRANSPOSE4_PS(rows[0], rows[1], rows[2], rows[3]);
+      for (int i = 0; i < 4; ++i) _mm_storeu_ps(to + (k + i) * step + lane, rows[i]);
+    }
+    for (; k < depth.last; ++k) {
+      for (int i = 0; i < 4; ++i) to[k * step + lane + i] = from[(lane + i) * stride + k];
+    }
+  }
+  for (; lane < lanes.last; ++lane) {
+    for (int64_t k = depth.first; k < depth.last; ++k) to[k * step + lane] = from[lane * stride + k];
+  }
+}
+#endif
+
+template <class A>
+void pack_transposed(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first, int64_t last) {
+  const Shape& s = m.shape;
+  const int64_t element_size = dtype_size(m.source.storage);
+  const auto load = kernels.load[storage_index(m.source.storage)];
+  const bool converts = element_size != static_cast<int64_t>(sizeof(A));
+  A converted[kMaxVectorBytes / sizeof(A) * kDeep];
   for (int64_t p = first; p < last; ++p) {
     const int vectors = s.vectors_of(p);
-    const int64_t first_vector = s.columns_before(p) / s.width;
-    const int64_t step = int64_t{vectors} * s.width;
-    A* panel = to + s.columns_before(p) * s.depth;
-    for (int v = 0; v < vectors; ++v) {
-      const auto [gate, unit, lanes] = vector_of(s, first_vector + v);
-      const Storage* rows = from + (gate * s.units + unit) * s.depth;
-      // Blocks of 16 k, a cache line of floats: both sides then stay in L1.
-      for (int64_t k0 = 0; k0 < s.depth; k0 += 16) {
-        const int64_t k1 = std::min(k0 + 16, s.depth);
-        for (int lane = 0; lane < lanes; ++lane) {
-          for (int64_t k = k0; k < k1; ++k) panel[k * step + v * s.width + lane] = to_arithmetic(rows[lane * s.depth + k]);
+    const int64_t first_vector = s.columns_before(p) / s.width, step = int64_t{vectors} * s.width;
+    for (int64_t k = 0; k < s.depth; k += kDeep) {
+      const int64_t deep = std::min(kDeep, s.depth - k);
+      A* const panel = m.packed + s.columns_before(p) * s.depth + k * step;
+      for (int v = 0; v < vectors; ++v) {
+        const auto [gate, unit, lanes] = vector_of(s, first_vector + v);
+        const void* const rows = stored_at(m.source.data, (gate * s.units + unit) * s.depth + k, element_size);
+        A* const to = panel + v * s.width;
+        if (converts) {
+          for (int lane = 0; lane < lanes; ++lane)
+            load(stored_at(rows, lane * s.depth, element_size), converted + lane * kDeep, deep);
+          transpose(converted, kDeep, {0, lanes}, {0, deep}, to, step);
+        } else {
+          transpose(static_cast<const A*>(rows), s.depth, {0, lanes}, {0, deep}, to, step);
         }
         for (int lane = lanes; lane < s.width; ++lane) {
-          for (int64_t k = k0; k < k1; ++k) panel[k * step + v * s.width + lane] = 0;
+          for (int64_t i = 0; i < deep; ++i) to[i * step + lane] = 0;
         }
       }
     }
   }
 }
 
-template <class A, class Storage>
-void pack_straight_from(const Shape& s, const Storage* from, int64_t first, int64_t last, A* to) {
-  for (int64_t p = first; p < last; ++p) {
-    const int64_t step = int64_t{s.vectors_of(p)} * s.width;
-    const int64_t start = s.columns_before(p);
-    const int64_t columns = std::min(step, s.units - start);
-    A* panel = to + start * s.depth;
-    for (int64_t k = 0; k < s.depth; ++k) {
-      const Storage* row = from + k * s.units + start;
-      for (int64_t i = 0; i < columns; ++i) panel[k * step + i] = to_arithmetic(row[i]);
-      for (int64_t i = columns; i < step; ++i) panel[k * step + i] = 0;
+// Some rows of the source at a time, for all panels, so that memory is read in its order.
+template <class A>
+void pack_straight(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first, int64_t last) {
+  const Shape& s = m.shape;
+  const int64_t element_size = dtype_size(m.source.storage);
+  const auto load = kernels.load[storage_index(m.source.storage)];
+  for (int64_t begin = 0; begin < s.depth; begin += kDeep) {
+    const int64_t end = std::min(begin + kDeep, s.depth);
+    for (int64_t p = first; p < last; ++p) {
+      const int64_t step = int64_t{s.vectors_of(p)} * s.width, start = s.columns_before(p);
+      const int64_t columns = std::min(step, s.units - start);
+      A* const panel = m.packed + start * s.depth;
+      for (int64_t k = begin; k < end; ++k) {
+        load(stored_at(m.source.data, k * s.units + start, element_size), panel + k * step, columns);
+        for (int64_t i = columns; i < step; ++i) panel[k * step + i] = 0;
+      }
     }
   }
 }
@@ -85,13 +134,7 @@ void pack_panels(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first, i
   switch (m.form) {
     case Form::kDirect: return;
     case Form::kPacked:
-      return with_elements<A>(m.source, [&](auto* elements) {
-        if (m.straight) {
-          pack_straight_from(m.shape, elements, first, last, m.packed);
-        } else {
-          pack_transposed_from(m.shape, elements, first, last, m.packed);
-        }
-      });
+      return m.straight ? pack_straight(kernels, m, first, last) : pack_transposed(kernels, m, first, last);
     case Form::kParts:
       if constexpr (sizeof(A) == sizeof(float)) pack_parts(*kernels.parts, m, first, last);
   }

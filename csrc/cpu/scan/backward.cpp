@@ -16,7 +16,8 @@ namespace {
 template <class A>
 class BackwardScan final : public Scan<A> {
  public:
-  BackwardScan(const BackwardParams& p, const Kernels<A>& kernels, int max_threads) : Base(p, kernels, max_threads), p_(p) {}
+  BackwardScan(const BackwardParams& p, const Kernels<A>& kernels, int max_threads)
+      : Base(p, kernels, max_threads), p_(p), multiplies_(p.seq.T > 1 || p.d_h0) {}
   bool run();
 
  private:
@@ -43,6 +44,8 @@ class BackwardScan final : public Scan<A> {
   int64_t gather(Worker& w, int64_t t) const;
   void gather_row(Worker& w, int64_t i, int64_t t, int64_t active) const;
   void step(Worker& w, int64_t step, int64_t active) const;
+  template <class F>
+  void for_sums(const Worker& w, const Matrix<A>& m, const Range& panels, int64_t active, int64_t step, F&& f) const;
   void store_sums(Worker& w, int64_t step, int64_t active) const;
   void zero_inactive(const Worker& w, int64_t row) const;
   void finish(Worker& w) const;
@@ -52,6 +55,7 @@ class BackwardScan final : public Scan<A> {
   int64_t stored_y(const Worker& w, int64_t row) const { return (row * D_ + w.d) * p_.P; }
 
   const BackwardParams& p_;
+  const bool multiplies_;                  // by W_hh: not where the only step is the last one, and nobody asks for d_h0
   std::atomic<bool> infinite_[2][2] = {};  // Matrix::infinite
   // Workspace.
   struct {
@@ -112,6 +116,7 @@ template <class A>
 void BackwardScan<A>::pack_share(int share, int shares) const {
   for (int d = 0; d < D_; ++d) {
     for (const Matrix<A>* m : {&matrices_[d].h, &matrices_[d].r}) {
+      if (m == &matrices_[d].h && !multiplies_) continue;
       const Range panels = share_of(m->shape.panels, shares, share);
       pack(kernels_, *m, panels.first, panels.last);
     }
@@ -192,11 +197,24 @@ int64_t BackwardScan<A>::gather(Worker& w, int64_t t) const {
   return active;
 }
 
+// f(tile) for tiles of the products of w.pointers with these panels. At the last step the rows are zeros, and so are their
+// products: no step after them has a gradient.
+template <class A>
+template <class F>
+void BackwardScan<A>::for_sums(const Worker& w, const Matrix<A>& m, const Range& panels, int64_t active, int64_t step,
+                               F&& f) const {
+  if (std::any_of(w.pointers, w.pointers + active, [&](const A* row) { return row != zeros_; })) {
+    this->for_tiles_of_step(w, m, panels, nullptr, active, step, f);
+  } else if (active > 0 && panels.size() > 0) {
+    f(Tile<A>{0, static_cast<int>(active), panels.first, panels.last, zeros_, 0});
+  }
+}
+
 // This rank's columns of the product of w.pointers and W_hh, to the places in w.store_rows.
 template <class A>
 void BackwardScan<A>::store_sums(Worker& w, int64_t step, int64_t active) const {
   const Matrix<A>& m = matrices_[w.d].h;
-  this->for_tiles_of_step(w, m, w.h_panels, nullptr, active, step, [&](const Tile<A>& tile) {
+  for_sums(w, m, w.h_panels, active, step, [&](const Tile<A>& tile) {
     kernels_.store[storage_]({tile.sums, tile.stride, w.store_rows + tile.row, tile.rows, p_.P,
                               m.shape.unit_vector(tile.first), m.shape.unit_vector(tile.last), /*rounded=*/false});
   });
@@ -212,7 +230,7 @@ void BackwardScan<A>::step(Worker& w, int64_t step, int64_t active) const {
   }
   const Matrix<A>& m = projects_ ? matrices_[w.d].r : matrices_[w.d].h;
   const Range& panels = projects_ ? w.r_panels : w.h_panels;
-  this->for_tiles_of_step(w, m, panels, nullptr, active, step, [&](const Tile<A>& tile) {
+  for_sums(w, m, panels, active, step, [&](const Tile<A>& tile) {
     kernels_.backward[cell_][storage_]({tile.sums, tile.stride, w.rows + tile.row, tile.rows, p_.H,
                                         m.shape.unit_vector(tile.first), m.shape.unit_vector(tile.last)});
   });
@@ -232,7 +250,7 @@ void BackwardScan<A>::finish(Worker& w) const {
       kernels_.save[storage_](w.dc + i * h_padded_, stored_at(p_.d_c0, state * p_.H, size_), p_.H);
     }
   }
-  store_sums(w, 0, w.n);
+  if (p_.d_h0) store_sums(w, 0, w.n);
 }
 
 template <class A>

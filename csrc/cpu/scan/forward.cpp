@@ -79,7 +79,7 @@ ForwardScan<A>::ForwardScan(const ForwardParams& p, const Kernels<A>& kernels, i
   const int64_t chunk_bytes = std::clamp(weight_bytes, kChunkBytes, kMaxChunkBytes);
   chunk_steps_ = std::min(std::max<int64_t>(chunk_bytes / step_bytes, 1), p.seq.T);
   this->parts_room_.include(plan_.x, chunk_rows());
-  if (!p.training) cache_.lease(plan_, p.weights, D_);
+  if (!p.training || p.seq.T == 1) cache_.lease(plan_, p.weights, D_);
 }
 
 template <class A>

@@ -27,7 +27,8 @@ struct LayerWeights {
   void pack_biases(const Kernels<A>& kernels, const LayerSource& source, const Range& vectors) const;
 };
 
-// The weights that an inference finds in the cache (weight_cache.h), or leaves there; none in training.
+// The weights that a call finds in the cache (weight_cache.h), or leaves there: an inference, and in training a single step,
+// which most often is one of a loop's with the same weights. Training of sequences has none.
 template <class A>
 class CachedLayerWeights {
  public:
