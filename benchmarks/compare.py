@@ -1,23 +1,28 @@
 """Tables and plots from result lines: ``python benchmarks/compare.py benchmarks/results/FILE.jsonl [--plots FOLDER]``.
 
 For every device, thread count, mode and baseline a table in Markdown (ratio > 1: fused_rnn is faster), then what is below 1.
-With --plots (needs matplotlib) two pictures for each device and thread count: the ratio of every case to torch.nn, and
-microseconds per step against H, with the floor where there is one. Of a case that was measured more than once the last
-counts.
+With --plots (needs matplotlib) pictures for each device and thread count: the ratio of every case to torch.nn; microseconds
+per step against H, with the floor where there is one; and, of cases that differ in B and H alone (the presets cells and
+steps), a map of their ratios over both. Of a case that was measured more than once the last counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 Line = dict[str, Any]
-CELLS = ("LSTM", "GRU", "RNN")
-COLOURS = {"LSTM": "tab:blue", "GRU": "tab:orange", "RNN": "tab:green"}
+COLOURS = {
+    "LSTM": "tab:blue", "GRU": "tab:orange", "RNN": "tab:green",
+    "LSTMCell": "tab:purple", "GRUCell": "tab:red", "RNNCell": "tab:olive",
+}  # fmt: skip
+CELLS = tuple(COLOURS)
+MOST_NAMES = 400  # bars of a picture that are named
 
 
 def read(paths: list[Path]) -> list[Line]:
@@ -93,7 +98,8 @@ def tables(lines: list[Line]) -> str:
 
 
 def plots(lines: list[Line], folder: Path, stem: str) -> list[Path]:
-    """Writes STEM_ratio.png and STEM_us_per_step.png for each place (numbered from the second on); returns their paths."""
+    """Writes STEM_ratio.png, STEM_us_per_step.png and, where there is one, STEM_grid.png for each place (numbered from the
+    second on); returns their paths."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -106,8 +112,10 @@ def plots(lines: list[Line], folder: Path, stem: str) -> list[Path]:
             places[place(line)].append(line)
     paths = []
     for number, group in enumerate(places.values(), 1):
-        for kind, draw in (("ratio", draw_ratios), ("us_per_step", draw_steps)):
+        for kind, draw in (("ratio", draw_ratios), ("us_per_step", draw_steps), ("grid", draw_grid)):
             figure = draw(plt, group)
+            if figure is None:
+                continue
             figure.suptitle(describe(group[0]))
             paths.append(folder / f"{stem}{f'_{number}' if number > 1 else ''}_{kind}.png")
             figure.savefig(paths[-1], dpi=110, bbox_inches="tight")
@@ -122,7 +130,7 @@ def modes_of(lines: list[Line]) -> list[str]:
 def draw_ratios(plt: Any, lines: list[Line]) -> Any:
     """A panel a mode: a bar a case, smallest first, with the quartiles."""
     most = max(sum(line["mode"] == mode for line in lines) for mode in modes_of(lines))
-    size = (max(6.0, 0.16 * most) * len(modes_of(lines)), 6)
+    size = (max(6.0, 0.16 * min(most, MOST_NAMES)) * len(modes_of(lines)), 6)
     figure, panels = plt.subplots(1, len(modes_of(lines)), figsize=size, squeeze=False)
     for axes, mode in zip(panels[0], modes_of(lines), strict=True):
         ordered = sorted((line for line in lines if line["mode"] == mode), key=lambda line: line["ratio"])
@@ -134,11 +142,45 @@ def draw_ratios(plt: Any, lines: list[Line]) -> Any:
         axes.axhline(1.0, color="black", linewidth=0.8)
         axes.set_yscale("log")
         axes.set_ylabel("times faster than torch.nn")
-        names = [f"{line['cell']} {name_of(line)}" for line in ordered]
-        axes.set_xticks(range(len(ordered)), names, rotation=90, fontsize=6)
+        if len(ordered) <= MOST_NAMES:
+            names = [f"{line['cell']} {name_of(line)}" for line in ordered]
+            axes.set_xticks(range(len(ordered)), names, rotation=90, fontsize=6)
         axes.margins(x=0.01)
         axes.set_title(f"{mode}: geometric mean {statistics.geometric_mean(ratios):.2f}")
-        axes.legend(handles=[plt.Rectangle((0, 0), 1, 1, color=c, label=cell) for cell, c in COLOURS.items()])
+        present = [cell for cell in CELLS if any(line["cell"] == cell for line in ordered)]
+        axes.legend(handles=[plt.Rectangle((0, 0), 1, 1, color=COLOURS[cell], label=cell) for cell in present])
+    return figure
+
+
+def draw_grid(plt: Any, lines: list[Line]) -> Any:
+    """A column a cell, a row for each mode, dtype and T: a map of ratios over B and H, red below 1; None without a grid."""
+    maps: dict[tuple, dict[tuple[int, int], float]] = defaultdict(dict)
+    for line in lines:
+        if line["I"] == line["H"] and (line["layers"], line["bidirectional"], line["lengths"]) == (1, False, "dense"):
+            maps[line["mode"], line["dtype"], line["T"], line["cell"]][line["B"], line["H"]] = line["ratio"]
+    maps = {key: ratios for key, ratios in maps.items() if all(len({place[i] for place in ratios}) > 1 for i in (0, 1))}
+    if not maps:
+        return None
+    rows = list(dict.fromkeys(key[:3] for key in maps))
+    cells = [cell for cell in CELLS if any(key[3] == cell for key in maps)]
+    size = (4 * len(cells), 3 * len(rows))
+    figure, panels = plt.subplots(len(rows), len(cells), figsize=size, squeeze=False, layout="constrained")
+    for (mode, dtype, steps), of_row in zip(rows, panels, strict=True):
+        for cell, axes in zip(cells, of_row, strict=True):
+            ratios = maps.get((mode, dtype, steps, cell))
+            if ratios is None:
+                axes.axis("off")
+                continue
+            batches, sizes = (sorted({place[i] for place in ratios}) for i in (0, 1))
+            table = [[ratios.get((b, h), math.nan) for h in sizes] for b in batches]
+            logs = [[math.log2(ratio) for ratio in row] for row in table]
+            axes.imshow(logs, cmap="RdYlGn", vmin=-1, vmax=1, aspect="auto")
+            for y, row in enumerate(table):
+                for x, ratio in enumerate(row):
+                    axes.text(x, y, "" if math.isnan(ratio) else f"{ratio:.2f}", ha="center", va="center", fontsize=7)
+            axes.set_xticks(range(len(sizes)), [str(h) for h in sizes])
+            axes.set_yticks(range(len(batches)), [str(b) for b in batches])
+            axes.set(xlabel="H", ylabel="B", title=f"{cell} {dtype} {mode} T={steps}")
     return figure
 
 

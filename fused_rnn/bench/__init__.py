@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 import fused_rnn
-from fused_rnn.bench.cases import CELLS, DTYPES, MODES, BenchCase, cpu_cases, gpu_cases
+from fused_rnn.bench.cases import CELLS, DTYPES, LOOPED, MODES, PRESETS, BenchCase, cpu_cases, gpu_cases, thinned
 from fused_rnn.bench.floor import floor_us_per_step
 from fused_rnn.bench.memory import Prober
 from fused_rnn.bench.sides import BASELINES, FAMILIES, CannotServe, explained, make_sides, missing
@@ -167,13 +167,26 @@ def result_lines(
     return lines, refused
 
 
+def _positive(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the bench command."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--cell", choices=CELLS, nargs="+", help="only these cells")
+    text = (
+        "a grid instead of the device's own cases. cells: the cells in a loop of 10 steps, forward and backward; "
+        "steps: inference of 1 to 8 steps, on 1 and 2 threads. Each has hundreds of cases: see --limit"
+    )
+    parser.add_argument("--preset", choices=tuple(PRESETS), help=text)
+    parser.add_argument("--limit", type=_positive, help="only so many of the cases, a sample that is the same in every run")
+    parser.add_argument("--cell", choices=CELLS + LOOPED, nargs="+", help="only these cells")
     parser.add_argument("--mode", choices=MODES, nargs="+", help="only these modes")
     parser.add_argument("--dtype", choices=tuple(DTYPES), nargs="+", help="only these dtypes")
     parser.add_argument("--hidden", type=int, nargs="+", help="only these hidden sizes")
+    parser.add_argument("--batch", type=int, nargs="+", help="only these batch sizes")
     known = tuple(dict.fromkeys(itertools.chain(*BASELINES.values())))
     parser.add_argument("--baseline", choices=known, nargs="+", help="only these; default: all of the device's installed")
     parser.add_argument("--threads", type=int, nargs="+", help="CPU: everything with each of these numbers of threads")
@@ -191,9 +204,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def selected(args: argparse.Namespace) -> list[BenchCase]:
     """The cases that the options leave."""
-    cases = gpu_cases() if args.device == "cuda" else cpu_cases()
-    wanted = ((args.cell, "cell"), (args.mode, "mode"), (args.dtype, "dtype"), (args.hidden, "H"))
-    return [case for case in cases if all(not values or getattr(case, field) in values for values, field in wanted)]
+    if args.preset:
+        cases = PRESETS[args.preset].cases()
+    else:
+        cases = gpu_cases() if args.device == "cuda" else cpu_cases()
+    wanted = ((args.cell, "cell"), (args.mode, "mode"), (args.dtype, "dtype"), (args.hidden, "H"), (args.batch, "B"))
+    left = [case for case in cases if all(not values or getattr(case, field) in values for values, field in wanted)]
+    return thinned(left, args.limit)
+
+
+def _numbers_of_threads(args: argparse.Namespace) -> list[int]:
+    if args.threads:
+        return list(args.threads)
+    return list(PRESETS[args.preset].threads) if args.preset and args.device == "cpu" else [torch.get_num_threads()]
 
 
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -215,7 +238,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
             raise SystemExit(f"bench: {name} does not run on {args.device}; these do: {', '.join(possible)}")
         if (package := missing(name)) is not None:
             raise SystemExit(f"bench: {name} needs {package}, which is not installed")
-    work = list(itertools.product(args.threads or [torch.get_num_threads()], selected(args)))
+    work = list(itertools.product(_numbers_of_threads(args), selected(args)))
     deadline = time.monotonic() + args.budget
     results: list[dict[str, Any]] = []
     left_out, failed = [], []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from fused_rnn._kinds import KINDS, NUMBER_OF_MODE, RNN_TANH
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CELLS = ("LSTM", "GRU", "RNN")
+LOOPED = tuple(f"{cell}Cell" for cell in CELLS)  # modules of one step, called T times in a loop
 MODES = ("inference", "training_forward", "training")
-GATES = {cell: KINDS[NUMBER_OF_MODE.get(cell, RNN_TANH)].gates for cell in CELLS}
+GATES = {cell: KINDS[NUMBER_OF_MODE.get(cell.removesuffix("Cell"), RNN_TANH)].gates for cell in CELLS + LOOPED}
 # (T, B, I, H): streaming, forecasting, small training, speech, large models, long single sequences.
 CPU_SHAPES = (
     (1, 1, 128, 128),
@@ -36,7 +38,10 @@ ROTATED_BYTES = 128_000_000  # inputs to rotate over on a GPU: beyond the L2 cac
 
 @dataclasses.dataclass(frozen=True)
 class BenchCase:
-    """One measured configuration; ``mode`` "training" is forward and backward, "training_forward" forward with grad."""
+    """One measured configuration; ``mode`` "training" is forward and backward, "training_forward" forward with grad.
+
+    A ``cell`` of LOOPED makes its T steps in a loop over x [T, B, I]; backward then has a gradient of every step's h.
+    """
 
     cell: str
     dtype: str
@@ -53,6 +58,10 @@ class BenchCase:
         name = f"{self.cell} {self.dtype} {self.mode} T={self.T} B={self.B} I={self.I} H={self.H}"
         name += f" L={self.layers}" * (self.layers > 1) + " bidirectional" * self.bidirectional
         return name + " ragged" * (self.lengths == "ragged")
+
+    @property
+    def loops(self) -> bool:
+        return self.cell in LOOPED
 
     @property
     def directions(self) -> int:
@@ -72,12 +81,13 @@ class BenchCase:
     def modules(self, device: str) -> tuple[torch.nn.Module, torch.nn.Module]:
         """(fused_rnn's, torch.nn's) with the same weights; torch.nn's contiguous in memory, as cuDNN likes them best."""
         torch.manual_seed(0)
-        options: dict[str, Any] = {"num_layers": self.layers, "bidirectional": self.bidirectional}
-        options |= {"device": device, "dtype": DTYPES[self.dtype]}
+        options: dict[str, Any] = {"device": device, "dtype": DTYPES[self.dtype]}
+        if not self.loops:
+            options |= {"num_layers": self.layers, "bidirectional": self.bidirectional}
         theirs = getattr(torch.nn, self.cell)(self.I, self.H, **options)
         ours = getattr(fused_rnn, self.cell)(self.I, self.H, **options)
         ours.load_state_dict(theirs.state_dict())
-        if device == "cuda":
+        if device == "cuda" and not self.loops:
             theirs.flatten_parameters()
         for module in (ours, theirs):
             module.train(self.mode != "inference")
@@ -125,3 +135,36 @@ def gpu_cases() -> Iterator[BenchCase]:
             yield BenchCase(cell, dtype, mode, 1, 1, 256, 256)
             yield BenchCase(cell, dtype, mode, 256, 7, 100, 100)
             yield BenchCase(cell, dtype, mode, 256, 33, 300, 300)
+
+
+def cell_cases() -> Iterator[BenchCase]:
+    """Cells in a loop of 10 steps: batch and hidden sizes, all modes, fp32."""
+    for cell, mode in itertools.product(LOOPED, MODES):
+        for h, b in itertools.product((64, 128, 256, 512, 1024), (1, 2, 8, 32, 64, 128)):
+            yield BenchCase(cell, "fp32", mode, 10, b, h, h)
+
+
+def step_cases() -> Iterator[BenchCase]:
+    """Inference of few steps, as a server makes them: layers of 1 to 8 steps, and one step of the cells."""
+    for cell, dtype in itertools.product(CELLS + LOOPED, ("fp32", "bf16", "fp16")):
+        for t, h in itertools.product((1, 2, 4, 8) if cell in CELLS else (1,), (64, 128, 256, 512, 1024, 2048)):
+            for b in (1, 2, 4, 8, 16, 32, 64, 256):
+                yield BenchCase(cell, dtype, "inference", t, b, h, h)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A grid of cases, and the numbers of threads of a CPU that it is meant for."""
+
+    cases: Callable[[], Iterator[BenchCase]]
+    threads: tuple[int, ...]
+
+
+PRESETS = {"cells": Preset(cell_cases, (1,)), "steps": Preset(step_cases, (1, 2))}
+
+
+def thinned(cases: list[BenchCase], limit: int | None) -> list[BenchCase]:
+    """At most so many of the cases, in their order: a sample from all over the grid, the same in every run."""
+    if limit is None or limit >= len(cases):
+        return cases
+    return [cases[index] for index in sorted(random.Random(0).sample(range(len(cases)), limit))]

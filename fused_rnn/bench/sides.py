@@ -74,14 +74,15 @@ def missing(baseline: str) -> str | None:
 def make_sides(
     case: BenchCase, device: str, baselines: list[str], threads: int, plan: str = "auto"
 ) -> tuple[list[Side], dict[str, str], Any]:
-    """(fused_rnn's side, then one a baseline; why others cannot; our module and its first input).
+    """(fused_rnn's side, then one a baseline; why others cannot; our module and the input of its first call).
 
     plan: "auto" (what a call would take by itself) or a value of FUSED_RNN_PLAN.
     """
     ours, theirs = case.modules(device)
     inputs = case.inputs(device)
     asked_for = None if plan == "auto" else plan
-    explained(ours, inputs[0], case.mode, asked_for)
+    first = inputs[0][0] if case.loops else inputs[0]  # of a call
+    explained(ours, first, case.mode, asked_for)
     gradients = case.mode != "inference"
     with forced_plan(asked_for):
         sides, refused = [Side(OURS, module_run(ours, inputs, case.mode), asked_for, gradients)], {}
@@ -97,30 +98,45 @@ def make_sides(
                 sides.append(Side(name, onnx_run(name, case, theirs, inputs, threads)))
         except CannotServe as reason:
             refused[name] = str(reason)
-    return sides, refused, (ours, inputs[0])
+    return sides, refused, (ours, first)
 
 
 def module_run(call: Callable[[Any], Any], inputs: list[Any], mode: str) -> Callable[[], None]:
-    """One call of a module-like function in the case's mode, its inputs taken in turn; for Side.active()."""
+    """One call of a module-like function in the case's mode, its inputs taken in turn; for Side.active().
+
+    Of a cell "one call" is its loop over the steps of an input.
+    """
     rotation = itertools.cycle(inputs)
     parameters = list(call.parameters()) if isinstance(call, torch.nn.Module) else list(getattr(call, "weights", ()))
+    loops = isinstance(call, torch.nn.RNNCellBase)
 
-    def output_of(x: Any) -> Tensor:
+    def loop(x: Tensor) -> list[Tensor]:
+        states, hx = [], None
+        for step in x.unbind():
+            hx = call(step, hx)  # type: ignore[call-arg]
+            states.append(hx[0] if isinstance(hx, tuple) else hx)
+        return states
+
+    def outputs_of(x: Any) -> list[Tensor]:
+        if loops:
+            return loop(x)
         y = call(x)[0]
-        return y.data if isinstance(x, PackedSequence) else y
+        return [y.data if isinstance(x, PackedSequence) else y]
+
+    forward_of = loop if loops else call
 
     def forward() -> None:
-        call(next(rotation))
+        forward_of(next(rotation))
 
     def training() -> None:
         x = next(rotation)
         leaves = parameters if isinstance(x, PackedSequence) else [x, *parameters]
-        torch.autograd.grad(output_of(x), leaves, dy)
+        torch.autograd.grad(outputs_of(x), leaves, gradients)
 
-    dy = torch.empty(0)
+    gradients: list[Tensor] = []
     if mode == "training":
         with torch.no_grad():
-            dy = torch.randn_like(output_of(inputs[0]))
+            gradients = [torch.randn_like(y) for y in outputs_of(inputs[0])]
     return training if mode == "training" else forward
 
 
@@ -208,6 +224,8 @@ _KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 def onnx_run(name: str, case: BenchCase, theirs: torch.nn.Module, inputs: list[Any], threads: int) -> Callable[[], None]:
     """One inference by onnxruntime or OpenVINO on so many threads, in fp32, with its result compared once."""
+    if case.loops:
+        raise CannotServe("only layers, no cells in a loop")
     if case.mode != "inference" or case.dtype != "fp32" or case.lengths == "ragged":
         raise CannotServe("only dense fp32 inference")
     if (package := missing(name)) is not None:
