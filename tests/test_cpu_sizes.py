@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CELLS, DTYPES, GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, Case, make_data
+from settings import Setting
 from test_cpu import AVAILABLE
 from test_layers import assert_near, call, results_and_gradients
 from torch import Tensor, nn
@@ -74,6 +75,45 @@ CASES = [*pairs(), *rows()]
 def test_sizes_around_tiles(part: int) -> None:
     for case in CASES[part::8]:
         check(case)
+
+
+@pytest.mark.parametrize("cell", SMOOTH)
+def test_rows_with_deep_weights(cell: str) -> None:
+    """Around the numbers of rows that read weights of this depth as they lie: all, 2 and 1 beside full tiles of rows."""
+    for steps, batch, dtype in (
+        (1, 17, torch.float32),
+        (1, 48, torch.bfloat16),
+        (2, 24, torch.float16),
+        (1, 19, torch.float64),
+    ):
+        check(Case(cell, steps, batch, 257, 258, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("instruction_set", "steps", "batch", "hidden", "form"),
+    [
+        ("avx2", 1, 16, 128, "as they lie"),
+        ("avx2", 1, 17, 128, "packed into panels"),
+        ("avx2", 1, 48, 256, "as they lie"),
+        ("avx2", 1, 49, 256, "packed into panels"),
+        ("avx2", 4, 12, 256, "as they lie"),
+        ("avx2", 8, 6, 256, "packed into panels"),
+        ("avx512", 1, 17, 256, "packed into panels"),
+    ],
+)
+def test_which_rows_read_weights_as_they_lie(
+    instruction_set: str, steps: int, batch: int, hidden: int, form: str, setting: Setting
+) -> None:
+    if instruction_set not in AVAILABLE:
+        pytest.skip(f"needs a CPU with {instruction_set}")
+    setting("FUSED_RNN_CPU", instruction_set)
+    module, x = fused_rnn.LSTM(hidden, hidden), torch.randn(steps, batch, hidden)
+    explanation = fused_rnn.explain(module, x, training=False, show=False)
+    assert explanation.layers[0].forward is not None and explanation.layers[0].forward.weights == form
+    if form == "as they lie" and steps == 1:  # then a row is what it is alone, bit for bit
+        with torch.no_grad():
+            alone = torch.cat([module(x[:, i : i + 1])[0] for i in range(batch)], 1)
+            assert torch.equal(module(x)[0], alone)
 
 
 @pytest.mark.slow

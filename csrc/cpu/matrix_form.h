@@ -26,6 +26,8 @@ struct FormInput {
   int64_t all_rows;       // T * B, of the whole call
   bool gains_from_parts;  // the instruction set has PartsKernels that gain for this storage
   Parts parts;
+  bool straight;     // a row-major [depth, columns]: the columns of its panels lie a row apart
+  int vector_bytes;  // of the instruction set
 };
 Form choose_form(const FormInput& in);
 

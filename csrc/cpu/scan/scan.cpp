@@ -61,9 +61,10 @@ class Planner {
 
  private:
   // rounded_rows: the rows are values of the layer's dtype.
-  Matrix<A> matrix(const Shape& shape, int64_t rows, bool rounded_rows) const {
+  Matrix<A> matrix(const Shape& shape, int64_t rows, bool rounded_rows, bool straight = false) const {
     Matrix<A> m;
     m.shape = shape;
+    m.straight = straight;
     m.source.storage = p_.weights;
     m.parts = parts_of(p_.weights, rounded_rows && p_.weights == p_.dtype);
     FormInput in{};
@@ -73,14 +74,15 @@ class Planner {
     in.all_rows = p_.T * p_.B;
     in.gains_from_parts = gains_from_parts(kernels_, storage_index(p_.weights));
     in.parts = m.parts;
+    in.straight = straight;
+    in.vector_bytes = kernels_.width * static_cast<int>(sizeof(A));
     m.form = choose_form(in);
     return m;
   }
 
   // Such a matrix can be used as it lies where its rows are whole vectors of the arithmetic type.
   Matrix<A> straight_matrix(const Shape& shape) const {
-    Matrix<A> m = matrix(shape, p_.B, /*rounded_rows=*/false);
-    m.straight = true;
+    Matrix<A> m = matrix(shape, p_.B, /*rounded_rows=*/false, /*straight=*/true);
     const bool whole = shape.units % kernels_.width == 0 && dtype_size(p_.weights) == static_cast<int64_t>(sizeof(A));
     if (m.form == Form::kDirect && !whole) m.form = Form::kPacked;
     return m;
