@@ -214,7 +214,7 @@ LayerOutputs formula_cpu(const Tensor& x, at::TensorList states, at::TensorList 
   return {std::move(y), std::move(last), std::move(saved)};
 }
 
-// What backward has beside the call: d [D, N, S + U + Q, H], gradients of the states, y and series by state, and what phases
+// What backward makes of the call, and has beside it: d [D, N, S + U + Q, H], gradients of the states, y and series by state, and what phases
 // took.
 struct FormulaGradients {
   Tensor d;
@@ -230,7 +230,7 @@ struct FormulaGradients {
 };
 
 FormulaGradients run_backward(const FormulaLayer& layer, const OptionalTensor& dy, at::TensorList dlast,
-                              at::TensorList saved) {
+                              at::TensorList saved, bool states) {
   const LayerShapes& s = layer.shapes;
   const Call& call = layer.call;
   const cpu::FormulaTraits& traits = layer.traits();
@@ -274,7 +274,7 @@ FormulaGradients run_backward(const FormulaLayer& layer, const OptionalTensor& d
     const bool given = !dlast.empty() && !(dlast[i].dim() == 1 && dlast[i].numel() == 0);
     if (given) check_tensor("dlast", dlast[i], {s.D, s.B, s.H}, x, dtype);
     p.d_last[i] = given ? copies.contiguous(dlast[i]) : nullptr;
-    made.d_states.push_back(empty_like(x, {s.D, s.B, s.H}));
+    made.d_states.push_back(states ? empty_like(x, {s.D, s.B, s.H}) : Tensor());
     p.d_states[i] = data_or_null(made.d_states.back());
   }
   if (s.B > 0) {
@@ -395,10 +395,11 @@ LayerGradients formula_backward_cpu(const OptionalTensor& dy, at::TensorList dla
   const Rows given = rows_of(rows, flags);
   const Call call{x, states, params, given, recipe_of_flags(flags)};
   const FormulaLayer layer = check_formula(call, std::string(cell));
-  const FormulaGradients made = run_backward(layer, dy, dlast, saved);
+  const bool wants_states = (flags & kFormulaGradStates) && !states.empty();
+  const FormulaGradients made = run_backward(layer, dy, dlast, saved, wants_states);
   const auto none = [&] { return empty_like(x, {0}); };
   std::vector<Tensor> d_states, d_params;
-  for (size_t i = 0; i < states.size(); ++i) d_states.push_back(flags & kFormulaGradStates ? made.d_states[i] : none());
+  for (size_t i = 0; i < states.size(); ++i) d_states.push_back(wants_states ? made.d_states[i] : none());
   if (flags & kFormulaGradParams) {
     Tensor rows_of_x = x.contiguous().view({layer.shapes.N, layer.shapes.I});
     // The d of padding is 0, but its x may hold anything, and 0 * NaN is not 0.

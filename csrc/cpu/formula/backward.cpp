@@ -52,6 +52,7 @@ class FormulaBackwardScan final : public FormulaScan<A> {
   void start(Worker& w) const;
   int64_t gather(Worker& w, int64_t t) const;
   void gather_row(Worker& w, int64_t i, int64_t t, int64_t active) const;
+  void multiply_rec(Worker& w, const A* const* rows, int64_t n, int64_t s) const;
   void gather_states(Worker& w, Row& out, int64_t i, int64_t t) const;
   void run_phase(Worker& w, int phase, int64_t active) const;
   int64_t phase_elements() const { return traits_.phases * team_rows_ * room_; }
@@ -60,6 +61,7 @@ class FormulaBackwardScan final : public FormulaScan<A> {
 
   const FormulaBackward& p_;
   const bool keeps_rec_;
+  const bool multiplies_;  // by W_hh: not where the only step is the last one, and nobody asks for the state before it
   std::unique_ptr<std::atomic<bool>[]> infinite_;  // [D][heads + Q]
   // Workspace.
   Direction directions_[2];
@@ -73,7 +75,8 @@ template <class A>
 FormulaBackwardScan<A>::FormulaBackwardScan(const FormulaBackward& p, const Kernels<A>& kernels, int max_threads)
     : Base(p, formula_problem(p, /*backward=*/true, /*training=*/true), kernels, max_threads),
       p_(p),
-      keeps_rec_(recurs_ && (this->converts_ || heads_ > 1)) {
+      keeps_rec_(recurs_ && (this->converts_ || heads_ > 1)),
+      multiplies_(recurs_ && (p.seq.T > 1 || p.d_states[traits_.recurrent])) {
   const int64_t matrices = heads_ + traits_.phases;
   infinite_.reset(new std::atomic<bool>[D_ * matrices]());
   for (int d = 0; d < D_; ++d) {
@@ -131,7 +134,7 @@ typename FormulaBackwardScan<A>::Worker FormulaBackwardScan<A>::make_worker(int 
 template <class A>
 void FormulaBackwardScan<A>::pack_share(int share, int shares) const {
   for (int d = 0; d < D_; ++d) {
-    this->pack_all(directions_[d].heads, share, shares);
+    if (multiplies_) this->pack_all(directions_[d].heads, share, shares);
     this->pack_all(directions_[d].phases, share, shares);
     if (d % shares != share) continue;
     this->load_parameters(p_.weights[d].parameters, directions_[d].parameters);
@@ -208,6 +211,17 @@ int64_t FormulaBackwardScan<A>::gather(Worker& w, int64_t t) const {
   return active;
 }
 
+// The thread's panels of the product of rows [n] of d_rec and W_hh, to w.rec. At the last step all rows are zeros, and so are
+// their products.
+template <class A>
+void FormulaBackwardScan<A>::multiply_rec(Worker& w, const A* const* rows, int64_t n, int64_t s) const {
+  if (!std::all_of(rows, rows + n, [&](const A* row) { return row == zeros_; })) {
+    return this->multiply_heads(w, rows, n, nullptr, s);
+  }
+  const auto [begin, end] = share_of(n, plan_.threads.split, w.rank);
+  std::fill_n(w.rec + begin * heads_ * rec_columns_, (end - begin) * heads_ * rec_columns_, A(0));
+}
+
 // dv of a phase from d_ph: the thread's panels of the product, or the norms of its share of the rows.
 template <class A>
 void FormulaBackwardScan<A>::run_phase(Worker& w, int phase, int64_t active) const {
@@ -230,7 +244,7 @@ void FormulaBackwardScan<A>::run_phase(Worker& w, int phase, int64_t active) con
 template <class A>
 void FormulaBackwardScan<A>::step(Worker& w, int64_t s) const {
   const int64_t active = gather(w, this->time_of(w, s));
-  this->multiply_heads(w, w.active, active, nullptr, s);
+  multiply_rec(w, w.active, active, s);
   w.team->barrier.wait();
   const FormulaKernels<A>& cell = this->step_of(*p_.cell);
   const FormulaCall<Row> call{w.rows, active, w.items.first, w.items.last, H_, heads_, rec_columns_, w.parameters, room_};
@@ -247,17 +261,18 @@ void FormulaBackwardScan<A>::step(Worker& w, int64_t s) const {
 // Gradients of the initial states.
 template <class A>
 void FormulaBackwardScan<A>::finish(Worker& w) const {
-  this->multiply_heads(w, w.next, w.n, nullptr, 0);
+  const bool passes = recurs_ && p_.d_states[traits_.recurrent];
+  if (passes) multiply_rec(w, w.next, w.n, 0);
   w.team->barrier.wait();
   const auto [begin, end] = this->rows_of(w);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t row = w.d * seq_.B + w.team->rows[i].b;
     A* const recurrent = d_state(w, traits_.recurrent, i);
-    for (int64_t u = 0; recurs_ && u < H_; ++u) {
+    for (int64_t u = 0; passes && u < H_; ++u) {
       recurrent[u] += w.rec[(i * heads_ + u / units_) * rec_columns_ + u % units_];
     }
     for (int s = 0; s < traits_.states; ++s) {
-      kernels_.save[storage_](d_state(w, s, i), stored_at(p_.d_states[s], row * H_, size_), H_);
+      if (p_.d_states[s]) kernels_.save[storage_](d_state(w, s, i), stored_at(p_.d_states[s], row * H_, size_), H_);
     }
   }
 }

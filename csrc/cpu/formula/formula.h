@@ -54,7 +54,7 @@ struct FormulaBackward : FormulaParams {
   const void* dy;                          // [N, D * H] or null (zeros)
   const void* d_last[kMostFormulaStates];  // [D, B, H] or null (zeros)
   void* d;                                 // [D, N, S + U + Q, H] out; 0 at inactive rows
-  void* d_states[kMostFormulaStates];      // [D, B, H] out
+  void* d_states[kMostFormulaStates];      // [D, B, H] out, or null where nobody asks
 };
 
 void forward(FormulaForward& p, const Allocate& allocate);

@@ -124,10 +124,10 @@ FormulaForwardScan<A>::FormulaForwardScan(const FormulaForward& p, const Kernels
     directions_[d].heads = this->head_matrices(p.weights[d].w_hh, infinite + 1);
     directions_[d].phases = this->phase_matrices(p.weights[d], infinite + 1 + heads_);
   }
-  if (!p.training) lease_weights();
+  if (!p.training || p.seq.T == 1) lease_weights();
 }
 
-// What an inference finds in the cache of packed weights, or leaves there.
+// What an inference, or a step of a training loop, finds in the cache of packed weights, or leaves there.
 template <class A>
 void FormulaForwardScan<A>::lease_weights() {
   const auto lease = [](CacheLease& lease, Matrix<A>& m) {
