@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from cases import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, TORCH_NN, Case, Data, layer_cases, make_data
+from settings import Setting
 from torch import Tensor
 
 from fused_rnn import functional, use_backend
+from fused_rnn._backend import has_cpu_kernels
 
 CASES = list(layer_cases())
 
@@ -275,3 +278,27 @@ def test_inference_mode_and_threads(cell: str, backend: str) -> None:
                 for found, wanted in zip(results, expected, strict=True):
                     tolerance = OUTPUT_TOLERANCE[case.dtype] if backend == "reference" else 0
                     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif(not has_cpu_kernels(), reason="needs the compiled extension")
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN_TANH"])
+@pytest.mark.parametrize("lengths", [(9, 4, 0, 2), (0, 0, 0, 0), (9, 9, 8, 9)], ids=str)
+def test_gradients_leave_out_much_padding(cell: str, lengths: tuple[int, ...], setting: Setting) -> None:
+    """Where a quarter of the rows or more is padding, the products outside the recurrence have only the other rows."""
+    setting("FUSED_RNN_CPU", "portable")  # its larger products are torch's, whose shapes the profiler sees
+    case = Case(cell, 9, 4, 48, 64, bidirectional=True, proj=32 if cell == "LSTM" else 0, ragged="lengths")
+    data = make_data(case)
+    data = dataclasses.replace(data, lengths=torch.tensor(lengths))
+    with use_backend("reference"):
+        expected, expected_grads = results_and_gradients(case, data.to(torch.float64))
+    padding = torch.arange(9).unsqueeze(1) >= torch.tensor(lengths)
+    data.input[padding] = math.nan
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        results, grads = results_and_gradients(case, data)
+    for actual, want in zip([*results, *grads], [*expected, *expected_grads], strict=True):
+        torch.testing.assert_close(actual, want.float(), rtol=1e-4, atol=1e-4)
+    # dW_ih [gates, 48] = d_gates^T x: the rows of x, [rows, 48]; those of the weights, as in dx, are others.
+    weights = {64 * gates for gates in range(1, 5)}
+    shapes = [event.input_shapes[1] for event in profile.events() if event.name == "aten::mm"]
+    rows = {shape[0] for shape in shapes if shape[1] == 48} - weights
+    assert rows == ({36} if sum(lengths) > 27 else {sum(lengths)} - {0})

@@ -222,7 +222,7 @@ struct FormulaGradients {
   std::vector<Tensor> series;  // [N, D * H] of each state, undefined where forward kept none
   std::vector<Tensor> v;       // [D, N, H] of each phase
 
-  // Blocks [first, first + count) of direction k [N, count * H].
+  // Blocks [first, first + count) of direction k [rows, count * H].
   Tensor blocks(int k, int64_t first, int64_t count) const {
     const int64_t N = d.size(1), H = d.size(3);
     return part(d.select(0, k).view({N, d.size(2) * H}), 1, first * H, (first + count) * H);
@@ -298,7 +298,7 @@ void for_input_blocks(const cpu::FormulaTraits& traits, F&& f) {
 }
 
 // The gradient of weight_hh of direction k.
-Tensor recurrent_gradient(const FormulaLayer& layer, const FormulaGradients& made, int k) {
+Tensor recurrent_gradient(const FormulaLayer& layer, const FormulaGradients& made, const RowChoice& rows, int k) {
   const LayerShapes& s = layer.shapes;
   const cpu::FormulaTraits& traits = layer.traits();
   const int64_t G = traits.recurrent_gates, units = s.H / layer.heads;
@@ -308,8 +308,8 @@ Tensor recurrent_gradient(const FormulaLayer& layer, const FormulaGradients& mad
   const Call call{layer.call.x, states.empty() ? states : states.slice(traits.recurrent, 1), layer.call.params,
                   layer.call.rows, layer.call.recipe};
   const Tensor& w_hh = layer.call.params_of_direction(k)[1];
-  if (layer.heads == 1) return recurrent_weight_gradient(call, s, d_rec, series, k).view(w_hh.sizes());
-  const Tensor before = previous_states(call, s, output_of_direction(series, s, k), k);
+  if (layer.heads == 1) return recurrent_weight_gradient(call, s, rows, d_rec, series, k).view(w_hh.sizes());
+  const Tensor before = rows.of(previous_states(call, s, output_of_direction(series, s, k), k));
   const Tensor dw = empty_like(call.x, w_hh.sizes());
   for (int64_t head = 0; head < layer.heads; ++head) {
     const Tensor of_head = part(before, 1, head * units, (head + 1) * units);
@@ -346,8 +346,8 @@ void phase_gradients(const FormulaLayer& layer, const FormulaGradients& made, in
   }
 }
 
-void direction_gradients(const FormulaLayer& layer, const FormulaGradients& made, const Tensor& x, int k,
-                         std::vector<Tensor>& gradients) {
+void direction_gradients(const FormulaLayer& layer, const FormulaGradients& made, const RowChoice& rows, const Tensor& x,
+                         int k, std::vector<Tensor>& gradients) {
   const LayerShapes& s = layer.shapes;
   const cpu::FormulaTraits& traits = layer.traits();
   const int64_t in = traits.input_gates * s.H, G = traits.recurrent_gates;
@@ -359,7 +359,7 @@ void direction_gradients(const FormulaLayer& layer, const FormulaGradients& made
     if (biases) sum_rows_into(part(db_ih, 0, gate * s.H, (gate + count) * s.H), d);
   });
   gradients.push_back(dw_ih);
-  if (layer.recurs()) gradients.push_back(recurrent_gradient(layer, made, k));
+  if (layer.recurs()) gradients.push_back(recurrent_gradient(layer, made, rows, k));
   if (biases) gradients.push_back(db_ih);
   if (biases && layer.recurs()) {
     gradients.push_back(empty_like(x, {G * s.H}));
@@ -374,9 +374,9 @@ void direction_gradients(const FormulaLayer& layer, const FormulaGradients& made
   for (int q = 0; q < traits.phases; ++q) phase_gradients(layer, made, k, q, gradients);
 }
 
-Tensor input_gradient(const FormulaLayer& layer, const FormulaGradients& made) {
+Tensor input_gradient(const FormulaLayer& layer, const FormulaGradients& made, const RowChoice& rows) {
   const LayerShapes& s = layer.shapes;
-  const Tensor dx = empty_like(layer.call.x, {s.N, s.I});
+  const Tensor dx = empty_like(layer.call.x, {rows.count(s), s.I});
   bool add = false;
   for (int k = 0; k < s.D; ++k) {
     const Tensor& w_ih = layer.call.params_of_direction(k)[0];
@@ -386,7 +386,7 @@ Tensor input_gradient(const FormulaLayer& layer, const FormulaGradients& made) {
       add = true;
     });
   }
-  return dx.view(layer.call.x.sizes());
+  return rows.spread(dx, s).view(layer.call.x.sizes());
 }
 
 LayerGradients formula_backward_cpu(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
@@ -396,19 +396,22 @@ LayerGradients formula_backward_cpu(const OptionalTensor& dy, at::TensorList dla
   const Call call{x, states, params, given, recipe_of_flags(flags)};
   const FormulaLayer layer = check_formula(call, std::string(cell));
   const bool wants_states = (flags & kFormulaGradStates) && !states.empty();
-  const FormulaGradients made = run_backward(layer, dy, dlast, saved, wants_states);
+  FormulaGradients made = run_backward(layer, dy, dlast, saved, wants_states);
+  const RowChoice chosen(call, layer.shapes);
+  made.d = chosen.of(made.d, 1);
+  for (Tensor& v : made.v) v = chosen.of(v, 1);
   const auto none = [&] { return empty_like(x, {0}); };
   std::vector<Tensor> d_states, d_params;
   for (size_t i = 0; i < states.size(); ++i) d_states.push_back(wants_states ? made.d_states[i] : none());
   if (flags & kFormulaGradParams) {
-    Tensor rows_of_x = x.contiguous().view({layer.shapes.N, layer.shapes.I});
+    Tensor rows_of_x = chosen.of(x.contiguous().view({layer.shapes.N, layer.shapes.I}));
     // The d of padding is 0, but its x may hold anything, and 0 * NaN is not 0.
-    if (given.lengths) rows_of_x = at::where(active_rows(call, layer.shapes), rows_of_x, 0);
-    for (int k = 0; k < layer.shapes.D; ++k) direction_gradients(layer, made, rows_of_x, k, d_params);
+    if (given.lengths && chosen.all()) rows_of_x = at::where(active_rows(call, layer.shapes), rows_of_x, 0);
+    for (int k = 0; k < layer.shapes.D; ++k) direction_gradients(layer, made, chosen, rows_of_x, k, d_params);
   } else {
     for (size_t i = 0; i < params.size(); ++i) d_params.push_back(none());
   }
-  return {flags & kFormulaGradX ? input_gradient(layer, made) : none(), std::move(d_states), std::move(d_params)};
+  return {flags & kFormulaGradX ? input_gradient(layer, made, chosen) : none(), std::move(d_states), std::move(d_params)};
 }
 
 }  // namespace

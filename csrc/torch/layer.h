@@ -86,8 +86,29 @@ Tensor active_rows(const Call& call, const LayerShapes& s);
 Tensor previous_states(const Call& call, const LayerShapes& s, const Tensor& y, int d);
 // Outputs of direction d [N, P].
 Tensor output_of_direction(const Tensor& y, const LayerShapes& s, int d);
-// d_rg^T h_prev [G*H, P] of direction d. d_rg [N, G*H] is a strided view.
-Tensor recurrent_weight_gradient(const Call& call, const LayerShapes& s, const Tensor& d_rg, const OptionalTensor& y, int d);
+
+// Which rows of [N, .] the matrix products of backward read: all, or those that take part, where many are padding.
+class RowChoice {
+ public:
+  RowChoice(const Call& call, const LayerShapes& s);
+  bool all() const { return !indices_.defined(); }
+  int64_t count(const LayerShapes& s) const { return all() ? s.N : indices_.size(0); }
+  // The chosen rows of t, whose dimension `dim` is N; copied unless they are all.
+  Tensor of(const Tensor& t, int64_t dim = 0) const;
+  // [N, .] from the chosen rows; the others are zeros.
+  Tensor spread(const Tensor& rows, const LayerShapes& s) const;
+
+ private:
+  // Copies gain on a CPU where a quarter of the rows or more is padding: with half of it (uniform lengths, 128x64x128x128)
+  // forward and backward of an LSTM take 0.69 of the time of a full batch, and 0.80 without copies.
+  static constexpr int64_t kOf = 4, kMost = 3;
+
+  Tensor indices_;  // or undefined: all rows
+};
+
+// d_rg^T h_prev [G*H, P] of direction d. d_rg [chosen rows, G*H] is a strided view.
+Tensor recurrent_weight_gradient(const Call& call, const LayerShapes& s, const RowChoice& rows, const Tensor& d_rg,
+                                 const OptionalTensor& y, int d);
 
 #ifdef FUSED_RNN_WITH_CUDA
 // cuda::previous_rows on the current stream (ops_cuda.cpp).

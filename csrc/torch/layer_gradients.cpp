@@ -1,9 +1,15 @@
 // Gradients of a layer's input, states and weights, from the gradients of its gates: matrix products.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/index_copy.h>
+#include <ATen/ops/index_select.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/tanh.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
 
 #include "core/cells.h"
 #include "core/dispatch.h"
@@ -17,6 +23,29 @@ namespace fused_rnn {
 Tensor active_rows(const Call& call, const LayerShapes& s) {
   const Tensor t = at::arange(s.T, call.x.options().dtype(at::kLong)).unsqueeze(1);
   return (t < call.rows.lengths->unsqueeze(0)).reshape({s.N, 1});
+}
+
+Tensor RowChoice::of(const Tensor& t, int64_t dim) const { return all() ? t : at::index_select(t, dim, indices_); }
+
+Tensor RowChoice::spread(const Tensor& rows, const LayerShapes& s) const {
+  return all() ? rows : at::zeros({s.N, rows.size(1)}, rows.options()).index_copy_(0, indices_, rows);
+}
+
+RowChoice::RowChoice(const Call& call, const LayerShapes& s) {
+  if (!call.rows.lengths || !call.rows.lengths->is_cpu()) return;
+  const Tensor lengths = call.rows.lengths->contiguous();
+  // A copy, which stays what was counted.
+  std::vector<int64_t> of(lengths.const_data_ptr<int64_t>(), lengths.const_data_ptr<int64_t>() + s.B);
+  int64_t count = 0;
+  for (int64_t& length : of) count += length = std::clamp<int64_t>(length, 0, s.T);
+  if (count * kOf > s.N * kMost) return;
+  indices_ = at::empty({count}, lengths.options());
+  int64_t* to = indices_.data_ptr<int64_t>();
+  for (int64_t t = 0; t < s.T; ++t) {
+    for (int64_t b = 0; b < s.B; ++b) {
+      if (t < of[b]) *to++ = t * s.B + b;
+    }
+  }
 }
 
 Tensor previous_states(const Call& call, const LayerShapes& s, const Tensor& y, int d) {
@@ -70,15 +99,16 @@ void multiply_shifted(const Tensor& dw, const Tensor& d_rg, const Call& call, co
 }  // namespace
 
 // Rows that take no part get zeros for h_prev: their y and h0 may be NaN, and 0 * NaN is not 0.
-Tensor recurrent_weight_gradient(const Call& call, const LayerShapes& s, const Tensor& d_rg, const OptionalTensor& y,
-                                 int d) {
+Tensor recurrent_weight_gradient(const Call& call, const LayerShapes& s, const RowChoice& rows, const Tensor& d_rg,
+                                 const OptionalTensor& y, int d) {
   const Tensor dw = empty_like(call.x, {d_rg.size(1), s.P});
   if (call.rows.all()) {
     multiply_shifted(dw, d_rg, call, s, y, d);
   } else {
     // y of a single step is never read.
     const Tensor of_direction = y ? output_of_direction(*y, s, d) : empty_like(call.x, {s.N, s.P});
-    multiply_into(dw, d_rg, /*transposed=*/true, previous_states(call, s, of_direction, d), /*add=*/false);
+    const Tensor h_prev = rows.of(previous_states(call, s, of_direction, d));
+    multiply_into(dw, d_rg, /*transposed=*/true, h_prev, /*add=*/false);
   }
   return dw;
 }
@@ -91,13 +121,13 @@ Tensor gate_gradients(const BackwardCall& made, int64_t columns, int d) {
   return (s.D == 1 ? made.d_gates : made.d_gates.select(0, d)).view({s.N, columns});
 }
 
-// The gradients of one direction's parameters, in their order.
-void weight_gradients(const Call& call, const ResultGradients& given, const BackwardCall& made, const Tensor& x, int d,
-                      std::vector<Tensor>& gradients) {
+// The gradients of one direction's parameters, in their order. x [chosen rows, I], dg [chosen rows, S * H]
+void weight_gradients(const Call& call, const ResultGradients& given, const BackwardCall& made, const RowChoice& rows,
+                      const Tensor& x, const Tensor& dg, int d, std::vector<Tensor>& gradients) {
   const LayerShapes& s = made.shapes;
   const CellKind cell = call.recipe.cell;
   const int64_t G = gate_count(cell), S = slot_count(cell), H = s.H;
-  const Tensor dg = gate_gradients(made, S * H, d), d_rg = part(dg, 1, (S - G) * H, S * H);
+  const Tensor d_rg = part(dg, 1, (S - G) * H, S * H);
   const Tensor dw_ih = empty_like(call.x, {G * H, s.I});
   const Tensor db_ih = empty_like(call.x, {G * H}), db_hh = empty_like(call.x, {G * H});
   for (const auto& [columns, first] : input_columns(cell, H, dg)) {
@@ -105,7 +135,7 @@ void weight_gradients(const Call& call, const ResultGradients& given, const Back
     if (call.recipe.has_biases) sum_rows_into(part(db_ih, 0, first, first + columns.size(1)), columns);
   }
   gradients.push_back(dw_ih);
-  gradients.push_back(recurrent_weight_gradient(call, s, d_rg, given.saved.y, d));
+  gradients.push_back(recurrent_weight_gradient(call, s, rows, d_rg, given.saved.y, d));
   if (call.recipe.has_biases) {
     if (S > G) {  // the gradient of b_hh is not that of b_ih
       sum_rows_into(db_hh, d_rg);
@@ -116,9 +146,10 @@ void weight_gradients(const Call& call, const ResultGradients& given, const Back
     gradients.push_back(db_hh);
   }
   if (s.projection) {
-    const Tensor m = at::mul(given.saved.gates.select(0, d).select(1, 3), at::tanh(given.saved.cs.select(0, d)));
+    const Tensor o = rows.of(given.saved.gates.select(0, d).select(1, 3)), c = rows.of(given.saved.cs.select(0, d));
     gradients.push_back(empty_like(call.x, {s.P, H}));
-    multiply_into(gradients.back(), made.d_h.select(0, d), /*transposed=*/true, m, /*add=*/false);
+    multiply_into(gradients.back(), rows.of(made.d_h.select(0, d)), /*transposed=*/true, at::mul(o, at::tanh(c)),
+                  /*add=*/false);
   }
 }
 
@@ -159,20 +190,23 @@ LayerGradients gradients_of_layer(const Call& call, const ResultGradients& given
                                   GradientMask mask) {
   const LayerShapes& s = made.shapes;
   const int64_t columns = slot_count(call.recipe.cell) * s.H;
-  Tensor x = mask.weights ? call.x.contiguous().view({s.N, s.I}) : Tensor();
+  const RowChoice rows(call, s);
+  Tensor x = mask.weights ? rows.of(call.x.contiguous().view({s.N, s.I})) : Tensor();
   // The d_gates of padding are 0, but its x may hold anything, and 0 * NaN is not 0.
-  if (call.rows.lengths && mask.weights) x = at::where(active_rows(call, s), x, 0);
-  const Tensor dx = empty_like(call.x, mask.x ? at::DimVector{s.N, s.I} : at::DimVector{0});
+  if (call.rows.lengths && rows.all() && mask.weights) x = at::where(active_rows(call, s), x, 0);
+  Tensor dx = empty_like(call.x, mask.x ? at::DimVector{rows.count(s), s.I} : at::DimVector{0});
   std::vector<Tensor> dparams;
   for (int d = 0; d < s.D; ++d) {
-    if (mask.x) input_gradient(call, input_columns(call.recipe.cell, s.H, gate_gradients(made, columns, d)), dx, d);
+    const Tensor dg = mask.x || mask.weights ? rows.of(gate_gradients(made, columns, d)) : Tensor();
+    if (mask.x) input_gradient(call, input_columns(call.recipe.cell, s.H, dg), dx, d);
     if (mask.weights) {
-      weight_gradients(call, given, made, x, d, dparams);
+      weight_gradients(call, given, made, rows, x, dg, d, dparams);
     } else {
       for (int64_t i = 0; i < s.per_direction; ++i) dparams.push_back(empty_like(call.x, {0}));
     }
   }
-  return {mask.x ? dx.view(call.x.sizes()) : dx, state_gradients(call, made, mask.states), std::move(dparams)};
+  if (mask.x) dx = rows.spread(dx, s).view(call.x.sizes());
+  return {dx, state_gradients(call, made, mask.states), std::move(dparams)};
 }
 
 }  // namespace fused_rnn
