@@ -138,7 +138,7 @@ struct BackwardParams {
   const void* dc_n;   // [D, B, H] or null (zeros); LSTM only
   void* d_gates;      // [D, N, S, H] out; 0 at inactive rows
   void* d_h;          // [D, N, P] out: total gradient of every h, 0 at inactive rows; projection only, else null
-  void* d_h0;         // [D, B, P] out; CUDA: null where nobody asks for it
+  void* d_h0;         // [D, B, P] out, or null where nobody asks for it
   void* d_c0;         // [D, B, H] out; LSTM only
   void* workspace;    // as in forward
 };
