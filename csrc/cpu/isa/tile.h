@@ -134,7 +134,7 @@ inline V sum_lanes(const V (&v)[V::kWidth]) {
   return V::load(sums);
 }
 
-// kWidth dot products of each of kRows rows with the rows of `block`, each of length `depth`: out[r * out_stride + lane] gets
+// kWidth dot products of each of kRows rows with the rows of `block`, each of length `depth`. out[r * out_stride + lane] is
 // init[lane] + product. Every fourth row of the block has a pointer, and the others are reached from it by multiples of the
 // depth: a pointer for each row would not fit the registers. A single row meets the whole block at once, several meet four
 // rows of it at a time. Every product is summed in the same order.

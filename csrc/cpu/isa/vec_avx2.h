@@ -77,8 +77,8 @@ struct VecF : simd::VectorBase {
   }
   FUSED_RNN_INLINE friend VecF reciprocal(VecF x) { return _mm256_div_ps(_mm256_set1_ps(1), x.v); }
   FUSED_RNN_INLINE friend VecF divide(VecF n, VecF d) { return _mm256_div_ps(n.v, d.v); }
-  // Lane l of the result is the sum of the lanes of v[l], in the order of tile.h's sum_lanes: halves of each vector, halves of
-  // those, and so on.
+  // Lane l of the result is the sum of the lanes of v[l], in the order of tile.h's sum_lanes: halves of each vector, halves
+  // of those, and so on.
   FUSED_RNN_INLINE friend VecF sum_lanes(const VecF (&v)[8]) {
     __m256 halves[4];  // [l] has the four sums of v[l] and of v[l + 4]
     for (int l = 0; l < 4; ++l) {
