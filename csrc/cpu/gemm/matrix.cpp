@@ -21,7 +21,7 @@ void transpose(const A* from, int64_t stride, const Range& lanes, const Range& d
 }
 
 #ifdef __SSE2__
-// Floats four by four: a packed LSTM of H=256 in a third of the time that one by one takes.
+// Floats four by four: rows are read, and columns written, in pieces of 16 bytes.
 template <>
 void transpose(const float* from, int64_t stride, const Range& lanes, const Range& depth, float* to, int64_t step) {
   int64_t lane = lanes.first;
