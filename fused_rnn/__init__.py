@@ -1,5 +1,8 @@
 """Drop-in torch.nn RNN, LSTM, GRU and their cells with hand-written CUDA and CPU kernels."""
 
+import importlib
+from types import ModuleType
+
 from fused_rnn import _opacus, explanation, functional
 from fused_rnn._backend import build_info, free_memory, use_backend
 from fused_rnn._explain import explain
@@ -33,6 +36,15 @@ __all__ = [
     "revert",
     "source",
     "use_backend",
+    "zoo",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """``fused_rnn.zoo``, imported when it is first asked for."""
+    if name == "zoo":
+        return importlib.import_module("fused_rnn.zoo")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 _opacus.register()

@@ -30,6 +30,9 @@ _CACHES = ("_flat_weights", "_flat_weight_refs")
 def convert(model: _Model, *, subclasses: bool = False) -> _Model:
     """Make every torch.nn recurrent layer and cell inside a model, or the model itself, a fused one, in place.
 
+    Layers and cells of torchrecurrent (0.2.5) become a Layer or Step of the zoo's cell. The object stays, its parameters
+    are new ones (fused_rnn.zoo.from_torchrecurrent says which): convert before the optimizer is made.
+
     Args:
         model: any module.
         subclasses: also change subclasses of torch.nn's layers and cells whose forward calls ``super().forward``. Such a
@@ -39,7 +42,8 @@ def convert(model: _Model, *, subclasses: bool = False) -> _Model:
     A warning names the recurrent modules left as they are: subclasses without ``subclasses=True``, or those that it cannot
     serve, with the reason; parametrized ones (their class is made at run time: convert first, then parametrize), ones whose
     forward was replaced on the instance, ones of a dtype without kernels (complex), and TorchScript's, which cannot be
-    changed. Modules that torch does not know as submodules (kept in a plain list) are not reached.
+    changed; and torchrecurrent's whose states are others than the zoo's, or with an activation that the zoo does not have.
+    Modules that torch does not know as submodules (kept in a plain list) are not reached.
 
     Returns:
         The same model.
@@ -57,7 +61,7 @@ def revert(model: _Model) -> _Model:
     """Undo :func:`convert`, in place: every fused layer and cell becomes torch.nn's, or of its own class again.
 
     Left as they are, with a warning: instances of subclasses of ours, parametrized modules, and those that torch.nn has no
-    class for (nonlinearity "identity"). Returns the same model.
+    class for (nonlinearity "identity"). What was torchrecurrent's stays ours. Returns the same model.
     """
     return _swap(model, "revert")
 
@@ -66,16 +70,41 @@ def _swap(model: _Model, caller: str, subclasses: bool = False) -> _Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: expected a torch.nn.Module, got {type(model).__name__}")
     left = []
+    inside: set[nn.Module] = set()  # of modules of torchrecurrent that stay as they are
     for name, module in model.named_modules():
-        target = _target(module, caller, subclasses)
-        reason = target if isinstance(target, str) else None if target is None else _why_not(module, caller)
+        if module in inside:
+            continue
+        if caller == "convert" and _is_torchrecurrent(module):
+            reason = _from_torchrecurrent(module)
+            inside.update(module.modules() if reason is not None else ())
+        else:
+            target = _target(module, caller, subclasses)
+            reason = target if isinstance(target, str) else None if target is None else _why_not(module, caller)
+            if reason is None and isinstance(target, type):
+                _set_class(module, target)
         if reason is not None:
             left.append(f"{name or 'the model itself'} ({type(module).__name__}: {reason})")
-        elif isinstance(target, type):
-            _set_class(module, target)
     if left:
         warnings.warn(f"fused_rnn.{caller} left unchanged: {', '.join(left)}", UserWarning, stacklevel=3)
     return model
+
+
+def _is_torchrecurrent(module: nn.Module) -> bool:
+    """Whether it is a layer or cell of torchrecurrent's, or of a subclass of one."""
+    return any(
+        cls.__module__.partition(".")[0] == "torchrecurrent" and cls.__name__.endswith(("LayerBase", "CellBase"))
+        for cls in type(module).__mro__
+    )
+
+
+def _from_torchrecurrent(module: nn.Module) -> str | None:
+    """Makes it ours; the reason where it stays as it is."""
+    from fused_rnn.zoo import _torchrecurrent  # the zoo takes time to import
+
+    reason = "its forward was replaced on the instance" if "forward" in module.__dict__ else _torchrecurrent.why_not(module)
+    if reason is None:
+        _torchrecurrent.become_ours(module)
+    return reason
 
 
 def _target(module: nn.Module, caller: str, subclasses: bool) -> type[nn.Module] | str | None:

@@ -181,7 +181,10 @@ class Cell(metaclass=_CellType):
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
-        constants = (f"{name}={value!r}" for name, value in self.__dict__.items() if not name.startswith("_"))
+        declared = ("gates", "states", "output", "recurrent", "unit_parameters", "scalar_parameters")
+        constants = (
+            f"{name}={value!r}" for name, value in self.__dict__.items() if not name.startswith("_") and name not in declared
+        )
         return f"{type(self).__name__}({', '.join(constants)})"
 
 
