@@ -120,7 +120,7 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
         **core_aten_decompositions(),
         **get_decompositions([_ATEN.elu, _ATEN.gelu, _ATEN.hardtanh, _ATEN.leaky_relu]),
     }
-    own = ("sigmoid_backward", "tanh_backward", "threshold_backward", "masked_fill", "masked_fill_")
+    own = "sigmoid_backward tanh_backward threshold_backward hardsigmoid_backward masked_fill masked_fill_".split()
     return {op: form for op, form in table.items() if _name_of(op) not in own}
 
 
@@ -167,6 +167,7 @@ _SAME = {
     "logical_not": "not",
     "bitwise_not": "not",
 }
+_SIXTH = 0.1666666716337204  # float32's, which torch's derivative of hardsigmoid has in float64 too
 _PASS_ON = frozenset({"detach", "alias", "clone", "_to_copy", "lift_fresh_copy", "expand", "view_of", "to"})
 _NUMBERS = {"zeros_like": 0.0, "ones_like": 1.0, "new_zeros": 0.0, "new_ones": 1.0, "zeros": 0.0, "ones": 1.0}
 
@@ -247,6 +248,9 @@ class _Reader:
                 return make("mul", d, make("sub", const(1), make("mul", y, y)))
             case "threshold_backward", [d, y, threshold]:
                 return make("where", make("gt", y, threshold), d, const(0))
+            case "hardsigmoid_backward", [d, a]:
+                inside = make("and", make("gt", a, const(-3)), make("lt", a, const(3)))
+                return make("where", inside, make("mul", d, const(_SIXTH)), const(0))
         raise NotImplementedError(f"no C++ for torch's operation aten.{name} with {len(args)} arguments")
 
     def power(self, a: Value, exponent: float) -> Value:
