@@ -45,9 +45,11 @@ class ATR(Cell):
 class CFN(Cell):
     """The chaos-free network.
 
-    Laurent and von Brecht 2017, "A Recurrent Neural Network without Chaos", equations 1 to 3::
+    Laurent and von Brecht 2017, "A Recurrent Neural Network without Chaos"::
 
         theta, eta = sigmoid(W x + U h + b)     h = theta tanh(h) + eta tanh(W x + b)
+
+    The paper's tanh(W x) has no bias.
     """
 
     gates = ("theta", "eta", Gate("g", recurrent=False))

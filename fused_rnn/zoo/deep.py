@@ -12,8 +12,8 @@ from fused_rnn.formula.language import Cell, Gate
 class NAS(Cell):
     """The cell that a search by reinforcement learning found.
 
-    Zoph and Le 2017, "Neural Architecture Search with Reinforcement Learning", appendix A; the base of 8, as in TensorFlow's
-    NASCell. With a_k = W x + U h + b of the gates a0 to a7::
+    Zoph and Le 2017, "Neural Architecture Search with Reinforcement Learning", as in TensorFlow's NASCell. With
+    a0 to a7 = W x + U h + b::
 
         c = tanh(tanh(sigmoid(a0) relu(a1)) + c) tanh(sigmoid(a2) + relu(a3))
         h = tanh(c tanh(tanh(tanh(a4) sigmoid(a5)) + sigmoid(tanh(a6) + sigmoid(a7))))
@@ -34,8 +34,8 @@ class NAS(Cell):
 class SCRN(Cell):
     """The structurally constrained recurrent network: a slow context beside the state.
 
-    Mikolov, Joulin, Chopra, Mathieu and Ranzato 2015, "Learning Longer Memory in Recurrent Neural Networks", equations 4 to
-    6, without the output layer::
+    Mikolov, Joulin, Chopra, Mathieu and Ranzato 2015, "Learning Longer Memory in Recurrent Neural Networks",
+    without the output layer::
 
         s = (1 - alpha) (W_s x + b) + alpha s     h = sigmoid(W x + U h + P s + b)
 

@@ -40,7 +40,7 @@ class JANET(Cell):
 class MGU(Cell):
     """The minimal gated unit.
 
-    Zhou, Wu, Zhang and Zhou 2016, "Minimal Gated Unit for Recurrent Neural Networks", equations 7 and 8::
+    Zhou, Wu, Zhang and Zhou 2016, "Minimal Gated Unit for Recurrent Neural Networks"::
 
         f = f(W x + U h + b)     g = g(W x + U_g (f h) + b)     h = (1 - f) h + f g
 

@@ -13,7 +13,7 @@ from fused_rnn.zoo.activations import Activation, apply, checked
 class MultiplicativeLSTM(Cell):
     """The LSTM whose gates see a product of input and state.
 
-    Krause, Lu, Murray and Renals 2016, "Multiplicative LSTM for Sequence Modelling", section 3::
+    Krause, Lu, Murray and Renals 2016, "Multiplicative LSTM for Sequence Modelling"::
 
         m = (W_m x) (U_m h)               c = f c + i g
         i, f, o = sigmoid(W x + V m)      h = o tanh(c)

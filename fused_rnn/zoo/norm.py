@@ -13,8 +13,7 @@ from fused_rnn.formula.language import Cell
 class LayerNormLSTM(Cell):
     """The LSTM with layer norm of both products and of the cell state.
 
-    Ba, Kiros and Hinton 2016, "Layer Normalization", equations 20 to 22, with a norm for each gate (the paper's is over all
-    four)::
+    Ba, Kiros and Hinton 2016, "Layer Normalization", with a norm for each gate where the paper's is over all four::
 
         i, f, o = sigmoid(LN(W x) + LN(U h))     c = f c + i g
         g = tanh(LN(W x) + LN(U h))              h = o tanh(LN(c))
@@ -38,8 +37,7 @@ class LayerNormLSTM(Cell):
 class LayerNormGRU(Cell):
     """The GRU with layer norm of both products.
 
-    Ba, Kiros and Hinton 2016, "Layer Normalization", equations 26 to 29, with a norm for each gate (the paper's is over
-    both gates)::
+    Ba, Kiros and Hinton 2016, "Layer Normalization", with a norm for each gate where the paper's is over both gates::
 
         r, z = sigmoid(LN(W x) + LN(U h))     n = tanh(LN(W x) + r LN(U h))     h = (1 - z) n + z h
 

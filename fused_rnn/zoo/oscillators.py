@@ -126,7 +126,7 @@ class CoRNN(Cell):
 class UnICORNN(Cell):
     """The undamped independent controlled oscillatory RNN: every unit sees only itself.
 
-    Rusch and Mishra 2021, "UnICORNN: A Recurrent Model for Learning Very Long Time Dependencies", equation 4::
+    Rusch and Mishra 2021, "UnICORNN: A Recurrent Model for Learning Very Long Time Dependencies"::
 
         z = z - dt sigmoid(c) (tanh(W x + w h + b) + alpha h)     h = h + dt sigmoid(c) z
 

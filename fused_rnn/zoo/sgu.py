@@ -11,7 +11,7 @@ from fused_rnn.zoo.activations import Activation, apply, checked
 class SGU(Cell):
     """The simple gated unit.
 
-    Gao and Glowacka 2016, "Deep Gate Recurrent Neural Network", section 3.1::
+    Gao and Glowacka 2016, "Deep Gate Recurrent Neural Network"::
 
         g = g(V ((W x + b) h) + b_g)     z = f(W x + U h + b)     h = (1 - z) h + z y(g h)
 
@@ -38,7 +38,7 @@ class SGU(Cell):
 class DSGU(Cell):
     """The deep simple gated unit.
 
-    Gao and Glowacka 2016, "Deep Gate Recurrent Neural Network", section 3.2::
+    Gao and Glowacka 2016, "Deep Gate Recurrent Neural Network"::
 
         g = g(V ((W x + b) h) + b_g)     z = f(W x + U h + b)     h = (1 - z) h + z y(V_y (g h))
 

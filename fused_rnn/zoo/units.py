@@ -13,8 +13,7 @@ from fused_rnn.zoo.activations import Activation, apply, checked
 class IndRNN(Cell):
     """The independently recurrent network: every unit sees only itself.
 
-    Li, Li, Cook, Zhu and Gao 2018, "Independently Recurrent Neural Network (IndRNN): Building a Longer and Deeper RNN",
-    equation 4::
+    Li, Li, Cook, Zhu and Gao 2018, "Independently Recurrent Neural Network (IndRNN): Building a Longer and Deeper RNN"::
 
         h = f(W x + u h + b)
 
@@ -131,7 +130,7 @@ class NBRC(Cell):
 class TRNN(Cell):
     """The strongly typed RNN: no recurrent weights.
 
-    Balduzzi and Ghifary 2016, "Strongly-Typed Recurrent Neural Networks", section 3.2::
+    Balduzzi and Ghifary 2016, "Strongly-Typed Recurrent Neural Networks"::
 
         z = W x + b     f = f(W x + b)     h = f h + (1 - f) z
 
@@ -151,7 +150,7 @@ class TRNN(Cell):
 class TGRU(Cell):
     """The strongly typed GRU: its gates see the last two inputs and no state.
 
-    Balduzzi and Ghifary 2016, "Strongly-Typed Recurrent Neural Networks", section 3.2::
+    Balduzzi and Ghifary 2016, "Strongly-Typed Recurrent Neural Networks"::
 
         z = W x + V x' + b     f = f(W x + V x' + b)     o = g(W x + V x' + b)     h = f h + z o
 
@@ -176,7 +175,7 @@ class TGRU(Cell):
 class TLSTM(Cell):
     """The strongly typed LSTM: its gates see the last two inputs and no state.
 
-    Balduzzi and Ghifary 2016, "Strongly-Typed Recurrent Neural Networks", section 3.2::
+    Balduzzi and Ghifary 2016, "Strongly-Typed Recurrent Neural Networks"::
 
         z = W x + V x' + b       o = g(W x + V x' + b)
         f = f(W x + V x' + b)    c = f c + (1 - f) z     h = c o
