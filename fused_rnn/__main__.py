@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from fused_rnn import bench, cache, demo, info
+from fused_rnn import bench, cache, demo, info, tune, verify
 
 COMMANDS = {
     "info": (info, "what was built, what serves CPU and CUDA tensors, what is missing and the command that mends it"),
     "demo": (demo, "train a character language model and compare it with torch.nn"),
     "cache": (cache, "list or clear the compiled formulas that are kept on disk"),
     "bench": (bench, "time fused_rnn against torch.nn"),
+    "verify": (verify, "check every kernel family on this GPU against float64, each in a child process"),
+    "tune": (tune, "show or forget what is known of the kernel families on GPUs"),
 }
 
 

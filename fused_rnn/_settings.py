@@ -15,6 +15,10 @@ from fused_rnn._build import load_extension
 # The package works without its extension, on the reference; import_error then says why it is not there.
 extension, import_error = load_extension()
 
+_NATIVE = ("FUSED_RNN_CPU", "FUSED_RNN_WEIGHT_CACHE", "FUSED_RNN_PLAN", "FUSED_RNN_OVERLAP")
+# Those that only Python reads, with their values; None: any text.
+_PYTHON: dict[str, tuple[str, ...] | None] = {"FUSED_RNN_TUNE": ("", "off", "use", "first"), "FUSED_RNN_TUNE_FILE": None}
+
 _values: dict[str, str] = {}
 
 
@@ -24,7 +28,11 @@ def value(name: str) -> str:
 
 
 def _set(name: str, text: str) -> None:
-    if extension is not None:
+    if name in _PYTHON:
+        values = _PYTHON[name]
+        if values is not None and text not in values:
+            raise ValueError(f"{name}: expected one of {', '.join(filter(None, values))}, got {text!r}")
+    elif extension is not None:
         extension.set_setting(name, text)  # refuses what is no value of it
     _values[name] = text
 
@@ -34,7 +42,8 @@ def use(name: str, text: str) -> Iterator[None]:
     """A setting inside a ``with`` block, for the whole process.
 
     Args:
-        name: ``"FUSED_RNN_CPU"``, ``"FUSED_RNN_WEIGHT_CACHE"``, ``"FUSED_RNN_PLAN"`` or ``"FUSED_RNN_OVERLAP"``.
+        name: ``"FUSED_RNN_CPU"``, ``"FUSED_RNN_WEIGHT_CACHE"``, ``"FUSED_RNN_PLAN"``, ``"FUSED_RNN_OVERLAP"``,
+            ``"FUSED_RNN_TUNE"`` or ``"FUSED_RNN_TUNE_FILE"``.
         text: the value, as the environment variable would have it; empty: the default.
 
     Raises:
@@ -48,5 +57,5 @@ def use(name: str, text: str) -> Iterator[None]:
         _set(name, before)
 
 
-for _name in ("FUSED_RNN_CPU", "FUSED_RNN_WEIGHT_CACHE", "FUSED_RNN_PLAN", "FUSED_RNN_OVERLAP"):
+for _name in (*_NATIVE, *_PYTHON):
     _set(_name, os.environ.get(_name, ""))

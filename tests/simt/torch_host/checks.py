@@ -28,6 +28,8 @@ from test_layers import assert_near, results_and_gradients  # noqa: E402
 import fused_rnn  # noqa: E402
 from fused_rnn import use_backend  # noqa: E402
 from fused_rnn._explain import DEVICES  # noqa: E402
+from fused_rnn.tuning import cases as verification_cases  # noqa: E402
+from fused_rnn.tuning.verification import Finding, judge  # noqa: E402
 
 F16 = torch.float16
 torch.backends.cudnn.allow_tf32 = False
@@ -205,3 +207,24 @@ def test_wide_c_of_a_stack(family: str, setting: Setting) -> None:
         second, (h, c) = rnn(x[4:], state)
     assert c_n.dtype == torch.float32
     assert torch.equal(torch.cat([first, second]), y) and torch.equal(h, h_n) and torch.equal(c, c_n)
+
+
+@pytest.mark.parametrize("family", ["single", "step", "grid", "cluster"])
+def test_cases_of_verification(family: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a child process runs on a GPU, on the simulated one: every family passes, and an error is seen."""
+    monkeypatch.setattr(verification_cases, "HIDDEN", (17, 66))
+    monkeypatch.setattr(verification_cases, "BATCH", (1, 9))
+    before = calls()[0]
+    verification_cases.run_cases(family, "cpu", DEVICES["H100"])
+    assert judge(capsys.readouterr().out, 0, 20) == Finding(True, "")
+    assert calls()[0] > before + 30
+    exact = verification_cases.functional.gru
+
+    def wrong(*args: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+        y, h_n = exact(*args, **options)
+        return y, h_n * (1 if h_n.dtype == torch.float64 else 1.05)
+
+    monkeypatch.setattr(verification_cases.functional, "gru", wrong)
+    verification_cases.run_cases(family, "cpu", DEVICES["H100"])
+    finding = judge(capsys.readouterr().out, 0, 20)
+    assert finding.verified is False and finding.reason.startswith("case gru T=")
