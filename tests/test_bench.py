@@ -338,7 +338,11 @@ def test_the_gpu_path_with_a_stand_in_for_cuda(
         try:
             options = ["bench", "--device", "cuda", "--budget", "60", "--plan", plan, "--baseline", "torch.nn", "step"]
             lines = bench.main(parser().parse_args(options))
+            assert torch.backends.cuda.matmul.allow_tf32 == switches[1], "both sides run under torch's default switches"
+            bench.main(parser().parse_args([*options, "--fp32", "tf32", "--first", "2"]))
+            assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
         finally:
+            torch.backends.cudnn.allow_tf32 = False  # as conftest has it
             torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32 = switches
     out = capsys.readouterr().out
     if plan == "single":

@@ -13,6 +13,7 @@
 #include "torch/device.h"
 #include "torch/ops.h"
 #include "torch/settings.h"
+#include "torch/tf32_cuda.h"
 
 namespace fused_rnn {
 
@@ -34,7 +35,10 @@ void project_rows(const Call& call, const ForwardCall& made, const Tensor& x, in
   const auto w = call.params_of_direction(d);
   const Tensor rows = x.slice(0, first, end);
   Tensor out = made.gates.select(0, d).view({p.seq.N, slot_count(p.cell) * p.H}).slice(0, first, end).slice(1, 0, columns);
-  if (call.recipe.has_biases) {
+  if (made.params.allow_tf32 && device_has_tf32()) {
+    if (call.recipe.has_biases) out.copy_(w[2].expand_as(out));
+    multiply_tf32(out, rows, w[0].t(), /*add=*/call.recipe.has_biases);
+  } else if (call.recipe.has_biases) {
     at::addmm_out(out, w[2], rows, w[0].t());
   } else {
     at::mm_out(out, rows, w[0].t());

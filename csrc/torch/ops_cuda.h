@@ -12,7 +12,8 @@ namespace fused_rnn {
 // torch's own switch for recurrent layers in fp32 (torch.backends.cudnn.rnn.fp32_precision, formerly allow_tf32).
 bool allows_tf32(const Tensor& x);
 
-// Matrix products around the recurrence may use TF32 only where the recurrence may; their own switch can still forbid it.
+// Matrix products around the recurrence use TF32 where the recurrence may (tf32_cuda.h), and only there: torch's own, whose
+// switch may allow TF32 elsewhere, are held to float inside of this block.
 struct MatmulPrecision {
   std::optional<at::NoTF32Guard> strict;
   explicit MatmulPrecision(bool allow_tf32) {

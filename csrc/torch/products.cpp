@@ -9,8 +9,13 @@
 #include <algorithm>
 
 #include "cpu/gemm/matmul.h"
+#include "torch/device.h"
 #include "torch/tensors.h"
 #include "torch/workspace.h"
+#ifdef FUSED_RNN_WITH_CUDA
+#include "torch/ops_cuda.h"
+#include "torch/tf32_cuda.h"
+#endif
 
 namespace fused_rnn {
 namespace {
@@ -76,6 +81,9 @@ void multiply_into(const Tensor& out, const Tensor& a, bool transposed, const Te
     if (!add) out.zero_();
     return;
   }
+#ifdef FUSED_RNN_WITH_CUDA
+  if (is_on_device(out) && allows_tf32(out) && device_has_tf32()) return multiply_tf32(out, transposed ? a.t() : a, b, add);
+#endif
   if (out.is_cpu() && out.stride(1) == 1 && a.stride(1) == 1 && b.stride(1) == 1) {
     const DType dtype = dtype_of(a);
     const auto call = [&](const Tensor& to) {

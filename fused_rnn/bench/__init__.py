@@ -9,8 +9,9 @@ median over rounds, with the quartiles; one line of JSON for each case and basel
 and beside these: ratio, ratio_p25, ratio_p75 (baseline over ours, round by round), baseline_ms_p25, baseline_ms_p75, rounds,
 peak_bytes and baseline_peak_bytes (of one call, beside weights and input: device memory on a GPU, resident memory for
 training on a CPU), gflops (of the matrix products), sgemm_gflops (of torch.mm, float32, measured at the start: a CPU's
-roofline but for its matrix unit), tf32, threads, instruction_set. us_per_step is for one step of one layer, both directions;
-floor_us_per_step is the bound of floor.py.
+roofline but for its matrix unit), tf32, matmul_tf32 (torch's switches for recurrent layers and for matrix products),
+threads, instruction_set. us_per_step is for one step of one layer, both directions; floor_us_per_step is the bound of
+floor.py.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def machine(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda if on_gpu else None,
         "cudnn": torch.backends.cudnn.version() if on_gpu else None,
         "tf32": torch.backends.cudnn.allow_tf32 if on_gpu else None,
+        "matmul_tf32": torch.backends.cuda.matmul.allow_tf32 if on_gpu else None,
         "threads": None if on_gpu else torch.get_num_threads(),
         "instruction_set": None if on_gpu else fused_rnn.build_info().get("cpu_instruction_set"),
         "sgemm_gflops": None if on_gpu else sgemm_gflops(),
@@ -194,6 +196,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plan", choices=("auto", "cheapest", *FAMILIES), default="auto",
         help="GPU: the kernel family; cheapest: what the planner's model expects to be, for each layer and pass (auto)",
     )  # fmt: skip
+    parser.add_argument(
+        "--fp32", choices=("default", "tf32", "ieee"), default="default",
+        help="GPU: torch's switches, for both sides; default: as torch has them, TF32 in recurrent layers alone (default)",
+    )  # fmt: skip
     parser.add_argument("--budget", type=float, default=480.0, help="seconds for the whole run (480)")
     parser.add_argument("--no-memory", action="store_true", help="CPU: do not measure memory")
     parser.add_argument("--output", type=Path, help="append a line of JSON for each case and baseline to this file")
@@ -230,7 +236,8 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """
     if args.device == "cuda":
         torch.backends.cudnn.benchmark = True
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+        if args.fp32 != "default":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.fp32 == "tf32"
     possible = BASELINES[args.device]
     wanted = args.baseline or [name for name in possible if missing(name) is None]
     for name in wanted:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(HERE.parent))
 import builder  # noqa: E402
 
 # Files of csrc that have another of their name here: the ops for CUDA tensors are then those for CPU tensors.
-REPLACED = ("torch/device.h", "torch/ops_cpu.cpp")
+REPLACED = ("torch/device.h", "torch/ops_cpu.cpp", "torch/tf32_cuda.cpp")
 
 
 def load() -> ModuleType:
@@ -39,7 +39,7 @@ def load() -> ModuleType:
     shutil.copytree(HERE / "include", folder / "include", dirs_exist_ok=True, copy_function=_copy_if_changed)
     from torch.utils import cpp_extension
 
-    sources = [HERE / "backend.cpp", HERE / "ops_cpu.cpp", *sorted(copy.rglob("*.cpp"))]
+    sources = [*sorted(HERE.glob("*.cpp")), *sorted(copy.rglob("*.cpp"))]
     flags = ["-O1", "-g0", "-fopenmp", "-fvisibility=hidden", "-w", "-DFUSED_RNN_WITH_CUDA"]
     module = cpp_extension.load(
         "_C", [str(s) for s in sources], extra_cflags=flags, extra_ldflags=["-ldl"],

@@ -6,7 +6,7 @@ import ctypes
 import itertools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -228,3 +228,50 @@ def test_cases_of_verification(family: str, monkeypatch: pytest.MonkeyPatch, cap
     verification_cases.run_cases(family, "cpu", DEVICES["H100"])
     finding = judge(capsys.readouterr().out, 0, 20)
     assert finding.verified is False and finding.reason.startswith("case gru T=")
+
+
+@pytest.fixture
+def recurrent_switch() -> Iterator[Callable[[str], None]]:
+    """Sets torch's switch of fp32 for recurrent layers; the one for matrix products keeps its default."""
+
+    def switch(precision: str) -> None:
+        torch.backends.cudnn.rnn.fp32_precision = precision
+
+    assert not torch.backends.cuda.matmul.allow_tf32
+    yield switch
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def tf32_products() -> int:
+    return ctypes.CDLL(EXTENSION.__file__).torch_host_tf32_products()
+
+
+@pytest.mark.parametrize("overlap", ["0", "3"])
+@pytest.mark.parametrize("family", ["step", "grid", "cluster"])
+@pytest.mark.parametrize("case", [c for c in cases() if c.dtype == torch.float32 and c.cell != "RNN_RELU"], ids=str)
+def test_products_follow_the_recurrent_switch(
+    case: Case, family: str, overlap: str, setting: Setting, recurrent_switch: Callable[[str], None]
+) -> None:
+    """With torch's defaults all products of a layer are in TF32, as cuDNN's are; without TF32 none is.
+
+    Not for a relu, whose derivative jumps where TF32 changes the sign of an argument.
+    """
+    if case.proj and family != "step":
+        pytest.skip("needs a family that has such a layer")
+    setting("FUSED_RNN_PLAN", family)
+    setting("FUSED_RNN_OVERLAP", overlap)
+    data = make_data(case)
+    with use_backend("reference"):
+        expected, expected_grads = results_and_gradients(case, data.to(torch.float64))
+    growth = max(1.0, math.sqrt(max(case.hidden, case.input_size) / 32))
+    layers = case.layers * case.directions
+    for precision, of_dtype, fewest in (("tf32", F16, 3 * layers), ("ieee", torch.float32, 0)):  # x W, dW_ih, dx
+        recurrent_switch(precision)
+        before = tf32_products()
+        with use_backend("cpu"):
+            results, grads = results_and_gradients(case, data)
+        count = tf32_products() - before
+        assert (count >= fewest) if fewest else count == 0
+        for index, (actual, want) in enumerate(zip([*results, *grads], [*expected, *expected_grads], strict=True)):
+            allowed = (OUTPUT_TOLERANCE if index < len(results) else GRADIENT_TOLERANCE)[of_dtype]
+            assert_near(f"{precision}, tensor {index}", actual, want, allowed * growth)
