@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused_rnn._build import build_record
+from fused_rnn._build import build_record, runs_on
 from fused_rnn._settings import extension, import_error
 
 BACKENDS = ("cuda", "cpu", "reference")
@@ -81,6 +81,27 @@ _native = {
 }
 
 
+_gpus_without_code: dict[int, str] | None = None  # by number: why; None: no call on a GPU has been made yet
+
+
+def _find_gpus_without_code() -> None:
+    """Asks every visible GPU for its compute capability; no context is made on any."""
+    global _gpus_without_code
+    architectures = build_info().get("cuda_architectures", [])
+    found = {}
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if not runs_on(architectures, capability):
+            found[index] = (
+                f"the kernels were built for {';'.join(architectures)}, which GPU {index} of compute capability "
+                f"{capability[0]}.{capability[1]} cannot run"
+            )
+    _gpus_without_code = found
+
+
+_find_gpus_without_code._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see _warn_once
+
+
 def why_not_native(device_type: str) -> str | None:
     """None if compiled kernels serve tensors of this device type, else the reason as a sentence."""
     if _native.get(device_type, False):
@@ -97,6 +118,7 @@ class Demand(NamedTuple):
 
     device_type: str
     dtype: torch.dtype
+    gpu: int | None = None  # the number of the GPU; None: none is there
     transformed: bool = False  # inside a torch.func transform, or with forward-mode AD
 
 
@@ -113,7 +135,7 @@ def why_not(backend: str, demand: Demand) -> Reason | None:
 
     The one place that knows what a backend lacks: a feature that it has not yet is a field of Demand and a line here.
     """
-    device_type, dtype, transformed = demand
+    device_type, dtype, _, transformed = demand
     if backend == "reference":
         return None
     if backend != device_type:
@@ -124,6 +146,9 @@ def why_not(backend: str, demand: Demand) -> Reason | None:
         text = "torch.func transforms (vmap, grad, jvp) and forward-mode AD do not reach the compiled kernels"
         return Reason("torch.func", text)
     missing = why_not_native(device_type)
+    lacking = None if missing or demand.gpu is None else (_gpus_without_code or {}).get(demand.gpu)
+    if lacking:
+        return Reason(f"code for GPU {demand.gpu}", lacking, "add it to TORCH_CUDA_ARCH_LIST and build again")
     return Reason(device_type, missing, "python -m fused_rnn info says what is missing") if missing else None
 
 
@@ -134,18 +159,27 @@ def is_transformed() -> bool:
     )
 
 
-def uses_ops(device_type: str, dtype: torch.dtype) -> bool:
+def uses_ops(device_type: str, dtype: torch.dtype, device: torch.device | None = None) -> bool:
     """True if the compiled ops serve this device type and dtype now, False if the reference does; then it warns, once.
+
+    Args:
+        device: the input's; None: none has to be there.
 
     Raises:
         RuntimeError: a backend was forced that cannot serve the call.
     """
     transformed = is_transformed()
-    if forced is None and not transformed and not dtype.is_complex and _native.get(device_type, False):
+    if device_type == "cuda" and device is not None and _gpus_without_code is None and _native.get("cuda", False):
+        _find_gpus_without_code()
+    lacking = device_type == "cuda" and bool(_gpus_without_code)
+    if forced is None and not transformed and not dtype.is_complex and not lacking and _native.get(device_type, False):
         return True
     if forced == "reference":
         return False
-    reason = why_not(forced or device_type, Demand(device_type, dtype, transformed))
+    gpu = None
+    if lacking and device is not None:
+        gpu = torch.cuda.current_device() if device.index is None else device.index
+    reason = why_not(forced or device_type, Demand(device_type, dtype, gpu, transformed))
     if reason is None:
         return True
     text = f"{reason.text}; {reason.mend}" if reason.mend else reason.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,27 @@ def build_record() -> dict[str, Any] | None:
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     path = Path(__file__).parent / ("_C" + suffix[: -len(".so")] + ".json")
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def runs_on(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether a GPU of this compute capability runs code of one of the architectures.
+
+    Args:
+        architectures: as TORCH_CUDA_ARCH_LIST has them: "8.0" (that and later minor versions), "8.0+PTX" (and all later
+            ones), "9.0a" (that alone), "10.0f" (as "10.0").
+        capability: (major, minor).
+    """
+    for name in architectures:
+        number, _, ptx = name.partition("+")
+        exact = number.endswith("a")
+        major, minor = (int(part) for part in number.rstrip("af").split("."))
+        if exact:
+            fits = capability == (major, minor)
+        else:
+            fits = (bool(ptx) or capability[0] == major) and capability >= (major, minor)
+        if fits:
+            return True
+    return False
 
 
 def load_extension() -> tuple[ModuleType | None, str | None]:

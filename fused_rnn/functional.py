@@ -186,9 +186,10 @@ def run_rnn(
         rows = rows._replace(offsets=torch.cat([batch_sizes.new_zeros(1), batch_sizes.cumsum(0)]))
         if not states:  # they give the ops the batch size, which packed rows do not show
             states = _zero_states(recipe, input, weights, batch_sizes)
-    device_type = input.device.type
+    device = input.device
+    device_type = device.type
     for_onnx = is_exporting() and _onnx.exporting()
-    if not for_onnx and uses_ops(device_type, input.dtype):
+    if not for_onnx and uses_ops(device_type, input.dtype, device):
         # Modes see the op's call, and so do subclasses, wherever in it they are.
         seen = torch.compiler.is_compiling() or _has_torch_function_variadic(input, *states, *rows, *weights)
         op = _ops.rnn if seen else _ops.eager_rnn
@@ -211,8 +212,9 @@ def run_rnn(
 
 def run_cell(recipe: Recipe, input: Tensor, states: list[Tensor], params: list[Tensor]) -> list[Tensor]:
     """One step of a cell on the selected backend: the states after it. Batched input only."""
-    device_type = input.device.type
-    if not (is_exporting() and _onnx.exporting()) and uses_ops(device_type, input.dtype):
+    device = input.device
+    device_type = device.type
+    if not (is_exporting() and _onnx.exporting()) and uses_ops(device_type, input.dtype, device):
         seen = torch.compiler.is_compiling() or _has_torch_function_variadic(input, *states, *params)
         op = _ops.cell if seen else _ops.eager_cell
         result: list[Tensor] = op(input, states, params, recipe.packed)

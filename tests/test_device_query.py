@@ -44,6 +44,7 @@ def counts(largest: int, none: int = 0) -> list[int]:
     ("made_up", "expected"),
     [
         ((90, 90, 16, 0, 0), [90, 16, *counts(16)]),
+        ((90, 90, 16, 0, 0, 0), [90, 16, *counts(16)]),  # a block of a persistent kernel does not fit
         ((90, 90, 16, 0, 16), [90, 15, *counts(16, none=16)]),
         ((90, 90, 16, 0, 7), [90, 16, *counts(16, none=7)]),
         ((90, 90, 8, INVALID_CLUSTER_SIZE, 0), [90, 8, *counts(8)]),
@@ -58,12 +59,15 @@ def counts(largest: int, none: int = 0) -> list[int]:
 )
 def test_query(program: Path, made_up: tuple[int, ...], expected: list[int]) -> None:
     """The current device, the capture mode and the error state are afterwards what they were."""
-    done = subprocess.run([str(program), "1", *map(str, made_up)], capture_output=True, text=True)
+    fits = made_up[5] if len(made_up) > 5 else 1
+    done = subprocess.run([str(program), "1", *map(str, (*made_up[:5], fits))], capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout, done.stderr)
-    assert [int(number) for number in done.stdout.split()] == expected
+    resident = 0 if expected[0] == 0 else 132 if fits else -1
+    assert [int(number) for number in done.stdout.split()] == [resident, *expected]
 
 
 def test_unexpected_error(program: Path) -> None:
     """A device that fails is not taken for one without clusters."""
-    done = subprocess.run([str(program), "1", "90", "90", "4", str(LAUNCH_FAILURE), "0"], capture_output=True, text=True)
+    arguments = ("1", "90", "90", "4", str(LAUNCH_FAILURE), "0", "1")
+    done = subprocess.run([str(program), *arguments], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "fused_rnn: clusters of 5 blocks: made-up error")

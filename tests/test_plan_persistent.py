@@ -342,3 +342,15 @@ def test_cheapest_depends_on_the_number_of_steps() -> None:
         weights = short.get("persistent", {}).get("weight_bytes_in_registers", 0)
         # Launches of 2.1 us, `grid` clears its exchange in one; 25.6 bytes a clock of 1.7 GHz at least.
         assert once == pytest.approx({"step": 0, "grid": 4.2, "cluster": 2.1}[family] + weights / 43.52e3, abs=1e-9)
+
+
+def test_blocks_that_run_at_once() -> None:
+    """What the device says of its blocks counts, not how many SMs it has."""
+    problem = {"cell": "lstm", "dtype": F16, "T": 10, "B": 16, "I": 32, "H": 256}
+    asked_for = C.plan(**problem, device={**DEVICES["H100"], "resident_blocks": 20}, forced="grid")["persistent"]
+    assert asked_for["blocks"] * asked_for["groups"] * asked_for["directions"] <= 20
+    free = C.plan(**problem, device=DEVICES["H100"], forced="grid")["persistent"]
+    assert free["blocks"] * free["groups"] > 20
+    for resident, shown in ((10, 10), (-1, 0)):
+        with pytest.raises(ValueError, match=f"needs 16 SMs at once, .*; the device has {shown} for its blocks"):
+            C.plan(**problem, device={**DEVICES["H100"], "resident_blocks": resident}, forced="grid")

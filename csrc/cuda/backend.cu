@@ -57,6 +57,8 @@ const DeviceInfo& device_info(int device) {
   return *known[device];
 }
 
+bool conditional_graphs_take_cooperative_launches() { return simt::driver_version() >= 12060; }
+
 Problem problem_of(const ForwardParams& p) {
   return {p.cell,     p.dtype, p.allow_tf32, p.seq.T, p.seq.B, p.I, p.H, p.P, p.D, p.seq.lengths || p.seq.offsets,
           p.training, false};

@@ -1,12 +1,14 @@
 // The CUDA backend without torch and without CUDA headers: what csrc/torch calls. The caller makes the device current, owns
 // all memory and names the stream (a cudaStream_t). A call synchronises nothing, allocates nothing on the device and uses
-// the given stream alone, so a CUDA graph can capture it. Errors are std::runtime_error with the kernel's name. (The file's
-// name is not cuda.h: this folder is on the include path, and torch includes CUDA's <cuda.h>.)
+// the given stream alone, so a CUDA graph can capture it. Errors are std::runtime_error with the kernel's name;
+// LaunchRefused where another family may do. (The file's name is not cuda.h: this folder is on the include path, and torch
+// includes CUDA's <cuda.h>.)
 #pragma once
 #include <optional>
 
 #include "core/params.h"
 #include "core/previous.h"
+#include "cuda/device/refused.h"
 #include "plan/plan.h"
 
 namespace fused_rnn::cuda {
@@ -36,6 +38,9 @@ struct StepRange {
 };
 void forward_steps(const ForwardParams& params, const Plan& plan, const StepRange& range, void* stream);
 void backward_steps(const BackwardParams& params, const Plan& plan, const StepRange& range, void* stream);
+
+// Whether the device's driver lets a graph's conditional body hold cooperative launches: from CUDA 12.6 on.
+bool conditional_graphs_take_cooperative_launches();
 
 // Writes every row's h before its step (core/previous.h), all pointers being device memory, in one launch.
 void previous_rows(const PreviousParams& params, void* stream);

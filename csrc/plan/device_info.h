@@ -21,6 +21,9 @@ struct DeviceInfo {
   // which happens on a MIG slice and on a card with incomplete groups of SMs. [1] == 0: the device was not asked, and the
   // planner estimates.
   std::array<int, 17> active_clusters{};
+  // Blocks of a persistent kernel that run at once, each with an SM for itself; -1: none. 0: the device was not asked, and
+  // the planner takes sm_count.
+  int resident_blocks = 0;
 };
 
 }  // namespace fused_rnn

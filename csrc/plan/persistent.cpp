@@ -120,12 +120,13 @@ Fit fit_grid(const Problem& problem, const DeviceInfo& device) {
   if (const std::string reason = general_obstacle(problem, device, 80); !reason.empty()) return {std::nullopt, reason};
   const PersistentShape shape{problem.cell, math_of(problem, device), 1, problem.backward, false};
   const int64_t slices = ceil_div(problem.H, cuda::slice_units(shape));
-  if (slices > device.sm_count) {
+  const int resident = device.resident_blocks == 0 ? device.sm_count : std::max(device.resident_blocks, 0);
+  if (slices > resident) {
     return {std::nullopt, "needs " + std::to_string(slices) +
-                              " SMs at once, one for every 16 hidden units; the device has " +
-                              std::to_string(device.sm_count)};
+                              " SMs at once, one for every 16 hidden units; the device has " + std::to_string(resident) +
+                              (resident < device.sm_count ? " for its blocks" : "")};
   }
-  const int64_t at_once = device.sm_count / slices, all_row_tiles = ceil_div(problem.B, cuda::kTileRows);
+  const int64_t at_once = resident / slices, all_row_tiles = ceil_div(problem.B, cuda::kTileRows);
   const int directions = at_once >= problem.D ? problem.D : 1, blocks = static_cast<int>(slices);
   const int64_t most_groups = at_once / directions;
   const int row_tiles = fitting_row_tiles(shape, device, blocks, ceil_div(all_row_tiles, most_groups));

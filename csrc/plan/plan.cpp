@@ -99,7 +99,8 @@ Plan make_plan(const Problem& problem, const DeviceInfo& device, const FamilyCho
   std::vector<Rejection> rejected;
   std::vector<Candidate> candidates;
   for (Family family : kFamilies) {
-    std::string reason = traits_of(family).obstacle(problem, device);
+    std::string reason =
+        choice.refuses(family) ? "the device does not take its launches now" : traits_of(family).obstacle(problem, device);
     if (reason.empty()) {
       try {
         plans.push_back(plan_of(problem, device, family));

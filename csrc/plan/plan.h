@@ -17,10 +17,13 @@ namespace fused_rnn {
 struct FamilyChoice {
   std::optional<Family> forced;
   bool cheapest = false;  // the least time by the cost model, over all families
+  unsigned refused = 0;   // a bit for each family whose launch the device has refused, or would refuse now
+
+  bool refuses(Family family) const { return refused >> static_cast<int>(family) & 1; }
 };
 
 inline bool operator==(const FamilyChoice& a, const FamilyChoice& b) {
-  return a.forced == b.forced && a.cheapest == b.cheapest;
+  return a.forced == b.forced && a.cheapest == b.cheapest && a.refused == b.refused;
 }
 
 // The name of a family, or "cheapest"; throws std::invalid_argument with the list of names otherwise.

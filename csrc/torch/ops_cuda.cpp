@@ -11,8 +11,8 @@
 
 #include "cuda/backend.h"
 #include "torch/device.h"
+#include "torch/families_cuda.h"
 #include "torch/ops.h"
-#include "torch/settings.h"
 #include "torch/tf32_cuda.h"
 
 namespace fused_rnn {
@@ -65,15 +65,16 @@ LayerOutputs layer_cuda(const Tensor& x, at::TensorList states, at::TensorList p
   if (p.seq.B > 0) {
     p.allow_tf32 = allows_tf32(x);
     const MatmulPrecision precision(p.allow_tf32);
-    const Plan& plan = cuda::plan_for(cuda::problem_of(p), x.get_device(), family_setting());
-    if (!traits_of(plan.family).reads_x) {
-      allocate_gates(made);
-      const Tensor all = x.reshape({p.seq.N, p.I});
-      for (int d = 0; d < p.D; ++d) project_rows(call, made, all, d, 0, p.seq.N);
-    }
-    const Tensor workspace = workspace_of(plan, x);
-    p.workspace = workspace.data_ptr();
-    cuda::forward(p, plan, c10::cuda::getCurrentCUDAStream().stream());
+    run_planned(cuda::problem_of(p), x.get_device(), [&](const Plan& plan) {
+      if (!traits_of(plan.family).reads_x) {
+        allocate_gates(made);
+        const Tensor all = x.reshape({p.seq.N, p.I});
+        for (int d = 0; d < p.D; ++d) project_rows(call, made, all, d, 0, p.seq.N);
+      }
+      const Tensor workspace = workspace_of(plan, x);
+      p.workspace = workspace.data_ptr();
+      cuda::forward(p, plan, c10::cuda::getCurrentCUDAStream().stream());
+    });
   }
   return forward_outputs(made, save);
 }
@@ -93,10 +94,11 @@ LayerGradients layer_backward_cuda(const OptionalTensor& dy, at::TensorList dlas
   const MatmulPrecision precision(p.allow_tf32);
   if (p.seq.B > 0) {
     if (!(wanted.states && call.h0())) p.d_h0 = nullptr;  // one launch less
-    const Plan& plan = cuda::plan_for(cuda::problem_of(p), x.get_device(), family_setting());
-    const Tensor workspace = workspace_of(plan, x);
-    p.workspace = workspace.data_ptr();
-    cuda::backward(p, plan, c10::cuda::getCurrentCUDAStream().stream());
+    run_planned(cuda::problem_of(p), x.get_device(), [&](const Plan& plan) {
+      const Tensor workspace = workspace_of(plan, x);
+      p.workspace = workspace.data_ptr();
+      cuda::backward(p, plan, c10::cuda::getCurrentCUDAStream().stream());
+    });
   }
   return gradients_of_layer(call, given, made, wanted);
 }

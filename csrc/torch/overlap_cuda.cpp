@@ -17,6 +17,7 @@
 #include "core/recent.h"
 #include "cuda/backend.h"
 #include "plan/overlap.h"
+#include "torch/families_cuda.h"
 #include "torch/ops.h"
 #include "torch/ops_cuda.h"
 #include "torch/settings.h"
@@ -66,7 +67,7 @@ Lanes& lanes_of(c10::DeviceIndex device) {
 // stream, and the host frees it after that last wait was enqueued: the memory's next user runs after the side streams, and
 // record_stream is not needed.
 template <class Run>
-void run_tasks(const Schedule& schedule, const Run& run) {
+void run_all(const Schedule& schedule, const Run& run) {
   const c10::cuda::CUDAStream caller = c10::cuda::getCurrentCUDAStream();
   Lanes& lanes = lanes_of(caller.device_index());
   const size_t side_streams = schedule.plan.concurrent_layers, tasks = schedule.tasks.size();
@@ -94,6 +95,18 @@ void run_tasks(const Schedule& schedule, const Run& run) {
     throw;
   }
   join();
+}
+
+// The same; false, after a warning, if the device refuses the family's launches: then the layers are to be called in turn.
+template <class Run>
+bool run_tasks(const Schedule& schedule, Family family, int device, const Run& run) {
+  try {
+    run_all(schedule, run);
+    return true;
+  } catch (const LaunchRefused& caught) {
+    family_was_refused(family, device, caught);
+    return false;
+  }
 }
 
 // The arguments of one layer of the stack.
@@ -193,7 +206,7 @@ std::optional<StackOutputs> overlapped_forward(const Call& s, bool save) {
   const c10::cuda::CUDAGuard device_guard(s.x.device());
   const auto stack = stack_of(s, save, /*backward=*/false);
   if (!stack) return std::nullopt;
-  const Plan& plan = cuda::plan_for(stack->layer, s.x.get_device(), family_setting());
+  const Plan& plan = cuda::plan_for(stack->layer, s.x.get_device(), family_choice(s.x.get_device()));
   const Schedule& schedule = schedule_for(*stack, plan, s.x.get_device(), chunk_setting());
   if (schedule.tasks.empty()) return std::nullopt;
 
@@ -221,7 +234,7 @@ std::optional<StackOutputs> overlapped_forward(const Call& s, bool save) {
     layer.carry = at::empty({p.D, p.seq.B, p.H}, s.x.options().dtype(at::kFloat));
     p.workspace = layer.workspace.data_ptr();
   }
-  run_tasks(schedule, [&](const OverlapTask& task, void* stream) {
+  const bool done = run_tasks(schedule, plan.family, s.x.get_device(), [&](const OverlapTask& task, void* stream) {
     const ForwardLayer& layer = layers[task.layer];
     const ForwardParams& p = layer.made.params;
     if (!task.project) return cuda::forward_steps(p, plan, {task.first, task.end, layer.carry.data_ptr<float>()}, stream);
@@ -235,6 +248,7 @@ std::optional<StackOutputs> overlapped_forward(const Call& s, bool save) {
       project_rows(layer.call, layer.made, layer.x.view({p.seq.N, p.I}), d, all.at(first), all.at(end));
     }
   });
+  if (!done) return std::nullopt;
   for (const ForwardLayer& layer : layers) results.layers.push_back(forward_outputs(layer.made, save));
   return results;
 }
@@ -245,7 +259,7 @@ std::optional<std::vector<LayerGradients>> overlapped_backward(const Call& s, co
   const c10::cuda::CUDAGuard device_guard(s.x.device());
   const auto stack = stack_of(s, /*training=*/true, /*backward=*/true);
   if (!stack) return std::nullopt;
-  const Plan& plan = cuda::plan_for(stack->layer, s.x.get_device(), family_setting());
+  const Plan& plan = cuda::plan_for(stack->layer, s.x.get_device(), family_choice(s.x.get_device()));
   const Schedule& schedule = schedule_for(*stack, plan, s.x.get_device(), chunk_setting());
   if (schedule.tasks.empty()) return std::nullopt;
 
@@ -270,7 +284,7 @@ std::optional<std::vector<LayerGradients>> overlapped_backward(const Call& s, co
     p.workspace = layer.workspace.data_ptr();
     if (l > 0) layer.dx = at::empty_like(layer.x);
   }
-  run_tasks(schedule, [&](const OverlapTask& task, void* stream) {
+  const bool done = run_tasks(schedule, plan.family, s.x.get_device(), [&](const OverlapTask& task, void* stream) {
     const BackwardLayer& layer = layers[task.layer];
     const BackwardParams& p = layer.made.params;
     if (!task.project) return cuda::backward_steps(p, plan, {task.first, task.end, layer.carry.data_ptr<float>()}, stream);
@@ -281,6 +295,7 @@ std::optional<std::vector<LayerGradients>> overlapped_backward(const Call& s, co
     input_gradient(above.call, input_columns(p.cell, p.H, dg), dx, /*d=*/0);
     if (dropout > 0) drop_rows(dx, dx, saved.left[task.layer].view({p.seq.N, -1}).slice(0, first, end), dropout);
   });
+  if (!done) return std::nullopt;
   std::vector<LayerGradients> gradients;
   for (int64_t l = 0; l < s.recipe.num_layers; ++l) {
     gradients.push_back(gradients_of_layer(layers[l].call, layers[l].given, layers[l].made, mask_of(masks, l)));

@@ -152,6 +152,7 @@ DeviceInfo device_of(const py::dict& device) {
     }
     std::copy(counts.begin(), counts.end(), info.active_clusters.begin());
   }
+  if (device.contains("resident_blocks")) info.resident_blocks = field("resident_blocks");  // likewise
   return info;
 }
 
@@ -261,6 +262,7 @@ py::dict cuda_device(int index) {
   result["max_cluster"] = info.max_cluster;
   result["compiled_for"] = info.compiled_for;
   result["active_clusters"] = info.active_clusters;
+  result["resident_blocks"] = info.resident_blocks;
   return result;
 }
 #endif

@@ -5,6 +5,7 @@ struct MadeUp {
   int largest;  // size of a cluster; of larger ones, `error`
   int error;    // a cudaError_t
   int none;     // a size of which none runs at once
+  int fits;     // blocks of an SM
 };
 extern MadeUp made_up;
 

@@ -24,6 +24,7 @@ class DeviceInfo(ctypes.Structure):
         ("max_cluster", c_int),
         ("compiled_for", c_int),
         ("active_clusters", c_int * 17),
+        ("resident_blocks", c_int),
     ]
 
 

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/device/refused.h"
 #include "plan/device_info.h"
 
 namespace fused_rnn::simt {
@@ -28,6 +29,17 @@ inline void check(cudaError_t status, const std::string& what) {
   throw std::runtime_error("fused_rnn: " + what + ": " + cudaGetErrorString(status));
 }
 
+// The same for a kernel that is to be launched: LaunchRefused where another kernel may do.
+inline void check_launch(cudaError_t status, const std::string& what) {
+  for (cudaError_t refused : {cudaErrorNoKernelImageForDevice, cudaErrorInvalidDeviceFunction, cudaErrorInvalidClusterSize,
+                              cudaErrorCooperativeLaunchTooLarge, cudaErrorLaunchOutOfResources, cudaErrorNotSupported}) {
+    if (status != refused) continue;
+    (void)cudaGetLastError();
+    throw LaunchRefused("fused_rnn: " + what + ": " + cudaGetErrorString(status));
+  }
+  check(status, what);
+}
+
 // Allows a kernel so much shared memory. Called on the device that launches, before its first launch with more than 48 KiB;
 // cheap enough for once per layer.
 template <class Params>
@@ -46,7 +58,7 @@ void prepare(void (*kernel)(Params), const char* name, int smem_bytes) {
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
   cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), std::string("kernel ") + name);
+  check_launch(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), std::string("kernel ") + name);
   if (smem_bytes > attributes.maxDynamicSharedSizeBytes) {
     check(
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes),
@@ -92,6 +104,16 @@ int active_clusters(void (*kernel)(Params), int blocks, int threads, int smem_by
   return clusters;
 }
 
+// How many blocks run at once on one SM of the current device. All shared memory of `kernel` is dynamic.
+template <class Params>
+int active_blocks(void (*kernel)(Params), int threads, int smem_bytes) {
+  prepare(kernel, "active_blocks", smem_bytes);
+  int blocks = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, reinterpret_cast<const void*>(kernel), threads, smem_bytes),
+        "blocks of " + std::to_string(threads) + " threads");
+  return blocks;
+}
+
 template <class Params>
 void launch(void (*kernel)(Params), const LaunchConfig& config, void* stream, const Params& params) {
   cudaLaunchConfig_t launch_config{};
@@ -120,10 +142,10 @@ void launch(void (*kernel)(Params), const LaunchConfig& config, void* stream, co
   }
   const cudaError_t status = cudaLaunchKernelEx(&launch_config, kernel, params);
   if (status == cudaSuccess) return;
-  check(status, std::string("kernel ") + config.name + ", grid " + std::to_string(config.grid_x) + "x" +
-                    std::to_string(config.grid_y) + "x" + std::to_string(config.grid_z) + ", " +
-                    std::to_string(config.threads) + " threads, " + std::to_string(config.smem_bytes) +
-                    " bytes of shared memory");
+  check_launch(status, std::string("kernel ") + config.name + ", grid " + std::to_string(config.grid_x) + "x" +
+                           std::to_string(config.grid_y) + "x" + std::to_string(config.grid_z) + ", " +
+                           std::to_string(config.threads) + " threads, " + std::to_string(config.smem_bytes) +
+                           " bytes of shared memory");
 }
 
 // The properties of a device that do not depend on compiled code (query_code adds the others); max_cluster is what the
@@ -146,6 +168,14 @@ inline DeviceInfo query_device(int device) {
   return info;
 }
 
+// 1000 * major + 10 * minor of the CUDA that the driver has, or of the runtime if that is older.
+inline int driver_version() {
+  int driver = 0, runtime = 0;
+  check(cudaDriverGetVersion(&driver), "version of the driver");
+  check(cudaRuntimeGetVersion(&runtime), "version of the runtime");
+  return driver < runtime ? driver : runtime;
+}
+
 // Runs f() with the device as the current one. During a stream capture f may do what must not be captured.
 template <class F>
 void on_device(int device, F&& f) {
@@ -164,8 +194,8 @@ void on_device(int device, F&& f) {
 }
 
 // Adds to the info of query_device what depends on the code: compiled_for, which is arch() / 10 of the kernel's code that
-// the device runs, and, with code for sm_90, the clusters of blocks of so many threads that run at once. `kernel` uses no
-// shared memory.
+// the device runs, the blocks of so many threads that run at once, and, with code for sm_90, the clusters of them. `kernel`
+// uses no shared memory.
 template <class Params>
 void query_code(DeviceInfo& info, int device, void (*kernel)(Params), int threads) {
   on_device(device, [&] {
@@ -177,6 +207,8 @@ void query_code(DeviceInfo& info, int device, void (*kernel)(Params), int thread
     }
     check(status, "code of the kernels");
     info.compiled_for = code.ptxVersion;
+    // With all shared memory a block has its SM for itself.
+    info.resident_blocks = active_blocks(kernel, threads, info.smem_per_block) > 0 ? info.sm_count : -1;
     if (info.compiled_for < 90) return;
     const int largest = info.max_cluster;
     info.max_cluster = 1;

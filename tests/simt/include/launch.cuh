@@ -51,9 +51,11 @@ inline DeviceInfo query_device(int) {
           l.smem_per_sm,        l.registers_per_sm, l.threads_per_sm,
           int64_t{50} << 20,    l.max_cluster,      0};
 }
+inline int driver_version() { return 13000; }
 template <class Params>
 void query_code(DeviceInfo& info, int, void (*)(Params), int) {
   info.compiled_for = arch() / 10;
+  info.resident_blocks = info.sm_count;
   for (int blocks = 1; blocks <= info.max_cluster; ++blocks) info.active_clusters[blocks] = info.sm_count / blocks;
 }
 

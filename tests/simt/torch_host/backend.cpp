@@ -68,6 +68,12 @@ Memory& memory = *new Memory;  // outlives all tensors
 void Memory::put_back(void* address) { memory.free_[memory.sizes_.at(address)].push_back(address); }
 
 int calls = 0, calls_for_steps = 0;
+unsigned refused = 0;  // a bit for each family whose launches the device refuses
+bool old_driver = false;
+
+void launch(const Plan& plan) {
+  if (refused >> static_cast<int>(plan.family) & 1) throw LaunchRefused("too many blocks in cooperative launch");
+}
 
 void check(int status) {
   if (status == 0) return;
@@ -78,6 +84,7 @@ void check(int status) {
 }  // namespace
 
 const DeviceInfo& device_info(int) { return kDevice; }
+bool conditional_graphs_take_cooperative_launches() { return !old_driver; }
 Problem problem_of(const ForwardParams& params) {
   Problem problem;
   simulator<void(const ForwardParams*, Problem*)>("simt_problem_forward")(&params, &problem);
@@ -102,25 +109,35 @@ void previous_rows(const PreviousParams& params, void*) {
 }
 
 void forward(const ForwardParams& params, const Plan& plan, void*) {
+  launch(plan);
   ++calls;
   check(simulator<int(const ForwardParams*, const Plan*)>("simt_forward")(&params, &plan));
 }
 void backward(const BackwardParams& params, const Plan& plan, void*) {
+  launch(plan);
   ++calls;
   check(simulator<int(const BackwardParams*, const Plan*)>("simt_backward")(&params, &plan));
 }
 void forward_steps(const ForwardParams& params, const Plan& plan, const StepRange& range, void*) {
+  launch(plan);
   ++calls_for_steps;
   const auto run = simulator<int(const ForwardParams*, const Plan*, const int64_t*, int, float*)>("simt_forward_steps");
   check(run(&params, &plan, &range.first, 1, range.carry));
 }
 void backward_steps(const BackwardParams& params, const Plan& plan, const StepRange& range, void*) {
+  launch(plan);
   ++calls_for_steps;
   const auto run = simulator<int(const BackwardParams*, const Plan*, const int64_t*, int, float*)>("simt_backward_steps");
   check(run(&params, &plan, &range.first, 1, range.carry));
 }
 
 }  // namespace fused_rnn::cuda
+
+// From now on the device refuses launches of these families, a bit for each; whether its driver is older than CUDA 12.6.
+extern "C" __attribute__((visibility("default"))) void torch_host_device(unsigned refused, bool old_driver) {
+  fused_rnn::cuda::refused = refused;
+  fused_rnn::cuda::old_driver = old_driver;
+}
 
 // How many calls there have been, for layers as a whole and for some of their steps.
 extern "C" __attribute__((visibility("default"))) void torch_host_calls(int* counts) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -275,3 +276,103 @@ def test_products_follow_the_recurrent_switch(
         for index, (actual, want) in enumerate(zip([*results, *grads], [*expected, *expected_grads], strict=True)):
             allowed = (OUTPUT_TOLERANCE if index < len(results) else GRADIENT_TOLERANCE)[of_dtype]
             assert_near(f"{precision}, tensor {index}", actual, want, allowed * growth)
+
+
+FAMILIES = ("single", "step", "grid", "cluster")
+IN_PROCESS_OF_ITS_OWN = """
+import ctypes, importlib.util, os, sys, warnings
+import torch
+spec = importlib.util.spec_from_file_location("_C", {extension!r})
+sys.modules["fused_rnn._C"] = EXTENSION = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(EXTENSION)
+import fused_rnn
+from fused_rnn import _settings, use_backend
+
+torch.backends.cudnn.allow_tf32 = False
+library = ctypes.CDLL(EXTENSION.__file__)
+
+def calls():
+    counts = (ctypes.c_int * 2)()
+    library.torch_host_calls(counts)
+    return counts[0], counts[1]
+
+def check(lstm):
+    x = torch.randn(6, 3, 4)
+    exact = fused_rnn.LSTM(4, 20, num_layers=2, dtype=torch.float64)
+    exact.load_state_dict(lstm.state_dict())
+    with use_backend("reference"):
+        y = exact(x.double())[0]
+        expected = [y, *torch.autograd.grad(y.sum(), list(exact.parameters()))]
+    y = lstm(x)[0]
+    for actual, want in zip([y, *torch.autograd.grad(y.sum(), list(lstm.parameters()))], expected):
+        assert (actual - want).abs().max() < 1e-4
+
+lstm = fused_rnn.LSTM(4, 20, num_layers=2)
+"""
+
+
+def in_process_of_its_own(code: str) -> None:
+    """A device stays refused for the rest of its process."""
+    command = [sys.executable, "-c", IN_PROCESS_OF_ITS_OWN.format(extension=EXTENSION.__file__) + code]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("overlap", ["0", "3"])
+@pytest.mark.parametrize("refused", [("grid",), ("cluster",), ("grid", "cluster"), ("cluster", "step")], ids=str)
+def test_refused_launches(refused: tuple[str, ...], overlap: str) -> None:
+    """The next family serves, forward and backward, with one warning for each that was refused."""
+    bits = sum(1 << FAMILIES.index(family) for family in refused)
+    in_process_of_its_own(f"""
+library.torch_host_device({bits}, False)
+with _settings.use("FUSED_RNN_OVERLAP", {overlap!r}), _settings.use("FUSED_RNN_PLAN", "cheapest"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check(lstm)
+        check(lstm)
+    texts = [str(one.message) for one in caught if "does not serve" in str(one.message)]
+    tried = [f for f in {refused!r} if any(f"kernel family {{f}} does not serve on device" in text for text in texts)]
+    assert len(texts) == len(tried) and "cluster" in tried or "cluster" not in {refused!r}, texts
+    assert calls()[0] + calls()[1] > 0
+    if len(tried) > 1 or {overlap!r} == "0":
+        assert calls()[0] >= 8, "both calls, both layers, forward and backward"
+""")
+
+
+def test_refused_launch_of_a_forced_family() -> None:
+    in_process_of_its_own("""
+library.torch_host_device(1 << 2, False)
+with _settings.use("FUSED_RNN_PLAN", "grid"):
+    try:
+        check(lstm)
+    except RuntimeError as error:
+        assert "too many blocks in cooperative launch" in str(error)
+    else:
+        raise AssertionError("expected an error")
+library.torch_host_device(0b1111, False)
+try:
+    check(lstm)
+except RuntimeError as error:
+    assert "no kernel family can serve this layer" in str(error) and "step the device does not take" in str(error)
+else:
+    raise AssertionError("expected an error")
+""")
+
+
+def test_no_cooperative_launch_in_a_graph_of_an_old_driver() -> None:
+    in_process_of_its_own("""
+library.torch_host_device(0, True)
+with _settings.use("FUSED_RNN_PLAN", "grid"):
+    check(lstm)
+    os.environ["TORCH_HOST_CAPTURES"] = "1"
+    try:
+        check(lstm)
+    except RuntimeError as error:
+        assert "grid the device does not take its launches now" in str(error)
+    else:
+        raise AssertionError("expected an error")
+    with _settings.use("FUSED_RNN_PLAN", "cheapest"):
+        check(lstm)
+    library.torch_host_device(0, False)
+    check(lstm)
+""")
