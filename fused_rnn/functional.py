@@ -198,8 +198,8 @@ def run_rnn(
         )
         return result
     input, states, weights = autocast(device_type, input, states, weights)
-    if rows.lengths is not None:
-        rows = rows._replace(lengths=rows.lengths.to(input.device))
+    here = [None if tensor is None else tensor.to(input.device) for tensor in (lengths, resets)]
+    rows = rows._replace(lengths=here[0], resets=here[1])
     if for_onnx:
         return _onnx.rnn(input, states, weights, rows, recipe)
     if _get_tracing_state() is None:
@@ -332,7 +332,6 @@ def _checked_rnn(
         with _checks.untraced():
             _checks.check_shapes(recipe, input, states, weights, batch_sizes, lengths, resets)
     lengths = None if lengths is None else lengths.to(torch.int64)
-    resets = None if resets is None else resets.to(input.device)
     y, last = run_rnn(recipe, input, states, weights, batch_sizes, lengths, resets)
     if unbatched:
         return y.squeeze(batch_dim), [state.squeeze(1) for state in last]

@@ -55,7 +55,7 @@ def find_nvcc() -> tuple[str, list[str]]:
 
 def kernel_name(mangled: str) -> str:
     """Readable name of an instantiation."""
-    for name in ("zero_fill", "write_integers", "query"):
+    for name in ("zero_fill", "write_integers", "write_flags", "query"):
         if f"{name}_kernel" in mangled:
             return name
     if found := re.search(r"previous_rows_kernelILi(\d+)E", mangled):

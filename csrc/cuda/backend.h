@@ -48,5 +48,7 @@ void previous_rows(const PreviousParams& params, void* stream);
 // Writes integers of the host to device memory. They travel as arguments of launches: a capture holds them, and the host's
 // memory is free when the call returns.
 void write_integers(int64_t* to, const int64_t* integers, int64_t count, void* stream);
+// The same for flags, 32000 a launch.
+void write_flags(bool* to, const bool* flags, int64_t count, void* stream);
 
 }  // namespace fused_rnn::cuda

@@ -15,14 +15,15 @@
 namespace fused_rnn {
 namespace {
 
-// Lengths or offsets on input's device.
-OptionalTensor beside(const OptionalTensor& integers, const Tensor& input) {
-  if (!integers) return integers;
+// Lengths, offsets or resets on input's device.
+OptionalTensor beside(const OptionalTensor& rows, const Tensor& input) {
+  if (!rows) return rows;
 #ifdef FUSED_RNN_WITH_CUDA
-  const bool from_host = is_on_device(input) && integers->is_cpu() && integers->scalar_type() == at::kLong;
-  if (from_host && nothing_intercepts() && is_plain(input) && is_plain(*integers)) return on_cuda(*integers, input);
+  const auto type = rows->scalar_type();
+  const bool from_host = is_on_device(input) && rows->is_cpu() && (type == at::kLong || type == at::kBool);
+  if (from_host && nothing_intercepts() && is_plain(input) && is_plain(*rows)) return on_cuda(*rows, input);
 #endif
-  return integers->device() == input.device() ? *integers : integers->to(input.device());
+  return rows->device() == input.device() ? *rows : rows->to(input.device());
 }
 
 std::tuple<Tensor, std::vector<Tensor>> rnn(const Tensor& input, at::TensorList states, at::TensorList weights,
@@ -65,7 +66,7 @@ Results run_step(const Call& call) {
 Results run_composite(const Call& call) {
   if (call.one_step) return run_step(call);
   const OptionalTensor& offsets = call.rows.offsets;
-  Rows rows{beside(call.rows.lengths, call.x), beside(offsets, call.x), call.rows.resets, std::nullopt};
+  Rows rows{beside(call.rows.lengths, call.x), beside(offsets, call.x), beside(call.rows.resets, call.x), std::nullopt};
   if (offsets && offsets->is_cpu()) rows.host_offsets = offsets;
   const Call here{call.x, call.states, call.params, rows, call.recipe};
 #ifdef FUSED_RNN_WITH_CUDA

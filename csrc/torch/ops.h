@@ -76,9 +76,9 @@ bool is_plain(const Tensor& t);
 // fused_rnn::rnn as a wavefront of chunks (plan/overlap.h), or none where the layers are to be called in turn.
 std::optional<Results> overlapped_rnn(const Call& call);
 
-// Integers of the host on input's device, without a copy that the host would have to wait for or that a capture would
-// refuse.
-Tensor on_cuda(const Tensor& integers, const Tensor& input);
+// Lengths, offsets (int64) or resets (bool) of the host on input's device, without a copy that the host would have to wait
+// for or that a capture would refuse.
+Tensor on_cuda(const Tensor& rows, const Tensor& input);
 #endif
 
 }  // namespace fused_rnn

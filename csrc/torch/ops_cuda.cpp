@@ -21,11 +21,16 @@ bool allows_tf32(const Tensor& x) {
   return x.scalar_type() == at::kFloat && at::globalContext().allowTF32CuDNN(at::Float32Op::RNN);
 }
 
-Tensor on_cuda(const Tensor& integers, const Tensor& input) {
+Tensor on_cuda(const Tensor& rows, const Tensor& input) {
   const c10::cuda::CUDAGuard device_guard(input.device());
-  Tensor result = at::empty(integers.sizes(), input.options().dtype(at::kLong));
-  cuda::write_integers(result.data_ptr<int64_t>(), integers.contiguous().const_data_ptr<int64_t>(), result.numel(),
-                       c10::cuda::getCurrentCUDAStream().stream());
+  Tensor result = at::empty(rows.sizes(), input.options().dtype(rows.scalar_type()));
+  const Tensor from = rows.contiguous();
+  void* const stream = c10::cuda::getCurrentCUDAStream().stream();
+  if (rows.scalar_type() == at::kBool) {
+    cuda::write_flags(result.data_ptr<bool>(), from.const_data_ptr<bool>(), result.numel(), stream);
+  } else {
+    cuda::write_integers(result.data_ptr<int64_t>(), from.const_data_ptr<int64_t>(), result.numel(), stream);
+  }
   return result;
 }
 

@@ -92,6 +92,9 @@ extern "C" int simt_forward_steps(const ForwardParams* params, const Plan* plan,
 extern "C" int simt_write_integers(int64_t* to, const int64_t* integers, int64_t count) {
   return simt_host::run_guarded([&] { cuda::write_integers(to, integers, count, nullptr); });
 }
+extern "C" int simt_write_flags(bool* to, const bool* flags, int64_t count) {
+  return simt_host::run_guarded([&] { cuda::write_flags(to, flags, count, nullptr); });
+}
 extern "C" int simt_previous_rows(const PreviousParams* params) {
   return simt_host::run_guarded([&] { cuda::previous_rows(*params, nullptr); });
 }

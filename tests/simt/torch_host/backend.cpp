@@ -68,6 +68,7 @@ Memory& memory = *new Memory;  // outlives all tensors
 void Memory::put_back(void* address) { memory.free_[memory.sizes_.at(address)].push_back(address); }
 
 int calls = 0, calls_for_steps = 0;
+int flag_writes = 0;
 unsigned refused = 0;  // a bit for each family whose launches the device refuses
 bool old_driver = false;
 
@@ -104,6 +105,11 @@ void write_integers(int64_t* to, const int64_t* integers, int64_t count, void*) 
   check(simulator<int(int64_t*, const int64_t*, int64_t)>("simt_write_integers")(to, integers, count));
 }
 
+void write_flags(bool* to, const bool* flags, int64_t count, void*) {
+  ++flag_writes;
+  check(simulator<int(bool*, const bool*, int64_t)>("simt_write_flags")(to, flags, count));
+}
+
 void previous_rows(const PreviousParams& params, void*) {
   check(simulator<int(const PreviousParams*)>("simt_previous_rows")(&params));
 }
@@ -138,6 +144,9 @@ extern "C" __attribute__((visibility("default"))) void torch_host_device(unsigne
   fused_rnn::cuda::refused = refused;
   fused_rnn::cuda::old_driver = old_driver;
 }
+
+// How many times flags of the host have become the device's.
+extern "C" __attribute__((visibility("default"))) int torch_host_flag_writes() { return fused_rnn::cuda::flag_writes; }
 
 // How many calls there have been, for layers as a whole and for some of their steps.
 extern "C" __attribute__((visibility("default"))) void torch_host_calls(int* counts) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -376,3 +377,32 @@ with _settings.use("FUSED_RNN_PLAN", "grid"):
     library.torch_host_device(0, False)
     check(lstm)
 """)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 5000])  # 5000 x 7 flags take two launches
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_resets_of_the_host(steps: int, batch_first: bool) -> None:
+    """They become the device's as arguments of launches: no copy waits, and a capture holds them."""
+    library = ctypes.CDLL(EXTENSION.__file__)
+    rnn = fused_rnn.RNN(2, 1, nonlinearity="relu", batch_first=batch_first)
+    x = torch.randn((7, steps, 2) if batch_first else (steps, 7, 2))
+    resets = torch.rand((7, steps) if batch_first else (steps, 7)) < 0.3
+    weights = [p.detach() for p in rnn.parameters()]
+    options = {"nonlinearity": "relu", "batch_first": batch_first}
+    before = library.torch_host_flag_writes()
+    if steps > 100:  # the flags alone: the simulator takes its time for so many steps
+        room = torch.zeros(resets.numel() + 1, dtype=torch.bool)
+        simulator_library().simt_write_flags(*(ctypes.c_void_p(t.data_ptr()) for t in (room, resets)), resets.numel())
+        assert torch.equal(room[:-1].view_as(resets), resets) and not room[-1]
+        return
+    y, _ = fused_rnn.functional.rnn(x, weights, resets=resets, **options)
+    assert library.torch_host_flag_writes() == before + 1
+    with use_backend("reference"):
+        expected, _ = fused_rnn.functional.rnn(x.double(), [w.double() for w in weights], resets=resets, **options)
+    assert_near("y", y, expected, OUTPUT_TOLERANCE[torch.float32])
+
+
+def simulator_library() -> ctypes.CDLL:
+    library = ctypes.CDLL(os.environ["FUSED_RNN_SIMT_LIBRARY"])
+    library.simt_write_flags.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    return library
