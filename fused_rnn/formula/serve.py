@@ -24,7 +24,7 @@ def why_not(formula: str, device_type: str, dtype: torch.dtype) -> _backend.Reas
         return _backend.Reason(
             "formula:device", f"cells written as formulas have kernels for CPUs alone, not {device_type!r}"
         )
-    reason = _backend.why_not("cpu", _backend.Demand(device_type, dtype, _backend.is_transformed()))
+    reason = _backend.why_not("cpu", _backend.Demand(device_type, dtype, transformed=_backend.is_transformed()))
     if reason is not None:
         return reason
     if len(cell.declaration.states) > MOST_STATES:
