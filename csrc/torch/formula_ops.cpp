@@ -214,8 +214,8 @@ LayerOutputs formula_cpu(const Tensor& x, at::TensorList states, at::TensorList 
   return {std::move(y), std::move(last), std::move(saved)};
 }
 
-// What backward makes of the call, and has beside it: d [D, N, S + U + Q, H], gradients of the states, y and series by state, and what phases
-// took.
+// What backward makes of the call, and has beside it: d [D, N, S + U + Q, H], gradients of the states, y and series by
+// state, and what phases took.
 struct FormulaGradients {
   Tensor d;
   std::vector<Tensor> d_states;

@@ -1,6 +1,6 @@
-// Matrix products around the recurrence in TF32. torch has a switch for matrix products and another one for recurrent layers,
-// and by default only the latter allows TF32. cuDNN's products of a recurrent layer follow the latter, and so do these, whose
-// arithmetic is an argument: no switch that other threads see is touched.
+// Matrix products around the recurrence in TF32. torch has a switch for matrix products and another one for recurrent
+// layers, and by default only the latter allows TF32. cuDNN's products of a recurrent layer follow the latter, and so do
+// these, whose arithmetic is an argument: no switch that other threads see is touched.
 #pragma once
 #include <ATen/core/Tensor.h>
 

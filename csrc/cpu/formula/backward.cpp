@@ -211,8 +211,8 @@ int64_t FormulaBackwardScan<A>::gather(Worker& w, int64_t t) const {
   return active;
 }
 
-// The thread's panels of the product of rows [n] of d_rec and W_hh, to w.rec. At the last step all rows are zeros, and so are
-// their products.
+// The thread's panels of the product of rows [n] of d_rec and W_hh, to w.rec. At the last step all rows are zeros: so is
+// their product.
 template <class A>
 void FormulaBackwardScan<A>::multiply_rec(Worker& w, const A* const* rows, int64_t n, int64_t s) const {
   if (!std::all_of(rows, rows + n, [&](const A* row) { return row == zeros_; })) {
