@@ -9,7 +9,7 @@ import torch
 from fused_rnn import _backend, _settings
 from fused_rnn.formula import build, ops
 
-MOST_STATES = MOST_PHASES = 8  # csrc/cpu/isa/formula.h's kMostFormulaStates, kMostFormulaPhases
+MOST_STATES, MOST_PHASES = 8, 12  # csrc/cpu/isa/formula.h's kMostFormulaStates, kMostFormulaPhases
 
 _lock = threading.RLock()  # one compiler at a time in this process
 _ready: set[tuple[str, torch.dtype, str]] = set()  # by formula, dtype and setting of the instruction set

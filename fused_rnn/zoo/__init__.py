@@ -1,6 +1,6 @@
 """Recurrent cells of the literature as formulas.
 
-    layer = fused_rnn.formula.Layer(fused_rnn.zoo.LiGRU(), 40, 256, num_layers=2, bidirectional=True)
+    layer = fused_rnn.Layer(fused_rnn.zoo.LiGRU(), 40, 256, num_layers=2, bidirectional=True)
 
 Each class says its paper and its equations. In the equations W x is a gate's block of weight_ih, U h its block of weight_hh,
 and b their biases together. `from_torchrecurrent` makes layers of torchrecurrent ours, `antisymmetric` keeps the recurrent

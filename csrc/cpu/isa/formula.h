@@ -6,7 +6,7 @@
 
 namespace fused_rnn::cpu {
 
-constexpr int kMostFormulaStates = 8, kMostFormulaPhases = 8;
+constexpr int kMostFormulaStates = 8, kMostFormulaPhases = 12;
 
 // What a step computes over all units of a row, between its pointwise parts (fused_rnn/formula/language.py's Phase): a
 // product with a matrix [H, H], or a norm.
@@ -95,7 +95,7 @@ struct FormulaKernels {
 };
 
 // Set anew with every change of the types above.
-constexpr int kFormulaVersion = 2;
+constexpr int kFormulaVersion = 3;
 
 struct FormulaLibrary {
   int version;  // kFormulaVersion
