@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import formula_cells as cells
@@ -32,6 +33,11 @@ T, B, I = 5, 4, 3  # noqa: E741
 
 def id_of(cell: Any) -> str:
     return type(cell).__name__
+
+
+def zoo_cells() -> dict[str, Cell]:
+    classes = {name: value for name in fused_rnn.zoo.__all__ if isinstance(value := getattr(fused_rnn.zoo, name), type)}
+    return {name: value() for name, value in classes.items() if issubclass(value, Cell)}
 
 
 def flat(value: Any) -> list[Tensor]:
@@ -554,3 +560,28 @@ def test_cache_command(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "1 compiled formulas" in capsys.readouterr().out
     main(["cache", "--clear"])
     assert "bytes freed" in capsys.readouterr().out and store.entries() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(zoo_cells()))
+def test_the_zoo_in_random_forms(name: str) -> None:
+    """Every cell of the zoo in forms drawn at random, in float64."""
+    cell = zoo_cells()[name]
+    random = Random(name)
+    for _ in range(8):
+        packed, ragged = random.choice([(False, False), (True, False), (False, True)])
+        form = Form(
+            layers=random.choice([1, 1, 2]),
+            bidirectional=random.random() < 0.5,
+            bias=random.random() < 0.8,
+            batch_first=not packed and random.random() < 0.3,
+            states=random.random() < 0.6,
+            lengths=tuple(random.randint(0, T) for _ in range(B)) if ragged else None,
+            packed=packed,
+            resets=random.random() < 0.4,
+            steps=T if packed or ragged else random.choice([1, 2, T, 13]),
+        )
+        if form.batch_first and form.resets:
+            form = dataclasses.replace(form, resets=False)  # `results` makes them [T, B]
+        heads = cell.declaration.heads
+        compare(cell, form, torch.float64, heads * random.choice([1, 3, 4, 5, 8, 17]), 1e-9)
