@@ -338,12 +338,16 @@ class _Writer:
         saved = [(value, self._name_of_saved(value, i), f"a[{i}]") for i, value in enumerate(plan.saved) if value in leaves]
         block.load(saved)
         if not self.present:
-            block.load(self._loads(leaves))
+            # Of a state without a series backward has what a phase took, if anything.
+            kept = {
+                self.inputs[s] for s, series in zip(self.states, plan.series, strict=True) if series and s in self.inputs
+            }
+            block.load(self._loads(leaves & kept))
             there = {value: i for i, value in enumerate(plan.after) if plan.series[i] and value in leaves and value.args}
             block.load([(v, self.states[i], f"after[{i}]") for v, i in there.items() if v not in plan.saved])
             in_out = [(self.inputs.get(f"d.{s}"), f"d_{s}", f"d_states[{i}]") for i, s in enumerate(self.states)]
             block.load([(value, name, where) for value, name, where in in_out if value is not None and value in leaves])
-            block.load(self._loads_of_phases(leaves, {*plan.saved, *there, *(self.inputs.get(s) for s in self.states)}))
+            block.load(self._loads_of_phases(leaves, {*plan.saved, *there, *kept}))
         block.load(self._parameter_loads(leaves))
         block.compute(roots)
         return block
@@ -353,7 +357,7 @@ class _Writer:
         loads = []
         for k, phase in enumerate(self.plan.cell.phases):
             value, gradient = self.plan.phases[k], self.inputs.get(f"d.ph.{k}")
-            if value in leaves and value not in known:
+            if value in leaves and value not in known and all(value is not other for other, _, _ in loads):
                 loads.append((value, self.plan.names.get(value, f"v_{phase.name}"), f"v[{k}]"))
             if gradient is not None and gradient in leaves:
                 loads.append((gradient, f"d_{phase.name}", f"dv[{k}]"))
