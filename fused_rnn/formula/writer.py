@@ -354,7 +354,7 @@ class _Writer:
 
     def _loads_of_phases(self, leaves: set[Value], known: Container[Value | None]) -> list[tuple[Value, str, str]]:
         """What phases took, and the gradients of it; known: values that are there already."""
-        loads = []
+        loads: list[tuple[Value, str, str]] = []
         for k, phase in enumerate(self.plan.cell.phases):
             value, gradient = self.plan.phases[k], self.inputs.get(f"d.ph.{k}")
             if value in leaves and value not in known and all(value is not other for other, _, _ in loads):

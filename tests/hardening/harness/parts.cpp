@@ -15,7 +15,7 @@ template <class A>
 struct Vec : simd::VectorBase {
   using Scalar = A;
   static constexpr int kWidth = 64 / sizeof(A);
-  static constexpr int kMostSums = 24;
+  static constexpr int kMostSums = 24, kDirectRows = 4;
   static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 8, 8, 6};
   static constexpr int kInStep = 4;
   A lanes[kWidth];
