@@ -373,6 +373,16 @@ def test_a_damaged_library_is_made_again(fresh: Path) -> None:
     assert library.stat().st_size > 1000
 
 
+def test_libraries_of_other_users_are_not_loaded(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new_layer()(torch.rand(2, 2, 2))
+    (library,) = fresh.glob("*.so")
+    assert store.find(library.stem) == library
+    monkeypatch.setattr(os, "geteuid", lambda: library.stat().st_uid + 1)
+    assert store.find(library.stem) is None or library.stat().st_uid == 0
+    monkeypatch.setattr(Path, "stat", lambda path: os.stat_result((0o100644, 0, 0, 1, 4242, 0, 1, 0, 0, 0)))
+    assert store.find(library.stem) is None
+
+
 def test_two_processes_at_once(fresh: Path) -> None:
     script = "import torch, test_formula_kernels as t\nt.Layer(t.Odd(0.75), 2, 3)(torch.rand(2, 2, 2))"
     command = [sys.executable, "-W", "error", "-c", script]

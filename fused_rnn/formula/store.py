@@ -48,9 +48,14 @@ def _files(suffix: str) -> Iterator[Path]:
 
 
 def find(name: str) -> Path | None:
-    """The library of this name, which counts as used now; None if there is none."""
+    """The library of this name, which counts as used now; None if there is none. Code of other users is not run: a library
+    has to be the user's own or root's."""
     path = cache_directory() / f"{name}.so"
-    if not path.exists():
+    try:
+        owner = path.stat().st_uid
+    except OSError:
+        return None
+    if owner not in (os.geteuid(), 0):
         return None
     try:
         os.utime(path)
@@ -62,7 +67,7 @@ def find(name: str) -> Path | None:
 def work_directory() -> tempfile.TemporaryDirectory[str]:
     """A folder to compile in, on the cache's file system where that can be written, else a temporary one."""
     try:
-        cache_directory().mkdir(parents=True, exist_ok=True)
+        cache_directory().mkdir(mode=0o700, parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(prefix=".compile-", dir=cache_directory(), ignore_cleanup_errors=True)
     except OSError:
         return tempfile.TemporaryDirectory(prefix="fused_rnn-", ignore_cleanup_errors=True)
