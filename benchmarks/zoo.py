@@ -74,6 +74,39 @@ def measure(cell: fused_rnn.Cell, options: argparse.Namespace) -> dict[str, floa
     }
 
 
+def against_hand(options: argparse.Namespace) -> list[str]:
+    """A table of the cells of fused_rnn itself: as formulas / by hand."""
+    x = torch.randn(options.steps, options.batch, options.hidden, requires_grad=True)
+    lines = ["| cell | mode | formula ms | by hand ms | formula / by hand | quartiles |", "|---|---|---|---|---|---|"]
+    for name in ("LSTM", "GRU", "RNN"):
+        formula = fused_rnn.Layer(getattr(zoo, name)(), options.hidden, options.hidden)
+        hand = getattr(fused_rnn, name)(options.hidden, options.hidden)
+        hand.load_state_dict(formula.state_dict())
+
+        def infer(module: torch.nn.Module) -> None:
+            with torch.no_grad():
+                module(x)
+
+        def train(module: torch.nn.Module) -> None:
+            module(x)[0].sum().backward()
+
+        for mode, run in (("inference", infer), ("forward and backward", train)):
+            sides = (formula, hand)
+            for side in sides:
+                run(side)
+            times = [
+                tuple(statistics.median(seconds(lambda: run(side)) for _ in range(3)) for side in sides)  # noqa: B023
+                for _ in range(3 * options.rounds)
+            ]
+            ratios = sorted(a / b for a, b in times)
+            ours, theirs = (1e3 * statistics.median(side) for side in zip(*times, strict=True))
+            lines.append(
+                f"| {name} | {mode} | {ours:.2f} | {theirs:.2f} | {statistics.median(ratios):.2f} | "
+                f"{ratios[len(ratios) // 4]:.2f} to {ratios[-1 - len(ratios) // 4]:.2f} |"
+            )
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cells", nargs="*", help="names; all by default")
@@ -83,10 +116,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compiled", action="store_true", help="compare with the loop under torch.compile")
+    parser.add_argument("--hand", action="store_true", help="only LSTM, GRU and RNN as formulas against those by hand")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     info = fused_rnn.build_info()
+    if options.hand:
+        print("\n".join(against_hand(options)))
+        return
     sizes = f"T={options.steps} B={options.batch} I=H={options.hidden}"
     side = "step in a loop" + " under torch.compile" * options.compiled
     machine = platform.processor() or platform.machine()

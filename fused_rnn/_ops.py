@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fused_rnn import _flops, reference
 from fused_rnn._backend import extension
-from fused_rnn._recipe import Recipe, rows_of, unpacked
+from fused_rnn._recipe import rows_of, unpacked
 
 
-def _check_fake(x: Tensor, recipe: int, **others: Sequence[Tensor | None]) -> Recipe:
-    """Raises unless all tensors of a call are on one device, floating-point ones have one dtype, and the recipe is one.
+def check_places(x: Tensor, **others: Sequence[Tensor | None]) -> None:
+    """Raises unless all tensors of a call are on one device, and floating-point ones have one dtype.
 
     One tensor on the meta device is enough for torch to call a fake kernel, whose results are uninitialised memory.
     """
@@ -27,14 +27,25 @@ def _check_fake(x: Tensor, recipe: int, **others: Sequence[Tensor | None]) -> Re
             wide = name in ("states", "dlast") and index == 1 and tensor.dtype == torch.float32 and x.dtype.itemsize == 2
             if tensor.dtype.is_floating_point and tensor.dtype != x.dtype and not wide:
                 raise RuntimeError(f"{name}[{index}]: expected dtype {x.dtype} (input's), got {tensor.dtype}")
-    return unpacked(recipe)
+
+
+def fake_gradients(
+    x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], mask: Sequence[bool | int]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Shapes of a layer's gradients, of x, states and params: [0] where the mask says that nobody asked."""
+    return (
+        x.new_empty(x.shape) if mask[0] else x.new_empty(0),
+        [s.new_empty(s.shape) if mask[1] else x.new_empty(0) for s in states],
+        [p.new_empty(p.shape) if mask[2] else p.new_empty(0) for p in params],
+    )
 
 
 def _fake_layer(
     x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], rows: Sequence[Tensor], recipe: int, save: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Shapes of fused_rnn::layer's results."""
-    layer = _check_fake(x, recipe, states=states, params=params, rows=rows)
+    check_places(x, states=states, params=params, rows=rows)
+    layer = unpacked(recipe)
     kind, w_hh, packed = layer.kind, params[1], rows_of(rows, recipe).offsets is not None
     hidden, out = w_hh.shape[0] // kind.gates, w_hh.shape[1]
     count = x.shape[0] if packed else x.shape[0] * x.shape[1]
@@ -62,12 +73,9 @@ def _fake_layer_backward(
     mask: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Shapes of fused_rnn::layer_backward's results."""
-    _check_fake(x, recipe, dy=[dy], dlast=dlast, states=states, params=params, rows=rows, saved=saved)
-    return (
-        x.new_empty(x.shape) if mask[0] else x.new_empty(0),
-        [s.new_empty(s.shape) if mask[1] else x.new_empty(0) for s in states],
-        [p.new_empty(p.shape) if mask[2] else p.new_empty(0) for p in params],
-    )
+    check_places(x, dy=[dy], dlast=dlast, states=states, params=params, rows=rows, saved=saved)
+    unpacked(recipe)  # raises for a number that is no recipe
+    return fake_gradients(x, states, params, mask)
 
 
 def _layer_backward_differentiable(

@@ -101,6 +101,10 @@ def layer(
     return y, [torch.stack(of_directions) for of_directions in zip(*(last for _, last in scans), strict=True)]
 
 
+# As ``layer``, without its step.
+LayerFunction = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Rows, Recipe], tuple[Tensor, list[Tensor]]]
+
+
 def zero_states(x: Tensor, batch: int, params: Sequence[Tensor], recipe: Recipe) -> list[Tensor]:
     """The initial states [B, .] of one direction where none are given."""
     w_hh = params[1]
@@ -114,10 +118,10 @@ def rnn(
     weights: Sequence[Tensor],
     rows: Rows,
     recipe: Recipe,
-    step: StepFunction = step,
+    layer: LayerFunction = layer,
 ) -> tuple[Tensor, list[Tensor]]:
-    """A stack of layers with dropout between them; shapes as torch.nn.LSTM's, states [L*D, B, .]. step: of a cell that is
-    no kind of ours, which then needs its states."""
+    """A stack of layers with dropout between them; shapes as torch.nn.LSTM's, states [L*D, B, .]. layer: of a cell that is
+    no kind of ours."""
     num_layers, directions = recipe.num_layers, recipe.directions
     per_layer = len(weights) // num_layers
     y = input.transpose(0, 1) if recipe.batch_first else input
@@ -127,12 +131,12 @@ def rnn(
     for index in range(num_layers):
         of_layer = [state[index * directions : (index + 1) * directions] for state in states]
         params = weights[index * per_layer : (index + 1) * per_layer]
-        y, states_after = layer(y, of_layer, params, rows, recipe.of_layer(), step)
+        y, states_after = layer(y, of_layer, params, rows, recipe.of_layer())
         last.append(states_after)
         if recipe.dropout and recipe.training and index + 1 < num_layers:
             y = torch.nn.functional.dropout(y, recipe.dropout)
     y = y.transpose(0, 1) if recipe.batch_first else y
-    return y, [torch.cat(of_layers) for of_layers in zip(*last, strict=True)]
+    return y, last[0] if num_layers == 1 else [torch.cat(of_layers) for of_layers in zip(*last, strict=True)]
 
 
 def cell(input: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], recipe: Recipe) -> list[Tensor]:

@@ -17,9 +17,9 @@ struct Units {
 };
 
 template <class C, class = void>
-struct HasPresentForm : std::false_type {};
+struct IsOfCellsH : std::false_type {};
 template <class C>
-struct HasPresentForm<C, std::void_t<decltype(C::kHasC)>> : std::true_type {};
+struct IsOfCellsH<C, std::void_t<decltype(C::kHasC)>> : std::true_type {};
 
 template <class V>
 V nan() {
@@ -46,7 +46,7 @@ void store_saved(V (&a)[kCount], int saved, double* to) {
 }
 
 template <class C, class V>
-void run_present(const Units& u) {
+void run_by_hand(const Units& u) {
   constexpr int kStates = C::kHasC ? 2 : 1;
   for (int i = 0; i < u.n; ++i) {
     V a[C::kSlots], before[2] = {nan<V>(), nan<V>()}, after[2] = {nan<V>(), nan<V>()}, d[C::kSlots], gradient[kStates];
@@ -104,8 +104,8 @@ void run_general(const Units& u) {
 
 template <class C>
 void run(const Units& units, bool wide) {
-  if constexpr (HasPresentForm<C>::value) {
-    wide ? run_present<C, double>(units) : run_present<C, float>(units);
+  if constexpr (IsOfCellsH<C>::value) {
+    wide ? run_by_hand<C, double>(units) : run_by_hand<C, float>(units);
   } else {
     wide ? run_general<C, double>(units) : run_general<C, float>(units);
   }

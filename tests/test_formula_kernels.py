@@ -118,7 +118,7 @@ def compare(cell: Cell, form: Form, dtype: torch.dtype, hidden: int, limit: floa
     with fused_rnn.use_backend("reference"):
         expected = results(theirs, form, hidden)
     for mine, wanted in zip(got, expected, strict=True):
-        torch.testing.assert_close(mine, wanted, atol=limit * max(1.0, wanted.abs().max().item()), rtol=0)
+        torch.testing.assert_close(mine, wanted, atol=limit * max(1 / 16, wanted.abs().max().item()), rtol=0)
 
 
 def size_of(cell: Cell) -> int:
@@ -131,13 +131,16 @@ def test_equal_to_step(cell: Cell, form: Form) -> None:
     compare(cell, form, torch.float64, size_of(cell), 1e-11)
 
 
+LIMITS = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+
+
 @pytest.mark.parametrize("cell", NARROW, ids=id_of)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
 def test_equal_to_step_in_narrow_dtypes(cell: Cell, dtype: torch.dtype) -> None:
     if dtype != torch.float32 and isinstance(cell, (cells.PeepholeLstm, cells.Mgu)):
         pytest.skip("three cells cover what depends on the storage")
     for form in (FORMS[1], FORMS[5]):
-        compare(cell, form, dtype, 4 * size_of(cell), verify.TOLERANCES[dtype])
+        compare(cell, form, dtype, 4 * size_of(cell), LIMITS[dtype])
 
 
 @pytest.mark.parametrize("cell", [cells.HeadedSLstm(), cells.NormLstm()], ids=id_of)
@@ -377,10 +380,27 @@ def test_libraries_of_other_users_are_not_loaded(fresh: Path, monkeypatch: pytes
     new_layer()(torch.rand(2, 2, 2))
     (library,) = fresh.glob("*.so")
     assert store.find(library.stem) == library
-    monkeypatch.setattr(os, "geteuid", lambda: library.stat().st_uid + 1)
-    assert store.find(library.stem) is None or library.stat().st_uid == 0
     monkeypatch.setattr(Path, "stat", lambda path: os.stat_result((0o100644, 0, 0, 1, 4242, 0, 1, 0, 0, 0)))
     assert store.find(library.stem) is None
+
+
+def test_a_forced_backend_that_has_no_kernels() -> None:
+    layer = Layer(cells.Rnn(), 2, 3)
+    with fused_rnn.use_backend("cuda"), pytest.raises(RuntimeError, match="'cuda' is forced but the kernels of cells"):
+        layer(torch.rand(2, 2, 2))
+
+
+def test_what_makes_the_code_is_in_the_name(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library of another version of the generator, of the headers or of torch is another library."""
+    layer, command = new_layer(), ["c++"]
+    name = build.library_name(layer.cell, torch.float32, "portable", command)
+    for maker in ("_headers_digest", "_generator_digest", "_compiler_identity"):
+        with monkeypatch.context() as patch:
+            patch.setattr(build, maker, lambda *_: "another")
+            assert build.library_name(layer.cell, torch.float32, "portable", command) != name
+    assert build.library_name(new_layer().cell, torch.float32, "portable", command) != name
+    assert build.library_name(layer.cell, torch.float64, "portable", command) != name
+    assert build.library_name(layer.cell, torch.float32, "portable", command) == name
 
 
 def test_two_processes_at_once(fresh: Path) -> None:
@@ -435,6 +455,17 @@ def test_backward_that_disagrees_does_not_serve(fresh: Path, monkeypatch: pytest
         new_layer()(torch.rand(2, 2, 2))
 
 
+def test_a_small_gradient_that_is_wrong_is_found(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of 0.1 that is an eighth too large, in float16; and a result that is compared where others are infinite."""
+    cell = cells.Rnn()
+    right = torch.tensor([0.1, -0.02, torch.inf, torch.nan], dtype=torch.float64)
+    verify.compare(cell, torch.float16, "gradient", right, right)
+    with pytest.raises(RuntimeError, match="gradient has 0.11"):
+        verify.compare(cell, torch.float16, "gradient", right * 1.125, right)
+    with pytest.raises(RuntimeError, match="gradient has nan where step has -0.02"):
+        verify.compare(cell, torch.float16, "gradient", torch.where(right < 0, torch.nan, right), right)
+
+
 def test_more_states_than_kernels_have() -> None:
     class Many(Cell):
         gates = ("a",)
@@ -448,6 +479,23 @@ def test_more_states_than_kernels_have() -> None:
 
 
 # --- the op by itself ---
+
+
+def test_constants_are_those_of_the_kernels() -> None:
+    from fused_rnn.formula import writer
+
+    assert _backend.extension is not None
+    for name, value in _backend.extension.formula_constants().items():
+        here = writer.PHASE_KINDS[name] if name in writer.PHASE_KINDS else getattr(ops, name, getattr(serve, name, None))
+        assert here == value, name
+    assert len(writer.PHASE_KINDS) == 3
+
+
+def test_fake_kernels_refuse_mixed_devices() -> None:
+    """torch calls a fake kernel where one tensor is on the meta device: its results would be uninitialised memory."""
+    formula, x, params = call_of(cells.PeepholeLstm())
+    with pytest.raises(RuntimeError, match=r"params\[1\]: expected device cpu .input's., got meta"):
+        torch.ops.fused_rnn.formula(x, [], [params[0], params[1].to("meta"), *params[2:]], [], formula, ops.BIASES)
 
 
 def call_of(cell: Cell) -> tuple[str, Tensor, list[Tensor]]:

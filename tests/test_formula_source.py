@@ -22,7 +22,7 @@ from fused_rnn._kinds import KINDS
 from fused_rnn.formula import Cell, source
 from fused_rnn.formula.language import run_step
 from fused_rnn.formula.plan import Plan, make_plan
-from fused_rnn.formula.writer import has_present_form, source_of_plan
+from fused_rnn.formula.writer import source_of_plan
 
 ROOT = Path(__file__).parent.parent
 COMPILER = os.environ.get("CXX", "c++").split()[0]
@@ -226,38 +226,12 @@ def test_the_constants_of_cells_h(name: str) -> None:
     mode = {"Lstm": "LSTM", "Gru": "GRU", "Rnn": "RNN_TANH", "ReluRnn": "RNN_RELU"}[name]
     kind = next(kind for kind in KINDS if kind.mode == mode)
     plan = plan_of(name)
-    assert has_present_form(plan)
     text = source(ALL[name])
-    assert f"kGates = {kind.gates}, kSlots = {kind.slots}, kSaved = {kind.saved};" in text
-    flags = [str(flag).lower() for flag in (kind.has_c, kind.reads_h)]
-    assert f"kHasC = {flags[0]}, kReadsH = {flags[1]};" in text
+    assert f"kSlots = {kind.slots}, kSaved = {kind.saved};" in text
+    assert f"kInputGates = {kind.gates}, kRecurrentGates = {kind.gates};" in text
     assert plan.saved_per_unit == kind.saved + kind.has_c
     assert len(plan.gradients) == kind.slots
     assert plan.input_gradients == ((1, 2, 0) if name == "Gru" else tuple(range(kind.gates)))
-
-
-def test_fits_the_cpu_kernels(tmp_path: Path) -> None:
-    """What has the form of cells.h goes into the pointwise kernels of the CPU's tables as they are, on SIMD vectors."""
-    if shutil.which(COMPILER) is None:
-        pytest.skip(f"needs a C++ compiler ({COMPILER})")
-    names = ("Lstm", "Gru", "Rnn", "ReluRnn", "LiGru")
-    text = ['#include "core/formula_math.h"', '#include "cpu/isa/vec_portable.h"', '#include "cpu/isa/pointwise.h"']
-    text += ["namespace fused_rnn::generated {", *(source_of_plan(plan_of(name)) for name in names), "}"]
-    text += ["namespace fused_rnn::cpu {"]
-    for name in names:
-        arguments = f"<portable::Vec<float>, generated::{name}, float>"
-        text += [f"template void forward_pointwise{arguments}(const ForwardCall<float>&);"]
-        text += [f"template void backward_pointwise{arguments}(const BackwardCall<float>&);"]
-    (tmp_path / "tables.cpp").write_text("\n".join([*text, "}"]))
-    flags = ["-std=c++17", "-O1", "-fsyntax-only", "-Wno-psabi", f"-I{ROOT}/csrc"]
-    done = subprocess.run([COMPILER, *flags, str(tmp_path / "tables.cpp")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[:6000]
-
-
-def test_which_cells_have_the_form_of_cells_h() -> None:
-    """Those that ask no more of a kernel than LSTM, GRU and RNN do."""
-    fitting = {type(cell).__name__ for cell in cells.CELLS if has_present_form(plan_of(type(cell).__name__))}
-    assert fitting == {"Rnn", "ReluRnn", "Lstm", "Gru", "LiGru", "Janet"}
 
 
 # Numbers a unit keeps of a step beside its output: saved values and the series of states that backward reads.
@@ -280,20 +254,24 @@ def test_saved_values(name: str) -> None:
 
 def test_printed_as_one_would_write_it() -> None:
     body = source(cells.Gru()).split("  template <class V>\n")
-    assert body[2] == (
-        "  static FUSED_RNN_HD void forward_of_sigmoids(V (&a)[kSlots], const V& h_prev, const V&, V& h, V&) {\n"
+    assert body[1] == (
+        "  static FUSED_RNN_HD void forward(V (&a)[kValues], const V (&before)[kStates], V (&after)[kStates]) {\n"
         "    using namespace math;\n"
-        "    const V reset = a[0], z = a[1];\n"
+        "    const V h_prev = before[0];\n"
+        "    const V reset = sigmoid(a[0]);\n"
         "    const V n = tanh(a[2] + reset * a[3]);\n"
+        "    const V z = sigmoid(a[1]);\n"
+        "    a[0] = reset;\n"
+        "    a[1] = z;\n"
         "    a[2] = n;\n"
-        "    h = n + z * (h_prev - n);\n"
+        "    after[0] = n + z * (h_prev - n);\n"
         "  }\n\n"
     )
-    assert "const V reset = a[0], z = a[1], n = a[2], r_n = a[3];" in body[4]
-    assert "    d[2] = dh * (h_prev - n) * z * (V(1) - z);\n" in body[4]
+    assert "const V reset = a[0], z = a[1], n = a[2], r_n = a[3];" in body[2]
+    assert "    d[2] = d_h * (h_prev - n) * z * (V(1) - z);\n" in body[2]
     lstm = source(cells.Lstm())
     assert "//         c = f * c + i * g\n" in lstm  # the formula is the comment
-    assert "const V t2 = dc + dh * o * (V(1) - t1 * t1);\n    d[0] = t2 * g * i * (V(1) - i);\n" in lstm
+    assert "const V t2 = d_c + d_h * o * (V(1) - t1 * t1);\n    d[0] = t2 * g * i * (V(1) - i);\n" in lstm
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -227,6 +227,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "The formula's library does not serve it any more.");
   m.def("formula_facts", &fused_rnn::formula_facts, pybind11::arg("formula"), pybind11::arg("dtype"),
         "(saved, phases, reads_series) of a registered formula (csrc/cpu/isa/formula.h).");
+  m.def("formula_constants", &fused_rnn::formula_constants,
+        "Bits and limits of the ops of formulas, by their names in fused_rnn/formula.");
   m.def("has_formula", &fused_rnn::has_formula, pybind11::arg("formula"), pybind11::arg("dtype"),
         "Whether a library serves the formula for a dtype (0: float64, float32, float16, bfloat16) on the instruction set "
         "in use.");

@@ -339,10 +339,12 @@ void phase_gradients(const FormulaLayer& layer, const FormulaGradients& made, in
       multiply_into(gradients.back(), d, /*transposed=*/true, v, /*add=*/false);
       break;
     case cpu::FormulaPhase::kLayerNorm:
-      gradients.push_back(sums_of(at::mul(d, at::layer_norm(v, {H}, {}, {}, 1e-5))));
+      gradients.push_back(sums_of(at::mul(d, at::layer_norm(v, {H}, {}, {}, cpu::kFormulaNormEpsilon))));
       gradients.push_back(sums_of(d));
       break;
-    case cpu::FormulaPhase::kRmsNorm: gradients.push_back(sums_of(at::mul(d, at::rms_norm(v, {H}, {}, 1e-5)))); break;
+    case cpu::FormulaPhase::kRmsNorm:
+      gradients.push_back(sums_of(at::mul(d, at::rms_norm(v, {H}, {}, cpu::kFormulaNormEpsilon))));
+      break;
   }
 }
 
@@ -439,6 +441,21 @@ FormulaFacts formula_facts(const std::string& formula, int dtype) {
   TORCH_CHECK_VALUE(library, "formula: expected one with kernels in this process, got ", formula);
   const cpu::FormulaTraits& traits = library->traits;
   return {traits.saved, traits.phases, std::vector<bool>(traits.reads_series, traits.reads_series + traits.states)};
+}
+
+std::map<std::string, int64_t> formula_constants() {
+  using cpu::FormulaPhase;
+  return {{"BIASES", kFormulaBiases},
+          {"BIDIRECTIONAL", kFormulaBidirectional},
+          {"SAVE", kFormulaSave},
+          {"GRAD_X", kFormulaGradX},
+          {"GRAD_STATES", kFormulaGradStates},
+          {"GRAD_PARAMS", kFormulaGradParams},
+          {"MOST_STATES", cpu::kMostFormulaStates},
+          {"MOST_PHASES", cpu::kMostFormulaPhases},
+          {"product", static_cast<int64_t>(FormulaPhase::kProduct)},
+          {"layer_norm", static_cast<int64_t>(FormulaPhase::kLayerNorm)},
+          {"rms_norm", static_cast<int64_t>(FormulaPhase::kRmsNorm)}};
 }
 
 bool has_formula(const std::string& formula, int dtype) { return find(formula, static_cast<DType>(dtype)) != nullptr; }

@@ -1,5 +1,6 @@
 // The ops of cells that are formulas: their flags, and the libraries that they run (formula_ops.cpp).
 #pragma once
+#include <map>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -21,6 +22,8 @@ void forget_formula(const std::string& formula, int dtype);
 // its series)
 using FormulaFacts = std::tuple<int, int, std::vector<bool>>;
 FormulaFacts formula_facts(const std::string& formula, int dtype);
+// What Python says too, by its names there (tests/test_formula_kernels.py compares them).
+std::map<std::string, int64_t> formula_constants();
 // Whether there is one for the dtype (a DType) and the instruction set in use.
 bool has_formula(const std::string& formula, int dtype);
 

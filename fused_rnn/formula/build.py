@@ -53,6 +53,15 @@ def _headers_digest() -> str:
     return digest.hexdigest()
 
 
+@functools.cache
+def _generator_digest() -> str:
+    """Of what makes C++ of a formula: this package, and torch, whose derivatives and decompositions it takes."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def _compiler() -> list[str]:
     """The C++ compiler's command: CXX, else c++ or g++.
 
@@ -74,7 +83,8 @@ def _compiler_identity(command: list[str]) -> str:
 
 def library_name(cell: Cell, dtype: torch.dtype, instruction_set: str, compiler: list[str]) -> str:
     """The library's name in the cache: everything that its contents depend on is in its hash."""
-    facts = (cell.identity, _headers_digest(), _compiler_identity(compiler), _FLAGS, _VECTORS[instruction_set])
+    makers = (_headers_digest(), _generator_digest())
+    facts = (cell.identity, makers, _compiler_identity(compiler), _FLAGS, _VECTORS[instruction_set])
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:20]
     letters = "".join(letter for letter in type(cell).__name__ if letter.isalnum() and letter.isascii()) or "cell"
     return f"{letters}-{str(dtype).removeprefix('torch.')}-{instruction_set}-{digest}"
@@ -99,7 +109,7 @@ def translation_unit(cell: Cell, dtype: torch.dtype, instruction_set: str) -> st
             "",
             "namespace fused_rnn::formula {",
             "",
-            source_of_plan(make_plan(cell), general=True),
+            source_of_plan(make_plan(cell)),
             "}  // namespace fused_rnn::formula",
             "",
             'extern "C" __attribute__((visibility("default"))) const fused_rnn::cpu::FormulaLibrary* fused_rnn_formula() {',

@@ -24,9 +24,10 @@ def explain_formula(
     """
     data = input.data if isinstance(input, PackedSequence) else input
     where = str(data.device)
-    reason = serve.why_not_here(module.formula, data.device.type, dtype)
-    rejected = [Rejection("cuda", "cells written as formulas have kernels for CPUs alone")]
-    rejected += [] if reason is None else [Rejection("cpu", reason.text)]
+    reason = serve.why_not(module.formula, data.device.type, dtype)
+    demand = _backend.Demand(data.device.type, dtype)
+    not_cuda = _backend.why_not("cuda", demand) or serve.why_not(module.formula, "cuda", dtype)
+    rejected = [Rejection(name, why.text) for name, why in (("cuda", not_cuda), ("cpu", reason)) if why is not None]
     backend = "cpu" if reason is None else "reference"
     passes = _passes(module.cell, rows) if backend == "cpu" else (PassPlan(), PassPlan(), None)
     layers = tuple(

@@ -5,6 +5,7 @@ Compiled kernels serve them where they can be made (serve.py), else the cell's `
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -244,8 +245,9 @@ class Layer(_Formula):
             shape = (self.num_layers * recipe.directions, batch, self.hidden_size)
             states = [input.new_zeros(shape) for _ in self.cell.declaration.states]
         if compiled:
-            return ops.stack(self._formula, input, states, weights, rows, recipe)
-        y, last = reference.rnn(input, outputs_first(self.cell, states), weights, rows, recipe, step_function(self.cell))
+            return reference.rnn(input, states, weights, rows, recipe, functools.partial(ops.layer, self._formula))
+        layer = functools.partial(reference.layer, step=step_function(self.cell))
+        y, last = reference.rnn(input, outputs_first(self.cell, states), weights, rows, recipe, layer)
         return y, as_declared(self.cell, last)
 
     def extra_repr(self) -> str:

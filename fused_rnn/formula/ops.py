@@ -1,5 +1,5 @@
 """The ops of compiled formulas: what csrc/torch/formula_ops.cpp leaves to Python (fake kernels, autograd, double backward),
-and a layer and a stack on them."""
+and a layer on them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_rnn import reference
 from fused_rnn._backend import extension
-from fused_rnn._ops import differentiated
+from fused_rnn._ops import check_places, differentiated, fake_gradients
 from fused_rnn._recipe import Recipe, Rows, rows_of
 from fused_rnn.formula.language import Cell
 from fused_rnn.formula.parameters import OWN_KIND, as_declared, outputs_first, step_function
@@ -62,30 +62,11 @@ def layer(
     return y, last
 
 
-def stack(
-    formula: str, input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], rows: Rows, recipe: Recipe
-) -> tuple[Tensor, list[Tensor]]:
-    """Layers with dropout between them: input [T, B, I] ([B, T, I] with batch_first) or packed, states [L*D, B, H]."""
-    directions, per_layer = recipe.directions, len(weights) // recipe.num_layers
-    y = input.transpose(0, 1) if recipe.batch_first else input
-    if recipe.batch_first and rows.resets is not None:
-        rows = rows._replace(resets=rows.resets.transpose(0, 1))
-    last = []
-    for index in range(recipe.num_layers):
-        of_layer = [state[index * directions : (index + 1) * directions] for state in states]
-        params = weights[index * per_layer : (index + 1) * per_layer]
-        y, after = layer(formula, y, of_layer, params, rows, recipe.of_layer())
-        last.append(after)
-        if recipe.dropout and recipe.training and index + 1 < recipe.num_layers:
-            y = torch.nn.functional.dropout(y, recipe.dropout)
-    y = y.transpose(0, 1) if recipe.batch_first else y
-    return y, last[0] if len(last) == 1 else [torch.cat(of_layers) for of_layers in zip(*last, strict=True)]
-
-
 def _fake_formula(
     x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], rows: Sequence[Tensor], cell: str, flags: int
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Shapes of fused_rnn::formula's results."""
+    check_places(x, states=states, params=params, rows=rows)
     says = cell_of(cell).declaration
     saved, phases, reads_series = extension.formula_facts(cell, dtype_number(x.dtype))  # type: ignore[union-attr]
     directions, hidden = 2 if flags & BIDIRECTIONAL else 1, params[0].shape[0] // len(says.input_gates)
@@ -116,11 +97,8 @@ def _fake_formula_backward(
     flags: int,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Shapes of fused_rnn::formula_backward's results."""
-    return (
-        x.new_empty(x.shape if flags & GRAD_X else 0),
-        [s.new_empty(s.shape if flags & GRAD_STATES else 0) for s in states],
-        [p.new_empty(p.shape if flags & GRAD_PARAMS else 0) for p in params],
-    )
+    check_places(x, dy=[dy], dlast=dlast, states=states, params=params, rows=rows, saved=saved)
+    return fake_gradients(x, states, params, [flags & GRAD_X, flags & GRAD_STATES, flags & GRAD_PARAMS])
 
 
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

@@ -17,8 +17,10 @@ _reasons: dict[tuple[str, torch.dtype], _backend.Reason] = {}  # why a cell has 
 
 
 def why_not(formula: str, device_type: str, dtype: torch.dtype) -> _backend.Reason | None:
-    """None if compiled kernels could serve such a call of the cell, else the reason; compiles nothing."""
+    """None if compiled kernels could serve such a call of the cell now, else the reason; compiles nothing."""
     cell = ops.cell_of(formula)
+    if _backend.forced not in (None, "cpu"):
+        return _backend.Reason("forced", "the kernels of cells written as formulas are those of backend 'cpu'")
     name = type(cell).__name__
     if device_type != "cpu":
         return _backend.Reason(
@@ -32,13 +34,6 @@ def why_not(formula: str, device_type: str, dtype: torch.dtype) -> _backend.Reas
     if len(cell.phases) > MOST_PHASES:
         return _backend.Reason(f"formula:{formula}", f"{name} has more than {MOST_PHASES} products and norms in its step")
     return _reasons.get((formula, dtype))
-
-
-def why_not_here(formula: str, device_type: str, dtype: torch.dtype) -> _backend.Reason | None:
-    """The same with the backend that is forced now."""
-    if _backend.forced is not None and _backend.forced != "cpu":
-        return _backend.Reason("forced", f"backend {_backend.forced!r} is forced")
-    return why_not(formula, device_type, dtype)
 
 
 def has_kernels(formula: str, device_type: str, dtype: torch.dtype) -> bool:

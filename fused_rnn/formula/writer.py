@@ -1,12 +1,4 @@
-"""A cell as C++: a struct like those of csrc/core/cells.h, with forward and backward of one unit at one step.
-
-A cell that fits has the form of cells.h to the letter: forward(a, h_prev, c_prev, h, c) and backward(a, h_prev, c_prev, c,
-h, dh, dc, d, dh_prev), sigmoids and forward_of_sigmoids, and can go wherever those cells go. It fits if it asks no more of a
-kernel than they do: the states (h), or (h, c) with an h that the step does not read; no parameters of its own; both products
-for each gate, which only the last gate may read apart; no more saved values than slots; the h after the step in backward
-only where nothing is saved.
-
-Every other cell has the general form:
+"""A cell as C++: a struct with forward and backward of one unit at one step, as csrc/cpu/isa/formula_pointwise.h calls them.
 
     forward(a, before, after, p)
         a [kValues]: accumulators in (the first kSlots), saved values out (the first kSaved)
@@ -18,7 +10,6 @@ Every other cell has the general form:
         d_parameters [kParameters]: gradients of p for this row and step
     reads_state(s): whether backward reads before[s] or after[s]; if not, they may hold anything
     forward_reads(s): whether forward reads before[s]
-    passes_gradient(s): whether backward leaves more than 0 in d_states[s]
     input_slot(k), recurrent_slot(k): the accumulator of the k-th gate that has such a product
     input_gradient(k): the place in d of the gradient of the k-th input product. The last kRecurrentGates of d are those of
         the recurrent products.
@@ -45,11 +36,11 @@ import textwrap
 from collections.abc import Container, Sequence
 
 from fused_rnn.formula.expressions import Block, Names
-from fused_rnn.formula.graph import Value, leaves_of, ordered, users_of
+from fused_rnn.formula.graph import Value, leaves_of, ordered
 from fused_rnn.formula.language import Cell
 from fused_rnn.formula.plan import Plan, make_plan
 
-_PHASE_KINDS = {"product": 0, "layer_norm": 1, "rms_norm": 2}  # csrc/cpu/isa/formula.h's FormulaPhase
+PHASE_KINDS = {"product": 0, "layer_norm": 1, "rms_norm": 2}  # csrc/cpu/isa/formula.h's FormulaPhase
 
 
 def source_of(cell: Cell) -> str:
@@ -63,40 +54,14 @@ def source_of(cell: Cell) -> str:
     return source_of_plan(make_plan(cell))
 
 
-def source_of_plan(plan: Plan, general: bool = False) -> str:
-    """The struct of a planned cell; general: in the general form, also where the cell fits that of cells.h."""
-    return _Writer(plan, general).struct()
+def source_of_plan(plan: Plan) -> str:
+    """The struct of a planned cell."""
+    return _Writer(plan).struct()
 
 
 def struct_name(cell: Cell) -> str:
     """The name of the cell's struct: that of its class, where C++ allows it."""
     return Names(()).of(re.sub(r"[^A-Za-z0-9_]", "", type(cell).__name__).strip("_") or "Unnamed")
-
-
-def has_present_form(plan: Plan) -> bool:
-    """Whether the struct has the form of csrc/core/cells.h."""
-    says = plan.cell.declaration
-    reads_new_h = plan.after[0] in leaves_of(plan.backward_roots, _in_memory(plan))
-    last = len(says.gates) - 1
-    slots_of_cells_h = (tuple(range(last + 1)), (*range(last), last + 1))
-    return (
-        len(says.states) <= 2
-        and not plan.phases
-        and says.output == says.recurrent == 0
-        and not plan.parameters
-        and all(gate.input and gate.recurrent for gate in says.gates)
-        and plan.recurrent_slots in slots_of_cells_h
-        and not (len(says.states) == 2 and reads_state(plan, 0))
-        and len(plan.saved) <= len(plan.accumulators)
-        and not (plan.saved and reads_new_h)
-    )
-
-
-def reads_state(plan: Plan, index: int) -> bool:
-    """Whether the step reads this state outside of the recurrent product, in forward or for its gradient."""
-    name = plan.cell.declaration.states[index]
-    read = any(value.op == "input" and value.name == name for value in ordered([*plan.after, *plan.saved]))
-    return read or _is_not_zero(plan.d_states[index])
 
 
 def _in_memory(plan: Plan) -> dict[Value, None]:
@@ -109,33 +74,19 @@ def _in_memory(plan: Plan) -> dict[Value, None]:
 
 
 class _Writer:
-    def __init__(self, plan: Plan, general: bool = False) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.states = plan.cell.declaration.states
-        self.present = not general and has_present_form(plan)
         values = ordered([*plan.backward_roots, *plan.forward_roots, *plan.accumulators])
         self.inputs = {value.name: value for value in values if value.op == "input"}
-        self.early = self._early_sigmoids()
-
-    def _early_sigmoids(self) -> dict[int, Value]:
-        """Sigmoids of accumulators that nothing else reads, by slot: they depend on nothing and come first."""
-        if self.plan.phases:
-            return {}  # each phase reads the accumulators as they came
-        roots = [*self.plan.after, *self.plan.saved]
-        users = users_of(ordered(roots))
-        return {
-            slot: users[value][0]
-            for slot, value in enumerate(self.plan.accumulators)
-            if len(set(users.get(value, []))) == 1 and users[value][0].op == "sigmoid" and value not in roots
-        }
 
     # --- the struct ---
 
     def struct(self) -> str:
         parts = [self._comment(), f"struct {struct_name(self.plan.cell)} {{", *_indented(self._constants()), ""]
-        functions = [self._sigmoids(), self._forward_of_sigmoids(), self._forward(), self._backward()]
+        functions = [self._forward(), self._backward()]
         if self.plan.phases:
-            functions = [self._phases(), self._forward_of_sigmoids("forward"), self._phase_gradients(), self._backward()]
+            functions = [self._phases(), self._forward(), self._phase_gradients(), self._backward()]
         for function in functions:
             parts += [*_indented(function), ""]
         parts[-1] = "};"
@@ -169,11 +120,7 @@ class _Writer:
         plan, says = self.plan, self.plan.cell.declaration
         slots, saved, states = len(plan.accumulators), len(plan.saved), len(says.states)
         read = leaves_of(plan.forward_roots, set(self.inputs.values()))
-        lines = [f"static constexpr int kGates = {len(says.gates)}, kSlots = {slots}, kSaved = {saved};"]
-        if self.present:
-            lines.append(f"static constexpr bool kHasC = {_bool(states == 2)}, kReadsH = {_bool(reads_state(plan, 0))};")
-            lines.append(_table("recurrent_slot", "gate", plan.recurrent_slots))
-            return lines
+        lines = [f"static constexpr int kSlots = {slots}, kSaved = {saved};"]
         inputs, recurrent = len(says.input_gates), len(says.recurrent_gates)
         return [
             *lines,
@@ -182,13 +129,12 @@ class _Writer:
             f"static constexpr int kInputGates = {inputs}, kRecurrentGates = {recurrent};",
             f"static constexpr int kValues = {max(slots, saved)};  // of a",
             f"static constexpr int kPhases = {len(plan.phases)};",
-            _table("phase_kind", "phase", [_PHASE_KINDS[phase.kind] for phase in plan.cell.phases]),
+            _table("phase_kind", "phase", [PHASE_KINDS[phase.kind] for phase in plan.cell.phases]),
             _table("input_slot", "gate", plan.input_slots),
             _table("recurrent_slot", "gate", plan.recurrent_slots),
             _table("input_gradient", "gate", plan.input_gradients),
             _table("reads_state", "state", plan.series),
             _table("forward_reads", "state", [self.inputs.get(state) in read for state in says.states]),
-            _table("passes_gradient", "state", [_is_not_zero(value) for value in plan.d_states]),
         ]
 
     def _signature(self, name: str, arguments: str, body: Sequence[str]) -> list[str]:
@@ -201,14 +147,8 @@ class _Writer:
 
     # --- forward ---
 
-    @property
-    def _a(self) -> str:
-        return "V (&a)[kSlots]" if self.present else "V (&a)[kValues]"
-
     def _forward_arguments(self) -> str:
-        if self.present:
-            return f"{self._a}, const V& h_prev, const V& c_prev, V& h, V& c"
-        return f"{self._a}, const V (&before)[kStates], V (&after)[kStates]{self._p}{self._ph}"
+        return f"V (&a)[kValues], const V (&before)[kStates], V (&after)[kStates]{self._p}{self._ph}"
 
     @property
     def _p(self) -> str:
@@ -217,15 +157,6 @@ class _Writer:
     @property
     def _ph(self) -> str:
         return ", const V (&ph)[kPhases]" if self.plan.phases else ""
-
-    def _sigmoids(self) -> list[str]:
-        lines = [f"a[{slot}] = sigmoid(a[{slot}]);" for slot in self.early]
-        return self._signature("sigmoids", self._a if lines else self._a.replace("a)", ")"), _using(lines))
-
-    def _forward(self) -> list[str]:
-        names = "a, h_prev, c_prev, h, c" if self.present else "a, before, after"
-        names += ", p" if self.plan.parameters else ""
-        return self._signature("forward", self._forward_arguments(), ["sigmoids(a);", f"forward_of_sigmoids({names});"])
 
     def _phases(self) -> list[str]:
         """phase_input."""
@@ -238,7 +169,7 @@ class _Writer:
             block.load([*self._loads(leaves), *self._parameter_loads(leaves), *self._phase_loads(leaves)])
             block.compute([value])
             branches.append([*block.lines, f"v = {block.text(value)};"])
-        arguments = f"const {self._a}, const V (&before)[kStates]{self._p}{self._ph}, V& v"
+        arguments = f"const V (&a)[kValues], const V (&before)[kStates]{self._p}{self._ph}, V& v"
         return self._by_phase("phase_input", arguments, branches)
 
     def _phase_gradients(self) -> list[str]:
@@ -262,41 +193,22 @@ class _Writer:
         signature = _wrapped(f"static FUSED_RNN_HD void {name}(", _without_unused(arguments, body).split(", "), ") {")
         return ["template <int kPhase, class V>", *signature, *_indented(body), "}"]
 
-    def _forward_of_sigmoids(self, name: str = "forward_of_sigmoids") -> list[str]:
-        plan, names = self.plan, self._names()
+    def _forward(self) -> list[str]:
+        plan = self.plan
         roots = [*plan.after, *plan.saved]
-        places = {value: f"a[{slot}]" for slot, value in enumerate(plan.accumulators) if slot not in self.early}
-        early = {value: f"a[{slot}]" for slot, value in self.early.items()}
-        leaves = leaves_of(roots, {*places, *early, *self.inputs.values()})
-        block = Block({**places, **early, **(self._texts_of_states(after=False) if self.present else {})}, plan.names, names)
-        block.load([(value, plan.names[value], early[value]) for value in early if value in leaves and value in plan.names])
-        if not self.present:
-            block.load(self._loads(leaves))
-        block.load(self._parameter_loads(leaves))
-        block.load(self._phase_loads(leaves))
+        places = {value: f"a[{slot}]" for slot, value in enumerate(plan.accumulators)}
+        leaves = leaves_of(roots, {*places, *self.inputs.values()})
+        block = Block(places, plan.names, self._names())
+        block.load([*self._loads(leaves), *self._parameter_loads(leaves), *self._phase_loads(leaves)])
         block.compute(roots)
-        moved = [value for place, value in enumerate(plan.saved) if {**places, **early}.get(value) != f"a[{place}]"]
+        moved = [value for place, value in enumerate(plan.saved) if places.get(value) != f"a[{place}]"]
         block.make_safe([*moved, *plan.after] if moved else [], "a")
         block.lines += [f"a[{place}] = {block.text(value)};" for place, value in enumerate(plan.saved) if value in moved]
-        for place, value in enumerate(plan.after):
-            target = ("h", "c")[place] if self.present else f"after[{place}]"
-            block.lines.append(f"{target} = {block.text(value)};")
-        arguments = _without_unused(self._forward_arguments(), block.lines)
-        return self._signature(name, arguments, _using(block.lines))
+        block.lines += [f"after[{place}] = {block.text(value)};" for place, value in enumerate(plan.after)]
+        return self._signature("forward", _without_unused(self._forward_arguments(), block.lines), _using(block.lines))
 
     def _names(self) -> Names:
-        own = "h c dh dc h_prev c_prev dh_prev" if self.present else "before after p ph v dv d_states d_parameters"
-        return Names(["a", "d", *own.split()])
-
-    def _texts_of_states(self, after: bool) -> dict[Value, str]:
-        """In the present form: the names of the arguments that are states."""
-        texts = {}
-        for index, (state, letter) in enumerate(zip(self.states, "hc", strict=False)):
-            if after and self.plan.after[index].op not in ("input", "const"):
-                texts[self.plan.after[index]] = letter
-            if state in self.inputs:
-                texts[self.inputs[state]] = f"{letter}_prev"
-        return texts
+        return Names("a d before after p ph v dv d_states d_parameters".split())
 
     def _loads(self, leaves: set[Value]) -> list[tuple[Value, str, str]]:
         return [
@@ -327,27 +239,19 @@ class _Writer:
 
     def _backward_block(self, roots: list[Value]) -> Block:
         """The statements that make these gradients."""
-        plan, names = self.plan, self._names()
+        plan = self.plan
         leaves = leaves_of(roots, {*_in_memory(plan), *self.inputs.values()})
-        atoms: dict[Value, str] = {}
-        if self.present:
-            atoms = {value: text for value, text in self._texts_of_states(after=True).items() if value not in plan.saved}
-            tangents = zip(self.states, "hc", strict=False)
-            atoms |= {self.inputs[f"d.{s}"]: f"d{letter}" for s, letter in tangents if f"d.{s}" in self.inputs}
-        block = Block(atoms, self.plan.names, names)
+        block = Block({}, plan.names, self._names())
         saved = [(value, self._name_of_saved(value, i), f"a[{i}]") for i, value in enumerate(plan.saved) if value in leaves]
         block.load(saved)
-        if not self.present:
-            # Of a state without a series backward has what a phase took, if anything.
-            kept = {
-                self.inputs[s] for s, series in zip(self.states, plan.series, strict=True) if series and s in self.inputs
-            }
-            block.load(self._loads(leaves & kept))
-            there = {value: i for i, value in enumerate(plan.after) if plan.series[i] and value in leaves and value.args}
-            block.load([(v, self.states[i], f"after[{i}]") for v, i in there.items() if v not in plan.saved])
-            in_out = [(self.inputs.get(f"d.{s}"), f"d_{s}", f"d_states[{i}]") for i, s in enumerate(self.states)]
-            block.load([(value, name, where) for value, name, where in in_out if value is not None and value in leaves])
-            block.load(self._loads_of_phases(leaves, {*plan.saved, *there, *kept}))
+        # Of a state without a series backward has what a phase took, if anything.
+        kept = {self.inputs[s] for s, series in zip(self.states, plan.series, strict=True) if series and s in self.inputs}
+        block.load(self._loads(leaves & kept))
+        there = {value: i for i, value in enumerate(plan.after) if plan.series[i] and value in leaves and value.args}
+        block.load([(v, self.states[i], f"after[{i}]") for v, i in there.items() if v not in plan.saved])
+        in_out = [(self.inputs.get(f"d.{s}"), f"d_{s}", f"d_states[{i}]") for i, s in enumerate(self.states)]
+        block.load([(value, name, where) for value, name, where in in_out if value is not None and value in leaves])
+        block.load(self._loads_of_phases(leaves, {*plan.saved, *there, *kept}))
         block.load(self._parameter_loads(leaves))
         block.compute(roots)
         return block
@@ -369,11 +273,6 @@ class _Writer:
         return self.plan.names.get(value, f"s{place}")
 
     def _backward_arguments(self) -> str:
-        if self.present:
-            return (
-                "const V (&a)[kSlots], const V& h_prev, const V& c_prev, const V& c, const V& h, const V& dh, V& dc, "
-                "V (&d)[kSlots], V& dh_prev"
-            )
         dv = ", const V (&dv)[kPhases]" if self.plan.phases else ""
         own = ", V (&d_parameters)[kParameters]" if self.plan.parameters else ""
         return f"{self._backward_inputs()}, V (&d_states)[kStates]{dv}, V (&d)[kSlots]{own}"
@@ -383,12 +282,10 @@ class _Writer:
         return f"const V (&a)[kValues], const V (&before)[kStates], const V (&after)[kStates]{self._p}{v}"
 
     def _outputs(self, block: Block) -> list[str]:
-        """Assignments of the results; dc, which is an argument too, last."""
+        """Assignments of the results."""
         plan = self.plan
-        lines = [f"d[{place}] = {block.text(value)};" for place, value in enumerate(plan.gradients)]
-        targets = ("dh_prev", "dc") if self.present else [f"d_states[{i}]" for i in range(len(self.states))]
-        lines += [f"{target} = {block.text(value)};" for target, value in zip(targets, plan.d_states, strict=False)]
-        return lines + [f"d_parameters[{i}] = {block.text(value)};" for i, value in enumerate(plan.d_parameters)]
+        named = (("d", plan.gradients), ("d_states", plan.d_states), ("d_parameters", plan.d_parameters))
+        return [f"{name}[{i}] = {block.text(value)};" for name, values in named for i, value in enumerate(values)]
 
 
 # --- text ---

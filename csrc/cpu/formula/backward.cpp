@@ -35,16 +35,11 @@ class FormulaBackwardScan final : public FormulaScan<A> {
     const A** active;  // [n] the same of the active rows
     Row* rows;         // [n]
   };
-  struct Direction {
-    std::vector<Matrix<A>> heads, phases;
-    A *parameters, *norms;
-  };
-
   void layout_shared(Arena& arena) override;
   void pack_share(int share, int shares) const override;
   void scan(int thread, int d, Teams& teams) const override;
 
-  int64_t rec_elements() const { return traits_.recurrent_gates * H_; }
+  int64_t d_rec_elements() const { return traits_.recurrent_gates * H_; }
   int64_t blocks() const { return traits_.gradients + traits_.parameters + traits_.phases; }  // of a row of d
   A* d_state(const Worker& w, int s, int64_t i) const { return w.d_states + (s * team_rows_ + i) * room_; }
   void take_arrays(Arena& arena, Worker& w) const;
@@ -55,7 +50,6 @@ class FormulaBackwardScan final : public FormulaScan<A> {
   void multiply_rec(Worker& w, const A* const* rows, int64_t n, int64_t s) const;
   void gather_states(Worker& w, Row& out, int64_t i, int64_t t) const;
   void run_phase(Worker& w, int phase, int64_t active) const;
-  int64_t phase_elements() const { return traits_.phases * team_rows_ * room_; }
   void step(Worker& w, int64_t s) const;
   void finish(Worker& w) const;
 
@@ -64,7 +58,7 @@ class FormulaBackwardScan final : public FormulaScan<A> {
   const bool multiplies_;  // by W_hh: not where the only step is the last one, and nobody asks for the state before it
   std::unique_ptr<std::atomic<bool>[]> infinite_;  // [D][heads + Q]
   // Workspace.
-  Direction directions_[2];
+  typename Base::Direction directions_[2];
   A* zeros_;
   int64_t zeros_size_;
   A* team_arrays_;
@@ -90,14 +84,13 @@ void FormulaBackwardScan<A>::layout_shared(Arena& arena) {
   for (int d = 0; d < D_; ++d) {
     for (Matrix<A>& m : directions_[d].heads) this->take_memory(arena, m);
     for (Matrix<A>& m : directions_[d].phases) this->take_memory(arena, m);
-    directions_[d].parameters = arena.take<A>(this->parameter_elements());
-    directions_[d].norms = arena.take<A>(this->norm_elements());
+    this->layout_parameters(arena, directions_[d]);
   }
-  zeros_size_ = std::max(rec_elements(), H_) + kernels_.width;
+  zeros_size_ = std::max(d_rec_elements(), H_) + kernels_.width;
   zeros_ = arena.take<A>(zeros_size_);
-  const int64_t rec = team_rows_ * heads_ * rec_columns_ + kernels_.width;
-  const int64_t kept = keeps_rec_ ? 2 * team_rows_ * rec_elements() : 0;
-  team_elements_ = round_up(traits_.states * team_rows_ * room_ + rec + kept + 2 * phase_elements(), 16);
+  const int64_t kept = keeps_rec_ ? 2 * team_rows_ * d_rec_elements() : 0;
+  team_elements_ =
+      round_up(traits_.states * team_rows_ * room_ + this->rec_elements() + kept + 2 * this->phase_elements(), 16);
   team_arrays_ = arena.take<A>(team_elements_ * plan_.threads.direction_teams * plan_.threads.batch_teams);
   Arena thread(nullptr);
   Worker counted;
@@ -116,16 +109,12 @@ void FormulaBackwardScan<A>::take_arrays(Arena& arena, Worker& w) const {
 template <class A>
 typename FormulaBackwardScan<A>::Worker FormulaBackwardScan<A>::make_worker(int thread, int d, Teams& teams) const {
   Worker w;
-  Base::set_place(thread, d, teams, w);
+  this->set_place(thread, d, teams, directions_[d], w);
   w.d_states = team_arrays_ + thread / plan_.threads.split * team_elements_;
   w.rec = w.d_states + traits_.states * team_rows_ * room_;
-  w.d_rec = w.rec + team_rows_ * heads_ * rec_columns_ + kernels_.width;
-  w.d_ph = w.d_rec + (keeps_rec_ ? 2 * team_rows_ * rec_elements() : 0);
-  w.dv = w.d_ph + phase_elements();
-  w.matrix = directions_[d].heads.data();
-  w.phases = directions_[d].phases.data();
-  w.norms = directions_[d].norms;
-  w.parameters = directions_[d].parameters;
+  w.d_rec = w.rec + this->rec_elements();
+  w.d_ph = w.d_rec + (keeps_rec_ ? 2 * team_rows_ * d_rec_elements() : 0);
+  w.dv = w.d_ph + this->phase_elements();
   Arena arena = this->arena_of_thread(thread);
   take_arrays(arena, w);
   return w;
@@ -136,9 +125,7 @@ void FormulaBackwardScan<A>::pack_share(int share, int shares) const {
   for (int d = 0; d < D_; ++d) {
     if (multiplies_) this->pack_all(directions_[d].heads, share, shares);
     this->pack_all(directions_[d].phases, share, shares);
-    if (d % shares != share) continue;
-    this->load_parameters(p_.weights[d].parameters, directions_[d].parameters);
-    this->load_norms(p_.weights[d], directions_[d].norms);
+    if (d % shares == share) this->load_parameters(p_.weights[d], directions_[d]);
   }
 }
 
@@ -191,7 +178,7 @@ void FormulaBackwardScan<A>::gather_row(Worker& w, int64_t i, int64_t t, int64_t
   out.rec = w.rec + active * heads_ * rec_columns_;
   out.d = stored_at(p_.d, kept * blocks() * H_, size_);
   const int64_t parity = team_row.steps_before(t, w.d) & 1;
-  out.d_rec = keeps_rec_ ? w.d_rec + (parity * team_rows_ + i) * rec_elements() : nullptr;
+  out.d_rec = keeps_rec_ ? w.d_rec + (parity * team_rows_ + i) * d_rec_elements() : nullptr;
   w.active[active] = w.next[i];
   const void* const stored_rec = stored_at(out.d, (traits_.gradients - traits_.recurrent_gates) * H_, size_);
   w.next[i] = out.reset ? zeros_ : keeps_rec_ ? out.d_rec : static_cast<const A*>(stored_rec);
@@ -228,10 +215,7 @@ void FormulaBackwardScan<A>::run_phase(Worker& w, int phase, int64_t active) con
   const A* const d_ph = w.d_ph + phase * team_rows_ * room_;
   A* const dv = w.dv + phase * team_rows_ * room_;
   if (this->is_product(phase)) return this->multiply_phase(w, phase, d_ph, active, dv);
-  FormulaNorm<A> norm{};
-  norm.centred = this->is_centred(phase);
-  norm.H = H_;
-  norm.weight = w.norms + 2 * phase * room_;
+  FormulaNorm<A> norm = this->norm_of(w, phase);
   const auto [begin, end] = share_of(active, plan_.threads.split, w.rank);
   for (int64_t i = begin; i < end; ++i) {
     norm.v_stored = w.rows[i].v[phase];
@@ -247,7 +231,7 @@ void FormulaBackwardScan<A>::step(Worker& w, int64_t s) const {
   multiply_rec(w, w.active, active, s);
   w.team->barrier.wait();
   const FormulaKernels<A>& cell = this->step_of(*p_.cell);
-  const FormulaCall<Row> call{w.rows, active, w.items.first, w.items.last, H_, heads_, rec_columns_, w.parameters, room_};
+  const FormulaCall<Row> call = this->call_of(w, w.rows, active);
   for (int k = traits_.phases - 1; k >= 0; --k) {
     cell.phase_gradient[k](call);
     w.team->barrier.wait();

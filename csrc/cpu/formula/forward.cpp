@@ -32,9 +32,6 @@ FormulaProblem formula_problem(const FormulaParams& p, bool backward, bool train
 
 namespace {
 
-// As in scan/forward.cpp.
-constexpr int64_t kChunkBytes = 512 * 1024, kMaxChunkBytes = 8 * 1024 * 1024;
-
 template <class A>
 class FormulaForwardScan final : public FormulaScan<A> {
  public:
@@ -56,10 +53,9 @@ class FormulaForwardScan final : public FormulaScan<A> {
     Row* rows;         // [n]
     const A** before;  // [n] the recurrent state
   };
-  struct Direction {
+  struct Direction : Base::Direction {
     Matrix<A> x;
-    std::vector<Matrix<A>> heads, phases;
-    A *bias_x, *bias_h, *parameters, *norms;
+    A *bias_x, *bias_h;
   };
 
   void layout_shared(Arena& arena) override;
@@ -83,12 +79,8 @@ class FormulaForwardScan final : public FormulaScan<A> {
   int64_t gather(Worker& w, int64_t t, int64_t first_xg) const;
   void gather_row(Worker& w, int64_t i, int64_t t, int64_t xg_row, int64_t active) const;
   int64_t step(Worker& w, int64_t step, int64_t first_xg) const;
-  FormulaCall<Row> call_of(const Worker& w, int64_t active) const {
-    return {w.rows, active, w.items.first, w.items.last, H_, heads_, rec_columns_, w.parameters, room_};
-  }
   void run_phase(Worker& w, int phase, int64_t active) const;
   int64_t matrices_of_direction() const { return 1 + heads_ + traits_.phases; }
-  int64_t phase_elements() const { return traits_.phases * team_rows_ * room_; }
   void zero_inactive(const Worker& w, int64_t row) const;
   void finish(Worker& w) const;
 
@@ -111,8 +103,7 @@ FormulaForwardScan<A>::FormulaForwardScan(const FormulaForward& p, const Kernels
   x_columns_ = plan_.x.shape.columns() + kernels.width;
   const int64_t step_bytes = team_rows_ * x_columns_ * static_cast<int64_t>(sizeof(A));
   const int64_t weight_bytes = plan_.x.shape.elements() * plan_.x.element_size();
-  const int64_t chunk_bytes = std::clamp(weight_bytes, kChunkBytes, kMaxChunkBytes);
-  chunk_steps_ = std::min(std::max<int64_t>(chunk_bytes / step_bytes, 1), p.seq.T);
+  chunk_steps_ = steps_of_chunk(step_bytes, weight_bytes, p.seq.T);
   this->parts_room_.include(plan_.x, chunk_rows());
   leases_.reset(new CacheLease[D_ * matrices_of_direction()]);
   infinite_.reset(new std::atomic<bool>[D_ * matrices_of_direction()]());
@@ -161,16 +152,15 @@ void FormulaForwardScan<A>::layout_direction(Arena& arena, int d) {
   for (Matrix<A>& m : direction.phases) place(m);
   direction.bias_x = arena.take<A>(plan_.x.shape.columns());
   direction.bias_h = arena.take<A>(heads_ * rec_columns_);
-  direction.parameters = arena.take<A>(this->parameter_elements());
-  direction.norms = arena.take<A>(this->norm_elements());
+  this->layout_parameters(arena, direction);
 }
 
 template <class A>
 void FormulaForwardScan<A>::layout_shared(Arena& arena) {
   for (int d = 0; d < D_; ++d) layout_direction(arena, d);
   zeros_ = arena.take<A>(room_);
-  const int64_t rec = team_rows_ * heads_ * rec_columns_ + kernels_.width;
-  team_elements_ = round_up(copies() * team_rows_ * room_ + chunk_rows() * x_columns_ + rec + 2 * phase_elements(), 16);
+  const int64_t products = chunk_rows() * x_columns_ + this->rec_elements();
+  team_elements_ = round_up(copies() * team_rows_ * room_ + products + 2 * this->phase_elements(), 16);
   team_arrays_ = arena.take<A>(team_elements_ * plan_.threads.direction_teams * plan_.threads.batch_teams);
   Arena thread(nullptr);
   Worker counted;
@@ -189,17 +179,13 @@ void FormulaForwardScan<A>::take_arrays(Arena& arena, Worker& w) const {
 template <class A>
 typename FormulaForwardScan<A>::Worker FormulaForwardScan<A>::make_worker(int thread, int d, Teams& teams) const {
   Worker w;
-  Base::set_place(thread, d, teams, w);
+  this->set_place(thread, d, teams, directions_[d], w);
   w.x_panels = share_of(plan_.x.shape.panels, plan_.threads.split, w.rank);
   w.states = team_arrays_ + thread / plan_.threads.split * team_elements_;
   w.xg = w.states + copies() * team_rows_ * room_;
   w.rec = w.xg + chunk_rows() * x_columns_;
-  w.v = w.rec + team_rows_ * heads_ * rec_columns_ + kernels_.width;
-  w.ph = w.v + phase_elements();
-  w.matrix = directions_[d].heads.data();
-  w.phases = directions_[d].phases.data();
-  w.norms = directions_[d].norms;
-  w.parameters = directions_[d].parameters;
+  w.v = w.rec + this->rec_elements();
+  w.ph = w.v + this->phase_elements();
   Arena arena = this->arena_of_thread(thread);
   take_arrays(arena, w);
   return w;
@@ -224,8 +210,7 @@ void FormulaForwardScan<A>::pack_share(int share, int shares) const {
         load(stored_at(weights.b_hh, g * H_ + k * units_, size_), direction.bias_h + k * rec_columns_ + g * units_, units_);
       }
     }
-    this->load_parameters(weights.parameters, direction.parameters);
-    this->load_norms(weights, direction.norms);
+    this->load_parameters(weights, direction);
   }
 }
 
@@ -318,12 +303,7 @@ void FormulaForwardScan<A>::run_phase(Worker& w, int phase, int64_t active) cons
   const A* const v = w.v + phase * team_rows_ * room_;
   A* const ph = w.ph + phase * team_rows_ * room_;
   if (this->is_product(phase)) return this->multiply_phase(w, phase, v, active, ph);
-  const A* const weight = w.norms + 2 * phase * room_;
-  FormulaNorm<A> norm{};
-  norm.centred = this->is_centred(phase);
-  norm.H = H_;
-  norm.weight = weight;
-  norm.bias = norm.centred ? weight + room_ : nullptr;
+  FormulaNorm<A> norm = this->norm_of(w, phase);
   const auto [begin, end] = share_of(active, plan_.threads.split, w.rank);
   for (int64_t i = begin; i < end; ++i) {
     norm.v = v + i * room_;
@@ -339,7 +319,7 @@ int64_t FormulaForwardScan<A>::step(Worker& w, int64_t step, int64_t first_xg) c
   this->multiply_heads(w, w.before, active, directions_[w.d].bias_h, step);
   w.team->barrier.wait();
   const FormulaKernels<A>& cell = this->step_of(*p_.cell);
-  const FormulaCall<Row> call = call_of(w, active);
+  const FormulaCall<Row> call = this->call_of(w, w.rows, active);
   for (int k = 0; k < traits_.phases; ++k) {
     cell.phase_input[k](call);
     w.team->barrier.wait();

@@ -42,8 +42,18 @@ class FormulaScan : public Scan<A> {
     const A* norms;           // [Q][weight, bias][room], of norms
   };
 
-  void set_place(int thread, int d, Teams& teams, Worker& w) const {
+  // What both scans have of a direction's weights.
+  struct Direction {
+    std::vector<Matrix<A>> heads, phases;
+    A *parameters, *norms;
+  };
+
+  void set_place(int thread, int d, Teams& teams, const Direction& direction, Worker& w) const {
     Base::set_place(thread, d, teams, w);
+    w.matrix = direction.heads.data();
+    w.phases = direction.phases.data();
+    w.norms = direction.norms;
+    w.parameters = direction.parameters;
     const int split = plan_.threads.split;
     w.head_panels = share_of(heads_ * plan_.h.shape.panels, split, w.rank);
     w.items = share_of(items_, split, w.rank);
@@ -51,9 +61,6 @@ class FormulaScan : public Scan<A> {
 
   bool is_product(int phase) const {
     return static_cast<FormulaPhase>(traits_.phase_kinds[phase]) == FormulaPhase::kProduct;
-  }
-  bool is_centred(int phase) const {
-    return static_cast<FormulaPhase>(traits_.phase_kinds[phase]) == FormulaPhase::kLayerNorm;
   }
   // The matrices of a direction's phases, without memory; empty ones for norms.
   std::vector<Matrix<A>> phase_matrices(const FormulaWeights& weights, std::atomic<bool>* infinite) const {
@@ -66,16 +73,41 @@ class FormulaScan : public Scan<A> {
     }
     return all;
   }
-  int64_t norm_elements() const { return 2 * traits_.phases * room_; }
-  void load_norms(const FormulaWeights& weights, A* to) const {
-    std::fill_n(to, norm_elements(), A(0));
-    const auto load = kernels_.load[this->storage_];
+  void layout_parameters(Arena& arena, Direction& direction) const {
+    direction.parameters = arena.take<A>(traits_.parameters * room_);
+    direction.norms = arena.take<A>(2 * traits_.phases * room_);
+  }
+  void load_parameters(const FormulaWeights& weights, const Direction& direction) const {
+    const auto load = [&](const void* from, A* to) {
+      std::fill_n(to, room_, A(0));
+      if (from) kernels_.load[this->storage_](from, to, H_);
+    };
+    for (int i = 0; i < traits_.parameters; ++i) {
+      load(stored_at(weights.parameters, i * H_, this->size_), direction.parameters + i * room_);
+    }
     for (int k = 0; k < traits_.phases; ++k) {
-      const FormulaPhaseWeights& phase = weights.phases[k];
-      if (phase.weight) load(phase.weight, to + 2 * k * room_, H_);
-      if (phase.bias) load(phase.bias, to + (2 * k + 1) * room_, H_);
+      load(weights.phases[k].weight, direction.norms + 2 * k * room_);
+      load(weights.phases[k].bias, direction.norms + (2 * k + 1) * room_);
     }
   }
+  // A norm, without its row.
+  FormulaNorm<A> norm_of(const Worker& w, int phase) const {
+    FormulaNorm<A> norm{};
+    norm.centred = static_cast<FormulaPhase>(traits_.phase_kinds[phase]) == FormulaPhase::kLayerNorm;
+    norm.H = H_;
+    norm.weight = w.norms + 2 * phase * room_;
+    norm.bias = norm.centred ? norm.weight + room_ : nullptr;
+    return norm;
+  }
+  // The call that computes the thread's items of the active rows.
+  template <class Row>
+  FormulaCall<Row> call_of(const Worker& w, const Row* rows, int64_t active) const {
+    return {rows, active, w.items.first, w.items.last, H_, heads_, rec_columns_, w.parameters, room_};
+  }
+  // Elements of a team's products with the recurrent weights, and of what phases take or give.
+  int64_t rec_elements() const { return team_rows_ * heads_ * rec_columns_ + kernels_.width; }
+  int64_t phase_elements() const { return traits_.phases * team_rows_ * room_; }
+
   // The thread's panels of the product of n rows, `from` [n][room], with a phase's matrix, to `to` [n][room].
   void multiply_phase(Worker& w, int phase, const A* from, int64_t n, A* to) const {
     const Matrix<A>& m = w.phases[phase];
@@ -83,14 +115,6 @@ class FormulaScan : public Scan<A> {
     multiply<A>({kernels_, m, nullptr, w.pointers, n, {w.r_panels.first, w.r_panels.last}}, w.parts,
                 {to + m.shape.columns_before(w.r_panels.first), room_, int64_t{m.shape.vectors} * m.shape.width,
                  /*rows_first=*/true});
-  }
-
-  int64_t parameter_elements() const { return traits_.parameters * room_; }
-  void load_parameters(const void* from, A* to) const {
-    for (int i = 0; i < traits_.parameters; ++i) {
-      std::fill_n(to + i * room_, room_, A(0));
-      kernels_.load[this->storage_](stored_at(from, i * H_, this->size_), to + i * room_, H_);
-    }
   }
 
   // The matrices of all heads of a direction, without memory.

@@ -70,7 +70,9 @@ struct FormulaCall {
   int64_t parameter_stride;
 };
 
-// A norm over the H units of a row, eps 1e-5: out = v^ weight + bias, v^ = (v - mean) / sqrt(variance + eps); an RMS norm
+constexpr double kFormulaNormEpsilon = 1e-5;  // torch.nn.LayerNorm's
+
+// A norm over the H units of a row: out = v^ weight + bias, v^ = (v - mean) / sqrt(variance + eps); an RMS norm
 // has no mean and no bias. Backward: out = the gradient of v, from d, the gradient of the result.
 template <class A>
 struct FormulaNorm {

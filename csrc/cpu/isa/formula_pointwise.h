@@ -261,7 +261,7 @@ struct FormulaNorms {
                              return off * off;
                            }) /
                        count;
-    return {mean, A(1) / std::sqrt(variance + A(1e-5))};
+    return {mean, A(1) / std::sqrt(variance + A(kFormulaNormEpsilon))};
   }
 
   [[gnu::flatten]] static void forward(const FormulaNorm<A>& call) {

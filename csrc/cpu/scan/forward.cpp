@@ -12,10 +12,6 @@
 namespace fused_rnn::cpu {
 namespace {
 
-// Bytes of a chunk's input projection: a fraction of L2 (of the sizes tried in a prototype on Zen 4 this one was fastest),
-// or as many as the weights that each chunk reads, within reason.
-constexpr int64_t kChunkBytes = 512 * 1024, kMaxChunkBytes = 8 * 1024 * 1024;
-
 template <class A>
 class ForwardScan final : public Scan<A> {
  public:
@@ -74,10 +70,9 @@ ForwardScan<A>::ForwardScan(const ForwardParams& p, const Kernels<A>& kernels, i
   const Shape &x = plan_.x.shape, &h = plan_.h.shape;
   const int split = plan_.threads.split;
   max_columns_ = ceil_div(h.panels, split) * h.vectors * h.width;
-  const int64_t step_bytes = std::max<int64_t>(team_rows_ * max_columns_ * sizeof(A), 1);
+  const int64_t step_bytes = team_rows_ * max_columns_ * static_cast<int64_t>(sizeof(A));
   const int64_t weight_bytes = x.elements() / split * plan_.x.element_size();
-  const int64_t chunk_bytes = std::clamp(weight_bytes, kChunkBytes, kMaxChunkBytes);
-  chunk_steps_ = std::min(std::max<int64_t>(chunk_bytes / step_bytes, 1), p.seq.T);
+  chunk_steps_ = steps_of_chunk(step_bytes, weight_bytes, p.seq.T);
   this->parts_room_.include(plan_.x, chunk_rows());
   if (!p.training || p.seq.T == 1) cache_.lease(plan_, p.weights, D_);
 }

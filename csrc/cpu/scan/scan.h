@@ -56,6 +56,16 @@ struct ScanSizes {
   DType dtype;
 };
 
+// Bytes of a chunk's input projection: a fraction of L2 (of the sizes tried in a prototype on Zen 4 this one was fastest),
+// or as many as the weights that each chunk reads, within reason.
+constexpr int64_t kChunkBytes = 512 * 1024, kMaxChunkBytes = 8 * 1024 * 1024;
+
+// The steps of a chunk of a forward scan; step_bytes: of a step's input projection.
+inline int64_t steps_of_chunk(int64_t step_bytes, int64_t weight_bytes, int64_t T) {
+  const int64_t chunk_bytes = std::clamp(weight_bytes, kChunkBytes, kMaxChunkBytes);
+  return std::min(std::max<int64_t>(chunk_bytes / std::max<int64_t>(step_bytes, 1), 1), T);
+}
+
 template <class A>
 class Scan {
  public:
