@@ -82,8 +82,8 @@ def test_rows_with_deep_weights(cell: str) -> None:
     """Around the numbers of rows that read weights of this depth as they lie: all, 2 and 1 beside full tiles of rows."""
     for steps, batch, dtype in (
         (1, 17, torch.float32),
-        (1, 48, torch.bfloat16),
-        (2, 24, torch.float16),
+        (1, 32, torch.bfloat16),
+        (2, 16, torch.float16),
         (1, 19, torch.float64),
     ):
         check(Case(cell, steps, batch, 257, 258, dtype=dtype))
@@ -94,10 +94,10 @@ def test_rows_with_deep_weights(cell: str) -> None:
     [
         ("avx2", 1, 16, 128, "as they lie"),
         ("avx2", 1, 17, 128, "packed into panels"),
-        ("avx2", 1, 48, 256, "as they lie"),
-        ("avx2", 1, 49, 256, "packed into panels"),
-        ("avx2", 4, 12, 256, "as they lie"),
-        ("avx2", 8, 6, 256, "packed into panels"),
+        ("avx2", 1, 32, 256, "as they lie"),
+        ("avx2", 1, 33, 256, "packed into panels"),
+        ("avx2", 4, 8, 256, "as they lie"),
+        ("avx2", 8, 4, 256, "packed into panels"),
         ("avx512", 1, 17, 256, "packed into panels"),
     ],
 )
@@ -114,6 +114,17 @@ def test_which_rows_read_weights_as_they_lie(
         with torch.no_grad():
             alone = torch.cat([module(x[:, i : i + 1])[0] for i in range(batch)], 1)
             assert torch.equal(module(x)[0], alone)
+
+
+def test_a_deep_gru_packs_its_weights(setting: Setting) -> None:
+    if "avx2" not in AVAILABLE:
+        pytest.skip("needs a CPU with avx2")
+    setting("FUSED_RNN_CPU", "avx2")
+    for hidden, form in ((256, "as they lie"), (512, "packed into panels")):
+        explanation = fused_rnn.explain(
+            fused_rnn.GRU(hidden, hidden), torch.randn(1, 24, hidden), training=False, show=False
+        )
+        assert explanation.layers[0].forward is not None and explanation.layers[0].forward.weights == form
 
 
 @pytest.mark.slow

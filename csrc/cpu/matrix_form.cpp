@@ -9,15 +9,19 @@ namespace {
 // 12 and 16 rows that takes 0.7 to 0.85 of the time of packed weights from the cache, and 0.4 to 0.8 of the time with
 // packing; with 24 and 32 rows and H=128 it takes 1.1 to 1.5 times as long as packed weights from the cache.
 constexpr int64_t kDirectRows = 16;
-// With vectors of 32 bytes (AVX2) the tile of rows that read weights as they lie is as fast as that of packed ones, and what
-// is left is that a hash reads all weights once more. Where a matrix is read a few times only and is so deep that sums of
-// lanes cost little, more rows then gain. Zen 3, fp32, T=1, of the time of packed weights from the cache, 2026-11-29: RNN
-// H=512 with 24, 32, 48 rows 0.57, 0.61, 0.62; LSTM H=1024 with 24 and 32 rows 0.5; GRU and LSTM H=256 0.9 to 1.1.
-constexpr int64_t kMoreDirectRows = 48, kFewProducts = 4, kDeep = 256;
+// With vectors of 32 bytes (AVX2) the tile of rows that read weights as they lie is as fast as that of packed ones, and a
+// packed matrix costs a hash of all weights beside it. Where a matrix is read a few times only and is so deep that sums of
+// lanes cost little, more rows then gain. Time with 16 rows at most / with more, EPYC with AVX2, fp32, inference, one
+// thread, turn by turn, 2026-11-29: T=1 with 24 and 32 rows, H=256, 512, 1024: LSTM 1.04 to 1.29, RNN 1.10 to 1.31, GRU
+// H=256 1.11 and 1.08; T*B=32 with T=2 and 4, H=512: LSTM 1.00 and 1.05, RNN 1.16 and 1.31. With 48 rows nothing is sure
+// (0.82 to 1.14). A deep matrix of three gates loses at T=1 (GRU H=512 and 1024: 0.94 to 0.97), as its packed tiles have
+// four rows.
+constexpr int64_t kMoreDirectRows = 32, kFewProducts = 4, kDeep = 256, kDeepOfThreeGates = 512;
 constexpr int kShortVectorBytes = 32;
 
 int64_t most_direct_rows(const FormInput& in) {
-  const bool gains = in.vector_bytes == kShortVectorBytes && !in.straight && in.depth >= kDeep && !in.gains_from_parts &&
+  const bool deep = in.depth >= kDeep && (in.gates != 3 || in.depth < kDeepOfThreeGates);
+  const bool gains = in.vector_bytes == kShortVectorBytes && !in.straight && deep && !in.gains_from_parts &&
                      in.all_rows <= kFewProducts * in.rows;
   return gains ? kMoreDirectRows : kDirectRows;
 }

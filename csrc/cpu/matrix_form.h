@@ -28,6 +28,7 @@ struct FormInput {
   Parts parts;
   bool straight;     // a row-major [depth, columns]: the columns of its panels lie a row apart
   int vector_bytes;  // of the instruction set
+  int gates;         // that share a panel
 };
 Form choose_form(const FormInput& in);
 

@@ -24,8 +24,8 @@ FamilyChoice family_choice(int device) {
   FamilyChoice choice = family_setting();
   choice.refused = refused_by(device);
   // Nothing tells a conditional body from another graph.
-  if (!cuda::conditional_graphs_take_cooperative_launches() &&
-      c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
+  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None &&
+      !cuda::conditional_graphs_take_cooperative_launches()) {
     choice.refused |= bit_of(Family::kGrid);
   }
   return choice;

@@ -37,7 +37,7 @@ int main() {
             m.shape = Shape(depth, units, 1, 16);
             m.parts = parts_of(storage, rounded);
             m.form = choose_form({depth, m.shape.columns(), rows, 17 * rows, /*gains_from_parts=*/true, m.parts,
-                                  /*straight=*/false, /*vector_bytes=*/64});
+                                  /*straight=*/false, /*vector_bytes=*/64, /*gates=*/4});
             ++(m.form == Form::kParts ? in_parts : others);
             if (const char* wrong = check(m, rows)) return std::puts(wrong), 1;
           }

@@ -75,6 +75,7 @@ class Planner {
     in.gains_from_parts = gains_from_parts(kernels_, storage_index(p_.weights));
     in.parts = m.parts;
     in.straight = straight;
+    in.gates = shape.gates;
     in.vector_bytes = kernels_.width * static_cast<int>(sizeof(A));
     m.form = choose_form(in);
     return m;
