@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import resource
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +17,7 @@ from simulator import Simulator
 
 HERE = Path(__file__).parent
 SUITE = sorted([*HERE.glob("*.py"), HERE.parent / "cases.py", builder.ROOT / "fused_rnn" / "reference.py"])
+LIMIT = 900  # seconds of processor time, which other work on the machine does not eat up
 Replacement = Callable[[Mutant | None], Mapping[str, Sequence[tuple[Path, Path]]]]
 
 
@@ -23,6 +26,7 @@ def outcome(library: Path, work: Callable[[Simulator], None]) -> str:
     receive, send = multiprocessing.Pipe(duplex=False)
 
     def child() -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
         try:
             work(Simulator(library))
             send.send("")
@@ -33,12 +37,12 @@ def outcome(library: Path, work: Callable[[Simulator], None]) -> str:
     process.start()
     send.close()
     try:
-        # The simulator itself ends what gets no further; this is for a loop without any access to memory.
-        answer = receive.recv() if receive.poll(900) else "hang: no end after 900 s"
+        answer = receive.recv()
     except EOFError:
         process.join()
-        answer = f"crash: exit code {process.exitcode}"
-    process.kill()
+        # The simulator itself ends what gets no further; the limit is for a loop without any access to memory.
+        out_of_time = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
+        answer = f"hang: no end after {LIMIT} s" if out_of_time else f"crash: exit code {process.exitcode}"
     process.join()
     return answer
 
