@@ -75,6 +75,11 @@ InputColumns input_columns(CellKind cell, int64_t H, const Tensor& dg);
 // Their product with W_ih of direction d into dx [rows, I]; that of the second direction is added.
 void input_gradient(const Call& call, const InputColumns& all, const Tensor& dx, int64_t d);
 
+// The gradients of W_ih and b_ih from rows of one direction: x [rows, I], dg [rows, S * H]; or that added to them. db_ih may
+// be undefined.
+void input_weight_gradients(CellKind cell, const Tensor& x, const Tensor& dg, const Tensor& dw_ih, const Tensor& db_ih,
+                            bool add);
+
 // dW and dx from made.d_gates by matrix products; those of the states are taken from `made`.
 LayerGradients gradients_of_layer(const Call& call, const ResultGradients& given, const BackwardCall& made,
                                   GradientMask mask);

@@ -12,6 +12,7 @@
 #include <torch/library.h>
 
 #include "torch/ops.h"
+#include "torch/weight_node.h"
 
 namespace fused_rnn {
 namespace {
@@ -51,6 +52,15 @@ class LayerNode final : public torch::autograd::Node {
         recipe_(call.recipe) {
     const Tensor& steps = call.rows.offsets ? *call.rows.offsets : call.x;
     one_step_ = (steps.sym_size(0) - (call.rows.offsets ? 1 : 0)).maybe_as_int() == 1;
+    torch::autograd::edge_list edges = torch::autograd::collect_next_edges(call.x, call.states);
+    if (const NodePointer weights = WeightNode::of(call, one_step_)) {
+      for (size_t i = 0; i < call.params.size(); ++i) edges.emplace_back(weights, i);
+      weights_ = static_cast<WeightNode*>(weights.get());
+    } else {
+      const auto to_weights = torch::autograd::collect_next_edges(call.params);
+      edges.insert(edges.end(), to_weights.begin(), to_weights.end());
+    }
+    set_next_edges(std::move(edges));
   }
 
   void keep(const LayerOutputs& out, bool weight_gradients) {
@@ -78,15 +88,22 @@ class LayerNode final : public torch::autograd::Node {
     States dlast(grads.begin() + 1, grads.begin() + 1 + state_count(recipe_.cell));
     if (std::none_of(dlast.begin(), dlast.end(), [](const Tensor& t) { return t.defined(); })) dlast.clear();
     for (Tensor& t : dlast) {
-      if (!t.defined()) t = at::empty({0}, unchecked(x_).options());  // by the dispatcher: fake among fake ones
+      if (!t.defined()) t = at::empty({0}, a.x.options());  // by the dispatcher: fake among fake ones
     }
-    const RowList list = list_of(rows);
-    auto [dx, dstates, dparams] =
-        layer_backward_op().call(optional_of(grads[0]), dlast, call.x, call.states, call.params, list.tensors, saved,
-                                 pack(recipe_) | list.bits, {mask.x, mask.states, mask.weights});
+    const bool sums_later = mask.weights && weights_ && runs_plainly_on_cpu(call) && are_plain(grads);
+    auto [dx, dstates, dparams] = [&] {
+      if (sums_later) {
+        return step_backward_on_cpu(
+            call, {optional_of(grads[0]), gradients_of_last(recipe_.cell, dlast), saved_of(recipe_.cell, saved)}, mask,
+            *weights_);
+      }
+      const RowList list = list_of(rows);
+      return layer_backward_op().call(optional_of(grads[0]), dlast, call.x, call.states, call.params, list.tensors, saved,
+                                      pack(recipe_) | list.bits, {mask.x, mask.states, mask.weights});
+    }();
     if (mask.x) result[0] = dx;
     if (mask.states) std::copy(dstates.begin(), dstates.end(), result.begin() + 1);
-    if (mask.weights) std::copy(dparams.begin(), dparams.end(), result.begin() + 1 + states_.size());
+    if (mask.weights && !sums_later) std::copy(dparams.begin(), dparams.end(), result.begin() + 1 + states_.size());
     return result;
   }
 
@@ -135,6 +152,13 @@ class LayerNode final : public torch::autograd::Node {
     return a;
   }
 
+  // Whether the gradients are tensors of this CPU, and not to be differentiated.
+  static bool are_plain(const variable_list& grads) {
+    return !at::GradMode::is_enabled() && std::all_of(grads.begin(), grads.end(), [](const Tensor& t) {
+      return !t.defined() || (t.is_cpu() && is_plain(t) && !t.key_set().has(c10::DispatchKey::Batched));
+    });
+  }
+
   // Whether y was written since forward.
   bool written() const { return has_y_ && y_version_.current_version() != y_version_then_; }
 
@@ -150,18 +174,9 @@ class LayerNode final : public torch::autograd::Node {
   c10::VariableVersion y_version_{c10::VariableVersion::DISABLED};
   uint32_t y_version_then_ = 0;
   bool has_y_ = false, one_step_ = false;
+  WeightNode* weights_ = nullptr;  // owned by the edges that lead to it, or none
   const Recipe recipe_;
 };
-
-// torch 2.11 counts the references of a node by std::shared_ptr, torch 2.13 in the node itself.
-template <class T, class Pointer = decltype(torch::autograd::Edge::function), class... Args>
-Pointer make_node(const Args&... args) {
-  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
-    return Pointer(new T(args...), [](auto* node) { deleteNode(node); });
-  } else {
-    return c10::make_intrusive<T>(args...);
-  }
-}
 
 bool has_tangent(const Tensor& t) { return t.defined() && t._fw_grad(/*level=*/0).defined(); }
 
@@ -180,7 +195,6 @@ LayerOutputs layer_autograd(const Tensor& x, at::TensorList states, at::TensorLi
                               "fused_rnn's modules and functions");
   const bool differentiate = differentiates(call);
   const auto node = differentiate ? make_node<LayerNode>(call) : nullptr;
-  if (node) node->set_next_edges(torch::autograd::collect_next_edges(x, states, params));
   LayerOutputs out = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
     return call_layer(call, save || differentiate);

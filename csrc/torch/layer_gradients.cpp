@@ -130,10 +130,7 @@ void weight_gradients(const Call& call, const ResultGradients& given, const Back
   const Tensor d_rg = part(dg, 1, (S - G) * H, S * H);
   const Tensor dw_ih = empty_like(call.x, {G * H, s.I});
   const Tensor db_ih = empty_like(call.x, {G * H}), db_hh = empty_like(call.x, {G * H});
-  for (const auto& [columns, first] : input_columns(cell, H, dg)) {
-    multiply_into(part(dw_ih, 0, first, first + columns.size(1)), columns, /*transposed=*/true, x, /*add=*/false);
-    if (call.recipe.has_biases) sum_rows_into(part(db_ih, 0, first, first + columns.size(1)), columns);
-  }
+  input_weight_gradients(cell, x, dg, dw_ih, call.recipe.has_biases ? db_ih : Tensor(), /*add=*/false);
   gradients.push_back(dw_ih);
   gradients.push_back(recurrent_weight_gradient(call, s, rows, d_rg, given.saved.y, d));
   if (call.recipe.has_biases) {
@@ -175,6 +172,15 @@ InputColumns input_columns(CellKind cell, int64_t H, const Tensor& dg) {
     }
     return all;
   });
+}
+
+void input_weight_gradients(CellKind cell, const Tensor& x, const Tensor& dg, const Tensor& dw_ih, const Tensor& db_ih,
+                            bool add) {
+  for (const auto& [columns, first] : input_columns(cell, dg.size(1) / slot_count(cell), dg)) {
+    const int64_t end = first + columns.size(1);
+    multiply_into(part(dw_ih, 0, first, end), columns, /*transposed=*/true, x, add);
+    if (db_ih.defined()) sum_rows_into(part(db_ih, 0, first, end), columns, add);
+  }
 }
 
 void input_gradient(const Call& call, const InputColumns& all, const Tensor& dx, int64_t d) {

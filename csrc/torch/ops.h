@@ -64,6 +64,9 @@ Results run_stack(const Call& stack, const Layer& layer) {
 bool runs_plainly_on_cpu(const Call& call);
 // fused_rnn::rnn, or with call.one_step fused_rnn::cell, of such a call.
 Results run_on_cpu(const Call& call);
+// The gradients of x and of the states of one such step; the rows that its weights' gradients are made of go to the node.
+class WeightNode;
+LayerGradients step_backward_on_cpu(const Call& call, const ResultGradients& given, GradientMask mask, WeightNode& weights);
 // fused_rnn::rnn of a call with the device of its rows' integers as it is; fused_rnn::cell of a step.
 Results run_composite(const Call& call);
 

@@ -5,6 +5,7 @@
 
 #include "cpu/cpu.h"
 #include "torch/ops.h"
+#include "torch/weight_node.h"
 #include "torch/workspace.h"
 
 namespace fused_rnn {
@@ -24,6 +25,16 @@ LayerOutputs layer_cpu(const Tensor& x, at::TensorList states, at::TensorList pa
   return forward_outputs(made, save);
 }
 
+BackwardCall run_backward(const Call& call, const ResultGradients& given, GradientMask wanted) {
+  BackwardCall made = prepare_backward(call, given, wanted);
+  if (made.params.seq.B > 0) {
+    if (!(wanted.states && call.h0())) made.params.d_h0 = nullptr;  // one product less
+    Workspace workspace;
+    cpu::backward(made.params, [&](int64_t bytes) { return workspace.take(bytes); });
+  }
+  return made;
+}
+
 LayerGradients layer_backward_cpu(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
                                   at::TensorList params, at::TensorList rows, at::TensorList saved, int64_t recipe,
                                   std::array<bool, 3> mask) {
@@ -32,13 +43,7 @@ LayerGradients layer_backward_cpu(const OptionalTensor& dy, at::TensorList dlast
   const CellKind cell = call.recipe.cell;
   const ResultGradients given{dy, gradients_of_last(cell, dlast), saved_of(cell, saved)};
   const GradientMask wanted{mask[0], mask[1], mask[2]};
-  BackwardCall made = prepare_backward(call, given, wanted);
-  if (made.params.seq.B > 0) {
-    if (!(wanted.states && call.h0())) made.params.d_h0 = nullptr;  // one product less
-    Workspace workspace;
-    cpu::backward(made.params, [&](int64_t bytes) { return workspace.take(bytes); });
-  }
-  return gradients_of_layer(call, given, made, wanted);
+  return gradients_of_layer(call, given, run_backward(call, given, wanted), wanted);
 }
 
 }  // namespace
@@ -48,6 +53,16 @@ bool runs_plainly_on_cpu(const Call& call) {
   const auto plain = [](const Tensor& t) { return t.is_cpu() && is_plain(t); };
   return plain(call.x) && std::all_of(call.states.begin(), call.states.end(), plain) &&
          std::all_of(call.params.begin(), call.params.end(), plain);
+}
+
+LayerGradients step_backward_on_cpu(const Call& call, const ResultGradients& given, GradientMask mask, WeightNode& weights) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const BackwardCall made = run_backward(call, given, mask);
+  const LayerShapes& s = made.shapes;
+  weights.add({call.x.reshape({s.N, s.I}), call.h0() ? call.h0()->reshape({s.N, s.H}) : Tensor(),
+               made.d_gates.view({s.N, slot_count(call.recipe.cell) * s.H})});
+  mask.weights = false;
+  return gradients_of_layer(call, given, made, mask);
 }
 
 Results run_on_cpu(const Call& call) {

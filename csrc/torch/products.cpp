@@ -3,10 +3,12 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/gemm/matmul.h"
 #include "torch/device.h"
@@ -25,15 +27,14 @@ constexpr int64_t kFewRows = 64, kFewElements = 8 * 1024;
 
 bool is_small_sum(const Tensor& out, const Tensor& a) {
   const auto type = a.scalar_type();
-  return a.is_cpu() && (type == at::kFloat || type == at::kDouble) && a.size(0) <= kFewRows && a.numel() <= kFewElements &&
-         a.stride(1) == 1 && out.is_contiguous();
+  return a.is_cpu() && out.scalar_type() == type && (type == at::kFloat || type == at::kDouble) && a.size(0) <= kFewRows &&
+         a.numel() <= kFewElements && a.stride(1) == 1 && out.is_contiguous();
 }
 
-// The sums of the columns of a [rows, columns] into out [columns].
+// Adds the sums of the columns of a [rows, columns] to out [columns].
 template <class A>
 void add_rows(const Tensor& out, const Tensor& a) {
   A* to = out.data_ptr<A>();
-  std::fill_n(to, out.size(0), A(0));
   for (int64_t k = 0; k < a.size(0); ++k) {
     const A* row = a.const_data_ptr<A>() + k * a.stride(0);
     for (int64_t n = 0; n < out.size(0); ++n) to[n] += row[n];
@@ -64,15 +65,15 @@ void multiply_in_float(const Tensor& out, const Tensor& a, bool transposed, cons
 
 }  // namespace
 
-void sum_rows_into(const Tensor& out, const Tensor& a) {
+void sum_rows_into(const Tensor& out, const Tensor& a, bool add) {
   if (!is_small_sum(out, a)) {
-    Tensor target = out;
-    at::sum_out(target, a, {0});
-  } else if (a.scalar_type() == at::kFloat) {
-    add_rows<float>(out, a);
-  } else {
-    add_rows<double>(out, a);
+    Tensor target = add ? at::empty_like(out) : out;
+    at::sum_out(target, a, {0}, /*keepdim=*/false, target.scalar_type());
+    if (add) out.add_(target);
+    return;
   }
+  if (!add) std::memset(out.data_ptr(), 0, out.nbytes());
+  a.scalar_type() == at::kFloat ? add_rows<float>(out, a) : add_rows<double>(out, a);
 }
 
 void multiply_into(const Tensor& out, const Tensor& a, bool transposed, const Tensor& b, bool add) {
@@ -103,14 +104,14 @@ void multiply_into(const Tensor& out, const Tensor& a, bool transposed, const Te
         if (add) out.add_(to);
         return;
       }
-    } else if (cpu::small_matmul_available(dtype, M, N, K)) {
+    } else if (dtype_of(out) == dtype && cpu::small_matmul_available(dtype, M, N, K)) {
       cpu::small_matmul(call(out), add, allocate);
       return;
     }
   }
   // A library's product of 16 bits may spread the NaN of one row to its neighbours: oneDNN's of bfloat16 does where its
   // blocks do not divide K.
-  if (out.is_cpu() && out.element_size() == 2) return multiply_in_float(out, a, transposed, b, add);
+  if (out.is_cpu() && a.element_size() == 2) return multiply_in_float(out, a, transposed, b, add);
   const Tensor left = transposed ? a.t() : a;
   if (add) {
     out.addmm_(left, b);
