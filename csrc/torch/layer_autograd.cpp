@@ -88,7 +88,8 @@ class LayerNode final : public torch::autograd::Node {
     States dlast(grads.begin() + 1, grads.begin() + 1 + state_count(recipe_.cell));
     if (std::none_of(dlast.begin(), dlast.end(), [](const Tensor& t) { return t.defined(); })) dlast.clear();
     for (Tensor& t : dlast) {
-      if (!t.defined()) t = at::empty({0}, a.x.options());  // by the dispatcher: fake among fake ones
+      // By the dispatcher: fake among fake ones. Not of x_ again: hooks (checkpointing) allow one unpack in a backward.
+      if (!t.defined()) t = at::empty({0}, call.x.options());
     }
     const bool sums_later = mask.weights && weights_ && runs_plainly_on_cpu(call) && are_plain(grads);
     auto [dx, dstates, dparams] = [&] {
