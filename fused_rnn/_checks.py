@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_rnn._dtensor import whole
 from fused_rnn._kinds import NUMBER_OF_NONLINEARITY, RNN_RELU, Kind
 from fused_rnn._recipe import Recipe
 
@@ -249,8 +250,10 @@ def check_masks(lengths: Tensor | None, resets: Tensor | None, steps: int, batch
     if lengths is not None:
         _check_shape("lengths", lengths, [batch])
         known = lengths.device.type == "cpu" and not torch.compiler.is_exporting()  # an exported graph has no values
-        if known and batch and not (0 <= int(lengths.min()) and int(lengths.max()) <= steps):
-            raise ValueError(f"lengths: expected values from 0 to {steps}, got {lengths.tolist()}")
+        if known and batch:
+            values = whole(lengths)
+            if not (0 <= int(values.min()) and int(values.max()) <= steps):
+                raise ValueError(f"lengths: expected values from 0 to {steps}, got {values.tolist()}")
     if resets is not None:
         _check_shape("resets", resets, resets_shape)
 

@@ -40,9 +40,10 @@ def convert(model: _Model, *, subclasses: bool = False) -> _Model:
             copies as before.
 
     A warning names the recurrent modules left as they are: subclasses without ``subclasses=True``, or those that it cannot
-    serve, with the reason; parametrized ones (their class is made at run time: convert first, then parametrize), ones whose
-    forward was replaced on the instance, ones of a dtype without kernels (complex), and TorchScript's, which cannot be
-    changed; and torchrecurrent's whose states are others than the zoo's, or with an activation that the zoo does not have.
+    serve, with the reason; parametrized ones and those sharded by fully_shard (their class is made at run time: convert
+    first, then parametrize or shard), ones whose forward was replaced on the instance, ones of a dtype without kernels
+    (complex), and TorchScript's, which cannot be changed; and torchrecurrent's whose states are others than the zoo's, or
+    with an activation that the zoo does not have.
     Modules that torch does not know as submodules (kept in a plain list) are not reached.
 
     Returns:
@@ -122,6 +123,8 @@ def _target(module: nn.Module, caller: str, subclasses: bool) -> type[nn.Module]
         return None
     if nn.utils.parametrize.is_parametrized(module):
         return f"parametrized; {caller} first, then parametrize"
+    if any(base.__name__ == "FSDPModule" and base.__module__.startswith("torch.") for base in cls.__mro__):
+        return f"sharded by fully_shard; {caller} first, then shard"
     if caller == "revert":
         return "a subclass"
     return _subclass.derived(cls) if subclasses else "a subclass; see subclasses=True"

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch._C import _get_tracing_state, _has_torch_function_variadic
 from torch.compiler import is_exporting
+from torch.nn import Parameter
 
-from fused_rnn import _checks, _onnx, _ops, reference
+from fused_rnn import _checks, _dtensor, _onnx, _ops, reference
 from fused_rnn._backend import uses_ops
 from fused_rnn._kinds import GRU, LSTM
 from fused_rnn._recipe import Recipe, Rows
@@ -188,6 +189,8 @@ def run_rnn(
             states = _zero_states(recipe, input, weights, batch_sizes)
     device = input.device
     device_type = device.type
+    if type(input) is not Tensor or type(weights[0]) is not Parameter:
+        _dtensor.prepare()
     for_onnx = is_exporting() and _onnx.exporting()
     if not for_onnx and uses_ops(device_type, input.dtype, device):
         # Modes see the op's call, and so do subclasses, wherever in it they are.
@@ -214,6 +217,8 @@ def run_cell(recipe: Recipe, input: Tensor, states: list[Tensor], params: list[T
     """One step of a cell on the selected backend: the states after it. Batched input only."""
     device = input.device
     device_type = device.type
+    if type(input) is not Tensor or type(params[0]) is not Parameter:
+        _dtensor.prepare()
     if not (is_exporting() and _onnx.exporting()) and uses_ops(device_type, input.dtype, device):
         seen = torch.compiler.is_compiling() or _has_torch_function_variadic(input, *states, *params)
         op = _ops.cell if seen else _ops.eager_cell

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn import reference
+from fused_rnn import _dtensor, reference
 from fused_rnn._backend import extension
 from fused_rnn._ops import check_places, differentiated, fake_gradients
 from fused_rnn._recipe import Recipe, Rows, rows_of
@@ -56,6 +56,8 @@ def layer(
 
     states: of each [D, B, H], or none for zeros.
     """
+    if type(x) is not Tensor or type(params[0]) is not torch.nn.Parameter:
+        _dtensor.prepare()
     differentiates = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *params))
     flags = BIASES * recipe.has_biases | BIDIRECTIONAL * recipe.bidirectional | SAVE * differentiates | rows.bits
     y, last, _ = torch.ops.fused_rnn.formula(x, list(states), list(params), rows.given(), formula, flags)
