@@ -81,3 +81,15 @@ def test_own_cell(tmp_path: Path) -> None:
     assert sum(results["losses"][-10:]) < 0.8 * sum(results["losses"][:10])
     assert (tmp_path / "loss.png").stat().st_size > 1000
     assert len(results["seconds"]) == 2
+
+
+def test_distributed(tmp_path: Path) -> None:
+    """One process, in two runs: the second goes on where the first one stopped. torchrun: tests/test_torchrun.py."""
+    example = load("distributed")
+    whole = example.main(tmp_path / "whole", steps=60, rows=32, save_every=60)
+    assert list(whole) == list(range(1, 61))
+    assert sum(list(whole.values())[-10:]) < 0.5 * sum(list(whole.values())[:10])
+    first = example.main(tmp_path / "parts", steps=20, rows=32, save_every=10)
+    second = example.main(tmp_path / "parts", steps=25, rows=32, save_every=10)
+    assert list(second) == list(range(21, 26))
+    assert {**first, **second} == {step: whole[step] for step in range(1, 26)}
