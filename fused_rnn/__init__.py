@@ -32,6 +32,7 @@ __all__ = [
     "explanation",
     "free_memory",
     "functional",
+    "integrations",
     "patched",
     "revert",
     "source",
@@ -41,9 +42,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """``fused_rnn.zoo``, imported when it is first asked for."""
-    if name == "zoo":
-        return importlib.import_module("fused_rnn.zoo")
+    """``fused_rnn.zoo`` and ``fused_rnn.integrations``, imported when they are first asked for."""
+    if name in ("integrations", "zoo"):
+        return importlib.import_module(f"fused_rnn.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
