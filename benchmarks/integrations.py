@@ -77,7 +77,30 @@ def ppo_update(options: argparse.Namespace) -> Callable[[], object]:
     return agent.train
 
 
-CASES = {"sb3": ("sb3-contrib", "sb3_contrib", sb3_cases)}
+def torchrl_cases(options: argparse.Namespace) -> Iterator[Case]:
+    from tensordict import TensorDict
+    from torchrl.modules import GRUModule, LSTMModule, set_recurrent_mode
+
+    steps, batch, hidden = options.steps, options.batch, options.hidden
+    data = TensorDict(
+        {"x": torch.randn(batch, steps, hidden), "is_init": torch.rand(batch, steps, 1) < 0.02}, [batch, steps]
+    )
+    backends: list[tuple[str, dict[str, Any]]] = [("pad", {}), ("Python layer", {"python_based": True})]
+    if importlib.util.find_spec("hoptorch") is not None:
+        backends.append(("scan", {"recurrent_backend": "scan"}))
+    for kind, states in ((LSTMModule, ["h", "c"]), (GRUModule, ["h"])):
+        for name, choice in backends:
+            keys = {"in_keys": ["x", *states], "out_keys": ["y", *(("next", state) for state in states)]}
+            module = kind(hidden, hidden, **keys, **choice)
+
+            def run(module: Callable[..., Any] = module) -> None:
+                with set_recurrent_mode(True):
+                    module(data.clone())["y"].sum().backward()
+
+            yield Case(f"TorchRL: {kind.__name__}, {name}, forward and backward", run)
+
+
+CASES = {"sb3": ("sb3-contrib", "sb3_contrib", sb3_cases), "torchrl": ("torchrl", "torchrl", torchrl_cases)}
 
 
 def seconds(run: Callable[[], object], around: AbstractContextManager[None]) -> float:

@@ -1,6 +1,7 @@
 """Backends of other projects: their loops over time become calls of the kernels.
 
     fused_rnn.integrations.sb3.enable()      # sb3-contrib: RecurrentPPO's sequences with episodes that start inside
+    fused_rnn.integrations.torchrl.enable()  # TorchRL: LSTMModule and GRUModule in recurrent mode, and its LSTM and GRU
 
 Each module has ``enable()``, ``disable()`` and the context manager ``enabled()``. What is replaced is the process's, so
 other threads see it too. Models stay what they are: parameters, state_dict, optimizers, files. The projects are optional:
@@ -13,7 +14,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["sb3"]
+__all__ = ["sb3", "torchrl"]
 
 
 def __getattr__(name: str) -> ModuleType:

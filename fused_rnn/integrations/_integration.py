@@ -154,7 +154,12 @@ def weights_of(layer: nn.Module, *classes: type[nn.Module]) -> list[torch.Tensor
         or watched()
     ):
         return None
-    return [getattr(layer, name) for group in layer._all_weights for name in group]  # type: ignore[union-attr]
+    return named_weights(layer)
+
+
+def named_weights(layer: Any) -> list[torch.Tensor]:
+    """A recurrent layer's weights as they are now, in torch.nn's order."""
+    return [getattr(layer, name) for group in layer._all_weights for name in group]
 
 
 def watched() -> bool:
