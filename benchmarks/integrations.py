@@ -100,7 +100,42 @@ def torchrl_cases(options: argparse.Namespace) -> Iterator[Case]:
             yield Case(f"TorchRL: {kind.__name__}, {name}, forward and backward", run)
 
 
-CASES = {"sb3": ("sb3-contrib", "sb3_contrib", sb3_cases), "torchrl": ("torchrl", "torchrl", torchrl_cases)}
+def keras_cases(options: argparse.Namespace) -> Iterator[Case]:
+    import keras
+
+    steps, batch, hidden = options.steps, options.batch, options.hidden
+    x = torch.randn(batch, steps, hidden)
+    mask = torch.arange(steps) < torch.randint(steps // 2, steps + 1, (batch, 1))
+    layers = keras.layers
+    kinds: list[tuple[str, Any, Any]] = [
+        ("LSTM", layers.LSTM(hidden, return_sequences=True), None),
+        ("LSTM, padded", layers.LSTM(hidden, return_sequences=True), mask),
+        ("GRU", layers.GRU(hidden, return_sequences=True), None),
+        ("GRU, reset_after=False", layers.GRU(hidden, return_sequences=True, reset_after=False), None),
+        ("SimpleRNN", layers.SimpleRNN(hidden, return_sequences=True), None),
+        ("RNN(LSTMCell)", layers.RNN(layers.LSTMCell(hidden), return_sequences=True), None),
+    ]
+    for name, layer, given in kinds:
+        layer.build(tuple(x.shape))
+
+        def run(layer: Any = layer, given: Any = given) -> None:
+            layer(x, mask=given).sum().backward()
+
+        yield Case(f"Keras: {name}, forward and backward", run)
+        if name in ("LSTM", "GRU"):
+
+            def infer(layer: Any = layer) -> None:
+                with torch.no_grad():
+                    layer(x)
+
+            yield Case(f"Keras: {name}, inference", infer)
+
+
+CASES = {
+    "sb3": ("sb3-contrib", "sb3_contrib", sb3_cases),
+    "torchrl": ("torchrl", "torchrl", torchrl_cases),
+    "keras": ("keras", "keras", keras_cases),
+}
 
 
 def seconds(run: Callable[[], object], around: AbstractContextManager[None]) -> float:

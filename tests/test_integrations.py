@@ -19,7 +19,7 @@ import fused_rnn
 from fused_rnn import integrations
 from fused_rnn.integrations._integration import Integration, Replacement, weights_of
 
-PACKAGES = {"sb3": "sb3-contrib", "torchrl": "torchrl"}
+PACKAGES = {"keras": "keras", "sb3": "sb3-contrib", "torchrl": "torchrl"}
 
 
 class Theirs:

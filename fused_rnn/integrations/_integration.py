@@ -142,19 +142,21 @@ def weights_of(layer: nn.Module, *classes: type[nn.Module]) -> list[torch.Tensor
     That is: it is exactly of one of ``classes`` (no subclass, no parametrization), has no hooks and no forward of its own,
     and no torch.func transform, tracer or compiler looks on, whose view of the layer would change.
     """
-    fields = layer.__dict__
-    if (
-        type(layer) not in classes
-        or "forward" in fields
-        or fields["_forward_hooks"]
+    if type(layer) not in classes or "forward" in layer.__dict__ or has_hooks(layer) or watched():
+        return None
+    return named_weights(layer)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module does more than forward."""
+    fields = module.__dict__
+    return bool(
+        fields["_forward_hooks"]
         or fields["_forward_pre_hooks"]
         or fields["_backward_hooks"]
         or fields["_backward_pre_hooks"]
         or torch_module._has_any_global_hook()
-        or watched()
-    ):
-        return None
-    return named_weights(layer)
+    )
 
 
 def named_weights(layer: Any) -> list[torch.Tensor]:

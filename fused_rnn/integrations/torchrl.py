@@ -5,9 +5,9 @@
         policy(batch)  # a TensorDict [B, T] with "is_init"
 
 Replaced: ``LSTMModule.forward`` and ``GRUModule.forward`` in recurrent mode, back ends "pad", "scan" and "auto", with layers
-of torch.nn, of fused_rnn or of TorchRL (``python_based``); and the loops of TorchRL's ``LSTM`` and ``GRU``. Trajectories that
-"is_init" separates inside a row become rows of a packed batch, in one call of ``fused_rnn.functional.lstm`` or ``gru``:
-nothing is padded, and the number of steps is that of the longest trajectory. Each starts with the state that the
+of torch.nn, of fused_rnn or of TorchRL (``python_based``); and the loops of TorchRL's ``LSTM`` and ``GRU``. Trajectories
+that "is_init" separates inside a row become rows of a packed batch, in one call of ``fused_rnn.functional.lstm`` or
+``gru``: nothing is padded, and the number of steps is that of the longest trajectory. Each starts with the state that the
 TensorDict has at its first step, as in TorchRL; the states after it stand at its last step, zeros elsewhere.
 
 Versions: torchrl 0.14.
