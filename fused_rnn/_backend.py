@@ -113,6 +113,20 @@ def why_not_native(device_type: str) -> str | None:
     return f"fused_rnn has no kernels for {device_type!r} tensors"
 
 
+class Features(NamedTuple):
+    """What a call may ask for that not every backend has."""
+
+    reset_state: bool = False  # resets that put a state of their own
+    all_c: bool = False  # c after every step
+
+
+_PLAIN = Features()
+_NOT_ON_CUDA = {
+    "reset_state": "no CUDA kernel replaces a state by reset_state, only by zeros",
+    "all_c": "no CUDA kernel gives the c of every step, as return_all_states asks",
+}
+
+
 class Demand(NamedTuple):
     """What a call asks of a backend."""
 
@@ -120,6 +134,7 @@ class Demand(NamedTuple):
     dtype: torch.dtype
     gpu: int | None = None  # the number of the GPU; None: none is there
     transformed: bool = False  # inside a torch.func transform, or with forward-mode AD
+    features: Features = _PLAIN
 
 
 class Reason(NamedTuple):
@@ -135,7 +150,7 @@ def why_not(backend: str, demand: Demand) -> Reason | None:
 
     The one place that knows what a backend lacks: a feature that it has not yet is a field of Demand and a line here.
     """
-    device_type, dtype, _, transformed = demand
+    device_type, dtype, _, transformed, features = demand
     if backend == "reference":
         return None
     if backend != device_type:
@@ -145,6 +160,9 @@ def why_not(backend: str, demand: Demand) -> Reason | None:
     if transformed:
         text = "torch.func transforms (vmap, grad, jvp) and forward-mode AD do not reach the compiled kernels"
         return Reason("torch.func", text)
+    for name, asked in zip(Features._fields, features, strict=True):
+        if asked and backend == "cuda":
+            return Reason(f"cuda:{name}", _NOT_ON_CUDA[name])
     missing = why_not_native(device_type)
     lacking = None if missing or demand.gpu is None else (_gpus_without_code or {}).get(demand.gpu)
     if lacking:
@@ -159,11 +177,12 @@ def is_transformed() -> bool:
     )
 
 
-def uses_ops(device_type: str, dtype: torch.dtype, device: torch.device | None = None) -> bool:
+def uses_ops(device_type: str, dtype: torch.dtype, device: torch.device | None = None, features: Features = _PLAIN) -> bool:
     """True if the compiled ops serve this device type and dtype now, False if the reference does; then it warns, once.
 
     Args:
         device: the input's; None: none has to be there.
+        features: what the call asks for beside.
 
     Raises:
         RuntimeError: a backend was forced that cannot serve the call.
@@ -171,7 +190,7 @@ def uses_ops(device_type: str, dtype: torch.dtype, device: torch.device | None =
     transformed = is_transformed()
     if device_type == "cuda" and device is not None and _gpus_without_code is None and _native.get("cuda", False):
         _find_gpus_without_code()
-    lacking = device_type == "cuda" and bool(_gpus_without_code)
+    lacking = device_type == "cuda" and (bool(_gpus_without_code) or any(features))
     if forced is None and not transformed and not dtype.is_complex and not lacking and _native.get(device_type, False):
         return True
     if forced == "reference":
@@ -179,7 +198,7 @@ def uses_ops(device_type: str, dtype: torch.dtype, device: torch.device | None =
     gpu = None
     if lacking and device is not None:
         gpu = torch.cuda.current_device() if device.index is None else device.index
-    reason = why_not(forced or device_type, Demand(device_type, dtype, gpu, transformed))
+    reason = why_not(forced or device_type, Demand(device_type, dtype, gpu, transformed, features))
     if reason is None:
         return True
     text = f"{reason.text}; {reason.mend}" if reason.mend else reason.text

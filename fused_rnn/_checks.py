@@ -73,7 +73,7 @@ def check_tensor(name: str, tensor: Any) -> None:
         raise ValueError(f"{name}: {problem}")
 
 
-def _check_shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:
+def check_shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:
     if tuple(tensor.shape) != tuple(expected):
         raise ValueError(f"{name}: expected shape {list(expected)}, got {list(tensor.shape)}")
 
@@ -201,13 +201,13 @@ def check_weights(recipe: Recipe, input: Tensor, weights: Sequence[Tensor], name
         else:
             expected_shape = [gates * hidden] if place < base else [out, hidden]
         if list(weight.shape) != expected_shape:
-            _check_shape(name(index), weight, expected_shape)
+            check_shape(name(index), weight, expected_shape)
     return hidden, out
 
 
 def check_states(names: Sequence[str], states: Sequence[Tensor], *shapes: Sequence[int]) -> None:
     for name, state, shape in zip(names, states, shapes, strict=False):
-        _check_shape(name, state, shape)
+        check_shape(name, state, shape)
 
 
 def check_batch_sizes(batch_sizes: Any, input: Tensor) -> None:
@@ -248,14 +248,14 @@ def check_resets(resets: Any) -> None:
 def check_masks(lengths: Tensor | None, resets: Tensor | None, steps: int, batch: int, resets_shape: Sequence[int]) -> None:
     """Shapes of lengths and resets, and the values of lengths where reading them does not wait for a device."""
     if lengths is not None:
-        _check_shape("lengths", lengths, [batch])
-        known = lengths.device.type == "cpu" and not torch.compiler.is_exporting()  # an exported graph has no values
+        check_shape("lengths", lengths, [batch])
+        known = lengths.device.type == "cpu" and not torch.compiler.is_compiling()  # a graph being captured has no values
         if known and batch:
             values = whole(lengths)
             if not (0 <= int(values.min()) and int(values.max()) <= steps):
                 raise ValueError(f"lengths: expected values from 0 to {steps}, got {values.tolist()}")
     if resets is not None:
-        _check_shape("resets", resets, resets_shape)
+        check_shape("resets", resets, resets_shape)
 
 
 def check_shapes(
@@ -264,21 +264,19 @@ def check_shapes(
     states: Sequence[Tensor],
     weights: list[Tensor],
     batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-) -> None:
-    """Shapes and values of a batched or packed input and of what comes with it."""
+) -> tuple[int, int]:
+    """Shapes and values of a batched or packed input and of what comes with it. Returns (H, P)."""
     hidden, out = check_weights(recipe, input, weights, name_of_weight)
     if batch_sizes is not None:
         check_batch_sizes(batch_sizes, input)
-        steps, batch = batch_sizes.shape[0], int(batch_sizes[0])
+        batch = int(batch_sizes[0])
     else:
         steps, batch = input.shape[int(recipe.batch_first)], input.shape[1 - int(recipe.batch_first)]
         if steps == 0:
             raise ValueError("input: expected at least 1 time step, got 0")
     rows = recipe.num_layers * recipe.directions
     check_states(STATE_NAMES, states, [rows, batch, out], [rows, batch, hidden])
-    check_masks(lengths, resets, steps, batch, input.shape[: 2 if batch_sizes is None else 1])
+    return hidden, out
 
 
 def check_cell_shapes(

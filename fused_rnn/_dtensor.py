@@ -20,6 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_rnn._recipe import ALL_STATES
+
+FORMULA_ALL_STATES = 1 << 6  # of an own cell's flags: csrc/torch/formula_ops.h
 _OPS = ("layer", "formula")
 _registered = False
 
@@ -125,6 +128,12 @@ def _forward(cls: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: Any) 
     """fused_rnn::layer and formula: (x, states, params, rows, ...) -> (y, last, saved). ``saved`` stays local."""
     x, states, params, rows, *rest = args
     mesh = _of_call(x, states, params)
+    for name, is_given in (
+        ("reset_state", any(tensor.is_floating_point() for tensor in rows)),
+        ("return_all_states", bool(rest[0] & ALL_STATES if isinstance(rest[0], int) else rest[1] & FORMULA_ALL_STATES)),
+    ):
+        if is_given:
+            raise NotImplementedError(f"{name}: has no rule for DTensors; expected local tensors (to_local)")
     y, last, saved = op(
         mesh.local(x, mesh.along(1)),
         [mesh.local(state, mesh.along(1)) for state in states],

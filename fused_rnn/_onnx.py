@@ -45,10 +45,13 @@ def rnn(
     """Arguments and results of reference.rnn.
 
     Raises:
-        NotImplementedError: a packed sequence.
+        NotImplementedError: a packed sequence, reset_state or return_all_states.
     """
     if rows.offsets is not None:
         refuse_packed()
+    for name, asked in (("reset_state", rows.reset_states), ("return_all_states", recipe.all_states)):
+        if asked:
+            raise NotImplementedError(f"torch.onnx.export: {name} has no counterpart in ONNX yet; export without it")
     num_layers, directions = recipe.num_layers, recipe.directions
     per_direction = len(weights) // (num_layers * directions)
     in_one_node = recipe.cell in _OPERATOR and per_direction % 2 == 0 and rows.resets is None

@@ -53,10 +53,12 @@ def _fake_layer(
     last = [x.new_empty(layer.directions, batch, out)]
     if kind.has_c:
         last.append((states[1] if states else x).new_empty(layer.directions, batch, hidden))
+    if kind.has_c and layer.all_states:
+        last.append(x.new_empty(layer.directions, count, hidden))
     saved = []
     if save and kind.saved:
         saved.append(x.new_empty(layer.directions, count, kind.slots, hidden))
-    if save and kind.has_c:
+    if save and kind.has_c and not layer.all_states:
         saved.append(x.new_empty(layer.directions, count, hidden))
     return x.new_empty(*x.shape[:-1], layer.directions * out), last, saved
 
@@ -75,7 +77,7 @@ def _fake_layer_backward(
     """Shapes of fused_rnn::layer_backward's results."""
     check_places(x, dy=[dy], dlast=dlast, states=states, params=params, rows=rows, saved=saved)
     unpacked(recipe)  # raises for a number that is no recipe
-    return fake_gradients(x, states, params, mask)
+    return fake_gradients(x, [*states, *rows_of(rows, recipe).reset_states], params, mask)
 
 
 def _layer_backward_differentiable(
@@ -93,14 +95,17 @@ def _layer_backward_differentiable(
 
     Runs the reference again and differentiates it. What forward saved is not read: it follows from the other arguments.
     """
-    first = 1 + len(states)
+    of_call = rows_of(rows, recipe)
+    given = [*states, *of_call.reset_states]
+    own, first = 1 + len(states), 1 + len(given)
 
     def run(args: Sequence[Tensor]) -> list[Tensor]:
-        y, last = reference.layer(args[0], args[1:first], args[first:], rows_of(rows, recipe), unpacked(recipe))
+        given_rows = of_call._replace(reset_states=tuple(args[own:first]))
+        y, last = reference.layer(args[0], args[1:own], args[first:], given_rows, unpacked(recipe))
         return [y, *last]
 
-    asked = [mask[0], *[mask[1]] * len(states), *[mask[2]] * len(params)]
-    grads = differentiated(run, [x, *states, *params], asked, [dy, *dlast])
+    asked = [mask[0], *[mask[1]] * len(given), *[mask[2]] * len(params)]
+    grads = differentiated(run, [x, *given, *params], asked, [dy, *dlast])
     return grads[0], grads[1:first], grads[first:]
 
 

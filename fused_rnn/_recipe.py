@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fused_rnn._kinds import KINDS, Kind
 
-_HAS_LENGTHS = 1 << 12  # offsets and resets follow
-_LAYERS_SHIFT = 16
+_HAS_LENGTHS = 1 << 12  # offsets, resets and reset states follow
+_HAS_RESET_STATES = 1 << 15
+_ALL_STATES_SHIFT, _LAYERS_SHIFT = 16, 24
+ALL_STATES = 1 << _ALL_STATES_SHIFT  # the bit of ``packed``
+_FREE = (1 << _LAYERS_SHIFT - _ALL_STATES_SHIFT - 1) - 1  # bits above that of all_states that say nothing
 
 
 class Recipe(NamedTuple):
@@ -23,6 +27,7 @@ class Recipe(NamedTuple):
     batch_first: bool = False
     training: bool = False
     dropout: float = 0.0  # probability between the layers, while training
+    all_states: bool = False  # the states after every step are results too
 
     @property
     def kind(self) -> Kind:
@@ -35,11 +40,11 @@ class Recipe(NamedTuple):
     @property
     def packed(self) -> int:
         flags = self.has_biases << 8 | self.bidirectional << 9 | self.batch_first << 10 | self.training << 11
-        return self.cell | flags | self.num_layers << _LAYERS_SHIFT
+        return self.cell | flags | self.all_states << _ALL_STATES_SHIFT | self.num_layers << _LAYERS_SHIFT
 
     def of_layer(self) -> Recipe:
         """Of each of its layers."""
-        return Recipe(self.cell, 1, self.has_biases, self.bidirectional)
+        return Recipe(self.cell, 1, self.has_biases, self.bidirectional, all_states=self.all_states)
 
 
 def unpacked(number: int) -> Recipe:
@@ -49,12 +54,13 @@ def unpacked(number: int) -> Recipe:
         ValueError: the number is no packed recipe.
     """
     cell, num_layers = number & 0xFF, number >> _LAYERS_SHIFT
-    if cell >= len(KINDS) or number >> 15 & 1 or not 1 <= num_layers <= 2**31:
+    if cell >= len(KINDS) or number >> _ALL_STATES_SHIFT + 1 & _FREE or not 1 <= num_layers <= 2**31:
         raise ValueError(
             f"recipe: expected a number that fused_rnn._recipe makes (a cell of 0 to {len(KINDS) - 1} in its last byte), "
             f"got {number}"
         )
-    return Recipe(cell, num_layers, *(bool(number >> bit & 1) for bit in (8, 9, 10, 11)))
+    flags = [bool(number >> bit & 1) for bit in (8, 9, 10, 11, _ALL_STATES_SHIFT)]
+    return Recipe(cell, num_layers, *flags[:4], all_states=flags[4])
 
 
 class Rows(NamedTuple):
@@ -63,15 +69,28 @@ class Rows(NamedTuple):
     lengths: Tensor | None = None  # [B] int64
     offsets: Tensor | None = None  # [T + 1] int64, of packed rows
     resets: Tensor | None = None  # [T, B] ([B, T] with batch_first, [N] packed) bool
+    # Of each state what resets replace it by, (): zeros. [L*D, 1 or B, .], or of every step [T, L*D, B, .]
+    reset_states: tuple[Tensor, ...] = ()
 
     def given(self) -> list[Tensor]:
         """The ops' argument ``rows``: [] for all rows in every step."""
-        return [tensor for tensor in self if tensor is not None]
+        return [*(tensor for tensor in self[:3] if tensor is not None), *self.reset_states]
 
     @property
     def bits(self) -> int:
         """What the ops' argument ``recipe`` says of ``rows``: which they are."""
-        return sum(_HAS_LENGTHS << place for place, tensor in enumerate(self) if tensor is not None)
+        masks = sum(_HAS_LENGTHS << place for place, tensor in enumerate(self[:3]) if tensor is not None)
+        return masks | _HAS_RESET_STATES * bool(self.reset_states)
+
+    def on(self, device: torch.device) -> Rows:
+        """The same with the integers and flags on this device."""
+        lengths, offsets, resets = (None if tensor is None else tensor.to(device) for tensor in self[:3])
+        return Rows(lengths, offsets, resets, self.reset_states)
+
+    def of_layer(self, layer: int, directions: int) -> Rows:
+        """What a layer of a stack has of them."""
+        part = slice(layer * directions, (layer + 1) * directions)
+        return self._replace(reset_states=tuple(t[:, part] if t.dim() == 4 else t[part] for t in self.reset_states))
 
 
 def rows_of(given: Sequence[Tensor], recipe: int) -> Rows:
@@ -80,9 +99,12 @@ def rows_of(given: Sequence[Tensor], recipe: int) -> Rows:
     Raises:
         ValueError: they do not fit.
     """
-    places = [place for place in range(len(Rows._fields)) if recipe & _HAS_LENGTHS << place]
-    if len(places) != len(given):
+    places = [place for place in range(3) if recipe & _HAS_LENGTHS << place]
+    count, more = len(places), bool(recipe & _HAS_RESET_STATES)
+    if len(given) < count + more or (len(given) > count and not more):
         raise ValueError(
-            f"rows: expected {len(places)} of lengths, offsets and resets (recipe says which), got {len(given)}"
+            f"rows: expected {count} of lengths, offsets and resets{', then reset states' * more} (recipe says which), "
+            f"got {len(given)}"
         )
-    return Rows(**{Rows._fields[place]: tensor for place, tensor in zip(places, given, strict=True)})
+    masks = {Rows._fields[place]: tensor for place, tensor in zip(places, given[:count], strict=True)}
+    return Rows(**masks, reset_states=tuple(given[count:]))

@@ -7,16 +7,17 @@ nonlinearity, "identity", and refuses an unknown one at construction; every clas
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fused_rnn import _checks, _opacus
+from fused_rnn import _checks, _extras, _opacus
 from fused_rnn._kinds import GRU, LSTM, NUMBER_OF_NONLINEARITY
 from fused_rnn._quick_call import QuickCall, watch
 from fused_rnn._recipe import Recipe
-from fused_rnn.functional import run_cell
+from fused_rnn.functional import autocast_on, run_cell
 from fused_rnn.modules import check_layout, check_like, check_parameters, refuse_scripting, type_name
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
@@ -46,6 +47,17 @@ class _Cell(QuickCall, nn.RNNCellBase):
                 return weights[:2]
             weights = [torch.zeros_like(bias) if weight is None else weight for weight in weights]
         return weights
+
+    def _begin(self, input: Tensor, states: list[Tensor], resets: Any, reset_state: Any) -> list[Tensor]:
+        """The states that the step begins from: those given, with what resets replace."""
+        if resets is None and reset_state is None:
+            return states
+        names = ("h", "c")[: 2 if isinstance(self, nn.LSTMCell) else 1]
+        call = names, self.hidden_size, autocast_on(input.device.type)
+        shape = (*input.shape[:-1], self.hidden_size)
+        with contextlib.nullcontext() if torch._C._get_tracing_state() is None else _checks.untraced():
+            _checks.check_states([f"hx[{name}]" for name in names], states, shape, shape)
+        return _extras.begin_of_step(states, resets, reset_state, input, call)
 
     def _run(self, cell: int, input: Tensor, states: list[Tensor]) -> list[Tensor]:
         """Checks and runs one step of input [B, I] or [I], which has been checked to be one of them: the states after it."""
@@ -99,13 +111,15 @@ class _Cell(QuickCall, nn.RNNCellBase):
             check_layout(state, "hidden")
             check_like(input, state, "hidden", wide=index == 1)
 
-    def _run_single_state(self, cell: int, input: Tensor, hx: Tensor | None) -> Tensor:
+    def _run_single_state(
+        self, cell: int, input: Tensor, hx: Tensor | None, resets: Any = None, reset_state: Any = None
+    ) -> Tensor:
         dim = input.dim()
         if dim != 2 and dim != 1:
             raise ValueError(f"{self._kind}: Expected input to be 1D or 2D, got {dim}D instead")
         if hx is not None and hx.dim() not in (1, 2):
             raise ValueError(f"{self._kind}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
-        return self._run(cell, input, [] if hx is None else [hx])[0]
+        return self._run(cell, input, self._begin(input, [] if hx is None else [hx], resets, reset_state))[0]
 
     _kind = "RNNCell"
 
@@ -126,24 +140,45 @@ class RNNCell(_Cell, nn.RNNCell):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh', 'relu' or 'identity'.")
         super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """input [B, I] or [I], hx [B, H] or [H] or None -> h' [B, H] or [H]."""
+    def forward(
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        *,
+        resets: Tensor | None = None,
+        reset_state: Tensor | None = None,
+    ) -> Tensor:
+        """input [B, I] or [I], hx [B, H] or [H] or None -> h' [B, H] or [H].
+
+        resets: bool [B] (or []): where True the step begins from zeros, or from reset_state [1 or B, H] ([H]), not hx.
+        """
         cell = NUMBER_OF_NONLINEARITY.get(self.nonlinearity)
         if cell is None:
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return self._run_single_state(cell, input, hx)
+        return self._run_single_state(cell, input, hx, resets, reset_state)
 
 
 class LSTMCell(_Cell, nn.LSTMCell):
     """torch.nn.LSTMCell in one kernel."""
 
-    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """input [B, I] or [I], hx (h, c), each [B, H] or [H], or None -> (h', c'). c' is float32 where c is."""
+    def forward(
+        self,
+        input: Tensor,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        resets: Tensor | None = None,
+        reset_state: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """input [B, I] or [I], hx (h, c), each [B, H] or [H], or None -> (h', c'). c' is float32 where c is.
+
+        resets: bool [B] (or []): where True the step begins from zeros, or from reset_state, a pair of [1 or B, H] ([H]),
+            instead of hx.
+        """
         dim = input.dim()
         if dim != 2 and dim != 1:
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {dim}D instead")
         if hx is None:
-            h, c = self._run(LSTM, input, [])
+            h, c = self._run(LSTM, input, self._begin(input, [], resets, reset_state))
             return h, c
         for index, value in enumerate(hx):
             if value.dim() not in (1, 2):
@@ -152,7 +187,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
             raise TypeError("lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
         if len(hx) != 2:
             raise RuntimeError("lstm_cell expects two hidden states")
-        h, c = self._run(LSTM, input, [*hx])
+        h, c = self._run(LSTM, input, self._begin(input, [*hx], resets, reset_state))
         return h, c
 
 
@@ -161,9 +196,19 @@ class GRUCell(_Cell, nn.GRUCell):
 
     _kind = "GRUCell"
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """input [B, I] or [I], hx [B, H] or [H] or None -> h' [B, H] or [H]."""
-        return self._run_single_state(GRU, input, hx)
+    def forward(
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        *,
+        resets: Tensor | None = None,
+        reset_state: Tensor | None = None,
+    ) -> Tensor:
+        """input [B, I] or [I], hx [B, H] or [H] or None -> h' [B, H] or [H].
+
+        resets: bool [B] (or []): where True the step begins from zeros, or from reset_state [1 or B, H] ([H]), not hx.
+        """
+        return self._run_single_state(GRU, input, hx, resets, reset_state)
 
 
 watch((LSTMCell.forward, True, LSTM), (GRUCell.forward, True, GRU), (RNNCell.forward, True, -1))

@@ -8,6 +8,7 @@ Gate order: LSTM i f g o, GRU r z n. Formulas: the documentation of torch.nn.RNN
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,14 +18,16 @@ from torch._C import _get_tracing_state, _has_torch_function_variadic
 from torch.compiler import is_exporting
 from torch.nn import Parameter
 
-from fused_rnn import _checks, _dtensor, _onnx, _ops, reference
-from fused_rnn._backend import uses_ops
+from fused_rnn import _checks, _dtensor, _extras, _onnx, _ops, reference
+from fused_rnn._backend import Features, uses_ops
+from fused_rnn._extras import Extras
 from fused_rnn._kinds import GRU, LSTM
 from fused_rnn._recipe import Recipe, Rows
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
 _DTYPES = _checks.DTYPES
+_ALL_ROWS = Rows()
 
 
 def lstm(
@@ -41,7 +44,9 @@ def lstm(
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    reset_state: tuple[Tensor, Tensor] | None = None,
+    return_all_states: bool = False,
+) -> tuple[Any, ...]:
     """Long short-term memory over a sequence.
 
     Args:
@@ -59,18 +64,23 @@ def lstm(
         batch_sizes: [T] int64 on the CPU, never growing: rows of each step of a packed input, as in PackedSequence.
         lengths: [B] integers: row b takes part in the first lengths[b] steps, in any order; outputs after them are 0 and the
             final state is that of its last step. Not with batch_sizes.
-        resets: bool, [T, B] ([B, T] with batch_first, [N] with batch_sizes): where True the state (h and c) is replaced by
-            zeros before that step. In the backward direction, which comes from the right, likewise.
+        resets: bool, [T, B] ([B, T] with batch_first, [N] with batch_sizes): where True the state (h and c) is replaced
+            before that step, by zeros or by reset_state. In the backward direction, which comes from the right, likewise.
+        reset_state: (h, c), each [L*D, 1 or B, P or H], or of every step [T, L*D, B, P or H] ([B, T, L*D, P or H] with
+            batch_first). It gets gradients, the sums over where it was used; none pass to the state that it replaces.
+        return_all_states: whether there is a third result.
 
     Returns:
-        output [T, B, D*P] in the input's form, (h_n [L*D, B, P], c_n [L*D, B, H]).
+        output [T, B, D*P] in the input's form, (h_n [L*D, B, P], c_n [L*D, B, H]). With return_all_states a third: (h, c) of
+        every layer and direction after every step, h [T, L*D, B, P], c [T, L*D, B, H]; [B, T, L*D, .] with batch_first,
+        [T, L*D, .] unbatched, [N, L*D, .] with batch_sizes. Rows after their length are 0. c has the input's dtype.
 
     Raises:
         TypeError, ValueError: an argument whose shape, dtype or device does not fit, by its name.
     """
     recipe = Recipe(LSTM, num_layers, has_biases, bidirectional, batch_first, training, dropout)
-    y, (h_n, c_n) = _checked_rnn(recipe, input, weights, hx, batch_sizes, lengths, resets)
-    return y, (h_n, c_n)
+    extras = Extras(lengths, resets, reset_state, return_all_states)
+    return _with_states(*_checked_rnn(recipe, input, weights, hx, batch_sizes, extras), return_all_states)
 
 
 def gru(
@@ -87,15 +97,18 @@ def gru(
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    reset_state: Tensor | None = None,
+    return_all_states: bool = False,
+) -> tuple[Any, ...]:
     """Gated recurrent unit over a sequence; arguments and errors as :func:`lstm`, hx is h0 [L*D, B, H].
 
     Returns:
-        output [T, B, D*H] in the input's form, h_n [L*D, B, H].
+        output [T, B, D*H] in the input's form, h_n [L*D, B, H]; with return_all_states a third, h after every step
+        [T, L*D, B, H], in the forms of :func:`lstm`'s.
     """
     recipe = Recipe(GRU, num_layers, has_biases, bidirectional, batch_first, training, dropout)
-    y, (h_n,) = _checked_rnn(recipe, input, weights, hx, batch_sizes, lengths, resets)
-    return y, h_n
+    extras = Extras(lengths, resets, reset_state, return_all_states)
+    return _with_states(*_checked_rnn(recipe, input, weights, hx, batch_sizes, extras), return_all_states)
 
 
 def rnn(
@@ -113,19 +126,22 @@ def rnn(
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    reset_state: Tensor | None = None,
+    return_all_states: bool = False,
+) -> tuple[Any, ...]:
     """Elman network over a sequence; arguments and errors as :func:`lstm`, hx is h0 [L*D, B, H].
 
     Args:
         nonlinearity: "tanh", "relu" or "identity".
 
     Returns:
-        output [T, B, D*H] in the input's form, h_n [L*D, B, H].
+        output [T, B, D*H] in the input's form, h_n [L*D, B, H]; with return_all_states a third, h after every step
+        [T, L*D, B, H], in the forms of :func:`lstm`'s.
     """
     cell = _checks.rnn_kind(nonlinearity)
     recipe = Recipe(cell, num_layers, has_biases, bidirectional, batch_first, training, dropout)
-    y, (h_n,) = _checked_rnn(recipe, input, weights, hx, batch_sizes, lengths, resets)
-    return y, h_n
+    extras = Extras(lengths, resets, reset_state, return_all_states)
+    return _with_states(*_checked_rnn(recipe, input, weights, hx, batch_sizes, extras), return_all_states)
 
 
 def lstm_cell(
@@ -178,11 +194,13 @@ def run_rnn(
     states: Sequence[Tensor],
     weights: list[Tensor],
     batch_sizes: Tensor | None = None,
-    lengths: Tensor | None = None,
-    resets: Tensor | None = None,
+    rows: Rows = _ALL_ROWS,
 ) -> tuple[Tensor, list[Tensor]]:
-    """A stack of layers on the selected backend: (output, last states). Batched or packed input only."""
-    rows = Rows(lengths, None, resets)
+    """A stack of layers on the selected backend: (output, last states). Batched or packed input only.
+
+    rows: without offsets, which batch_sizes give.
+    With recipe.all_states the last states are followed by those after every step, [T, L*D, B, .] or packed [N, L*D, .].
+    """
     if batch_sizes is not None:
         rows = rows._replace(offsets=torch.cat([batch_sizes.new_zeros(1), batch_sizes.cumsum(0)]))
         if not states:  # they give the ops the batch size, which packed rows do not show
@@ -192,17 +210,21 @@ def run_rnn(
     if type(input) is not Tensor or type(weights[0]) is not Parameter:
         _dtensor.prepare()
     for_onnx = is_exporting() and _onnx.exporting()
-    if not for_onnx and uses_ops(device_type, input.dtype, device):
+    features = Features(bool(rows.reset_states), recipe.all_states and recipe.kind.has_c)
+    if not for_onnx and uses_ops(device_type, input.dtype, device, features):
         # Modes see the op's call, and so do subclasses, wherever in it they are.
-        seen = torch.compiler.is_compiling() or _has_torch_function_variadic(input, *states, *rows, *weights)
+        seen = torch.compiler.is_compiling() or _has_torch_function_variadic(
+            input, *states, *rows[:3], *rows.reset_states, *weights
+        )
         op = _ops.rnn if seen else _ops.eager_rnn
         result: tuple[Tensor, list[Tensor]] = op(
             input, states, weights, rows.given(), recipe.packed | rows.bits, recipe.dropout
         )
         return result
     input, states, weights = autocast(device_type, input, states, weights)
-    here = [None if tensor is None else tensor.to(input.device) for tensor in (lengths, resets)]
-    rows = rows._replace(lengths=here[0], resets=here[1])
+    # Offsets stay on the host, which reads them.
+    lengths, resets = (None if tensor is None else tensor.to(input.device) for tensor in (rows.lengths, rows.resets))
+    rows = Rows(lengths, rows.offsets, resets, tuple(autocast(device_type, input, rows.reset_states, [])[1]))
     if for_onnx:
         return _onnx.rnn(input, states, weights, rows, recipe)
     if _get_tracing_state() is None:
@@ -271,7 +293,7 @@ def _traced_for_reference(
     return (
         pinned(input, *input.shape[:2], weights[0].shape[1]),
         [pinned(state, groups, batch, size) for state, size in zip(states, sizes, strict=False)],
-        Rows(pinned(rows.lengths, batch), None, pinned(rows.resets, *input.shape[:2])),
+        Rows(pinned(rows.lengths, batch), None, pinned(rows.resets, *input.shape[:2]), rows.reset_states),
     )
 
 
@@ -297,14 +319,20 @@ def autocast(
 # --- the public arguments ---
 
 
+def _with_states(y: Tensor, states: list[Tensor], all_states: bool) -> tuple[Any, ...]:
+    """What the public functions return: the output, the last states and, where asked for, those after every step."""
+    count = len(states) // 2 if all_states else len(states)
+    parts = [states[:count], states[count:]][: 1 + all_states]
+    return (y, *(part[0] if count == 1 else tuple(part) for part in parts))
+
+
 def _checked_rnn(
     recipe: Recipe,
     input: Tensor,
     weights: Sequence[Tensor],
     hx: tuple[Tensor, Tensor] | Tensor | None,
     batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
+    extras: Extras,
 ) -> tuple[Tensor, list[Tensor]]:
     _checks.check_input(recipe.cell, input)
     _checks.check_recipe(recipe)
@@ -313,34 +341,33 @@ def _checked_rnn(
         raise ValueError(f"input: expected {'2-D with batch_sizes' if packed else '2-D or 3-D'}, got {input.dim()}-D")
     if packed and recipe.batch_first:
         raise ValueError("batch_first: expected False with batch_sizes")
-    if packed and lengths is not None:
+    if packed and extras.lengths is not None:
         raise ValueError("lengths: expected None with batch_sizes, which already give the lengths")
     weights = _checks.list_of_weights(weights)
     states = _checks.states_of(recipe.kind, hx)
     casts = autocast_on(input.device.type)
     _checks.check_places(input, weights, _checks.name_of_weight, casts)
     _checks.check_places(input, states, _checks.STATE_NAMES.__getitem__, casts)
-    if resets is not None:
-        _checks.check_resets(resets)
-    if lengths is not None:
-        lengths = _checks.lengths_tensor(lengths)
     unbatched = input.dim() == 2 and not packed
     batch_dim = 0 if recipe.batch_first else 1
+    given = input
     if unbatched:
         input = input.unsqueeze(batch_dim)
         states = [state.unsqueeze(1) for state in states]
-        resets = None if resets is None else resets.unsqueeze(batch_dim)
-        lengths = None if lengths is None else lengths.reshape(1)
-    if _get_tracing_state() is None:
-        _checks.check_shapes(recipe, input, states, weights, batch_sizes, lengths, resets)
-    else:
-        with _checks.untraced():
-            _checks.check_shapes(recipe, input, states, weights, batch_sizes, lengths, resets)
-    lengths = None if lengths is None else lengths.to(torch.int64)
-    y, last = run_rnn(recipe, input, states, weights, batch_sizes, lengths, resets)
+    with contextlib.nullcontext() if _get_tracing_state() is None else _checks.untraced():
+        hidden, out = _checks.check_shapes(recipe, input, states, weights, batch_sizes)
+    if not extras.given():
+        y, last = run_rnn(recipe, input, states, weights, batch_sizes)
+        return (y.squeeze(batch_dim), [state.squeeze(1) for state in last]) if unbatched else (y, last)
+    groups, count = recipe.num_layers * recipe.directions, recipe.kind.states
+    names, sizes = ("h", "c")[:count], (out, hidden)[:count]
+    form = _extras.Form(given, recipe.batch_first, unbatched, batch_sizes, groups, names, sizes, casts)
+    rows = _extras.rows_of(extras, form)
+    y, last = run_rnn(recipe._replace(all_states=extras.return_all_states), input, states, weights, batch_sizes, rows)
+    every = _extras.in_form(last[count:], form)
     if unbatched:
-        return y.squeeze(batch_dim), [state.squeeze(1) for state in last]
-    return y, last
+        y, last = y.squeeze(batch_dim), [state.squeeze(1) for state in last[:count]]
+    return y, [*last[:count], *every]
 
 
 def _checked_cell(

@@ -15,6 +15,7 @@ Every class is a subclass of torch.nn's own and keeps its constructor. What diff
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -24,12 +25,15 @@ from torch import Tensor, nn
 from torch.compiler import is_exporting
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import _checks, _kinds, _onnx, _opacus
+from fused_rnn import _checks, _extras, _kinds, _onnx, _opacus
+from fused_rnn._extras import Extras
 from fused_rnn._quick_call import QuickCall, watch
 from fused_rnn._recipe import Recipe
-from fused_rnn.functional import run_rnn
+from fused_rnn.functional import autocast_on, run_rnn
 
 __all__ = ["GRU", "LSTM", "RNN"]
+
+_NOTHING = Extras()
 
 
 def refuse_scripting(module: nn.Module) -> nn.Module:
@@ -214,9 +218,12 @@ class _Layer(QuickCall, nn.RNNBase):
         states: list[Tensor],
         batch_sizes: Tensor | None = None,
         sorted_indices: Tensor | None = None,
+        extras: tuple[Extras, Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Checks a batched or packed input and runs the layers on it: (output, last states).
 
+        extras: what the caller gave beside torch.nn's arguments, and input as it came; the states of every step, in the form
+            of the third result, then follow the last ones.
         Reads the instance's fields from its __dict__: an attribute of an nn.Module takes three times as long.
         """
         fields = self.__dict__
@@ -239,7 +246,31 @@ class _Layer(QuickCall, nn.RNNBase):
             bool(fields["training"]),
             fields["dropout"],
         )
-        return run_rnn(recipe, input, states, weights, batch_sizes)
+        if extras is None:
+            return run_rnn(recipe, input, states, weights, batch_sizes)
+        return self._run_with(extras, recipe, (input, states, weights), batch_sizes, sorted_indices)
+
+    def _run_with(
+        self,
+        extras: tuple[Extras, Tensor],
+        recipe: Recipe,
+        arguments: tuple[Tensor, list[Tensor], list[Tensor]],
+        batch_sizes: Tensor | None,
+        sorted_indices: Tensor | None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """_run's call with more than torch.nn's arguments, after the checks of those."""
+        given, caller_input = extras
+        unbatched = batch_sizes is None and caller_input.dim() == 2
+        count, sizes = recipe.kind.states, (self.proj_size or self.hidden_size, self.hidden_size)
+        casts = autocast_on(caller_input.device.type)
+        groups, batch_first = recipe.num_layers * recipe.directions, bool(self.batch_first) and batch_sizes is None
+        names = ("h", "c")[:count]
+        form = _extras.Form(caller_input, batch_first, unbatched, batch_sizes, groups, names, sizes[:count], casts)
+        with contextlib.nullcontext() if torch._C._get_tracing_state() is None else _checks.untraced():
+            rows = _extras.rows_of(given, form, sorted_indices)
+        recipe = recipe._replace(all_states=given.return_all_states)
+        output, states = run_rnn(recipe, *arguments, batch_sizes, rows)
+        return output, [*states[:count], *_extras.in_form(states[count:], form)]
 
     def _check(self, input: Tensor, states: list[Tensor], weights: list[Tensor], batch_sizes: Tensor | None) -> None:
         """All is tested in one expression; only if it fails are torch.nn's methods called, in torch.nn's order, to raise."""
@@ -306,10 +337,13 @@ class _Layer(QuickCall, nn.RNNBase):
             check_layout(state, "hidden")
             check_like(input, state, "hidden", wide=index == 1)
 
-    def _forward_single_state(self, cell: int, input: Tensor | PackedSequence, hx: Tensor | None) -> tuple[Any, Tensor]:
+    def _forward_single_state(
+        self, cell: int, input: Tensor | PackedSequence, hx: Tensor | None, extras: Extras = _NOTHING
+    ) -> tuple[Any, ...]:
         """Forward of the cells with one state (RNN, GRU)."""
         if isinstance(input, PackedSequence):
-            return self._forward_packed(cell, input, hx)
+            return self._forward_packed(cell, input, hx, extras)
+        given = (extras, input) if extras.given() else None
         dim = input.dim()
         if dim == 2:
             if hx is not None:
@@ -322,21 +356,26 @@ class _Layer(QuickCall, nn.RNNBase):
             raise ValueError(f"{'GRU' if cell == _kinds.GRU else 'RNN'}: Expected input to be 2D or 3D, got {dim}{noun}")
         elif hx is not None and hx.dim() != 3:
             raise RuntimeError(f"For batched 3-D input, hx should also be 3-D but got {hx.dim()}-D tensor")
-        output, (h_n,) = self._run(cell, input, [] if hx is None else [hx])
+        output, (h_n, *every) = self._run(cell, input, [] if hx is None else [hx], extras=given)
         if dim == 2:
-            return output.squeeze(0 if self.batch_first else 1), h_n.squeeze(1)
-        return output, h_n
+            return output.squeeze(0 if self.batch_first else 1), h_n.squeeze(1), *every
+        return output, h_n, *every
 
-    def _forward_packed(self, cell: int, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
+    def _forward_packed(self, cell: int, input: PackedSequence, hx: Any, extras: Extras) -> tuple[Any, ...]:
         """Forward of a packed sequence; hx and the returned state are in the caller's order of rows."""
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        states = [] if hx is None else [*_pair(hx)] if _kinds.KINDS[cell].states == 2 else [hx]
-        output, last = self._run(cell, data, states, batch_sizes, sorted_indices)
-        hidden: Any = tuple(last) if len(last) > 1 else last[0]
-        return (
-            PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices),
-            self.permute_hidden(hidden, unsorted_indices),
-        )
+        count = _kinds.KINDS[cell].states
+        states = [] if hx is None else [*_pair(hx)] if count == 2 else [hx]
+        given = (extras, data) if extras.given() else None
+        output, last = self._run(cell, data, states, batch_sizes, sorted_indices, given)
+
+        def packed(rows: Tensor) -> PackedSequence:
+            return PackedSequence(rows, batch_sizes, sorted_indices, unsorted_indices)
+
+        hidden: Any = tuple(last[:count]) if count > 1 else last[0]
+        results = packed(output), self.permute_hidden(hidden, unsorted_indices)
+        every = [packed(state) for state in last[count:]]
+        return (*results, every[0] if count == 1 else tuple(every)) if every else results
 
 
 def _pair(hx: Any) -> tuple[Tensor, Tensor]:
@@ -350,11 +389,16 @@ def _pair(hx: Any) -> tuple[Tensor, Tensor]:
 class LSTM(_Layer, nn.LSTM):
     """torch.nn.LSTM on fused kernels; constructor, arguments, results and errors are torch.nn.LSTM's."""
 
-    def forward(self, input, hx=None):  # type: ignore[no-untyped-def]
+    def forward(self, input, hx=None, *, lengths=None, resets=None, reset_state=None, return_all_states=False):  # type: ignore[no-untyped-def]
         """input [T, B, I] ([B, T, I] with batch_first; [T, I]; PackedSequence), hx (h0 [L*D, B, P], c0 [L*D, B, H]) or None
-        -> output [T, B, D*P] in the input's form, (h_n [L*D, B, P], c_n [L*D, B, H])."""
+        -> output [T, B, D*P] in the input's form, (h_n [L*D, B, P], c_n [L*D, B, H]).
+
+        lengths, resets, reset_state and return_all_states: as :func:`fused_rnn.functional.lstm`'s; of a packed input resets
+        are [N] as its data, and the third result is a pair of PackedSequence of [N, L*D, P] and [N, L*D, H].
+        """
+        extras = Extras(lengths, resets, reset_state, return_all_states)
         if isinstance(input, PackedSequence):
-            return self._forward_packed(_kinds.LSTM, input, hx)
+            return self._forward_packed(_kinds.LSTM, input, hx, extras)
         dim = input.dim()
         if dim != 3 and dim != 2:
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {dim}D instead")
@@ -367,22 +411,28 @@ class LSTM(_Layer, nn.LSTM):
                     f"also be {dim}-D but got ({h0.dim()}-D, {c0.dim()}-D) tensors"
                 )
             states = [*_pair(hx)]
+        given = (extras, input) if extras.given() else None
         if dim == 2:
             input = input.unsqueeze(0 if self.batch_first else 1)
             states = [state.unsqueeze(1) for state in states]
-        output, (h_n, c_n) = self._run(_kinds.LSTM, input, states)
+        output, (h_n, c_n, *every) = self._run(_kinds.LSTM, input, states, extras=given)
         if dim == 2:
-            return output.squeeze(0 if self.batch_first else 1), (h_n.squeeze(1), c_n.squeeze(1))
-        return output, (h_n, c_n)
+            output, h_n, c_n = output.squeeze(0 if self.batch_first else 1), h_n.squeeze(1), c_n.squeeze(1)
+        return (output, (h_n, c_n), tuple(every)) if every else (output, (h_n, c_n))
 
 
 class GRU(_Layer, nn.GRU):
     """torch.nn.GRU on fused kernels; constructor, arguments, results and errors are torch.nn.GRU's."""
 
-    def forward(self, input, hx=None):  # type: ignore[no-untyped-def]
+    def forward(self, input, hx=None, *, lengths=None, resets=None, reset_state=None, return_all_states=False):  # type: ignore[no-untyped-def]
         """input [T, B, I] ([B, T, I] with batch_first; [T, I]; PackedSequence), hx [L*D, B, H] or None
-        -> output [T, B, D*H] in the input's form, h_n [L*D, B, H]."""
-        return self._forward_single_state(_kinds.GRU, input, hx)
+        -> output [T, B, D*H] in the input's form, h_n [L*D, B, H].
+
+        lengths, resets, reset_state and return_all_states: as :func:`fused_rnn.functional.gru`'s; of a packed input resets
+        are [N] as its data, and the third result is a PackedSequence of [N, L*D, H].
+        """
+        extras = Extras(lengths, resets, reset_state, return_all_states)
+        return self._forward_single_state(_kinds.GRU, input, hx, extras)
 
 
 class RNN(_Layer, nn.RNN):
@@ -402,10 +452,15 @@ class RNN(_Layer, nn.RNN):
             self.nonlinearity = nonlinearity
             self.mode = "RNN_IDENTITY"
 
-    def forward(self, input, hx=None):  # type: ignore[no-untyped-def]
+    def forward(self, input, hx=None, *, lengths=None, resets=None, reset_state=None, return_all_states=False):  # type: ignore[no-untyped-def]
         """input [T, B, I] ([B, T, I] with batch_first; [T, I]; PackedSequence), hx [L*D, B, H] or None
-        -> output [T, B, D*H] in the input's form, h_n [L*D, B, H]."""
-        return self._forward_single_state(_kinds.NUMBER_OF_MODE[self.mode], input, hx)
+        -> output [T, B, D*H] in the input's form, h_n [L*D, B, H].
+
+        lengths, resets, reset_state and return_all_states: as :func:`fused_rnn.functional.rnn`'s; of a packed input resets
+        are [N] as its data, and the third result is a PackedSequence of [N, L*D, H].
+        """
+        extras = Extras(lengths, resets, reset_state, return_all_states)
+        return self._forward_single_state(_kinds.NUMBER_OF_MODE[self.mode], input, hx, extras)
 
 
 watch((LSTM.forward, False, _kinds.LSTM), (GRU.forward, False, _kinds.GRU), (RNN.forward, False, -1))

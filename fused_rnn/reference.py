@@ -7,6 +7,7 @@ Differentiable any number of times, and by ``torch.func``, because every operati
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,32 +49,38 @@ StepFunction = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Recipe], li
 
 def _scan(
     x: Tensor, states: list[Tensor], params: Sequence[Tensor], rows: Rows, recipe: Recipe, reverse: bool, step: StepFunction
-) -> tuple[Tensor, list[Tensor]]:
-    """One direction over time; see csrc/core/active.h for lengths and offsets, modifier.h for resets."""
+) -> tuple[list[Tensor], list[Tensor]]:
+    """One direction over time: (each state after every step, the last states).
+
+    See csrc/core/active.h for lengths and offsets, modifier.h for resets.
+    """
     sizes = None if rows.offsets is None else rows.offsets.diff().tolist()
     xs = x.unbind() if sizes is None else x.split(sizes)
     resets = None if rows.resets is None else rows.resets.unbind() if sizes is None else rows.resets.split(sizes)
-    outputs: list[Tensor] = []
+    put = [state.select(-3, int(reverse)) for state in rows.reset_states]
+    every: list[list[Tensor]] = []
     for t in reversed(range(len(xs))) if reverse else range(len(xs)):
         n = None if sizes is None else sizes[t]  # the rows of a packed step are the first n of the batch
         before = [state[:n] for state in states]
         if resets is not None:
             keep = ~resets[t].unsqueeze(-1)
-            before = [torch.where(keep, state, 0) for state in before]
+            given: list[Any] = [(state[t] if state.dim() == 3 else state)[:n] for state in put] or [0] * len(before)
+            before = [torch.where(keep, state, new) for state, new in zip(before, given, strict=True)]
         if rows.lengths is not None:  # the state of a row without a step here may hold anything, as its padding may
             active = (t < rows.lengths).unsqueeze(-1)
             before = [torch.where(active, state, 0) for state in before]
         after = step(xs[t], before, params, recipe)
         if rows.lengths is None:
-            outputs.append(after[0])
+            every.append(after)
         else:
-            outputs.append(torch.where(active, after[0], 0))
+            every.append([torch.where(active, new, 0) for new in after])
             after = [torch.where(active, new, old) for new, old in zip(after, states, strict=True)]
         ended = n is not None and n < states[0].shape[0]  # rows that took no part in this step keep their state
         states = [torch.cat([new, old[n:]]) if ended else new for new, old in zip(after, states, strict=True)]
     if reverse:
-        outputs.reverse()
-    return torch.stack(outputs) if sizes is None else torch.cat(outputs), states
+        every.reverse()
+    join = torch.stack if sizes is None else torch.cat
+    return [join(of_steps) for of_steps in zip(*every, strict=True)], states
 
 
 def layer(
@@ -86,6 +93,7 @@ def layer(
 ) -> tuple[Tensor, list[Tensor]]:
     """One layer, both directions: x [T, B, I] or packed [N, I] -> y [T, B, D*P] or [N, D*P], last states [D, B, .].
 
+    With ``recipe.all_states`` the last states are followed by all states but the output after every step, [D, N, .] each.
     states: of each [D, B, .], or none for zeros. With ``offsets`` they give the batch size and must be there.
     """
     directions = recipe.directions
@@ -97,8 +105,13 @@ def layer(
         p = params[d * per_direction : (d + 1) * per_direction]
         first = [s[d] for s in states] if states else zero_states(x, x.shape[1], p, recipe)
         scans.append(_scan(x, first, p, rows, recipe, d == 1, step))
-    y = torch.cat([outputs for outputs, _ in scans], dim=-1)
-    return y, [torch.stack(of_directions) for of_directions in zip(*(last for _, last in scans), strict=True)]
+    y = torch.cat([every[0] for every, _ in scans], dim=-1)
+    last = [torch.stack(of_directions) for of_directions in zip(*(last for _, last in scans), strict=True)]
+    if recipe.all_states:
+        for of_directions in zip(*(every[1:] for every, _ in scans), strict=True):
+            series = torch.stack(of_directions).to(x.dtype)  # a wide c comes as the others
+            last.append(series if rows.offsets is not None else series.flatten(1, 2))
+    return y, last
 
 
 # As ``layer``, without its step.
@@ -121,22 +134,42 @@ def rnn(
     layer: LayerFunction = layer,
 ) -> tuple[Tensor, list[Tensor]]:
     """A stack of layers with dropout between them; shapes as torch.nn.LSTM's, states [L*D, B, .]. layer: of a cell that is
-    no kind of ours."""
+    no kind of ours.
+
+    With ``recipe.all_states`` the last states are followed by each state after every step [T, L*D, B, .], packed
+    [N, L*D, .], the output first.
+    """
     num_layers, directions = recipe.num_layers, recipe.directions
     per_layer = len(weights) // num_layers
     y = input.transpose(0, 1) if recipe.batch_first else input
     if recipe.batch_first and rows.resets is not None:
         rows = rows._replace(resets=rows.resets.transpose(0, 1))
-    last = []
+    last, every = [], []
     for index in range(num_layers):
         of_layer = [state[index * directions : (index + 1) * directions] for state in states]
         params = weights[index * per_layer : (index + 1) * per_layer]
-        y, states_after = layer(y, of_layer, params, rows, recipe.of_layer())
+        y, states_after = layer(y, of_layer, params, rows.of_layer(index, directions), recipe.of_layer())
+        if recipe.all_states:
+            count = (len(states_after) + 1) // 2
+            every.append([_of_directions(y, directions), *(_of_steps(s, y) for s in states_after[count:])])
+            states_after = states_after[:count]
         last.append(states_after)
         if recipe.dropout and recipe.training and index + 1 < num_layers:
             y = torch.nn.functional.dropout(y, recipe.dropout)
     y = y.transpose(0, 1) if recipe.batch_first else y
-    return y, last[0] if num_layers == 1 else [torch.cat(of_layers) for of_layers in zip(*last, strict=True)]
+    joined = last[0] if num_layers == 1 else [torch.cat(of_layers) for of_layers in zip(*last, strict=True)]
+    return y, [*joined, *(torch.cat(of_layers, 1) for of_layers in zip(*every, strict=True))]
+
+
+def _of_directions(y: Tensor, directions: int) -> Tensor:
+    """Outputs [T, B, D*P] or [N, D*P] as [T, D, B, P] or [N, D, P]."""
+    by_direction = y.unflatten(-1, (directions, -1))
+    return by_direction.transpose(1, 2) if y.dim() == 3 else by_direction
+
+
+def _of_steps(state: Tensor, y: Tensor) -> Tensor:
+    """A state after every step [D, N, H] as [T, D, B, H], or packed as [N, D, H]."""
+    return state.transpose(0, 1) if y.dim() == 2 else state.unflatten(1, y.shape[:2]).transpose(0, 1)
 
 
 def cell(input: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], recipe: Recipe) -> list[Tensor]:

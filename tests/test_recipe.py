@@ -14,14 +14,15 @@ FLAGS = (False, True)
 
 
 def test_there_and_back() -> None:
-    for cell, layers, flags in itertools.product(range(len(KINDS)), (1, 2, 3, 2**31), itertools.product(FLAGS, repeat=4)):
-        recipe = Recipe(cell, layers, *flags)
+    for cell, layers, flags in itertools.product(range(len(KINDS)), (1, 2, 3, 2**31), itertools.product(FLAGS, repeat=5)):
+        recipe = Recipe(cell, layers, *flags[:4], all_states=flags[4])
         assert unpacked(recipe.packed) == recipe
         if _backend.extension is not None:
-            assert _backend.extension.unpack_recipe(recipe.packed) == recipe[:6]
+            *rest, all_states = _backend.extension.unpack_recipe(recipe.packed)
+            assert (*rest, recipe.dropout, all_states) == recipe
 
 
-NONE = (-1, 0, 3, 2**16 + len(KINDS), 2**16 + 2**15, 2**48, (2**31 + 1) << 16, 2**63 - 1, -(2**63))
+NONE = (-1, 0, 3, 2**24 + len(KINDS), 2**24 + 2**17, 2**24 + 2**23, 2**56, (2**31 + 1) << 24, 2**63 - 1, -(2**63))
 
 
 @pytest.mark.parametrize("number", NONE)

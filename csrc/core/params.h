@@ -106,14 +106,15 @@ struct ForwardParams {
   const void* h0;  // [D, B, P] or null (zeros)
   const void* c0;  // [D, B, H] or null (zeros), in float where wide_c; LSTM only
   Weights weights[2];
-  void* y;        // [N, D * P]; inactive rows of a dense batch are written with 0
-  void* h_n;      // [D, B, P]: state after each row's last active step (its initial state if it has none)
-  void* c_n;      // [D, B, H], in float where wide_c; LSTM only
-  void* gates;    // [D, N, S, H]: activated gates for backward, 0 at inactive rows when training. CUDA: holds the projection
-                  // on entry, unless the family makes it itself (reads_x). CPU: null unless training.
-  void* cs;       // [D, N, H]: c after each step, in dtype, 0 at inactive rows; LSTM only; null unless training
-  bool wide_c;    // 16-bit dtypes: c0 and c_n are float, so that c is not rounded between calls
-  bool training;  // gates and cs are kept for backward (RNN cells keep neither: their derivative needs y alone)
+  void* y;      // [N, D * P]; inactive rows of a dense batch are written with 0
+  void* h_n;    // [D, B, P]: state after each row's last active step (its initial state if it has none)
+  void* c_n;    // [D, B, H], in float where wide_c; LSTM only
+  void* gates;  // [D, N, S, H]: activated gates for backward, 0 at inactive rows when training. CUDA: holds the projection
+                // on entry, unless the family makes it itself (reads_x). CPU: null unless training.
+  void* cs;     // [D, N, H]: c after each step, in dtype, 0 at inactive rows; LSTM only; null unless training, or (on a CPU)
+                // where every c is asked for
+  bool wide_c;  // 16-bit dtypes: c0 and c_n are float, so that c is not rounded between calls
+  bool training;    // gates and cs are kept for backward (RNN cells keep neither: their derivative needs y alone)
   void* workspace;  // CUDA: Plan::workspace_bytes, 256-byte aligned; CPU: set by the call
 };
 
@@ -136,11 +137,17 @@ struct BackwardParams {
   const void* dy;     // [N, D * P] or null (zeros)
   const void* dh_n;   // [D, B, P] or null (zeros)
   const void* dc_n;   // [D, B, H] or null (zeros); LSTM only
+  const void* d_cs;   // [D, N, H] or null (zeros): gradient of c after each step beside what passes through the steps; LSTM
+                      // only; CPU only
   void* d_gates;      // [D, N, S, H] out; 0 at inactive rows
   void* d_h;          // [D, N, P] out: total gradient of every h, 0 at inactive rows; projection only, else null
   void* d_h0;         // [D, B, P] out, or null where nobody asks for it
   void* d_c0;         // [D, B, H] out; LSTM only
-  void* workspace;    // as in forward
+  // Out at rows that are reset: the gradients of the state that their step begins from, of h less what passes through W_hh.
+  // Null where nobody asks. CPU only.
+  void* d_reset_h;  // [D, N, P]; of cells that read h outside of the product
+  void* d_reset_c;  // [D, N, H]; LSTM only
+  void* workspace;  // as in forward
 };
 
 }  // namespace fused_rnn

@@ -7,6 +7,7 @@ namespace fused_rnn {
 struct Recipe {
   CellKind cell{};
   bool has_biases = true, bidirectional = false;
+  bool all_states = false;  // the states after every step are results too
   // Of a stack alone; dropout: the probability between the layers, while training.
   bool batch_first = false, training = false;
   int64_t num_layers = 1;
@@ -14,26 +15,28 @@ struct Recipe {
 
   int64_t directions() const { return bidirectional ? 2 : 1; }
   // Of each of its layers.
-  Recipe of_layer() const { return {cell, has_biases, bidirectional}; }
+  Recipe of_layer() const { return {cell, has_biases, bidirectional, all_states}; }
 };
 
 // A recipe without dropout as one number, which a schema takes and a graph keeps: the cell in bits 0 to 7, a bit each for
-// has_biases, bidirectional, batch_first and training, then three that say which tensors a schema's list `rows` has, and the
-// number of layers from bit 16 on.
-constexpr int64_t kHasLengths = 1 << 12, kHasOffsets = 1 << 13, kHasResets = 1 << 14;
-constexpr int64_t kHasRows = kHasLengths | kHasOffsets | kHasResets;
-constexpr int kLayersShift = 16;
+// has_biases, bidirectional, batch_first and training, then four that say which tensors a schema's list `rows` has, one for
+// all_states, and the number of layers from bit 24 on.
+constexpr int64_t kHasLengths = 1 << 12, kHasOffsets = 1 << 13, kHasResets = 1 << 14, kHasResetStates = 1 << 15;
+constexpr int64_t kHasRows = kHasLengths | kHasOffsets | kHasResets | kHasResetStates;
+constexpr int kAllStatesShift = 16, kLayersShift = 24;
+constexpr int64_t kFree = (int64_t{1} << kLayersShift) - (int64_t{1} << (kAllStatesShift + 1));  // bits that say nothing
 constexpr int64_t kMostLayers = int64_t{1} << 31;
 
 constexpr int64_t pack(const Recipe& r) {
   return static_cast<int64_t>(r.cell) | int64_t{r.has_biases} << 8 | int64_t{r.bidirectional} << 9 |
-         int64_t{r.batch_first} << 10 | int64_t{r.training} << 11 | r.num_layers << kLayersShift;
+         int64_t{r.batch_first} << 10 | int64_t{r.training} << 11 | int64_t{r.all_states} << kAllStatesShift |
+         r.num_layers << kLayersShift;
 }
 
 // Whether a number is a packed recipe.
 constexpr bool is_packed(int64_t number) {
   const int64_t layers = number >> kLayersShift;
-  return (number & 0xff) < kCellCount && (number >> 15 & 1) == 0 && layers >= 1 && layers <= kMostLayers;
+  return (number & 0xff) < kCellCount && (number & kFree) == 0 && layers >= 1 && layers <= kMostLayers;
 }
 
 // Of a number that is one.
@@ -41,6 +44,7 @@ constexpr Recipe unpack(int64_t number) {
   return {static_cast<CellKind>(number & 0xff),
           (number >> 8 & 1) != 0,
           (number >> 9 & 1) != 0,
+          (number >> kAllStatesShift & 1) != 0,
           (number >> 10 & 1) != 0,
           (number >> 11 & 1) != 0,
           number >> kLayersShift};

@@ -86,6 +86,7 @@ RowList list_of(const Rows& rows) {
   add(rows.lengths, kHasLengths);
   add(rows.offsets, kHasOffsets);
   add(rows.resets, kHasResets);
+  for (const Tensor& t : rows.reset_states) add(t, kHasResetStates);
   return list;
 }
 
@@ -100,6 +101,10 @@ Rows rows_of(at::TensorList list, int64_t packed) {
   take(rows.lengths, kHasLengths);
   take(rows.offsets, kHasOffsets);
   take(rows.resets, kHasResets);
+  if (packed & kHasResetStates) {
+    for (; next < list.size(); ++next) rows.reset_states.push_back(list[next]);
+    TORCH_CHECK_VALUE(!rows.reset_states.empty(), "rows: expected reset states at the end (recipe says so), got none");
+  }
   TORCH_CHECK_VALUE(next == list.size(), "rows: expected ", next,
                     " of lengths, offsets and resets (recipe says which), got ", list.size());
   return rows;
@@ -129,6 +134,20 @@ States states_of_layer(const Call& stack, int64_t layer) {
     TORCH_CHECK(t.dim() == 3 && t.sym_size(0) == layers * directions, "h0, c0: expected shape [", layers * directions,
                 ", B, .] (num_layers * directions), got ", t.sym_sizes());
     t = t.slice(0, layer * directions, (layer + 1) * directions);
+  }
+  return states;
+}
+
+std::vector<Tensor> reset_states_of_layer(const Call& stack, int64_t layer) {
+  const int64_t layers = stack.recipe.num_layers, directions = stack.recipe.directions();
+  std::vector<Tensor> states = stack.rows.reset_states;
+  if (layers == 1) return states;
+  for (Tensor& t : states) {
+    const int64_t dim = t.dim() == 4 ? 1 : 0;
+    TORCH_CHECK((t.dim() == 3 || t.dim() == 4) && t.sym_size(dim) == layers * directions,
+                "reset_state: expected shape [L*D, 1 or B, .] or [T, L*D, B, .] with L*D=", layers * directions, ", got ",
+                t.sym_sizes());
+    t = t.slice(dim, layer * directions, (layer + 1) * directions);
   }
   return states;
 }
@@ -186,6 +205,19 @@ void check_rows(const Call& call, const LayerShapes& s) {
   check_optional("resets", call.rows.resets, resets_shape, call.x, at::kBool);
 }
 
+void check_reset_states(const Call& call, const LayerShapes& s, at::IntArrayRef sizes) {
+  const std::vector<Tensor>& given = call.rows.reset_states;
+  if (given.empty()) return;
+  TORCH_CHECK_VALUE(call.rows.resets, "reset_state: expected none without resets, got ", given.size(), " tensors");
+  TORCH_CHECK_VALUE(given.size() == sizes.size(), "reset_state: expected ", sizes.size(), " tensors or none, got ",
+                    given.size());
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    const bool of_steps = given[i].dim() == 4, shared = given[i].dim() == 3 && given[i].size(1) == 1;
+    const auto shape = of_steps ? at::DimVector{s.T, s.D, s.B, sizes[i]} : at::DimVector{s.D, shared ? 1 : s.B, sizes[i]};
+    check_tensor("reset_state", given[i], shape, call.x, call.x.scalar_type());
+  }
+}
+
 LayerShapes check_layer(const Call& call) {
   const Tensor& x = call.x;
   dtype_of(x);
@@ -198,13 +230,14 @@ LayerShapes check_layer(const Call& call) {
   if (call.h0()) check_tensor("h0", *call.h0(), s.state(call, s.P), x, dtype);
   if (call.c0()) check_tensor("c0", *call.c0(), s.state(call, s.H), x, call.has_wide_c() ? at::kFloat : dtype);
   check_rows(call, s);
+  check_reset_states(call, s, at::IntArrayRef(std::array<int64_t, 2>{s.P, s.H}.data(), states));
   check_weights(call, s);
   return s;
 }
 
 bool differentiates(const Call& call) {
-  return at::GradMode::is_enabled() &&
-         (call.x.requires_grad() || any_requires_grad(call.states) || any_requires_grad(call.params));
+  return at::GradMode::is_enabled() && (call.x.requires_grad() || any_requires_grad(call.states) ||
+                                        any_requires_grad(call.params) || any_requires_grad(call.rows.reset_states));
 }
 
 }  // namespace fused_rnn

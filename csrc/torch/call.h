@@ -13,6 +13,8 @@ using States = c10::SmallVector<Tensor, 2>;  // h, and c of a cell that has one
 struct Rows {
   OptionalTensor lengths, offsets, resets;
   OptionalTensor host_offsets;  // the offsets where the host can read them; not among a schema's
+  // Of each state what resets replace it by; none: zeros. [L * D, 1 or B, .], or of every step [T, L * D, B, .]
+  std::vector<Tensor> reset_states;
 
   bool ragged() const { return lengths || offsets; }
   bool all() const { return !lengths && !offsets && !resets; }  // in every step, none from zero
@@ -20,7 +22,7 @@ struct Rows {
 // As schemas have them: the tensors that are given, in this order, and the bits of a packed recipe that say which they are.
 // A list of optional tensors would not do: torch does not resolve negated views in one, and torch.jit.trace refuses it.
 struct RowList {
-  c10::SmallVector<Tensor, 3> tensors;
+  c10::SmallVector<Tensor, 4> tensors;
   int64_t bits = 0;
 };
 RowList list_of(const Rows& rows);
@@ -50,9 +52,10 @@ struct Call {
 Recipe recipe_of(int64_t packed, double dropout);
 Recipe layer_recipe_of(int64_t packed);
 
-// The states, and the parameters, of one layer of a stack.
+// The states, the parameters, and the reset states, of one layer of a stack.
 States states_of_layer(const Call& stack, int64_t layer);
 at::TensorList params_of_layer(const Call& stack, int64_t layer);
+std::vector<Tensor> reset_states_of_layer(const Call& stack, int64_t layer);
 
 // The checked sizes of a layer's call.
 struct LayerShapes {
@@ -77,6 +80,8 @@ LayerShapes check_layer(const Call& call);
 void check_dimensions(const Call& call);
 void measure_rows(const Call& call, LayerShapes& s);
 void check_rows(const Call& call, const LayerShapes& s);
+// Sizes of each state's reset state [D, 1 or B, size] or [T, D, B, size]; there are as many of them or none.
+void check_reset_states(const Call& call, const LayerShapes& s, at::IntArrayRef sizes);
 
 // A storage may be smaller than its tensors: FSDP and others free it by resizing it to 0.
 void check_memory(const char* name, const Tensor& t);

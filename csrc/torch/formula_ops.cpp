@@ -6,11 +6,14 @@
 //   cell lacks is left out.
 #include "torch/formula_ops.h"
 
+#include <ATen/OpMathType.h>
+#include <ATen/ops/add.h>
 #include <ATen/ops/layer_norm.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/rms_norm.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <mutex>
@@ -71,6 +74,7 @@ Recipe recipe_of_flags(int64_t flags) {
   Recipe recipe;
   recipe.has_biases = flags & kFormulaBiases;
   recipe.bidirectional = flags & kFormulaBidirectional;
+  recipe.all_states = flags & kFormulaAllStates;
   return recipe;
 }
 
@@ -132,6 +136,7 @@ FormulaLayer check_formula(const Call& call, const std::string& formula) {
   TORCH_CHECK_VALUE(call.states.empty() || call.states.size() == states, "states: expected ", states, " or none, got ",
                     call.states.size());
   for (const Tensor& t : call.states) check_tensor("states", t, {s.D, s.B, s.H}, x, x.scalar_type());
+  check_reset_states(call, s, std::vector<int64_t>(states, s.H));
   for (int d = 0; d < s.D; ++d) check_direction(layer, call.params_of_direction(d));
   return layer;
 }
@@ -151,7 +156,10 @@ void fill(cpu::FormulaParams& p, const FormulaLayer& layer, Copies& copies) {
   p.dtype = dtype_of(call.x);
   p.I = s.I, p.H = s.H, p.D = s.D, p.heads = layer.heads;
   p.seq = sequence_of(call, s, copies);
-  p.modifier = modifier_of(call, copies);
+  p.modifier.resets = modifier_of(call, copies).resets;
+  for (size_t i = 0; i < call.rows.reset_states.size(); ++i) {
+    p.reset_states[i] = reset_state_of(call.rows.reset_states[i], copies);
+  }
   for (size_t i = 0; i < call.states.size(); ++i) p.states[i] = copies.contiguous(call.states[i]);
   for (int d = 0; d < s.D; ++d) {
     const at::TensorList w = call.params_of_direction(d);
@@ -194,12 +202,17 @@ LayerOutputs formula_cpu(const Tensor& x, at::TensorList states, at::TensorList 
     last.push_back(empty_like(x, {s.D, s.B, s.H}));
     p.last[i] = data_or_null(last.back());
   }
+  for (int i = 0; call.recipe.all_states && i < traits.states; ++i) {
+    if (i == traits.output) continue;
+    last.push_back(empty_like(x, {s.N, s.D * s.H}));
+    p.series[i] = data_or_null(last.back());
+  }
   if (p.training && traits.saved > 0) {
     saved.push_back(empty_inside(x, {s.D, s.N, traits.saved, s.H}));
     p.saved = data_or_null(saved.back());
   }
   for (int i = 0; p.training && i < traits.states; ++i) {
-    if (!layer.keeps(i)) continue;
+    if (!layer.keeps(i) || call.recipe.all_states) continue;
     saved.push_back(empty_inside(x, {s.N, s.D * s.H}));
     p.series[i] = data_or_null(saved.back());
   }
@@ -214,13 +227,14 @@ LayerOutputs formula_cpu(const Tensor& x, at::TensorList states, at::TensorList 
   return {std::move(y), std::move(last), std::move(saved)};
 }
 
-// What backward makes of the call, and has beside it: d [D, N, S + U + Q, H], gradients of the states, y and series by
-// state, and what phases took.
+// What backward makes of the call, and has beside it: d [D, N, S + U + Q, H], gradients of the states and of what resets put
+// there, y and series by state, and what phases took.
 struct FormulaGradients {
   Tensor d;
   std::vector<Tensor> d_states;
-  std::vector<Tensor> series;  // [N, D * H] of each state, undefined where forward kept none
-  std::vector<Tensor> v;       // [D, N, H] of each phase
+  std::vector<Tensor> d_reset;  // [D, N, H] of each state
+  std::vector<Tensor> series;   // [N, D * H] of each state, undefined where forward kept none
+  std::vector<Tensor> v;        // [D, N, H] of each phase
 
   // Blocks [first, first + count) of direction k [rows, count * H].
   Tensor blocks(int k, int64_t first, int64_t count) const {
@@ -229,18 +243,35 @@ struct FormulaGradients {
   }
 };
 
+// The gradients of states after each step, which follow those of the last states in dlast.
+void fill_gradients_of_series(cpu::FormulaBackward& p, const FormulaLayer& layer, at::TensorList dlast, Copies& copies) {
+  const LayerShapes& s = layer.shapes;
+  const Tensor& x = layer.call.x;
+  auto next = static_cast<size_t>(layer.traits().states);
+  for (int i = 0; i < layer.traits().states && next < dlast.size(); ++i) {
+    if (i == layer.traits().output) continue;
+    const Tensor& d = dlast[next++];
+    if (d.dim() == 1 && d.numel() == 0) continue;
+    check_tensor("dlast", d, {s.N, s.D * s.H}, x, x.scalar_type());
+    p.d_series[i] = copies.contiguous(d);
+  }
+}
+
 FormulaGradients run_backward(const FormulaLayer& layer, const OptionalTensor& dy, at::TensorList dlast,
-                              at::TensorList saved, bool states) {
+                              at::TensorList saved, bool wants_states) {
   const LayerShapes& s = layer.shapes;
   const Call& call = layer.call;
   const cpu::FormulaTraits& traits = layer.traits();
   const Tensor& x = call.x;
   const auto dtype = x.scalar_type();
+  const bool all_states = call.recipe.all_states;
+  const auto has_series = [&](int i) { return all_states ? i != traits.output : layer.keeps(i); };
   size_t kept = 1 + (traits.saved > 0) + static_cast<size_t>(traits.phases);
-  for (int i = 0; i < traits.states; ++i) kept += layer.keeps(i);
+  for (int i = 0; i < traits.states; ++i) kept += has_series(i);
+  const auto results = static_cast<size_t>(all_states ? 2 * traits.states - 1 : traits.states);
   TORCH_CHECK_VALUE(saved.size() == kept, "saved: expected ", kept, " tensors of forward, its output last, got ",
                     saved.size());
-  TORCH_CHECK_VALUE(dlast.empty() || dlast.size() == static_cast<size_t>(traits.states), "dlast: expected ", traits.states,
+  TORCH_CHECK_VALUE(dlast.empty() || dlast.size() == results, "dlast: expected ", results,
                     " gradients ([0]: none), or no list of them, got ", dlast.size());
   cpu::FormulaBackward p{};
   Copies copies;
@@ -252,17 +283,21 @@ FormulaGradients run_backward(const FormulaLayer& layer, const OptionalTensor& d
     check_tensor("saved", saved[next], {s.D, s.N, traits.saved, s.H}, x, dtype);
     p.saved = copies.contiguous(saved[next++]);
   }
-  for (int i = 0; i < traits.states; ++i) {
-    if (!layer.keeps(i)) continue;
-    check_tensor("saved", saved[next], {s.N, s.D * s.H}, x, dtype);
-    made.series[i] = saved[next];
-    p.series[i] = copies.contiguous(saved[next++]);
-  }
+  const auto take_series = [&] {
+    for (int i = 0; i < traits.states; ++i) {
+      if (!has_series(i)) continue;
+      check_tensor("saved", saved[next], {s.N, s.D * s.H}, x, dtype);
+      made.series[i] = saved[next];
+      p.series[i] = copies.contiguous(saved[next++]);
+    }
+  };
+  if (!all_states) take_series();
   for (int k = 0; k < traits.phases; ++k) {
     check_tensor("saved", saved[next], {s.D, s.N, s.H}, x, dtype);
     made.v.push_back(saved[next]);
     p.v[k] = copies.contiguous(saved[next++]);
   }
+  if (all_states) take_series();  // they are results, not among what forward saved
   check_tensor("y", saved[next], s.output(call), x, dtype);
   made.series[traits.output] = saved[next];
   p.y = copies.contiguous(saved[next]);
@@ -274,8 +309,13 @@ FormulaGradients run_backward(const FormulaLayer& layer, const OptionalTensor& d
     const bool given = !dlast.empty() && !(dlast[i].dim() == 1 && dlast[i].numel() == 0);
     if (given) check_tensor("dlast", dlast[i], {s.D, s.B, s.H}, x, dtype);
     p.d_last[i] = given ? copies.contiguous(dlast[i]) : nullptr;
-    made.d_states.push_back(states ? empty_like(x, {s.D, s.B, s.H}) : Tensor());
+    made.d_states.push_back(wants_states && !call.states.empty() ? empty_like(x, {s.D, s.B, s.H}) : Tensor());
     p.d_states[i] = data_or_null(made.d_states.back());
+  }
+  fill_gradients_of_series(p, layer, dlast, copies);
+  for (size_t i = 0; wants_states && i < call.rows.reset_states.size(); ++i) {
+    made.d_reset.push_back(empty_inside(x, {s.D, s.N, s.H}));
+    p.d_reset[i] = data_or_null(made.d_reset.back());
   }
   if (s.B > 0) {
     Workspace workspace;
@@ -305,8 +345,10 @@ Tensor recurrent_gradient(const FormulaLayer& layer, const FormulaGradients& mad
   const Tensor d_rec = made.blocks(k, traits.gradients - G, G), &series = made.series[traits.recurrent];
   // The call with the recurrent state as its first.
   const at::TensorList states = layer.call.states;
-  const Call call{layer.call.x, states.empty() ? states : states.slice(traits.recurrent, 1), layer.call.params,
-                  layer.call.rows, layer.call.recipe};
+  Rows of_state = layer.call.rows;
+  if (!of_state.reset_states.empty()) of_state.reset_states = {of_state.reset_states[traits.recurrent]};
+  const Call call{layer.call.x, states.empty() ? states : states.slice(traits.recurrent, 1), layer.call.params, of_state,
+                  layer.call.recipe};
   const Tensor& w_hh = layer.call.params_of_direction(k)[1];
   if (layer.heads == 1) return recurrent_weight_gradient(call, s, rows, d_rec, series, k).view(w_hh.sizes());
   const Tensor before = rows.of(previous_states(call, s, output_of_direction(series, s, k), k));
@@ -391,20 +433,66 @@ Tensor input_gradient(const FormulaLayer& layer, const FormulaGradients& made, c
   return rows.spread(dx, s).view(layer.call.x.sizes());
 }
 
+// The gradient of the recurrent state before the rows of d_rec [n, Gr * H], through weight_hh of direction k: [n, H].
+Tensor through_recurrent_weights(const FormulaLayer& layer, const Tensor& d_rec, int k) {
+  const LayerShapes& s = layer.shapes;
+  const Tensor& w_hh = layer.call.params_of_direction(k)[1];
+  const Tensor out = empty_like(layer.call.x, {d_rec.size(0), s.H});
+  const int64_t units = s.H / layer.heads;
+  if (layer.heads == 1) {
+    multiply_into(out, d_rec, /*transposed=*/false, w_hh.view({-1, s.H}), /*add=*/false);
+    return out;
+  }
+  for (int64_t head = 0; head < layer.heads; ++head) {
+    for (int64_t g = 0; g < layer.traits().recurrent_gates; ++g) {
+      const int64_t first = g * s.H + head * units;
+      multiply_into(part(out, 1, head * units, (head + 1) * units), part(d_rec, 1, first, first + units),
+                    /*transposed=*/false, part(w_hh.select(0, head), 0, g * units, (g + 1) * units), /*add=*/g > 0);
+    }
+  }
+  return out;
+}
+
+// Of what resets put into the states, appended.
+void reset_state_gradients(const FormulaLayer& layer, const FormulaGradients& made, std::vector<Tensor>& gradients) {
+  const LayerShapes& s = layer.shapes;
+  const cpu::FormulaTraits& traits = layer.traits();
+  const ResetRows resets(layer.call, s);
+  const std::vector<Tensor>& given = layer.call.rows.reset_states;
+  for (size_t i = 0; i < given.size(); ++i) {
+    const Tensor sums = at::zeros(given[i].sizes(), given[i].options().dtype(at::toOpMathType(given[i].scalar_type())));
+    for (int k = 0; resets.rows.size(0) > 0 && k < s.D; ++k) {
+      Tensor d = made.d_reset[i].select(0, k).index_select(0, resets.rows);
+      if (layer.recurs() && static_cast<int>(i) == traits.recurrent) {
+        const int64_t G = traits.recurrent_gates;
+        const Tensor d_rec = made.blocks(k, traits.gradients - G, G).index_select(0, resets.rows);
+        d = at::add(d, through_recurrent_weights(layer, d_rec, k));
+      }
+      add_reset_gradients(resets, d, k, sums);
+    }
+    gradients.push_back(sums.to(given[i].scalar_type()));
+  }
+}
+
 LayerGradients formula_backward_cpu(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
                                     at::TensorList params, at::TensorList rows, at::TensorList saved, std::string_view cell,
                                     int64_t flags) {
   const Rows given = rows_of(rows, flags);
   const Call call{x, states, params, given, recipe_of_flags(flags)};
   const FormulaLayer layer = check_formula(call, std::string(cell));
-  const bool wants_states = (flags & kFormulaGradStates) && !states.empty();
+  const bool wants_states = flags & kFormulaGradStates;
   FormulaGradients made = run_backward(layer, dy, dlast, saved, wants_states);
-  const RowChoice chosen(call, layer.shapes);
-  made.d = chosen.of(made.d, 1);
-  for (Tensor& v : made.v) v = chosen.of(v, 1);
   const auto none = [&] { return empty_like(x, {0}); };
   std::vector<Tensor> d_states, d_params;
   for (size_t i = 0; i < states.size(); ++i) d_states.push_back(wants_states ? made.d_states[i] : none());
+  if (wants_states && !given.reset_states.empty()) {
+    reset_state_gradients(layer, made, d_states);
+  } else {
+    for (size_t i = 0; i < given.reset_states.size(); ++i) d_states.push_back(none());
+  }
+  const RowChoice chosen(call, layer.shapes);
+  made.d = chosen.of(made.d, 1);
+  for (Tensor& v : made.v) v = chosen.of(v, 1);
   if (flags & kFormulaGradParams) {
     Tensor rows_of_x = chosen.of(x.contiguous().view({layer.shapes.N, layer.shapes.I}));
     // The d of padding is 0, but its x may hold anything, and 0 * NaN is not 0.
@@ -448,6 +536,7 @@ std::map<std::string, int64_t> formula_constants() {
   return {{"BIASES", kFormulaBiases},
           {"BIDIRECTIONAL", kFormulaBidirectional},
           {"SAVE", kFormulaSave},
+          {"ALL_STATES", kFormulaAllStates},
           {"GRAD_X", kFormulaGradX},
           {"GRAD_STATES", kFormulaGradStates},
           {"GRAD_PARAMS", kFormulaGradParams},

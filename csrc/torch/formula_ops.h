@@ -9,9 +9,10 @@
 
 namespace fused_rnn {
 
-// Bits of the ops' argument `flags`, beside kHasLengths, kHasOffsets and kHasResets of recipe.h, which say what `rows` has.
+// Bits of the ops' argument `flags`, beside those of recipe.h's kHasRows, which say what `rows` has. With kFormulaAllStates
+// the results `last` go on with all states but the output after every step, [N, D * H] each.
 // fused_rnn/formula/ops.py is the twin in Python.
-constexpr int64_t kFormulaBiases = 1, kFormulaBidirectional = 2, kFormulaSave = 4;
+constexpr int64_t kFormulaBiases = 1, kFormulaBidirectional = 2, kFormulaSave = 4, kFormulaAllStates = 64;
 constexpr int64_t kFormulaGradX = 8, kFormulaGradStates = 16, kFormulaGradParams = 32;
 
 // From now on the library at this path serves the formula, on the instruction set in use.

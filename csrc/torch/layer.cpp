@@ -29,8 +29,22 @@ Sequence sequence_of(const Call& call, const LayerShapes& s, Copies& copies) {
   return {s.T, s.B, s.N, static_cast<const int64_t*>(copies.contiguous(call.rows.lengths)), offsets_of(call, s, copies)};
 }
 
+ResetState reset_state_of(const Tensor& t, Copies& copies) {
+  const bool in_place = t.size(-1) <= 1 || t.stride(-1) == 1;
+  const Tensor rows = in_place ? t : t.contiguous();
+  if (!in_place) copies.keep(rows);
+  const auto bytes = static_cast<int64_t>(t.element_size());
+  const int64_t dim = t.dim() - 3;  // of the direction
+  return {rows.const_data_ptr(), dim == 1 ? rows.stride(0) * bytes : 0, rows.stride(dim) * bytes,
+          rows.size(dim + 1) == 1 ? 0 : rows.stride(dim + 1) * bytes};
+}
+
 Modifier modifier_of(const Call& call, Copies& copies) {
-  return {static_cast<const bool*>(copies.contiguous(call.rows.resets))};
+  Modifier modifier{static_cast<const bool*>(copies.contiguous(call.rows.resets)), {}, {}};
+  const std::vector<Tensor>& states = call.rows.reset_states;
+  if (!states.empty()) modifier.h = reset_state_of(states[0], copies);
+  if (states.size() > 1) modifier.c = reset_state_of(states[1], copies);
+  return modifier;
 }
 
 bool backward_reads_output(CellKind cell, int64_t steps, bool weight_gradients) {
@@ -51,8 +65,8 @@ Saved saved_of(CellKind cell, at::TensorList list) {
   return saved;
 }
 
-std::vector<OptionalTensor> gradients_of_last(CellKind cell, at::TensorList list) {
-  const size_t states = state_count(cell);
+std::vector<OptionalTensor> gradients_of_last(const Recipe& recipe, at::TensorList list) {
+  const size_t states = last_count(recipe);
   TORCH_CHECK_VALUE(list.empty() || list.size() == states, "dlast: expected a gradient for each of ", states,
                     " states ([0]: none), or no list of them, got ", list.size());
   std::vector<OptionalTensor> gradients;
@@ -68,7 +82,12 @@ ForwardCall prepare_forward(const Call& call, bool save) {
   made.h_n = empty_like(call.x, s.state(call, s.P));
   made.y = call.one_step ? made.h_n : empty_like(call.x, s.output(call));  // a step's are the same values
   if (has_c) made.c_n = empty_like(call.has_wide_c() ? *call.c0() : call.x, s.state(call, s.H));
-  if (save && has_c) made.cs = empty_inside(call.x, {s.D, s.N, s.H});
+  made.gives_cs = has_c && call.recipe.all_states;
+  if (made.gives_cs) {
+    made.cs = empty_like(call.x, {s.D, s.N, s.H});
+  } else if (save && has_c) {
+    made.cs = empty_inside(call.x, {s.D, s.N, s.H});
+  }
 
   ForwardParams& p = made.params;
   p = {};
@@ -102,7 +121,7 @@ LayerOutputs forward_outputs(const ForwardCall& call, bool save) {
   const States last = call.last();
   std::vector<Tensor> saved;
   if (save && traits_of(call.params.cell).saved > 0) saved.push_back(call.gates);
-  if (save && call.cs.defined()) saved.push_back(call.cs);
+  if (save && call.cs.defined() && !call.gives_cs) saved.push_back(call.cs);
   return {call.y, {last.begin(), last.end()}, std::move(saved)};
 }
 
@@ -119,6 +138,7 @@ BackwardCall prepare_backward(const Call& call, const ResultGradients& given, Gr
   check_optional("dy", given.dy, s.output(call), x, dtype);
   check_optional("dh_n", dh_n, {s.D, s.B, s.P}, x, dtype);
   check_optional("dc_n", dc_n, {s.D, s.B, s.H}, x, call.has_wide_c() ? at::kFloat : dtype);
+  check_optional("dcs", given.d_cs(), {s.D, s.N, s.H}, x, dtype);
   if (traits.saved > 0) check_tensor("gates", given.saved.gates, {s.D, s.N, S, s.H}, x, dtype);
   if (traits.has_c) check_tensor("cs", given.saved.cs, {s.D, s.N, s.H}, x, dtype);
 
@@ -151,6 +171,13 @@ BackwardCall prepare_backward(const Call& call, const ResultGradients& given, Gr
   p.d_h = data_or_null(made.d_h);
   p.d_h0 = data_or_null(made.d_h0);
   p.d_c0 = data_or_null(made.d_c0);
+  p.d_cs = copies.contiguous(given.d_cs());
+  if (mask.states && !call.rows.reset_states.empty()) {
+    if (traits.reads_h) made.d_reset_h = empty_inside(x, {s.D, s.N, s.P});
+    if (traits.has_c) made.d_reset_c = empty_inside(x, {s.D, s.N, s.H});
+    p.d_reset_h = data_or_null(made.d_reset_h);
+    p.d_reset_c = data_or_null(made.d_reset_c);
+  }
   return made;
 }
 

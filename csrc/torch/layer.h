@@ -8,23 +8,32 @@
 
 namespace fused_rnn {
 
-// (y, last states, saved); saved: what backward needs beside y, the tensors of `Saved` that the cell has, or none.
+// (y, last states, saved); saved: what backward needs beside y, the tensors of `Saved` that the cell has, or none. With
+// recipe.all_states the last states are followed by c after every step [D, N, H], of a cell that has one, and it is not among
+// those saved.
 using LayerOutputs = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>;
-// (dx, dstates, dparams): empty tensors where the mask says that nobody asked; dstates of the states that were given.
+// (dx, dstates, dparams): empty tensors where the mask says that nobody asked; dstates of the states that were given, then of
+// the reset states.
 using LayerGradients = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>;
 
 // A filled ForwardParams with the tensors that own its memory.
 struct ForwardCall {
   ForwardParams params;
   Tensor y, h_n, c_n, gates, cs;  // undefined where there is none
+  bool gives_cs;                  // as a result
   Copies copies;
 
-  States last() const { return c_n.defined() ? States{h_n, c_n} : States{h_n}; }
+  // The last states, then what recipe.all_states adds.
+  States last() const {
+    States all = c_n.defined() ? States{h_n, c_n} : States{h_n};
+    if (gives_cs) all.push_back(cs);
+    return all;
+  }
 };
 struct BackwardCall {
   BackwardParams params;
   LayerShapes shapes;
-  Tensor d_gates, d_h, d_h0, d_c0;
+  Tensor d_gates, d_h, d_h0, d_c0, d_reset_h, d_reset_c;
   Copies copies;
 };
 
@@ -36,7 +45,7 @@ struct Saved {
 };
 Saved saved_of(CellKind cell, at::TensorList list);
 
-// Gradients of a layer's results, and what forward saved. of_last: none, or of each state.
+// Gradients of a layer's results, and what forward saved. of_last: none, or of each state, then what recipe.all_states adds.
 struct ResultGradients {
   OptionalTensor dy;
   std::vector<OptionalTensor> of_last;
@@ -44,9 +53,14 @@ struct ResultGradients {
 
   OptionalTensor dh_n() const { return of_last.empty() ? std::nullopt : of_last[0]; }
   OptionalTensor dc_n() const { return of_last.size() < 2 ? std::nullopt : of_last[1]; }
+  OptionalTensor d_cs() const { return of_last.size() < 3 ? std::nullopt : of_last[2]; }
 };
-// Of a schema's list: empty, or of each state, where a tensor of shape [0] stands for none.
-std::vector<OptionalTensor> gradients_of_last(CellKind cell, at::TensorList list);
+// How many tensors `last` has beside y.
+inline size_t last_count(const Recipe& recipe) {
+  return state_count(recipe.cell) + (recipe.all_states && traits_of(recipe.cell).has_c);
+}
+// Of a schema's list: empty, or of each of them, where a tensor of shape [0] stands for none.
+std::vector<OptionalTensor> gradients_of_last(const Recipe& recipe, at::TensorList list);
 
 // Which gradients a backward call makes.
 struct GradientMask {
@@ -123,5 +137,17 @@ void previous_rows_on_device(const PreviousParams& params);
 // Pointers for kernels.
 Sequence sequence_of(const Call& call, const LayerShapes& s, Copies& copies);
 Modifier modifier_of(const Call& call, Copies& copies);
+// t: a layer's reset state.
+ResetState reset_state_of(const Tensor& t, Copies& copies);
+
+// Where resets put a state: the rows of a layer, and whose they are. On a CPU.
+struct ResetRows {
+  Tensor rows, t, b;  // [n] int64
+
+  ResetRows(const Call& call, const LayerShapes& s);
+};
+// Adds the gradients [n, size] of what the resets of direction d put into a state to `sums`, which is like the reset state
+// but contiguous, and wider where that has 16 bits.
+void add_reset_gradients(const ResetRows& resets, const Tensor& gradients, int64_t d, const Tensor& sums);
 
 }  // namespace fused_rnn

@@ -49,6 +49,7 @@ class LayerNode final : public torch::autograd::Node {
         offsets_(call.rows.offsets, false),
         lengths_(owned(call.rows.lengths)),
         resets_(owned(call.rows.resets)),
+        reset_states_(saved_variables(call.rows.reset_states)),
         recipe_(call.recipe) {
     const Tensor& steps = call.rows.offsets ? *call.rows.offsets : call.x;
     one_step_ = (steps.sym_size(0) - (call.rows.offsets ? 1 : 0)).maybe_as_int() == 1;
@@ -60,12 +61,18 @@ class LayerNode final : public torch::autograd::Node {
       const auto to_weights = torch::autograd::collect_next_edges(call.params);
       edges.insert(edges.end(), to_weights.begin(), to_weights.end());
     }
+    const auto to_resets = torch::autograd::collect_next_edges(call.rows.reset_states);
+    edges.insert(edges.end(), to_resets.begin(), to_resets.end());
     set_next_edges(std::move(edges));
   }
 
   void keep(const LayerOutputs& out, bool weight_gradients) {
     const Tensor& y = std::get<0>(out);
     saved_ = saved_variables(std::get<2>(out));
+    const std::vector<Tensor>& last = std::get<1>(out);
+    // An alias, since a node must not own its results; writing into the c that the caller has is an error of backward.
+    const size_t states = state_count(recipe_.cell);
+    if (last.size() > states) saved_.emplace_back(last[states].detach(), false);
     if (!backward_reads_output(recipe_.cell, one_step_ ? 1 : 2, weight_gradients)) return;
     y_ = SavedVariable(y.variable_data(), false);
     y_version_ = torch::autograd::impl::version_counter(y);
@@ -75,17 +82,18 @@ class LayerNode final : public torch::autograd::Node {
 
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
-    variable_list result(1 + states_.size() + params_.size());
+    variable_list result(1 + states_.size() + params_.size() + reset_states_.size());
     const bool any = std::any_of(grads.begin(), grads.end(), [](const Tensor& t) { return t.defined(); });
     const GradientMask mask = wanted();
     if (!any || !(mask.x || mask.states || mask.weights)) return result;
     // All of them also where gradients are to be differentiated, and to make y again.
     const Arguments a = at::GradMode::is_enabled() || written() ? all_arguments() : arguments(mask);
-    const Rows rows{optional_of(lengths_), optional_of(offsets_.unpack()), optional_of(resets_), std::nullopt};
+    const Rows rows{optional_of(lengths_), optional_of(offsets_.unpack()), optional_of(resets_), std::nullopt,
+                    unpacked(reset_states_)};
     const Call call{a.x, a.states, a.params, rows, recipe_};
     std::vector<Tensor> saved = unpacked(saved_);
     if (has_y_) saved.push_back(written() ? output_again(call) : y_.unpack());
-    States dlast(grads.begin() + 1, grads.begin() + 1 + state_count(recipe_.cell));
+    States dlast(grads.begin() + 1, grads.begin() + 1 + last_count(recipe_));
     if (std::none_of(dlast.begin(), dlast.end(), [](const Tensor& t) { return t.defined(); })) dlast.clear();
     for (Tensor& t : dlast) {
       // By the dispatcher: fake among fake ones. Not of x_ again: hooks (checkpointing) allow one unpack in a backward.
@@ -95,7 +103,7 @@ class LayerNode final : public torch::autograd::Node {
     auto [dx, dstates, dparams] = [&] {
       if (sums_later) {
         return step_backward_on_cpu(
-            call, {optional_of(grads[0]), gradients_of_last(recipe_.cell, dlast), saved_of(recipe_.cell, saved)}, mask,
+            call, {optional_of(grads[0]), gradients_of_last(recipe_, dlast), saved_of(recipe_.cell, saved)}, mask,
             *weights_);
       }
       const RowList list = list_of(rows);
@@ -103,15 +111,17 @@ class LayerNode final : public torch::autograd::Node {
                                       pack(recipe_) | list.bits, {mask.x, mask.states, mask.weights});
     }();
     if (mask.x) result[0] = dx;
-    if (mask.states) std::copy(dstates.begin(), dstates.end(), result.begin() + 1);
+    const auto own = dstates.begin() + states_.size();
+    if (mask.states) std::copy(dstates.begin(), own, result.begin() + 1);
     if (mask.weights && !sums_later) std::copy(dparams.begin(), dparams.end(), result.begin() + 1 + states_.size());
+    if (mask.states) std::copy(own, dstates.end(), result.end() - reset_states_.size());
     return result;
   }
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
     for (SavedVariable* one : {&x_, &offsets_, &y_}) one->reset_data();
-    for (std::vector<SavedVariable>* several : {&states_, &params_, &saved_}) {
+    for (std::vector<SavedVariable>* several : {&states_, &params_, &saved_, &reset_states_}) {
       for (SavedVariable& one : *several) one.reset_data();
     }
     lengths_ = resets_ = Tensor();
@@ -131,6 +141,7 @@ class LayerNode final : public torch::autograd::Node {
     size_t i = 1;
     for (; i <= states_.size(); ++i) mask.states = mask.states || task_should_compute_output(i);
     for (; i <= states_.size() + params_.size(); ++i) mask.weights = mask.weights || task_should_compute_output(i);
+    for (; i < num_outputs(); ++i) mask.states = mask.states || task_should_compute_output(i);
     return mask;
   }
 
@@ -172,6 +183,7 @@ class LayerNode final : public torch::autograd::Node {
   std::vector<SavedVariable> states_, params_, saved_;
   SavedVariable offsets_;
   Tensor lengths_, resets_;
+  std::vector<SavedVariable> reset_states_;
   c10::VariableVersion y_version_{c10::VariableVersion::DISABLED};
   uint32_t y_version_then_ = 0;
   bool has_y_ = false, one_step_ = false;
@@ -184,7 +196,8 @@ bool has_tangent(const Tensor& t) { return t.defined() && t._fw_grad(/*level=*/0
 bool has_tangents(const Call& call) {
   return torch::autograd::ForwardADLevel::try_get_by_idx(0) &&
          (has_tangent(call.x) || std::any_of(call.states.begin(), call.states.end(), has_tangent) ||
-          std::any_of(call.params.begin(), call.params.end(), has_tangent));
+          std::any_of(call.params.begin(), call.params.end(), has_tangent) ||
+          std::any_of(call.rows.reset_states.begin(), call.rows.reset_states.end(), has_tangent));
 }
 
 LayerOutputs layer_autograd(const Tensor& x, at::TensorList states, at::TensorList params, at::TensorList rows,
@@ -218,7 +231,7 @@ LayerGradients layer_backward_autograd(const OptionalTensor& dy, at::TensorList 
   static const auto differentiable_op = find_op<LayerBackwardSignature>("fused_rnn::layer_backward_differentiable");
   const bool differentiate =
       at::GradMode::is_enabled() && (requires_grad(dy) || any_requires_grad(dlast) || x.requires_grad() ||
-                                     any_requires_grad(states) || any_requires_grad(params));
+                                     any_requires_grad(states) || any_requires_grad(params) || any_requires_grad(rows));
   if (differentiate) return differentiable_op.call(dy, dlast, x, states, params, rows, saved, recipe, mask);
   const at::AutoDispatchBelowADInplaceOrView guard;
   return layer_backward_op().call(dy, dlast, x, states, params, rows, saved, recipe, mask);

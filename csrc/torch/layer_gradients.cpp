@@ -1,10 +1,19 @@
 // Gradients of a layer's input, states and weights, from the gradients of its gates: matrix products.
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/add.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/floor_divide.h>
 #include <ATen/ops/index_copy.h>
 #include <ATen/ops/index_select.h>
+#include <ATen/ops/logical_and.h>
 #include <ATen/ops/mul.h>
+#include <ATen/ops/nonzero.h>
+#include <ATen/ops/remainder.h>
+#include <ATen/ops/searchsorted.h>
+#include <ATen/ops/sub.h>
 #include <ATen/ops/tanh.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
@@ -158,7 +167,63 @@ std::vector<Tensor> state_gradients(const Call& call, const BackwardCall& made, 
   return gradients;
 }
 
+// Of reset states, appended. The gradient of h has a part that passes through the recurrent weights.
+void reset_state_gradients(const Call& call, const BackwardCall& made, bool wanted, std::vector<Tensor>& gradients) {
+  const std::vector<Tensor>& given = call.rows.reset_states;
+  if (given.empty()) return;
+  if (!wanted) {
+    gradients.insert(gradients.end(), given.size(), empty_like(call.x, {0}));
+    return;
+  }
+  const LayerShapes& s = made.shapes;
+  const int64_t S = slot_count(call.recipe.cell), G = gate_count(call.recipe.cell);
+  const ResetRows resets(call, s);
+  const int64_t n = resets.rows.size(0);
+  std::vector<Tensor> sums;
+  for (const Tensor& t : given) sums.push_back(at::zeros(t.sizes(), t.options().dtype(at::toOpMathType(t.scalar_type()))));
+  for (int d = 0; n > 0 && d < s.D; ++d) {
+    const Tensor d_rg = part(gate_gradients(made, S * s.H, d), 1, (S - G) * s.H, S * s.H).index_select(0, resets.rows);
+    Tensor dh = empty_like(call.x, {n, s.P});
+    multiply_into(dh, d_rg, /*transposed=*/false, call.params_of_direction(d)[1], /*add=*/false);
+    if (made.d_reset_h.defined()) dh = at::add(dh, made.d_reset_h.select(0, d).index_select(0, resets.rows));
+    add_reset_gradients(resets, dh, d, sums[0]);
+    if (made.d_reset_c.defined()) {
+      add_reset_gradients(resets, made.d_reset_c.select(0, d).index_select(0, resets.rows), d, sums[1]);
+    }
+  }
+  for (size_t i = 0; i < given.size(); ++i) gradients.push_back(sums[i].to(given[i].scalar_type()));
+}
+
 }  // namespace
+
+ResetRows::ResetRows(const Call& call, const LayerShapes& s) {
+  Tensor mask = call.rows.resets->reshape({s.N});
+  if (call.rows.lengths) mask = at::logical_and(mask, active_rows(call, s).view({s.N}));
+  rows = at::nonzero(mask).view({-1});
+  if (call.rows.offsets) {
+    t = at::sub(at::searchsorted(*call.rows.offsets, rows, /*out_int32=*/false, /*right=*/true), 1);
+    b = at::sub(rows, call.rows.offsets->index_select(0, t));
+  } else {
+    t = at::floor_divide(rows, s.B);
+    b = at::remainder(rows, s.B);
+  }
+}
+
+void add_reset_gradients(const ResetRows& resets, const Tensor& gradients, int64_t d, const Tensor& sums) {
+  const int64_t dim = sums.dim() - 3, n = resets.rows.size(0), size = sums.size(-1);  // dim: of the direction
+  const int64_t directions = sums.size(dim), rows = sums.size(dim + 1);
+  const Tensor values = gradients.to(sums.scalar_type()).contiguous();
+  const auto* const t = resets.t.const_data_ptr<int64_t>();
+  const auto* const b = resets.b.const_data_ptr<int64_t>();
+  AT_DISPATCH_FLOATING_TYPES(sums.scalar_type(), "add_reset_gradients", [&] {
+    const scalar_t* from = values.const_data_ptr<scalar_t>();
+    for (int64_t i = 0; i < n; ++i, from += size) {
+      const int64_t place = ((dim ? t[i] : 0) * directions + d) * rows + (rows == 1 ? 0 : b[i]);
+      scalar_t* const to = sums.data_ptr<scalar_t>() + place * size;
+      for (int64_t u = 0; u < size; ++u) to[u] += from[u];
+    }
+  });
+}
 
 InputColumns input_columns(CellKind cell, int64_t H, const Tensor& dg) {
   return dispatch_cell(cell, [&](auto tag) -> InputColumns {
@@ -212,7 +277,9 @@ LayerGradients gradients_of_layer(const Call& call, const ResultGradients& given
     }
   }
   if (mask.x) dx = rows.spread(dx, s).view(call.x.sizes());
-  return {dx, state_gradients(call, made, mask.states), std::move(dparams)};
+  std::vector<Tensor> dstates = state_gradients(call, made, mask.states);
+  reset_state_gradients(call, made, mask.states, dstates);
+  return {dx, std::move(dstates), std::move(dparams)};
 }
 
 }  // namespace fused_rnn

@@ -66,11 +66,14 @@ Results run_step(const Call& call) {
 Results run_composite(const Call& call) {
   if (call.one_step) return run_step(call);
   const OptionalTensor& offsets = call.rows.offsets;
-  Rows rows{beside(call.rows.lengths, call.x), beside(offsets, call.x), beside(call.rows.resets, call.x), std::nullopt};
+  Rows rows{beside(call.rows.lengths, call.x), beside(offsets, call.x), beside(call.rows.resets, call.x), std::nullopt,
+            call.rows.reset_states};
   if (offsets && offsets->is_cpu()) rows.host_offsets = offsets;
   const Call here{call.x, call.states, call.params, rows, call.recipe};
 #ifdef FUSED_RNN_WITH_CUDA
-  if (auto results = overlapped_rnn(here)) return *std::move(results);
+  if (!call.recipe.all_states && rows.reset_states.empty()) {
+    if (auto results = overlapped_rnn(here)) return *std::move(results);
+  }
 #endif
   return run_stack(here, [](const Call& layer) { return results_of(call_layer(layer, /*save=*/false)); });
 }
@@ -96,6 +99,40 @@ bool nothing_intercepts() {
 bool is_plain(const Tensor& t) {
   return t.layout() == at::kStrided && !t.unsafeGetTensorImpl()->is_python_dispatch() && !t.is_nested() && !t.is_conj() &&
          !t.is_neg() && !t._is_zerotensor();
+}
+
+States take_all_states(const Call& layer, Results& made) {
+  const int64_t D = layer.recipe.directions();
+  const Tensor& y = made.y;
+  const auto P = y.sym_size(-1) / D;
+  States all;
+  if (layer.rows.offsets) {
+    all.push_back(y.reshape_symint({y.sym_size(0), D, P}));
+  } else {
+    all.push_back(y.reshape_symint({y.sym_size(0), y.sym_size(1), D, P}).transpose(1, 2));
+  }
+  if (traits_of(layer.recipe.cell).has_c) {
+    const Tensor cs = made.last.pop_back_val();  // [D, N, H]
+    all.push_back(layer.rows.offsets ? cs.transpose(0, 1)
+                                     : cs.reshape_symint({D, y.sym_size(0), y.sym_size(1), cs.sym_size(2)}).transpose(0, 1));
+  }
+  return all;
+}
+
+States joined_steps(const std::vector<States>& of_layers) {
+  States all;
+  for (size_t i = 0; i < of_layers[0].size(); ++i) {
+    std::vector<Tensor> parts;
+    for (const States& states : of_layers) parts.push_back(states[i]);
+    if (parts.size() > 1) {
+      all.push_back(at::cat(parts, 1));
+    } else if (i == 0) {  // of y's own memory, into which callers may write
+      all.push_back(parts[0].clone(at::MemoryFormat::Contiguous));
+    } else {
+      all.push_back(parts[0].contiguous());
+    }
+  }
+  return all;
 }
 
 Tensor dropout_between(const Tensor& y, double probability) { return at::dropout(y, probability, /*train=*/true); }

@@ -29,7 +29,8 @@ c10::TypedOperatorHandle<Signature> find_op(const char* name) {
 const c10::TypedOperatorHandle<LayerBackwardSignature>& layer_backward_op();
 LayerOutputs call_layer(const Call& call, bool save);
 
-// y, and the last state of each kind.
+// y, and the last state of each kind. With recipe.all_states, of a layer then what its op adds (layer.h), of a stack then each
+// state after every step [T, L * D, B, .], packed [N, L * D, .].
 struct Results {
   Tensor y;
   States last;
@@ -38,6 +39,11 @@ struct Results {
 Tensor dropout_between(const Tensor& y, double probability);
 // The last states of all layers.
 States joined(const std::vector<States>& of_layers);
+
+// Each state of a layer after every step [T, D, B, .], packed [N, D, .]; what the layer's op adds is taken from made.last.
+States take_all_states(const Call& layer, Results& made);
+// Of all layers, along the second dimension, in memory of their own.
+States joined_steps(const std::vector<States>& of_layers);
 
 // A stack of layers, dropout between them, each by layer(Call) -> Results.
 template <class Layer>
@@ -48,15 +54,23 @@ Results run_stack(const Call& stack, const Layer& layer) {
   Rows rows = stack.rows;
   if (recipe.batch_first && rows.resets) rows.resets = rows.resets->transpose(0, 1);
   Tensor y = recipe.batch_first ? stack.x.transpose(0, 1) : stack.x;
-  std::vector<States> last;
+  std::vector<States> last, all_states;
   for (int64_t l = 0; l < recipe.num_layers; ++l) {
     const States states = states_of_layer(stack, l);
-    Results made = layer(Call{y, states, params_of_layer(stack, l), rows, recipe.of_layer()});
+    if (!rows.reset_states.empty()) rows.reset_states = reset_states_of_layer(stack, l);
+    const Call of_layer{y, states, params_of_layer(stack, l), rows, recipe.of_layer()};
+    Results made = layer(of_layer);
+    if (recipe.all_states) all_states.push_back(take_all_states(of_layer, made));
     y = std::move(made.y);
     last.push_back(std::move(made.last));
     if (recipe.dropout > 0 && recipe.training && l + 1 < recipe.num_layers) y = dropout_between(y, recipe.dropout);
   }
-  return {recipe.batch_first ? y.transpose(0, 1) : y, joined(last)};
+  Results results{recipe.batch_first ? y.transpose(0, 1) : y, joined(last)};
+  if (recipe.all_states) {
+    const States all = joined_steps(all_states);
+    results.last.append(all.begin(), all.end());
+  }
+  return results;
 }
 
 // Whether a call concerns the CPU kernels, and autograd, alone: autocast, dispatch modes, tracing, subclasses and the

@@ -60,11 +60,21 @@ Tensor workspace_of(const Plan& plan, const Tensor& x) {
 
 namespace {
 
+// fused_rnn._backend.why_not says the same of calls of the public functions.
+void check_features(const Call& call) {
+  TORCH_CHECK_NOT_IMPLEMENTED(call.rows.reset_states.empty(),
+                              "reset_state: no CUDA kernel replaces a state by anything but "
+                              "zeros");
+  TORCH_CHECK_NOT_IMPLEMENTED(!(call.recipe.all_states && traits_of(call.recipe.cell).has_c),
+                              "recipe: no CUDA kernel gives the c of every step");
+}
+
 LayerOutputs layer_cuda(const Tensor& x, at::TensorList states, at::TensorList params, at::TensorList rows, int64_t recipe,
                         bool save) {
   const c10::cuda::CUDAGuard device_guard(x.device());
   const Rows given = rows_of(rows, recipe);
   const Call call{x, states, params, given, layer_recipe_of(recipe)};
+  check_features(call);
   ForwardCall made = prepare_forward(call, save);
   ForwardParams& p = made.params;
   if (p.seq.B > 0) {
@@ -91,7 +101,8 @@ LayerGradients layer_backward_cuda(const OptionalTensor& dy, at::TensorList dlas
   const Rows given_rows = rows_of(rows, recipe);
   const Call call{x, states, params, given_rows, layer_recipe_of(recipe)};
   const CellKind cell = call.recipe.cell;
-  const ResultGradients given{dy, gradients_of_last(cell, dlast), saved_of(cell, saved)};
+  check_features(call);
+  const ResultGradients given{dy, gradients_of_last(call.recipe, dlast), saved_of(cell, saved)};
   const GradientMask wanted{mask[0], mask[1], mask[2]};
   BackwardCall made = prepare_backward(call, given, wanted);
   BackwardParams& p = made.params;

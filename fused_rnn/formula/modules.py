@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import _checks, functional, reference
+from fused_rnn import _checks, _extras, functional, reference
+from fused_rnn._extras import Extras
 from fused_rnn._recipe import Recipe, Rows
 from fused_rnn.formula import ops, serve
 from fused_rnn.formula.language import Cell
@@ -133,8 +134,9 @@ class Layer(_Formula):
             self.register_parameter(name, empty(spec.shape, factory.get("device"), factory.get("dtype")))
         self.reset_parameters()
 
-    def _recipe(self, batch_first: bool) -> Recipe:
-        return Recipe(OWN_KIND, self.num_layers, self.bias, self.bidirectional, batch_first, self.training, self.dropout)
+    def _recipe(self, batch_first: bool, all_states: bool = False) -> Recipe:
+        stack = self.num_layers, self.bias, self.bidirectional, batch_first, self.training, self.dropout
+        return Recipe(OWN_KIND, *stack, all_states=all_states)
 
     def _specs(self) -> list[tuple[str, Any]]:
         """(name, spec) of all parameters in order."""
@@ -161,7 +163,9 @@ class Layer(_Formula):
         *,
         lengths: Any = None,
         resets: Tensor | None = None,
-    ) -> tuple[Any, Any]:
+        reset_state: Any = None,
+        return_all_states: bool = False,
+    ) -> tuple[Any, ...]:
         """Runs the layers.
 
         Args:
@@ -170,59 +174,63 @@ class Layer(_Formula):
                 there is one, else a tuple; None for zeros.
             lengths: [B] integers: row b takes part in steps t < lengths[b]; its output is 0 after them. Not with packed
                 input.
-            resets: bool [T, B] ([B, T] with batch_first, [T] unbatched, [N] packed): the states are zero before this step.
+            resets: bool [T, B] ([B, T] with batch_first, [T] unbatched, [N] packed): the states are replaced before this
+                step, by zeros or by reset_state.
+            reset_state: in the form of hx, each [L*D, 1 or B, H] ([L*D, H] unbatched), or of every step [T, L*D, B, H]
+                ([B, T, L*D, H] with batch_first, [T, L*D, H] unbatched). It gets gradients.
+            return_all_states: whether there is a third result.
 
         Returns:
-            output [T, B, D*H] in the input's form, and the last states in the form of hx.
+            output [T, B, D*H] in the input's form, and the last states in the form of hx. With return_all_states a third, a
+            tuple of each state after every step [T, L*D, B, H]; [B, T, L*D, H] with batch_first, [T, L*D, H] unbatched,
+            PackedSequence of [N, L*D, H] of packed input. Rows after their length are 0.
 
         Raises:
             TypeError, ValueError: an argument is wrong; the message names it.
         """
         states = self._states_of(hx)
+        extras = Extras(lengths, resets, reset_state, return_all_states)
         if isinstance(input, PackedSequence):
-            return self._forward_packed(input, states, lengths, resets)
+            return self._forward_packed(input, states, extras)
         self._check(input, states)
         if input.dim() not in (2, 3):
             raise ValueError(f"input: expected 2-D or 3-D, got {input.dim()}-D")
         unbatched, batch_dim = input.dim() == 2, 0 if self.batch_first else 1
-        lengths = None if lengths is None else _checks.lengths_tensor(lengths)
-        if resets is not None:
-            _checks.check_resets(resets)
+        form = self._form(input, unbatched, None)
         if unbatched:
             input = input.unsqueeze(batch_dim)
             states = [state.unsqueeze(1) for state in states]
-            resets = None if resets is None else resets.unsqueeze(batch_dim)
-            lengths = None if lengths is None else lengths.reshape(1)
         batch, steps = input.shape[batch_dim], input.shape[1 - batch_dim]
         if steps == 0:
             raise ValueError("input: expected at least 1 time step, got 0")
-        _checks.check_masks(lengths, resets, steps, batch, input.shape[:2])
-        rows = Rows(None if lengths is None else lengths.to(torch.int64), None, resets)
-        y, last = self._run(input, states, rows, self.batch_first, batch)
+        rows = _extras.rows_of(extras, form)
+        y, last, every = self._run(input, states, rows, self._recipe(self.batch_first, return_all_states), batch)
         if unbatched:
-            return y.squeeze(batch_dim), self._form_of([state.squeeze(1) for state in last])
-        return y, self._form_of(last)
+            y, last = y.squeeze(batch_dim), [state.squeeze(1) for state in last]
+        return y, self._form_of(last), *([tuple(_extras.in_form(every, form))] if return_all_states else [])
 
-    def _forward_packed(
-        self, input: PackedSequence, states: list[Tensor], lengths: Any, resets: Tensor | None
-    ) -> tuple[PackedSequence, Any]:
+    def _form(self, input: Tensor, unbatched: bool, batch_sizes: Tensor | None) -> _extras.Form:
+        names = self.cell.declaration.states
+        groups = self.num_layers * (2 if self.bidirectional else 1)
+        batch_first, casts = self.batch_first and batch_sizes is None, functional.autocast_on(input.device.type)
+        sizes = (self.hidden_size,) * len(names)
+        return _extras.Form(input, batch_first, unbatched, batch_sizes, groups, tuple(names), sizes, casts)
+
+    def _forward_packed(self, input: PackedSequence, states: list[Tensor], extras: Extras) -> tuple[Any, ...]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        if lengths is not None:
-            raise ValueError("lengths: expected None with packed input, which already gives the lengths")
         self._check(data, states)
         _checks.check_batch_sizes(batch_sizes, data)
-        if resets is not None:
-            _checks.check_resets(resets)
         batch = int(batch_sizes[0])
-        _checks.check_masks(None, resets, 0, batch, data.shape[:1])
-        rows = Rows(None, torch.cat([batch_sizes.new_zeros(1), batch_sizes.cumsum(0)]), resets)
+        rows = _extras.rows_of(extras, self._form(data, False, batch_sizes), sorted_indices)
+        rows = rows._replace(offsets=torch.cat([batch_sizes.new_zeros(1), batch_sizes.cumsum(0)]))
         if sorted_indices is not None:
             self._check_states(states, batch)
             states = [state.index_select(1, sorted_indices) for state in states]
-        y, last = self._run(data, states, rows, False, batch)
+        y, last, every = self._run(data, states, rows, self._recipe(False, extras.return_all_states), batch)
         if unsorted_indices is not None:
             last = [state.index_select(1, unsorted_indices) for state in last]
-        return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), self._form_of(last)
+        output, *others = (PackedSequence(t, batch_sizes, sorted_indices, unsorted_indices) for t in (y, *every))
+        return output, self._form_of(last), *([tuple(others)] if others else [])
 
     def _check(self, input: Tensor, states: list[Tensor]) -> None:
         self._check_tensors(input, states, [getattr(self, name) for name in self._names], self._names)
@@ -232,23 +240,31 @@ class Layer(_Formula):
         _checks.check_states([self._name_of_state(i) for i in range(len(states))], states, *[shape] * len(states))
 
     def _run(
-        self, input: Tensor, states: list[Tensor], rows: Rows, batch_first: bool, batch: int
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Batched or packed input, checked: output and last states, in the cell's order."""
+        self, input: Tensor, states: list[Tensor], rows: Rows, recipe: Recipe, batch: int
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Batched or packed input, checked: output, last states, and those of every step, in the cell's order."""
         self._check_states(states, batch)
-        recipe = self._recipe(batch_first)
         weights = [getattr(self, name) for name in self._names]
-        input, states, weights = functional.autocast(input.device.type, input, states, list(weights))
-        rows = Rows(*(None if row is None else row.to(input.device) for row in rows))
+        device_type = input.device.type
+        rows = rows.on(input.device)
+        rows = rows._replace(reset_states=tuple(functional.autocast(device_type, input, rows.reset_states, [])[1]))
+        input, states, weights = functional.autocast(device_type, input, states, list(weights))
         compiled = serve.has_kernels(self._formula, input.device.type, input.dtype)
         if not states and (not compiled or rows.offsets is not None):  # packed rows do not say the batch size
             shape = (self.num_layers * recipe.directions, batch, self.hidden_size)
             states = [input.new_zeros(shape) for _ in self.cell.declaration.states]
+        count = len(self.cell.declaration.states)
         if compiled:
-            return reference.rnn(input, states, weights, rows, recipe, functools.partial(ops.layer, self._formula))
+            layer: reference.LayerFunction = functools.partial(ops.layer, self._formula)
+            y, last = reference.rnn(input, states, weights, rows, recipe, layer)
+            every = last[count:]
+            return y, last[:count], as_declared(self.cell, every) if every else []
         layer = functools.partial(reference.layer, step=step_function(self.cell))
+        if rows.reset_states:
+            rows = rows._replace(reset_states=tuple(outputs_first(self.cell, rows.reset_states)))
         y, last = reference.rnn(input, outputs_first(self.cell, states), weights, rows, recipe, layer)
-        return y, as_declared(self.cell, last)
+        every = last[count:]
+        return y, as_declared(self.cell, last[:count]), as_declared(self.cell, every) if every else []
 
     def extra_repr(self) -> str:
         """As torch.nn's, with the cell."""
@@ -299,13 +315,15 @@ class Step(_Formula):
             with torch.no_grad():
                 spec.start(getattr(self, spec.name), self.hidden_size)
 
-    def forward(self, input: Tensor, hx: Any = None) -> Any:
+    def forward(self, input: Tensor, hx: Any = None, *, resets: Tensor | None = None, reset_state: Any = None) -> Any:
         """One step.
 
         Args:
             input: [B, I] or [I].
             hx: the states before, each [B, H] or [H], in the cell's order: a tensor if there is one, else a tuple; None
                 for zeros.
+            resets: bool [B] (or []): where True the step begins from zeros, or from reset_state, instead of hx.
+            reset_state: in the form of hx, each [1 or B, H] ([H]).
 
         Returns:
             The states after, in the form of hx.
@@ -320,6 +338,8 @@ class Step(_Formula):
             raise ValueError(f"input: expected 1-D or 2-D, got {input.dim()}-D")
         shape = [*input.shape[:-1], self.hidden_size]
         _checks.check_states([self._name_of_state(i) for i in range(len(states))], states, *[shape] * len(states))
+        names, casts = self.cell.declaration.states, functional.autocast_on(input.device.type)
+        states = _extras.begin_of_step(states, resets, reset_state, input, (names, self.hidden_size, casts))
         input, states, weights = functional.autocast(input.device.type, input, states, list(weights))
         recipe = Recipe(OWN_KIND, has_biases=self.bias)
         if serve.has_kernels(self._formula, input.device.type, input.dtype):

@@ -18,6 +18,7 @@ from fused_rnn.formula.parameters import OWN_KIND, as_declared, outputs_first, s
 
 # csrc/torch/formula_ops.h's bits of `flags`.
 BIASES, BIDIRECTIONAL, SAVE, GRAD_X, GRAD_STATES, GRAD_PARAMS = (1 << bit for bit in range(6))
+ALL_STATES = _dtensor.FORMULA_ALL_STATES
 
 # csrc/core/params.h's DType.
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -54,13 +55,18 @@ def layer(
 ) -> tuple[Tensor, list[Tensor]]:
     """One layer on the kernels of a formula: x [T, B, I] or packed [N, I] -> y, last states [D, B, H] in the cell's order.
 
+    With ``recipe.all_states`` the last states are followed by all states but the output after every step, [D, N, H] each.
     states: of each [D, B, H], or none for zeros.
     """
     if type(x) is not Tensor or type(params[0]) is not torch.nn.Parameter:
         _dtensor.prepare()
-    differentiates = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *params))
+    differentiates = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *params, *rows.reset_states))
     flags = BIASES * recipe.has_biases | BIDIRECTIONAL * recipe.bidirectional | SAVE * differentiates | rows.bits
+    flags |= ALL_STATES * recipe.all_states
     y, last, _ = torch.ops.fused_rnn.formula(x, list(states), list(params), rows.given(), formula, flags)
+    if recipe.all_states:
+        count = (len(last) + 1) // 2
+        last = [*last[:count], *(state.unflatten(-1, (recipe.directions, -1)).transpose(0, 1) for state in last[count:])]
     return y, last
 
 
@@ -75,15 +81,18 @@ def _fake_formula(
     packed = rows_of(rows, flags).offsets is not None
     count = x.shape[0] if packed else x.shape[0] * x.shape[1]
     batch = states[0].shape[1] if packed else x.shape[1]
+    all_states = bool(flags & ALL_STATES)
     kept = [
         x.new_empty(count, directions * hidden)
         for state, reads in enumerate(reads_series)
-        if state != says.output and (reads or (says.recurrent_gates and state == says.recurrent))
+        if state != says.output and not all_states and (reads or (says.recurrent_gates and state == says.recurrent))
     ]
     kept += [x.new_empty(directions, count, hidden) for _ in range(phases)]
     if saved:
         kept.insert(0, x.new_empty(directions, count, saved, hidden))
     last = [x.new_empty(directions, batch, hidden) for _ in says.states]
+    if all_states:
+        last += [x.new_empty(count, directions * hidden) for _ in says.states[1:]]
     return x.new_empty(*x.shape[:-1], directions * hidden), last, kept if flags & SAVE else []
 
 
@@ -100,13 +109,15 @@ def _fake_formula_backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Shapes of fused_rnn::formula_backward's results."""
     check_places(x, dy=[dy], dlast=dlast, states=states, params=params, rows=rows, saved=saved)
-    return fake_gradients(x, states, params, [flags & GRAD_X, flags & GRAD_STATES, flags & GRAD_PARAMS])
+    given = [*states, *rows_of(rows, flags).reset_states]
+    return fake_gradients(x, given, params, [flags & GRAD_X, flags & GRAD_STATES, flags & GRAD_PARAMS])
 
 
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     x, states, params, rows, cell, flags = inputs
-    y, _, saved = output
-    ctx.save_for_backward(x, *states, *params, *rows, *saved, y)
+    y, last, saved = output
+    every = last[(len(last) + 1) // 2 :] if flags & ALL_STATES else []  # results that backward reads
+    ctx.save_for_backward(x, *states, *params, *rows, *saved, *every, y)
     ctx.counts = (len(states), len(params), len(rows))
     ctx.cell, ctx.flags = cell, flags
     ctx.set_materialize_grads(False)
@@ -119,10 +130,11 @@ def _backward(ctx: Any, dy: Tensor | None, dlast: Sequence[Tensor | None], dsave
         groups.append(others[:count])
         others = others[count:]
     states, params, rows = groups
+    masks = len(rows) - len(rows_of(rows, ctx.flags).reset_states)
     none = x.new_empty(0)
     given = [none if grad is None else grad for grad in dlast or []]
-    needs_x, needs_states, needs_params = ctx.needs_input_grad[:3]
-    asked = (bool(needs_x), _any(needs_states), _any(needs_params))
+    needs_x, needs_states, needs_params, needs_rows = ctx.needs_input_grad[:4]
+    asked = (bool(needs_x), _any(needs_states) or _any(needs_rows), _any(needs_params))
     if torch.is_grad_enabled():
         dx, dstates, dparams = _differentiable(ctx, dy, given, (x, states, params, rows), asked)
     else:
@@ -131,9 +143,9 @@ def _backward(ctx: Any, dy: Tensor | None, dlast: Sequence[Tensor | None], dsave
         dx, dstates, dparams = op(dy, given, x, states, params, rows, others, ctx.cell, flags)
     return (
         dx if asked[0] else None,
-        dstates if asked[1] else [None] * len(states),
+        dstates[: len(states)] if asked[1] else [None] * len(states),
         dparams if asked[2] else [None] * len(params),
-        [None] * len(rows),
+        [*[None] * masks, *dstates[len(states) :]] if asked[1] else [None] * len(rows),
         None,
         None,
     )
@@ -144,24 +156,28 @@ def _any(needs: Any) -> bool:
 
 
 def _differentiable(
-    ctx: Any, dy: Tensor | None, dlast: Sequence[Tensor], given: tuple[Any, ...], asked: tuple[bool, bool, bool]
+    ctx: Any, dy: Tensor | None, dlast: Sequence[Tensor], arguments: tuple[Any, ...], asked: tuple[bool, bool, bool]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The gradients as a differentiable function of everything they depend on: ``step`` in a loop, differentiated."""
-    x, states, params, rows = given
-    cell, first = cell_of(ctx.cell), 1 + len(states)
+    x, states, params, rows = arguments
+    cell, of_call = cell_of(ctx.cell), rows_of(rows, ctx.flags)
+    given = [*states, *of_call.reset_states]
+    own, first = 1 + len(states), 1 + len(given)
     recipe = Recipe(OWN_KIND, has_biases=bool(ctx.flags & BIASES), bidirectional=bool(ctx.flags & BIDIRECTIONAL))
+    recipe = recipe._replace(all_states=bool(ctx.flags & ALL_STATES))
 
     def run(args: Sequence[Tensor]) -> list[Tensor]:
-        begin = list(args[1:first]) or [x.new_zeros(recipe.directions, x.shape[1], _hidden(cell, params))] * len(
+        begin = list(args[1:own]) or [x.new_zeros(recipe.directions, x.shape[1], _hidden(cell, params))] * len(
             cell.declaration.states
         )
-        y, last = reference.layer(
-            args[0], outputs_first(cell, begin), args[first:], rows_of(rows, ctx.flags), recipe, step_function(cell)
-        )
-        return [y, *as_declared(cell, last)]
+        put = list(args[own:first])
+        given_rows = of_call._replace(reset_states=tuple(outputs_first(cell, put) if put else ()))
+        y, last = reference.layer(args[0], outputs_first(cell, begin), args[first:], given_rows, recipe, step_function(cell))
+        every = [state.transpose(0, 1).flatten(1) for state in last[len(begin) :]]  # [N, D*H], as the op gives them
+        return [y, *as_declared(cell, last[: len(begin)]), *every]
 
-    wanted = [asked[0], *[asked[1]] * len(states), *[asked[2]] * len(params)]
-    grads = differentiated(run, [x, *states, *params], wanted, [dy, *dlast])
+    wanted = [asked[0], *[asked[1]] * len(given), *[asked[2]] * len(params)]
+    grads = differentiated(run, [x, *given, *params], wanted, [dy, *dlast])
     return grads[0], grads[1:first], grads[first:]
 
 

@@ -97,12 +97,14 @@ def {NAME}(
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    reset_state: Tensor | None = None,
+    return_all_states: bool = False,
+) -> tuple[Any, ...]:
     """A GRU without reset gate over a sequence; arguments, results and errors as :func:`gru`, gate order z n."""
     cell = _kinds.NUMBER_OF_MODE["{MODE}"]
     recipe = Recipe(cell, num_layers, has_biases, bidirectional, batch_first, training, dropout)
-    y, (h_n,) = _checked_rnn(recipe, input, weights, hx, batch_sizes, lengths, resets)
-    return y, h_n
+    extras = Extras(lengths, resets, reset_state, return_all_states)
+    return _with_states(*_checked_rnn(recipe, input, weights, hx, batch_sizes, extras), return_all_states)
 
 
 def {NAME}_cell(

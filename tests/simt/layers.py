@@ -47,7 +47,8 @@ def structure(name: str, header: str, **known: type[ctypes.Structure]) -> type[c
 
 
 Sequence = structure("Sequence", "core/active.h")
-Modifier = structure("Modifier", "core/modifier.h")
+ResetState = structure("ResetState", "core/modifier.h")
+Modifier = structure("Modifier", "core/modifier.h", ResetState=ResetState)
 WeightMatrix = structure("WeightMatrix", "core/params.h")
 Weights = structure("Weights", "core/params.h", WeightMatrix=WeightMatrix)
 _PARTS = {"Sequence": Sequence, "Modifier": Modifier, "Weights": Weights}

@@ -27,6 +27,9 @@ class FormulaBackwardScan final : public FormulaScan<A> {
   using Base::D_, Base::H_, Base::heads_, Base::items_, Base::kernels_, Base::plan_, Base::rec_columns_, Base::recurs_,
       Base::room_, Base::seq_, Base::size_, Base::storage_, Base::team_rows_, Base::traits_, Base::units_;
 
+  struct RowPlace {
+    int64_t i, row;
+  };
   struct Worker : Base::Worker {
     A* d_states;       // [states][n][room], of the team
     A* d_rec;          // [2][n][Gr * H], of the team, where it is kept
@@ -34,6 +37,11 @@ class FormulaBackwardScan final : public FormulaScan<A> {
     const A** next;    // [n] d_rec of each row's step done last, or zeros
     const A** active;  // [n] the same of the active rows
     Row* rows;         // [n]
+    Range units;       // of the thread's items
+    A* scratch;        // [room], where there are d_series
+    // Places in the team and in memory of all active rows, and of rows that begin from a state whose gradient is asked for.
+    RowPlace *places, *reset;  // [n]
+    int64_t resets;
   };
   void layout_shared(Arena& arena) override;
   void pack_share(int share, int shares) const override;
@@ -50,10 +58,14 @@ class FormulaBackwardScan final : public FormulaScan<A> {
   void multiply_rec(Worker& w, const A* const* rows, int64_t n, int64_t s) const;
   void gather_states(Worker& w, Row& out, int64_t i, int64_t t) const;
   void run_phase(Worker& w, int phase, int64_t active) const;
+  void add_gradients_of_series(Worker& w, int64_t active) const;
+  void move_reset_gradients(Worker& w) const;
   void step(Worker& w, int64_t s) const;
   void finish(Worker& w) const;
 
   const FormulaBackward& p_;
+  const bool moves_resets_;  // somebody asks for gradients of what resets put into the states
+  const bool adds_series_;   // there are gradients of states after each step
   const bool keeps_rec_;
   const bool multiplies_;  // by W_hh: not where the only step is the last one, and nobody asks for the state before it
   std::unique_ptr<std::atomic<bool>[]> infinite_;  // [D][heads + Q]
@@ -69,6 +81,8 @@ template <class A>
 FormulaBackwardScan<A>::FormulaBackwardScan(const FormulaBackward& p, const Kernels<A>& kernels, int max_threads)
     : Base(p, formula_problem(p, /*backward=*/true, /*training=*/true), kernels, max_threads),
       p_(p),
+      moves_resets_(p.d_reset[0] != nullptr),
+      adds_series_(std::any_of(p.d_series, p.d_series + traits_.states, [](const void* d) { return d != nullptr; })),
       keeps_rec_(recurs_ && (this->converts_ || heads_ > 1)),
       multiplies_(recurs_ && (p.seq.T > 1 || p.d_states[traits_.recurrent])) {
   const int64_t matrices = heads_ + traits_.phases;
@@ -103,6 +117,10 @@ void FormulaBackwardScan<A>::take_arrays(Arena& arena, Worker& w) const {
   w.next = arena.take<const A*>(team_rows_);
   w.active = arena.take<const A*>(team_rows_);
   w.rows = arena.take<Row>(team_rows_);
+  w.scratch = arena.take<A>(adds_series_ ? room_ : 0);
+  w.places = arena.take<RowPlace>(adds_series_ ? team_rows_ : 0);
+  w.reset = arena.take<RowPlace>(moves_resets_ ? team_rows_ : 0);
+  w.resets = 0;
   Base::take_arrays(arena, team_rows_, w);
 }
 
@@ -115,6 +133,7 @@ typename FormulaBackwardScan<A>::Worker FormulaBackwardScan<A>::make_worker(int 
   w.d_rec = w.rec + this->rec_elements();
   w.d_ph = w.d_rec + (keeps_rec_ ? 2 * team_rows_ * d_rec_elements() : 0);
   w.dv = w.d_ph + this->phase_elements();
+  w.units = this->units_of(w.items);
   Arena arena = this->arena_of_thread(thread);
   take_arrays(arena, w);
   return w;
@@ -148,6 +167,7 @@ template <class A>
 void FormulaBackwardScan<A>::gather_states(Worker& w, Row& out, int64_t i, int64_t t) const {
   const TeamRow& team_row = w.team->rows[i];
   const int64_t row = row_of(seq_, t, team_row.b), done = team_row.steps_before(t, w.d);
+  const bool reset = is_reset(p_.modifier, row);
   const int64_t previous = done > 0 ? row_of(seq_, w.d == 0 ? t - 1 : t + 1, team_row.b) : 0;
   for (int s = 0; s < traits_.states; ++s) {
     out.d_states[s] = d_state(w, s, i);
@@ -155,8 +175,9 @@ void FormulaBackwardScan<A>::gather_states(Worker& w, Row& out, int64_t i, int64
     const void* const series = s == traits_.output ? p_.y : p_.series[s];
     const auto at = [&](int64_t of) { return stored_at(series, (of * D_ + w.d) * H_, size_); };
     const void* const initial = stored_at(p_.states[s], (w.d * seq_.B + team_row.b) * H_, size_);
+    const void* const put = reset ? reset_row(p_.reset_states[s], t, w.d, team_row.b) : nullptr;
     out.after[s] = at(row);
-    out.before[s] = out.reset ? zeros_ : done > 0 ? at(previous) : initial ? initial : zeros_;
+    out.before[s] = put ? put : reset ? zeros_ : done > 0 ? at(previous) : initial ? initial : zeros_;
   }
 }
 
@@ -166,7 +187,10 @@ void FormulaBackwardScan<A>::gather_row(Worker& w, int64_t i, int64_t t, int64_t
   const TeamRow& team_row = w.team->rows[i];
   const int64_t row = row_of(seq_, t, team_row.b), kept = w.d * seq_.N + row;
   Row& out = w.rows[active];
-  out.reset = is_reset(p_.modifier, row);
+  const bool reset = is_reset(p_.modifier, row);
+  out.reset = reset && !moves_resets_;  // else the cell makes the gradients as of every other step
+  if (reset && moves_resets_) w.reset[w.resets++] = {i, row};
+  if (adds_series_) w.places[active] = {i, row};
   gather_states(w, out, i, t);
   for (int k = 0; k < traits_.phases; ++k) {
     out.v[k] = stored_at(p_.v[k], kept * H_, size_);
@@ -181,12 +205,13 @@ void FormulaBackwardScan<A>::gather_row(Worker& w, int64_t i, int64_t t, int64_t
   out.d_rec = keeps_rec_ ? w.d_rec + (parity * team_rows_ + i) * d_rec_elements() : nullptr;
   w.active[active] = w.next[i];
   const void* const stored_rec = stored_at(out.d, (traits_.gradients - traits_.recurrent_gates) * H_, size_);
-  w.next[i] = out.reset ? zeros_ : keeps_rec_ ? out.d_rec : static_cast<const A*>(stored_rec);
+  w.next[i] = reset ? zeros_ : keeps_rec_ ? out.d_rec : static_cast<const A*>(stored_rec);
 }
 
 template <class A>
 int64_t FormulaBackwardScan<A>::gather(Worker& w, int64_t t) const {
   int64_t active = 0;
+  w.resets = 0;
   for (int64_t i = 0; i < w.n; ++i) {
     if (t < w.team->rows[i].length) {
       gather_row(w, i, t, active++);
@@ -225,11 +250,35 @@ void FormulaBackwardScan<A>::run_phase(Worker& w, int phase, int64_t active) con
   }
 }
 
+// The gradients of states that come from outside, to the thread's units.
+template <class A>
+void FormulaBackwardScan<A>::add_gradients_of_series(Worker& w, int64_t active) const {
+  for (int s = 0; s < traits_.states; ++s) {
+    if (!p_.d_series[s]) continue;
+    for (int64_t k = 0; k < active; ++k) {
+      const auto [i, row] = w.places[k];
+      this->add_stored(stored_at(p_.d_series[s], (row * D_ + w.d) * H_, size_), w.units, d_state(w, s, i), w.scratch);
+    }
+  }
+}
+
+// What the step made for the states before it, the thread's units, goes to the states that a reset put there.
+template <class A>
+void FormulaBackwardScan<A>::move_reset_gradients(Worker& w) const {
+  for (int64_t k = 0; k < w.resets; ++k) {
+    const auto [i, row] = w.reset[k];
+    for (int s = 0; s < traits_.states; ++s) {
+      this->move_to_stored(d_state(w, s, i), w.units, stored_at(p_.d_reset[s], (w.d * seq_.N + row) * H_, size_));
+    }
+  }
+}
+
 template <class A>
 void FormulaBackwardScan<A>::step(Worker& w, int64_t s) const {
   const int64_t active = gather(w, this->time_of(w, s));
   multiply_rec(w, w.active, active, s);
   w.team->barrier.wait();
+  if (adds_series_) add_gradients_of_series(w, active);
   const FormulaKernels<A>& cell = this->step_of(*p_.cell);
   const FormulaCall<Row> call = this->call_of(w, w.rows, active);
   for (int k = traits_.phases - 1; k >= 0; --k) {
@@ -239,6 +288,7 @@ void FormulaBackwardScan<A>::step(Worker& w, int64_t s) const {
     w.team->barrier.wait();
   }
   cell.backward(call);
+  move_reset_gradients(w);
   w.team->barrier.wait();
 }
 

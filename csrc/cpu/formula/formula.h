@@ -30,19 +30,21 @@ struct FormulaParams {
   int64_t I, H;
   int D, heads;
   Sequence seq;
-  Modifier modifier;
+  Modifier modifier;                            // without its states
+  ResetState reset_states[kMostFormulaStates];  // what resets put there
   FormulaWeights weights[2];
   const void* states[kMostFormulaStates];  // initial [D, B, H], or null (zeros)
   void* workspace;                         // set by the call
 };
 
 struct FormulaForward : FormulaParams {
-  const void* x;                     // [N, I]
-  void* y;                           // [N, D * H]: the output state; 0 at inactive rows of a dense batch
-  void* last[kMostFormulaStates];    // [D, B, H]
-  void* series[kMostFormulaStates];  // [N, D * H], or null: not kept. Never the output's, which is y.
-  void* v[kMostFormulaPhases];       // [D, N, H] what each phase took, or null; 0 at inactive rows of a dense batch
-  void* saved;                       // [D, N, K, H] or null
+  const void* x;                   // [N, I]
+  void* y;                         // [N, D * H]: the output state; 0 at inactive rows of a dense batch
+  void* last[kMostFormulaStates];  // [D, B, H]
+  // [N, D * H], or null: not kept. Never the output's, which is y. 0 at inactive rows of a dense batch.
+  void* series[kMostFormulaStates];
+  void* v[kMostFormulaPhases];  // [D, N, H] what each phase took, or null; 0 at inactive rows of a dense batch
+  void* saved;                  // [D, N, K, H] or null
   bool training;
 };
 
@@ -53,8 +55,13 @@ struct FormulaBackward : FormulaParams {
   const void* saved;
   const void* dy;                          // [N, D * H] or null (zeros)
   const void* d_last[kMostFormulaStates];  // [D, B, H] or null (zeros)
-  void* d;                                 // [D, N, S + U + Q, H] out; 0 at inactive rows
-  void* d_states[kMostFormulaStates];      // [D, B, H] out, or null where nobody asks
+  // [N, D * H] or null (zeros): gradients of states after each step beside what passes through the steps; of the output: dy.
+  const void* d_series[kMostFormulaStates];
+  void* d;                             // [D, N, S + U + Q, H] out; 0 at inactive rows
+  void* d_states[kMostFormulaStates];  // [D, B, H] out, or null where nobody asks
+  // [D, N, H] out at rows that are reset: gradients of the states that their step begins from, of the recurrent one less what
+  // passes through weight_hh. All null where nobody asks.
+  void* d_reset[kMostFormulaStates];
 };
 
 void forward(FormulaForward& p, const Allocate& allocate);

@@ -52,6 +52,7 @@ class FormulaForwardScan final : public FormulaScan<A> {
     A *v, *ph;         // [Q][n][room], of the team: what phases take, and their results
     Row* rows;         // [n]
     const A** before;  // [n] the recurrent state
+    A* reset;          // [states][n][room]: what resets put there; else not there
   };
   struct Direction : Base::Direction {
     Matrix<A> x;
@@ -77,6 +78,7 @@ class FormulaForwardScan final : public FormulaScan<A> {
   void start(Worker& w) const;
   void project(Worker& w, int64_t begin, int64_t end) const;
   int64_t gather(Worker& w, int64_t t, int64_t first_xg) const;
+  const A* reset_state(const Worker& w, int s, int64_t t, int64_t b, int64_t active) const;
   void gather_row(Worker& w, int64_t i, int64_t t, int64_t xg_row, int64_t active) const;
   int64_t step(Worker& w, int64_t step, int64_t first_xg) const;
   void run_phase(Worker& w, int phase, int64_t active) const;
@@ -172,6 +174,7 @@ template <class A>
 void FormulaForwardScan<A>::take_arrays(Arena& arena, Worker& w) const {
   w.x = arena.take<A>(this->converts_ ? chunk_rows() * p_.I : 0);
   w.rows = arena.take<Row>(team_rows_);
+  w.reset = arena.take<A>(p_.reset_states[0].data ? traits_.states * team_rows_ * room_ : 0);
   w.before = arena.take<const A*>(team_rows_);
   Base::take_arrays(arena, chunk_rows(), w);
 }
@@ -188,6 +191,7 @@ typename FormulaForwardScan<A>::Worker FormulaForwardScan<A>::make_worker(int th
   w.ph = w.v + this->phase_elements();
   Arena arena = this->arena_of_thread(thread);
   take_arrays(arena, w);
+  if (p_.reset_states[0].data) std::fill_n(w.reset, traits_.states * team_rows_ * room_, A(0));
   return w;
 }
 
@@ -250,6 +254,16 @@ void FormulaForwardScan<A>::project(Worker& w, int64_t begin, int64_t end) const
                /*rows_first=*/true});
 }
 
+// What a state is before step t of batch row b, active row number `active`, which is reset.
+template <class A>
+const A* FormulaForwardScan<A>::reset_state(const Worker& w, int s, int64_t t, int64_t b, int64_t active) const {
+  const void* const from = reset_row(p_.reset_states[s], t, w.d, b);
+  if (!from) return zeros_;
+  A* const to = w.reset + (s * team_rows_ + active) * room_;
+  kernels_.load[storage_](from, to, H_);
+  return to;
+}
+
 // Row i of the team, active at step t, as active row number `active`; xg_row: its row of input products.
 template <class A>
 void FormulaForwardScan<A>::gather_row(Worker& w, int64_t i, int64_t t, int64_t xg_row, int64_t active) const {
@@ -261,7 +275,7 @@ void FormulaForwardScan<A>::gather_row(Worker& w, int64_t i, int64_t t, int64_t 
   out.x = w.xg + xg_row * x_columns_;
   out.rec = w.rec + active * heads_ * rec_columns_;
   for (int s = 0; s < traits_.states; ++s) {
-    out.before[s] = reset ? zeros_ : state(w, s, copy, i);
+    out.before[s] = reset ? reset_state(w, s, t, team_row.b, active) : state(w, s, copy, i);
     out.after[s] = state(w, s, 1 - copy, i);
     out.series[s] = stored_at(p_.series[s], (row * D_ + w.d) * H_, size_);
   }
@@ -292,6 +306,9 @@ int64_t FormulaForwardScan<A>::gather(Worker& w, int64_t t, int64_t first_xg) co
 template <class A>
 void FormulaForwardScan<A>::zero_inactive(const Worker& w, int64_t row) const {
   std::memset(stored_at(p_.y, (row * D_ + w.d) * H_, size_), 0, H_ * size_);
+  for (int s = 0; s < traits_.states; ++s) {
+    if (p_.series[s]) std::memset(stored_at(p_.series[s], (row * D_ + w.d) * H_, size_), 0, H_ * size_);
+  }
   for (int k = 0; k < traits_.phases; ++k) {
     if (p_.v[k]) std::memset(stored_at(p_.v[k], (w.d * seq_.N + row) * H_, size_), 0, H_ * size_);
   }

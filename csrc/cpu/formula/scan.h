@@ -99,6 +99,14 @@ class FormulaScan : public Scan<A> {
     norm.bias = norm.centred ? norm.weight + room_ : nullptr;
     return norm;
   }
+  // The units of the thread's items, which are neighbours.
+  Range units_of(const Range& items) const {
+    const int64_t of_head = items_ / heads_;
+    const auto first = [&](int64_t item) {
+      return item / of_head * units_ + std::min(item % of_head * kernels_.width, units_);
+    };
+    return {first(items.first), first(items.last)};
+  }
   // The call that computes the thread's items of the active rows.
   template <class Row>
   FormulaCall<Row> call_of(const Worker& w, const Row* rows, int64_t active) const {

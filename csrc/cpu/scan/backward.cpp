@@ -17,7 +17,10 @@ template <class A>
 class BackwardScan final : public Scan<A> {
  public:
   BackwardScan(const BackwardParams& p, const Kernels<A>& kernels, int max_threads)
-      : Base(p, kernels, max_threads), p_(p), multiplies_(p.seq.T > 1 || p.d_h0) {}
+      : Base(p, kernels, max_threads),
+        p_(p),
+        multiplies_(p.seq.T > 1 || p.d_h0),
+        moves_resets_(p.d_reset_h || p.d_reset_c) {}
   bool run();
 
  private:
@@ -25,6 +28,9 @@ class BackwardScan final : public Scan<A> {
   using Base::cell_, Base::converts_, Base::D_, Base::gates_, Base::h_padded_, Base::kernels_, Base::p_padded_, Base::plan_,
       Base::projects_, Base::seq_, Base::size_, Base::slots_, Base::storage_, Base::team_rows_;
 
+  struct RowPlace {
+    int64_t i, row;
+  };
   struct Worker : Base::Worker {
     A* carry;              // [n, P padded], of the team
     A* dc;                 // [n, H padded]
@@ -32,6 +38,12 @@ class BackwardScan final : public Scan<A> {
     A* d_rec[2];           // [n, G * H], of two steps, where the dtype is not A
     const A** next;        // [n] d_rec of each row's step done last, or a row of zeros
     BackwardRow<A>* rows;  // [n]
+    Range units;           // of the thread's pointwise half
+    A* scratch;            // [H], where d_cs is there
+    // Places in the team and in memory of what a step does beside the cell: [n] all active rows for d_cs, and rows that
+    // begin from a state whose gradient is asked for.
+    RowPlace *active, *reset;
+    int64_t resets;
   };
 
   void layout_shared(Arena& arena) override;
@@ -44,6 +56,8 @@ class BackwardScan final : public Scan<A> {
   int64_t gather(Worker& w, int64_t t) const;
   void gather_row(Worker& w, int64_t i, int64_t t, int64_t active) const;
   void step(Worker& w, int64_t step, int64_t active) const;
+  void add_gradients_of_c(Worker& w, int64_t active) const;
+  void move_reset_gradients(Worker& w) const;
   template <class F>
   void for_sums(const Worker& w, const Matrix<A>& m, const Range& panels, int64_t active, int64_t step, F&& f) const;
   void store_sums(Worker& w, int64_t step, int64_t active) const;
@@ -56,6 +70,7 @@ class BackwardScan final : public Scan<A> {
 
   const BackwardParams& p_;
   const bool multiplies_;                  // by W_hh: not where the only step is the last one, and nobody asks for d_h0
+  const bool moves_resets_;                // somebody asks for gradients of what resets put into a state
   std::atomic<bool> infinite_[2][2] = {};  // Matrix::infinite
   // Workspace.
   struct {
@@ -95,6 +110,10 @@ template <class A>
 void BackwardScan<A>::take_arrays(Arena& arena, Worker& w) const {
   w.next = arena.take<const A*>(team_rows_);
   w.rows = arena.take<BackwardRow<A>>(team_rows_);
+  w.scratch = arena.take<A>(p_.d_cs ? h_padded_ : 0);
+  w.active = arena.take<RowPlace>(p_.d_cs ? team_rows_ : 0);
+  w.reset = arena.take<RowPlace>(moves_resets_ ? team_rows_ : 0);
+  w.resets = 0;
   Base::take_arrays(arena, team_rows_, w);
 }
 
@@ -107,6 +126,7 @@ typename BackwardScan<A>::Worker BackwardScan<A>::make_worker(int thread, int d,
   w.dh = w.dc + team_rows_ * h_padded_;
   w.d_rec[0] = w.dh + (projects_ ? team_rows_ * p_padded_ : 0);
   w.d_rec[1] = w.d_rec[0] + team_rows_ * gates_ * p_.H;
+  w.units = projects_ ? this->units_of_panels(w.r_panels, plan_.r.shape) : this->units_of_panels(w.h_panels, plan_.h.shape);
   Arena arena = this->arena_of_thread(thread);
   take_arrays(arena, w);
   return w;
@@ -151,13 +171,18 @@ void BackwardScan<A>::gather_row(Worker& w, int64_t i, int64_t t, int64_t active
   const int64_t row = row_of(seq_, t, team_row.b), state = w.d * seq_.B + team_row.b;
   const int64_t done = team_row.steps_before(t, w.d);
   BackwardRow<A>& out = w.rows[active];
-  out.reset = is_reset(p_.modifier, row);
+  const bool reset = is_reset(p_.modifier, row);
+  out.reset = reset && !moves_resets_;  // else the kernel makes the gradients as of every other step
   out.h_prev = out.c_prev = zeros_;
-  if (!out.reset && done > 0) {
+  if (reset) {
+    if (const void* h = reset_row(p_.modifier.h, t, w.d, team_row.b)) out.h_prev = h;
+    if (const void* c = reset_row(p_.modifier.c, t, w.d, team_row.b)) out.c_prev = c;
+    if (moves_resets_) w.reset[w.resets++] = {i, row};
+  } else if (done > 0) {
     const int64_t previous = row_of(seq_, w.d == 0 ? t - 1 : t + 1, team_row.b);
     out.h_prev = stored_at(p_.y, stored_y(w, previous), size_);
     out.c_prev = stored_at(p_.cs, (w.d * seq_.N + previous) * p_.H, size_);
-  } else if (!out.reset) {
+  } else {
     if (p_.h0) out.h_prev = stored_at(p_.h0, state * p_.P, size_);
     if (p_.c0) out.c_prev = stored_at(p_.c0, state * p_.H, size_);
   }
@@ -174,7 +199,8 @@ void BackwardScan<A>::gather_row(Worker& w, int64_t i, int64_t t, int64_t active
   out.d_rec = converts_ ? w.d_rec[done & 1] + i * gates_ * p_.H : nullptr;
   const void* const stored_rec = stored_at(p_.d_gates, stored_gates(w, row, slots_ - gates_), size_);
   w.pointers[active] = w.next[i];
-  w.next[i] = out.reset ? zeros_ : converts_ ? out.d_rec : static_cast<const A*>(stored_rec);
+  w.next[i] = reset ? zeros_ : converts_ ? out.d_rec : static_cast<const A*>(stored_rec);
+  if (p_.d_cs) w.active[active] = {i, row};
   if (!projects_) return;
   const bool last_step = done == team_row.length - 1;
   w.store_rows[active] = {last_step ? carry : zeros_, dy, stored_at(p_.d_h, (w.d * seq_.N + row) * p_.P, size_),
@@ -186,6 +212,7 @@ void BackwardScan<A>::gather_row(Worker& w, int64_t i, int64_t t, int64_t active
 template <class A>
 int64_t BackwardScan<A>::gather(Worker& w, int64_t t) const {
   int64_t active = 0;
+  w.resets = 0;
   for (int64_t i = 0; i < w.n; ++i) {
     const TeamRow& team_row = w.team->rows[i];
     if (t < team_row.length) {
@@ -220,9 +247,30 @@ void BackwardScan<A>::store_sums(Worker& w, int64_t step, int64_t active) const 
   });
 }
 
+// The gradients of c that come from outside, to this rank's units.
+template <class A>
+void BackwardScan<A>::add_gradients_of_c(Worker& w, int64_t active) const {
+  for (int64_t k = 0; k < active; ++k) {
+    const auto [i, row] = w.active[k];
+    this->add_stored(stored_at(p_.d_cs, (w.d * seq_.N + row) * p_.H, size_), w.units, w.dc + i * h_padded_, w.scratch);
+  }
+}
+
+// What the step made for the state before it, this rank's units, goes to the state that a reset put there.
+template <class A>
+void BackwardScan<A>::move_reset_gradients(Worker& w) const {
+  for (int64_t k = 0; k < w.resets; ++k) {
+    const auto [i, row] = w.reset[k];
+    const int64_t at = w.d * seq_.N + row;
+    if (p_.d_reset_h) this->move_to_stored(w.carry + i * p_padded_, w.units, stored_at(p_.d_reset_h, at * p_.P, size_));
+    if (p_.d_reset_c) this->move_to_stored(w.dc + i * h_padded_, w.units, stored_at(p_.d_reset_c, at * p_.H, size_));
+  }
+}
+
 // This rank's units of a step.
 template <class A>
 void BackwardScan<A>::step(Worker& w, int64_t step, int64_t active) const {
+  if (p_.d_cs) add_gradients_of_c(w, active);
   if (projects_) {
     store_sums(w, step, active);
     w.team->barrier.wait();
@@ -234,6 +282,7 @@ void BackwardScan<A>::step(Worker& w, int64_t step, int64_t active) const {
     kernels_.backward[cell_][storage_]({tile.sums, tile.stride, w.rows + tile.row, tile.rows, p_.H,
                                         m.shape.unit_vector(tile.first), m.shape.unit_vector(tile.last)});
   });
+  move_reset_gradients(w);
 }
 
 // Gradients of the initial state.

@@ -24,12 +24,13 @@ class ForwardScan final : public Scan<A> {
       Base::projects_, Base::seq_, Base::size_, Base::slots_, Base::storage_, Base::team_rows_, Base::time_of;
 
   struct Worker : Base::Worker {
-    A* h[2];              // [n, P padded], of the team
-    A* c;                 // [n, H padded]
-    A* u;                 // [n, H padded], o tanh(c) before the output projection
-    ProductStore<A> xg;   // [chunk rows] input projection, of the thread's panels
-    A* x;                 // [chunk rows, I], where x is converted
-    ForwardRow<A>* rows;  // [n]
+    A* h[2];               // [n, P padded], of the team
+    A* c;                  // [n, H padded]
+    A* u;                  // [n, H padded], o tanh(c) before the output projection
+    ProductStore<A> xg;    // [chunk rows] input projection, of the thread's panels
+    A* x;                  // [chunk rows, I], where x is converted
+    ForwardRow<A>* rows;   // [n]
+    A *reset_h, *reset_c;  // [n, P padded], [n, H padded]: of rows that are reset to a state of their own; else not there
     LayerWeights<A> weights;
   };
 
@@ -46,6 +47,8 @@ class ForwardScan final : public Scan<A> {
   int64_t step(Worker& w, int64_t step, int64_t first_xg) const;
   void project_output(Worker& w, int64_t step, int64_t active) const;
   void zero_inactive(const Worker& w, int64_t row) const;
+  void reset(Worker& w, int64_t t, int64_t b, int64_t active) const;
+  void save_c(const Worker& w, int64_t active) const;
   void finish(Worker& w) const;
 
   const ForwardParams& p_;
@@ -97,6 +100,8 @@ void ForwardScan<A>::take_arrays(Arena& arena, Worker& w) const {
           rows_first ? panel : chunk_rows() * panel, rows_first};
   w.x = arena.take<A>(converts_ ? chunk_rows() * p_.I : 0);
   w.rows = arena.take<ForwardRow<A>>(team_rows_);
+  w.reset_h = arena.take<A>(p_.modifier.h.data ? team_rows_ * p_padded_ : 0);
+  w.reset_c = arena.take<A>(p_.modifier.c.data ? team_rows_ * h_padded_ : 0);
   Base::take_arrays(arena, chunk_rows(), w);
 }
 
@@ -111,6 +116,8 @@ typename ForwardScan<A>::Worker ForwardScan<A>::make_worker(int thread, int d, T
   Arena arena = this->arena_of_thread(thread);
   take_arrays(arena, w);
   w.weights = weights_[d];
+  if (p_.modifier.h.data) std::fill_n(w.reset_h, team_rows_ * p_padded_, A(0));
+  if (p_.modifier.c.data) std::fill_n(w.reset_c, team_rows_ * h_padded_, A(0));
   return w;
 }
 
@@ -157,10 +164,27 @@ template <class A>
 void ForwardScan<A>::zero_inactive(const Worker& w, int64_t row) const {
   if (seq_.offsets || w.rank != 0) return;
   std::memset(stored_at(p_.y, (row * D_ + w.d) * p_.P, size_), 0, p_.P * size_);
-  if (!p_.training) return;
+  if (!p_.training && !p_.cs) return;
   const int64_t saved = (w.d * seq_.N + row) * p_.H;
   if (p_.gates) std::memset(stored_at(p_.gates, saved * slots_, size_), 0, slots_ * p_.H * size_);
   if (p_.cs) std::memset(stored_at(p_.cs, saved, size_), 0, p_.H * size_);
+}
+
+// Active row number `active` begins step t from what the modifier has for it.
+template <class A>
+void ForwardScan<A>::reset(Worker& w, int64_t t, int64_t b, int64_t active) const {
+  ForwardRow<A>& out = w.rows[active];
+  out.h_prev = out.c_prev = zeros_;
+  if (const void* h = reset_row(p_.modifier.h, t, w.d, b)) {
+    A* const to = w.reset_h + active * p_padded_;
+    kernels_.load[storage_](h, to, p_.P);
+    out.h_prev = to;
+  }
+  if (const void* c = reset_row(p_.modifier.c, t, w.d, b)) {
+    A* const to = w.reset_c + active * h_padded_;
+    kernels_.load[storage_](c, to, p_.H);
+    out.c_prev = to;
+  }
 }
 
 // The active rows of step t: their places in w.rows and w.store_rows, their h in w.pointers. Returns their number.
@@ -175,18 +199,21 @@ int64_t ForwardScan<A>::gather(Worker& w, int64_t t) const {
       continue;
     }
     const int64_t copy = team_row.steps_before(t, w.d) & 1;
-    const bool reset = is_reset(p_.modifier, row);
     const int64_t saved = w.d * seq_.N + row;
     void* const y = stored_at(p_.y, (row * D_ + w.d) * p_.P, size_);
     A* const h = w.h[1 - copy] + i * p_padded_;
     ForwardRow<A>& out = w.rows[active];
-    out.h_prev = reset ? zeros_ : w.h[copy] + i * p_padded_;
-    out.c_prev = reset ? zeros_ : w.c + i * h_padded_;
+    if (is_reset(p_.modifier, row)) {
+      reset(w, t, team_row.b, active);
+    } else {
+      out.h_prev = w.h[copy] + i * p_padded_;
+      out.c_prev = w.c + i * h_padded_;
+    }
     out.h = projects_ ? w.u + i * h_padded_ : h;
     out.c = w.c + i * h_padded_;
     out.y = projects_ ? nullptr : y;
     out.gates = p_.training ? stored_at(p_.gates, saved * slots_ * p_.H, size_) : nullptr;
-    out.cs = p_.training ? stored_at(p_.cs, saved * p_.H, size_) : nullptr;
+    out.cs = p_.training || p_.cs ? stored_at(p_.cs, saved * p_.H, size_) : nullptr;
     w.store_rows[active] = {nullptr, nullptr, y, h};
     w.pointers[active++] = out.h_prev;
   }
@@ -209,7 +236,17 @@ int64_t ForwardScan<A>::step(Worker& w, int64_t step, int64_t first_xg) const {
            w.xg.row_stride, w.rows + tile.row, tile.rows, p_.H, m.shape.unit_vector(p), m.shape.unit_vector(p + together)});
     }
   });
+  if (p_.cs && !p_.training) save_c(w, active);
   return active;
+}
+
+// This rank's units of c after a step, where the pointwise half, which does so in training, does not.
+template <class A>
+void ForwardScan<A>::save_c(const Worker& w, int64_t active) const {
+  const Range units = this->units_of_panels(w.h_panels, w.weights.h.shape);
+  for (int64_t i = 0; i < active; ++i) {
+    kernels_.save[storage_](w.rows[i].c + units.first, stored_at(w.rows[i].cs, units.first, size_), units.size());
+  }
 }
 
 // y = h W_hr^T, this rank's columns.

@@ -144,6 +144,22 @@ class Scan {
   // t of a step of the forward recurrence.
   int64_t time_of(const Worker& w, int64_t step) const { return w.d == 0 ? step : seq_.T - 1 - step; }
 
+  // The units of panels of a matrix whose columns are those of units.
+  static Range units_of_panels(const Range& panels, const Shape& shape) {
+    return {std::min(shape.unit_vector(panels.first) * shape.width, shape.units),
+            std::min(shape.unit_vector(panels.last) * shape.width, shape.units)};
+  }
+  // Adds stored numbers [units.first, units.last) to those of an array; scratch has room for them.
+  void add_stored(const void* from, const Range& units, A* to, A* scratch) const {
+    kernels_.load[storage_](stored_at(from, units.first, size_), scratch, units.size());
+    for (int64_t u = 0; u < units.size(); ++u) to[units.first + u] += scratch[u];
+  }
+  // Stores these numbers of an array, which become zeros.
+  void move_to_stored(A* from, const Range& units, void* to) const {
+    kernels_.save[storage_](from + units.first, stored_at(to, units.first, size_), units.size());
+    std::fill_n(from + units.first, units.size(), A(0));
+  }
+
   // f(tile) for the tiles of w.pointers [n] with these panels of a matrix, at a step.
   template <class F>
   void for_tiles_of_step(const Worker& w, const Matrix<A>& m, const Range& panels, const A* init, int64_t n, int64_t step,
