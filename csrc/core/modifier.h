@@ -6,8 +6,8 @@
 
 namespace fused_rnn {
 
-// One state that steps begin from at resets, in the layer's dtype. Strides are bytes from a step, a direction and a batch row
-// to the next; 0 where all share one.
+// One state that steps begin from at resets, in the layer's dtype. Strides are bytes from a step, a direction and a batch
+// row to the next; 0 where all share one.
 struct ResetState {
   const void* data;  // or null (zeros)
   int64_t step, direction, row;

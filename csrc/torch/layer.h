@@ -9,11 +9,11 @@
 namespace fused_rnn {
 
 // (y, last states, saved); saved: what backward needs beside y, the tensors of `Saved` that the cell has, or none. With
-// recipe.all_states the last states are followed by c after every step [D, N, H], of a cell that has one, and it is not among
-// those saved.
+// recipe.all_states the last states are followed by c after every step [D, N, H], of a cell that has one, and it is not
+// among those saved.
 using LayerOutputs = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>;
-// (dx, dstates, dparams): empty tensors where the mask says that nobody asked; dstates of the states that were given, then of
-// the reset states.
+// (dx, dstates, dparams): empty tensors where the mask says that nobody asked; dstates of the states that were given, then
+// of the reset states.
 using LayerGradients = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>;
 
 // A filled ForwardParams with the tensors that own its memory.

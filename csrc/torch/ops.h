@@ -29,8 +29,8 @@ c10::TypedOperatorHandle<Signature> find_op(const char* name) {
 const c10::TypedOperatorHandle<LayerBackwardSignature>& layer_backward_op();
 LayerOutputs call_layer(const Call& call, bool save);
 
-// y, and the last state of each kind. With recipe.all_states, of a layer then what its op adds (layer.h), of a stack then each
-// state after every step [T, L * D, B, .], packed [N, L * D, .].
+// y, and the last state of each kind. With recipe.all_states, of a layer then what its op adds (layer.h), of a stack then
+// each state after every step [T, L * D, B, .], packed [N, L * D, .].
 struct Results {
   Tensor y;
   States last;

@@ -59,8 +59,8 @@ struct FormulaBackward : FormulaParams {
   const void* d_series[kMostFormulaStates];
   void* d;                             // [D, N, S + U + Q, H] out; 0 at inactive rows
   void* d_states[kMostFormulaStates];  // [D, B, H] out, or null where nobody asks
-  // [D, N, H] out at rows that are reset: gradients of the states that their step begins from, of the recurrent one less what
-  // passes through weight_hh. All null where nobody asks.
+  // [D, N, H] out at rows that are reset: gradients of the states that their step begins from, of the recurrent one less
+  // what passes through weight_hh. All null where nobody asks.
   void* d_reset[kMostFormulaStates];
 };
 
