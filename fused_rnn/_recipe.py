@@ -59,8 +59,8 @@ def unpacked(number: int) -> Recipe:
             f"recipe: expected a number that fused_rnn._recipe makes (a cell of 0 to {len(KINDS) - 1} in its last byte), "
             f"got {number}"
         )
-    flags = [bool(number >> bit & 1) for bit in (8, 9, 10, 11, _ALL_STATES_SHIFT)]
-    return Recipe(cell, num_layers, *flags[:4], all_states=flags[4])
+    flags = [bool(number >> bit & 1) for bit in (8, 9, 10, 11)]
+    return Recipe(cell, num_layers, *flags)._replace(all_states=bool(number >> _ALL_STATES_SHIFT & 1))
 
 
 class Rows(NamedTuple):
