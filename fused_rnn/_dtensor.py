@@ -40,6 +40,9 @@ def prepare() -> None:
         torch.library.register_torch_dispatch(f"fused_rnn::{name}_backward", DTensor, _backward)
 
 
+prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo calls it while it compiles
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a DTensor on every rank, which is a collective call; a Tensor as it is. Imports nothing."""
     if type(tensor) is Tensor or "torch.distributed.tensor" not in sys.modules:

@@ -28,6 +28,7 @@ __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
 _DTYPES = _checks.DTYPES
 _ALL_ROWS = Rows()
+_PLAIN = (Parameter, Tensor)
 
 
 def lstm(
@@ -207,7 +208,7 @@ def run_rnn(
             states = _zero_states(recipe, input, weights, batch_sizes)
     device = input.device
     device_type = device.type
-    if type(input) is not Tensor or type(weights[0]) is not Parameter:
+    if type(input) is not Tensor or type(weights[0]) not in _PLAIN:
         _dtensor.prepare()
     for_onnx = is_exporting() and _onnx.exporting()
     features = Features(bool(rows.reset_states), recipe.all_states and recipe.kind.has_c)
@@ -239,7 +240,7 @@ def run_cell(recipe: Recipe, input: Tensor, states: list[Tensor], params: list[T
     """One step of a cell on the selected backend: the states after it. Batched input only."""
     device = input.device
     device_type = device.type
-    if type(input) is not Tensor or type(params[0]) is not Parameter:
+    if type(input) is not Tensor or type(params[0]) not in _PLAIN:
         _dtensor.prepare()
     if not (is_exporting() and _onnx.exporting()) and uses_ops(device_type, input.dtype, device):
         seen = torch.compiler.is_compiling() or _has_torch_function_variadic(input, *states, *params)

@@ -123,9 +123,11 @@ def trained_alone(kind: str = "LSTM", **more: Any) -> Model:
     return model
 
 
-def sharded(model: Model, **more: Any) -> Model:
+def sharded(model: Model, layers: bool = True, **more: Any) -> Model:
+    """layers: the recurrence is a shard of its own, gathered by hooks of its own; else the model's hooks gather it."""
     mesh = init_device_mesh("cpu", (WORLD,))
-    fully_shard(model.rnn, mesh=mesh, **more)
+    if layers:
+        fully_shard(model.rnn, mesh=mesh, **more)
     return fully_shard(model, mesh=mesh, **more)
 
 
@@ -180,8 +182,8 @@ def test_convert_after_ddp(ranks: Ranks) -> None:
 # --- FSDP2 ---
 
 
-def fsdp(rank: int, kind: str, checkpointed: bool, reshard: bool) -> None:
-    model = sharded(model_of(kind, checkpointed), reshard_after_forward=reshard)
+def fsdp(rank: int, kind: str, checkpointed: bool, reshard: bool, layers: bool = True) -> None:
+    model = sharded(model_of(kind, checkpointed), layers, reshard_after_forward=reshard)
     x, y = data()
     optimizer, expected = optimizer_of(model), model_of(kind)
     expected_optimizer = optimizer_of(expected)
@@ -198,6 +200,12 @@ def fsdp(rank: int, kind: str, checkpointed: bool, reshard: bool) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_fsdp(ranks: Ranks, kind: str, reshard: bool) -> None:
     ranks(fsdp, kind, False, reshard)
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_fsdp_of_the_model_alone(ranks: Ranks, reshard: bool) -> None:
+    """Then the layer has no hooks, and plain CPU tensors take the call that passes nn.Module's by."""
+    ranks(fsdp, "LSTM", False, reshard, False)
 
 
 @pytest.mark.slow
@@ -277,6 +285,22 @@ def tensor_parallel(rank: int, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_tensor_parallel(ranks: Ranks, kind: str) -> None:
     ranks(tensor_parallel, kind)
+
+
+def two_dimensions(rank: int, shape: tuple[int, int]) -> None:
+    """A mesh of data parallel and tensor parallel ranks: fully_shard over the first, the plan above over the second."""
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
+    plan = {"before": ColwiseParallel(output_layouts=Replicate()), "after": RowwiseParallel(input_layouts=Replicate())}
+    model = parallelize_module(model_of(), mesh["tp"], plan)
+    fully_shard(model.rnn, mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])
+    train(model, *(t.chunk(shape[0])[mesh["dp"].get_local_rank()] for t in data()))
+    assert_same(model, trained_alone())
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)])
+def test_fsdp_and_tensor_parallel(ranks: Ranks, shape: tuple[int, int]) -> None:
+    ranks(two_dimensions, shape)
 
 
 def dtensors(rank: int, kind: str, placement: Any, weights: Any) -> None:

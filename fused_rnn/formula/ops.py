@@ -58,7 +58,7 @@ def layer(
     With ``recipe.all_states`` the last states are followed by all states but the output after every step, [D, N, H] each.
     states: of each [D, B, H], or none for zeros.
     """
-    if type(x) is not Tensor or type(params[0]) is not torch.nn.Parameter:
+    if type(x) is not Tensor or type(params[0]) not in (torch.nn.Parameter, Tensor):
         _dtensor.prepare()
     differentiates = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *params, *rows.reset_states))
     flags = BIASES * recipe.has_biases | BIDIRECTIONAL * recipe.bidirectional | SAVE * differentiates | rows.bits
