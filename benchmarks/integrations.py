@@ -24,6 +24,7 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import torch
 
+import fused_rnn
 from fused_rnn import build_info, integrations
 
 
@@ -131,27 +132,52 @@ def keras_cases(options: argparse.Namespace) -> Iterator[Case]:
             yield Case(f"Keras: {name}, inference", infer)
 
 
+def opacus_cases(options: argparse.Namespace) -> Iterator[Case]:
+    import opacus.layers
+    from opacus import GradSampleModule
+
+    steps, batch, hidden = options.steps, options.batch, options.hidden
+    x = torch.randn(batch, steps, hidden)
+    for name in ("LSTM", "GRU"):
+        plain = getattr(fused_rnn, name)(hidden, hidden, batch_first=True)
+        private = GradSampleModule(getattr(opacus.layers, f"DP{name}")(hidden, hidden, batch_first=True))
+
+        def run(model: Any = private) -> None:
+            for parameter in model.parameters():
+                parameter.grad = parameter.grad_sample = None
+            model(x)[0].sum().backward()
+
+        def without(model: Any = plain) -> None:
+            model.zero_grad()
+            model(x)[0].sum().backward()
+
+        yield Case(f"Opacus: DP{name}, forward, backward and per-sample gradients", run)
+        yield Case(f"for comparison: fused_rnn.{name}, forward and backward without them", without)
+
+
 CASES = {
     "sb3": ("sb3-contrib", "sb3_contrib", sb3_cases),
     "torchrl": ("torchrl", "torchrl", torchrl_cases),
     "keras": ("keras", "keras", keras_cases),
+    "opacus": ("opacus", "opacus", opacus_cases),
 }
 
 
-def seconds(run: Callable[[], object], around: AbstractContextManager[None]) -> float:
+def seconds(run: Callable[[], object], around: AbstractContextManager[None], clock: Callable[[], float]) -> float:
     with around:
-        began = time.perf_counter()
+        began = clock()
         run()
-        return time.perf_counter() - began
+        return clock() - began
 
 
 def measure(run: Callable[[], object], module: Any, options: argparse.Namespace) -> tuple[float, float, float]:
     """Medians in ms before and after, and the median of the ratios of neighbours in time."""
     pairs = []
+    clock = time.process_time if options.processor_time else time.perf_counter
     stop = time.perf_counter() + options.seconds
-    seconds(run, module.enabled())
+    seconds(run, module.enabled(), clock)
     while len(pairs) < 3 or (time.perf_counter() < stop and len(pairs) < options.rounds):
-        pairs.append((seconds(run, nullcontext()), seconds(run, module.enabled())))
+        pairs.append((seconds(run, nullcontext(), clock), seconds(run, module.enabled(), clock)))
     before, after = (statistics.median(side) * 1e3 for side in zip(*pairs, strict=True))
     return before, after, statistics.median(b / a for b, a in pairs)
 
@@ -163,9 +189,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="B")
     parser.add_argument("--hidden", type=int, default=128, help="H, and the input's size")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--processor-time", action="store_true", help="the process's, for a machine that is busy: one thread"
+    )
     parser.add_argument("--rounds", type=int, default=21, help="at most, of each case")
     parser.add_argument("--seconds", type=float, default=10, help="after which no further round of a case begins")
     options = parser.parse_args()
+    if options.processor_time:
+        options.threads = 1
     torch.set_num_threads(options.threads)
     versions = {}
     lines = []
@@ -180,8 +211,11 @@ def main() -> None:
             before, after, ratio = measure(case.run, getattr(integrations, project), options)
             lines.append(f"| {case.name} | {before:.3g} | {after:.3g} | {ratio:.1f} |")
     found = ", ".join(f"{name} {version}" for name, version in versions.items())
+    clock = "processor" if options.processor_time else "wall"
     isa = build_info()["cpu_instruction_set"]
-    print(f"T={options.steps} B={options.batch} I=H={options.hidden}, float32, {options.threads} threads, {isa},")
+    print(
+        f"T={options.steps} B={options.batch} I=H={options.hidden}, float32, {options.threads} threads, {isa}, {clock} time,"
+    )
     print(f"{platform.machine()}, torch {torch.__version__}, {found}, {date.today()}")
     print("\n| what | before, ms | after, ms | times faster |\n|---|---|---|---|")
     print("\n".join(lines))

@@ -19,7 +19,7 @@ import fused_rnn
 from fused_rnn import integrations
 from fused_rnn.integrations._integration import Integration, Replacement, weights_of
 
-PACKAGES = {"keras": "keras", "sb3": "sb3-contrib", "torchrl": "torchrl"}
+PACKAGES = {"keras": "keras", "opacus": "opacus", "sb3": "sb3-contrib", "torchrl": "torchrl"}
 
 
 class Theirs:
@@ -156,7 +156,7 @@ import sys, fused_rnn
 print("fused_rnn.integrations" in sys.modules)
 for name in fused_rnn.integrations.__all__:
     getattr(fused_rnn.integrations, name).disable()
-print([name for name in ("keras", "sb3_contrib", "torchrl", "tensordict") if name in sys.modules])
+print([name for name in ("keras", "opacus", "sb3_contrib", "torchrl", "tensordict") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n[]\n"
