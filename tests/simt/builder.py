@@ -143,8 +143,8 @@ def build(
     device = [HERE / "include", *(internal / name for name in ("api.h", "tensor.h", "capi.h"))]
     below = [csrc / folder for folder in ("core", "plan", "cuda")]
     for_kernels = _headers(*device, *below)
-    for_runtime = _headers(internal)
-    for_host = _headers(internal, *below)
+    for_runtime = _headers(internal, HERE / "include")
+    for_host = _headers(internal, HERE / "include", *below)
     extra = SANITIZE[sanitize]
     host = [*COMMON, "-O2", *{"asan": ["-fsanitize=address"], "ucontext": ["-DSIMT_UCONTEXT"]}.get(sanitize, [])]
     # g++ does not combine -fsanitize=thread with address: that variant has no race detection.

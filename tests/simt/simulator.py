@@ -59,6 +59,7 @@ class Simulator:
 
     def __init__(self, library: Path) -> None:
         self.library = library
+        self.loader: c_void_p | None = None  # of kernels in the place of the compiled ones, see ptx/loader.py
         self.lib = ctypes.CDLL(str(library))
         self.lib.simt_alloc.restype = c_void_p
         self.lib.simt_alloc.argtypes = [c_size_t, c_char_p, c_void_p]
@@ -66,6 +67,7 @@ class Simulator:
         self.lib.simt_unwritten.argtypes = [c_void_p, c_size_t]
         self.lib.simt_close.argtypes = [c_void_p, c_size_t]
         self.lib.simt_seed.argtypes = [c_uint64]
+        self.lib.simt_set_loader.argtypes = [c_void_p]
         for name in ("simt_kind", "simt_message", "simt_poison_reads", "simt_meetings"):
             getattr(self.lib, name).restype = c_char_p
         self.inputs: list[tuple[str, int, Tensor]] = []
@@ -74,6 +76,7 @@ class Simulator:
     def reset(self, seed: int = 0, device: DeviceInfo = H100) -> None:
         """Frees all memory and starts over."""
         self.lib.simt_reset()
+        self.lib.simt_set_loader(self.loader)
         self.lib.simt_seed(seed)
         d = device
         limits = (d.compute_capability, d.sm_count, d.smem_per_block, d.smem_per_sm, d.registers_per_sm, d.threads_per_sm)

@@ -126,7 +126,8 @@ struct PersistentBackward : BlockElements<G> {
     if (!e.mine) return;
     result.active = Base::takes_part(e, row_tile, time(k));
     float d[C::kSlots] = {}, dh = carry(e, row_tile), dc_state = C::kHasC ? dc(e, row_tile) : 0.0f;
-    if (k > 0) dh += product_sum(e, row_tile, k, buffer);
+    // Nobody asks for the product of an inactive row that no exchange follows.
+    if (k > 0 && (result.active || has_exchange(k))) dh += product_sum(e, row_tile, k, buffer);
     simt::issue_loads();
     if (result.active) {
       float a[C::kSlots], bypass = 0.0f;
@@ -138,6 +139,11 @@ struct PersistentBackward : BlockElements<G> {
                   d, bypass);
       dh = x.from_zero ? 0.0f : bypass;
       if (x.from_zero) dc_state = 0.0f;
+    } else {
+      // Zeros, by a sum that has come: what product_sum has read is used before the thread reaches a barrier, after which
+      // others write there.
+#pragma unroll
+      for (int slot = 0; slot < C::kSlots; ++slot) d[slot] = dh == dh ? 0.0f : -0.0f;
     }
     Base::keep(0, e, row_tile, dh);
     if constexpr (C::kHasC) Base::keep(1, e, row_tile, dc_state);

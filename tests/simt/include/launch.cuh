@@ -41,7 +41,9 @@ void launch(void (*kernel)(Params), const LaunchConfig& config, void*, const Par
   spec.pdl = config.pdl;
   spec.cooperative = config.cooperative;
   spec.kernel = reinterpret_cast<const void*>(kernel);
-  spec.body = [kernel, params] { kernel(params); };
+  spec.body = [kernel, params, code = simt_host::code_of(spec.kernel)] {
+    code.run ? code.run(reinterpret_cast<const unsigned char*>(&params), code.pc) : kernel(params);
+  };
   simt_host::enqueue(std::move(spec));
 }
 

@@ -272,10 +272,13 @@ __forceinline__ ClusterAddress map_to_rank(const void* shared, int rank) {
 using MBarrier = uint64_t;
 __forceinline__ void mbarrier_init(MBarrier* barrier, int arrivals = 1) {
   simt_host::mbarrier_init(barrier, arrivals, SIMT_HERE);
+  simt_host::fence_mbarrier_init();
 }
 __forceinline__ void mbarrier_arrive(MBarrier* barrier) { simt_host::mbarrier_expect(barrier, 0, SIMT_HERE); }
 __forceinline__ void mbarrier_expect(MBarrier* barrier, int bytes) { simt_host::mbarrier_expect(barrier, bytes, SIMT_HERE); }
-__forceinline__ void mbarrier_wait(MBarrier* barrier, int parity) { simt_host::mbarrier_wait(barrier, parity, SIMT_HERE); }
+__forceinline__ void mbarrier_wait(MBarrier* barrier, int parity) {
+  simt_host::mbarrier_wait(barrier, parity, true, SIMT_HERE);
+}
 template <int kCount>
 __forceinline__ void store_async(ClusterAddress to, const uint32_t (&v)[kCount], ClusterAddress barrier) {
   static_assert(kCount == 1 || kCount == 2 || kCount == 4);

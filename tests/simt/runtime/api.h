@@ -48,6 +48,18 @@ enum AccessKind : unsigned {
 // Checks and records an access of the running thread; reports a fault instead of returning when it is not allowed.
 void check_access(const void* address, size_t bytes, unsigned kind, uintptr_t pc);
 
+// Another form of a kernel: the compiler's PTX, translated into C++ (../ptx). `pc` is the number that its first instruction has
+// in reports.
+struct KernelCode {
+  void (*run)(const unsigned char* params, uintptr_t pc);
+  uintptr_t pc;
+};
+// What runs in the place of a compiled kernel; `run` is null where nothing does. Throws std::runtime_error where the loader
+// has nothing for this kernel.
+KernelCode code_of(const void* kernel);
+// The loader is told where in the library the compiled kernel lies. It returns whether it has filled in the code.
+using Loader = bool (*)(uint64_t offset, KernelCode* code);
+
 // Appends a grid to the stream. Throws std::runtime_error with CUDA's condition when the device would refuse the launch.
 void enqueue(LaunchSpec spec);
 
@@ -73,7 +85,11 @@ int cluster_rank();
 uint32_t map_to_rank(const void* shared, int rank, uintptr_t pc);
 void mbarrier_init(uint64_t* barrier, int arrivals, uintptr_t pc);
 void mbarrier_expect(uint64_t* barrier, int bytes, uintptr_t pc);
-void mbarrier_wait(uint64_t* barrier, int parity, uintptr_t pc);
+// Without `acquire`, what the phase makes known is known after the thread's next fence_acquire only.
+void mbarrier_wait(uint64_t* barrier, int parity, bool acquire, uintptr_t pc);
+void fence_acquire();
+// Shows the mbarriers that the thread has initialised to the cluster; before it, nobody may count bytes there.
+void fence_mbarrier_init();
 void store_async(uint32_t to, const void* data, int bytes, uint32_t barrier, uintptr_t pc);
 // Stores that others see later, at a time that the seed chooses; stores of one thread to one address stay in order.
 void store_flag(void* to, const void* data, int bytes, bool release, uintptr_t pc);

@@ -60,6 +60,9 @@ struct Thread {
   uint32_t clock = 1, agent_clock = 1, agent_seen = 0;
   Clock base, weak;
   uint32_t visible_grid = 0;
+  // What waits without acquire have promised, see fence_acquire.
+  Clock promised, weakly_promised;
+  uint32_t promised_grid = 0;
   // Waiting
   Wait wait = Wait::kNone;
   const char* wait_what = "";
@@ -186,6 +189,8 @@ void check_launch(const LaunchSpec& spec);
 void note_meeting(uintptr_t a, uintptr_t b, const Thread& thread);
 std::string meetings_text();
 void forget_meetings();
+
+void set_loader(Loader loader);
 
 struct Stats {
   uint64_t grids, blocks, threads, switches, accesses;

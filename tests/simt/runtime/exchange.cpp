@@ -19,6 +19,7 @@ struct TransactionBarrier {
   Clock base, weak;
   uint32_t visible_grid = 0;
   std::vector<Thread*> waiting;
+  const Thread* unfenced = nullptr;  // who has initialised it and not yet fenced
   // The last join of a waiter: the threads of a block mostly know the same.
   Clock join_from[2], join_to[2];
 };
@@ -85,6 +86,11 @@ void complete_bytes(const Store& store) {
     return;
   }
   TransactionBarrier& b = it->second;
+  if (b.unfenced) {
+    report("bad mbarrier", "a push by " + store.thread->name() +
+                               " counts its bytes at an mbarrier that was initialised without a fence for the cluster");
+    return;
+  }
   note_landed(store.to, store.bytes, store.thread->grid_number, store.thread->block->grid->pusher, b.agent, b.phase + 1);
   b.awaited -= store.bytes;
   b.pushes.push_back(*store.snapshot);
@@ -185,6 +191,13 @@ void mbarrier_init(uint64_t* barrier, int arrivals, uintptr_t pc) {
   TransactionBarrier& b = barriers[barrier] = {};
   b.expected = b.pending = arrivals;
   b.agent = me->block->grid->next_agent++;
+  b.unfenced = me;
+}
+
+void fence_mbarrier_init() {
+  for (auto& [address, barrier] : barriers) {
+    if (barrier.unfenced == current_thread()) barrier.unfenced = nullptr;
+  }
 }
 
 void mbarrier_expect(uint64_t* barrier, int bytes, uintptr_t pc) {
@@ -200,12 +213,18 @@ void mbarrier_expect(uint64_t* barrier, int bytes, uintptr_t pc) {
   maybe_complete(b);
 }
 
-void mbarrier_wait(uint64_t* barrier, int parity, uintptr_t pc) {
+void mbarrier_wait(uint64_t* barrier, int parity, bool acquire, uintptr_t pc) {
   Thread* me = current_thread();
   TransactionBarrier& b = find(barrier, kRead, pc);
   while ((b.phase & 1) == static_cast<uint32_t>(parity & 1)) {
     b.waiting.push_back(me);
     block_current(Wait::kMbarrier, "an mbarrier's phase", 0, pc);
+  }
+  if (!acquire) {
+    me->promised = later(me->promised, b.base);
+    me->weakly_promised = later(me->weakly_promised, b.weak);
+    me->promised_grid = std::max(me->promised_grid, b.visible_grid);
+    return;
   }
   if (!b.join_to[0] || b.join_from[0] != me->base || b.join_from[1] != me->weak) {
     b.join_from[0] = me->base;
@@ -216,6 +235,25 @@ void mbarrier_wait(uint64_t* barrier, int parity, uintptr_t pc) {
   me->base = b.join_to[0];
   me->weak = b.join_to[1];
   me->visible_grid = std::max(me->visible_grid, b.visible_grid);
+}
+
+void fence_acquire() {
+  // The last results: the threads of a block mostly know the same.
+  static Clock known[2], promised[2], result[2];
+  Thread* me = current_thread();
+  const auto join = [&](int i, Clock& mine, const Clock& more) {
+    if (known[i] != mine || promised[i] != more) {
+      known[i] = mine;
+      promised[i] = more;
+      result[i] = later(mine, more);
+    }
+    mine = result[i];
+  };
+  join(0, me->base, me->promised);
+  join(1, me->weak, me->weakly_promised);
+  me->visible_grid = std::max(me->visible_grid, me->promised_grid);
+  me->promised.reset();
+  me->weakly_promised.reset();
 }
 
 void store_async(uint32_t to, const void* data, int bytes, uint32_t barrier, uintptr_t pc) {

@@ -13,7 +13,17 @@ std::set<std::pair<uint32_t, uint32_t>> meetings;
 std::string first_meeting;
 std::map<const void*, int> prepared;
 std::set<const void*> large_clusters;
+Loader loader = nullptr;
 }  // namespace
+
+KernelCode code_of(const void* kernel) {
+  KernelCode code{};
+  if (loader && !loader(site_of(reinterpret_cast<uintptr_t>(kernel)), &code)) {
+    throw std::runtime_error("the loader has no code for this kernel");
+  }
+  return code;
+}
+void set_loader(Loader new_loader) { loader = new_loader; }
 
 void check_launch(const LaunchSpec& s) {
   const std::string what = "kernel " + s.name + ", grid " + std::to_string(s.grid.x) + "x" + std::to_string(s.grid.y) + "x" +
