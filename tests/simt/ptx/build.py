@@ -19,6 +19,7 @@ from .translate import function
 
 HERE = Path(__file__).resolve().parent
 CACHE = builder.CACHE / "ptx"
+NO_NVCC = "no nvcc on PATH, in NVCC, CUDA_HOME or the wheels of this Python"
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90a")
 
 

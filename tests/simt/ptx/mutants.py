@@ -137,9 +137,8 @@ def mutants_of(name: str, kernel: Kernel) -> Iterator[Mutant]:
         for change, _ in _changes(first):
             body: list[Instruction | Label] = []
             for part in kernel.body:
-                changed = (
-                    dict(_changes(part)).get(change, part) if isinstance(part, Instruction) and _kind(part) == kind else part
-                )
-                if changed is not None:
+                if not isinstance(part, Instruction) or _kind(part) != kind:
+                    body.append(part)
+                elif (changed := dict(_changes(part)).get(change, part)) is not None:
                     body.append(changed)
             yield Mutant(f"{name} {kind}: {change}", kernel.name, dataclasses.replace(kernel, body=body))

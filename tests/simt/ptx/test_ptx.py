@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from ctypes import c_int64, c_void_p
 from functools import cache
 
+import builder
 import pytest
 import torch
 from simulator import Simulator
+from test_kernels import Simulated, run
 
-from . import build, primitives
-from .loader import PtxSimulator
+from . import build, cases, primitives
+from .loader import PtxSimulator, finder
 from .source import Kernel
+from .translate import function
 
-pytestmark = pytest.mark.skipif(
-    build.nvcc() is None, reason="no nvcc on PATH, in NVCC, CUDA_HOME or the wheels of this Python"
-)
+pytestmark = pytest.mark.skipif(build.nvcc() is None, reason=build.NO_NVCC)
 
 
 @cache
@@ -46,3 +49,73 @@ def test_primitives_give_the_bits_of_their_twins(arch: str, name: str) -> None:
         found = primitives.run(ptx, name, device, seed)
         assert torch.equal(found, want), f"seed {seed}: {(found != want).nonzero().flatten()[:8].tolist()}"
     assert ptx.launched.total() - before == len(primitives.SEEDS) * (2 if name == "dependent" else 1)
+
+
+@cache
+def simulator(arch: str) -> PtxSimulator:
+    """The CUDA backend with the PTX of an architecture for kernels."""
+    return PtxSimulator(builder.build(), finder(arch))
+
+
+def check_case(arch: str, simulated: Simulated) -> None:
+    sim = simulator(arch)
+    before = sim.launched.total()
+    run(sim, simulated)
+    assert sim.launched.total() > before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("simulated", [*cases.representative("sm_75")], ids=str)
+def test_sm75(simulated: Simulated) -> None:
+    check_case("sm_75", simulated)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("simulated", [*cases.representative("sm_80")], ids=str)
+def test_sm80(simulated: Simulated) -> None:
+    check_case("sm_80", simulated)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("simulated", [*cases.representative("sm_90a")], ids=str)
+def test_sm90a(simulated: Simulated) -> None:
+    check_case("sm_90a", simulated)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", build.ARCHITECTURES)
+def test_every_kernel_is_translated(arch: str) -> None:
+    """Every instruction of every kernel of csrc/cuda is known; what does not run below is at least read."""
+    count = 0
+    for source in build.sources(arch):
+        file = build.file_of(source, arch)
+        for name in file.names:
+            function(file.kernel(name))
+            count += 1
+    assert count >= {"sm_75": 100, "sm_80": 120, "sm_90a": 180}[arch]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", build.ARCHITECTURES)
+def test_small_helpers(arch: str) -> None:
+    """Kernels that no layer launches: integers and flags as arguments, previous rows."""
+    sim = simulator(arch)
+    sim.reset(device=primitives.DEVICES[arch])
+    values = torch.arange(700) - 300
+    place = sim.out("integers", values.nbytes)
+    sim.check(sim.lib.simt_write_integers(c_void_p(place), c_void_p(values.data_ptr()), c_int64(len(values))))
+    assert torch.equal(sim.get(place, (700,), torch.int64), values)
+    flags = torch.arange(5000) % 3 == 0
+    place = sim.out("flags", flags.nbytes)
+    sim.check(sim.lib.simt_write_flags(c_void_p(place), c_void_p(flags.data_ptr()), c_int64(len(flags))))
+    assert torch.equal(sim.get(place, (5000,), torch.bool), flags)
+
+
+SWEEP = [(arch, s) for arch in build.ARCHITECTURES for s in cases.everything(arch)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("FUSED_RNN_PTX_SWEEP"), reason="hours: FUSED_RNN_PTX_SWEEP=1 asks for it")
+@pytest.mark.parametrize(("arch", "simulated"), SWEEP, ids=str)
+def test_sweep(arch: str, simulated: Simulated) -> None:
+    check_case(arch, simulated)

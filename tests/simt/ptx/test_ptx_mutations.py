@@ -1,4 +1,4 @@
-"""Proof that the tests of PTX find faults: every mutant of the inline PTX of simt.cuh is refused, reported or gives other bits.
+"""Proof that the tests of PTX find faults: mutants of the inline PTX of simt.cuh are refused, reported or give other bits.
 
 The table of all mutants is written to build/simt/ptx-mutants.txt.
 """
@@ -18,13 +18,11 @@ from simulator import Simulator
 from . import build, primitives
 from .loader import PtxSimulator
 from .mutants import Mutant, mutants_of
-from .source import PtxError
+from .source import Kernel, PtxError
 from .translate import function
 
 ARCH = "sm_90a"  # has every primitive
-pytestmark = pytest.mark.skipif(
-    build.nvcc() is None, reason="no nvcc on PATH, in NVCC, CUDA_HOME or the wheels of this Python"
-)
+pytestmark = pytest.mark.skipif(build.nvcc() is None, reason=build.NO_NVCC)
 
 _HINT = "a hint: no result depends on it"
 _STRONGER = "orders more than is asked for"
@@ -33,7 +31,7 @@ EQUIVALENT: dict[str, str] = {
     "convert prefetch.global.L2: left out": _HINT,
     "convert prefetch.global.L2: becomes prefetch.global.L1": _HINT,
     "dependent griddepcontrol.launch_dependents: left out": "the next grid starts when this one ends",
-    "copy cp.async.cg.shared.global of 16 bytes: becomes cp.async.ca.shared.global": "also goes through L1, with the same bytes",
+    "copy cp.async.cg.shared.global of 16 bytes: becomes cp.async.ca.shared.global": "the same bytes, through L1",
     "copy cp.async.wait_group: -1 for its count": _STRONGER,
     "hand_over ld.relaxed.gpu.global.v2.b64: becomes ld.acquire.gpu.global.v2.b64": _STRONGER,
     "hand_over st.relaxed.gpu.global.b64: becomes st.release.gpu.global.b64": _STRONGER,

@@ -186,7 +186,7 @@ ANSWERS: list[tuple[str, list[tuple[int, int]]]] = [
 
 
 def test_known_answers(small: Simulator) -> None:
-    """One kernel has all of ANSWERS: case by case, the input's word of its thread goes in, and the word that is wanted comes out."""
+    """One kernel has all of ANSWERS: each thread takes one case, whose word goes in and whose answer comes out."""
     cases = [(ptx, given, want) for ptx, pairs in ANSWERS for given, want in pairs]
     body = "mov.u32 %r6, -1;\n"
     for number, (ptx, _, _) in enumerate(cases):

@@ -1,0 +1,70 @@
+"""Cases of the simulator's tests for the PTX of an architecture."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
+
+import test_kernels
+import test_persistent
+import torch
+from cases import Case
+from simulator import DeviceInfo
+from test_kernels import Simulated
+
+CAPABILITY = {"sm_75": 75, "sm_80": 80, "sm_90a": 90}
+F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+
+
+def device_of(name: str, arch: str) -> str:
+    """The device of that name, as if it were of another architecture: another entry of DEVICES."""
+    device = test_kernels.DEVICES[name]
+    capability = CAPABILITY[arch]
+    if device.compute_capability == device.compiled_for == capability:
+        return name
+    fields = {field: getattr(device, field) for field, *_ in DeviceInfo._fields_}
+    fields |= {"compute_capability": capability, "compiled_for": capability}
+    if capability < 90:
+        fields |= {"max_cluster": 1, "active_clusters": type(device.active_clusters)()}
+    test_kernels.DEVICES[f"{name}_as_{arch}"] = DeviceInfo(*fields.values())
+    return f"{name}_as_{arch}"
+
+
+def families(arch: str) -> tuple[str, ...]:
+    return ("single", "step", "grid", "cluster")[: 2 + (CAPABILITY[arch] >= 80) + (CAPABILITY[arch] >= 90)]
+
+
+def on(arch: str, cases: Iterable[Simulated], seeds: int | None = None) -> Iterator[Simulated]:
+    """Those cases that the architecture has kernels for, on a device of it."""
+    for s in cases:
+        if s.family is not None and s.family not in families(arch):
+            continue
+        if s.tf32 and CAPABILITY[arch] < 80:
+            continue
+        yield dataclasses.replace(s, device=device_of(s.device, arch), seeds=seeds or s.seeds)
+
+
+def representative(arch: str) -> Iterator[Simulated]:
+    """Each family and arithmetic once, with all options on; cells and kinds of batches take turns."""
+    arithmetic = [(F64, False), (F32, False), (F32, True), (F16, False), (BF16, False)]
+    cells = itertools.cycle(("LSTM", "GRU", "RNN_TANH"))
+    ragged = itertools.cycle(("lengths", "packed"))
+    for family, (dtype, tf32) in itertools.product(families(arch), arithmetic):
+        if family in ("grid", "cluster") and dtype == F64:
+            continue
+        steps = 1 if family == "single" else 3
+        case = Case(next(cells), steps, 3, 5, 21, ragged=next(ragged), resets=True, dtype=dtype)
+        yield from on(arch, [Simulated(case, 3, family, tf32=tf32)])
+
+
+def everything(arch: str) -> Iterator[Simulated]:
+    """Every kernel: each cell, arithmetic and tile of `step` and `single`, each width of the blocks of `grid` and `cluster`
+    with groups of one tile of rows and of several and with weights in shared memory; and small cases under 20 seeds."""
+    yield from on(arch, test_kernels.many_seeds())
+    yield from on(arch, test_kernels.tiles())
+    yield from on(arch, (s for s in test_kernels.DEFAULT if s.tile is None and s.seeds < 20))
+    yield from on(arch, test_persistent.many_seeds())
+    persistent = [*test_persistent.DEFAULT, *(s for s, _ in test_persistent.EVERY_KERNEL)]
+    persistent += [s for s, _ in test_persistent.SHARED_WEIGHTS if s.case.hidden < 300]
+    yield from on(arch, (s for s in persistent if s.seeds < 20))
