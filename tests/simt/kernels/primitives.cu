@@ -37,20 +37,22 @@ __global__ void convert_kernel(const Primitive p) {
 }
 
 // Three groups of copies of 16, 8 and 4 bytes, whole, in part and not at all; each group is read once it has been awaited.
+// The word behind them stays as it is.
 __global__ void copy_kernel(const Primitive p) {
   const int thread = simt::thread_x();
   unsigned char* const mine = simt::dynamic_smem() + 96 * thread;
   const unsigned char* const from = reinterpret_cast<const unsigned char*>(p.in + 32 * thread);
 #pragma unroll
   for (int group = 0; group < 3; ++group) {
+    shared_words()[24 * thread + 8 * group + 7] = p.in[thread];
     simt::cp_async<16>(mine + 32 * group, from + 32 * group, group == 0 ? 16 : group == 1 ? 10 : 0);
     simt::cp_async<8>(mine + 32 * group + 16, from + 32 * group + 16, group == 0 ? 5 : group == 1 ? 0 : 8);
     simt::cp_async<4>(mine + 32 * group + 24, from + 32 * group + 24, group == 0 ? 0 : group == 1 ? 4 : 3);
     simt::cp_async_commit();
   }
   const auto store = [&](int group) {
-    for (int word = 0; word < 7; ++word) {
-      p.out[21 * thread + 7 * group + word] = shared_words()[24 * thread + 8 * group + word];
+    for (int word = 8 * group; word < 8 * group + 8; ++word) {
+      p.out[24 * thread + word] = shared_words()[24 * thread + word];
     }
   };
   simt::cp_async_wait<2>();

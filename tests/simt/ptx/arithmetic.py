@@ -57,7 +57,7 @@ _FORMS: list[tuple[str, str, list[str], str]] = [
     # The sign of the first, the rest of the second.
     (r"copysign\.(f32|f64)", r"\1", [r"\1"] * 2, "std::copysign({1}, {0})"),
     (r"ex2\.approx\.ftz\.f32", "f32", ["f32"], "simt_ptx::exp2({0})"),
-    (r"rcp\.approx\.ftz\.f32", "f32", ["f32"], "simt_ptx::reciprocal({0})"),
+    (r"rcp\.approx\.ftz\.(f32|f64)", r"\1", [r"\1"], "simt_ptx::reciprocal({0})"),
     (r"cvt\.rn\.bf16\.f32", "b16", ["f32"], "simt_host::float_to_bfloat16({0})"),
     (r"cvt\.rn\.f16\.f32", "b16", ["f32"], "simt_host::float_to_half({0})"),
     (r"cvt\.f32\.f16", "f32", ["b16"], "simt_host::half_to_float({0})"),

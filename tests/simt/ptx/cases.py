@@ -45,17 +45,31 @@ def on(arch: str, cases: Iterable[Simulated], seeds: int | None = None) -> Itera
         yield dataclasses.replace(s, device=device_of(s.device, arch), seeds=seeds or s.seeds)
 
 
-def representative(arch: str) -> Iterator[Simulated]:
-    """Each family and arithmetic once, with all options on; cells and kinds of batches take turns."""
+# The architecture of each file of kernels in the short run, which compiles as few of them as cover all.
+_SHORT = {
+    **{("kernels", math): arch for math, arch in zip(range(5), ("sm_80", "sm_75", "sm_80", "sm_75", "sm_90a"), strict=True)},
+    **{("grid", math): arch for math, arch in zip(range(1, 5), ("sm_80", "sm_90a", "sm_90a", "sm_80"), strict=True)},
+    **{("cluster", math): "sm_90a" for math in range(1, 5)},
+}
+
+
+def representative(short: bool) -> Iterator[tuple[str, Simulated]]:
+    """Each family and arithmetic on each architecture, with all options on; cells and kinds of batches take turns.
+
+    short: each family and arithmetic on one architecture; else on the others.
+    """
     arithmetic = [(F64, False), (F32, False), (F32, True), (F16, False), (BF16, False)]
-    cells = itertools.cycle(("LSTM", "GRU", "RNN_TANH"))
-    ragged = itertools.cycle(("lengths", "packed"))
-    for family, (dtype, tf32) in itertools.product(families(arch), arithmetic):
-        if family in ("grid", "cluster") and dtype == F64:
-            continue
-        steps = 1 if family == "single" else 3
-        case = Case(next(cells), steps, 3, 5, 21, ragged=next(ragged), resets=True, dtype=dtype)
-        yield from on(arch, [Simulated(case, 3, family, tf32=tf32)])
+    for arch, (math, (dtype, tf32)) in itertools.product(CAPABILITY, enumerate(arithmetic)):
+        for number, family in enumerate(families(arch)):
+            file = family if family in ("grid", "cluster") else "kernels"
+            if (file, math) not in _SHORT or (_SHORT[file, math] == arch) != short:
+                continue
+            cell = ("LSTM", "GRU", "RNN_TANH")[(math + number) % 3]
+            ragged = ("lengths", "packed")[number % 2]
+            steps = 1 if family == "single" else 3
+            case = Case(cell, steps, 3, 5, 21, ragged=ragged, resets=True, dtype=dtype)
+            for simulated in on(arch, [Simulated(case, 3, family, tf32=tf32)]):
+                yield arch, simulated
 
 
 def everything(arch: str) -> Iterator[Simulated]:

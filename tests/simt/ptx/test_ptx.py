@@ -65,21 +65,16 @@ def check_case(arch: str, simulated: Simulated) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("simulated", [*cases.representative("sm_75")], ids=str)
-def test_sm75(simulated: Simulated) -> None:
-    check_case("sm_75", simulated)
+@pytest.mark.parametrize(("arch", "simulated"), [*cases.representative(short=True)], ids=str)
+def test_each_family_and_arithmetic(arch: str, simulated: Simulated) -> None:
+    """The part that .ci/run has."""
+    check_case(arch, simulated)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("simulated", [*cases.representative("sm_80")], ids=str)
-def test_sm80(simulated: Simulated) -> None:
-    check_case("sm_80", simulated)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("simulated", [*cases.representative("sm_90a")], ids=str)
-def test_sm90a(simulated: Simulated) -> None:
-    check_case("sm_90a", simulated)
+@pytest.mark.parametrize(("arch", "simulated"), [*cases.representative(short=False)], ids=str)
+def test_other_architectures(arch: str, simulated: Simulated) -> None:
+    check_case(arch, simulated)
 
 
 @pytest.mark.slow

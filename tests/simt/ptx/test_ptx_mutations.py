@@ -75,7 +75,7 @@ def answer(mutant: Mutant) -> str:
     run = mutant.name.split()[0]
 
     def work(sim: Simulator) -> None:
-        def find(symbol: str):
+        def find(symbol: str) -> Kernel:
             name = canonical[symbol]
             return mutant.kernel if name == mutant.symbol else file.kernel(name)
 

@@ -204,5 +204,14 @@ uint32_t funnel_shift(bool left, bool wrap, uint32_t low, uint32_t high, uint32_
 
 float exp2(float x) { return fused_rnn::simt::exp2(x); }
 float reciprocal(float x) { return fused_rnn::simt::reciprocal(x); }
+double reciprocal(double x) {
+  constexpr uint64_t kUpper = ~uint64_t{0xffffffff};
+  constexpr double kSmallest = 0x1p-1022;
+  const auto upper = [](double value) { return bits<double>(bits<uint64_t>(value) & kUpper); };
+  const double rounded = upper(x);
+  if (std::fabs(rounded) < kSmallest) return std::copysign(std::numeric_limits<double>::infinity(), x);
+  const double result = 1 / rounded;
+  return std::fabs(result) < kSmallest ? std::copysign(0.0, x) : upper(result);
+}
 
 }  // namespace simt_ptx

@@ -124,6 +124,8 @@ inline To bits(From from) {
 // ex2.approx.ftz.f32 and rcp.approx.ftz.f32, with errors of the size that the device's have.
 float exp2(float x);
 float reciprocal(float x);
+// rcp.approx.ftz.f64: of the upper half of x, to the upper half of a double.
+double reciprocal(double x);
 // Conversions to integers clamp, and NaN becomes 0.
 template <class To, class From>
 inline To to_integer(From value) {
