@@ -5,17 +5,19 @@ Each kernel is a shared object of its own: only those that a test launches are t
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import runpy
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import builder
 
 from .source import Kernel, PtxFile
-from .translate import function
+from .translate import HEAD, function
 
 HERE = Path(__file__).resolve().parent
 CACHE = builder.CACHE / "ptx"
@@ -94,9 +96,18 @@ def _machine_flags() -> tuple[str, ...]:
     return ("-mfma",) if has_fma else ()
 
 
-def compile_kernel(kernel: Kernel, library: Path, optimization: str = "-O1") -> Path:
-    """The translated kernel as a shared object that calls the simulator in `library`."""
-    text = function(kernel)
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A translated kernel in a shared object, the `index`-th there."""
+
+    kernel: Kernel
+    library: Path
+    index: int
+
+
+def compile_kernels(kernels: Sequence[Kernel], simulator: Path, optimization: str = "-O1") -> list[Compiled]:
+    """The translated kernels in one shared object that calls the simulator in the library `simulator`."""
+    text = HEAD + "\n".join(function(kernel, index) for index, kernel in enumerate(kernels))
     headers = builder._headers(*(builder.HERE / "runtime" / name for name in ("api.h", "tensor.h", "translated.h")))
     flags = ["-std=c++17", optimization, "-g0", "-w", "-fPIC", "-ffp-contract=off", *_machine_flags()]
     code = builder._hash(text, headers, *flags)
@@ -105,10 +116,10 @@ def compile_kernel(kernel: Kernel, library: Path, optimization: str = "-O1") -> 
     if not target.exists():
         source.write_text(text)
         builder._make(target, [builder.CXX, *flags, f"-I{builder.HERE}", "-c", str(source)])
-    linked = CACHE / f"kernel-{code}-{builder._hash(str(library))}.so"
+    linked = CACHE / f"kernel-{code}-{builder._hash(str(simulator))}.so"
     if not linked.exists():
-        builder._make(linked, [builder.CXX, "-shared", str(target), str(library)])
-    return linked
+        builder._make(linked, [builder.CXX, "-shared", str(target), str(simulator)])
+    return [Compiled(kernel, linked, index) for index, kernel in enumerate(kernels)]
 
 
 def symbols(library: Path) -> dict[int, str]:

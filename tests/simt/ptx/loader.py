@@ -30,10 +30,11 @@ LOADER = ctypes.CFUNCTYPE(c_bool, c_uint64, ctypes.POINTER(KernelCode))
 class PtxSimulator(Simulator):
     """Runs every kernel that the host code launches as its PTX; none as the source that g++ has compiled.
 
-    `find` gives the kernel of a symbol. What it raises ends the launch and is raised again by check().
+    `find` gives the kernel of a symbol, which is compiled if it has not been. What it raises ends the launch and is raised
+    again by check().
     """
 
-    def __init__(self, library: Path, find: Callable[[str], Kernel], optimization: str = "-O1") -> None:
+    def __init__(self, library: Path, find: Callable[[str], Kernel | build.Compiled], optimization: str = "-O1") -> None:
         super().__init__(library)
         self.optimization = optimization  # of g++ for translated kernels
         self.launched: Counter[str] = Counter()  # by symbol
@@ -61,12 +62,15 @@ class PtxSimulator(Simulator):
             return False
 
     def _prepare(self, symbol: str) -> tuple[int, int, str]:
-        kernel = self._find(symbol)
-        library = ctypes.CDLL(str(build.compile_kernel(kernel, self.library, self.optimization)))
+        found = self._find(symbol)
+        if isinstance(found, Kernel):
+            (found,) = build.compile_kernels([found], self.library, self.optimization)
+        kernel, library = found.kernel, ctypes.CDLL(str(found.library))
+        run = getattr(library, f"simt_translated_{found.index}")
         first = self._next_pc
         self._next_pc += len(kernel.instructions) + 1
         self._loaded.append((first, kernel, library))
-        return ctypes.cast(library.simt_translated, c_void_p).value or 0, first, symbol
+        return ctypes.cast(run, c_void_p).value or 0, first, symbol
 
     def check(self, rc: int) -> None:
         failure, self._failure = self._failure, None

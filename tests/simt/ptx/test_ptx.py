@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 from ctypes import c_int64, c_void_p
@@ -9,7 +10,9 @@ from functools import cache
 
 import builder
 import pytest
+import test_previous_rows as previous
 import torch
+from cases import Case
 from simulator import Simulator
 from test_kernels import Simulated, run
 
@@ -92,8 +95,7 @@ def test_every_kernel_is_translated(arch: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", build.ARCHITECTURES)
-def test_small_helpers(arch: str) -> None:
-    """Kernels that no layer launches: integers and flags as arguments, previous rows."""
+def test_integers_and_flags(arch: str) -> None:
     sim = simulator(arch)
     sim.reset(device=primitives.DEVICES[arch])
     values = torch.arange(700) - 300
@@ -104,6 +106,16 @@ def test_small_helpers(arch: str) -> None:
     place = sim.out("flags", flags.nbytes)
     sim.check(sim.lib.simt_write_flags(c_void_p(place), c_void_p(flags.data_ptr()), c_int64(len(flags))))
     assert torch.equal(sim.get(place, (5000,), torch.bool), flags)
+
+
+cpu = previous.cpu  # a fixture
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", build.ARCHITECTURES)
+@pytest.mark.parametrize(("case", "shift"), [*previous.cases()][::5], ids=str)
+def test_previous_rows(cpu: ctypes.CDLL, arch: str, case: Case, shift: int) -> None:
+    previous.test_previous_rows(simulator(arch), cpu, case, shift)
 
 
 SWEEP = [(arch, s) for arch in build.ARCHITECTURES for s in cases.everything(arch)]

@@ -55,8 +55,8 @@ def statement(kernel: Kernel, instruction: Instruction, number: int) -> str:
     return f"if ({'!' * instruction.guard.startswith('!')}{o.variable(name)}) {{ {code} }}"
 
 
-def function(kernel: Kernel) -> str:
-    """The C++ file with the kernel as `simt_translated(params, pc)`; instruction i has the number pc + i."""
+def function(kernel: Kernel, index: int = 0) -> str:
+    """The kernel as the C++ function `simt_translated_INDEX(params, pc)`; its instruction i has the number pc + i."""
     lines, number = [], 0
     for part in kernel.body:
         if isinstance(part, Label):
@@ -78,7 +78,7 @@ def function(kernel: Kernel) -> str:
         [*arrays, f"  const simt_ptx::Params params{{data, {kernel.param_bytes}, {local}}};", *declared, *lines]
     )
     return (
-        f"{HEAD}// {kernel.name}\n"
-        'extern "C" void simt_translated(const unsigned char* data, uintptr_t pc) {\n'
+        f"// {kernel.name}\n"
+        f'extern "C" void simt_translated_{index}(const unsigned char* data, uintptr_t pc) {{\n'
         f"  bool arrived = false;\n{text}\n}}\n"
     )
