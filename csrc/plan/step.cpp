@@ -7,6 +7,7 @@
 
 #include "core/ceil_div.h"
 #include "plan/machine.h"
+#include "plan/stages.h"
 
 namespace fused_rnn {
 
@@ -38,22 +39,6 @@ Product product_of(const Problem& problem, KernelRole role) {
   return {};
 }
 
-// Stages of the ring: enough to hide the latency of L2 without keeping a second block from the SM; with overlapped launches
-// as many as the product has chunks, since those are loaded while the preceding step still runs. 0: not even the fewest fit.
-int choose_stages(const Problem& problem, const DeviceInfo& device, KernelRole role, MathKind math, const TileShape& tile,
-                  int64_t chunks) {
-  const auto bytes = [&](int stages) { return cuda::smem_bytes(role, problem.cell, math, tile, stages); };
-  if (bytes(cuda::kMinStages) > device.smem_per_block) return 0;
-  const int64_t per_team = ceil_div(chunks, tile.teams);
-  const int most = device.compiled_for >= 90 ? cuda::kMaxStages : device.compiled_for >= 80 ? 4 : 2;
-  const int wanted = static_cast<int>(std::clamp<int64_t>(per_team + 1, cuda::kMinStages, most));
-  const int two_blocks = std::min(device.smem_per_block, device.smem_per_sm / 2 - kReservedSmem);
-  int stages = cuda::kMinStages;
-  while (stages < wanted && bytes(stages + 1) <= two_blocks) ++stages;
-  if (stages == 2 && wanted > 2 && bytes(3) <= device.smem_per_block) stages = 3;
-  return stages;
-}
-
 double kernel_us(const Problem& problem, const DeviceInfo& device, MathKind math, KernelRole role, const TileShape& tile,
                  const KernelPlan& plan, const Product& product, int64_t chunks) {
   const double rows = cuda::weight_groups(role, problem.cell) * tile.units, k = double(product.k[0] + product.k[1]);
@@ -83,7 +68,9 @@ KernelPlan plan_kernel(const Problem& problem, const DeviceInfo& device, MathKin
     plan.role = role;
     plan.tile = size;
     plan.math = math;
-    plan.stages = choose_stages(problem, device, role, math, tile, chunks);
+    plan.stages = choose_stages(device, tile, chunks, [&](int stages) {
+      return cuda::smem_bytes(role, problem.cell, math, tile, stages);
+    });
     if (plan.stages == 0) {
       std::snprintf(text, sizeof text, "%s%dx%d needs %d bytes of shared memory", tried.empty() ? "" : ", ", tile.units,
                     tile.batch, cuda::smem_bytes(role, problem.cell, math, tile, cuda::kMinStages));

@@ -83,21 +83,28 @@ constexpr int unit_pitch_bytes(const TileShape& tile, MathKind math) {
   const int padding = !traits_of(math).tensor_cores ? 0 : storage_bytes(math) == 2 ? 16 : 32;
   return tile.units * storage_bytes(math) + padding;
 }
+// groups: weight rows of each unit (weight_groups).
+constexpr int weight_stage_bytes(KernelRole role, int groups, MathKind math, const TileShape& tile) {
+  return is_unit_major(role) ? chunk_size(math) * unit_pitch_bytes(tile, math) : groups * tile.units * kChunkBytes;
+}
 constexpr int weight_stage_bytes(KernelRole role, CellKind cell, MathKind math, const TileShape& tile) {
-  return is_unit_major(role) ? chunk_size(math) * unit_pitch_bytes(tile, math)
-                             : weight_groups(role, cell) * tile.units * kChunkBytes;
+  return weight_stage_bytes(role, weight_groups(role, cell), math, tile);
+}
+constexpr int stage_bytes(KernelRole role, int groups, MathKind math, const TileShape& tile) {
+  return weight_stage_bytes(role, groups, math, tile) + tile.batch * kChunkBytes;
 }
 constexpr int stage_bytes(KernelRole role, CellKind cell, MathKind math, const TileShape& tile) {
-  return weight_stage_bytes(role, cell, math, tile) + tile.batch * kChunkBytes;
+  return stage_bytes(role, weight_groups(role, cell), math, tile);
 }
 
 // Partial sums: [team][batch][slots * units + padding].
 constexpr int kSumPadding = 4;
+constexpr int sum_pitch(int slots, const TileShape& tile) { return slots * tile.units + kSumPadding; }
 constexpr int sum_pitch(KernelRole role, CellKind cell, const TileShape& tile) {
-  return accumulator_slots(role, cell) * tile.units + kSumPadding;
+  return sum_pitch(accumulator_slots(role, cell), tile);
 }
-constexpr int sum_bytes(KernelRole role, CellKind cell, MathKind math, const TileShape& tile) {
-  return tile.teams * tile.batch * sum_pitch(role, cell, tile) * accumulator_bytes(math);
+constexpr int sum_bytes(int slots, MathKind math, const TileShape& tile) {
+  return tile.teams * tile.batch * sum_pitch(slots, tile) * accumulator_bytes(math);
 }
 
 // What a block notes of one batch row at one step, in shared memory.
@@ -114,10 +121,12 @@ constexpr int table_bytes(const TileShape& tile) {
 
 // Dynamic shared memory of a block: the table of rows, then the rings of all teams. After the product the partial sums take
 // the place of the rings.
-constexpr int smem_bytes(KernelRole role, CellKind cell, MathKind math, const TileShape& tile, int stages) {
-  const int ring = tile.teams * stages * stage_bytes(role, cell, math, tile);
-  const int sums = sum_bytes(role, cell, math, tile);
+constexpr int smem_bytes(KernelRole role, int groups, int slots, MathKind math, const TileShape& tile, int stages) {
+  const int ring = tile.teams * stages * stage_bytes(role, groups, math, tile), sums = sum_bytes(slots, math, tile);
   return table_bytes(tile) + (ring > sums ? ring : sums);
+}
+constexpr int smem_bytes(KernelRole role, CellKind cell, MathKind math, const TileShape& tile, int stages) {
+  return smem_bytes(role, weight_groups(role, cell), accumulator_slots(role, cell), math, tile, stages);
 }
 
 }  // namespace fused_rnn::cuda

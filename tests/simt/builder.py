@@ -131,22 +131,24 @@ def build(
     replace: Mapping[str, Sequence[tuple[Path, Path]]] | None = None,
     sanitize: str = "plain",
     jobs: int = 2,
+    host: Sequence[Path] = (),
 ) -> Path:
     """The shared library of the runtime and `kernels` (default: the CUDA backend, host code included).
 
     Kernels are compiled as for sm_90, those of the files named in `older` as for sm_75. `replace` has, by the name of a
-    kernel file, other files to take its place, each with the folder to be taken for csrc when it is compiled.
+    kernel file, other files to take its place, each with the folder to be taken for csrc when it is compiled. `host` are
+    further sources without kernels.
     """
     CACHE.mkdir(parents=True, exist_ok=True)
     csrc = ROOT / "csrc"
     internal = HERE / "runtime"
-    device = [HERE / "include", *(internal / name for name in ("api.h", "tensor.h", "capi.h"))]
+    device = [HERE / "include", HERE / "kernels", *(internal / name for name in ("api.h", "tensor.h", "capi.h"))]
     below = [csrc / folder for folder in ("core", "plan", "cuda")]
     for_kernels = _headers(*device, *below)
     for_runtime = _headers(internal, HERE / "include")
     for_host = _headers(internal, HERE / "include", *below)
     extra = SANITIZE[sanitize]
-    host = [*COMMON, "-O2", *{"asan": ["-fsanitize=address"], "ucontext": ["-DSIMT_UCONTEXT"]}.get(sanitize, [])]
+    host_flags = [*COMMON, "-O2", *{"asan": ["-fsanitize=address"], "ucontext": ["-DSIMT_UCONTEXT"]}.get(sanitize, [])]
     # g++ does not combine -fsanitize=thread with address: that variant has no race detection.
     kernel_flags = [f for f in KERNEL if sanitize != "asan" or f != "-fsanitize=thread"]
     kernel_flags = [*COMMON, *kernel_flags, *extra]
@@ -161,9 +163,10 @@ def build(
             headers = for_kernels if folder == csrc else _headers(*device, folder)
             units.append(Unit(file, flags, headers, folder))
     api = internal / "fused_rnn_capi.cpp"
-    units += [Unit(f, tuple(host), for_runtime) for f in runtime if f != api]
+    units += [Unit(f, tuple(host_flags), for_runtime) for f in runtime if f != api]
     if backend:
-        units += [Unit(f, tuple(host), for_host) for f in [api, *sorted((csrc / "plan").glob("*.cpp"))]]
+        units += [Unit(f, tuple(host_flags), for_host) for f in [api, *sorted((csrc / "plan").glob("*.cpp"))]]
+    units += [Unit(f, tuple(host_flags), for_host) for f in host]
     with ThreadPoolExecutor(jobs) as pool:
         objects = list(pool.map(_compile, units))
     target = CACHE / f"simt-{_hash(sanitize, *(o.name for o in objects))}.so"

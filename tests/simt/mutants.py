@@ -10,7 +10,7 @@ from pathlib import Path
 from builder import CACHE, ROOT
 
 CUDA = ROOT / "csrc" / "cuda"
-FILES = ("matmul.cuh", "forward.cuh", "backward.cuh", "fragments.cuh")  # names in csrc/cuda and csrc/core are unique
+FILES = ("matmul.cuh", "rows.cuh", "forward.cuh", "backward.cuh", "fragments.cuh")  # names are unique in csrc
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ MASKS = [
     (r"if \(!is_active\(seq, t, b\)\) return info;", ""),
     (r"if \(is_active\(seq, next, b\)\)", "if (true)"),
     (r"if \(is_active\(seq, previous, b\)\)", "if (true)"),
-    (r"if \(is_reset\(p\.modifier, info\.row\)\) info", "info"),
+    (r"if \(is_reset\(modifier, info\.row\)\) info", "info"),
     (r"if \(!is_active\(seq, 0, b\)\) info", "info"),
     (r"if \(info\.flags & kReset\) (return nullptr|continue);", ""),
     (r"batch_of\(e\) < G::kBatch && first_unit", "first_unit"),

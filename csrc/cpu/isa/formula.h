@@ -4,28 +4,14 @@
 #pragma once
 #include <cstdint>
 
+#include "core/formula.h"
+
 namespace fused_rnn::cpu {
 
-constexpr int kMostFormulaStates = 8, kMostFormulaPhases = 12;
+using fused_rnn::FormulaPhase, fused_rnn::FormulaTraits;
+using fused_rnn::kFormulaNormEpsilon, fused_rnn::kMostFormulaPhases, fused_rnn::kMostFormulaStates;
 
-// What a step computes over all units of a row, between its pointwise parts (fused_rnn/formula/language.py's Phase): a
-// product with a matrix [H, H], or a norm.
-enum class FormulaPhase : int { kProduct = 0, kLayerNorm = 1, kRmsNorm = 2 };
-
-// Letters: Gi gates with an input product, Gr with a recurrent one, S = Gi + Gr less the gates of which the step reads only
-// the sum of both: the gradients of products. K saved values, U vectors and numbers of the cell itself, Q phases.
-struct FormulaTraits {
-  int states, output, recurrent;  // output, recurrent: indices among the states
-  int input_gates, recurrent_gates;
-  int gradients;               // S; the last Gr of them are those of the recurrent products
-  int saved;                   // K
-  int parameters;              // U
-  int phases;                  // Q
-  const int* input_gradients;  // [Gi] place among the gradients
-  const bool* reads_series;    // [states] backward reads the state before or after a step
-  const int* phase_kinds;      // [Q] FormulaPhase
-};
-
+// Letters: core/formula.h.
 // Arrays of A hold whole vectors, and one more than the units need: a load of a full vector may start at any unit. Arrays in
 // storage have no such room. With heads, the products of a row lie head by head: [heads][columns of a head], a head's
 // columns [gates][H / heads], rounded up to a whole vector.
@@ -69,8 +55,6 @@ struct FormulaCall {
   const void* parameters;  // A [U][parameter_stride]
   int64_t parameter_stride;
 };
-
-constexpr double kFormulaNormEpsilon = 1e-5;  // torch.nn.LayerNorm's
 
 // A norm over the H units of a row: out = v^ weight + bias, v^ = (v - mean) / sqrt(variance + eps); an RMS norm
 // has no mean and no bias. Backward: out = the gradient of v, from d, the gradient of the result.

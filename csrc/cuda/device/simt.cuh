@@ -66,6 +66,10 @@ __device__ __forceinline__ T shuffle_xor(T value, int mask) {
   static_assert(sizeof(T) == 4);
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
+// The same of 64 bits.
+__device__ __forceinline__ double shuffle_xor_double(double value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
 __device__ __forceinline__ uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
 
 // --------------------------------------------------------------------------------------------- asynchronous copy to shared

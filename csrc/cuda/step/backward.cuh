@@ -13,41 +13,6 @@
 
 namespace fused_rnn::cuda {
 
-// kActive, kReset and row describe this step; kHasPrevious the previous one, whose row is `other`; kHasNext the next.
-// next_row is its row, next_reset whether the state was replaced before it. At step -1 `next` is the row's first active
-// step.
-__device__ __forceinline__ RowInfo backward_row(const BackwardParams& p, int64_t step, int dir, int64_t b, int64_t& next_row,
-                                                bool& next_reset) {
-  const Sequence& seq = p.seq;
-  RowInfo info{};
-  next_row = 0;
-  next_reset = false;
-  if (b >= seq.B) return info;
-  info.flags = kExists;
-  int64_t t = dir ? seq.T - 1 - step : step, next = dir ? t - 1 : t + 1;
-  if (step < 0) {
-    t = -1;
-    next = dir ? active_steps(seq, b) - 1 : 0;
-  }
-  if (!is_active(seq, 0, b)) info.flags |= kNever;
-  if (is_active(seq, next, b)) {
-    info.flags |= kHasNext;
-    next_row = row_of(seq, next, b);
-    next_reset = is_reset(p.modifier, next_row);
-  }
-  if (step < 0) return info;
-  const int64_t previous = dir ? t + 1 : t - 1;
-  info.row = row_of(seq, t, b);
-  if (!is_active(seq, t, b)) return info;
-  info.flags |= kActive;
-  if (is_reset(p.modifier, info.row)) info.flags |= kReset;
-  if (is_active(seq, previous, b)) {
-    info.flags |= kHasPrevious;
-    info.other = row_of(seq, previous, b);
-  }
-  return info;
-}
-
 // Row of the recurrent slots of d_gates at the next step; null: its product with W_hh is zero.
 template <class Storage>
 __device__ __forceinline__ const Storage* next_gate_gradient(const BackwardParams& p, int dir, const RowInfo& info,
@@ -185,7 +150,7 @@ __global__ void __launch_bounds__(G::kThreads, 1) backward_kernel(const Backward
   if (simt::thread_x() < G::kBatch) {
     int64_t next_row;
     bool next_reset;
-    RowInfo info = backward_row(s.p, s.step, dir, first_row + simt::thread_x(), next_row, next_reset);
+    RowInfo info = backward_row(s.p.seq, s.p.modifier, s.step, dir, first_row + simt::thread_x(), next_row, next_reset);
     if (info.flags & kActive) {
       info.source[0] = projected ? static_cast<const Storage*>(s.p.d_h) + (dir * s.p.seq.N + info.row) * s.p.P
                                  : next_gate_gradient<Storage>(s.p, dir, info, next_row, next_reset);
@@ -241,7 +206,7 @@ __global__ void __launch_bounds__(G::kThreads, 1) state_grad_kernel(const Backwa
   if (simt::thread_x() < G::kBatch) {
     int64_t next_row;
     bool next_reset;
-    RowInfo info = backward_row(s.p, s.step, dir, first_row + simt::thread_x(), next_row, next_reset);
+    RowInfo info = backward_row(s.p.seq, s.p.modifier, s.step, dir, first_row + simt::thread_x(), next_row, next_reset);
     info.source[0] = next_gate_gradient<Storage>(s.p, dir, info, next_row, next_reset);
     nonzero = info.source[0] != nullptr;
     table[simt::thread_x()] = info;

@@ -9,37 +9,9 @@
 #include "cuda/device/cell_device.cuh"
 #include "cuda/step/kernels.h"
 #include "cuda/step/matmul.cuh"
+#include "cuda/step/rows.cuh"
 
 namespace fused_rnn::cuda {
-
-enum RowFlags : int {
-  kExists = 1,       // b < B
-  kActive = 2,       // takes part in this step
-  kHasPrevious = 4,  // was active at the previous step in scan order
-  kHasNext = 8,      // will be active at the next
-  kReset = 16,       // its state is replaced by zeros before this step
-  kNever = 32,       // takes part in no step
-};
-
-// What a block notes of row b, but for source[], which is the caller's. other: row of the previous step.
-__device__ __forceinline__ RowInfo forward_row(const ForwardParams& p, int64_t step, int dir, int64_t b) {
-  const Sequence& seq = p.seq;
-  RowInfo info{};
-  if (b >= seq.B) return info;
-  const int64_t t = dir ? seq.T - 1 - step : step, previous = dir ? t + 1 : t - 1, next = dir ? t - 1 : t + 1;
-  info.flags = kExists;
-  if (!is_active(seq, 0, b)) info.flags |= kNever;
-  info.row = row_of(seq, t, b);
-  if (!is_active(seq, t, b)) return info;
-  info.flags |= kActive;
-  if (is_reset(p.modifier, info.row)) info.flags |= kReset;
-  if (is_active(seq, next, b)) info.flags |= kHasNext;
-  if (is_active(seq, previous, b)) {
-    info.flags |= kHasPrevious;
-    info.other = row_of(seq, previous, b);
-  }
-  return info;
-}
 
 // The recurrent state's row that an active row starts from; null: zeros.
 template <class Storage>
@@ -207,7 +179,7 @@ __global__ void __launch_bounds__(G::kThreads, 1) forward_kernel(const ForwardSt
   bool nonzero = false;
   if (simt::thread_x() < G::kBatch) {
     const int64_t b = first_row + simt::thread_x();
-    RowInfo info = forward_row(s.p, s.step, dir, b);
+    RowInfo info = forward_row(s.p.seq, s.p.modifier, s.step, dir, b);
     if (info.flags & kActive) {
       info.source[G::kPhases - 1] = previous_state<Storage>(s.p, dir, b, info);
       if constexpr (kInput) info.source[0] = static_cast<const Storage*>(s.p.x) + info.row * s.p.I;
@@ -246,7 +218,7 @@ __global__ void __launch_bounds__(G::kThreads, 1) project_kernel(const ForwardSt
   bool active = false;
   if (simt::thread_x() < G::kBatch) {
     const int64_t b = first_row + simt::thread_x();
-    RowInfo info = forward_row(s.p, s.step, dir, b);
+    RowInfo info = forward_row(s.p.seq, s.p.modifier, s.step, dir, b);
     active = info.flags & kActive;
     if (active) info.source[0] = static_cast<const Storage*>(s.hidden) + (dir * s.p.seq.B + b) * s.p.H;
     table[simt::thread_x()] = info;

@@ -105,6 +105,13 @@ template <class T>
 __forceinline__ T shuffle_xor(T value, int mask) {
   return detail::exchange("shuffle_xor", value, lane_id() ^ mask, SIMT_HERE);
 }
+__forceinline__ double shuffle_xor_double(double value, int mask) {
+  uint32_t halves[2];
+  std::memcpy(halves, &value, 8);
+  for (uint32_t& half : halves) half = detail::exchange("shuffle_xor", half, lane_id() ^ mask, SIMT_HERE);
+  std::memcpy(&value, halves, 8);
+  return value;
+}
 __forceinline__ uint32_t ballot(bool predicate) {
   detail::Shuffle vote{predicate, 0, 0};
   simt_host::warp_collective("ballot", ~0u, &vote, detail::complete_ballot, false, SIMT_HERE);

@@ -1,0 +1,86 @@
+// One layer of a cell that is a formula, on a GPU: what the host gives its kernels. Letters: core/formula.h, core/params.h.
+// The same structs are compiled with the kernels, by nvcc or NVRTC, and with the host's loop over time (scan.h).
+//
+// A step is Q + 1 launches, segments 0 .. Q, since a product or a norm inside of it needs all units of a row:
+//   forward segment 0        the recurrent product, then what phase 0 takes
+//   forward segment k        phase k - 1 (its product or norm), then what phase k takes, or of the last one the whole step
+//   backward segment Q       d_rec W_hh, then the gradient of the result of phase Q - 1
+//   backward segment k < Q   the gradient of what phase k took, then that of the result of phase k - 1, or of segment 0 the
+//                            whole step's
+// A cell without phases has one launch per step, forward and backward.
+#pragma once
+#include "core/active.h"
+#include "core/formula.h"
+#include "core/modifier.h"
+
+namespace fused_rnn::cuda {
+
+// The parameters of one direction, in the layer's dtype. Everything contiguous.
+struct FormulaDirection {
+  const void* w_hh;                        // [heads][Gr][H / heads][H / heads]; null where Gr is 0
+  const void* b_hh;                        // [Gr, H] or null
+  const void* parameters;                  // [U, H], numbers repeated; null where U is 0
+  const void* weight[kMostFormulaPhases];  // a product's matrix [H, H], or a norm's weight [H]
+  const void* bias[kMostFormulaPhases];    // of a layer norm [H]
+};
+
+struct FormulaLayer {
+  int64_t H;
+  int D, heads;
+  Sequence seq;
+  Modifier modifier;
+  FormulaDirection weights[2];
+  const void* initial[kMostFormulaStates];  // [D, B, H] in dtype, or null (zeros)
+};
+
+// Working memory is in the arithmetic type (A): double for float64, else float.
+struct FormulaForward : FormulaLayer {
+  const void* x;                     // [D, N, Gi, H] input products with their biases, in dtype
+  void* y;                           // [N, D * H]: the output state; 0 at inactive rows of a dense batch
+  void* last[kMostFormulaStates];    // [D, B, H]
+  void* series[kMostFormulaStates];  // [N, D * H], or null: not kept. Never the output's, which is y. 0 at inactive rows
+  void* v[kMostFormulaPhases];       // [D, N, H] what each phase took, or null; 0 at inactive rows of a dense batch
+  void* saved;                       // [D, N, K, H] or null; not written at inactive rows
+  // Working memory.
+  void* states[kMostFormulaStates];   // A [D, B, H]: states that are neither the output nor read by the recurrent product
+  void* recurrent;                    // dtype [2][D, B, H] the recurrent state after odd and even steps, unless it is y's
+  void* rec;                          // A [D, B, Gr, H] recurrent products of the step; null where Q is 0
+  void* taken[kMostFormulaPhases];    // [D, B, H] what a phase takes: of a product in dtype, of a norm A
+  void* results[kMostFormulaPhases];  // A [D, B, H]
+};
+
+struct FormulaBackward : FormulaLayer {
+  const void* y;                             // as forward left them
+  const void* series[kMostFormulaStates];
+  const void* v[kMostFormulaPhases];
+  const void* saved;
+  const void* dy;                            // [N, D * H] or null (zeros)
+  const void* d_last[kMostFormulaStates];    // [D, B, H] or null (zeros)
+  void* d;                                   // [D, N, S + U + Q, H] out; 0 at inactive rows of a dense batch
+  void* d_initial[kMostFormulaStates];       // [D, B, H] out, or null where nobody asks
+  // Working memory.
+  void* d_states[kMostFormulaStates];   // A [D, B, H] gradients of the states before the step done last
+  void* d_rec;                          // dtype [2][D, B, Gr, H], head by head; null with one head: d has it
+  void* rec;                            // A [D, B, H] gradient of the recurrent state through the weights; null: Q is 0
+  void* d_results[kMostFormulaPhases];  // A [D, B, H] gradients of what norms gave
+  void* d_taken[kMostFormulaPhases];    // A [D, B, H] gradients of what phases took
+};
+
+// Arguments of a launch. step: in the order of the scan; -1 asks the kernel kInitialGradients for d_initial.
+struct FormulaForwardStep {
+  FormulaForward p;
+  int64_t step;
+  int stages;      // of the rings of the product
+  int copy_bytes;  // bytes that may be copied at once between rows of the product's operands
+};
+struct FormulaBackwardStep {
+  FormulaBackward p;
+  int64_t step;
+  int stages;
+  int copy_bytes;
+};
+
+// The kernels of a formula.
+enum class FormulaRole : int { kForward, kBackward, kInitialGradients };
+
+}  // namespace fused_rnn::cuda

@@ -1,0 +1,110 @@
+#include "cuda/formula/scan.h"
+
+#include <initializer_list>
+
+#include "cuda/copy_width.h"
+
+namespace fused_rnn::cuda {
+namespace {
+
+void* at(void* workspace, int64_t offset) {
+  return offset < 0 ? nullptr : static_cast<unsigned char*>(workspace) + offset;
+}
+
+FormulaLaunch launch_of(const FormulaKernelPlan& plan, FormulaRole role, int segment, int D) {
+  FormulaLaunch launch{};
+  launch.role = role;
+  launch.segment = segment;
+  launch.medium = plan.tile == TileSize::kMedium;
+  launch.grid_x = static_cast<int>(plan.grid_x), launch.grid_y = static_cast<int>(plan.grid_y), launch.grid_z = D;
+  launch.threads = plan.threads, launch.smem_bytes = plan.smem_bytes;
+  return launch;
+}
+
+// Bytes that may be copied at once between rows of a segment's operands: those of the recurrent product, or a phase's.
+// rows: where the rows of the states begin.
+int width_of(const FormulaLayer& p, const FormulaStepPlan& plan, int phase, std::initializer_list<const void*> rows) {
+  const int bytes = storage_bytes(plan.math);
+  const FormulaDirection &w0 = p.weights[0], &w1 = p.weights[p.D - 1];
+  const int64_t units = phase < 0 ? p.H / p.heads : p.H | p.H / p.heads;
+  const auto* const matrix0 = phase < 0 ? w0.w_hh : w0.weight[phase];
+  const auto* const matrix1 = phase < 0 ? w1.w_hh : w1.weight[phase];
+  const int of_weights = copy_width({matrix0, matrix1}, units * bytes, bytes);
+  const int of_rows = copy_width(rows, units * bytes, bytes);
+  return of_weights < of_rows ? of_weights : of_rows;
+}
+
+// The segments of a step in their order, each with its arguments.
+template <class Step>
+struct Segment {
+  FormulaLaunch launch;
+  int stages, copy_bytes;
+};
+template <class Step>
+void run(Segment<Step>& segment, Step& step, bool pdl, const FormulaLauncher& launch) {
+  segment.launch.pdl = pdl;
+  step.stages = segment.stages;
+  step.copy_bytes = segment.copy_bytes;
+  launch(segment.launch, &step, sizeof step);
+}
+
+}  // namespace
+
+void run_formula_forward(const FormulaForward& p, const FormulaTraits& cell, const FormulaStepPlan& plan, void* workspace,
+                     const FormulaLauncher& launch) {
+  FormulaForwardStep step{p, 0, 0, 0};
+  const FormulaWorkspace& layout = plan.workspace;
+  for (int i = 0; i < kMostFormulaStates; ++i) step.p.states[i] = at(workspace, layout.states[i]);
+  step.p.recurrent = at(workspace, layout.recurrent);
+  step.p.rec = at(workspace, layout.rec);
+  for (int k = 0; k < kMostFormulaPhases; ++k) {
+    step.p.taken[k] = at(workspace, layout.taken[k]);
+    step.p.results[k] = at(workspace, layout.results[k]);
+  }
+  std::vector<Segment<FormulaForwardStep>> segments;
+  for (int k = 0; k <= cell.phases; ++k) {
+    const void* const state = step.p.recurrent ? step.p.recurrent : p.y;
+    const int width = k == 0 ? width_of(p, plan, -1, {state, p.initial[cell.recurrent]})
+                             : width_of(p, plan, k - 1, {step.p.taken[k - 1]});
+    segments.push_back({launch_of(plan.segments[k], FormulaRole::kForward, k, p.D), plan.segments[k].stages, width});
+  }
+  for (step.step = 0; step.step < p.seq.T; ++step.step) {
+    // The first launch waits for all earlier work of the stream. Later ones may read weights early.
+    for (size_t k = 0; k < segments.size(); ++k) run(segments[k], step, plan.pdl && (step.step > 0 || k > 0), launch);
+  }
+}
+
+void run_formula_backward(const FormulaBackward& p, const FormulaTraits& cell, const FormulaStepPlan& plan, void* workspace,
+                      const FormulaLauncher& launch) {
+  FormulaBackwardStep step{p, 0, 0, 0};
+  const FormulaWorkspace& layout = plan.workspace;
+  for (int i = 0; i < kMostFormulaStates; ++i) step.p.d_states[i] = at(workspace, layout.states[i]);
+  step.p.d_rec = at(workspace, layout.recurrent);
+  step.p.rec = at(workspace, layout.rec);
+  for (int k = 0; k < kMostFormulaPhases; ++k) {
+    step.p.d_results[k] = at(workspace, layout.taken[k]);
+    step.p.d_taken[k] = at(workspace, layout.results[k]);
+  }
+  const int recurrent_width = width_of(p, plan, -1, {step.p.d_rec ? step.p.d_rec : p.d});
+  std::vector<Segment<FormulaBackwardStep>> segments;
+  for (int k = cell.phases; k >= 0; --k) {
+    const int width = k == cell.phases ? recurrent_width : width_of(p, plan, k, {p.d});
+    segments.push_back({launch_of(plan.segments[k], FormulaRole::kBackward, k, p.D), plan.segments[k].stages, width});
+  }
+  bool first = true;
+  for (step.step = p.seq.T - 1; step.step >= 0; --step.step) {
+    for (auto& segment : segments) {
+      run(segment, step, plan.pdl && !first, launch);
+      first = false;
+    }
+  }
+  bool asked = false;
+  for (int i = 0; i < cell.states; ++i) asked |= p.d_initial[i] != nullptr;
+  if (!asked) return;
+  step.step = -1;
+  Segment<FormulaBackwardStep> initial{launch_of(plan.initial, FormulaRole::kInitialGradients, 0, p.D), plan.initial.stages,
+                                       recurrent_width};
+  run(initial, step, plan.pdl && !first, launch);
+}
+
+}  // namespace fused_rnn::cuda

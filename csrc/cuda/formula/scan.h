@@ -1,0 +1,29 @@
+// The loop over time of a formula's layer on a GPU: the host's side of formula_forward.cuh and formula_backward.cuh. It knows
+// neither torch nor CUDA: a launcher launches the kernels, the driver's (driver.h) or the simulator's.
+#pragma once
+#include <functional>
+
+#include "cuda/formula/formula_params.h"
+#include "plan/formula.h"
+
+namespace fused_rnn::cuda {
+
+// A kernel of formula_kernels.cuh and how it is launched. grid_z is D.
+struct FormulaLaunch {
+  FormulaRole role;
+  int segment;
+  bool medium;  // of the medium tile
+  int grid_x, grid_y, grid_z;
+  int threads, smem_bytes;
+  bool pdl;  // may start before the preceding grid of the stream has ended
+};
+// arguments: a FormulaForwardStep or FormulaBackwardStep of so many bytes, read before the call returns.
+using FormulaLauncher = std::function<void(const FormulaLaunch& launch, const void* arguments, size_t bytes)>;
+
+// p without working memory; workspace: plan.workspace.bytes, 256-byte aligned, contents irrelevant. Nothing is synchronised.
+void run_formula_forward(const FormulaForward& p, const FormulaTraits& cell, const FormulaStepPlan& plan, void* workspace,
+                     const FormulaLauncher& launch);
+void run_formula_backward(const FormulaBackward& p, const FormulaTraits& cell, const FormulaStepPlan& plan, void* workspace,
+                      const FormulaLauncher& launch);
+
+}  // namespace fused_rnn::cuda

@@ -1,0 +1,52 @@
+// The launches of a formula's layer on a GPU, family `step`: which tile, how much shared and working memory. A pure function
+// of the problem and the device. Segments: cuda/formula/formula_params.h.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "core/formula.h"
+#include "plan/device_info.h"
+#include "plan/step_geometry.h"
+
+namespace fused_rnn {
+
+struct FormulaStepProblem {
+  const FormulaTraits* cell;
+  DType dtype;
+  int64_t T, B, H;
+  int D, heads;
+  bool backward;
+};
+
+// One kernel; grid.z is D.
+struct FormulaKernelPlan {
+  cuda::TileSize tile;
+  int64_t grid_x, grid_y;
+  int threads, stages, smem_bytes;
+};
+
+// Where working memory lies: offsets in bytes, aligned to 256; -1: not there. In the order of cuda/formula/formula_params.h.
+struct FormulaWorkspace {
+  int64_t states[kMostFormulaStates];  // backward: d_states
+  int64_t recurrent;                   // backward: d_rec
+  int64_t rec;
+  int64_t taken[kMostFormulaPhases];    // backward: d_results, of norms
+  int64_t results[kMostFormulaPhases];  // backward: d_taken
+  int64_t bytes;
+};
+
+struct FormulaStepPlan {
+  cuda::MathKind math;
+  bool pdl;                                 // launches may overlap
+  std::vector<FormulaKernelPlan> segments;  // [Q + 1]
+  FormulaKernelPlan initial;                // backward: of the gradients of the initial states
+  FormulaWorkspace workspace;
+};
+
+// Throws std::invalid_argument if the device cannot launch it.
+FormulaStepPlan plan_formula_step(const FormulaStepProblem& problem, const DeviceInfo& device);
+
+// Launches of a step, tiles, shared and working memory, for people.
+std::string to_string(const FormulaStepPlan& plan);
+
+}  // namespace fused_rnn

@@ -1,0 +1,368 @@
+"""Cells that are formulas on the simulated device: their generated CUDA kernels, and one layer's outputs and gradients.
+
+What csrc/torch makes by matrix products (input products, weight gradients) is made here by torch in float64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from collections.abc import Sequence
+from ctypes import c_bool, c_char_p, c_int, c_int64, c_void_p
+
+import builder
+import torch
+from simulator import H100, DeviceInfo, Simulator
+from torch import Tensor
+
+from fused_rnn import reference
+from fused_rnn._recipe import Recipe, Rows
+from fused_rnn.formula import Cell
+from fused_rnn.formula.cuda import kernel_names, traits_of, translation_unit
+from fused_rnn.formula.parameters import OWN_KIND, as_declared, outputs_first, specs_of, step_function
+from fused_rnn.formula.plan import Plan, make_plan
+
+STATES, PHASES = 8, 12  # csrc/core/formula.h
+DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+class Traits(ctypes.Structure):
+    """csrc/core/formula.h's FormulaTraits."""
+
+    _fields_ = [
+        *((name, c_int) for name in ("states", "output", "recurrent", "input_gates", "recurrent_gates")),
+        *((name, c_int) for name in ("gradients", "saved", "parameters", "phases")),
+        *((name, c_void_p) for name in ("input_gradients", "reads_series", "phase_kinds")),
+    ]
+
+
+class Direction(ctypes.Structure):
+    """csrc/cuda/formula/formula_params.h's FormulaDirection."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("w_hh", "b_hh", "parameters")),
+        ("weight", c_void_p * PHASES),
+        ("bias", c_void_p * PHASES),
+    ]
+
+
+class FormulaLayer(ctypes.Structure):
+    _fields_ = [
+        *(("H", c_int64), ("D", c_int), ("heads", c_int), ("T", c_int64), ("B", c_int64), ("N", c_int64)),
+        *(("lengths", c_void_p), ("offsets", c_void_p), ("resets", c_void_p)),
+        *(("weights", Direction * 2), ("initial", c_void_p * STATES)),
+    ]
+
+
+class FormulaForward(FormulaLayer):
+    _fields_ = [
+        *(("x", c_void_p), ("y", c_void_p), ("last", c_void_p * STATES), ("series", c_void_p * STATES)),
+        *(("v", c_void_p * PHASES), ("saved", c_void_p), ("working", c_void_p * (STATES + 2 + 2 * PHASES))),
+    ]
+
+
+class FormulaBackward(FormulaLayer):
+    _fields_ = [
+        *(("y", c_void_p), ("series", c_void_p * STATES), ("v", c_void_p * PHASES), ("saved", c_void_p)),
+        *(("dy", c_void_p), ("d_last", c_void_p * STATES), ("d", c_void_p), ("d_initial", c_void_p * STATES)),
+        ("working", c_void_p * (STATES + 2 + 2 * PHASES)),
+    ]
+
+
+class Kernels:
+    """The compiled kernels of a cell for one dtype."""
+
+    def __init__(self, cell: Cell, dtype: torch.dtype, sanitize: str = "plain") -> None:
+        self.cell, self.dtype, self.plan = cell, dtype, make_plan(cell)
+        listed = " ".join(f"X({role}, {segment}, {name})" for role, segment, name in kernel_names(len(self.plan.phases)))
+        source = builder.CACHE / "formulas" / f"{type(cell).__name__}-{str(dtype).removeprefix('torch.')}.cu"
+        text = f"{translation_unit(self.plan, dtype)}\n#define SIMT_FORMULA_KERNELS(X) {listed}\n"
+        text += '#include "../kernels/formula_capi.h"\n'
+        source.parent.mkdir(parents=True, exist_ok=True)
+        if not source.exists() or source.read_text() != text:
+            source.write_text(text)
+        csrc = builder.ROOT / "csrc"
+        host = [csrc / "plan" / "formula.cpp", csrc / "cuda" / "formula" / "scan.cpp"]
+        self.sim = Simulator(builder.build([source], sanitize=sanitize, host=host))
+        lib = self.sim.lib
+        pointers = (c_void_p, c_void_p, c_int)
+        lib.simt_formula_workspace.restype = c_int64
+        lib.simt_formula_workspace.argtypes = [*pointers, c_bool, c_void_p]
+        lib.simt_formula_text.restype = c_char_p
+        for name in ("simt_formula_forward", "simt_formula_backward"):
+            getattr(lib, name).argtypes = [*pointers, c_void_p, c_void_p]
+        sizes = (c_int * 3)()
+        lib.simt_formula_sizes(sizes)
+        assert list(sizes) == [ctypes.sizeof(t) for t in (FormulaForward, FormulaBackward, Traits)]
+        facts = traits_of(self.plan)
+        self.lists = {
+            "input_gradients": (c_int * 64)(*facts.pop("input_gradients")),
+            "reads_series": (c_bool * STATES)(*map(bool, facts.pop("reads_series"))),
+            "phase_kinds": (c_int * PHASES)(*facts.pop("phase_kinds")),
+        }
+        self.traits = Traits(**facts, **{name: ctypes.addressof(value) for name, value in self.lists.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A layer of one call."""
+
+    T: int = 4
+    B: int = 3
+    I: int = 3  # noqa: E741
+    units: int = 9  # of a head
+    bidirectional: bool = False
+    bias: bool = True
+    states: bool = True
+    lengths: tuple[int, ...] | None = None
+    batch_sizes: tuple[int, ...] | None = None  # packed rows
+    resets: bool = False
+    training: bool = True
+
+    def __str__(self) -> str:
+        usual = Case()
+        differs = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(usual, f.name)]
+        return "-".join(f"{name}={getattr(self, name)}".replace(" ", "") for name in differs) or "plain"
+
+
+@dataclasses.dataclass
+class Data:
+    """Numbers of a case in the dtype."""
+
+    rows: Rows
+    x: Tensor
+    states: list[Tensor]
+    params: list[Tensor]  # of all directions
+    dy: Tensor
+    d_last: list[Tensor]
+    H: int
+    N: int
+
+
+def make_data(cell: Cell, case: Case, dtype: torch.dtype) -> Data:
+    generator = torch.Generator().manual_seed(7)
+
+    def made(*shape: int) -> Tensor:
+        return (torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5).to(dtype)
+
+    H, D = case.units * cell.declaration.heads, 1 + case.bidirectional
+    N = sum(case.batch_sizes) if case.batch_sizes else case.T * case.B
+    leading = (N,) if case.batch_sizes else (case.T, case.B)
+    lengths = None if case.lengths is None else torch.tensor(case.lengths)
+    offsets = None if case.batch_sizes is None else torch.tensor([0, *case.batch_sizes]).cumsum(0)
+    resets = torch.rand(leading, generator=generator) < 0.3 if case.resets else None
+    count = len(cell.declaration.states)
+    x = made(*leading, case.I)
+    states = [made(D, case.B, H) if case.states else torch.zeros(D, case.B, H, dtype=dtype) for _ in range(count)]
+    params = [made(*spec.shape) for _ in range(D) for spec in specs_of(cell, case.I, H, case.bias)]
+    d_last = [made(D, case.B, H) for _ in range(count)]
+    return Data(Rows(lengths, offsets, resets), x, states, params, made(*leading, D * H), d_last, H, N)
+
+
+def names_of(cell: Cell, case: Case) -> list[str]:
+    specs = specs_of(cell, 1, cell.declaration.heads, case.bias)
+    states = cell.declaration.states
+    params = [spec.name + suffix for suffix in ("", "_reverse")[: 1 + case.bidirectional] for spec in specs]
+    return ["y", *(f"last {s}" for s in states), "d x", *(f"d {s}" for s in states), *(f"d {name}" for name in params)]
+
+
+def expected(cell: Cell, case: Case, data: Data) -> list[Tensor]:
+    """Outputs and all gradients by ``step`` in float64, in the order of names_of."""
+    leaves = [t.double().requires_grad_() for t in (data.x, *data.states, *data.params)]
+    count = len(data.states)
+    recipe = Recipe(OWN_KIND, has_biases=case.bias, bidirectional=case.bidirectional)
+    first = outputs_first(cell, leaves[1 : 1 + count])
+    y, last = reference.layer(leaves[0], first, leaves[1 + count :], data.rows, recipe, step_function(cell))
+    results = [y, *as_declared(cell, last)]
+    grads = torch.autograd.grad(results, leaves, [t.double() for t in (data.dy, *data.d_last)], materialize_grads=True)
+    return [t.detach() for t in (*results, *grads)]
+
+
+class Run:
+    """One layer on the simulated device."""
+
+    def __init__(self, kernels: Kernels, case: Case, data: Data, seed: int, device: DeviceInfo) -> None:
+        self.kernels, self.case, self.data, self.device = kernels, case, data, device
+        self.plan, self.cell, self.sim = kernels.plan, kernels.cell, kernels.sim
+        self.D, self.H, self.N, self.B = 1 + case.bidirectional, data.H, data.N, case.B
+        self.size = kernels.dtype.itemsize
+        self.sim.reset(seed, device)
+        specs = specs_of(self.cell, case.I, self.H, case.bias)
+        count = len(specs)
+        self.params = [
+            dict(zip((s.name for s in specs), data.params[d * count : (d + 1) * count], strict=True)) for d in range(self.D)
+        ]
+
+    # --- what both passes have ---
+
+    def fill(self, p: FormulaLayer) -> None:
+        rows, put = self.data.rows, self.sim.put
+        p.H, p.D, p.heads = self.H, self.D, self.cell.declaration.heads
+        p.T = len(self.case.batch_sizes) if self.case.batch_sizes else self.case.T
+        p.B, p.N = self.B, self.N
+        p.lengths, p.offsets, p.resets = put("lengths", rows.lengths), put("offsets", rows.offsets), put("resets", rows.resets)
+        for i, state in enumerate(self.data.states):
+            p.initial[i] = put(f"initial {i}", state) if self.case.states else None
+        for d, params in enumerate(self.params):
+            weights = p.weights[d]
+            weights.w_hh = put("w_hh", params.get("weight_hh"))
+            weights.b_hh = put("b_hh", params.get("bias_hh"))
+            own = [params[name].expand(self.H) for name in self.plan.parameters]
+            weights.parameters = put("parameters", torch.stack(own)) if own else None
+            for k, phase in enumerate(self.cell.phases):
+                weights.weight[k] = put(phase.parameters[0], params[phase.parameters[0]])
+                if len(phase.parameters) > 1:
+                    weights.bias[k] = put(phase.parameters[1], params[phase.parameters[1]])
+
+    def out(self, name: str, *shape: int) -> int:
+        return self.sim.out(name, torch.Size(shape).numel() * self.size)
+
+    def get(self, name: str, address: int, *shape: int) -> Tensor:
+        tensor = self.sim.get(address, shape, self.kernels.dtype)
+        self.sim.check_output(name, address, tensor)
+        return tensor
+
+    def call(self, name: str, p: FormulaForward | FormulaBackward) -> None:
+        lib, dtype, traits = self.sim.lib, DTYPES[self.kernels.dtype], ctypes.byref(self.kernels.traits)
+        where, backward = ctypes.byref(self.device), isinstance(p, FormulaBackward)
+        workspace = self.sim.out(
+            "workspace", lib.simt_formula_workspace(ctypes.byref(p), traits, dtype, backward, where)
+        )
+        self.sim.check(getattr(lib, name)(ctypes.byref(p), traits, dtype, where, workspace))
+
+    # --- forward ---
+
+    def keeps(self, state: int) -> bool:
+        says = self.cell.declaration
+        return state != says.output and (self.plan.series[state] or (bool(says.recurrent_gates) and state == says.recurrent))
+
+    def forward(self) -> list[Tensor]:
+        p, D, N, H = FormulaForward(), self.D, self.N, self.H
+        self.fill(p)
+        x = self.data.x.reshape(N, -1).double()
+        products = [x @ params["weight_ih"].double().T + params.get("bias_ih", torch.zeros(1)) for params in self.params]
+        p.x = self.sim.put("x", torch.stack(products).to(self.kernels.dtype))
+        p.y = self.out("y", N, D * H)
+        count = len(self.data.states)
+        for i in range(count):
+            p.last[i] = self.out(f"last {i}", D, self.B, H)
+            if self.case.training and self.keeps(i):
+                p.series[i] = self.out(f"series {i}", N, D * H)
+        if self.case.training:
+            for k in range(len(self.plan.phases)):
+                p.v[k] = self.out(f"v {k}", D, N, H)
+            p.saved = self.out("saved", D, N, len(self.plan.saved), H)
+        self.call("simt_formula_forward", p)
+        self.kept = p
+        self.y = self.get("y", p.y, N, D * H)
+        return [self.y.view(self.data.dy.shape), *(self.get(f"last {i}", p.last[i], D, self.B, H) for i in range(count))]
+
+    # --- backward ---
+
+    def backward(self) -> list[Tensor]:
+        p, D, N, H = FormulaBackward(), self.D, self.N, self.H
+        self.fill(p)
+        kept, count = self.kept, len(self.data.states)
+        p.y, p.saved, p.v = kept.y, kept.saved, kept.v
+        p.dy = self.sim.put("dy", self.data.dy)
+        for i in range(count):
+            p.series[i] = kept.series[i]
+            p.d_last[i] = self.sim.put(f"d_last {i}", self.data.d_last[i])
+            p.d_initial[i] = self.out(f"d_initial {i}", D, self.B, H)
+        blocks = len(self.plan.gradients) + len(self.plan.parameters) + len(self.plan.phases)
+        p.d = self.out("d", D, N, blocks, H)
+        self.call("simt_formula_backward", p)
+        d = self.get("d", p.d, D, N, blocks, H).double()
+        d_states = [self.get(f"d_initial {i}", p.d_initial[i], D, self.B, H).double() for i in range(count)]
+        dx, params = torch.zeros(N, self.case.I, dtype=torch.float64), []
+        for direction in range(D):
+            params += self.gradients(direction, d[direction], dx)
+        return [dx.view(self.data.x.shape), *d_states, *params]
+
+    def gradients(self, direction: int, d: Tensor, dx: Tensor) -> list[Tensor]:
+        """Of a direction's parameters, from d [N, blocks, H]; adds the input's to dx."""
+        plan, says, params, H = self.plan, self.cell.declaration, self.params[direction], self.H
+        x = self.data.x.reshape(self.N, -1).double()
+        of_input = d[:, list(plan.input_gradients)].flatten(1)
+        dx += of_input @ params["weight_ih"].double()
+        made = {"weight_ih": of_input.T @ x, "bias_ih": of_input.sum(0)}
+        slots, gates = len(plan.gradients), len(says.recurrent_gates)
+        if gates:
+            rec = d[:, slots - gates : slots]
+            made["bias_hh"] = rec.flatten(1).sum(0)
+            before = self.before(direction)
+            heads = says.heads
+            rec = rec.unflatten(2, (heads, H // heads))
+            weight = torch.einsum("ngku,nkj->kguj", rec, before.unflatten(1, (heads, H // heads))).flatten(1, 2)
+            made["weight_hh"] = weight[0] if heads == 1 else weight
+        for i, name in enumerate(plan.parameters):
+            gradient = d[:, slots + i].sum(0)
+            made[name] = gradient if params[name].dim() else gradient.sum()
+        for k, phase in enumerate(self.cell.phases):
+            gradient = d[:, slots + len(plan.parameters) + k]
+            v = self.sim.get(self.kept.v[k], (self.D, self.N, H), self.kernels.dtype)[direction].double()
+            if phase.kind == "product":
+                made[phase.parameters[0]] = gradient.T @ v
+                continue
+            norm = torch.nn.functional.layer_norm if phase.kind == "layer_norm" else torch.nn.functional.rms_norm
+            made[phase.parameters[0]] = (gradient * norm(v, (H,), eps=1e-5)).sum(0)
+            if len(phase.parameters) > 1:
+                made[phase.parameters[1]] = gradient.sum(0)
+        return [made[name] for name in params]
+
+    def before(self, direction: int) -> Tensor:
+        """The recurrent state before every row's step [N, H]; zeros where the row takes no part."""
+        says, rows, H = self.cell.declaration, self.data.rows, self.H
+        address = self.kept.y if says.recurrent == says.output else self.kept.series[says.recurrent]
+        series = self.get("series", address, self.N, self.D, H)[:, direction].double()
+        result = torch.zeros(self.N, H, dtype=torch.float64)
+        sizes = self.case.batch_sizes
+        starts = torch.tensor([0, *(sizes or [])]).cumsum(0)
+        for b in range(self.B):
+            steps = self.case.T if sizes is None else sum(size > b for size in sizes)
+            if self.case.lengths:
+                steps = self.case.lengths[b]
+            row_of = (lambda t: int(starts[t]) + b) if sizes else (lambda t: t * self.B + b)  # noqa: B023
+            state = self.data.states[says.recurrent][direction, b].double()
+            for t in range(steps) if direction == 0 else reversed(range(steps)):
+                row = row_of(t)
+                reset = rows.resets is not None and bool(rows.resets.flatten()[row])
+                result[row] = 0 if reset else state
+                state = series[row]
+        return result
+
+
+LIMITS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+
+
+def compare(kernels: Kernels, case: Case, seeds: Sequence[int] = (0,), device: DeviceInfo = H100) -> None:
+    """Outputs and all gradients against ``step`` in float64, the same bits under every seed."""
+    data = make_data(kernels.cell, case, kernels.dtype)
+    wanted = expected(kernels.cell, case, data)
+    earlier: list[Tensor] | None = None
+    for seed in seeds:
+        run = Run(kernels, case, data, seed, device)
+        got = run.forward()
+        if case.training:
+            got += run.backward()
+        for name, mine, want in zip(names_of(kernels.cell, case), got, wanted, strict=False):
+            limit = LIMITS[kernels.dtype] * max(1 / 16, want.abs().max().item())
+            torch.testing.assert_close(mine.double(), want, atol=limit, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        assert earlier is None or all(torch.equal(a, b) for a, b in zip(got, earlier, strict=True))
+        earlier = got
+
+
+def plan_text(kernels: Kernels, case: Case, device: DeviceInfo = H100, backward: bool = False) -> str:
+    """What the planner says of a layer."""
+    p = FormulaBackward() if backward else FormulaForward()
+    p.H, p.D, p.heads = case.units * kernels.cell.declaration.heads, 1 + case.bidirectional, kernels.cell.declaration.heads
+    p.T, p.B, p.N = case.T, case.B, case.T * case.B
+    lib = kernels.sim.lib
+    traits = ctypes.byref(kernels.traits)
+    lib.simt_formula_workspace(ctypes.byref(p), traits, DTYPES[kernels.dtype], backward, ctypes.byref(device))
+    text: bytes = lib.simt_formula_text()
+    return text.decode()
+
+
+def plan_of(kernels: Kernels) -> Plan:
+    return kernels.plan
