@@ -24,7 +24,8 @@ FormulaKernelPlan kernel_of(const FormulaStepProblem& problem, const DeviceInfo&
                             TileSize size) {
   const KernelRole role = problem.backward ? KernelRole::kBackward : KernelRole::kForward;
   const TileShape tile = cuda::tile_shape(role, math, size);
-  const auto bytes = [&](int stages) { return cuda::smem_bytes(role, groups, groups, math, tile, stages); };
+  const int slots = groups > 0 ? groups : 1;  // room for the moments of a norm
+  const auto bytes = [&](int stages) { return cuda::smem_bytes(role, slots, slots, math, tile, stages); };
   FormulaKernelPlan plan{};
   plan.tile = size;
   plan.grid_x = ceil_div(problem.B, tile.batch);
@@ -36,12 +37,13 @@ FormulaKernelPlan kernel_of(const FormulaStepProblem& problem, const DeviceInfo&
 }
 
 // The small tile where its blocks run all at once, so that the step is over the sooner; else the medium one, which reads the
-// weights for four times as many rows.
+// weights for four times as many rows. groups 0: there is no product, and a kernel of the small tile alone.
 FormulaKernelPlan plan_kernel(const FormulaStepProblem& problem, const DeviceInfo& device, MathKind math, int groups,
                               int64_t K) {
   const FormulaKernelPlan small = kernel_of(problem, device, math, groups, K, TileSize::kSmall);
-  const FormulaKernelPlan medium = kernel_of(problem, device, math, groups, K, TileSize::kMedium);
-  const bool at_once = small.grid_x == 1 || small.grid_x * small.grid_y * problem.D <= device.sm_count;
+  FormulaKernelPlan medium{};
+  if (groups > 0) medium = kernel_of(problem, device, math, groups, K, TileSize::kMedium);
+  const bool at_once = groups == 0 || small.grid_x == 1 || small.grid_x * small.grid_y * problem.D <= device.sm_count;
   const FormulaKernelPlan& chosen = small.stages && (at_once || !medium.stages) ? small : medium;
   if (chosen.stages == 0) {
     throw std::invalid_argument("a product of " + std::to_string(groups) + " gates needs more shared memory than a block has");
@@ -86,14 +88,15 @@ FormulaStepPlan plan_formula_step(const FormulaStepProblem& problem, const Devic
   plan.math = cuda::math_kind(problem.dtype, /*allow_tf32=*/false);
   plan.pdl = device.compiled_for >= 90;
   const int64_t units = problem.H / problem.heads;
-  const int gates = cell.recurrent_gates > 0 ? cell.recurrent_gates : 1;
+  const int gates = cell.recurrent_gates, product_of_gates = gates > 0;
   for (int segment = 0; segment <= cell.phases; ++segment) {
     const bool recurrent = segment == (problem.backward ? cell.phases : 0);
-    const int groups = recurrent && !problem.backward ? gates : 1;
+    const int phase = problem.backward ? segment : segment - 1;
+    const int groups = !recurrent ? is_product(cell, phase) : problem.backward ? product_of_gates : gates;
     const int64_t K = !recurrent ? problem.H : problem.backward ? gates * units : units;
     plan.segments.push_back(plan_kernel(problem, device, plan.math, groups, K));
   }
-  if (problem.backward) plan.initial = plan_kernel(problem, device, plan.math, 1, gates * units);
+  if (problem.backward) plan.initial = plan_kernel(problem, device, plan.math, product_of_gates, gates * units);
   plan.workspace = lay_out(problem, plan.math);
   return plan;
 }

@@ -1,7 +1,9 @@
 // The kinds of arithmetic that CUDA kernels are compiled for.
 #pragma once
+#ifndef __CUDACC_RTC__  // which compiles kernels alone
 #include <stdexcept>
 #include <type_traits>
+#endif
 
 #include "core/params.h"
 
@@ -56,6 +58,7 @@ constexpr MathKind math_kind(DType dtype, bool allow_tf32) {
   return MathKind::kFp64;
 }
 
+#ifndef __CUDACC_RTC__
 // Calls f with a std::integral_constant whose value is `math`.
 template <class F>
 auto dispatch_math(MathKind math, F&& f) {
@@ -67,5 +70,6 @@ auto dispatch_math(MathKind math, F&& f) {
   }
   throw std::invalid_argument("unknown kind of arithmetic");
 }
+#endif
 
 }  // namespace fused_rnn::cuda

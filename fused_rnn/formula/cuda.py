@@ -5,6 +5,8 @@ The text is the cell's struct, the same as for a CPU, and a line for each kernel
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from fused_rnn.formula.plan import Plan
@@ -14,17 +16,43 @@ from fused_rnn.formula.writer import PHASE_KINDS, source_of_plan, struct_name
 MATHS = {torch.float64: "kFp64", torch.float32: "kFp32", torch.float16: "kFp16", torch.bfloat16: "kBf16"}
 
 
-def kernel_names(phases: int) -> list[tuple[int, int, str]]:
-    """(role, segment, name) of every kernel; each has one of the small and one of the medium tile, <name>_small and
-    <name>_medium. role: csrc/cuda/formula/formula_params.h's FormulaRole."""
-    segments = range(phases + 1)
-    return [*((0, k, f"forward_{k}") for k in segments), *((1, k, f"backward_{k}") for k in segments), (2, 0, "initial")]
+ROLES = ("forward", "backward", "initial")  # csrc/cuda/formula/formula_params.h's FormulaRole
+TILES = ("kSmall", "kMedium")  # csrc/plan/step_geometry.h's TileSize
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel of csrc/cuda/formula/formula_kernels.cuh."""
+
+    role: int
+    segment: int
+    tile: int
+
+    @property
+    def name(self) -> str:
+        return f"{ROLES[self.role]}_{self.segment}_{TILES[self.tile]}"
+
+
+def kernels_of(plan: Plan) -> list[Kernel]:
+    """All kernels of a cell. A segment that makes a product has one of each tile, any other one of the small tile."""
+    recurs = bool(plan.cell.declaration.recurrent_gates)
+    products = [phase.kind == "product" for phase in plan.cell.phases]
+    segments = [*enumerate([recurs, *products])], [*enumerate([*products, recurs])], [(0, recurs)]
+    return [
+        Kernel(role, segment, tile)
+        for role, of_role in enumerate(segments)
+        for segment, product in of_role
+        for tile in range(1 + product)
+    ]
 
 
 def translation_unit(plan: Plan, dtype: torch.dtype) -> str:
     """The CUDA C++ of a planned cell's kernels for a dtype."""
     cell, math = f"fused_rnn::formula::{struct_name(plan.cell)}", MATHS[dtype]
-    segments = range(len(plan.phases) + 1)
+    lines = []
+    for kernel in kernels_of(plan):
+        segment = "" if ROLES[kernel.role] == "initial" else f"{kernel.segment}, "
+        lines.append(f"FUSED_RNN_FORMULA_{ROLES[kernel.role].upper()}({cell}, {math}, {segment}{TILES[kernel.tile]})")
     return "\n".join(
         [
             '#include "cuda/formula/formula_kernels.cuh"',
@@ -34,9 +62,7 @@ def translation_unit(plan: Plan, dtype: torch.dtype) -> str:
             source_of_plan(plan),
             "}  // namespace fused_rnn::formula",
             "",
-            *(f"FUSED_RNN_FORMULA_FORWARD({cell}, {math}, {k})" for k in segments),
-            *(f"FUSED_RNN_FORMULA_BACKWARD({cell}, {math}, {k})" for k in segments),
-            f"FUSED_RNN_FORMULA_INITIAL({cell}, {math})",
+            *lines,
             "",
         ]
     )

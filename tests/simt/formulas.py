@@ -18,7 +18,7 @@ from torch import Tensor
 from fused_rnn import reference
 from fused_rnn._recipe import Recipe, Rows
 from fused_rnn.formula import Cell
-from fused_rnn.formula.cuda import kernel_names, traits_of, translation_unit
+from fused_rnn.formula.cuda import kernels_of, traits_of, translation_unit
 from fused_rnn.formula.parameters import OWN_KIND, as_declared, outputs_first, specs_of, step_function
 from fused_rnn.formula.plan import Plan, make_plan
 
@@ -74,7 +74,7 @@ class Kernels:
 
     def __init__(self, cell: Cell, dtype: torch.dtype, sanitize: str = "plain") -> None:
         self.cell, self.dtype, self.plan = cell, dtype, make_plan(cell)
-        listed = " ".join(f"X({role}, {segment}, {name})" for role, segment, name in kernel_names(len(self.plan.phases)))
+        listed = " ".join(f"X({k.role}, {k.segment}, {k.tile}, {k.name})" for k in kernels_of(self.plan))
         source = builder.CACHE / "formulas" / f"{type(cell).__name__}-{str(dtype).removeprefix('torch.')}.cu"
         text = f"{translation_unit(self.plan, dtype)}\n#define SIMT_FORMULA_KERNELS(X) {listed}\n"
         text += '#include "../kernels/formula_capi.h"\n'

@@ -153,7 +153,7 @@ struct HalfFragments : MmaLayout {
     return b;
   }
   static __device__ __forceinline__ void multiply(float (&acc)[4], const A& a, const B& b) {
-    if constexpr (sizeof(Storage) == 2 && __is_same(Storage, bfloat16_t)) {
+    if constexpr (sizeof(Storage) == 2 && std::is_same_v<Storage, bfloat16_t>) {
       simt::mma_bf16_m16n8k16(acc, a.v, b.v);
     } else if constexpr (simt::arch() >= 800) {
       simt::mma_f16_m16n8k16(acc, a.v, b.v);

@@ -10,6 +10,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace fused_rnn::simt {
 
@@ -146,7 +147,7 @@ __device__ __forceinline__ T from_float(V value) {
     return static_cast<T>(value);
   } else {
     T result;
-    if constexpr (__is_same(T, half_t)) {
+    if constexpr (std::is_same_v<T, half_t>) {
       asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
     } else {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -2,6 +2,8 @@
 // rows. A block of the grid owns kUnits units of one head of kBatch batch rows in one direction.
 //   blockIdx.x  tile of batch rows;  blockIdx.y  [heads][tiles of a head's units];  blockIdx.z  direction
 #pragma once
+#include <utility>
+
 #include "cuda/formula/formula_params.h"
 #include "cuda/step/matmul.cuh"
 #include "cuda/step/rows.cuh"

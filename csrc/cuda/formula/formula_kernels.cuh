@@ -1,6 +1,7 @@
 // The kernels of a formula, by name. What is compiled (fused_rnn/formula/cuda.py) is the cell's struct and a line
-//   FUSED_RNN_FORMULA_FORWARD(cell, math, segment) or FUSED_RNN_FORMULA_BACKWARD(cell, math, segment)
-// of every segment, and FUSED_RNN_FORMULA_INITIAL(cell, math). Each makes a kernel of the small and one of the medium tile.
+//   FUSED_RNN_FORMULA_FORWARD(cell, math, segment, tile) or FUSED_RNN_FORMULA_BACKWARD(cell, math, segment, tile)
+// of every segment with the small tile and, where it makes a product, with the medium one, and
+// FUSED_RNN_FORMULA_INITIAL(cell, math, tile).
 #pragma once
 #include "cuda/formula/formula_backward.cuh"
 #include "cuda/formula/formula_forward.cuh"
@@ -14,24 +15,19 @@ constexpr int formula_threads(bool backward, TileSize size) {
 
 }  // namespace fused_rnn::cuda
 
-#define FUSED_RNN_FORMULA_KERNEL(name, size, backward, Step, ...)                                                        \
-  extern "C" __global__ void __launch_bounds__(fused_rnn::cuda::formula_threads(backward, fused_rnn::cuda::TileSize::size), \
-                                               1) name(const __grid_constant__ fused_rnn::cuda::Step s) {                \
-    using namespace fused_rnn::cuda;                                                                                     \
-    __VA_ARGS__(s);                                                                                                      \
+#define FUSED_RNN_FORMULA_KERNEL(name, tile, backward, Step, ...)                                                  \
+  extern "C" __global__ void __launch_bounds__(                                                                    \
+      fused_rnn::cuda::formula_threads(backward, fused_rnn::cuda::TileSize::tile), 1)                              \
+      name(const __grid_constant__ fused_rnn::cuda::Step s) {                                                      \
+    using namespace fused_rnn::cuda;                                                                               \
+    __VA_ARGS__(s);                                                                                                \
   }
-#define FUSED_RNN_FORMULA_FORWARD(cell, math, segment)                                       \
-  FUSED_RNN_FORMULA_KERNEL(forward_##segment##_small, kSmall, false, FormulaForwardStep,     \
-                           formula_forward<cell, MathKind::math, TileSize::kSmall, segment>) \
-  FUSED_RNN_FORMULA_KERNEL(forward_##segment##_medium, kMedium, false, FormulaForwardStep,   \
-                           formula_forward<cell, MathKind::math, TileSize::kMedium, segment>)
-#define FUSED_RNN_FORMULA_BACKWARD(cell, math, segment)                                       \
-  FUSED_RNN_FORMULA_KERNEL(backward_##segment##_small, kSmall, true, FormulaBackwardStep,     \
-                           formula_backward<cell, MathKind::math, TileSize::kSmall, segment>) \
-  FUSED_RNN_FORMULA_KERNEL(backward_##segment##_medium, kMedium, true, FormulaBackwardStep,   \
-                           formula_backward<cell, MathKind::math, TileSize::kMedium, segment>)
-#define FUSED_RNN_FORMULA_INITIAL(cell, math)                                               \
-  FUSED_RNN_FORMULA_KERNEL(initial_small, kSmall, true, FormulaBackwardStep,                \
-                           formula_initial_gradients<cell, MathKind::math, TileSize::kSmall>) \
-  FUSED_RNN_FORMULA_KERNEL(initial_medium, kMedium, true, FormulaBackwardStep,              \
-                           formula_initial_gradients<cell, MathKind::math, TileSize::kMedium>)
+#define FUSED_RNN_FORMULA_FORWARD(cell, math, segment, tile)                                   \
+  FUSED_RNN_FORMULA_KERNEL(forward_##segment##_##tile, tile, false, FormulaForwardStep,        \
+                           formula_forward<cell, MathKind::math, TileSize::tile, segment>)
+#define FUSED_RNN_FORMULA_BACKWARD(cell, math, segment, tile)                                  \
+  FUSED_RNN_FORMULA_KERNEL(backward_##segment##_##tile, tile, true, FormulaBackwardStep,       \
+                           formula_backward<cell, MathKind::math, TileSize::tile, segment>)
+#define FUSED_RNN_FORMULA_INITIAL(cell, math, tile)                                            \
+  FUSED_RNN_FORMULA_KERNEL(initial_0_##tile, tile, true, FormulaBackwardStep,                  \
+                           formula_initial_gradients<cell, MathKind::math, TileSize::tile>)

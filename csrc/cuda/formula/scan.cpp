@@ -15,7 +15,7 @@ FormulaLaunch launch_of(const FormulaKernelPlan& plan, FormulaRole role, int seg
   FormulaLaunch launch{};
   launch.role = role;
   launch.segment = segment;
-  launch.medium = plan.tile == TileSize::kMedium;
+  launch.tile = plan.tile;
   launch.grid_x = static_cast<int>(plan.grid_x), launch.grid_y = static_cast<int>(plan.grid_y), launch.grid_z = D;
   launch.threads = plan.threads, launch.smem_bytes = plan.smem_bytes;
   return launch;

@@ -12,7 +12,7 @@ namespace fused_rnn::cuda {
 struct FormulaLaunch {
   FormulaRole role;
   int segment;
-  bool medium;  // of the medium tile
+  TileSize tile;
   int grid_x, grid_y, grid_z;
   int threads, smem_bytes;
   bool pdl;  // may start before the preceding grid of the stream has ended

@@ -1,5 +1,5 @@
 // The kernels of one formula to Python, on the simulated device: included behind the kernels, where
-// SIMT_FORMULA_KERNELS(X) lists X(role, segment, name) (tests/simt/formulas.py writes both).
+// SIMT_FORMULA_KERNELS(X) lists X(role, segment, tile, name) (tests/simt/formulas.py writes both).
 #pragma once
 #include <launch.cuh>
 #include <stdexcept>
@@ -25,10 +25,9 @@ void launch_on_simulator(const FormulaLaunch& l, const char* name, Kernel<Step> 
 }
 
 void launcher(const FormulaLaunch& l, const void* arguments, size_t bytes) {
-#define SIMT_FORMULA_KERNEL(of_role, of_segment, name)                                                          \
-  if (static_cast<int>(l.role) == of_role && l.segment == of_segment) {                                         \
-    return l.medium ? launch_on_simulator(l, #name "_medium", &name##_medium, arguments, bytes)                 \
-                    : launch_on_simulator(l, #name "_small", &name##_small, arguments, bytes);                  \
+#define SIMT_FORMULA_KERNEL(of_role, of_segment, of_tile, name)                                                  \
+  if (static_cast<int>(l.role) == of_role && l.segment == of_segment && static_cast<int>(l.tile) == of_tile) {   \
+    return launch_on_simulator(l, #name, &name, arguments, bytes);                                               \
   }
   SIMT_FORMULA_KERNELS(SIMT_FORMULA_KERNEL)
 #undef SIMT_FORMULA_KERNEL

@@ -1,0 +1,187 @@
+#include "cuda/formula/driver.h"
+
+#include <dlfcn.h>
+
+#include <fstream>
+#include <sstream>
+#include <stdexcept>
+
+namespace fused_rnn::cuda {
+namespace {
+
+constexpr int kFileVersion = 1;  // set anew with the first line of a file, or with formula_params.h
+
+// What cuda.h says of the driver's interface (tests/test_formula_cuda.py compares where there is one).
+struct LaunchAttribute {
+  int id;
+  char padding[4];
+  union {
+    char bytes[64];
+    int allowed;
+  } value;
+};
+struct LaunchConfig {
+  unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, smem_bytes;
+  void* stream;
+  LaunchAttribute* attributes;
+  unsigned attribute_count;
+};
+constexpr int kProgrammaticStreamSerialization = 6;         // CUlaunchAttributeID
+constexpr int kMaxDynamicSmem = 8;                          // CUfunction_attribute
+constexpr int kMaxSmemPerBlockOptin = 97;                   // CUdevice_attribute
+static_assert(sizeof(LaunchAttribute) == 72 && sizeof(LaunchConfig) == 56);
+
+struct Driver {
+  int (*init)(unsigned);
+  int (*error_string)(int, const char**);
+  int (*device_get)(int*, int);
+  int (*device_attribute)(int*, int, int);
+  int (*retain_context)(void**, int);
+  int (*current_context)(void**);
+  int (*set_context)(void*);
+  int (*load)(void**, const void*);
+  int (*function)(void**, void*, const char*);
+  int (*set_attribute)(void*, int, int);
+  int (*launch)(const LaunchConfig*, void*, void**, void**);
+
+  Driver() {
+    void* const library = dlopen("libcuda.so.1", RTLD_NOW);
+    if (!library) throw std::runtime_error(std::string("CUDA's driver could not be loaded: ") + dlerror());
+    const auto find = [library](auto& function, const char* name) {
+      function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));
+      if (!function) throw std::runtime_error(std::string("CUDA's driver is older than 12: it has no ") + name);
+    };
+    find(init, "cuInit");
+    find(error_string, "cuGetErrorString");
+    find(device_get, "cuDeviceGet");
+    find(device_attribute, "cuDeviceGetAttribute");
+    find(retain_context, "cuDevicePrimaryCtxRetain");
+    find(current_context, "cuCtxGetCurrent");
+    find(set_context, "cuCtxSetCurrent");
+    find(load, "cuModuleLoadData");
+    find(function, "cuModuleGetFunction");
+    find(set_attribute, "cuFuncSetAttribute");
+    find(launch, "cuLaunchKernelEx");
+  }
+  void check(int status, const std::string& what) const {
+    if (status == 0) return;
+    const char* text = nullptr;
+    error_string(status, &text);
+    throw std::runtime_error("fused_rnn: " + what + ": " + (text ? text : "error " + std::to_string(status)));
+  }
+};
+
+const Driver& driver() {
+  static const Driver found;
+  return found;
+}
+
+}  // namespace
+
+FormulaModule::FormulaModule(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::string line;
+  if (!std::getline(file, line)) throw std::runtime_error("the formula's kernels could not be read from " + path);
+  std::ostringstream rest;
+  rest << file.rdbuf();
+  code_ = rest.str();
+  try {
+    parse(line);
+  } catch (const std::invalid_argument&) {
+    throw std::runtime_error("the formula's kernels " + path + " were not made for this version of fused_rnn");
+  }
+}
+
+void FormulaModule::parse(const std::string& line) {
+  std::istringstream in(line);
+  const auto next = [&in] {
+    int value = 0;
+    if (!(in >> value)) throw std::invalid_argument("an integer is missing");
+    return value;
+  };
+  const auto up_to = [&next](int most) {
+    const int value = next();
+    if (value < 0 || value > most) throw std::invalid_argument("a number is out of range");
+    return value;
+  };
+  if (next() != kFileVersion) throw std::invalid_argument("another version");
+  dtype_ = static_cast<DType>(up_to(static_cast<int>(DType::kBFloat16)));
+  capability_ = next();
+  traits_ = {};
+  traits_.states = up_to(kMostFormulaStates);
+  traits_.output = up_to(traits_.states - 1);
+  traits_.recurrent = up_to(traits_.states - 1);
+  traits_.input_gates = next();
+  traits_.recurrent_gates = next();
+  traits_.gradients = next();
+  traits_.saved = next();
+  traits_.parameters = next();
+  traits_.phases = up_to(kMostFormulaPhases);
+  for (int g = 0; g < traits_.input_gates; ++g) input_gradients_.push_back(next());
+  for (int s = 0; s < traits_.states; ++s) reads_series_.push_back(static_cast<char>(up_to(1)));
+  for (int k = 0; k < traits_.phases; ++k) phase_kinds_.push_back(up_to(static_cast<int>(FormulaPhase::kRmsNorm)));
+  traits_.input_gradients = input_gradients_.data();
+  traits_.reads_series = reinterpret_cast<const bool*>(reads_series_.data());
+  traits_.phase_kinds = phase_kinds_.data();
+  const char* const roles[] = {"forward", "backward", "initial"};
+  const char* const tiles[] = {"kSmall", "kMedium"};
+  for (int left = next(); left > 0; --left) {
+    const int role = up_to(2), segment = up_to(kMostFormulaPhases), tile = up_to(1);
+    kernels_.push_back({static_cast<FormulaRole>(role), segment, static_cast<TileSize>(tile),
+                        std::string(roles[role]) + "_" + std::to_string(segment) + "_" + tiles[tile]});
+  }
+}
+
+const FormulaModule::Functions& FormulaModule::functions_of(int device) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = loaded_.find(device);
+  if (found != loaded_.end()) return found->second;
+  const Driver& d = driver();
+  d.check(d.init(0), "CUDA's driver");
+  int handle = 0, smem_bytes = 0;
+  d.check(d.device_get(&handle, device), "device " + std::to_string(device));
+  d.check(d.device_attribute(&smem_bytes, kMaxSmemPerBlockOptin, handle), "device " + std::to_string(device));
+  // A thread that has not called the runtime has no context; the runtime's is the device's primary one.
+  void* context = nullptr;
+  d.check(d.current_context(&context), "current context");
+  if (!context) {
+    d.check(d.retain_context(&context, handle), "context of device " + std::to_string(device));
+    d.check(d.set_context(context), "context of device " + std::to_string(device));
+  }
+  void* module = nullptr;
+  d.check(d.load(&module, code_.data()), "code of a formula for device " + std::to_string(device));
+  Functions functions;
+  for (const Kernel& kernel : kernels_) {
+    void* function = nullptr;
+    d.check(d.function(&function, module, kernel.name.c_str()), "kernel " + kernel.name);
+    d.check(d.set_attribute(function, kMaxDynamicSmem, smem_bytes), "shared memory of kernel " + kernel.name);
+    functions.push_back(function);
+  }
+  return loaded_[device] = std::move(functions);
+}
+
+FormulaLauncher FormulaModule::launcher(int device, void* stream) {
+  const Functions& functions = functions_of(device);
+  return [this, &functions, stream](const FormulaLaunch& launch, const void* arguments, size_t) {
+    size_t place = 0;
+    while (place < kernels_.size() && (kernels_[place].role != launch.role || kernels_[place].segment != launch.segment ||
+                                       kernels_[place].tile != launch.tile)) {
+      ++place;
+    }
+    if (place == kernels_.size()) throw std::logic_error("the formula has no such kernel");
+    LaunchAttribute attribute{};
+    attribute.id = kProgrammaticStreamSerialization;
+    attribute.value.allowed = 1;
+    LaunchConfig config{};
+    config.grid_x = launch.grid_x, config.grid_y = launch.grid_y, config.grid_z = launch.grid_z;
+    config.block_x = launch.threads, config.block_y = config.block_z = 1;
+    config.smem_bytes = launch.smem_bytes;
+    config.stream = stream;
+    config.attributes = &attribute;
+    config.attribute_count = launch.pdl;
+    void* parameters[] = {const_cast<void*>(arguments)};
+    driver().check(driver().launch(&config, functions[place], parameters, nullptr), "kernel " + kernels_[place].name);
+  };
+}
+
+}  // namespace fused_rnn::cuda

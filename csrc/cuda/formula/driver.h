@@ -1,0 +1,51 @@
+// The compiled kernels of a formula on the devices of this process, through CUDA's driver, which is loaded at run time: no
+// CUDA header, no library to link. A file of fused_rnn/formula/cuda.py has one line of integers, then the machine code.
+#pragma once
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "cuda/formula/scan.h"
+
+namespace fused_rnn::cuda {
+
+class FormulaModule {
+ public:
+  // Throws std::runtime_error if the file was not made for this version.
+  explicit FormulaModule(const std::string& path);
+  FormulaModule(const FormulaModule&) = delete;
+  FormulaModule& operator=(const FormulaModule&) = delete;
+
+  const FormulaTraits& traits() const { return traits_; }
+  DType dtype() const { return dtype_; }
+  int capability() const { return capability_; }  // 10 * major + minor of the devices that it runs on
+
+  // Launches on a stream of the device. The code is loaded at the first call for a device. Throws std::runtime_error with the
+  // driver's words.
+  FormulaLauncher launcher(int device, void* stream);
+
+ private:
+  struct Kernel {
+    FormulaRole role;
+    int segment;
+    TileSize tile;
+    std::string name;
+  };
+  using Functions = std::vector<void*>;  // in the order of kernels_
+
+  void parse(const std::string& line);
+  const Functions& functions_of(int device);
+
+  DType dtype_;
+  int capability_;
+  FormulaTraits traits_;
+  std::vector<int> input_gradients_, phase_kinds_;
+  std::vector<char> reads_series_;  // of bool, whose std::vector has no memory of its own
+  std::vector<Kernel> kernels_;
+  std::string code_;
+  std::mutex mutex_;
+  std::map<int, Functions> loaded_;  // by device; entries stay where they are
+};
+
+}  // namespace fused_rnn::cuda

@@ -1,0 +1,2 @@
+// NVRTC declares what this header has by itself.
+#pragma once

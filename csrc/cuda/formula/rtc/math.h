@@ -1,0 +1,2 @@
+// NVRTC declares the functions of this header by itself.
+#pragma once
