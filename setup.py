@@ -49,8 +49,8 @@ def extension(torch, cuda):
     return result
 
 
-# What compiled formulas include (fused_rnn/formula/build.py).
-HEADERS = ("core", "cpu/isa")
+# What compiled formulas include (fused_rnn/formula/build.py, cuda_build.py).
+HEADERS = ("core", "cpu/isa", "plan", "cuda/device", "cuda/step", "cuda/formula", "cuda/formula/rtc")
 
 
 class BuildPackage(build_py):
@@ -61,8 +61,9 @@ class BuildPackage(build_py):
         for folder in () if self.editable_mode else HEADERS:
             target = Path(self.build_lib) / "fused_rnn" / "include" / folder
             target.mkdir(parents=True, exist_ok=True)
-            for path in (ROOT / "csrc" / folder).glob("*.h"):
-                shutil.copyfile(path, target / path.name)
+            for path in (ROOT / "csrc" / folder).iterdir():
+                if path.is_file() and path.suffix in (".h", ".cuh", ""):  # without a suffix: names of the C++ library's
+                    shutil.copyfile(path, target / path.name)
 
 
 def build_options(torch):

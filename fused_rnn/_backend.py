@@ -117,13 +117,13 @@ class Features(NamedTuple):
     """What a call may ask for that not every backend has."""
 
     reset_state: bool = False  # resets that put a state of their own
-    all_c: bool = False  # c after every step
+    all_c: bool = False  # the states beside h after every step
 
 
 _PLAIN = Features()
 _NOT_ON_CUDA = {
     "reset_state": "no CUDA kernel replaces a state by reset_state, only by zeros",
-    "all_c": "no CUDA kernel gives the c of every step, as return_all_states asks",
+    "all_c": "no CUDA kernel gives the states beside h of every step, as return_all_states asks",
 }
 
 

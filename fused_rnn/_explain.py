@@ -61,8 +61,7 @@ def explain(
     and how the threads divide the work.
 
     Args:
-        module: fused_rnn's RNN, LSTM, GRU or one of its cells; or a Layer or Step of a cell of your own, which has no plan
-            for other devices than the input's.
+        module: fused_rnn's RNN, LSTM, GRU or one of its cells; or a Layer or Step of a cell of your own.
         input: what would be passed to it: [T, B, I] ([B, T, I] with batch_first), [T, I] or a PackedSequence; for cells
             [B, I] or [I]. Its values are not read: a tensor on the meta device will do if ``device`` is given.
         device: plan for this GPU instead of the input's device; none has to be there. "T4", "A100", "RTX 3090",
@@ -80,7 +79,13 @@ def explain(
     if isinstance(module, (Layer, Step)):
         sizes, rows = sizes_of(module, input)
         data = input.data if isinstance(input, PackedSequence) else input
-        result = explain_formula(module, input, _dtype(module, data, data.device.type), sizes, rows)
+        described, where = _described_device(device), None
+        if described is not None:
+            where = device if isinstance(device, str) else "the given device"
+        elif data.is_cuda and _backend.has_cuda_kernels():
+            described = planner().cuda_device(_number_of(data.device))
+        dtype = _dtype(module, data, data.device.type if where is None else "cuda")
+        result = explain_formula(module, input, dtype, sizes, rows, described, where)
         if show:
             print(result)
         return result
@@ -96,7 +101,7 @@ def explain(
     where = device if isinstance(device, str) else str(data.device) if device is None else "the given device"
     backend, reason, rejected = _backend_for(device_type, dtype, where, described is not None)
     if backend == "cuda" and described is None:
-        described = planner().cuda_device(torch.cuda.current_device() if data.device.index is None else data.device.index)
+        described = planner().cuda_device(_number_of(data.device))
     call = _Call(
         kind=KINDS[_kind(module)], backend=backend, dtype=dtype, device=described, packed=isinstance(input, PackedSequence),
         training=training, forced=_settings.value("FUSED_RNN_PLAN") or None,
@@ -113,6 +118,10 @@ def explain(
     if show:
         print(result)
     return result
+
+
+def _number_of(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def planner() -> Any:

@@ -19,7 +19,9 @@ BELOW = {
     "cuda/step": {"core", "plan", "cuda/device"},
     "cuda/persistent": {"core", "plan", "cuda/device"},
     "cuda": {"core", "plan", "cuda/device", "cuda/step", "cuda/persistent"},
-    "torch": {"core", "plan", "cpu", "cpu/isa", "cpu/gemm", "cpu/scan", "cpu/formula", "cuda"},
+    "cuda/formula": {"core", "plan", "cuda", "cuda/device", "cuda/step"},
+    "cuda/formula/rtc": set(),
+    "torch": {"core", "plan", "cpu", "cpu/isa", "cpu/gemm", "cpu/scan", "cpu/formula", "cuda", "cuda/formula"},
 }
 FILES = sorted(path for path in CSRC.rglob("*") if path.is_file())
 

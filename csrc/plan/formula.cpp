@@ -20,8 +20,8 @@ bool is_product(const FormulaTraits& cell, int phase) {
 }
 
 // The kernel of a product of `groups` blocks of weight rows and K columns with one tile; stages is 0 where it does not fit.
-FormulaKernelPlan kernel_of(const FormulaStepProblem& problem, const DeviceInfo& device, MathKind math, int groups, int64_t K,
-                            TileSize size) {
+FormulaKernelPlan kernel_of(const FormulaStepProblem& problem, const DeviceInfo& device, MathKind math, int groups,
+                            int64_t K, TileSize size) {
   const KernelRole role = problem.backward ? KernelRole::kBackward : KernelRole::kForward;
   const TileShape tile = cuda::tile_shape(role, math, size);
   const int slots = groups > 0 ? groups : 1;  // room for the moments of a norm
@@ -46,7 +46,8 @@ FormulaKernelPlan plan_kernel(const FormulaStepProblem& problem, const DeviceInf
   const bool at_once = groups == 0 || small.grid_x == 1 || small.grid_x * small.grid_y * problem.D <= device.sm_count;
   const FormulaKernelPlan& chosen = small.stages && (at_once || !medium.stages) ? small : medium;
   if (chosen.stages == 0) {
-    throw std::invalid_argument("a product of " + std::to_string(groups) + " gates needs more shared memory than a block has");
+    throw std::invalid_argument("a product of " + std::to_string(groups) +
+                                " gates needs more shared memory than a block has");
   }
   if (chosen.grid_x > 0x7fffffff || chosen.grid_y > 0xffff) {
     throw std::invalid_argument("the grid exceeds what CUDA can launch");

@@ -68,9 +68,8 @@ KernelPlan plan_kernel(const Problem& problem, const DeviceInfo& device, MathKin
     plan.role = role;
     plan.tile = size;
     plan.math = math;
-    plan.stages = choose_stages(device, tile, chunks, [&](int stages) {
-      return cuda::smem_bytes(role, problem.cell, math, tile, stages);
-    });
+    plan.stages = choose_stages(device, tile, chunks,
+                                [&](int stages) { return cuda::smem_bytes(role, problem.cell, math, tile, stages); });
     if (plan.stages == 0) {
       std::snprintf(text, sizeof text, "%s%dx%d needs %d bytes of shared memory", tried.empty() ? "" : ", ", tile.units,
                     tile.batch, cuda::smem_bytes(role, problem.cell, math, tile, cuda::kMinStages));

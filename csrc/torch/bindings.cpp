@@ -15,6 +15,9 @@
 #include "cpu/isa/kernels.h"
 #include "cpu/processors.h"
 #include "torch/formula_ops.h"
+#ifdef FUSED_RNN_WITH_CUDA
+#include "torch/formula_device.h"
+#endif
 #include "torch/memory.h"
 #include "torch/module_call.h"
 #include "torch/ops.h"
@@ -225,6 +228,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Lets the library at this path serve the formula (csrc/torch/formula_ops.h).");
   m.def("forget_formula", &fused_rnn::forget_formula, pybind11::arg("formula"), pybind11::arg("dtype"),
         "The formula's library does not serve it any more.");
+#ifdef FUSED_RNN_WITH_CUDA
+  m.def("register_formula_on_device", &fused_rnn::register_formula_on_device, pybind11::arg("formula"),
+        pybind11::arg("path"), "Lets the CUDA kernels in this file serve the formula (csrc/torch/formula_device.h).");
+  m.def("forget_formula_on_device", &fused_rnn::forget_formula_on_device, pybind11::arg("formula"), pybind11::arg("dtype"),
+        pybind11::arg("capability"), "The formula's CUDA kernels do not serve it any more.");
+  m.def("has_formula_on_device", &fused_rnn::has_formula_on_device, pybind11::arg("formula"), pybind11::arg("dtype"),
+        pybind11::arg("capability"), "Whether CUDA kernels serve the formula on devices of this compute capability.");
+  m.def("formula_plan_on_device", &fused_rnn::formula_plan_on_device, pybind11::arg("formula"), pybind11::arg("dtype"),
+        pybind11::arg("device"), pybind11::arg("T"), pybind11::arg("B"), pybind11::arg("H"), pybind11::arg("D"),
+        pybind11::arg("heads"), pybind11::arg("backward"), "Launches, tiles and memory of a layer, as a sentence.");
+#endif
   m.def("formula_facts", &fused_rnn::formula_facts, pybind11::arg("formula"), pybind11::arg("dtype"),
         "(saved, phases, reads_series) of a registered formula (csrc/cpu/isa/formula.h).");
   m.def("formula_constants", &fused_rnn::formula_constants,

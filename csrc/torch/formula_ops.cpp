@@ -1,4 +1,4 @@
-// One layer of a cell that is a formula (fused_rnn/formula), on CPU tensors: the ops formula and formula_backward. Fake
+// One layer of a cell that is a formula (fused_rnn/formula), on a CPU or a GPU: the ops formula and formula_backward. Fake
 // kernels, autograd and the double backward are in fused_rnn/formula/ops.py.
 //
 //   params of a direction: weight_ih [Gi*H, I], weight_hh [Gr*H, H] or of n heads [n, Gr*H/n, H/n], bias_ih, bias_hh, the
@@ -8,12 +8,15 @@
 
 #include <ATen/OpMathType.h>
 #include <ATen/ops/add.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/layer_norm.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/rms_norm.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include <mutex>
@@ -21,9 +24,14 @@
 
 #include "cpu/formula/formula.h"
 #include "cpu/isa/kernels.h"
+#include "torch/device.h"
 #include "torch/layer.h"
 #include "torch/products.h"
 #include "torch/workspace.h"
+#ifdef FUSED_RNN_WITH_CUDA
+#include "torch/formula_device.h"
+#include "torch/ops_cuda.h"
+#endif
 
 namespace fused_rnn {
 namespace {
@@ -47,12 +55,13 @@ const FormulaLibrary* find(const std::string& formula, DType dtype) {
 
 // A checked call of a layer.
 struct FormulaLayer {
-  const FormulaLibrary& cell;
+  const FormulaLibrary* cell;  // null where the kernels are a GPU's
+  const cpu::FormulaTraits& facts;
   const Call& call;
   LayerShapes shapes;
   int heads;
 
-  const cpu::FormulaTraits& traits() const { return cell.traits; }
+  const cpu::FormulaTraits& traits() const { return facts; }
   bool recurs() const { return traits().recurrent_gates > 0; }
   // Of a direction's parameters.
   size_t first_bias() const { return 1 + recurs(); }
@@ -108,11 +117,21 @@ void check_direction(const FormulaLayer& layer, at::TensorList w) {
 
 FormulaLayer check_formula(const Call& call, const std::string& formula) {
   const Tensor& x = call.x;
-  TORCH_CHECK(x.is_cpu(), "input: expected a CPU tensor, got one on ", x.device());
-  const FormulaLibrary* const cell = find(formula, dtype_of(x));
-  TORCH_CHECK(cell, "cell: the formula ", formula, " has no kernels in this process for ", x.scalar_type(),
-              ": make a fused_rnn.Layer of the cell first");
-  FormulaLayer layer{*cell, call, {}, 1};
+  const FormulaLibrary* cell = nullptr;
+  const cpu::FormulaTraits* facts = nullptr;
+#ifdef FUSED_RNN_WITH_CUDA
+  if (is_on_device(x)) {
+    facts = formula_traits_on_device(formula, dtype_of(x), x.get_device());
+  } else
+#endif
+  {
+    TORCH_CHECK(x.is_cpu(), "input: expected a CPU tensor, got one on ", x.device());
+    cell = find(formula, dtype_of(x));
+    if (cell) facts = &cell->traits;
+  }
+  TORCH_CHECK(facts, "cell: the formula ", formula, " has no kernels in this process for ", x.scalar_type(), " on ",
+              x.device(), ": make a fused_rnn.Layer of the cell first");
+  FormulaLayer layer{cell, *facts, call, {}, 1};
   LayerShapes& s = layer.shapes;
   const cpu::FormulaTraits& traits = layer.traits();
   s.D = static_cast<int>(call.recipe.directions());
@@ -152,7 +171,7 @@ Tensor own_parameters(const FormulaLayer& layer, int d) {
 void fill(cpu::FormulaParams& p, const FormulaLayer& layer, Copies& copies) {
   const LayerShapes& s = layer.shapes;
   const Call& call = layer.call;
-  p.cell = &layer.cell;
+  p.cell = layer.cell;
   p.dtype = dtype_of(call.x);
   p.I = s.I, p.H = s.H, p.D = s.D, p.heads = layer.heads;
   p.seq = sequence_of(call, s, copies);
@@ -183,8 +202,44 @@ void fill(cpu::FormulaParams& p, const FormulaLayer& layer, Copies& copies) {
   }
 }
 
-LayerOutputs formula_cpu(const Tensor& x, at::TensorList states, at::TensorList params, at::TensorList rows,
-                         std::string_view cell, int64_t flags) {
+#ifdef FUSED_RNN_WITH_CUDA
+// What holds during an op on CUDA tensors: their device is the current one, and matrix products are as exact as the kernels,
+// which do not round float32 to TF32.
+struct DeviceBlock {
+  std::optional<c10::DeviceGuard> device;
+  std::optional<MatmulPrecision> precision;
+
+  explicit DeviceBlock(const Tensor& x) {
+    if (!is_on_device(x)) return;
+    device.emplace(x.device());
+    precision.emplace(/*allow_tf32=*/false);
+  }
+};
+
+// x W_ih^T + b_ih of all directions [D, N, Gi * H].
+Tensor input_products(const FormulaLayer& layer) {
+  const LayerShapes& s = layer.shapes;
+  const Call& call = layer.call;
+  const Tensor x = call.x.reshape({s.N, s.I});
+  const Tensor products = empty_inside(x, {s.D, s.N, layer.traits().input_gates * s.H});
+  for (int d = 0; d < s.D; ++d) {
+    const at::TensorList w = call.params_of_direction(d);
+    Tensor out = products.select(0, d);
+    if (call.recipe.has_biases) {
+      at::addmm_out(out, w[layer.first_bias()], x, w[0].t());
+    } else {
+      at::mm_out(out, x, w[0].t());
+    }
+  }
+  return products;
+}
+#endif
+
+LayerOutputs formula_on(const Tensor& x, at::TensorList states, at::TensorList params, at::TensorList rows,
+                        std::string_view cell, int64_t flags) {
+#ifdef FUSED_RNN_WITH_CUDA
+  const DeviceBlock block(x);
+#endif
   const Rows given = rows_of(rows, flags);
   const Call call{x, states, params, given, recipe_of_flags(flags)};
   const FormulaLayer layer = check_formula(call, std::string(cell));
@@ -220,10 +275,15 @@ LayerOutputs formula_cpu(const Tensor& x, at::TensorList states, at::TensorList 
     saved.push_back(empty_inside(x, {s.D, s.N, s.H}));
     p.v[k] = data_or_null(saved.back());
   }
-  if (s.B > 0) {
-    Workspace workspace;
-    cpu::forward(p, [&](int64_t bytes) { return workspace.take(bytes); });
+  if (s.B == 0) return {std::move(y), std::move(last), std::move(saved)};
+#ifdef FUSED_RNN_WITH_CUDA
+  if (is_on_device(x)) {
+    formula_forward_on_device(std::string(cell), p, input_products(layer));
+    return {std::move(y), std::move(last), std::move(saved)};
   }
+#endif
+  Workspace workspace;
+  cpu::forward(p, [&](int64_t bytes) { return workspace.take(bytes); });
   return {std::move(y), std::move(last), std::move(saved)};
 }
 
@@ -257,8 +317,8 @@ void fill_gradients_of_series(cpu::FormulaBackward& p, const FormulaLayer& layer
   }
 }
 
-FormulaGradients run_backward(const FormulaLayer& layer, const OptionalTensor& dy, at::TensorList dlast,
-                              at::TensorList saved, bool wants_states) {
+FormulaGradients run_backward(const FormulaLayer& layer, [[maybe_unused]] const std::string& cell, const OptionalTensor& dy,
+                              at::TensorList dlast, at::TensorList saved, bool wants_states) {
   const LayerShapes& s = layer.shapes;
   const Call& call = layer.call;
   const cpu::FormulaTraits& traits = layer.traits();
@@ -317,10 +377,15 @@ FormulaGradients run_backward(const FormulaLayer& layer, const OptionalTensor& d
     made.d_reset.push_back(empty_inside(x, {s.D, s.N, s.H}));
     p.d_reset[i] = data_or_null(made.d_reset.back());
   }
-  if (s.B > 0) {
-    Workspace workspace;
-    cpu::backward(p, [&](int64_t bytes) { return workspace.take(bytes); });
+  if (s.B == 0) return made;
+#ifdef FUSED_RNN_WITH_CUDA
+  if (is_on_device(x)) {
+    formula_backward_on_device(cell, p, x);
+    return made;
   }
+#endif
+  Workspace workspace;
+  cpu::backward(p, [&](int64_t bytes) { return workspace.take(bytes); });
   return made;
 }
 
@@ -474,14 +539,17 @@ void reset_state_gradients(const FormulaLayer& layer, const FormulaGradients& ma
   }
 }
 
-LayerGradients formula_backward_cpu(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
-                                    at::TensorList params, at::TensorList rows, at::TensorList saved, std::string_view cell,
-                                    int64_t flags) {
+LayerGradients formula_backward_on(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
+                                   at::TensorList params, at::TensorList rows, at::TensorList saved, std::string_view cell,
+                                   int64_t flags) {
+#ifdef FUSED_RNN_WITH_CUDA
+  const DeviceBlock block(x);
+#endif
   const Rows given = rows_of(rows, flags);
   const Call call{x, states, params, given, recipe_of_flags(flags)};
   const FormulaLayer layer = check_formula(call, std::string(cell));
   const bool wants_states = flags & kFormulaGradStates;
-  FormulaGradients made = run_backward(layer, dy, dlast, saved, wants_states);
+  FormulaGradients made = run_backward(layer, std::string(cell), dy, dlast, saved, wants_states);
   const auto none = [&] { return empty_like(x, {0}); };
   std::vector<Tensor> d_states, d_params;
   for (size_t i = 0; i < states.size(); ++i) d_states.push_back(wants_states ? made.d_states[i] : none());
@@ -526,8 +594,12 @@ void forget_formula(const std::string& formula, int dtype) {
 
 FormulaFacts formula_facts(const std::string& formula, int dtype) {
   const FormulaLibrary* const library = find(formula, static_cast<DType>(dtype));
-  TORCH_CHECK_VALUE(library, "formula: expected one with kernels in this process, got ", formula);
-  const cpu::FormulaTraits& traits = library->traits;
+  const cpu::FormulaTraits* found = library ? &library->traits : nullptr;
+#ifdef FUSED_RNN_WITH_CUDA
+  if (!found) found = formula_traits_on_device(formula, static_cast<DType>(dtype), /*device=*/-1);
+#endif
+  TORCH_CHECK_VALUE(found, "formula: expected one with kernels in this process, got ", formula);
+  const cpu::FormulaTraits& traits = *found;
   return {traits.saved, traits.phases, std::vector<bool>(traits.reads_series, traits.reads_series + traits.states)};
 }
 
@@ -561,6 +633,13 @@ TORCH_LIBRARY_FRAGMENT(fused_rnn, m) {
 }
 
 TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
-  m.impl("formula", fused_rnn::formula_cpu);
-  m.impl("formula_backward", fused_rnn::formula_backward_cpu);
+  m.impl("formula", fused_rnn::formula_on);
+  m.impl("formula_backward", fused_rnn::formula_backward_on);
 }
+
+#ifdef FUSED_RNN_WITH_CUDA
+TORCH_LIBRARY_IMPL(fused_rnn, CUDA, m) {
+  m.impl("formula", fused_rnn::formula_on);
+  m.impl("formula_backward", fused_rnn::formula_backward_on);
+}
+#endif

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/cpu.h"
+#include "plan/formula.h"
 #include "plan/machine.h"
 #include "plan/overlap.h"
 #include "plan/persistent_geometry.h"
@@ -196,6 +197,39 @@ py::dict plan(const py::kwargs& given) {
   return result;
 }
 
+// traits: the numbers of FormulaTraits in its order, lists at their places.
+py::dict formula_plan(const py::kwargs& given) {
+  Keywords k("formula_plan", given);
+  const auto numbers = k.take<std::vector<int>>("traits");
+  FormulaTraits cell{};
+  int* const fields[] = {&cell.states,    &cell.output, &cell.recurrent,  &cell.input_gates, &cell.recurrent_gates,
+                         &cell.gradients, &cell.saved,  &cell.parameters, &cell.phases};
+  if (numbers.size() < 9) throw std::invalid_argument("traits: expected those of core/formula.h");
+  for (size_t i = 0; i < 9; ++i) *fields[i] = numbers[i];
+  if (cell.phases < 0 || cell.phases > kMostFormulaPhases || numbers.size() < 9u + cell.phases) {
+    throw std::invalid_argument("traits: expected those of core/formula.h");
+  }
+  cell.phase_kinds = numbers.data() + numbers.size() - cell.phases;
+  FormulaStepProblem problem{};
+  problem.cell = &cell;
+  problem.dtype = parse<DType>("dtype", k.take<std::string>("dtype"), kDTypes);
+  problem.T = k.take<int64_t>("T");
+  problem.B = k.take<int64_t>("B");
+  problem.H = k.take<int64_t>("H");
+  problem.D = k.take<int>("D");
+  problem.heads = k.take<int>("heads");
+  problem.backward = k.take<bool>("backward");
+  const DeviceInfo device = device_of(k.take<py::dict>("device"));
+  k.end();
+  const FormulaStepPlan made = plan_formula_step(problem, device);
+  py::dict result;
+  result["launches"] = problem.T * static_cast<int64_t>(made.segments.size()) + problem.backward;
+  result["overlapped_launches"] = made.pdl;
+  result["workspace_bytes"] = made.workspace.bytes;
+  result["text"] = to_string(made);
+  return result;
+}
+
 py::dict overlap(const py::kwargs& given) {
   Keywords k("overlap", given);
   const Problem problem = problem_of(k);
@@ -288,6 +322,9 @@ void bind_plan(py::module_& module) {
              "plan(*, cell, dtype, T, B, I, H, device, P=H, D=1, allow_tf32=False, ragged=False, training=False, "
              "backward=False, forced=None): the CUDA kernels that would serve one layer on a device given by its "
              "properties. No GPU is needed.");
+  module.def("formula_plan", &formula_plan,
+             "formula_plan(*, traits, dtype, T, B, H, D, heads, backward, device): launches and memory of a formula's layer "
+             "on a device given by its properties. No GPU is needed.");
   module.def("overlap", &overlap,
              "overlap(*, layers, first_input, rows=T*B, dropout=0.0, chunks=None, and plan's): how the layers of a stack "
              "would overlap on a device given by its properties; I: of the layers above the first; rows: in memory, if "

@@ -83,7 +83,9 @@ void multiply_into(const Tensor& out, const Tensor& a, bool transposed, const Te
     return;
   }
 #ifdef FUSED_RNN_WITH_CUDA
-  if (is_on_device(out) && allows_tf32(out) && device_has_tf32()) return multiply_tf32(out, transposed ? a.t() : a, b, add);
+  // MatmulPrecision may hold to float what torch's switch allows.
+  const bool tf32 = is_on_device(out) && !at::NoTF32Guard::should_disable_tf32() && allows_tf32(out) && device_has_tf32();
+  if (tf32) return multiply_tf32(out, transposed ? a.t() : a, b, add);
 #endif
   if (out.is_cpu() && out.stride(1) == 1 && a.stride(1) == 1 && b.stride(1) == 1) {
     const DType dtype = dtype_of(a);

@@ -54,7 +54,7 @@ def _headers_digest() -> str:
 
 
 @functools.cache
-def _generator_digest() -> str:
+def generator_digest() -> str:
     """Of what makes C++ of a formula: this package, and torch, whose derivatives and decompositions it takes."""
     digest = hashlib.sha256(torch.__version__.encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
@@ -83,11 +83,16 @@ def _compiler_identity(command: list[str]) -> str:
 
 def library_name(cell: Cell, dtype: torch.dtype, instruction_set: str, compiler: list[str]) -> str:
     """The library's name in the cache: everything that its contents depend on is in its hash."""
-    makers = (_headers_digest(), _generator_digest())
+    makers = (_headers_digest(), generator_digest())
     facts = (cell.identity, makers, _compiler_identity(compiler), _FLAGS, _VECTORS[instruction_set])
-    digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:20]
+    return entry_name(cell, dtype, instruction_set, repr(facts))
+
+
+def entry_name(cell: Cell, dtype: torch.dtype, target: str, facts: str) -> str:
+    """A name in the cache, readable, with the hash of these facts."""
+    digest = hashlib.sha256(facts.encode()).hexdigest()[:20]
     letters = "".join(letter for letter in type(cell).__name__ if letter.isalnum() and letter.isascii()) or "cell"
-    return f"{letters}-{str(dtype).removeprefix('torch.')}-{instruction_set}-{digest}"
+    return f"{letters}-{str(dtype).removeprefix('torch.')}-{target}-{digest}"
 
 
 def translation_unit(cell: Cell, dtype: torch.dtype, instruction_set: str) -> str:
@@ -136,17 +141,22 @@ def compile_library(cell: Cell, dtype: torch.dtype, instruction_set: str, folder
     except OSError as error:
         raise BuildError(f"nothing can be written to {folder} ({error})") from error
     command = [*_compiler(), *_FLAGS, *_VECTORS[instruction_set][2], "-I", str(headers_directory())]
-    _run([*command, str(source), "-o", str(library)], f"{type(cell).__name__} for {dtype} on {instruction_set}")
+    what = f"{type(cell).__name__} for {dtype} on {instruction_set}"
+    run_compiler([*command, str(source), "-o", str(library)], what, "the C++ compiler")
     return library, source
 
 
-def _run(command: list[str], what: str) -> None:
-    """Runs a compiler; a line on the terminal says so where it takes more than a second."""
+def run_compiler(command: list[str], what: str, name: str) -> None:
+    """Runs a compiler of this name; a line on the terminal says so where it takes more than a second.
+
+    Raises:
+        BuildError: it fails, or takes too long.
+    """
     began = time.monotonic()
     try:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     except OSError as error:
-        raise BuildError(f"the C++ compiler could not be started ({error})") from error
+        raise BuildError(f"{name} could not be started ({error})") from error
     shown = False
     while True:
         try:
@@ -159,10 +169,10 @@ def _run(command: list[str], what: str) -> None:
             if time.monotonic() - began > SECONDS:
                 process.kill()
                 process.communicate()
-                raise BuildError(f"the C++ compiler took more than {SECONDS} s") from None
+                raise BuildError(f"{name} took more than {SECONDS} s") from None
     if process.returncode != 0:
         first = next((line for line in errors.splitlines() if "error" in line), errors.strip()[:200])
-        raise BuildError(f"the C++ compiler failed with status {process.returncode}: {first}")
+        raise BuildError(f"{name} failed with status {process.returncode}: {first}")
 
 
 def prepare(formula: str, dtype: torch.dtype) -> None:

@@ -9,6 +9,7 @@ import dataclasses
 
 import torch
 
+from fused_rnn.formula.ops import dtype_number
 from fused_rnn.formula.plan import Plan
 from fused_rnn.formula.writer import PHASE_KINDS, source_of_plan, struct_name
 
@@ -16,6 +17,7 @@ from fused_rnn.formula.writer import PHASE_KINDS, source_of_plan, struct_name
 MATHS = {torch.float64: "kFp64", torch.float32: "kFp32", torch.float16: "kFp16", torch.bfloat16: "kBf16"}
 
 
+FILE_VERSION = 1  # csrc/cuda/formula/module.cpp
 ROLES = ("forward", "backward", "initial")  # csrc/cuda/formula/formula_params.h's FormulaRole
 TILES = ("kSmall", "kMedium")  # csrc/plan/step_geometry.h's TileSize
 
@@ -85,3 +87,22 @@ def traits_of(plan: Plan) -> dict[str, int | list[int]]:
         "reads_series": [int(reads) for reads in plan.series],
         "phase_kinds": [PHASE_KINDS[phase.kind] for phase in plan.cell.phases],
     }
+
+
+def flat_traits(plan: Plan) -> list[int]:
+    """The same as a list, lists at their places."""
+    numbers: list[int] = []
+    for fact in traits_of(plan).values():
+        numbers += fact if isinstance(fact, list) else [fact]
+    return numbers
+
+
+def header_of(plan: Plan, dtype: torch.dtype, capability: int) -> bytes:
+    """The first line of a file of compiled kernels (csrc/cuda/formula/driver.h): integers; behind it comes the code."""
+    numbers: list[int] = [FILE_VERSION, dtype_number(dtype), capability]
+    numbers += flat_traits(plan)
+    kernels = kernels_of(plan)
+    numbers.append(len(kernels))
+    for kernel in kernels:
+        numbers += [kernel.role, kernel.segment, kernel.tile]
+    return (" ".join(map(str, numbers)) + "\n").encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,37 +17,71 @@ from fused_rnn.formula.modules import Layer, Step
 
 
 def explain_formula(
-    module: Layer | Step, input: Tensor | PackedSequence, dtype: torch.dtype, sizes: list[dict[str, int]], rows: int
+    module: Layer | Step,
+    input: Tensor | PackedSequence,
+    dtype: torch.dtype,
+    sizes: list[dict[str, int]],
+    rows: int,
+    device: Mapping[str, Any] | None = None,
+    where: str | None = None,
 ) -> Explanation:
     """How ``module(input)`` would be carried out, forward and backward; nothing is compiled.
 
-    sizes: T, B, I, H, P and D of every layer; rows: in memory.
+    sizes: T, B, I, H, P and D of every layer; rows: in memory; device: of a GPU that is described or there, the fields of
+    csrc/plan/device_info.h; where: its name if it is described.
     """
     data = input.data if isinstance(input, PackedSequence) else input
-    where = str(data.device)
-    reason = serve.why_not(module.formula, data.device.type, dtype)
-    demand = _backend.Demand(data.device.type, dtype)
-    not_cuda = _backend.why_not("cuda", demand) or serve.why_not(module.formula, "cuda", dtype)
-    rejected = [Rejection(name, why.text) for name, why in (("cuda", not_cuda), ("cpu", reason)) if why is not None]
-    backend = "cpu" if reason is None else "reference"
-    passes = _passes(module.cell, rows) if backend == "cpu" else (PassPlan(), PassPlan(), None)
-    layers = tuple(
-        LayerPlan(
-            **size,
-            N=rows,
-            forward=passes[0],
-            backward=passes[1],
-            saved_bytes=None if passes[2] is None else passes[2] * rows * size["H"] * size["D"] * dtype.itemsize,
-        )
-        for size in sizes
-    )
+    device_type = data.device.type if where is None else "cuda"
+    demand = _backend.Demand(device_type, dtype)
+    rejected: list[Rejection] = []
+    backend = "reference"
+    for name in ("cuda", "cpu"):
+        reason = _backend.why_not(name, demand) if name != device_type else None
+        if name == device_type and where is None:  # a described GPU is planned for as if kernels had been built
+            reason = serve.why_not(module.formula, name, dtype)
+        if reason is None:
+            backend = name
+            break
+        rejected.append(Rejection(name, reason.text))
+    layers = tuple(_layer(module, backend, dtype, size, rows, device) for size in sizes)
     return Explanation(
         module=type(module).__name__, cell=type(module.cell).__name__, dtype=str(dtype).removeprefix("torch."),
-        packed=isinstance(input, PackedSequence), device=where, backend=backend,
-        reason="it is compiled from the formula" if backend == "cpu" else "no backend before it serves the call",
+        packed=isinstance(input, PackedSequence), device=where or str(data.device), backend=backend,
+        reason="no backend before it serves the call" if backend == "reference" else "it is compiled from the formula",
         rejected=tuple(rejected),
         instruction_set=_backend.build_info()["cpu_instruction_set"] if backend == "cpu" else None,
         forced_family=None, layers=layers, forward_overlap=None, backward_overlap=None,
+    )  # fmt: skip
+
+
+def _layer(
+    module: Layer | Step, backend: str, dtype: torch.dtype, size: dict[str, int], rows: int, device: Mapping[str, Any] | None
+) -> LayerPlan:
+    if backend == "reference":
+        return LayerPlan(**size, N=rows, forward=PassPlan(), backward=PassPlan(), saved_bytes=None)
+    forward, backward, saved = _passes(module.cell, rows)
+    if backend == "cuda":
+        forward = _on_gpu(module.cell, dtype, size, device or {}, forward.text, backward=False)
+        backward = _on_gpu(module.cell, dtype, size, device or {}, backward.text, backward=True)
+    saved_bytes = saved * rows * size["H"] * size["D"] * dtype.itemsize
+    return LayerPlan(**size, N=rows, forward=forward, backward=backward, saved_bytes=saved_bytes)
+
+
+def _on_gpu(
+    cell: Cell, dtype: torch.dtype, size: dict[str, int], device: Mapping[str, Any], words: str, backward: bool
+) -> PassPlan:
+    """The pass as the planner of the kernels has it."""
+    from fused_rnn.formula.cuda import flat_traits
+    from fused_rnn.formula.plan import make_plan
+
+    made = _backend.extension.formula_plan(  # type: ignore[union-attr]
+        traits=flat_traits(make_plan(cell)), dtype=str(dtype).removeprefix("torch."), T=size["T"], B=size["B"], H=size["H"],
+        D=size["D"], heads=cell.declaration.heads, backward=backward, device=dict(device),
+    )  # fmt: skip
+    return PassPlan(
+        family="step", reason="the one that formulas have", launches=made["launches"],
+        overlapped_launches=made["overlapped_launches"], workspace_bytes=made["workspace_bytes"],
+        text=f"{words}; {made['text']}",
     )  # fmt: skip
 
 

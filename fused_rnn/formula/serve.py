@@ -7,36 +7,48 @@ import threading
 import torch
 
 from fused_rnn import _backend, _settings
-from fused_rnn.formula import build, ops
+from fused_rnn.formula import build, cuda_build, ops
 
 MOST_STATES, MOST_PHASES = 8, 12  # csrc/cpu/isa/formula.h's kMostFormulaStates, kMostFormulaPhases
 
+_PLAIN = _backend.Features()
 _lock = threading.RLock()  # one compiler at a time in this process
-_ready: set[tuple[str, torch.dtype, str]] = set()  # by formula, dtype and setting of the instruction set
-_reasons: dict[tuple[str, torch.dtype], _backend.Reason] = {}  # why a cell has none, found by trying
+_ready: set[tuple[str, torch.dtype, str]] = set()  # by formula, dtype and setting of the instruction set, or "cuda"
+_reasons: dict[tuple[str, torch.dtype, str], _backend.Reason] = {}  # why a cell has none, found by trying
 
 
-def why_not(formula: str, device_type: str, dtype: torch.dtype) -> _backend.Reason | None:
+def why_not(
+    formula: str, device_type: str, dtype: torch.dtype, features: _backend.Features = _PLAIN
+) -> _backend.Reason | None:
     """None if compiled kernels could serve such a call of the cell now, else the reason; compiles nothing."""
     cell = ops.cell_of(formula)
-    if _backend.forced not in (None, "cpu"):
-        return _backend.Reason("forced", "the kernels of cells written as formulas are those of backend 'cpu'")
     name = type(cell).__name__
-    if device_type != "cpu":
-        return _backend.Reason(
-            "formula:device", f"cells written as formulas have kernels for CPUs alone, not {device_type!r}"
-        )
-    reason = _backend.why_not("cpu", _backend.Demand(device_type, dtype, transformed=_backend.is_transformed()))
+    if device_type not in ("cpu", "cuda"):
+        return _backend.Reason("formula:device", f"cells written as formulas have no kernels for {device_type!r} tensors")
+    demand = _backend.Demand(device_type, dtype, transformed=_backend.is_transformed(), features=features)
+    reason = _backend.why_not(_backend.forced or device_type, demand)
     if reason is not None:
         return reason
     if len(cell.declaration.states) > MOST_STATES:
         return _backend.Reason(f"formula:{formula}", f"{name} has more than {MOST_STATES} states")
     if len(cell.phases) > MOST_PHASES:
         return _backend.Reason(f"formula:{formula}", f"{name} has more than {MOST_PHASES} products and norms in its step")
-    return _reasons.get((formula, dtype))
+    return _reasons.get((formula, dtype, device_type)) or _why_not_now(formula, device_type, dtype)
 
 
-def has_kernels(formula: str, device_type: str, dtype: torch.dtype) -> bool:
+def _why_not_now(formula: str, device_type: str, dtype: torch.dtype) -> _backend.Reason | None:
+    """Kernels that have not been verified cannot be while a CUDA graph is captured."""
+    if device_type == "cuda" and (formula, dtype, device_type) not in _ready and torch.cuda.is_current_stream_capturing():
+        name = type(ops.cell_of(formula)).__name__
+        return _backend.Reason(
+            f"formula:{formula}:capture",
+            f"the kernels of {name} for {dtype} have not run yet and cannot be verified during the capture of a CUDA graph; "
+            "call the module once before it",
+        )
+    return None
+
+
+def has_kernels(formula: str, device_type: str, dtype: torch.dtype, features: _backend.Features = _PLAIN) -> bool:
     """Whether compiled kernels serve the call; they are made if need be. Else ``step`` does, and a warning says why, once.
 
     formula: the cell's name (ops.remember).
@@ -46,15 +58,15 @@ def has_kernels(formula: str, device_type: str, dtype: torch.dtype) -> bool:
     """
     if _backend.forced == "reference":
         return False
-    reason = why_not(formula, device_type, dtype)
+    reason = why_not(formula, device_type, dtype, features)
     if reason is None:
         try:
-            _prepare(formula, dtype)
+            _prepare(formula, device_type, dtype)
             return True
         except build.BuildError as error:
             name = type(ops.cell_of(formula)).__name__
-            reason = _backend.Reason(f"formula:{formula}:{dtype}", f"{name} could not be compiled: {error}")
-            _reasons[formula, dtype] = reason
+            reason = _backend.Reason(f"formula:{formula}:{dtype}:{device_type}", f"{name} could not be compiled: {error}")
+            _reasons[formula, dtype, device_type] = reason
     if _backend.forced is not None:
         raise RuntimeError(f"backend {_backend.forced!r} is forced but {reason.text}")
     _backend.warn_once(reason.key, reason.text)
@@ -65,9 +77,12 @@ def has_kernels(formula: str, device_type: str, dtype: torch.dtype) -> bool:
 has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _prepare(formula: str, dtype: torch.dtype) -> None:
-    key = (formula, dtype, _settings.value("FUSED_RNN_CPU"))
+def _prepare(formula: str, device_type: str, dtype: torch.dtype) -> None:
+    key = (formula, dtype, _settings.value("FUSED_RNN_CPU") if device_type == "cpu" else device_type)
     if key not in _ready:
         with _lock:
-            build.prepare(formula, dtype)
+            if device_type == "cpu":
+                build.prepare(formula, dtype)
+            else:
+                cuda_build.prepare(formula, dtype)
         _ready.add(key)

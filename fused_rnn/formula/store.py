@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MOST_BYTES = 256 << 20  # the oldest libraries go first
+# Of libraries, for a CPU and a GPU, and of their sources.
+SUFFIXES = {".so": ".cpp", ".kernels": ".cu"}
 
 
 def cache_directory() -> Path:
@@ -31,7 +33,7 @@ class Entry:
 def entries() -> list[Entry]:
     """The libraries in the cache, the one used last first."""
     found = []
-    for path in _files(".so"):
+    for path in (path for suffix in SUFFIXES for path in _files(suffix)):
         try:
             status = path.stat()
         except FileNotFoundError:  # another process has cleared it
@@ -47,10 +49,10 @@ def _files(suffix: str) -> Iterator[Path]:
         return
 
 
-def find(name: str) -> Path | None:
+def find(name: str, suffix: str = ".so") -> Path | None:
     """The library of this name, which counts as used now; None if there is none. Code of other users is not run: a library
     has to be the user's own or root's."""
-    path = cache_directory() / f"{name}.so"
+    path = cache_directory() / f"{name}{suffix}"
     try:
         owner = path.stat().st_uid
     except OSError:
@@ -76,8 +78,8 @@ def work_directory() -> tempfile.TemporaryDirectory[str]:
 def keep(name: str, library: Path, source: Path) -> None:
     """Moves a library and its source into the cache, whole or not at all. Without a place to write to nothing is kept."""
     try:
-        os.replace(source, cache_directory() / f"{name}.cpp")
-        os.replace(library, cache_directory() / f"{name}.so")
+        for path in (source, library):
+            os.replace(path, cache_directory() / f"{name}{path.suffix}")
         _bound()
     except OSError:
         return
@@ -93,7 +95,7 @@ def _bound() -> None:
 
 def remove(library: Path) -> None:
     """Removes a library and its source; one that another process has removed is no error."""
-    for path in (library, library.with_suffix(".cpp")):
+    for path in (library, library.with_suffix(SUFFIXES[library.suffix])):
         path.unlink(missing_ok=True)
 
 

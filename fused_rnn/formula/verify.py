@@ -20,8 +20,8 @@ _LEAST = 1 / 16
 _T, _B, _I = 4, 3, 5
 
 
-def check_kernels(cell: Cell, formula: str, dtype: torch.dtype) -> None:
-    """Compares outputs and all gradients of one layer of both directions.
+def check_kernels(cell: Cell, formula: str, dtype: torch.dtype, device: torch.device | None = None) -> None:
+    """Compares outputs and all gradients of one layer of both directions, on a CPU or the device.
 
     Raises:
         RuntimeError: a tensor differs; the message has both numbers.
@@ -50,11 +50,12 @@ def check_kernels(cell: Cell, formula: str, dtype: torch.dtype) -> None:
             y, last = reference.layer(leaves[0], given, leaves[1 + count :], Rows(), recipe, step_function(cell))
             return [y, *as_declared(cell, last)]
 
-        got = _results_and_gradients(ours, inputs, weights)
+        place = torch.device("cpu") if device is None else device
+        got = _results_and_gradients(ours, [t.to(place) for t in inputs], [t.to(place) for t in weights])
         expected = _results_and_gradients(theirs, [t.double() for t in inputs], [t.double() for t in weights])
     labels = ["output", *(f"last {name}" for name in cell.declaration.states), *(f"gradient of {name}" for name in names)]
     for label, mine, wanted in zip(labels, got, expected, strict=True):
-        compare(cell, dtype, label, mine.double(), wanted)
+        compare(cell, dtype, label, mine.cpu().double(), wanted)
 
 
 def _results_and_gradients(run: object, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:

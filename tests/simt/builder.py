@@ -132,12 +132,13 @@ def build(
     sanitize: str = "plain",
     jobs: int = 2,
     host: Sequence[Path] = (),
+    more: Sequence[Path] = (),
 ) -> Path:
     """The shared library of the runtime and `kernels` (default: the CUDA backend, host code included).
 
     Kernels are compiled as for sm_90, those of the files named in `older` as for sm_75. `replace` has, by the name of a
-    kernel file, other files to take its place, each with the folder to be taken for csrc when it is compiled. `host` are
-    further sources without kernels.
+    kernel file, other files to take its place, each with the folder to be taken for csrc when it is compiled. `more`
+    are kernels beside these, `host` further sources without kernels.
     """
     CACHE.mkdir(parents=True, exist_ok=True)
     csrc = ROOT / "csrc"
@@ -156,6 +157,7 @@ def build(
     backend = kernels is None
     if kernels is None:
         kernels = sorted((csrc / "cuda").rglob("*.cu"))
+    kernels = [*kernels, *more]
     units = []
     for source in kernels:
         flags = (*kernel_flags, f"-DSIMT_ARCH={750 if source.stem in older else 900}")

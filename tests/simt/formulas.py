@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from ctypes import c_bool, c_char_p, c_int, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
 
 import builder
 import torch
@@ -17,13 +20,41 @@ from torch import Tensor
 
 from fused_rnn import reference
 from fused_rnn._recipe import Recipe, Rows
-from fused_rnn.formula import Cell
-from fused_rnn.formula.cuda import kernels_of, traits_of, translation_unit
+from fused_rnn.formula import Cell, Gate
+from fused_rnn.formula.cuda import header_of, kernels_of, traits_of, translation_unit
 from fused_rnn.formula.parameters import OWN_KIND, as_declared, outputs_first, specs_of, step_function
 from fused_rnn.formula.plan import Plan, make_plan
 
 STATES, PHASES = 8, 12  # csrc/core/formula.h
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+class Everything(Cell):
+    """Two heads, gates with one product, three states of which the second is multiplied, a product and both norms inside of
+    the step, a vector and a number."""
+
+    gates = ("f", Gate("g", recurrent=False), Gate("k", input=False), "o")
+    states = ("y", "h", "c")
+    recurrent = "h"
+    heads = 2
+    unit_parameters = ("p",)
+    scalar_parameters = ("s",)
+
+    def step(self, x: Any, r: Any, y: Any, h: Any, c: Any) -> Any:
+        f = torch.sigmoid(self.layer_norm(x.f + r.f, "f") + self.p * c)
+        c = f * c + (1 - f) * torch.tanh(x.g + self.product("u", f * h))
+        h = torch.tanh(c + self.s * r.k)
+        return torch.sigmoid(x.o * r.o) * self.rms_norm(h, "h") + 0.5 * y, h, c
+
+
+class NoRecurrentProduct(Cell):
+    """No gate has one: IndRNN's kind, with a phase."""
+
+    gates = (Gate("a", recurrent=False),)
+    unit_parameters = ("u",)
+
+    def step(self, x: Any, r: Any, h: Any) -> Any:
+        return torch.tanh(x.a + self.u * h + self.product("v", h))
 
 
 class Traits(ctypes.Structure):
@@ -69,21 +100,34 @@ class FormulaBackward(FormulaLayer):
     ]
 
 
+def write_source(plan: Plan, dtype: torch.dtype) -> Path:
+    """The kernels of a cell with their interface to Python, to be compiled for the simulator."""
+    listed = " ".join(f"X({k.role}, {k.segment}, {k.tile}, {k.name})" for k in kernels_of(plan))
+    source = builder.CACHE / "formulas" / f"{type(plan.cell).__name__}-{str(dtype).removeprefix('torch.')}.cu"
+    text = f"{translation_unit(plan, dtype)}\n#define SIMT_FORMULA_KERNELS(X) {listed}\n"
+    text += '#include "../kernels/formula_capi.h"\n'
+    source.parent.mkdir(parents=True, exist_ok=True)
+    if not source.exists() or source.read_text() != text:
+        source.write_text(text)
+    return source
+
+
 class Kernels:
     """The compiled kernels of a cell for one dtype."""
 
-    def __init__(self, cell: Cell, dtype: torch.dtype, sanitize: str = "plain") -> None:
+    def __init__(
+        self, cell: Cell, dtype: torch.dtype, replaced: tuple[str, str, str] | None = None, folder: Path | None = None
+    ) -> None:
+        """replaced: (file of csrc/cuda/formula, text, what to put in its place), in a copy of csrc in the folder."""
         self.cell, self.dtype, self.plan = cell, dtype, make_plan(cell)
-        listed = " ".join(f"X({k.role}, {k.segment}, {k.tile}, {k.name})" for k in kernels_of(self.plan))
-        source = builder.CACHE / "formulas" / f"{type(cell).__name__}-{str(dtype).removeprefix('torch.')}.cu"
-        text = f"{translation_unit(self.plan, dtype)}\n#define SIMT_FORMULA_KERNELS(X) {listed}\n"
-        text += '#include "../kernels/formula_capi.h"\n'
-        source.parent.mkdir(parents=True, exist_ok=True)
-        if not source.exists() or source.read_text() != text:
-            source.write_text(text)
+        source = write_source(self.plan, dtype)
         csrc = builder.ROOT / "csrc"
         host = [csrc / "plan" / "formula.cpp", csrc / "cuda" / "formula" / "scan.cpp"]
-        self.sim = Simulator(builder.build([source], sanitize=sanitize, host=host))
+        copies = {}
+        if replaced is not None and folder is not None:
+            copy = _copy_with(folder / "csrc", *replaced)
+            copies = {source.stem: [(source, copy)]}
+        self.sim = Simulator(builder.build([source], replace=copies, host=host))
         lib = self.sim.lib
         pointers = (c_void_p, c_void_p, c_int)
         lib.simt_formula_workspace.restype = c_int64
@@ -101,6 +145,17 @@ class Kernels:
             "phase_kinds": (c_int * PHASES)(*facts.pop("phase_kinds")),
         }
         self.traits = Traits(**facts, **{name: ctypes.addressof(value) for name, value in self.lists.items()})
+
+
+def _copy_with(folder: Path, name: str, old: str, new: str) -> Path:
+    """A copy of the headers in which one is changed."""
+    for part in ("core", "plan", "cuda"):
+        shutil.copytree(builder.ROOT / "csrc" / part, folder / part)
+    path = folder / "cuda" / "formula" / name
+    text = path.read_text()
+    assert old in text, f"{name} has no {old!r}: the kernels have changed, and the mutants must follow"
+    path.write_text(text.replace(old, new))
+    return folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +255,11 @@ class Run:
         p.H, p.D, p.heads = self.H, self.D, self.cell.declaration.heads
         p.T = len(self.case.batch_sizes) if self.case.batch_sizes else self.case.T
         p.B, p.N = self.B, self.N
-        p.lengths, p.offsets, p.resets = put("lengths", rows.lengths), put("offsets", rows.offsets), put("resets", rows.resets)
+        p.lengths, p.offsets, p.resets = (
+            put("lengths", rows.lengths),
+            put("offsets", rows.offsets),
+            put("resets", rows.resets),
+        )
         for i, state in enumerate(self.data.states):
             p.initial[i] = put(f"initial {i}", state) if self.case.states else None
         for d, params in enumerate(self.params):
@@ -225,9 +284,7 @@ class Run:
     def call(self, name: str, p: FormulaForward | FormulaBackward) -> None:
         lib, dtype, traits = self.sim.lib, DTYPES[self.kernels.dtype], ctypes.byref(self.kernels.traits)
         where, backward = ctypes.byref(self.device), isinstance(p, FormulaBackward)
-        workspace = self.sim.out(
-            "workspace", lib.simt_formula_workspace(ctypes.byref(p), traits, dtype, backward, where)
-        )
+        workspace = self.sim.out("workspace", lib.simt_formula_workspace(ctypes.byref(p), traits, dtype, backward, where))
         self.sim.check(getattr(lib, name)(ctypes.byref(p), traits, dtype, where, workspace))
 
     # --- forward ---
@@ -347,7 +404,9 @@ def compare(kernels: Kernels, case: Case, seeds: Sequence[int] = (0,), device: D
             got += run.backward()
         for name, mine, want in zip(names_of(kernels.cell, case), got, wanted, strict=False):
             limit = LIMITS[kernels.dtype] * max(1 / 16, want.abs().max().item())
-            torch.testing.assert_close(mine.double(), want, atol=limit, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                mine.double(), want, atol=limit, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+            )
         assert earlier is None or all(torch.equal(a, b) for a, b in zip(got, earlier, strict=True))
         earlier = got
 
@@ -364,5 +423,8 @@ def plan_text(kernels: Kernels, case: Case, device: DeviceInfo = H100, backward:
     return text.decode()
 
 
-def plan_of(kernels: Kernels) -> Plan:
-    return kernels.plan
+if __name__ == "__main__":  # for torch_host/build.py, whose process must not import fused_rnn yet
+    everything = make_plan(Everything())
+    made = write_source(everything, torch.float32)
+    made.with_suffix(".kernels").write_bytes(header_of(everything, torch.float32, 90))
+    print(made)

@@ -21,8 +21,8 @@ class FormulaModule {
   DType dtype() const { return dtype_; }
   int capability() const { return capability_; }  // 10 * major + minor of the devices that it runs on
 
-  // Launches on a stream of the device. The code is loaded at the first call for a device. Throws std::runtime_error with the
-  // driver's words.
+  // Launches on a stream of the device. The code is loaded at the first call for a device. Throws std::runtime_error with
+  // the driver's words.
   FormulaLauncher launcher(int device, void* stream);
 
  private:

@@ -1,8 +1,9 @@
-// A segment of a backward step of a formula (formula_params.h), and the gradients of the initial states. C: the cell's struct.
+// A segment of a backward step of a formula (formula_params.h), and the gradients of the initial states. C: the cell's
+// struct.
 //
-// With "next" in the order of the scan, the gradient of state s of an active row after the step is what the next step left in
-// d_states[s], or d_last[s] where the row ends; the output's has dy added, the recurrent one's the product d_rec[next] W_hh,
-// which is 0 where the next step began from zeros. Blocks, threads and memory as in formula_forward.cuh.
+// With "next" in the order of the scan, the gradient of state s of an active row after the step is what the next step left
+// in d_states[s], or d_last[s] where the row ends; the output's has dy added, the recurrent one's the product d_rec[next]
+// W_hh, which is 0 where the next step began from zeros. Blocks, threads and memory as in formula_forward.cuh.
 #pragma once
 #include "core/formula_math.h"
 #include "cuda/formula/formula_norm.cuh"
@@ -104,7 +105,8 @@ struct FormulaBackwardElements : FormulaGradientElements<C, G> {
       }
     }
     in.d_states[kState] = this->d_state(e, info, kState);
-    if (kState == C::kOutput && s.p.dy) in.d_states[kState] += formula_load<Storage>(s.p.dy, this->output_index(e, info.row));
+    if (kState == C::kOutput && s.p.dy)
+      in.d_states[kState] += formula_load<Storage>(s.p.dy, this->output_index(e, info.row));
     if constexpr (kRecurs && kState == C::kRecurrent) in.d_states[kState] += recurrent_gradient(e);
   }
   template <int... kStates>
@@ -231,7 +233,7 @@ __device__ __forceinline__ const void* formula_next_gradient(const FormulaBackwa
 // The operand of the product with W_hh: of a head [Gr * units][units].
 template <class C, class G>
 __device__ __forceinline__ Operand<typename G::Storage> formula_recurrent_operand(const FormulaBackwardStep& s,
-                                                                                 const FormulaTile<G>& tile) {
+                                                                                  const FormulaTile<G>& tile) {
   const auto* matrix = static_cast<const typename G::Storage*>(tile.dir ? s.p.weights[1].w_hh : s.p.weights[0].w_hh);
   const int64_t depth = C::kRecurrentGates * tile.units;
   if (matrix) matrix += tile.head * depth * tile.units;

@@ -15,8 +15,9 @@ namespace fused_rnn::cuda {
 template <class C, int kSegment>
 struct FormulaForwardSegment {
   static constexpr bool kRecurrent = kSegment == 0;  // the recurrent product; else phase kSegment - 1
-  static constexpr bool kIsProduct =
-      kRecurrent ? C::kRecurrentGates > 0 : static_cast<FormulaPhase>(C::phase_kind(kSegment - 1)) == FormulaPhase::kProduct;
+  static constexpr bool kIsProduct = kRecurrent
+                                         ? C::kRecurrentGates > 0
+                                         : static_cast<FormulaPhase>(C::phase_kind(kSegment - 1)) == FormulaPhase::kProduct;
   static constexpr bool kIsNorm = !kRecurrent && !kIsProduct;
   static constexpr bool kCentred =
       kIsNorm && static_cast<FormulaPhase>(C::phase_kind(kSegment > 0 ? kSegment - 1 : 0)) == FormulaPhase::kLayerNorm;
@@ -52,9 +53,7 @@ struct FormulaForwardElements {
     return (row * s.p.D + tile.dir) * s.p.H + tile.unit(e);
   }
   // The copy of the recurrent state after the step `step`, [D, B, H].
-  __device__ __forceinline__ int64_t recurrent_copy(int64_t step) const {
-    return (step & 1) * s.p.D * s.p.seq.B * s.p.H;
-  }
+  __device__ __forceinline__ int64_t recurrent_copy(int64_t step) const { return (step & 1) * s.p.D * s.p.seq.B * s.p.H; }
 
   // State `state` of an active row before the step.
   template <int kState>
@@ -267,8 +266,9 @@ __device__ __forceinline__ void formula_forward(const FormulaForwardStep& s) {
   const FormulaTile<G> tile(s.p);
   const FormulaDirection& weights = tile.dir ? s.p.weights[1] : s.p.weights[0];
 
-  // A head's matrix is [Gr][units][units], a phase's [H][H]; the units of a phase's product lie head by head like all others.
-  const auto* matrix = static_cast<const Storage*>(kSegment > 0 ? weights.weight[kSegment > 0 ? kSegment - 1 : 0] : weights.w_hh);
+  // A head's matrix is [Gr][units][units], a phase's [H][H]; the tiles of a phase's product lie head by head like all.
+  const auto* matrix =
+      static_cast<const Storage*>(kSegment > 0 ? weights.weight[kSegment > 0 ? kSegment - 1 : 0] : weights.w_hh);
   if (Segment::kRecurrent && Segment::kIsProduct) matrix += tile.head * Segment::kGroups * tile.units * tile.units;
   const int64_t product_units = Segment::kRecurrent ? tile.units : s.p.H;
   const int64_t first = Segment::kRecurrent ? tile.first_unit : tile.head * tile.units + tile.first_unit;

@@ -15,19 +15,18 @@ constexpr int formula_threads(bool backward, TileSize size) {
 
 }  // namespace fused_rnn::cuda
 
-#define FUSED_RNN_FORMULA_KERNEL(name, tile, backward, Step, ...)                                                  \
-  extern "C" __global__ void __launch_bounds__(                                                                    \
-      fused_rnn::cuda::formula_threads(backward, fused_rnn::cuda::TileSize::tile), 1)                              \
-      name(const __grid_constant__ fused_rnn::cuda::Step s) {                                                      \
-    using namespace fused_rnn::cuda;                                                                               \
-    __VA_ARGS__(s);                                                                                                \
+#define FUSED_RNN_FORMULA_KERNEL(name, tile, backward, Step, ...)                                                           \
+  extern "C" __global__ void __launch_bounds__(fused_rnn::cuda::formula_threads(backward, fused_rnn::cuda::TileSize::tile), \
+                                               1) name(const __grid_constant__ fused_rnn::cuda::Step s) {                   \
+    using namespace fused_rnn::cuda;                                                                                        \
+    __VA_ARGS__(s);                                                                                                         \
   }
-#define FUSED_RNN_FORMULA_FORWARD(cell, math, segment, tile)                                   \
-  FUSED_RNN_FORMULA_KERNEL(forward_##segment##_##tile, tile, false, FormulaForwardStep,        \
+#define FUSED_RNN_FORMULA_FORWARD(cell, math, segment, tile)                            \
+  FUSED_RNN_FORMULA_KERNEL(forward_##segment##_##tile, tile, false, FormulaForwardStep, \
                            formula_forward<cell, MathKind::math, TileSize::tile, segment>)
-#define FUSED_RNN_FORMULA_BACKWARD(cell, math, segment, tile)                                  \
-  FUSED_RNN_FORMULA_KERNEL(backward_##segment##_##tile, tile, true, FormulaBackwardStep,       \
+#define FUSED_RNN_FORMULA_BACKWARD(cell, math, segment, tile)                            \
+  FUSED_RNN_FORMULA_KERNEL(backward_##segment##_##tile, tile, true, FormulaBackwardStep, \
                            formula_backward<cell, MathKind::math, TileSize::tile, segment>)
-#define FUSED_RNN_FORMULA_INITIAL(cell, math, tile)                                            \
-  FUSED_RNN_FORMULA_KERNEL(initial_0_##tile, tile, true, FormulaBackwardStep,                  \
+#define FUSED_RNN_FORMULA_INITIAL(cell, math, tile)                           \
+  FUSED_RNN_FORMULA_KERNEL(initial_0_##tile, tile, true, FormulaBackwardStep, \
                            formula_initial_gradients<cell, MathKind::math, TileSize::tile>)

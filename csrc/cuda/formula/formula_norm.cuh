@@ -1,5 +1,5 @@
-// The norms inside of a step (core/formula.h), of the rows of a block. A block that owns some units of a row sums over all of
-// them: a warp takes a row, its lanes the units in turn, so that the sums have one order.
+// The norms inside of a step (core/formula.h), of the rows of a block. A block that owns some units of a row sums over all
+// of them: a warp takes a row, its lanes the units in turn, so that the sums have one order.
 //   forward   out = v^ weight + bias, v^ = (v - mean) / sqrt(variance + eps); an RMS norm has no mean and no bias
 //   backward  d_v = (w d - mean(w d) - v^ mean(w d v^)) / sqrt(variance + eps); without a mean for an RMS norm
 #pragma once
@@ -38,10 +38,11 @@ __device__ __forceinline__ FormulaMoments<Acc> moments_of_row(bool centred, int6
   using namespace math;
   const Acc count = static_cast<Acc>(H);
   const Acc mean = centred ? sum_of_row<Acc>(H, load) / count : Acc(0);
-  const Acc variance = sum_of_row<Acc>(H, [&](int64_t u) {
-                         const Acc off = load(u) - mean;
-                         return off * off;
-                       }) /
+  const Acc variance = sum_of_row<Acc>(H,
+                                       [&](int64_t u) {
+                                         const Acc off = load(u) - mean;
+                                         return off * off;
+                                       }) /
                        count;
   return {mean, Acc(1) / sqrt(variance + Acc(kFormulaNormEpsilon)), Acc(0), Acc(0)};
 }
@@ -81,10 +82,10 @@ struct FormulaNorm {
       Moments made = moments_of_row<Acc>(kCentred, H, [&](int64_t u) -> Acc { return formula_load<Storage>(v, u); });
       const auto weighted = [&](int64_t u) -> Acc { return d[u] * formula_load<Storage>(weight, u); };
       const Acc count = static_cast<Acc>(H);
-      made.along = sum_of_row<Acc>(H, [&](int64_t u) -> Acc {
-                     return weighted(u) * ((formula_load<Storage>(v, u) - made.mean) * made.scale);
-                   }) /
-                   count;
+      made.along =
+          sum_of_row<Acc>(
+              H, [&](int64_t u) -> Acc { return weighted(u) * ((formula_load<Storage>(v, u) - made.mean) * made.scale); }) /
+          count;
       if (kCentred) made.mean_d = sum_of_row<Acc>(H, weighted) / count;
       if (simt::lane_id() == 0) moments()[row] = made;
     }

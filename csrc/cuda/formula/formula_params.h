@@ -50,14 +50,14 @@ struct FormulaForward : FormulaLayer {
 };
 
 struct FormulaBackward : FormulaLayer {
-  const void* y;                             // as forward left them
+  const void* y;  // as forward left them
   const void* series[kMostFormulaStates];
   const void* v[kMostFormulaPhases];
   const void* saved;
-  const void* dy;                            // [N, D * H] or null (zeros)
-  const void* d_last[kMostFormulaStates];    // [D, B, H] or null (zeros)
-  void* d;                                   // [D, N, S + U + Q, H] out; 0 at inactive rows of a dense batch
-  void* d_initial[kMostFormulaStates];       // [D, B, H] out, or null where nobody asks
+  const void* dy;                          // [N, D * H] or null (zeros)
+  const void* d_last[kMostFormulaStates];  // [D, B, H] or null (zeros)
+  void* d;                                 // [D, N, S + U + Q, H] out; 0 at inactive rows of a dense batch
+  void* d_initial[kMostFormulaStates];     // [D, B, H] out, or null where nobody asks
   // Working memory.
   void* d_states[kMostFormulaStates];   // A [D, B, H] gradients of the states before the step done last
   void* d_rec;                          // dtype [2][D, B, Gr, H], head by head; null with one head: d has it

@@ -7,9 +7,7 @@
 namespace fused_rnn::cuda {
 namespace {
 
-void* at(void* workspace, int64_t offset) {
-  return offset < 0 ? nullptr : static_cast<unsigned char*>(workspace) + offset;
-}
+void* at(void* workspace, int64_t offset) { return offset < 0 ? nullptr : static_cast<unsigned char*>(workspace) + offset; }
 
 FormulaLaunch launch_of(const FormulaKernelPlan& plan, FormulaRole role, int segment, int D) {
   FormulaLaunch launch{};
@@ -51,7 +49,7 @@ void run(Segment<Step>& segment, Step& step, bool pdl, const FormulaLauncher& la
 }  // namespace
 
 void run_formula_forward(const FormulaForward& p, const FormulaTraits& cell, const FormulaStepPlan& plan, void* workspace,
-                     const FormulaLauncher& launch) {
+                         const FormulaLauncher& launch) {
   FormulaForwardStep step{p, 0, 0, 0};
   const FormulaWorkspace& layout = plan.workspace;
   for (int i = 0; i < kMostFormulaStates; ++i) step.p.states[i] = at(workspace, layout.states[i]);
@@ -64,8 +62,8 @@ void run_formula_forward(const FormulaForward& p, const FormulaTraits& cell, con
   std::vector<Segment<FormulaForwardStep>> segments;
   for (int k = 0; k <= cell.phases; ++k) {
     const void* const state = step.p.recurrent ? step.p.recurrent : p.y;
-    const int width = k == 0 ? width_of(p, plan, -1, {state, p.initial[cell.recurrent]})
-                             : width_of(p, plan, k - 1, {step.p.taken[k - 1]});
+    const int width =
+        k == 0 ? width_of(p, plan, -1, {state, p.initial[cell.recurrent]}) : width_of(p, plan, k - 1, {step.p.taken[k - 1]});
     segments.push_back({launch_of(plan.segments[k], FormulaRole::kForward, k, p.D), plan.segments[k].stages, width});
   }
   for (step.step = 0; step.step < p.seq.T; ++step.step) {
@@ -75,7 +73,7 @@ void run_formula_forward(const FormulaForward& p, const FormulaTraits& cell, con
 }
 
 void run_formula_backward(const FormulaBackward& p, const FormulaTraits& cell, const FormulaStepPlan& plan, void* workspace,
-                      const FormulaLauncher& launch) {
+                          const FormulaLauncher& launch) {
   FormulaBackwardStep step{p, 0, 0, 0};
   const FormulaWorkspace& layout = plan.workspace;
   for (int i = 0; i < kMostFormulaStates; ++i) step.p.d_states[i] = at(workspace, layout.states[i]);

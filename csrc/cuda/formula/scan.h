@@ -1,5 +1,5 @@
-// The loop over time of a formula's layer on a GPU: the host's side of formula_forward.cuh and formula_backward.cuh. It knows
-// neither torch nor CUDA: a launcher launches the kernels, the driver's (driver.h) or the simulator's.
+// The loop over time of a formula's layer on a GPU: the host's side of formula_forward.cuh and formula_backward.cuh. It
+// knows neither torch nor CUDA: a launcher launches the kernels, the driver's (driver.h) or the simulator's.
 #pragma once
 #include <functional>
 
@@ -22,8 +22,8 @@ using FormulaLauncher = std::function<void(const FormulaLaunch& launch, const vo
 
 // p without working memory; workspace: plan.workspace.bytes, 256-byte aligned, contents irrelevant. Nothing is synchronised.
 void run_formula_forward(const FormulaForward& p, const FormulaTraits& cell, const FormulaStepPlan& plan, void* workspace,
-                     const FormulaLauncher& launch);
+                         const FormulaLauncher& launch);
 void run_formula_backward(const FormulaBackward& p, const FormulaTraits& cell, const FormulaStepPlan& plan, void* workspace,
-                      const FormulaLauncher& launch);
+                          const FormulaLauncher& launch);
 
 }  // namespace fused_rnn::cuda

@@ -17,7 +17,8 @@ template <class Step>
 using Kernel = void (*)(Step);
 
 template <class Step>
-void launch_on_simulator(const FormulaLaunch& l, const char* name, Kernel<Step> kernel, const void* arguments, size_t bytes) {
+void launch_on_simulator(const FormulaLaunch& l, const char* name, Kernel<Step> kernel, const void* arguments,
+                         size_t bytes) {
   if (bytes != sizeof(Step)) throw std::invalid_argument("arguments of another size");
   simt::prepare(kernel, name, l.smem_bytes);
   const simt::LaunchConfig config{name, l.grid_x, l.grid_y, l.grid_z, l.threads, l.smem_bytes, 1, l.pdl, false};
@@ -25,9 +26,9 @@ void launch_on_simulator(const FormulaLaunch& l, const char* name, Kernel<Step> 
 }
 
 void launcher(const FormulaLaunch& l, const void* arguments, size_t bytes) {
-#define SIMT_FORMULA_KERNEL(of_role, of_segment, of_tile, name)                                                  \
-  if (static_cast<int>(l.role) == of_role && l.segment == of_segment && static_cast<int>(l.tile) == of_tile) {   \
-    return launch_on_simulator(l, #name, &name, arguments, bytes);                                               \
+#define SIMT_FORMULA_KERNEL(of_role, of_segment, of_tile, name)                                                \
+  if (static_cast<int>(l.role) == of_role && l.segment == of_segment && static_cast<int>(l.tile) == of_tile) { \
+    return launch_on_simulator(l, #name, &name, arguments, bytes);                                             \
   }
   SIMT_FORMULA_KERNELS(SIMT_FORMULA_KERNEL)
 #undef SIMT_FORMULA_KERNEL
@@ -36,7 +37,8 @@ void launcher(const FormulaLaunch& l, const void* arguments, size_t bytes) {
 
 std::string text;
 
-FormulaStepPlan plan_of(const FormulaLayer& p, const FormulaTraits& cell, int dtype, bool backward, const DeviceInfo& device) {
+FormulaStepPlan plan_of(const FormulaLayer& p, const FormulaTraits& cell, int dtype, bool backward,
+                        const DeviceInfo& device) {
   return plan_formula_step({&cell, static_cast<DType>(dtype), p.seq.T, p.seq.B, p.H, p.D, p.heads, backward}, device);
 }
 
@@ -58,8 +60,12 @@ extern "C" int simt_formula_forward(const FormulaForward* p, const FormulaTraits
   return simt_host::run_guarded(
       [&] { run_formula_forward(*p, *cell, plan_of(*p, *cell, dtype, false, *device), workspace, launcher); });
 }
-extern "C" int simt_formula_backward(const FormulaBackward* p, const FormulaTraits* cell, int dtype, const DeviceInfo* device,
-                                     void* workspace) {
+extern "C" int simt_formula_backward(const FormulaBackward* p, const FormulaTraits* cell, int dtype,
+                                     const DeviceInfo* device, void* workspace) {
   return simt_host::run_guarded(
       [&] { run_formula_backward(*p, *cell, plan_of(*p, *cell, dtype, true, *device), workspace, launcher); });
+}
+// One launch, which is over when the call returns.
+extern "C" int simt_formula_launch(const FormulaLaunch* l, const void* arguments, size_t bytes) {
+  return simt_host::run_guarded([&] { launcher(*l, arguments, bytes); });
 }

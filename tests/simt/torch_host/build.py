@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +14,16 @@ sys.path.insert(0, str(HERE.parent))
 import builder  # noqa: E402
 
 # Files of csrc that have another of their name here: the ops for CUDA tensors are then those for CPU tensors.
-REPLACED = ("torch/device.h", "torch/ops_cpu.cpp", "torch/tf32_cuda.cpp")
+REPLACED = ("torch/device.h", "torch/ops_cpu.cpp", "torch/tf32_cuda.cpp", "cuda/formula/driver.cpp")
+
+
+def formula_source() -> Path:
+    """The kernels of the formula that the library has (tests/simt/formulas.py's Everything); beside it lies what the loader
+    reads, <name>.kernels."""
+    path = os.pathsep.join([str(builder.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, str(HERE.parent / "formulas.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path})
+    return Path(done.stdout.strip())
 
 
 def load() -> ModuleType:
@@ -34,7 +44,9 @@ def load() -> ModuleType:
             target.write_text(text)
     for left in [path for path in copy.rglob("*") if path.is_file() and path not in wanted]:
         left.unlink()  # of sources that were there when the copy was made before
-    os.environ["FUSED_RNN_SIMT_LIBRARY"] = str(builder.build())
+    formula = formula_source()
+    scan = builder.ROOT / "csrc" / "cuda" / "formula" / "scan.cpp"
+    os.environ["FUSED_RNN_SIMT_LIBRARY"] = str(builder.build(more=[formula], host=[scan]))
     # Torch's headers of these names, which want CUDA's, come later on the include path.
     shutil.copytree(HERE / "include", folder / "include", dirs_exist_ok=True, copy_function=_copy_if_changed)
     from torch.utils import cpp_extension

@@ -406,3 +406,46 @@ def simulator_library() -> ctypes.CDLL:
     library = ctypes.CDLL(os.environ["FUSED_RNN_SIMT_LIBRARY"])
     library.simt_write_flags.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     return library
+
+
+@pytest.mark.parametrize("ragged", ["", "lengths", "packed"])
+def test_a_formula(ragged: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer of a formula from the module to the kernels and back, with all gradients, and without any."""
+    from formulas import Everything
+
+    from fused_rnn.formula import Layer, serve
+
+    layer = Layer(Everything(), 4, 18, num_layers=2, bidirectional=True)
+    EXTENSION.register_formula_on_device(layer.formula, str(build.formula_source().with_suffix(".kernels")))
+    exact = Layer(Everything(), 4, 18, num_layers=2, bidirectional=True, dtype=torch.float64)
+    exact.load_state_dict(layer.state_dict())
+    x = torch.randn(5, 4, 4)
+    states = [torch.randn(4, 4, 18) for _ in range(3)]
+    lengths = torch.tensor([5, 3, 3, 1])
+    options = {"lengths": lengths, "resets": torch.rand(5, 4) < 0.3} if ragged == "lengths" else {}
+
+    def run(layer: Layer, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, *states)]
+        given = leaves[0]
+        if ragged == "packed":
+            given = torch.nn.utils.rnn.pack_padded_sequence(given, lengths)
+        y, last = layer(given, tuple(leaves[1:]), **options)
+        results = [y.data if isinstance(y, PackedSequence) else y, *last]
+        generator = torch.Generator().manual_seed(0)
+        weights = [torch.rand(t.shape, generator=generator, dtype=torch.float64).to(dtype) for t in results]
+        grads = torch.autograd.grad(results, [*leaves, *layer.parameters()], weights)
+        with torch.no_grad():
+            again = layer(given, tuple(leaves[1:]), **options)[0]
+        return [*results, *grads, again.data if isinstance(again, PackedSequence) else again]
+
+    with use_backend("reference"):
+        expected = run(exact, torch.float64)
+    monkeypatch.setattr(serve, "has_kernels", lambda *_: True)
+    library = ctypes.CDLL(EXTENSION.__file__)
+    before = library.torch_host_formula_launches()
+    results = run(layer, torch.float32)
+    # 2 layers, 2 forwards of 5 steps and a backward with the gradients of the initial states, 4 launches a step.
+    assert library.torch_host_formula_launches() - before == 2 * (3 * 5 * 4 + 1)
+    for index, (actual, want) in enumerate(zip(results, expected, strict=True)):
+        assert_near(f"tensor {index}", actual, want, 1e-5 * max(1.0, want.abs().max().item()))
+    assert "4 launches a step" in EXTENSION.formula_plan_on_device(layer.formula, 1, -1, 5, 4, 18, 2, 2, False)

@@ -1,0 +1,28 @@
+// Formulas on CUDA tensors: the kernels that were registered, and one layer's scans on the current stream
+// (formula_device_cuda.cpp; tests/simt/torch_host has another file of this kind).
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <string>
+
+#include "cpu/formula/formula.h"
+
+namespace fused_rnn {
+
+// From now on the kernels in this file serve the formula on devices of the file's compute capability, for its dtype.
+void register_formula_on_device(const std::string& formula, const std::string& path);
+void forget_formula_on_device(const std::string& formula, int dtype, int capability);
+bool has_formula_on_device(const std::string& formula, int dtype, int capability);
+
+// What the kernels say of the cell; null where there are none. device: a tensor's; -1: any.
+const FormulaTraits* formula_traits_on_device(const std::string& formula, DType dtype, int device);
+
+// The scans. What is set in p are pointers to the device's memory, as csrc/cpu/formula has them; x: input products
+// [D, N, Gi, H] with their biases.
+void formula_forward_on_device(const std::string& formula, const cpu::FormulaForward& p, const at::Tensor& x);
+void formula_backward_on_device(const std::string& formula, const cpu::FormulaBackward& p, const at::Tensor& x);
+// What the planner says of a layer on this device: launches, tiles, memory.
+std::string formula_plan_on_device(const std::string& formula, int dtype, int device, int64_t T, int64_t B, int64_t H, int D,
+                                   int heads, bool backward);
+
+}  // namespace fused_rnn

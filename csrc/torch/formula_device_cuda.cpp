@@ -1,0 +1,149 @@
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <tuple>
+
+#include "cuda/backend.h"
+#include "cuda/formula/driver.h"
+#include "torch/formula_device.h"
+
+namespace fused_rnn {
+namespace {
+
+using Key = std::tuple<std::string, int, int>;  // formula, dtype, capability
+
+std::mutex modules_mutex;
+std::map<Key, std::shared_ptr<cuda::FormulaModule>>& modules() {
+  static auto* const all = new std::map<Key, std::shared_ptr<cuda::FormulaModule>>;
+  return *all;
+}
+
+// The device as the planner sees it: formulas are compiled for its very architecture.
+DeviceInfo info_of(int device) {
+  DeviceInfo info = cuda::device_info(device);
+  info.compiled_for = info.compute_capability;
+  return info;
+}
+
+std::shared_ptr<cuda::FormulaModule> find(const std::string& formula, DType dtype, int device) {
+  const std::lock_guard<std::mutex> lock(modules_mutex);
+  if (device < 0) {
+    const auto first = modules().lower_bound({formula, static_cast<int>(dtype), 0});
+    const bool same = first != modules().end() && std::get<0>(first->first) == formula &&
+                      std::get<1>(first->first) == static_cast<int>(dtype);
+    return same ? first->second : nullptr;
+  }
+  const auto found = modules().find({formula, static_cast<int>(dtype), cuda::device_info(device).compute_capability});
+  return found == modules().end() ? nullptr : found->second;
+}
+
+// What both scans have.
+void fill(cuda::FormulaLayer& to, const cpu::FormulaParams& from) {
+  to.H = from.H, to.D = from.D, to.heads = from.heads;
+  to.seq = from.seq;
+  to.modifier = from.modifier;
+  for (int i = 0; i < kMostFormulaStates; ++i) to.initial[i] = from.states[i];
+  for (int d = 0; d < from.D; ++d) {
+    cuda::FormulaDirection& weights = to.weights[d];
+    weights.w_hh = from.weights[d].w_hh.data;
+    weights.b_hh = from.weights[d].b_hh;
+    weights.parameters = from.weights[d].parameters;
+    for (int k = 0; k < kMostFormulaPhases; ++k) {
+      const cpu::FormulaPhaseWeights& phase = from.weights[d].phases[k];
+      weights.weight[k] = phase.matrix.data ? phase.matrix.data : phase.weight;
+      weights.bias[k] = phase.bias;
+    }
+  }
+}
+
+FormulaStepProblem problem_of(const FormulaTraits& traits, const cpu::FormulaParams& p, bool backward) {
+  return {&traits, p.dtype, p.seq.T, p.seq.B, p.H, p.D, p.heads, backward};
+}
+
+// The module, the plan and the working memory of a call.
+struct Prepared {
+  std::shared_ptr<cuda::FormulaModule> module;
+  FormulaStepPlan plan;
+  at::Tensor workspace;
+  cuda::FormulaLauncher launch;
+
+  Prepared(const std::string& formula, const cpu::FormulaParams& p, const at::Tensor& x, bool backward)
+      : module(find(formula, p.dtype, x.get_device())) {
+    TORCH_CHECK(module, "cell: the formula ", formula, " has no kernels in this process for ", x.scalar_type(), " on ",
+                x.device(), ": make a fused_rnn.Layer of the cell first");
+    plan = plan_formula_step(problem_of(module->traits(), p, backward), info_of(x.get_device()));
+    workspace = at::empty({plan.workspace.bytes}, x.options().dtype(at::kByte));
+    launch = module->launcher(x.get_device(), c10::cuda::getCurrentCUDAStream().stream());
+  }
+};
+
+}  // namespace
+
+void register_formula_on_device(const std::string& formula, const std::string& path) {
+  const auto module = std::make_shared<cuda::FormulaModule>(path);
+  const std::lock_guard<std::mutex> lock(modules_mutex);
+  modules()[{formula, static_cast<int>(module->dtype()), module->capability()}] = module;
+}
+
+void forget_formula_on_device(const std::string& formula, int dtype, int capability) {
+  const std::lock_guard<std::mutex> lock(modules_mutex);
+  modules().erase({formula, dtype, capability});
+}
+
+bool has_formula_on_device(const std::string& formula, int dtype, int capability) {
+  const std::lock_guard<std::mutex> lock(modules_mutex);
+  return modules().count({formula, dtype, capability}) > 0;
+}
+
+const FormulaTraits* formula_traits_on_device(const std::string& formula, DType dtype, int device) {
+  static std::vector<std::shared_ptr<cuda::FormulaModule>>* const kept =
+      new std::vector<std::shared_ptr<cuda::FormulaModule>>;
+  const auto module = find(formula, dtype, device);
+  if (!module) return nullptr;
+  const std::lock_guard<std::mutex> lock(modules_mutex);  // a forgotten module's facts stay where they are
+  for (const auto& other : *kept) {
+    if (other == module) return &module->traits();
+  }
+  kept->push_back(module);
+  return &module->traits();
+}
+
+void formula_forward_on_device(const std::string& formula, const cpu::FormulaForward& p, const at::Tensor& x) {
+  Prepared prepared(formula, p, x, /*backward=*/false);
+  cuda::FormulaForward to{};
+  fill(to, p);
+  to.x = x.const_data_ptr();
+  to.y = p.y;
+  to.saved = p.saved;
+  for (int i = 0; i < kMostFormulaStates; ++i) to.last[i] = p.last[i], to.series[i] = p.series[i];
+  for (int k = 0; k < kMostFormulaPhases; ++k) to.v[k] = p.v[k];
+  run_formula_forward(to, prepared.module->traits(), prepared.plan, prepared.workspace.data_ptr(), prepared.launch);
+}
+
+void formula_backward_on_device(const std::string& formula, const cpu::FormulaBackward& p, const at::Tensor& x) {
+  Prepared prepared(formula, p, x, /*backward=*/true);
+  cuda::FormulaBackward to{};
+  fill(to, p);
+  to.y = p.y;
+  to.saved = p.saved;
+  to.dy = p.dy;
+  to.d = p.d;
+  for (int i = 0; i < kMostFormulaStates; ++i) {
+    to.series[i] = p.series[i], to.d_last[i] = p.d_last[i], to.d_initial[i] = p.d_states[i];
+  }
+  for (int k = 0; k < kMostFormulaPhases; ++k) to.v[k] = p.v[k];
+  run_formula_backward(to, prepared.module->traits(), prepared.plan, prepared.workspace.data_ptr(), prepared.launch);
+}
+
+std::string formula_plan_on_device(const std::string& formula, int dtype, int device, int64_t T, int64_t B, int64_t H, int D,
+                                   int heads, bool backward) {
+  const auto module = find(formula, static_cast<DType>(dtype), device);
+  TORCH_CHECK_VALUE(module, "formula: expected one with kernels for device ", device, " in this process, got ", formula);
+  return to_string(
+      plan_formula_step({&module->traits(), static_cast<DType>(dtype), T, B, H, D, heads, backward}, info_of(device)));
+}
+
+}  // namespace fused_rnn

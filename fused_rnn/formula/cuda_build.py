@@ -1,0 +1,106 @@
+"""From a cell to CUDA kernels that serve: compiled for the devices that are there, compared with ``step``, kept on disk."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+
+import torch
+
+from fused_rnn._backend import extension
+from fused_rnn.formula import build, ops, store
+from fused_rnn.formula.cuda_compiler import Nvcc, Nvrtc, find_compiler
+from fused_rnn.formula.language import Cell
+
+SUFFIX = ".kernels"
+FOLDERS = ("core", "plan", "cuda/device", "cuda/step", "cuda/formula", "cuda/formula/rtc")  # of headers
+
+
+@functools.cache
+def _headers_digest() -> str:
+    digest = hashlib.sha256()
+    for folder in FOLDERS:
+        for path in sorted((build.headers_directory() / folder).iterdir()):
+            if path.suffix in (".h", ".cuh", ""):
+                digest.update(path.name.encode() + (path.read_bytes() if path.is_file() else b""))
+    return digest.hexdigest()
+
+
+def file_name(cell: Cell, dtype: torch.dtype, capability: int, compiler: Nvcc | Nvrtc) -> str:
+    """The kernels' name in the cache: everything that their code depends on is in its hash."""
+    facts = (cell.identity, _headers_digest(), build.generator_digest(), compiler.identity)
+    return build.entry_name(cell, dtype, f"sm_{capability}", repr(facts))
+
+
+def compile_kernels(
+    cell: Cell, dtype: torch.dtype, capability: int, compiler: Nvcc | Nvrtc, folder: Path
+) -> tuple[Path, Path]:
+    """(file of kernels, source) in the folder.
+
+    Raises:
+        BuildError: the compiler fails, or the step has no C++.
+    """
+    from fused_rnn.formula import cuda  # networkx and torch's decompositions take a second to import
+    from fused_rnn.formula.plan import make_plan
+
+    source, code, kernels = folder / "cell.cu", folder / "cell.cubin", folder / f"cell{SUFFIX}"
+    try:
+        plan = make_plan(cell)
+        source.write_text(cuda.translation_unit(plan, dtype))
+    except NotImplementedError as error:
+        raise build.BuildError(str(error)) from error
+    except OSError as error:
+        raise build.BuildError(f"nothing can be written to {folder} ({error})") from error
+    compiler.compile(source, capability, code, f"{type(cell).__name__} for {dtype} on sm_{capability}")
+    kernels.write_bytes(cuda.header_of(plan, dtype, capability) + code.read_bytes())
+    return kernels, source
+
+
+def capabilities() -> dict[int, int]:
+    """Of the devices of this process: a device of each compute capability (90 of 9.0)."""
+    found: dict[int, int] = {}
+    for device in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(device)
+        found.setdefault(10 * major + minor, device)
+    return found
+
+
+def prepare(formula: str, dtype: torch.dtype) -> None:
+    """Makes the kernels of a cell (its name: ops.remember) for the dtype ready on all devices of this process.
+
+    Raises:
+        BuildError: they cannot be made.
+        RuntimeError: they are there, but disagree with ``step``.
+    """
+    for capability, device in capabilities().items():
+        prepare_on(formula, dtype, capability, torch.device("cuda", device))
+
+
+def prepare_on(formula: str, dtype: torch.dtype, capability: int, device: torch.device) -> None:
+    """The same on devices of one compute capability; ``device`` is one of them."""
+    assert extension is not None
+    if extension.has_formula_on_device(formula, ops.dtype_number(dtype), capability):
+        return
+    if not (build.headers_directory() / "cuda" / "formula" / "formula_kernels.cuh").exists():
+        raise build.BuildError(f"the headers of the kernels are missing ({build.headers_directory()})")
+    cell, compiler = ops.cell_of(formula), find_compiler()
+    name = file_name(cell, dtype, capability, compiler)
+    kept = store.find(name, SUFFIX)
+    if kept is not None:
+        try:
+            extension.register_formula_on_device(formula, str(kept))
+            return
+        except RuntimeError:  # damaged: it is made anew
+            store.remove(kept)
+    from fused_rnn.formula import verify
+
+    with store.work_directory() as folder:
+        kernels, source = compile_kernels(cell, dtype, capability, compiler, Path(folder))
+        extension.register_formula_on_device(formula, str(kernels))
+        try:
+            verify.check_kernels(cell, formula, dtype, device)
+        except BaseException:
+            extension.forget_formula_on_device(formula, ops.dtype_number(dtype), capability)
+            raise
+        store.keep(name, kernels, source)

@@ -1,0 +1,320 @@
+"""CUDA kernels of formulas where there is no GPU: compilers, files, the driver's loader, the plan. tests/simt runs them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import formula_cells as cells
+import pytest
+import torch
+from check_ptxas import parse
+
+import fused_rnn
+from fused_rnn import _backend
+from fused_rnn.formula import Layer, build, cuda, cuda_build, cuda_compiler, ops, serve, store, verify
+from fused_rnn.formula.cuda_compiler import Nvcc, Nvrtc
+from fused_rnn.formula.plan import make_plan
+
+CSRC = Path(__file__).parent.parent / "csrc"
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def nvcc() -> Nvcc:
+    found = cuda_compiler.shutil.which("nvcc")
+    if found is None:
+        pytest.skip("needs nvcc")
+    return Nvcc(found)
+
+
+def nvrtc() -> Nvrtc:
+    try:
+        return Nvrtc(cuda_compiler._load_nvrtc())
+    except build.BuildError as error:
+        pytest.skip(f"needs NVRTC: {error}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "cell", [fused_rnn.zoo.LSTM(), fused_rnn.zoo.SLSTM(), fused_rnn.zoo.MGU(), cells.NormLstm()], ids=repr
+)
+def test_nvcc_spills_nothing(cell: fused_rnn.Cell, dtype: torch.dtype, arch: str, tmp_path: Path) -> None:
+    plan = make_plan(cell)
+    source = tmp_path / "cell.cu"
+    source.write_text(cuda.translation_unit(plan, dtype))
+    includes = [part for folder in cuda_compiler.include_directories(rtc=False) for part in ("-I", str(folder))]
+    command = [nvcc().path, "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-Xptxas", "-v", *includes, str(source)]
+    done = subprocess.run([*command, "-o", str(tmp_path / "cell.cubin")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = parse(done.stdout + done.stderr)
+    assert sorted(row[0] for row in rows) == sorted(kernel.name for kernel in cuda.kernels_of(plan))
+    assert all(row[-1] == 0 for row in rows), rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [75, 80, 90])
+def test_nvrtc_compiles_the_same(capability: int, tmp_path: Path) -> None:
+    compiler = nvrtc()
+    for cell, dtype in ((cells.NormLstm(), torch.bfloat16), (fused_rnn.zoo.MGU(), torch.float64)):
+        kernels, _ = cuda_build.compile_kernels(cell, dtype, capability, compiler, tmp_path)
+        header, _, code = kernels.read_bytes().partition(b"\n")
+        assert header + b"\n" == cuda.header_of(make_plan(cell), dtype, capability)
+        assert code.startswith(b"\x7fELF")
+        for kernel in cuda.kernels_of(make_plan(cell)):
+            assert kernel.name.encode() in code
+
+
+def test_a_compiler_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVCC", "false")
+    with pytest.raises(build.BuildError, match="nvcc failed with status 1"):
+        cuda_build.compile_kernels(cells.Rnn(), torch.float32, 90, cuda_compiler.find_compiler(), tmp_path)
+    monkeypatch.setenv("NVCC", "no-such-compiler")
+    with pytest.raises(build.BuildError, match=r"no nvcc was found \(NVCC=no-such-compiler\)"):
+        cuda_compiler.find_compiler()
+
+
+# --- the driver ---
+
+# A driver that says what it was asked, and refuses code that begins with "bad".
+DRIVER = """
+#include <cstdio>
+#include <cstring>
+extern "C" {
+int cuInit(unsigned) { return 0; }
+int cuGetErrorString(int, const char** text) { *text = "made-up error"; return 0; }
+int cuDeviceGet(int* handle, int device) { *handle = device; return 0; }
+int cuDeviceGetAttribute(int* value, int attribute, int) { *value = attribute == 97 ? 232448 : -1; return 0; }
+int cuDevicePrimaryCtxRetain(void** context, int) { *context = (void*)1; std::puts("retain"); return 0; }
+int cuCtxGetCurrent(void** context) { *context = nullptr; return 0; }
+int cuCtxSetCurrent(void*) { return 0; }
+int cuModuleLoadData(void** module, const void* code) { *module = (void*)code; return !std::memcmp(code, "bad", 3); }
+int cuModuleGetFunction(void** f, void*, const char* name) { *f = strdup(name); return 0; }
+int cuFuncSetAttribute(void* f, int attribute, int value) { return attribute != 8 || value != 232448 || !f; }
+struct Attribute { int id; char pad[4]; int allowed; };
+struct Config { unsigned grid[3], block[3], smem; void* stream; Attribute* attributes; unsigned n; };
+int cuLaunchKernelEx(const Config* c, void* f, void** arguments, void**) {
+  std::printf("%s %u,%u,%u ", (char*)f, c->grid[0], c->grid[1], c->grid[2]);
+  std::printf("%u,%u,%u %u %p", c->block[0], c->block[1], c->block[2], c->smem, c->stream);
+  if (c->n) std::printf(" attribute %d=%d", c->attributes->id, c->attributes->allowed);
+  std::printf(" argument %d\\n", *(int*)arguments[0]);
+  return 0;
+}
+}
+"""
+CALLER = """
+#include <cstdio>
+#include <stdexcept>
+#include "cuda/formula/driver.h"
+using namespace fused_rnn::cuda;
+int main(int, char** argv) {
+  try {
+    FormulaModule module(argv[1]);
+    std::printf("%d %d %d %d\\n", int(module.dtype()), module.capability(), module.traits().phases, module.traits().saved);
+    const FormulaLauncher launch = module.launcher(0, (void*)0x40);
+    int argument = 7;
+    launch({FormulaRole::kForward, 1, TileSize::kMedium, 2, 3, 4, 128, 1000, false}, &argument, sizeof argument);
+    launch({FormulaRole::kInitialGradients, 0, TileSize::kSmall, 1, 1, 1, 256, 0, true}, &argument, sizeof argument);
+    module.launcher(0, nullptr);  // loaded once
+  } catch (const std::exception& error) {
+    std::printf("error: %s\\n", error.what());
+  }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def caller(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("driver")
+    (folder / "driver.cpp").write_text(DRIVER)
+    (folder / "caller.cpp").write_text(CALLER)
+    subprocess.run(["g++", "-shared", "-fPIC", "driver.cpp", "-o", "libcuda.so.1"], cwd=folder, check=True)
+    sources = [str(CSRC / "cuda" / "formula" / name) for name in ("driver.cpp", "module.cpp")]
+    command = ["g++", "-std=c++17", f"-I{CSRC}", "caller.cpp", *sources, "-o", "caller", "-ldl"]
+    subprocess.run(command, cwd=folder, check=True)
+    return folder / "caller"
+
+
+def say(caller: Path, contents: bytes) -> list[str]:
+    kernels = caller.parent / "cell.kernels"
+    kernels.write_bytes(contents)
+    environment = {"LD_LIBRARY_PATH": str(caller.parent)}
+    done = subprocess.run([str(caller), str(kernels)], capture_output=True, text=True, env=environment, check=True)
+    return done.stdout.splitlines()
+
+
+def test_launches_by_the_driver(caller: Path) -> None:
+    plan = make_plan(fused_rnn.zoo.MGU())
+    lines = say(caller, cuda.header_of(plan, torch.float16, 90) + b"code")
+    assert lines == [
+        f"2 90 1 {len(plan.saved)}",
+        "retain",
+        "forward_1_kMedium 2,3,4 128,1,1 1000 0x40 argument 7",
+        "initial_0_kSmall 1,1,1 256,1,1 0 0x40 attribute 6=1 argument 7",
+    ]
+
+
+def test_what_the_driver_refuses(caller: Path) -> None:
+    header = cuda.header_of(make_plan(fused_rnn.zoo.MGU()), torch.float32, 90)
+    assert say(caller, header + b"bad")[-1] == "error: fused_rnn: code of a formula for device 0: made-up error"
+    another = cuda.header_of(make_plan(fused_rnn.zoo.LSTM()), torch.float32, 90)
+    assert say(caller, another + b"code")[-1] == "error: the formula has no such kernel"
+
+
+@pytest.mark.parametrize("contents", [b"", b"no file of ours\ncode", b"2 1 90\ncode", b"1 1 90 9 0 0\ncode", b"1 9 90\n"])
+def test_files_that_are_not_ours(caller: Path, contents: bytes) -> None:
+    (line,) = say(caller, contents)
+    assert line.startswith("error: the formula's kernels ") and ("not made for this version" in line or not contents)
+
+
+def test_the_driver_s_interface(tmp_path: Path) -> None:
+    """The numbers and sizes in driver.cpp are those of cuda.h."""
+    header = next((p for p in (Path("/usr/local/cuda/include/cuda.h"), *Path("/usr/local").glob("cuda*/include/cuda.h"))
+                   if p.exists()), None)  # fmt: skip
+    if header is None:
+        pytest.skip("needs cuda.h")
+    text = (CSRC / "cuda" / "formula" / "driver.cpp").read_text()
+    numbers = dict(re.findall(r"constexpr int (k\w+) = (\d+);", text))
+    program = tmp_path / "sizes.cpp"
+    equal = {
+        "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION": numbers["kProgrammaticStreamSerialization"],
+        "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES": numbers["kMaxDynamicSmem"],
+        "CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN": numbers["kMaxSmemPerBlockOptin"],
+        "sizeof(CUlaunchAttribute)": 72,
+        "sizeof(CUlaunchConfig)": 56,
+        "__builtin_offsetof(CUlaunchAttribute, value)": 8,
+        "__builtin_offsetof(CUlaunchConfig, attrs)": 40,
+    }
+    lines = [f"static_assert({what} == {value});" for what, value in equal.items()]
+    program.write_text("\n".join([f"#include <{header}>", *lines, ""]))
+    subprocess.run(["g++", "-std=c++17", "-fsyntax-only", f"-I{header.parent}", str(program)], check=True)
+
+
+# --- what serves ---
+
+
+class Extension:
+    """The part of the extension that loads kernels, without a GPU."""
+
+    def __init__(self) -> None:
+        self.loaded: dict[tuple[str, int], str] = {}
+
+    def has_formula_on_device(self, formula: str, dtype: int, capability: int) -> bool:
+        return (formula, dtype) in self.loaded
+
+    def register_formula_on_device(self, formula: str, path: str) -> None:
+        contents = Path(path).read_bytes()
+        if not contents.startswith(b"1 "):
+            raise RuntimeError("not made for this version")
+        self.loaded[formula, int(contents.split()[1])] = path
+
+    def forget_formula_on_device(self, formula: str, dtype: int, capability: int) -> None:
+        self.loaded.pop((formula, dtype), None)
+
+
+class Compiler:
+    identity = "a compiler"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def compile(self, source: Path, capability: int, code: Path, what: str) -> None:
+        assert "FUSED_RNN_FORMULA_FORWARD" in source.read_text() and "sm_90" in what
+        self.calls += 1
+        code.write_bytes(b"code")
+
+
+@pytest.fixture
+def loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Extension, Compiler]]:
+    extension, compiler = Extension(), Compiler()
+    monkeypatch.setenv("FUSED_RNN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cuda_build, "extension", extension)
+    monkeypatch.setattr(cuda_build, "find_compiler", lambda: compiler)
+    yield extension, compiler
+
+
+def test_verified_before_first_use_and_kept(loading: tuple[Extension, Compiler], monkeypatch: pytest.MonkeyPatch) -> None:
+    extension, compiler = loading
+    formula, device = ops.remember(cells.Rnn()), torch.device("cuda", 0)
+    checked: list[Any] = []
+    monkeypatch.setattr(verify, "check_kernels", lambda *args: checked.append(args))
+    cuda_build.prepare_on(formula, torch.float32, 90, device)
+    assert checked == [(ops.cell_of(formula), formula, torch.float32, device)] and compiler.calls == 1
+    (entry,) = store.entries()
+    assert entry.path.suffix == ".kernels" and entry.path.with_suffix(".cu").exists()
+    extension.loaded.clear()  # a later process finds it
+    cuda_build.prepare_on(formula, torch.float32, 90, device)
+    assert compiler.calls == 1 and extension.loaded[formula, 1] == str(entry.path)
+    entry.path.write_bytes(b"damaged")
+    extension.loaded.clear()
+    cuda_build.prepare_on(formula, torch.float32, 90, device)
+    assert compiler.calls == 2 and len(checked) == 2
+    assert store.clear() > 0 and not list(store.cache_directory().iterdir())
+
+
+def test_kernels_that_disagree_do_not_serve(loading: tuple[Extension, Compiler], monkeypatch: pytest.MonkeyPatch) -> None:
+    extension, _ = loading
+
+    def disagree(*_: Any) -> None:
+        raise RuntimeError("they disagree")
+
+    monkeypatch.setattr(verify, "check_kernels", disagree)
+    with pytest.raises(RuntimeError, match="they disagree"):
+        cuda_build.prepare_on(ops.remember(cells.Rnn()), torch.float32, 90, torch.device("cuda", 0))
+    assert not extension.loaded and store.entries() == []
+
+
+def test_the_name_has_what_the_code_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell, compiler = cells.Rnn(), Compiler()
+    name = cuda_build.file_name(cell, torch.float32, 90, compiler)  # type: ignore[arg-type]
+    others = [
+        cuda_build.file_name(cells.Lstm(), torch.float32, 90, compiler),  # type: ignore[arg-type]
+        cuda_build.file_name(cell, torch.float16, 90, compiler),  # type: ignore[arg-type]
+        cuda_build.file_name(cell, torch.float32, 80, compiler),  # type: ignore[arg-type]
+    ]
+    monkeypatch.setattr(Compiler, "identity", "another compiler")
+    others.append(cuda_build.file_name(cell, torch.float32, 90, compiler))  # type: ignore[arg-type]
+    monkeypatch.setattr(cuda_build, "_headers_digest", lambda: "other headers")
+    others.append(cuda_build.file_name(cell, torch.float32, 90, compiler))  # type: ignore[arg-type]
+    assert len({name, *others}) == 6
+
+
+@pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the compiled extension")
+def test_explained_for_a_gpu_that_is_not_there() -> None:
+    layer = Layer(cells.NormLstm(), 64, 512, num_layers=2)
+    x = torch.empty(100, 16, 64, device="meta")
+    found = fused_rnn.explain(layer, x, device="H100", show=False)
+    launches = len(layer.cell.phases) + 1
+    assert found.backend == "cuda" and found.device == "H100"
+    forward, backward = found.layers[1].forward, found.layers[1].backward
+    assert forward.family == "step" and forward.launches == 100 * launches and forward.overlapped_launches
+    assert backward is not None and backward.launches == 100 * launches + 1
+    assert f"{launches} launches a step" in str(found) and "small tile" in forward.text
+    assert "medium tile" in fused_rnn.explain(layer, x, device="T4", show=False).layers[0].forward.text
+    assert (forward.workspace_bytes or 0) > 16 * 512 * 4
+
+
+def test_why_not_on_a_gpu() -> None:
+    formula = ops.remember(cells.Rnn())
+    if not _backend.has_cuda_kernels():
+        reason = serve.why_not(formula, "cuda", torch.float32)
+        assert reason is not None and "without CUDA kernels" in reason.text
+    reason = serve.why_not(formula, "xpu", torch.float32)
+    assert reason is not None and "no kernels for 'xpu'" in reason.text
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or not _backend.has_cuda_kernels(), reason="needs a GPU and CUDA kernels")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", [*cells.CELLS, cells.Mgu(), cells.NormLstm()], ids=lambda cell: type(cell).__name__)
+def test_on_a_gpu(cell: fused_rnn.Cell, dtype: torch.dtype) -> None:
+    """Compiled, and verified: has_kernels raises where a tensor differs."""
+    with fused_rnn.use_backend("cuda"):
+        layer = Layer(cell, 8, 4 * 5 * cell.declaration.heads, 2, bidirectional=True, device="cuda", dtype=dtype)
+        x = torch.randn(6, 4, 8, device="cuda", dtype=dtype, requires_grad=True)
+        y, _ = layer(x, lengths=torch.tensor([6, 2, 0, 5]))
+        y.sum().backward()
+    assert y.isfinite().all() and x.grad is not None and x.grad.isfinite().all()
