@@ -15,6 +15,7 @@ from check_ptxas import parse
 
 import fused_rnn
 from fused_rnn import _backend
+from fused_rnn._explain import DEVICES
 from fused_rnn.formula import Layer, build, cuda, cuda_build, cuda_compiler, ops, serve, store, verify
 from fused_rnn.formula.cuda_compiler import Nvcc, Nvrtc
 from fused_rnn.formula.plan import make_plan
@@ -89,9 +90,10 @@ int cuInit(unsigned) { return 0; }
 int cuGetErrorString(int, const char** text) { *text = "made-up error"; return 0; }
 int cuDeviceGet(int* handle, int device) { *handle = device; return 0; }
 int cuDeviceGetAttribute(int* value, int attribute, int) { *value = attribute == 97 ? 232448 : -1; return 0; }
+void* current;
 int cuDevicePrimaryCtxRetain(void** context, int) { *context = (void*)1; std::puts("retain"); return 0; }
-int cuCtxGetCurrent(void** context) { *context = nullptr; return 0; }
-int cuCtxSetCurrent(void*) { return 0; }
+int cuCtxGetCurrent(void** context) { *context = current; return 0; }
+int cuCtxSetCurrent(void* context) { current = context; return 0; }
 int cuModuleLoadData(void** module, const void* code) { *module = (void*)code; return !std::memcmp(code, "bad", 3); }
 int cuModuleGetFunction(void** f, void*, const char* name) { *f = strdup(name); return 0; }
 int cuFuncSetAttribute(void* f, int attribute, int value) { return attribute != 8 || value != 232448 || !f; }
@@ -234,6 +236,7 @@ def loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[E
     monkeypatch.setenv("FUSED_RNN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cuda_build, "extension", extension)
     monkeypatch.setattr(cuda_build, "find_compiler", lambda: compiler)
+    monkeypatch.setattr(cuda_build, "batches_of", lambda device: (3, 1000))
     yield extension, compiler
 
 
@@ -243,7 +246,8 @@ def test_verified_before_first_use_and_kept(loading: tuple[Extension, Compiler],
     checked: list[Any] = []
     monkeypatch.setattr(verify, "check_kernels", lambda *args: checked.append(args))
     cuda_build.prepare_on(formula, torch.float32, 90, device)
-    assert checked == [(ops.cell_of(formula), formula, torch.float32, device)] and compiler.calls == 1
+    call = (ops.cell_of(formula), formula, torch.float32, device)
+    assert checked == [(*call, 3), (*call, 1000)] and compiler.calls == 1
     (entry,) = store.entries()
     assert entry.path.suffix == ".kernels" and entry.path.with_suffix(".cu").exists()
     extension.loaded.clear()  # a later process finds it
@@ -252,8 +256,21 @@ def test_verified_before_first_use_and_kept(loading: tuple[Extension, Compiler],
     entry.path.write_bytes(b"damaged")
     extension.loaded.clear()
     cuda_build.prepare_on(formula, torch.float32, 90, device)
-    assert compiler.calls == 2 and len(checked) == 2
+    assert compiler.calls == 2 and len(checked) == 4
     assert store.clear() > 0 and not list(store.cache_directory().iterdir())
+
+
+@pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the compiled extension")
+@pytest.mark.parametrize("name", ["T4", "A100", "H100", "B200", "RTX 5090"])
+def test_both_tiles_are_verified(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        multi_processor_count = DEVICES[name]["sm_count"]
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    layer = Layer(cells.Lstm(), verify._I, 19, bidirectional=True)
+    for batch, tile in zip(cuda_build.batches_of(torch.device("cuda", 0)), ("small", "medium"), strict=True):
+        found = fused_rnn.explain(layer, torch.empty(verify._T, batch, verify._I), device=name, show=False).layers[0]
+        assert f"{tile} tile" in found.forward.text and found.backward is not None and f"{tile} tile" in found.backward.text
 
 
 def test_kernels_that_disagree_do_not_serve(loading: tuple[Extension, Compiler], monkeypatch: pytest.MonkeyPatch) -> None:

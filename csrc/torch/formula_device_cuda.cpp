@@ -2,7 +2,6 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <map>
-#include <memory>
 #include <mutex>
 #include <tuple>
 
@@ -15,9 +14,10 @@ namespace {
 
 using Key = std::tuple<std::string, int, int>;  // formula, dtype, capability
 
+// Modules stay in memory for good, those that were forgotten too, since calls may be running.
 std::mutex modules_mutex;
-std::map<Key, std::shared_ptr<cuda::FormulaModule>>& modules() {
-  static auto* const all = new std::map<Key, std::shared_ptr<cuda::FormulaModule>>;
+std::map<Key, cuda::FormulaModule*>& modules() {
+  static auto* const all = new std::map<Key, cuda::FormulaModule*>;
   return *all;
 }
 
@@ -28,7 +28,7 @@ DeviceInfo info_of(int device) {
   return info;
 }
 
-std::shared_ptr<cuda::FormulaModule> find(const std::string& formula, DType dtype, int device) {
+cuda::FormulaModule* find(const std::string& formula, DType dtype, int device) {
   const std::lock_guard<std::mutex> lock(modules_mutex);
   if (device < 0) {
     const auto first = modules().lower_bound({formula, static_cast<int>(dtype), 0});
@@ -65,7 +65,7 @@ FormulaStepProblem problem_of(const FormulaTraits& traits, const cpu::FormulaPar
 
 // The module, the plan and the working memory of a call.
 struct Prepared {
-  std::shared_ptr<cuda::FormulaModule> module;
+  cuda::FormulaModule* module;
   FormulaStepPlan plan;
   at::Tensor workspace;
   cuda::FormulaLauncher launch;
@@ -83,7 +83,7 @@ struct Prepared {
 }  // namespace
 
 void register_formula_on_device(const std::string& formula, const std::string& path) {
-  const auto module = std::make_shared<cuda::FormulaModule>(path);
+  auto* const module = new cuda::FormulaModule(path);
   const std::lock_guard<std::mutex> lock(modules_mutex);
   modules()[{formula, static_cast<int>(module->dtype()), module->capability()}] = module;
 }
@@ -99,16 +99,8 @@ bool has_formula_on_device(const std::string& formula, int dtype, int capability
 }
 
 const FormulaTraits* formula_traits_on_device(const std::string& formula, DType dtype, int device) {
-  static std::vector<std::shared_ptr<cuda::FormulaModule>>* const kept =
-      new std::vector<std::shared_ptr<cuda::FormulaModule>>;
-  const auto module = find(formula, dtype, device);
-  if (!module) return nullptr;
-  const std::lock_guard<std::mutex> lock(modules_mutex);  // a forgotten module's facts stay where they are
-  for (const auto& other : *kept) {
-    if (other == module) return &module->traits();
-  }
-  kept->push_back(module);
-  return &module->traits();
+  const cuda::FormulaModule* const module = find(formula, dtype, device);
+  return module ? &module->traits() : nullptr;
 }
 
 void formula_forward_on_device(const std::string& formula, const cpu::FormulaForward& p, const at::Tensor& x) {
@@ -140,7 +132,7 @@ void formula_backward_on_device(const std::string& formula, const cpu::FormulaBa
 
 std::string formula_plan_on_device(const std::string& formula, int dtype, int device, int64_t T, int64_t B, int64_t H, int D,
                                    int heads, bool backward) {
-  const auto module = find(formula, static_cast<DType>(dtype), device);
+  const cuda::FormulaModule* const module = find(formula, static_cast<DType>(dtype), device);
   TORCH_CHECK_VALUE(module, "formula: expected one with kernels for device ", device, " in this process, got ", formula);
   return to_string(
       plan_formula_step({&module->traits(), static_cast<DType>(dtype), T, B, H, D, heads, backward}, info_of(device)));

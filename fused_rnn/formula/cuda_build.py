@@ -66,6 +66,12 @@ def capabilities() -> dict[int, int]:
     return found
 
 
+def batches_of(device: torch.device) -> tuple[int, int]:
+    """Batch sizes of which the first makes the planner (csrc/plan/formula.cpp) take the small tile, the second, whose small
+    tiles of 8 rows do not run all at once, the medium one."""
+    return 3, 8 * torch.cuda.get_device_properties(device).multi_processor_count + 3
+
+
 def prepare(formula: str, dtype: torch.dtype) -> None:
     """Makes the kernels of a cell (its name: ops.remember) for the dtype ready on all devices of this process.
 
@@ -99,7 +105,8 @@ def prepare_on(formula: str, dtype: torch.dtype, capability: int, device: torch.
         kernels, source = compile_kernels(cell, dtype, capability, compiler, Path(folder))
         extension.register_formula_on_device(formula, str(kernels))
         try:
-            verify.check_kernels(cell, formula, dtype, device)
+            for batch in batches_of(device):
+                verify.check_kernels(cell, formula, dtype, device, batch)
         except BaseException:
             extension.forget_formula_on_device(formula, ops.dtype_number(dtype), capability)
             raise

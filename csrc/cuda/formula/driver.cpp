@@ -74,6 +74,20 @@ const Driver& driver() {
   return found;
 }
 
+// The runtime makes the primary context of its device the current one; a thread that has not called the runtime has none.
+void ensure_context(int device) {
+  const Driver& d = driver();
+  const std::string what = "context of device " + std::to_string(device);
+  void* context = nullptr;
+  d.check(d.init(0), "CUDA's driver");
+  d.check(d.current_context(&context), what);
+  if (context) return;
+  int handle = 0;
+  d.check(d.device_get(&handle, device), what);
+  d.check(d.retain_context(&context, handle), what);
+  d.check(d.set_context(context), what);
+}
+
 }  // namespace
 
 const FormulaModule::Functions& FormulaModule::functions_of(int device) {
@@ -81,17 +95,9 @@ const FormulaModule::Functions& FormulaModule::functions_of(int device) {
   const auto found = loaded_.find(device);
   if (found != loaded_.end()) return found->second;
   const Driver& d = driver();
-  d.check(d.init(0), "CUDA's driver");
   int handle = 0, smem_bytes = 0;
   d.check(d.device_get(&handle, device), "device " + std::to_string(device));
   d.check(d.device_attribute(&smem_bytes, kMaxSmemPerBlockOptin, handle), "device " + std::to_string(device));
-  // A thread that has not called the runtime has no context; the runtime's is the device's primary one.
-  void* context = nullptr;
-  d.check(d.current_context(&context), "current context");
-  if (!context) {
-    d.check(d.retain_context(&context, handle), "context of device " + std::to_string(device));
-    d.check(d.set_context(context), "context of device " + std::to_string(device));
-  }
   void* module = nullptr;
   d.check(d.load(&module, code_.data()), "code of a formula for device " + std::to_string(device));
   Functions functions;
@@ -105,6 +111,7 @@ const FormulaModule::Functions& FormulaModule::functions_of(int device) {
 }
 
 FormulaLauncher FormulaModule::launcher(int device, void* stream) {
+  ensure_context(device);
   const Functions& functions = functions_of(device);
   return [this, &functions, stream](const FormulaLaunch& launch, const void* arguments, size_t) {
     size_t place = 0;
