@@ -20,9 +20,7 @@ _LEAST = 1 / 16
 _T, _B, _I = 4, 3, 5
 
 
-def check_kernels(
-    cell: Cell, formula: str, dtype: torch.dtype, device: torch.device | None = None, batch: int = _B
-) -> None:
+def check_kernels(cell: Cell, formula: str, dtype: torch.dtype, device: torch.device | None = None, batch: int = _B) -> None:
     """Compares outputs and all gradients of one layer of both directions, on a CPU or the device.
 
     Raises:
