@@ -39,20 +39,23 @@ def sb3_cases(options: argparse.Namespace) -> Iterator[Case]:
     from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 
     steps, batch, hidden = options.steps, options.batch, options.hidden
-    layer = torch.nn.LSTM(hidden, hidden)
-    features = torch.randn(batch * steps, hidden, requires_grad=True)
     states = (torch.zeros(1, batch, hidden), torch.zeros(1, batch, hidden))
     starts = (torch.rand(batch, steps) < 0.02).float()
     starts[:, 0] = 1
+    for size, what in ((16, "16 observed numbers"), (hidden, f"{hidden} features of a network that learns")):
+        layer = torch.nn.LSTM(size, hidden)
+        features = torch.randn(batch * steps, size, requires_grad=size == hidden)
 
-    def forward() -> torch.Tensor:
-        return RecurrentActorCriticPolicy._process_sequence(features, states, starts.flatten(), layer)[0]
+        def update(layer: Any = layer, features: torch.Tensor = features) -> None:
+            # By its name: what is enabled is the class's.
+            RecurrentActorCriticPolicy._process_sequence(features, states, starts.flatten(), layer)[0].sum().backward()
+
+        yield Case(f"RecurrentPPO: an update's LSTM on {what}, forward and backward", update)
 
     def collect() -> None:
         with torch.no_grad():
             RecurrentActorCriticPolicy._process_sequence(features[:batch], states, starts[:, 0], layer)
 
-    yield Case("RecurrentPPO: an update's LSTM, forward and backward", lambda: forward().sum().backward())
     yield Case("RecurrentPPO: a step of the LSTM while collecting", collect)
     yield Case("RecurrentPPO: train(), all of the update", ppo_update(options))
 

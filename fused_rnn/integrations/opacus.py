@@ -40,21 +40,16 @@ def _replacements() -> Iterator[Replacement]:
 
 def _forward_layer(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward_layer(
-        self: Any,
-        x: Any,
-        h_0: Tensor,
-        c_0: Tensor | None,
-        batch_sizes: Tensor | None,
-        cell: Any,
-        max_batch_size: int,
-        seq_length: int,
-        is_packed: bool,
-        reverse_layer: bool,
+        self: Any, x: Any, h_0: Tensor, c_0: Tensor | None, batch_sizes: Tensor | None, cell: Any, **form: Any
     ) -> Any:
-        """x [T, B, I], or of each step [b, I]; h_0, c_0 [B, H] -> outputs in the form of x, last h and c [B, H]."""
+        """x [T, B, I], or of each step [b, I]; h_0, c_0 [B, H] -> outputs in the form of x, last h and c [B, H].
+
+        form: max_batch_size, seq_length, is_packed, reverse_layer, as DPRNNBase.forward passes them.
+        """
         kind = _kind_of(cell)
-        if kind is None or not seq_length or not _serves(self, h_0):
-            return original(self, x, h_0, c_0, batch_sizes, cell, max_batch_size, seq_length, is_packed, reverse_layer)
+        if kind is None or not form["seq_length"] or not _serves(self, h_0):
+            return original(self, x, h_0, c_0, batch_sizes, cell, **form)
+        max_batch_size, is_packed, reverse_layer = form["max_batch_size"], form["is_packed"], form["reverse_layer"]
         states = [h_0] if c_0 is None else [h_0, c_0]
         lengths, sizes = None, torch.as_tensor([] if batch_sizes is None else batch_sizes)
         if is_packed:
