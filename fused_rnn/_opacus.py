@@ -18,7 +18,8 @@ def _advice(module: nn.Module) -> str:
     if isinstance(module, nn.RNNCellBase):
         return f"fused_rnn.{name} has no per-sample gradients, and Opacus has no cells: build the step of nn.Linear layers"
     return (
-        f"fused_rnn.{name} has no per-sample gradients: use opacus.layers.DP{name}, which takes its state_dict "
+        f"fused_rnn.{name} has no per-sample gradients: use opacus.layers.DP{name}, which takes its state_dict, and which "
+        "fused_rnn.integrations.opacus.enable() puts on the kernels "
         "(or fused_rnn.revert, then opacus.validators.ModuleValidator.fix, for LSTM and GRU)"
     )
 
