@@ -3,6 +3,7 @@
 Every class is a subclass of torch.nn's own and keeps its constructor. What differs from torch.nn:
 
 * RNN has a third nonlinearity, "identity".
+* forward takes lengths, resets, reset_state and return_all_states, by keyword alone (fused_rnn.functional.lstm explains).
 * Weights are separate tensors, always: ``flatten_parameters`` does nothing, and ``_flat_weights`` is not a cache but is read
   from the parameters at each use, so it is never stale and holds nothing alive. Assigning it works as in torch.nn.
 * Complex numbers run on the reference, with a warning. Tensors in another layout than torch.strided (sparse, nested, mkldnn)
