@@ -26,6 +26,7 @@ from fused_rnn._recipe import Recipe, Rows
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
+_PLAIN = (Parameter, Tensor)
 _DTYPES = _checks.DTYPES
 _ALL_ROWS = Rows()
 _PLAIN = (Parameter, Tensor)
