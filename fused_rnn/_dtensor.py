@@ -7,7 +7,8 @@ sharded on time or features) is gathered first. A gradient comes back in the pla
 sum over the ranks that had other rows.
 
 torch calls the rules below for tensors of class DTensor; nothing here runs for others. ``prepare`` registers them at the
-first call that is not of plain tensors, as importing torch.distributed.tensor takes long.
+first call that is not of plain tensors, as importing torch.distributed.tensor takes long. The Python reference is
+torch's own ops, with torch's own rules.
 """
 
 from __future__ import annotations

@@ -27,8 +27,11 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
 from fused_rnn import functional
+from fused_rnn._backend import has_cpu_kernels
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch with gloo")
+
+needs_kernels = pytest.mark.skipif(not has_cpu_kernels(), reason="needs the compiled extension, whose ops gather DTensors")
 
 I, H, O, T, B = 6, 8, 3, 7, 4  # noqa: E741
 KINDS = ["LSTM", "GRU", "RNN", "cells"]
@@ -317,6 +320,7 @@ def dtensors(rank: int, kind: str, placement: Any, weights: Any) -> None:
     assert_same(model, trained_alone(kind))
 
 
+@needs_kernels
 @pytest.mark.parametrize("weights", [Replicate(), Shard(0)], ids=repr)
 @pytest.mark.parametrize("placement", [Replicate(), Shard(0), Shard(1)], ids=repr)
 def test_dtensors(ranks: Ranks, placement: Any, weights: Any) -> None:
@@ -324,6 +328,7 @@ def test_dtensors(ranks: Ranks, placement: Any, weights: Any) -> None:
     ranks(dtensors, "LSTM", placement, weights)
 
 
+@needs_kernels
 @pytest.mark.parametrize("kind", ["GRU", "cells", pytest.param("own", marks=pytest.mark.slow)])
 def test_dtensors_of_every_op(ranks: Ranks, kind: str) -> None:
     ranks(dtensors, kind, Shard(0), Replicate())
@@ -352,6 +357,7 @@ def dtensor_rows(rank: int, batch: int) -> None:
             torch.testing.assert_close(tensor.grad.full_tensor(), leaf.grad, rtol=0, atol=1e-12)
 
 
+@needs_kernels
 @pytest.mark.parametrize("batch", [4, 3, 1])
 def test_dtensors_with_lengths_and_resets(ranks: Ranks, batch: int) -> None:
     ranks(dtensor_rows, batch)
@@ -367,6 +373,7 @@ def dtensor_wrong_lengths(rank: int) -> str:
     return str(caught.value)
 
 
+@needs_kernels
 def test_dtensors_with_wrong_lengths(ranks: Ranks) -> None:
     for message in ranks(dtensor_wrong_lengths):
         assert message == f"lengths: expected values from 0 to {T}, got [1, 2, 3, {T + 1}]"
@@ -384,6 +391,7 @@ def dtensor_mixtures(rank: int) -> list[str]:
     return messages
 
 
+@needs_kernels
 def test_dtensors_and_tensors_together_are_an_error(ranks: Ranks) -> None:
     for first, second in ranks(dtensor_mixtures):
         assert first.startswith("input: expected a DTensor as another tensor of the call is one, got Tensor")
