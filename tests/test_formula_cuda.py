@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from collections.abc import Iterator
@@ -68,6 +69,27 @@ def test_nvrtc_compiles_the_same(capability: int, tmp_path: Path) -> None:
         assert code.startswith(b"\x7fELF")
         for kernel in cuda.kernels_of(make_plan(cell)):
             assert kernel.name.encode() in code
+
+
+def test_headers_of_a_package_suffice() -> None:
+    """What the kernels include lies in the folders that setup.py puts into an installed package, and is in the hash."""
+    text = (CSRC.parent / "setup.py").read_text()
+    found = re.search(r"^HEADERS = (\(.*\))$", text, re.M)
+    assert found is not None
+    packaged = ast.literal_eval(found[1])
+    assert set(cuda_build.FOLDERS) <= set(packaged)
+    left, seen = [CSRC / "cuda" / "formula" / "formula_kernels.cuh"], set[Path]()
+    while left:
+        path = left.pop()
+        assert path.parent.relative_to(CSRC).as_posix() in cuda_build.FOLDERS, path
+        if path not in seen:
+            seen.add(path)
+            names = re.findall(r'^#include ["<]([^">]+)[">]', path.read_text(), re.M)
+            places = [folder / name for name in names for folder in cuda_compiler.include_directories(rtc=True)]
+            assert all(any((folder / name).exists() for folder in cuda_compiler.include_directories(rtc=True))
+                       for name in names if name not in ("stdexcept", "cmath")), path  # fmt: skip
+            left += [place for place in places if place.exists()]
+    assert CSRC / "core" / "cells.h" in seen
 
 
 def test_a_compiler_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
