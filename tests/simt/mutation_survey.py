@@ -21,12 +21,15 @@ LIMIT = 900  # seconds of processor time, which other work on the machine does n
 Replacement = Callable[[Mutant | None], Mapping[str, Sequence[tuple[Path, Path]]]]
 
 
-def outcome(library: Path, work: Callable[[Simulator], None]) -> str:
-    """What the simulator says of the library; "" when all is well. In a process of its own: a mutant may crash it."""
+def outcome(library: Path, work: Callable[[Simulator], None], limit: int = LIMIT) -> str:
+    """What the simulator says of the library; "" when all is well. In a process of its own: a mutant may crash it.
+
+    limit: seconds of processor time.
+    """
     receive, send = multiprocessing.Pipe(duplex=False)
 
     def child() -> None:
-        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
         try:
             work(Simulator(library))
             send.send("")
@@ -42,7 +45,7 @@ def outcome(library: Path, work: Callable[[Simulator], None]) -> str:
         process.join()
         # The simulator itself ends what gets no further; the limit is for a loop without any access to memory.
         out_of_time = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
-        answer = f"hang: no end after {LIMIT} s" if out_of_time else f"crash: exit code {process.exitcode}"
+        answer = f"hang: no end after {limit} s" if out_of_time else f"crash: exit code {process.exitcode}"
     process.join()
     return answer
 

@@ -114,6 +114,8 @@ __global__ void barrier_kernel(const Primitive p) {
       simt::ballot((p.in[thread] & 1) != 0) ^ simt::shuffle(p.in[thread], 5) ^ simt::shuffle_xor(p.in[thread], 16);
 }
 
+constexpr uint32_t kRaised = 0x12345678;
+
 // Block 0 hands words over to block 1: behind a flag, and as tagged words.
 __global__ void hand_over_kernel(const Primitive p) {
   const int thread = simt::thread_x();
@@ -121,17 +123,17 @@ __global__ void hand_over_kernel(const Primitive p) {
   if (simt::block_x() == 0) {
     p.scratch[64 + thread] = p.in[thread];
     simt::sync_block();
-    if (thread == 0) simt::store_release(p.scratch, 7);
-    simt::store_tagged(tagged + thread, {p.in[64 + thread], 5});
+    if (thread == 0) simt::store_release(p.scratch, kRaised);
+    simt::store_tagged(tagged + thread, {p.in[64 + thread], kRaised});
     return;
   }
-  while (simt::load_acquire(p.scratch) != 7) {
+  while (simt::load_acquire(p.scratch) != kRaised) {
   }
   p.out[thread] = p.scratch[64 + 31 - thread];
   simt::TaggedWord words[2];
   do {
     simt::load_tagged(words, tagged + thread / 2 * 2);
-  } while (words[0].tag != 5 || words[1].tag != 5);
+  } while (words[0].tag != kRaised || words[1].tag != kRaised);
   p.out[32 + thread] = words[0].value;
   p.out[64 + thread] = words[1].value;
 }
