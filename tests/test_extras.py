@@ -696,7 +696,9 @@ def test_opcheck(cell: str, form: str) -> None:
     torch.library.opcheck(torch.ops.fused_rnn.rnn.default, (x, call.hx, call.weights, rows.given(), recipe, 0.0))
 
 
-@pytest.mark.parametrize(("name", "message"), [("reset_state", "by reset_state"), ("all_c", "c of every step")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("reset_state", "by reset_state"), ("all_c", "states beside h of every step")]
+)
 def test_cuda_says_why_not(name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     features = Features(**{name: True})
     monkeypatch.setattr(_backend, "_native", {"cpu": True, "cuda": True})
