@@ -9,7 +9,7 @@ import torch
 from fused_rnn import _backend, _settings
 from fused_rnn.formula import build, cuda_build, ops
 
-MOST_STATES, MOST_PHASES = 8, 12  # csrc/cpu/isa/formula.h's kMostFormulaStates, kMostFormulaPhases
+MOST_STATES, MOST_PHASES = 8, 12  # csrc/core/formula.h's kMostFormulaStates, kMostFormulaPhases
 
 _PLAIN = _backend.Features()
 _lock = threading.RLock()  # one compiler at a time in this process

@@ -40,7 +40,7 @@ from fused_rnn.formula.graph import Value, leaves_of, ordered
 from fused_rnn.formula.language import Cell
 from fused_rnn.formula.plan import Plan, make_plan
 
-PHASE_KINDS = {"product": 0, "layer_norm": 1, "rms_norm": 2}  # csrc/cpu/isa/formula.h's FormulaPhase
+PHASE_KINDS = {"product": 0, "layer_norm": 1, "rms_norm": 2}  # csrc/core/formula.h's FormulaPhase
 
 
 def source_of(cell: Cell) -> str:
