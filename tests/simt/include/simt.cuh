@@ -173,9 +173,9 @@ __forceinline__ float bits_float(uint32_t bits) {
   return value;
 }
 
-// With errors of the size that the device's have.
+// With errors of the size that the device's have; powers of two are exact, which tanh and exp of doubles rely on.
 __forceinline__ float exp2(float x) {
-  const float result = std::exp2(x) * (1 + 0x1p-22f);
+  const float result = std::exp2(x) * (x == std::nearbyint(x) ? 1 : 1 + 0x1p-22f);
   return result < 0x1p-126f ? 0.0f : result;
 }
 __forceinline__ float reciprocal(float x) {

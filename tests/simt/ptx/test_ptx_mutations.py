@@ -43,6 +43,11 @@ EQUIVALENT: dict[str, str] = {
             *("st.release.gpu.global.u32", "st.relaxed.gpu.global.b64"),
         )
     },
+    "dependent griddepcontrol.launch_dependents: becomes griddepcontrol.wait": "waits for nothing: it is the first grid",
+    "cluster mov.u32: becomes mov.u16": "ranks are small",
+    # Every wait of this kernel is over at once here: try_wait returns when the phase has ended.
+    "cluster selp.u32: left out": "the wait has ended, and the loop around it with any number but 0",
+    "cluster selp.u32: becomes selp.u16": "1 or 0 in either width",
     "cluster mbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64: becomes "
     "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64": _STRONGER,
 }
