@@ -42,6 +42,11 @@ def untraced() -> Iterator[None]:
         torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
+def sizes_known() -> contextlib.AbstractContextManager[None]:
+    """The block ``untraced``, if torch.jit.trace is recording."""
+    return contextlib.nullcontext() if torch._C._get_tracing_state() is None else untraced()
+
+
 # --- what a tensor is ---
 
 

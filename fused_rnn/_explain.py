@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -100,12 +101,18 @@ def explain(
         training = torch.is_grad_enabled() and (data.requires_grad or any(p.requires_grad for p in module.parameters()))
     where = device if isinstance(device, str) else str(data.device) if device is None else "the given device"
     backend, reason, rejected = _backend_for(device_type, dtype, where, described is not None)
+    gpu = None  # the number of one that is there
     if backend == "cuda" and described is None:
-        described = planner().cuda_device(_number_of(data.device))
+        gpu = _number_of(data.device)
+        described = planner().cuda_device(gpu)
     call = _Call(
         kind=KINDS[_kind(module)], backend=backend, dtype=dtype, device=described, packed=isinstance(input, PackedSequence),
         training=training, forced=_settings.value("FUSED_RNN_PLAN") or None,
     )  # fmt: skip
+    family = record = None
+    if gpu is not None and call.forced is None and sizes[0]["B"]:
+        family, record = _recorded(module, gpu, call, sizes)
+        call = dataclasses.replace(call, preferred=family if family in planner().families else None)
     layers = tuple(_layer(call, size, rows) for size in sizes)
     forward, backward = _overlaps(module, call, layers)
     result = Explanation(
@@ -113,7 +120,7 @@ def explain(
         backend=backend, reason=reason, rejected=rejected,
         instruction_set=_backend.build_info()["cpu_instruction_set"] if backend == "cpu" else None,
         forced_family=call.forced if backend == "cuda" else None, layers=layers,
-        forward_overlap=forward, backward_overlap=backward,
+        forward_overlap=forward, backward_overlap=backward, family=family, record=record,
     )  # fmt: skip
     if show:
         print(result)
@@ -146,6 +153,7 @@ class _Call:
     packed: bool
     training: bool
     forced: str | None
+    preferred: str | None = None  # the family that serves where it can
 
     @property
     def dtype_name(self) -> str:
@@ -156,7 +164,37 @@ class _Call:
         return {
             "cell": self.kind.name, "dtype": self.dtype_name, **sizes, "device": dict(self.device or {}),
             "allow_tf32": _tf32(self.dtype), "ragged": self.packed, "training": self.training, "forced": self.forced,
+            "preferred": self.preferred,
         }  # fmt: skip
+
+
+def _recorded(module: nn.Module, gpu: int, call: _Call, sizes: Sequence[Mapping[str, int]]) -> tuple[str | None, str | None]:
+    """(the family that serves the call, what is recorded of such calls); as csrc/torch/choice_cuda.cpp asks."""
+    from fused_rnn.tuning import here, serve  # nobody else needs them where there is no GPU
+
+    first, is_layer = sizes[0], isinstance(module, nn.RNNBase)
+
+    def serves(family: str) -> bool:
+        try:
+            for backward, size in itertools.product((False, True)[: 1 + call.training], sizes[:2]):
+                planner().plan(**{**call.problem(size), "forced": family}, backward=backward)
+        except ValueError:
+            return False
+        return True
+
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    dropout = isinstance(module, nn.RNNBase) and module.training and module.dropout > 0 and module.num_layers > 1
+    question = {
+        **{name: first[name] for name in "TBIHP"}, "directions": first["D"], "layers": len(sizes), "cell": call.kind.name,
+        "dtype": call.dtype_name, "tf32": _tf32(call.dtype), "training": call.training, "one_step": not is_layer,
+        "rows": ("packed" if call.packed else "dense") + "+dropout" * dropout, "may_time": True,
+        "deterministic": deterministic, "device": gpu,
+        "cudnn": is_layer and not deterministic and torch.backends.cudnn.enabled and serves("cudnn"),
+        "ours": [family for family in here.FAMILIES if family != "cudnn" and serves(family)],
+    }  # fmt: skip
+    if not question["cudnn"] and not question["ours"]:
+        return None, None  # the planner says why
+    return serve.explained(question)
 
 
 def _kind(module: nn.Module) -> int:
@@ -299,7 +337,9 @@ def _pass_on_cuda(plan: Mapping[str, Any], sizes: Mapping[str, int], backward: b
     if held is not None:
         kernels += (_persistent_kernel(plan["family"], held),)
     first, *rest = plan["text"].rstrip("\n").split("\n")
-    lines = [f"{first}, {max(kernel.blocks for kernel in kernels)} blocks at most in a launch", *rest]
+    if kernels:  # cuDNN's are not known
+        first += f", {max(kernel.blocks for kernel in kernels)} blocks at most in a launch"
+    lines = [first, *rest]
     if held is not None:
         lines.append(f"  {kernels[-1].weight_registers} registers of each thread hold weights")
     return PassPlan(
@@ -351,7 +391,7 @@ def _tf32(dtype: torch.dtype) -> bool:
 def _overlaps(module: nn.Module, call: _Call, layers: Sequence[LayerPlan]) -> tuple[Overlap | None, Overlap | None]:
     """(forward's, backward's); None for a cell and where nothing is planned, backward's also where forward's is in turn."""
     last = layers[-1]
-    if call.backend != "cuda" or not isinstance(module, nn.RNNBase) or last.B == 0:
+    if call.backend != "cuda" or not isinstance(module, nn.RNNBase) or last.B == 0 or last.forward.family == "cudnn":
         return None, None
     chunks = _settings.value("FUSED_RNN_OVERLAP")
     stack = {

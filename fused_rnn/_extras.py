@@ -81,12 +81,14 @@ def rows_of(extras: Extras, form: Form, sorted_indices: Tensor | None = None) ->
     if resets is not None:
         _checks.check_resets(resets)
         if form.unbatched:
-            _checks.check_shape("resets", resets, form.input.shape[:1])
+            with _checks.sizes_known():
+                _checks.check_shape("resets", resets, form.input.shape[:1])
             resets = resets.unsqueeze(0 if form.batch_first else 1)
     elif reset_state is not None:
         raise ValueError("reset_state: expected None without resets, which say where it replaces the state")
-    shape = [1] if form.unbatched else form.input.shape[: 1 if packed else 2]
-    _checks.check_masks(lengths, None if form.unbatched else resets, form.steps, form.batch, shape)
+    with _checks.sizes_known():
+        shape = [1] if form.unbatched else form.input.shape[: 1 if packed else 2]
+        _checks.check_masks(lengths, None if form.unbatched else resets, form.steps, form.batch, shape)
     states = () if reset_state is None else reset_states(reset_state, form, sorted_indices)
     return Rows(lengths, None, resets, states)
 
@@ -125,6 +127,18 @@ def check_place(name: str, state: Any, form_input: Tensor, autocast: bool) -> No
 
 def _reset_state(name: str, size: int, state: Any, form: Form, sorted_indices: Tensor | None) -> Tensor:
     check_place(name, state, form.input, form.autocast)
+    with _checks.sizes_known():
+        _check_shape_of_reset_state(name, size, state, form)
+    if form.unbatched:
+        return state.unsqueeze(-2)
+    if form.batch_first and state.dim() == 4:
+        state = state.permute(1, 2, 0, 3)
+    if sorted_indices is not None and state.shape[-2] > 1:
+        state = state.index_select(-2, sorted_indices)
+    return state
+
+
+def _check_shape_of_reset_state(name: str, size: int, state: Tensor, form: Form) -> None:
     steps, batch, groups = form.steps, form.batch, form.groups
     if form.unbatched:
         allowed = [[groups, size], [steps, groups, size]]
@@ -135,13 +149,6 @@ def _reset_state(name: str, size: int, state: Any, form: Form, sorted_indices: T
     if all(list(state.shape) != shape for shape in allowed):
         expected = " or ".join(str(shape) for shape in dict.fromkeys(map(tuple, allowed)))
         raise ValueError(f"{name}: expected shape {expected.replace('(', '[').replace(')', ']')}, got {list(state.shape)}")
-    if form.unbatched:
-        return state.unsqueeze(-2)
-    if form.batch_first and state.dim() == 4:
-        state = state.permute(1, 2, 0, 3)
-    if sorted_indices is not None and state.shape[-2] > 1:
-        state = state.index_select(-2, sorted_indices)
-    return state
 
 
 def in_form(states: Sequence[Tensor], form: Form) -> list[Tensor]:

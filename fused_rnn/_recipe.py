@@ -12,7 +12,7 @@ from fused_rnn._kinds import KINDS, Kind
 
 _HAS_LENGTHS = 1 << 12  # offsets, resets and reset states follow
 _HAS_RESET_STATES = 1 << 15
-_ALL_STATES_SHIFT, _LAYERS_SHIFT = 16, 24
+_ALL_STATES_SHIFT, _LAYERS_SHIFT, _FAMILY_SHIFT = 16, 24, 56
 ALL_STATES = 1 << _ALL_STATES_SHIFT  # the bit of ``packed``
 _FREE = (1 << _LAYERS_SHIFT - _ALL_STATES_SHIFT - 1) - 1  # bits above that of all_states that say nothing
 
@@ -28,6 +28,7 @@ class Recipe(NamedTuple):
     training: bool = False
     dropout: float = 0.0  # probability between the layers, while training
     all_states: bool = False  # the states after every step are results too
+    family: int = 0  # 1 + the number of the GPU's kernel family that serves the call; 0: none is chosen
 
     @property
     def kind(self) -> Kind:
@@ -40,11 +41,12 @@ class Recipe(NamedTuple):
     @property
     def packed(self) -> int:
         flags = self.has_biases << 8 | self.bidirectional << 9 | self.batch_first << 10 | self.training << 11
-        return self.cell | flags | self.all_states << _ALL_STATES_SHIFT | self.num_layers << _LAYERS_SHIFT
+        flags |= self.all_states << _ALL_STATES_SHIFT
+        return self.cell | flags | self.num_layers << _LAYERS_SHIFT | self.family << _FAMILY_SHIFT
 
     def of_layer(self) -> Recipe:
         """Of each of its layers."""
-        return Recipe(self.cell, 1, self.has_biases, self.bidirectional, all_states=self.all_states)
+        return Recipe(self.cell, 1, self.has_biases, self.bidirectional, all_states=self.all_states, family=self.family)
 
 
 def unpacked(number: int) -> Recipe:
@@ -53,14 +55,15 @@ def unpacked(number: int) -> Recipe:
     Raises:
         ValueError: the number is no packed recipe.
     """
-    cell, num_layers = number & 0xFF, number >> _LAYERS_SHIFT
-    if cell >= len(KINDS) or number >> _ALL_STATES_SHIFT + 1 & _FREE or not 1 <= num_layers <= 2**31:
+    cell, num_layers, family = number & 0xFF, number >> _LAYERS_SHIFT & 0xFFFFFFFF, number >> _FAMILY_SHIFT
+    unknown = number >> _ALL_STATES_SHIFT + 1 & _FREE or not 0 <= family < 16
+    if cell >= len(KINDS) or unknown or not 1 <= num_layers <= 2**31:
         raise ValueError(
             f"recipe: expected a number that fused_rnn._recipe makes (a cell of 0 to {len(KINDS) - 1} in its last byte), "
             f"got {number}"
         )
     flags = [bool(number >> bit & 1) for bit in (8, 9, 10, 11)]
-    return Recipe(cell, num_layers, *flags)._replace(all_states=bool(number >> _ALL_STATES_SHIFT & 1))
+    return Recipe(cell, num_layers, *flags)._replace(all_states=bool(number >> _ALL_STATES_SHIFT & 1), family=family)
 
 
 class Rows(NamedTuple):

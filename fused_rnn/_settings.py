@@ -35,6 +35,8 @@ def _set(name: str, text: str) -> None:
     elif extension is not None:
         extension.set_setting(name, text)  # refuses what is no value of it
     _values[name] = text
+    if name in _PYTHON and extension is not None and hasattr(extension, "forget_choices"):
+        extension.forget_choices()  # what was decided under the value before
 
 
 @contextlib.contextmanager

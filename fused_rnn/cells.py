@@ -7,7 +7,6 @@ nonlinearity, "identity", and refuses an unknown one at construction; every clas
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -55,7 +54,7 @@ class _Cell(QuickCall, nn.RNNCellBase):
         names = ("h", "c")[: 2 if isinstance(self, nn.LSTMCell) else 1]
         call = names, self.hidden_size, autocast_on(input.device.type)
         shape = (*input.shape[:-1], self.hidden_size)
-        with contextlib.nullcontext() if torch._C._get_tracing_state() is None else _checks.untraced():
+        with _checks.sizes_known():
             _checks.check_states([f"hx[{name}]" for name in names], states, shape, shape)
         return _extras.begin_of_step(states, resets, reset_state, input, call)
 

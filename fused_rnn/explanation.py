@@ -20,7 +20,7 @@ __all__ = ["Candidate", "Explanation", "Kernel", "LayerPlan", "Overlap", "PassPl
 class Rejection:
     """A backend or a kernel family that does not serve the call."""
 
-    name: str  # "cuda", "cpu"; "single", "step", "grid", "cluster"
+    name: str  # "cuda", "cpu"; "single", "step", "grid", "cluster", "cudnn"
     reason: str  # a clause
 
 
@@ -72,7 +72,7 @@ class Shares:
 class PassPlan:
     """How forward or backward of one layer, all its directions, is carried out."""
 
-    family: str | None = None  # CUDA: "single", "step", "grid" or "cluster"
+    family: str | None = None  # CUDA: "single", "step", "grid", "cluster" or "cudnn"
     reason: str | None = None  # CUDA: why this family
     rejected: tuple[Rejection, ...] = ()  # CUDA: every other family
     candidates: tuple[Candidate, ...] = ()  # CUDA: the families that could serve it
@@ -137,6 +137,8 @@ class Explanation:
     layers: tuple[LayerPlan, ...]  # in their order, the first reads the input
     forward_overlap: Overlap | None  # CUDA: of forward of the stack; None for a cell and an empty batch
     backward_overlap: Overlap | None  # CUDA: of backward, where forward's layers overlap
+    family: str | None = None  # CUDA, a GPU that is there: what serves the call if nothing is forced
+    record: str | None = None  # likewise: what is recorded of such calls on it (python -m fused_rnn tune --list)
 
     def __repr__(self) -> str:
         return f"<fused_rnn.Explanation: {self.module} on {self.backend}, {len(self.layers)} layer(s)>"
@@ -158,6 +160,8 @@ class Explanation:
             yield f"not {other.name}: {other.reason}"
         if self.forced_family:
             yield f"FUSED_RNN_PLAN={self.forced_family}"
+        if self.family:
+            yield f"{self.family} serves: {self.record}"
         for name, overlap in self._overlaps():
             yield f"{name}: {overlap.text}"
 

@@ -8,7 +8,6 @@ Gate order: LSTM i f g o, GRU r z n. Formulas: the documentation of torch.nn.RNN
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -356,7 +355,7 @@ def _checked_rnn(
     if unbatched:
         input = input.unsqueeze(batch_dim)
         states = [state.unsqueeze(1) for state in states]
-    with contextlib.nullcontext() if _get_tracing_state() is None else _checks.untraced():
+    with _checks.sizes_known():
         hidden, out = _checks.check_shapes(recipe, input, states, weights, batch_sizes)
     if not extras.given():
         y, last = run_rnn(recipe, input, states, weights, batch_sizes)

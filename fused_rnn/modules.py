@@ -16,7 +16,6 @@ Every class is a subclass of torch.nn's own and keeps its constructor. What diff
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -267,7 +266,7 @@ class _Layer(QuickCall, nn.RNNBase):
         groups, batch_first = recipe.num_layers * recipe.directions, bool(self.batch_first) and batch_sizes is None
         names = ("h", "c")[:count]
         form = _extras.Form(caller_input, batch_first, unbatched, batch_sizes, groups, names, sizes[:count], casts)
-        with contextlib.nullcontext() if torch._C._get_tracing_state() is None else _checks.untraced():
+        with _checks.sizes_known():
             rows = _extras.rows_of(given, form, sorted_indices)
         recipe = recipe._replace(all_states=given.return_all_states)
         output, states = run_rnn(recipe, *arguments, batch_sizes, rows)

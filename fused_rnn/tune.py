@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from fused_rnn.tuning import here
-from fused_rnn.tuning.record import Choice, Entry, entries_of
+from fused_rnn.tuning.record import Choice, entries_of, lines_of_entry
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,13 +35,5 @@ def lines_of(path: Path) -> list[str]:
         if scope != scope_before:
             lines.append(f"  {scope.device}, driver {scope.driver}, build {scope.build}")
             scope_before = scope
-        lines += [f"    {line}" for line in _lines_of(entry)]
+        lines += [f"    {line}" for line in lines_of_entry(entry)]
     return lines
-
-
-def _lines_of(entry: Entry) -> list[str]:
-    if not isinstance(entry, Choice):
-        return [f"{entry.family} {'verified' if entry.verified else f'excluded: {entry.reason}'}"]
-    times = ", ".join(f"{family} {us:g}" for family, us in sorted(entry.us.items(), key=lambda item: item[1]))
-    lines = [f"{entry.problem}: {entry.family or 'not chosen yet'}" + (f" (us a step: {times})" if times else "")]
-    return lines + [f"  not {family}: {reason}" for family, reason in entry.excluded.items()]

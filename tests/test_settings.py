@@ -21,7 +21,11 @@ WRONG = [
     ("FUSED_RNN_WEIGHT_CACHE", "-1", "FUSED_RNN_WEIGHT_CACHE=-1: expected a number of MiB"),
     ("FUSED_RNN_WEIGHT_CACHE", "many", "FUSED_RNN_WEIGHT_CACHE=many: expected a number of MiB"),
     ("FUSED_RNN_WEIGHT_CACHE", "1.5", "FUSED_RNN_WEIGHT_CACHE=1.5: expected a number of MiB"),
-    ("FUSED_RNN_PLAN", "fast", "FUSED_RNN_PLAN: unknown kernel family 'fast'; known are: single, step, grid, cluster, and "),
+    (
+        "FUSED_RNN_PLAN",
+        "fast",
+        "FUSED_RNN_PLAN: unknown kernel family 'fast'; known are: single, step, grid, cluster, cudnn, and ",
+    ),
     ("FUSED_RNN_OVERLAP", "-1", "FUSED_RNN_OVERLAP: expected 0 to 1024, got '-1'"),
     ("FUSED_RNN_OVERLAP", "many", "FUSED_RNN_OVERLAP: expected 0 to 1024, got 'many'"),
     ("FUSED_RNN_OVERLAP", "1025", "FUSED_RNN_OVERLAP: expected 0 to 1024, got '1025'"),

@@ -12,31 +12,42 @@ struct Recipe {
   bool batch_first = false, training = false;
   int64_t num_layers = 1;
   double dropout = 0;
+  // 1 + the number of the GPU's kernel family (plan/family.h) that serves the call, forward and backward; 0: none is chosen.
+  int family = 0;
 
   int64_t directions() const { return bidirectional ? 2 : 1; }
   // Of each of its layers.
-  Recipe of_layer() const { return {cell, has_biases, bidirectional, all_states}; }
+  Recipe of_layer() const {
+    Recipe layer{cell, has_biases, bidirectional, all_states};
+    layer.family = family;
+    return layer;
+  }
 };
 
 // A recipe without dropout as one number, which a schema takes and a graph keeps: the cell in bits 0 to 7, a bit each for
 // has_biases, bidirectional, batch_first and training, then four that say which tensors a schema's list `rows` has, one for
-// all_states, and the number of layers from bit 24 on.
+// all_states, the number of layers in bits 24 to 55, and the family in bits 56 to 59.
 constexpr int64_t kHasLengths = 1 << 12, kHasOffsets = 1 << 13, kHasResets = 1 << 14, kHasResetStates = 1 << 15;
 constexpr int64_t kHasRows = kHasLengths | kHasOffsets | kHasResets | kHasResetStates;
-constexpr int kAllStatesShift = 16, kLayersShift = 24;
+constexpr int kAllStatesShift = 16, kLayersShift = 24, kFamilyShift = 56, kFamilyBits = 4;
 constexpr int64_t kFree = (int64_t{1} << kLayersShift) - (int64_t{1} << (kAllStatesShift + 1));  // bits that say nothing
 constexpr int64_t kMostLayers = int64_t{1} << 31;
 
 constexpr int64_t pack(const Recipe& r) {
   return static_cast<int64_t>(r.cell) | int64_t{r.has_biases} << 8 | int64_t{r.bidirectional} << 9 |
          int64_t{r.batch_first} << 10 | int64_t{r.training} << 11 | int64_t{r.all_states} << kAllStatesShift |
-         r.num_layers << kLayersShift;
+         r.num_layers << kLayersShift | int64_t{r.family} << kFamilyShift;
+}
+
+constexpr int64_t layers_of(int64_t packed) {
+  return packed >> kLayersShift & ((int64_t{1} << (kFamilyShift - kLayersShift)) - 1);
 }
 
 // Whether a number is a packed recipe.
 constexpr bool is_packed(int64_t number) {
-  const int64_t layers = number >> kLayersShift;
-  return (number & 0xff) < kCellCount && (number & kFree) == 0 && layers >= 1 && layers <= kMostLayers;
+  const int64_t layers = layers_of(number);
+  return (number & 0xff) < kCellCount && (number & kFree) == 0 && layers >= 1 && layers <= kMostLayers &&
+         number >> (kFamilyShift + kFamilyBits) == 0;
 }
 
 // Of a number that is one.
@@ -47,7 +58,9 @@ constexpr Recipe unpack(int64_t number) {
           (number >> kAllStatesShift & 1) != 0,
           (number >> 10 & 1) != 0,
           (number >> 11 & 1) != 0,
-          number >> kLayersShift};
+          layers_of(number),
+          /*dropout=*/0,
+          static_cast<int>(number >> kFamilyShift)};
 }
 
 }  // namespace fused_rnn

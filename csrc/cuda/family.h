@@ -1,6 +1,7 @@
 // Who launches the kernels of each family (plan/family.h): one row a family.
 #pragma once
 #include <stdexcept>
+#include <string>
 
 #include "cuda/backend.h"
 
@@ -17,6 +18,12 @@ Launcher<BackwardParams> step_backward;
 Launcher<ForwardParams> grid_forward, cluster_forward;
 Launcher<BackwardParams> grid_backward, cluster_backward;
 
+// Of families that serve whole stacks, which csrc/torch calls.
+template <class Params>
+void no_launch(const Params&, const Plan& plan, const StepRange&, void*) {
+  throw std::invalid_argument(std::string(to_string(plan.family)) + " has no kernels of ours");
+}
+
 struct FamilyLaunchers {
   Family family;
   Launcher<ForwardParams>* forward;
@@ -28,6 +35,7 @@ constexpr FamilyLaunchers kLaunchers[] = {
     {Family::kStep, step_forward, step_backward},
     {Family::kGrid, grid_forward, grid_backward},
     {Family::kCluster, cluster_forward, cluster_backward},
+    {Family::kCudnn, no_launch<ForwardParams>, no_launch<BackwardParams>},
 };
 
 constexpr bool has_row(Family family) {

@@ -11,21 +11,24 @@ struct Plan;  // plan.h
 
 // Every family, once, in the order in which plans prefer them. The enum, the names and the planner's loop are made of this
 // list.
-//   X(kind, name, persistent, reads_x, automatic, obstacle, plan)
+//   X(kind, name, persistent, reads_x, automatic, stacks, obstacle, plan)
 //   persistent  one launch makes all steps, or a range of them, with the weights held on the chip; else every step has its
 //               launches
 //   reads_x     forward reads x and makes the input product itself; else the caller leaves that product in `gates`
 //   automatic   plans take it by themselves; else it must be asked for
+//   stacks      serves whole stacks (csrc/torch/cudnn_cuda.h), and is no candidate for one layer among others
 //   obstacle    a function: why the family cannot serve a problem on a device, empty if it can
 //   plan        a function: fills in a plan whose family is set and has no obstacle; throws std::invalid_argument with the
 //               reason if the device turns out to lack the room
 // kSingle: one step, both products in one kernel. kStep: one or two launches a step. kGrid and kCluster: one launch a layer,
 // whose blocks exchange states through L2 or inside clusters. These two have never run on a GPU, only in the simulator.
-#define FUSED_RNN_FAMILIES(X)                                                 \
-  X(kSingle, "single", false, true, true, single_obstacle, plan_step_kernels) \
-  X(kStep, "step", false, false, true, step_obstacle, plan_step_kernels)      \
-  X(kGrid, "grid", true, false, false, grid_obstacle, plan_grid)              \
-  X(kCluster, "cluster", true, false, false, cluster_obstacle, plan_cluster)
+// kCudnn: NVIDIA's library, through torch.
+#define FUSED_RNN_FAMILIES(X)                                                        \
+  X(kSingle, "single", false, true, true, false, single_obstacle, plan_step_kernels) \
+  X(kStep, "step", false, false, true, false, step_obstacle, plan_step_kernels)      \
+  X(kGrid, "grid", true, false, false, false, grid_obstacle, plan_grid)              \
+  X(kCluster, "cluster", true, false, false, false, cluster_obstacle, plan_cluster)  \
+  X(kCudnn, "cudnn", false, true, false, true, cudnn_obstacle, plan_cudnn)
 
 enum class Family : int {
 #define FUSED_RNN_FAMILY(kind, ...) kind,
@@ -39,8 +42,8 @@ constexpr Family kFamilies[] = {
 #undef FUSED_RNN_FAMILY
 };
 
-#define FUSED_RNN_FAMILY(kind, name, persistent, reads_x, automatic, obstacle, plan) \
-  std::string obstacle(const Problem& problem, const DeviceInfo& device);            \
+#define FUSED_RNN_FAMILY(kind, name, persistent, reads_x, automatic, stacks, obstacle, plan) \
+  std::string obstacle(const Problem& problem, const DeviceInfo& device);                    \
   void plan(const Problem& problem, const DeviceInfo& device, Plan& plan);
 FUSED_RNN_FAMILIES(FUSED_RNN_FAMILY)
 #undef FUSED_RNN_FAMILY
@@ -48,7 +51,7 @@ FUSED_RNN_FAMILIES(FUSED_RNN_FAMILY)
 // What the list says of one family.
 struct FamilyTraits {
   const char* name;
-  bool persistent, reads_x, automatic;
+  bool persistent, reads_x, automatic, stacks;
   std::string (*obstacle)(const Problem& problem, const DeviceInfo& device);
   void (*plan)(const Problem& problem, const DeviceInfo& device, Plan& plan);
 };

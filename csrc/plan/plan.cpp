@@ -54,6 +54,11 @@ Plan plan_of(const Problem& problem, const DeviceInfo& device, Family family) {
 // Of the plans of the families that can serve the problem, in their order; null if it may be none of them.
 const Plan* choose(const std::vector<Plan>& plans, const FamilyChoice& choice) {
   const Plan* chosen = nullptr;
+  if (!choice.forced && !choice.cheapest) {
+    for (const Plan& plan : plans) {
+      if (plan.family == choice.preferred) return &plan;
+    }
+  }
   for (const Plan& plan : plans) {
     if (choice.forced ? plan.family != *choice.forced : !choice.cheapest && !traits_of(plan.family).automatic) continue;
     if (!chosen || (choice.cheapest && plan.us < chosen->us)) chosen = &plan;
@@ -71,6 +76,8 @@ std::string rejection(const Plan& plan, const Plan* chosen, const FamilyChoice& 
                   chosen->us);
     return text;
   }
+  if (chosen && choice.preferred == chosen->family)
+    return std::string(to_string(chosen->family)) + " is chosen for this call";
   if (!traits_of(plan.family).automatic) {
     return "never run on a GPU yet, so it is taken only when asked for (FUSED_RNN_PLAN=" + name + " or cheapest)";
   }
@@ -99,8 +106,9 @@ Plan make_plan(const Problem& problem, const DeviceInfo& device, const FamilyCho
   std::vector<Rejection> rejected;
   std::vector<Candidate> candidates;
   for (Family family : kFamilies) {
-    std::string reason =
-        choice.refuses(family) ? "the device does not take its launches now" : traits_of(family).obstacle(problem, device);
+    if (traits_of(family).stacks && choice.forced != family && choice.preferred != family) continue;
+    std::string reason = choice.obstacle(family);
+    if (reason.empty()) reason = traits_of(family).obstacle(problem, device);
     if (reason.empty()) {
       try {
         plans.push_back(plan_of(problem, device, family));
@@ -129,10 +137,11 @@ Plan make_plan(const Problem& problem, const DeviceInfo& device, const FamilyCho
     throw std::invalid_argument(message);
   }
   Plan plan = *chosen;
-  if (choice.forced || choice.cheapest) {
-    plan.reason = std::string(to_string(plan.family)) +
-                  (choice.forced ? " is forced; " : " is the cheapest by the cost model; ") + plan.reason;
-  }
+  const char* const why = choice.forced                     ? " is forced; "
+                          : choice.cheapest                 ? " is the cheapest by the cost model; "
+                          : choice.preferred == plan.family ? " is chosen for this call; "
+                                                            : nullptr;
+  if (why) plan.reason = std::string(to_string(plan.family)) + why + plan.reason;
   plan.rejected = std::move(rejected);
   const auto cheaper = [](const Candidate& a, const Candidate& b) { return a.us < b.us; };
   plan.cheapest = std::min_element(candidates.begin(), candidates.end(), cheaper)->family;

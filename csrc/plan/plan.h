@@ -16,14 +16,21 @@ namespace fused_rnn {
 // list.
 struct FamilyChoice {
   std::optional<Family> forced;
-  bool cheapest = false;  // the least time by the cost model, over all families
-  unsigned refused = 0;   // a bit for each family whose launch the device has refused, or would refuse now
+  bool cheapest = false;            // the least time by the cost model, over all families
+  unsigned refused = 0;             // a bit for each family whose launch the device has refused, or would refuse now
+  unsigned excluded = 0;            // a bit for each family that has failed its verification on the device
+  std::optional<Family> preferred;  // serves where it can and nothing is forced
 
-  bool refuses(Family family) const { return refused >> static_cast<int>(family) & 1; }
+  // Why the family may not serve now; empty: it may.
+  const char* obstacle(Family family) const {
+    if (excluded >> static_cast<int>(family) & 1) return "it has failed its verification on this device";
+    return refused >> static_cast<int>(family) & 1 ? "the device does not take its launches now" : "";
+  }
 };
 
 inline bool operator==(const FamilyChoice& a, const FamilyChoice& b) {
-  return a.forced == b.forced && a.cheapest == b.cheapest && a.refused == b.refused;
+  return a.forced == b.forced && a.cheapest == b.cheapest && a.refused == b.refused && a.excluded == b.excluded &&
+         a.preferred == b.preferred;
 }
 
 // The name of a family, or "cheapest"; throws std::invalid_argument with the list of names otherwise.

@@ -24,8 +24,9 @@
 #include "torch/settings.h"
 
 namespace fused_rnn {
-void bind_plan(pybind11::module_& module);  // plan_bindings.cpp
-}
+void bind_plan(pybind11::module_& module);    // plan_bindings.cpp
+void bind_choice(pybind11::module_& module);  // choice_bindings.cpp
+}  // namespace fused_rnn
 
 namespace {
 
@@ -202,9 +203,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       [](int64_t packed) {
         const fused_rnn::Recipe r = fused_rnn::recipe_of(packed, 0);
         return pybind11::make_tuple(static_cast<int>(r.cell), r.num_layers, r.has_biases, r.bidirectional, r.batch_first,
-                                    r.training, r.all_states);
+                                    r.training, r.all_states, r.family);
       },
-      "(cell, num_layers, has_biases, bidirectional, batch_first, training, all_states) of an op's argument `recipe`.");
+      "(cell, num_layers, has_biases, bidirectional, batch_first, training, all_states, family) of an op's argument "
+      "`recipe`.");
   m.def("weight_cache", &weight_cache,
         "Packed weights that are kept from one inference to the next on a CPU: limit and bytes, matrices that no call has "
         "in use, and "
@@ -247,5 +249,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Whether a library serves the formula for a dtype (0: float64, float32, float16, bfloat16) on the instruction set "
         "in use.");
   fused_rnn::bind_plan(m);
+  fused_rnn::bind_choice(m);
   if (PyModule_AddFunctions(m.ptr(), fast_calls) != 0) throw pybind11::error_already_set();
 }

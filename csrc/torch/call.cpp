@@ -2,6 +2,10 @@
 
 #include <ATen/core/grad_mode.h>
 
+#include <iterator>
+
+#include "plan/family.h"
+
 namespace fused_rnn {
 namespace {
 
@@ -114,6 +118,9 @@ Recipe recipe_of(int64_t packed, double dropout) {
   TORCH_CHECK_VALUE(is_packed(packed), "recipe: expected a number that fused_rnn._recipe makes (a cell of 0 to ",
                     kCellCount - 1, " in its last byte), got ", packed);
   Recipe recipe = unpack(packed);
+  TORCH_CHECK_VALUE(recipe.family <= static_cast<int>(std::size(kFamilies)),
+                    "recipe: expected a number that fused_rnn._recipe makes (a family of 0 to ", std::size(kFamilies),
+                    "), got ", packed);
   recipe.dropout = dropout;
   return recipe;
 }

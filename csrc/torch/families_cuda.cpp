@@ -11,18 +11,25 @@
 namespace fused_rnn {
 namespace {
 
-std::array<std::atomic<unsigned>, 128> refused{};  // by device: a bit for each family
+// By device: a bit for each family.
+using Families = std::array<std::atomic<unsigned>, 128>;
+Families refused{}, excluded{};
 
 // -1: the simulated device's tensors are those of a CPU.
-std::atomic<unsigned>& refused_by(int device) { return refused.at(device < 0 ? 0 : device); }
+std::atomic<unsigned>& of_device(Families& families, int device) { return families.at(device < 0 ? 0 : device); }
 
 constexpr unsigned bit_of(Family family) { return 1u << static_cast<int>(family); }
 
 }  // namespace
 
-FamilyChoice family_choice(int device) {
+FamilyChoice family_choice(int device, const Recipe& recipe) {
   FamilyChoice choice = family_setting();
-  choice.refused = refused_by(device);
+  choice.preferred = family_of(recipe);
+  for (std::optional<Family>* one : {&choice.forced, &choice.preferred}) {
+    if (*one && traits_of(**one).stacks) one->reset();  // this is a layer
+  }
+  choice.refused = of_device(refused, device);
+  choice.excluded = of_device(excluded, device);
   // Nothing tells a conditional body from another graph.
   if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None &&
       !cuda::conditional_graphs_take_cooperative_launches()) {
@@ -31,9 +38,15 @@ FamilyChoice family_choice(int device) {
   return choice;
 }
 
+void exclude_families(const std::vector<Family>& families, int device) {
+  unsigned bits = 0;
+  for (Family family : families) bits |= bit_of(family);
+  of_device(excluded, device) = bits;
+}
+
 void family_was_refused(Family family, int device, const LaunchRefused& caught) {
   if (family_setting().forced == family) throw caught;
-  const unsigned before = refused_by(device).fetch_or(bit_of(family));
+  const unsigned before = of_device(refused, device).fetch_or(bit_of(family));
   if (before & bit_of(family)) return;
   TORCH_WARN("fused_rnn: kernel family ", to_string(family), " does not serve on device ", device,
              " any more, which refused its launch (", caught.what(), "); the next family does");

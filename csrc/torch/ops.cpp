@@ -11,6 +11,9 @@
 #include <torch/library.h>
 
 #include "torch/device.h"
+#ifdef FUSED_RNN_WITH_CUDA
+#include "torch/choice_cuda.h"
+#endif
 
 namespace fused_rnn {
 namespace {
@@ -61,21 +64,38 @@ Results run_step(const Call& call) {
   return made;
 }
 
+#ifdef FUSED_RNN_WITH_CUDA
+// Whether a call asks for what torch.nn's results have, and resets, if any, to zeros.
+bool is_plain_call(const Call& call) { return !call.recipe.all_states && call.rows.reset_states.empty(); }
+#endif
+
+// A stack's call: its layers beside each other, or in turn.
+Results run_layers(const Call& call) {
+#ifdef FUSED_RNN_WITH_CUDA
+  if (is_plain_call(call)) {
+    if (auto results = overlapped_rnn(call)) return *std::move(results);
+  }
+#endif
+  return run_stack(call, [](const Call& layer) { return results_of(call_layer(layer, /*save=*/false)); });
+}
+
 }  // namespace
 
 Results run_composite(const Call& call) {
+#ifdef FUSED_RNN_WITH_CUDA
+  if (call.one_step) return is_on_device(call.x) ? run_chosen(call, run_step) : run_step(call);
+#else
   if (call.one_step) return run_step(call);
+#endif
   const OptionalTensor& offsets = call.rows.offsets;
   Rows rows{beside(call.rows.lengths, call.x), beside(offsets, call.x), beside(call.rows.resets, call.x), std::nullopt,
             call.rows.reset_states};
   if (offsets && offsets->is_cpu()) rows.host_offsets = offsets;
   const Call here{call.x, call.states, call.params, rows, call.recipe};
 #ifdef FUSED_RNN_WITH_CUDA
-  if (!call.recipe.all_states && rows.reset_states.empty()) {
-    if (auto results = overlapped_rnn(here)) return *std::move(results);
-  }
+  if (is_on_device(here.x) && is_plain_call(here)) return run_chosen(here, run_layers);
 #endif
-  return run_stack(here, [](const Call& layer) { return results_of(call_layer(layer, /*save=*/false)); });
+  return run_layers(here);
 }
 
 LayerOutputs call_layer(const Call& call, bool save) {

@@ -10,6 +10,7 @@
 #include <torch/library.h>
 
 #include "cuda/backend.h"
+#include "torch/choice_cuda.h"
 #include "torch/device.h"
 #include "torch/families_cuda.h"
 #include "torch/ops.h"
@@ -75,12 +76,13 @@ LayerOutputs layer_cuda(const Tensor& x, at::TensorList states, at::TensorList p
   const Rows given = rows_of(rows, recipe);
   const Call call{x, states, params, given, layer_recipe_of(recipe)};
   check_features(call);
+  const Recipe chosen = chosen_for_layer(call, save);
   ForwardCall made = prepare_forward(call, save);
   ForwardParams& p = made.params;
   if (p.seq.B > 0) {
     p.allow_tf32 = allows_tf32(x);
     const MatmulPrecision precision(p.allow_tf32);
-    run_planned(cuda::problem_of(p), x.get_device(), [&](const Plan& plan) {
+    run_planned(cuda::problem_of(p), x.get_device(), chosen, [&](const Plan& plan) {
       if (!traits_of(plan.family).reads_x) {
         allocate_gates(made);
         const Tensor all = x.reshape({p.seq.N, p.I});
@@ -109,8 +111,9 @@ LayerGradients layer_backward_cuda(const OptionalTensor& dy, at::TensorList dlas
   p.allow_tf32 = allows_tf32(x);
   const MatmulPrecision precision(p.allow_tf32);
   if (p.seq.B > 0) {
+    const Recipe chosen = chosen_for_layer(call, /*training=*/true);
     if (!(wanted.states && call.h0())) p.d_h0 = nullptr;  // one launch less
-    run_planned(cuda::problem_of(p), x.get_device(), [&](const Plan& plan) {
+    run_planned(cuda::problem_of(p), x.get_device(), chosen, [&](const Plan& plan) {
       const Tensor workspace = workspace_of(plan, x);
       p.workspace = workspace.data_ptr();
       cuda::backward(p, plan, c10::cuda::getCurrentCUDAStream().stream());

@@ -206,7 +206,7 @@ std::optional<StackOutputs> overlapped_forward(const Call& s, bool save) {
   const c10::cuda::CUDAGuard device_guard(s.x.device());
   const auto stack = stack_of(s, save, /*backward=*/false);
   if (!stack) return std::nullopt;
-  const Plan& plan = cuda::plan_for(stack->layer, s.x.get_device(), family_choice(s.x.get_device()));
+  const Plan& plan = cuda::plan_for(stack->layer, s.x.get_device(), family_choice(s.x.get_device(), s.recipe));
   const Schedule& schedule = schedule_for(*stack, plan, s.x.get_device(), chunk_setting());
   if (schedule.tasks.empty()) return std::nullopt;
 
@@ -259,7 +259,7 @@ std::optional<std::vector<LayerGradients>> overlapped_backward(const Call& s, co
   const c10::cuda::CUDAGuard device_guard(s.x.device());
   const auto stack = stack_of(s, /*training=*/true, /*backward=*/true);
   if (!stack) return std::nullopt;
-  const Plan& plan = cuda::plan_for(stack->layer, s.x.get_device(), family_choice(s.x.get_device()));
+  const Plan& plan = cuda::plan_for(stack->layer, s.x.get_device(), family_choice(s.x.get_device(), s.recipe));
   const Schedule& schedule = schedule_for(*stack, plan, s.x.get_device(), chunk_setting());
   if (schedule.tasks.empty()) return std::nullopt;
 

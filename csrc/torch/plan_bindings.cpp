@@ -159,7 +159,11 @@ DeviceInfo device_of(const py::dict& device) {
 
 FamilyChoice choice_of(Keywords& k) {
   const auto name = k.take<std::optional<std::string>>("forced", std::nullopt);
-  return name ? parse_choice(*name) : FamilyChoice{};
+  FamilyChoice choice = name ? parse_choice(*name) : FamilyChoice{};
+  if (const auto preferred = k.take<std::optional<std::string>>("preferred", std::nullopt)) {
+    choice.preferred = parse_choice(*preferred).forced;
+  }
+  return choice;
 }
 
 py::dict plan(const py::kwargs& given) {
@@ -318,10 +322,11 @@ py::dict cpu_plan(const py::kwargs& given) {
 }  // namespace
 
 void bind_plan(py::module_& module) {
-  module.def("plan", &plan,
-             "plan(*, cell, dtype, T, B, I, H, device, P=H, D=1, allow_tf32=False, ragged=False, training=False, "
-             "backward=False, forced=None): the CUDA kernels that would serve one layer on a device given by its "
-             "properties. No GPU is needed.");
+  module.def(
+      "plan", &plan,
+      "plan(*, cell, dtype, T, B, I, H, device, P=H, D=1, allow_tf32=False, ragged=False, training=False, "
+      "backward=False, forced=None, preferred=None): the CUDA kernels that would serve one layer on a device given by "
+      "its properties; preferred: the family that serves where it can. No GPU is needed.");
   module.def("formula_plan", &formula_plan,
              "formula_plan(*, traits, dtype, T, B, H, D, heads, backward, device): launches and memory of a formula's layer "
              "on a device given by its properties. No GPU is needed.");

@@ -7,19 +7,13 @@
 #include "torch/device.h"
 #include "torch/ops.h"
 #include "torch/overlap_cuda.h"
+#include "torch/version.h"
 
 namespace fused_rnn {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-// A tensor without elements that has t's version: it changes when t is written in place.
-Tensor version_of(const Tensor& t) {
-  const Tensor witness = at::empty({0}, t.options());
-  torch::autograd::impl::set_version_counter(witness, torch::autograd::impl::version_counter(t));
-  return witness;
-}
 
 // Lists of tensors one after the other, as save_for_backward keeps them, with the length of each.
 struct Lists {

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import _checks, _extras, functional, reference
-from fused_rnn._backend import Features
 from fused_rnn._extras import Extras
 from fused_rnn._recipe import Recipe, Rows
 from fused_rnn.formula import ops, serve
@@ -250,8 +249,8 @@ class Layer(_Formula):
         rows = rows.on(input.device)
         rows = rows._replace(reset_states=tuple(functional.autocast(device_type, input, rows.reset_states, [])[1]))
         input, states, weights = functional.autocast(device_type, input, states, list(weights))
-        features = Features(bool(rows.reset_states), recipe.all_states and len(self.cell.declaration.states) > 1)
-        compiled = serve.has_kernels(self._formula, input.device.type, input.dtype, features)
+        every_state = recipe.all_states and len(self.cell.declaration.states) > 1
+        compiled = serve.has_kernels(self._formula, input.device.type, input.dtype, bool(rows.reset_states), every_state)
         if not states and (not compiled or rows.offsets is not None):  # packed rows do not say the batch size
             shape = (self.num_layers * recipe.directions, batch, self.hidden_size)
             states = [input.new_zeros(shape) for _ in self.cell.declaration.states]

@@ -23,6 +23,8 @@ def why_not(
     """None if compiled kernels could serve such a call of the cell now, else the reason; compiles nothing."""
     cell = ops.cell_of(formula)
     name = type(cell).__name__
+    if _backend.forced == "reference":
+        return _backend.Reason("forced", "backend 'reference' is forced")
     if device_type not in ("cpu", "cuda"):
         return _backend.Reason("formula:device", f"cells written as formulas have no kernels for {device_type!r} tensors")
     demand = _backend.Demand(device_type, dtype, transformed=_backend.is_transformed(), features=features)
@@ -48,17 +50,20 @@ def _why_not_now(formula: str, device_type: str, dtype: torch.dtype) -> _backend
     return None
 
 
-def has_kernels(formula: str, device_type: str, dtype: torch.dtype, features: _backend.Features = _PLAIN) -> bool:
+def has_kernels(
+    formula: str, device_type: str, dtype: torch.dtype, reset_state: bool = False, every_state: bool = False
+) -> bool:
     """Whether compiled kernels serve the call; they are made if need be. Else ``step`` does, and a warning says why, once.
 
-    formula: the cell's name (ops.remember).
+    formula: the cell's name (ops.remember). reset_state, every_state: what the call asks for, as in _backend.Features, which
+    Dynamo would not take for a constant.
 
     Raises:
         RuntimeError: a backend was forced that cannot serve the call; or the kernels disagree with ``step``.
     """
     if _backend.forced == "reference":
         return False
-    reason = why_not(formula, device_type, dtype, features)
+    reason = why_not(formula, device_type, dtype, _backend.Features(reset_state, every_state))
     if reason is None:
         try:
             _prepare(formula, device_type, dtype)

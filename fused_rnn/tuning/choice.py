@@ -42,7 +42,7 @@ class Problem:
     layers: int
     directions: int
     training: bool
-    rows: str = "dense"  # "lengths", "packed", with "+resets"
+    rows: str = "dense"  # "lengths", "packed", "cell" for a cell's call, with "+resets", "+dropout", "+wide c"
 
     @property
     def key(self) -> str:
@@ -76,6 +76,7 @@ class Turn:
     family: str
     beside: str | None = None  # this family runs too, and is compared with the one that serves
     timed: bool = False
+    lasting: bool = False  # the family serves all such calls of this process: nobody need ask again
     steps: int = 1
     number: int = 0  # of the problem's call
     forward: Any = None  # handle of a time
@@ -131,7 +132,7 @@ class Tuner:
         """
         if mode not in MODES:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-        self._record, self._verifier, self._mode = record, verifier, mode
+        self._record, self._verifier, self.mode = record, verifier, mode
         self._read_time, self._read_error = read_time, read_error
         self._lock = threading.Lock()
         self._trials: dict[str, _Trial] = {}
@@ -146,15 +147,25 @@ class Tuner:
         if offer.reference is None and not offer.ours:
             raise ValueError("offer: expected at least one family, got none")
         key = problem.key
-        if self._mode == "off":
-            return Turn(self._rule(key, offer, now, recorded=False))
+        if self.mode == "off":
+            return Turn(self._rule(key, offer, now, recorded=False), lasting=True)
         with self._lock:
             decided = self._decided.get((key, offer))
             if decided is not None and not now.deterministic:
-                return Turn(decided)
-            if self._mode == "use" or not now.may_time or now.deterministic:
-                return Turn(self._rule(key, offer, now, recorded=True))
+                return Turn(decided, lasting=True)
+            if self.mode == "use" or not now.may_time or now.deterministic:
+                lasting = self.mode == "use" or now.deterministic
+                self._record.reload()
+                return Turn(self._rule(key, offer, now, recorded=True), lasting=lasting)
             return self._next(key, problem, offer)
+
+    def family_now(self, problem: Problem, offer: Offer, now: Circumstances = Circumstances()) -> str:
+        """The family that would serve a call for which nothing is timed or compared; nothing is begun."""
+        with self._lock:
+            decided = self._decided.get((problem.key, offer))
+            if decided is not None and not now.deterministic:
+                return decided
+            return self._rule(problem.key, offer, now, recorded=self.mode != "off")
 
     def _rule(self, key: str, offer: Offer, now: Circumstances, recorded: bool) -> str:
         """A family without timing: the recorded one, the trusted one, a verified one, the last resort."""
@@ -194,12 +205,12 @@ class Tuner:
             return trial.comparing
         ready = [f for f in candidates if f not in to_compare]
         if trial.comparing is None and not waiting and all(self._is_timed(trial, ready, f) for f in ready):
-            return Turn(self._decide(key, trial, ready))
+            return Turn(self._decide(key, trial, ready), lasting=True)
         if trial.given_up >= PATIENCE:
             family = self._rule(key, offer, Circumstances(), recorded=True)
             self._decided[key, offer] = family
             _warn(f"{PATIENCE} calls had no backward, so {family} serves {key} untimed in this process")
-            return Turn(family)
+            return Turn(family, lasting=True)
         return self._timed_turn(key, trial, ready, problem.T)
 
     def _begin(self, key: str, problem: Problem, offer: Offer) -> _Trial:

@@ -90,6 +90,15 @@ def entries_of(path: Path) -> list[tuple[Scope, Entry]]:
     return result
 
 
+def lines_of_entry(entry: Entry) -> list[str]:
+    """An entry as text."""
+    if not isinstance(entry, Choice):
+        return [f"{entry.family} {'verified' if entry.verified else f'excluded: {entry.reason}'}"]
+    times = ", ".join(f"{family} {us:g}" for family, us in sorted(entry.us.items(), key=lambda item: item[1]))
+    lines = [f"{entry.problem}: {entry.family or 'not chosen yet'}" + (f" (us a step: {times})" if times else "")]
+    return lines + [f"  not {family}: {reason}" for family, reason in entry.excluded.items()]
+
+
 class Record:
     """The file's lines of one scope. Threads may share an object, and processes the file.
 

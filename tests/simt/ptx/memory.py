@@ -9,7 +9,8 @@ from .operands import TYPES, Operands, size_of
 
 _ACCESS = re.compile(
     r"(ld|st)(?:\.(?P<order>weak|relaxed|acquire|release)(?:\.(?P<scope>cta|cluster|gpu|sys))?)?"
-    r"(?:\.(?P<space>global|shared|shared::cta|local|param))?(?P<nc>\.nc)?(?:\.v(?P<count>[24]))?\.(?P<kind>[bsuf](?:8|16|32|64))"
+    r"(?:\.(?P<space>global|shared|shared::cta|local|param))?(?P<nc>\.nc)?(?:\.v(?P<count>[24]))?"
+    r"\.(?P<kind>[bsuf](?:8|16|32|64))"
 )
 # Scopes that hold the blocks of a grid. What is strong within a block or cluster only, is weak for the blocks beyond.
 _WIDE = ("gpu", "sys")

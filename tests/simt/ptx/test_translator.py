@@ -192,15 +192,17 @@ ANSWERS: list[tuple[str, list[tuple[int, int]]]] = [
 def test_known_answers(small: Simulator) -> None:
     """One kernel has all of ANSWERS: each thread takes one case, whose word goes in and whose answer comes out."""
     cases = [(ptx, given, want) for ptx, pairs in ANSWERS for given, want in pairs]
-    body = "mov.u32 %r6, -1;\n"
-    for number, (ptx, _, _) in enumerate(cases):
-        body += f"setp.ne.s32 %p3, %r4, {number}; @%p3 bra $L_after_{number};\n"
-        body += ptx.replace("$L_", f"$L_{number}_") + f"\n$L_after_{number}:\n"
-    given = torch.zeros(64, dtype=torch.int32)
-    given[: len(cases)] = torch.tensor([g - 2**32 if g >= 2**31 else g for _, g, _ in cases], dtype=torch.int32)
-    found = run(translated(small, body), given)
-    wrong = [(ptx, given, want, got) for (ptx, given, want), got in zip(cases, found.tolist(), strict=False) if got != want]
-    assert not wrong
+    for first in range(0, len(cases), 64):  # a case for each thread of a launch
+        some = cases[first : first + 64]
+        body = "mov.u32 %r6, -1;\n"
+        for number, (ptx, _, _) in enumerate(some):
+            body += f"setp.ne.s32 %p3, %r4, {number}; @%p3 bra $L_after_{number};\n"
+            body += ptx.replace("$L_", f"$L_{number}_") + f"\n$L_after_{number}:\n"
+        given = torch.zeros(64, dtype=torch.int32)
+        given[: len(some)] = torch.tensor([g - 2**32 if g >= 2**31 else g for _, g, _ in some], dtype=torch.int32)
+        found = run(translated(small, body), given).tolist()
+        wrong = [(ptx, g, want, got) for (ptx, g, want), got in zip(some, found, strict=False) if got != want]
+        assert not wrong
 
 
 def test_faults_are_those_of_the_sources(small: Simulator) -> None:

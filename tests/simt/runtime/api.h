@@ -48,8 +48,8 @@ enum AccessKind : unsigned {
 // Checks and records an access of the running thread; reports a fault instead of returning when it is not allowed.
 void check_access(const void* address, size_t bytes, unsigned kind, uintptr_t pc);
 
-// Another form of a kernel: the compiler's PTX, translated into C++ (../ptx). `pc` is the number that its first instruction has
-// in reports.
+// Another form of a kernel: the compiler's PTX, translated into C++ (../ptx). `pc` is the number that its first instruction
+// has in reports.
 struct KernelCode {
   void (*run)(const unsigned char* params, uintptr_t pc);
   uintptr_t pc;

@@ -1,5 +1,5 @@
-// What kernels translated from PTX (../ptx) call for each instruction that is no plain arithmetic. Addresses of shared memory
-// are offsets in the block's own, `generic` ones are the host's. `pc` numbers the instruction, for reports.
+// What kernels translated from PTX (../ptx) call for each instruction that is no plain arithmetic. Addresses of shared
+// memory are offsets in the block's own, `generic` ones are the host's. `pc` numbers the instruction, for reports.
 #pragma once
 #include <cmath>
 #include <cstdint>

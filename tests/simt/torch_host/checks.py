@@ -35,6 +35,8 @@ from fused_rnn.tuning.verification import Finding, judge  # noqa: E402
 
 F16 = torch.float16
 torch.backends.cudnn.allow_tf32 = False
+torch.backends.cudnn.enabled = False  # families of ours; cudnn_checks.py has the other one
+EXTENSION.set_chooser(None)  # the planner chooses; tuning_checks.py has the other way
 
 
 def calls() -> tuple[int, int]:
@@ -289,7 +291,8 @@ spec.loader.exec_module(EXTENSION)
 import fused_rnn
 from fused_rnn import _settings, use_backend
 
-torch.backends.cudnn.allow_tf32 = False
+torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.enabled = False
+EXTENSION.set_chooser(None)
 library = ctypes.CDLL(EXTENSION.__file__)
 
 def calls():

@@ -5,5 +5,8 @@ namespace fused_rnn {
 
 bool runs_plainly_on_cpu(const Call&) { return false; }
 Results run_on_cpu(const Call&) { throw std::logic_error("no CPU kernels here"); }
+LayerGradients step_backward_on_cpu(const Call&, const ResultGradients&, GradientMask, WeightNode&) {
+  throw std::logic_error("no CPU kernels here");
+}
 
 }  // namespace fused_rnn

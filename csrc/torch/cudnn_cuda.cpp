@@ -1,0 +1,286 @@
+#include "torch/cudnn_cuda.h"
+
+#include <ATen/Context.h>
+#include <ATen/ops/_cudnn_rnn.h>
+#include <ATen/ops/_cudnn_rnn_backward.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
+
+#include <algorithm>
+
+#include "torch/cudnn_weights_cuda.h"
+#include "torch/device.h"
+#include "torch/version.h"
+
+namespace fused_rnn {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+constexpr int64_t kMostSteps = 65535;  // of cuDNN's launches
+
+// Rows of each step of a packed input; empty: dense.
+std::vector<int64_t> batch_sizes_of(const Rows& rows) {
+  std::vector<int64_t> sizes;
+  if (!rows.offsets) return sizes;
+  const auto* offsets = rows.host_offsets->const_data_ptr<int64_t>();
+  for (int64_t t = 0; t + 1 < rows.host_offsets->size(0); ++t) sizes.push_back(offsets[t + 1] - offsets[t]);
+  return sizes;
+}
+
+int64_t steps_of(const Call& s) {
+  return s.rows.offsets ? s.rows.host_offsets->size(0) - 1 : s.x.size(s.recipe.batch_first && s.x.dim() == 3);
+}
+
+// A call whose x is [T, B, I] or packed.
+struct TimeMajor {
+  const Tensor x;
+  Call call;
+
+  explicit TimeMajor(const Call& s)
+      : x(s.recipe.batch_first && s.x.dim() == 3 ? s.x.transpose(0, 1) : s.x),
+        call{x, s.states, s.params, s.rows, s.recipe} {
+    call.recipe.batch_first = false;
+  }
+  TimeMajor(const TimeMajor&) = delete;
+};
+
+// What a call hands to cuDNN, beside x.
+struct Arguments {
+  CudnnStack numbers;
+  Tensor weights, h0;
+  OptionalTensor c0;
+  std::vector<int64_t> batch_sizes;
+
+  // buffer: the weights, if forward has made them.
+  explicit Arguments(const Call& s, const Tensor& buffer = {})
+      : numbers(s),
+        weights(buffer.defined() ? buffer : cudnn_weights(numbers, s.params)),
+        batch_sizes(batch_sizes_of(s.rows)) {
+    const int64_t groups = s.recipe.num_layers * s.recipe.directions();
+    const int64_t B = batch_sizes.empty() ? s.x.size(1) : batch_sizes[0];
+    const auto zeros = [&](int64_t size) { return at::zeros({groups, B, size}, s.x.options().requires_grad(false)); };
+    h0 = s.h0() ? *s.h0() : zeros(numbers.proj_size ? numbers.proj_size : numbers.hidden_size);
+    if (state_count(s.recipe.cell) == 2) c0 = s.c0() ? *s.c0() : zeros(numbers.hidden_size);
+  }
+};
+
+// (y, h_n, c_n, what backward needs)
+using Made = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// With `save` cuDNN runs as for training, whether the module trains or not: it has no dropout to make here.
+Made forward_of(const Call& s, const Arguments& a, bool save) {
+  const CudnnStack& n = a.numbers;
+  auto [y, h_n, c_n, reserve, weights] =
+      at::_cudnn_rnn(s.x, s.params, n.per_layer, a.weights, a.h0, a.c0, n.mode, n.hidden_size, n.proj_size, n.num_layers,
+                     /*batch_first=*/false, /*dropout=*/0, save, n.bidirectional, a.batch_sizes, /*dropout_state=*/{});
+  return {y, h_n, c_n, reserve};
+}
+
+Results results_of(const Call& s, const Tensor& y, const Tensor& h_n, const Tensor& c_n) {
+  return {y, state_count(s.recipe.cell) == 2 ? States{h_n, c_n} : States{h_n}};
+}
+
+Results rnn_by_layers(Call s) {
+  s.recipe.family = 0;
+  return run_stack(s, [](const Call& layer) {
+    LayerOutputs made = call_layer(layer, /*save=*/false);
+    return Results{std::get<0>(made), {std::get<1>(made).begin(), std::get<1>(made).end()}};
+  });
+}
+
+// Whether the packed rows of every step lie where the host's offsets say, B at first and never more.
+bool fits_packed(const Call& s) {
+  const std::vector<int64_t> sizes = batch_sizes_of(s.rows);
+  int64_t rows = 0;
+  for (size_t t = 0; t < sizes.size(); ++t) {
+    if (sizes[t] < 1 || (t > 0 && sizes[t] > sizes[t - 1])) return false;
+    rows += sizes[t];
+  }
+  return rows == s.x.size(0);
+}
+
+// Whether all shapes and dtypes are those of a stack; what does not fit is left to the layers, which say so.
+bool fits(const Call& s) {
+  const bool packed = s.rows.offsets.has_value();
+  const int64_t L = s.recipe.num_layers, D = s.recipe.directions(), groups = L * D;
+  const int64_t per = static_cast<int64_t>(s.params.size()) / groups, plain = s.recipe.has_biases ? 4 : 2;
+  if (s.x.dim() != (packed ? 2 : 3) || static_cast<int64_t>(s.params.size()) != per * groups ||
+      (per != plain && (per != plain + 1 || !traits_of(s.recipe.cell).may_project)) || s.params[1].dim() != 2 ||
+      (packed && !fits_packed(s))) {
+    return false;
+  }
+  const int64_t G = gate_count(s.recipe.cell), H = s.params[1].size(0) / G, P = s.params[1].size(1);
+  if (H < 1 || (per == plain && P != H)) return false;
+  const auto is = [&](const Tensor& t, at::IntArrayRef shape) {
+    return t.sizes() == shape && t.scalar_type() == s.x.scalar_type() && t.device() == s.x.device() && t.has_storage();
+  };
+  for (int64_t group = 0; group < groups; ++group) {
+    const at::TensorList of_group = s.params.slice(group * per, per);
+    if (!is(of_group[0], {G * H, group < D ? s.x.size(-1) : D * P}) || !is(of_group[1], {G * H, P})) return false;
+    for (int64_t i = 2; i < plain; ++i) {
+      if (!is(of_group[i], {G * H})) return false;
+    }
+    if (per > plain && !is(of_group[plain], {P, H})) return false;
+  }
+  const int64_t B = packed ? batch_sizes_of(s.rows)[0] : s.x.size(1);
+  return (!s.h0() || is(*s.h0(), {groups, B, P})) && (!s.c0() || is(*s.c0(), {groups, B, H}));
+}
+
+// The node of a stack. The caller may write into y before backward runs: it is kept as an alias with its version then, and
+// made again where it was written (layer_autograd.cpp does likewise).
+class CudnnFunction : public torch::autograd::Function<CudnnFunction> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, at::TensorList states, at::TensorList params,
+                               const Call* s) {
+    const Arguments a(*s);
+    const auto [y, h_n, c_n, reserve] = forward_of(*s, a, /*save=*/true);
+    variable_list kept{x,        tensor_of(s->rows.offsets), tensor_of(s->rows.host_offsets), y.variable_data(), reserve,
+                       a.weights};
+    kept.insert(kept.end(), states.begin(), states.end());
+    kept.insert(kept.end(), params.begin(), params.end());
+    ctx->save_for_backward(std::move(kept));
+    ctx->saved_data["states"] = static_cast<int64_t>(states.size());
+    ctx->saved_data["recipe"] = pack(s->recipe);
+    ctx->saved_data["output_version"] = version_of(y);
+    ctx->saved_data["output_version_then"] = static_cast<int64_t>(y._version());
+    ctx->saved_data["need_x"] = x.requires_grad();
+    ctx->saved_data["need_states"] = any_requires_grad(states);
+    ctx->saved_data["need_params"] = any_requires_grad(params);
+    ctx->set_materialize_grads(false);
+    variable_list results{y, h_n};
+    if (state_count(s->recipe.cell) == 2) results.push_back(c_n);
+    return results;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list kept = ctx->get_saved_variables();
+    const auto state_count_given = ctx->saved_data["states"].toInt();
+    const at::TensorList all(kept), states = all.slice(6, state_count_given), params = all.slice(6 + state_count_given);
+    const Rows rows{std::nullopt, optional_of(kept[1]), std::nullopt, optional_of(kept[2])};
+    const Call s{kept[0], states, params, rows, recipe_of(ctx->saved_data["recipe"].toInt(), 0)};
+    if (std::none_of(grads.begin(), grads.end(), [](const Tensor& t) { return t.defined(); })) {
+      return variable_list(2 + states.size() + params.size());
+    }
+    // Gradients in a batch (vmap) too: each run of cuDNN's backward writes into what forward reserved.
+    if (at::GradMode::is_enabled() || !nothing_intercepts()) return by_layers(s, grads);
+
+    Arguments a(s, kept[5]);
+    Tensor y = kept[3], reserve = kept[4];
+    const bool written =
+        ctx->saved_data["output_version"].toTensor()._version() != ctx->saved_data["output_version_then"].toInt();
+    if (written) {
+      Tensor h_n, c_n;
+      std::tie(y, h_n, c_n, reserve) = forward_of(s, a, /*save=*/true);
+    } else if (torch::autograd::get_current_graph_task_keep_graph()) {
+      reserve = reserve.clone();  // cuDNN writes into it
+    }
+    const bool need_states = ctx->saved_data["need_states"].toBool(), need_params = ctx->saved_data["need_params"].toBool();
+    const CudnnStack& n = a.numbers;
+    const OptionalTensor dc_n = grads.size() > 2 ? optional_of(grads[2]) : std::nullopt;
+    auto [dx, dh0, dc0, dparams] = at::_cudnn_rnn_backward(
+        s.x, params, n.per_layer, a.weights, a.h0, a.c0, y, optional_of(grads[0]), optional_of(grads[1]), dc_n, n.mode,
+        n.hidden_size, n.proj_size, n.num_layers, /*batch_first=*/false, /*dropout=*/0, /*train=*/true, n.bidirectional,
+        a.batch_sizes, /*dropout_state=*/{}, reserve,
+        {ctx->saved_data["need_x"].toBool(), need_states, need_states && a.c0, need_params});
+    variable_list result{ctx->saved_data["need_x"].toBool() ? dx : Tensor()};
+    for (size_t i = 0; i < states.size(); ++i) result.push_back(need_states ? (i == 0 ? dh0 : dc0) : Tensor());
+    for (size_t i = 0; i < params.size(); ++i) result.push_back(need_params ? dparams[i] : Tensor());
+    result.emplace_back();  // of forward's last argument
+    return result;
+  }
+
+ private:
+  // The gradients of the layers' results, which can be differentiated again where autograd asks for that.
+  static variable_list by_layers(const Call& s, const variable_list& grads) {
+    const bool differentiable = at::GradMode::is_enabled();
+    const at::AutoGradMode with_grad(true);
+    const Results again = rnn_by_layers(s);
+    variable_list outputs, given, inputs, result;
+    const variable_list results = [&] {
+      variable_list list{again.y};
+      list.insert(list.end(), again.last.begin(), again.last.end());
+      return list;
+    }();
+    for (size_t i = 0; i < results.size(); ++i) {
+      if (!grads[i].defined()) continue;
+      outputs.push_back(results[i]);
+      given.push_back(grads[i]);
+    }
+    variable_list all{s.x};
+    all.insert(all.end(), s.states.begin(), s.states.end());
+    all.insert(all.end(), s.params.begin(), s.params.end());
+    for (const Tensor& t : all) {
+      if (t.requires_grad()) inputs.push_back(t);
+    }
+    const variable_list made = torch::autograd::grad(outputs, inputs, given, /*retain_graph=*/true, differentiable,
+                                                     /*allow_unused=*/true);
+    auto next = made.begin();
+    for (const Tensor& t : all) result.push_back(t.requires_grad() ? *next++ : Tensor());
+    result.emplace_back();
+    return result;
+  }
+};
+
+// x is [T, B, I] or packed, without dropout.
+Results whole_stack(const Call& s) {
+  if (differentiates(s)) {
+    const variable_list made = CudnnFunction::apply(s.x, s.states, s.params, &s);
+    return results_of(s, made[0], made[1], made.size() > 2 ? made[2] : Tensor());
+  }
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const Arguments a(s);
+  const auto [y, h_n, c_n, reserve] = forward_of(s, a, /*save=*/false);
+  return results_of(s, y, h_n, c_n);
+}
+
+}  // namespace
+
+std::string cudnn_lacks(const Call& s) {
+  const auto plain = [](const Tensor& t) { return is_on_device(t) && is_plain(t); };
+  if (!has_cudnn()) return "is not there, or torch.backends.cudnn.enabled is False";
+  if (!nothing_intercepts() || !plain(s.x) || !std::all_of(s.states.begin(), s.states.end(), plain) ||
+      !std::all_of(s.params.begin(), s.params.end(), plain)) {
+    return "runs on plain tensors of the device, outside of torch's transforms and modes";
+  }
+  if (at::globalContext().deterministicAlgorithms()) return "is not bitwise repeatable";
+  if (s.recipe.cell == CellKind::kRnnIdentity) return std::string("has no cell ") + traits_of(s.recipe.cell).name;
+  if (s.rows.lengths) return "takes no lengths: ragged input must be packed";
+  if (s.rows.resets) return "has no resets";
+  const OptionalTensor& offsets = s.rows.host_offsets;
+  if (s.rows.offsets && !(offsets && offsets->scalar_type() == at::kLong && offsets->is_contiguous() &&
+                          offsets->dim() == 1 && offsets->size(0) >= 2)) {
+    return "needs the offsets of packed rows on the host";
+  }
+  if (s.x.numel() == 0) return "takes no empty input";
+  if (steps_of(s) > kMostSteps) return "makes " + std::to_string(kMostSteps) + " steps at most";
+  for (const Tensor& state : s.states) {
+    if (!state.is_contiguous()) return "needs contiguous states";
+  }
+  if (s.has_wide_c()) return "has no c of another dtype than x";
+  return "";
+}
+
+bool cudnn_fits(const Call& given) {
+  const TimeMajor time_major(given);
+  return fits(time_major.call);
+}
+
+Results rnn_by_cudnn(const Call& given) {
+  const Recipe& recipe = given.recipe;
+  TimeMajor time_major(given);
+  const Tensor& x = time_major.x;
+  Call& call = time_major.call;
+  const c10::cuda::CUDAGuard device_guard(x.device());
+  const bool masks = recipe.training && recipe.dropout > 0 && recipe.num_layers > 1;
+  call.recipe.dropout = masks ? recipe.dropout : 0;
+  Results made = masks ? run_stack(call, whole_stack) : whole_stack(call);
+  if (recipe.batch_first) made.y = made.y.transpose(0, 1);
+  return made;
+}
+
+}  // namespace fused_rnn
