@@ -80,7 +80,7 @@ class Direction(ctypes.Structure):
 class FormulaLayer(ctypes.Structure):
     _fields_ = [
         *(("H", c_int64), ("D", c_int), ("heads", c_int), ("T", c_int64), ("B", c_int64), ("N", c_int64)),
-        *(("lengths", c_void_p), ("offsets", c_void_p), ("resets", c_void_p)),
+        *(("lengths", c_void_p), ("offsets", c_void_p), ("resets", c_void_p), ("reset_states", c_int64 * 8)),  # null: zeros
         *(("weights", Direction * 2), ("initial", c_void_p * STATES)),
     ]
 
