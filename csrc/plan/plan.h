@@ -16,10 +16,10 @@ namespace fused_rnn {
 // list.
 struct FamilyChoice {
   std::optional<Family> forced;
-  bool cheapest = false;            // the least time by the cost model, over all families
-  unsigned refused = 0;             // a bit for each family whose launch the device has refused, or would refuse now
-  unsigned excluded = 0;            // a bit for each family that has failed its verification on the device
-  std::optional<Family> preferred;  // serves where it can and nothing is forced
+  bool cheapest = false;              // the least time by the cost model, over all families
+  unsigned refused = 0;               // a bit for each family whose launch the device has refused, or would refuse now
+  unsigned excluded = 0;              // a bit for each family that has failed its verification on the device
+  std::optional<Family> preferred{};  // serves where it can and nothing is forced
 
   // Why the family may not serve now; empty: it may.
   const char* obstacle(Family family) const {
