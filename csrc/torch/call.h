@@ -14,7 +14,7 @@ struct Rows {
   OptionalTensor lengths, offsets, resets;
   OptionalTensor host_offsets;  // the offsets where the host can read them; not among a schema's
   // Of each state what resets replace it by; none: zeros. [L * D, 1 or B, .], or of every step [T, L * D, B, .]
-  std::vector<Tensor> reset_states;
+  std::vector<Tensor> reset_states{};
 
   bool ragged() const { return lengths || offsets; }
   bool all() const { return !lengths && !offsets && !resets; }  // in every step, none from zero
