@@ -12,6 +12,7 @@ from fused_rnn._kinds import KINDS, Kind
 
 _HAS_LENGTHS = 1 << 12  # offsets, resets and reset states follow
 _HAS_RESET_STATES = 1 << 15
+ROWS = _HAS_LENGTHS * 15  # the bits that say which rows there are
 _ALL_STATES_SHIFT, _LAYERS_SHIFT, _FAMILY_SHIFT = 16, 24, 56
 ALL_STATES = 1 << _ALL_STATES_SHIFT  # the bit of ``packed``
 _FREE = (1 << _LAYERS_SHIFT - _ALL_STATES_SHIFT - 1) - 1  # bits above that of all_states that say nothing

@@ -161,6 +161,15 @@ def test_a_pass_that_fails() -> None:
     assert_same(gradients(ours), gradients(theirs))
 
 
+def test_a_node_called_outside_of_a_pass() -> None:
+    """It gives all of its gradients: nothing would run the node behind it."""
+    layer = fused_rnn.LSTM(5, 7, dtype=torch.float64)
+    y, _ = layer(torch.randn(1, 3, 5, dtype=torch.float64))
+    with torch.no_grad():
+        _, *got = y.grad_fn(torch.ones_like(y), None, None)
+    assert_same(got, list(torch.autograd.grad(y.sum(), [*layer.parameters()])))
+
+
 def test_double_backward() -> None:
     ours, theirs = pair("GRUCell")
     x = torch.randn(3, 2, 5, dtype=torch.float64)

@@ -8,8 +8,7 @@ namespace {
 
 constexpr int64_t kMostSteps = 65535;
 
-// One of cuDNN's algorithms, what it takes for a step (published for an H100), and why
-// torch asks for it.
+// One of cuDNN's algorithms, what it takes for a step (published for an H100), and why torch asks for it.
 struct Algorithm {
   const char* name;
   double forward_us, backward_us;

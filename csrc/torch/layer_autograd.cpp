@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
@@ -99,7 +100,9 @@ class LayerNode final : public torch::autograd::Node {
       // By the dispatcher: fake among fake ones. Not of x_ again: hooks (checkpointing) allow one unpack in a backward.
       if (!t.defined()) t = at::empty({0}, call.x.options());
     }
-    const bool sums_later = mask.weights && weights_ && runs_plainly_on_cpu(call) && are_plain(grads);
+    // Called outside of a backward pass (grad_fn(...) from Python), nobody would run the other node.
+    const bool in_pass = torch::autograd::get_current_graph_task_id() >= 0;
+    const bool sums_later = mask.weights && weights_ && in_pass && runs_plainly_on_cpu(call) && are_plain(grads);
     auto [dx, dstates, dparams] = [&] {
       if (sums_later) {
         return step_backward_on_cpu(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn import _settings, reference
-from fused_rnn._recipe import rows_of, unpacked
+from fused_rnn._recipe import ROWS, rows_of, unpacked
 from fused_rnn.tuning import here
 from fused_rnn.tuning.choice import EXACT, Circumstances, Offer, Problem, Tuner, Turn
 from fused_rnn.tuning.record import Record, lines_of_entry
@@ -128,7 +128,7 @@ class Call(NamedTuple):
         extension: Any = _settings.extension
         number = 0 if family is None else 1 + extension.families.index(family)
         recipe = unpacked(self.recipe)._replace(family=number).packed
-        recipe |= self.recipe & 7 << 12  # which rows there are
+        recipe |= self.recipe & ROWS
         if self.one_step:
             last = extension.cell(x, states, weights, recipe)
             return last[0], last
