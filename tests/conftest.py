@@ -39,11 +39,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Slow tests run only where -m asks for them; tests that need a GPU are skipped where there is none."""
-    slow = [] if config.getoption("markexpr") else [item for item in items if item.get_closest_marker("slow")]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    """Slow tests run where there is -m, timings where -m names them. GPU tests are skipped where there is none."""
+    expression = config.getoption("markexpr")
+    left_out = [name for name in ("slow", "timing") if name not in expression and (name == "timing" or not expression)]
+    deselected = [item for item in items if any(map(item.get_closest_marker, left_out))]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if not any(map(item.get_closest_marker, left_out))]
     missing = None
     if not torch.cuda.is_available():
         missing = "needs an NVIDIA GPU that torch can use"

@@ -401,12 +401,10 @@ def test_memory_that_is_kept_is_bounded() -> None:
     assert resident() - before < 40, "and all of it with its thread"
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
-def test_next_to_a_busy_process(threads: None, request: pytest.FixtureRequest) -> None:
+def test_next_to_a_busy_process(threads: None) -> None:
     """Two threads that meet at every step, while another process holds a core: at most twice the time, no collapse."""
-    if "slow" not in request.config.getoption("markexpr"):
-        pytest.skip("a timing, for a machine that does nothing else: -m slow")
     torch.set_num_threads(2)
     module, x = fused_rnn.LSTM(256, 256), torch.randn(200, 1, 256)
 
