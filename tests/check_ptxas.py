@@ -4,9 +4,10 @@
 
 Prints a table of each kernel's registers, barriers, static shared memory, stack and spilled bytes for each architecture
 (dynamic shared memory is the plan's: tests/test_plan.py). --table writes it as Markdown; --logs keeps what ptxas said in a
-folder and compiles only what has changed since. Families that an architecture lacks (grid before sm_80, cluster before
-sm_90) are left out for it. nvcc is $NVCC, or the one on PATH, in $CUDA_HOME, or in the nvidia-cuda-nvcc wheel of the
-running Python.
+folder and compiles only what has changed since. --build-log reads instead what a build of the whole extension printed with
+NVCC_APPEND_FLAGS="-Xptxas -v" for the one architecture of --arch, and compiles nothing. Families that an architecture lacks
+(grid before sm_80, cluster before sm_90) are left out for it. nvcc is $NVCC, or the one on PATH, in $CUDA_HOME, or in the
+nvidia-cuda-nvcc wheel of the running Python.
 """
 
 from __future__ import annotations
@@ -129,6 +130,18 @@ def parse(log: str) -> list[tuple[str, int, int, int, int, int]]:
     return rows
 
 
+def parse_build(log: str, arch: str) -> list[tuple[str, int, int, int, int, int]]:
+    """parse's rows of a build's log, which must have kernels of all families, and of no other architecture."""
+    others = set(re.findall(r"Compiling entry function '\w+' for '(\w+)'", log)) - {arch}
+    if others:
+        sys.exit(f"the log has kernels for {', '.join(sorted(others))}: expected {arch} alone")
+    rows = parse(log)
+    for family in ("forward", "backward", "grid forward", "grid backward", "cluster forward", "cluster backward"):
+        if not any(name.startswith(family) for name, *_ in rows):
+            sys.exit(f"the log has no kernel {family!r}: was it built with -Xptxas -v, and wholly?")
+    return rows
+
+
 def markdown(table: Table, archs: list[str], nvcc: str) -> str:
     """The table of registers for a file of results."""
     release = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout.split("release ")[1]
@@ -156,6 +169,28 @@ def markdown(table: Table, archs: list[str], nvcc: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def add_rows(table: Table, failures: list[str], rows: list[tuple[str, int, int, int, int, int]], arch: str) -> None:
+    for name, *numbers in rows:
+        table.setdefault(name, {})[arch] = tuple(numbers)
+        if numbers[-1]:
+            failures.append(f"{name} {arch}: {numbers[-1]} bytes spilled")
+
+
+def report(table: Table, failures: list[str], archs: list[str]) -> int:
+    """Prints the table and the failures; the exit status."""
+    width = max(map(len, table), default=6)
+    print("\nregisters / barriers / static shared memory / stack / spilled bytes")
+    print(f"{'kernel':{width}}  " + "  ".join(f"{a:>14}" for a in archs))
+    for name, columns in sorted(table.items()):
+        cells = ("/".join(map(str, columns[a])) if a in columns else "-" for a in archs)
+        print(f"{name:{width}}  " + "  ".join(f"{cell:>14}" for cell in cells))
+    if not table:
+        failures.append("no kernel was compiled")
+    print(f"\n{len(table)} kernels, {len(archs)} architectures, {len(failures)} failures")
+    print("\n".join(failures))
+    return 1 if failures else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90a"])
@@ -163,10 +198,16 @@ def main() -> int:
     parser.add_argument("--files", nargs="+", type=Path, default=sorted((ROOT / "csrc" / "cuda").rglob("*.cu")))
     parser.add_argument("--table", type=Path, help="write the table to this file, in Markdown")
     parser.add_argument("--logs", type=Path, help="folder for what ptxas said, to go on after an interruption")
+    parser.add_argument("--build-log", type=Path, help="what a build printed with -Xptxas -v, read in place of compiling")
     args = parser.parse_args()
-    nvcc, includes = find_nvcc()
     failures: list[str] = []
     table: Table = {}
+    if args.build_log:
+        if len(args.arch) != 1 or args.table:
+            parser.error("--build-log goes with one --arch, and without --table")
+        add_rows(table, failures, parse_build(args.build_log.read_text(errors="replace"), args.arch[0]), args.arch[0])
+        return report(table, failures, args.arch)
+    nvcc, includes = find_nvcc()
     jobs = [
         (source, arch, args.logs) for arch in args.arch for source in map(Path.resolve, args.files) if served(source, arch)
     ]
@@ -176,25 +217,11 @@ def main() -> int:
             if code:
                 failures.append(f"{source.name} {arch} does not compile:\n{log}")
                 continue
-            for name, *numbers in parse(log):
-                table.setdefault(name, {})[arch] = tuple(numbers)
-                spilled = numbers[-1]
-                if spilled:
-                    failures.append(f"{name} {arch}: {spilled} bytes spilled")
-    width = max(map(len, table), default=6)
-    print("\nregisters / barriers / static shared memory / stack / spilled bytes")
-    print(f"{'kernel':{width}}  " + "  ".join(f"{a:>14}" for a in args.arch))
-    for name, columns in sorted(table.items()):
-        cells = ("/".join(map(str, columns[a])) if a in columns else "-" for a in args.arch)
-        print(f"{name:{width}}  " + "  ".join(f"{cell:>14}" for cell in cells))
-    if not table:
-        failures.append("no kernel was compiled")
+            add_rows(table, failures, parse(log), arch)
     if args.table:
         args.table.parent.mkdir(parents=True, exist_ok=True)
         args.table.write_text(markdown(table, args.arch, nvcc))
-    print(f"\n{len(table)} kernels, {len(args.arch)} architectures, {len(failures)} failures")
-    print("\n".join(failures))
-    return 1 if failures else 0
+    return report(table, failures, args.arch)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -23,6 +24,19 @@ def test_modes_are_torchs() -> None:
     for kind in KINDS:
         assert kind.mode == kind.name.upper()
         assert kind.mode == ("RNN_" + kind.nonlinearity.upper() if kind.nonlinearity else kind.mode)
+
+
+def test_no_switch_names_cells() -> None:
+    """A switch is made of the list: one that names cells would stop the compiler at each new cell."""
+    root = Path(__file__).parent.parent / "csrc"
+    named = [
+        f"{file.relative_to(root)}: {line.strip()}"
+        for file in sorted(root.rglob("*"))
+        if file.is_file()
+        for line in file.read_text().splitlines()
+        if re.search(r"\bcase CellKind::k[A-Z]", line)
+    ]
+    assert named == []
 
 
 # Gates 0 and 2 of Apart have accumulators of their own for the recurrent part, as GRU's n has.

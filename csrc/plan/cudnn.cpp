@@ -1,4 +1,6 @@
 // What cuDNN can serve, and which of its algorithms torch asks for (ATen/native/cudnn/RNN.cpp, torch 2.11 to 2.13).
+#include "plan/cudnn.h"
+
 #include <string>
 
 #include "plan/plan.h"
@@ -41,13 +43,7 @@ Algorithm algorithm_of(const Problem& p, const DeviceInfo& device) {
 }  // namespace
 
 std::string cudnn_obstacle(const Problem& problem, const DeviceInfo&) {
-  switch (problem.cell) {
-    case CellKind::kRnnTanh:
-    case CellKind::kRnnRelu:
-    case CellKind::kLstm:
-    case CellKind::kGru: break;
-    case CellKind::kRnnIdentity: return std::string("has no cell ") + traits_of(problem.cell).name;
-  }
+  if (cudnn_mode(problem.cell) < 0) return std::string("has no cell ") + traits_of(problem.cell).name;
   if (problem.T > kMostSteps) return "makes " + std::to_string(kMostSteps) + " steps at most";
   return "";
 }

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "core/recent.h"
+#include "plan/cudnn.h"
 
 namespace fused_rnn {
 namespace {
@@ -68,13 +69,8 @@ OptionalTensor own_buffer(const CudnnStack& numbers, const Layout& layout, at::T
 CudnnStack::CudnnStack(const Call& stack) {
   const at::TensorList first = params_of_layer(stack, 0);
   const Tensor &w_ih = first[0], &w_hh = first[1];
-  switch (stack.recipe.cell) {
-    case CellKind::kRnnRelu: mode = 0; break;
-    case CellKind::kRnnTanh: mode = 1; break;
-    case CellKind::kLstm: mode = 2; break;
-    case CellKind::kGru: mode = 3; break;
-    case CellKind::kRnnIdentity: TORCH_INTERNAL_ASSERT(false);
-  }
+  mode = cudnn_mode(stack.recipe.cell);
+  TORCH_INTERNAL_ASSERT(mode >= 0, "cuDNN has no such cell");
   input_size = w_ih.size(1);
   hidden_size = w_hh.size(0) / gate_count(stack.recipe.cell);
   proj_size = w_hh.size(1) == hidden_size ? 0 : w_hh.size(1);
