@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not has_cpu_kernels(), reason="needs the compile
 
 def test_random_calls() -> None:
     """In a process of its own: one that dies is a failure of the case that it printed last."""
-    text = os.environ.get("FUSED_RNN_FUZZ", "0:0:60s")
+    text = os.environ.get("FUSED_RNN_FUZZ", "0:0:20s")
     _, _, count, seconds = fuzz.parse(text)
     limit = 300 + 2 * (seconds or 0) + (count or 0)
     with tempfile.TemporaryFile("w+") as output:
