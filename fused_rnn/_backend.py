@@ -128,11 +128,13 @@ class Features(NamedTuple):
 
     reset_state: bool = False  # resets that put a state of their own
     all_c: bool = False  # the states beside h after every step
+    step_options: bool = False  # zoneout, recurrent_dropout or state_clip
 
 
 _PLAIN = Features()
 _NOT_ON_CUDA = {
     "reset_state": "no CUDA kernel replaces a state by reset_state, only by zeros",
+    "step_options": "no CUDA kernel has zoneout, recurrent_dropout or state_clip",
     "all_c": "no CUDA kernel gives the states beside h of every step, as return_all_states asks",
 }
 

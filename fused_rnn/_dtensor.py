@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn._recipe import ALL_STATES
+from fused_rnn._recipe import ALL_STATES, OPTIONS
 
 FORMULA_ALL_STATES = 1 << 6  # of an own cell's flags: csrc/torch/formula_ops.h
 _OPS = ("layer", "formula")
@@ -133,6 +133,7 @@ def _forward(cls: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: Any) 
     x, states, params, rows, *rest = args
     mesh = _of_call(x, states, params)
     for name, is_given in (
+        ("zoneout, recurrent_dropout or state_clip", isinstance(rest[0], int) and bool(rest[0] & OPTIONS)),
         ("reset_state", any(tensor.is_floating_point() for tensor in rows)),
         ("return_all_states", bool(rest[0] & ALL_STATES if isinstance(rest[0], int) else rest[1] & FORMULA_ALL_STATES)),
     ):

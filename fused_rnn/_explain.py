@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_rnn import _backend, _checks, _settings, functional
 from fused_rnn._kinds import KINDS, NUMBER_OF_MODE, NUMBER_OF_NONLINEARITY, Kind
 from fused_rnn._quick_call import QuickCall
+from fused_rnn._regularisation import Regularisation
 from fused_rnn.explanation import Candidate, Explanation, Kernel, LayerPlan, Overlap, PassPlan, Rejection, Shares
 from fused_rnn.formula.explaining import explain_formula, sizes_of
 from fused_rnn.formula.modules import Layer, Step
@@ -100,7 +101,9 @@ def explain(
     if training is None:
         training = torch.is_grad_enabled() and (data.requires_grad or any(p.requires_grad for p in module.parameters()))
     where = device if isinstance(device, str) else str(data.device) if device is None else "the given device"
-    backend, reason, rejected = _backend_for(device_type, dtype, where, described is not None)
+    options: Regularisation | None = module.__dict__.get("_regularisation")
+    features = _backend.Features(step_options=options is not None and options.modifies_steps(module.training))
+    backend, reason, rejected = _backend_for(device_type, dtype, where, described is not None, features)
     gpu = None  # the number of one that is there
     if backend == "cuda" and described is None:
         gpu = _number_of(data.device)
@@ -270,16 +273,16 @@ def _described_device(device: str | Mapping[str, Any] | None) -> Mapping[str, An
 
 
 def _backend_for(
-    device_type: str, dtype: torch.dtype, where: str, described: bool
+    device_type: str, dtype: torch.dtype, where: str, described: bool, features: _backend.Features
 ) -> tuple[str, str, tuple[Rejection, ...]]:
     """(backend, why it, the backends before it with their reasons), with the errors of a call."""
     forced = _backend.forced_backend()
-    planned = described and not dtype.is_complex and forced in (None, "cuda")
+    planned = described and not dtype.is_complex and forced in (None, "cuda") and not any(features)
     if forced is not None and not planned:
-        _backend.uses_ops(device_type, dtype)  # raises where it cannot serve
+        _backend.uses_ops(device_type, dtype, None, features)  # raises where it cannot serve
     if planned:
         planner()
-    demand = _backend.Demand(device_type, dtype)
+    demand = _backend.Demand(device_type, dtype, features=features)
     rejected: list[Rejection] = []
     for backend in _backend.BACKENDS:
         if planned and backend == "cuda":

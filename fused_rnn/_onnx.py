@@ -45,11 +45,15 @@ def rnn(
     """Arguments and results of reference.rnn.
 
     Raises:
-        NotImplementedError: a packed sequence, reset_state or return_all_states.
+        NotImplementedError: a packed sequence, reset_state, return_all_states, zoneout, recurrent_dropout or state_clip.
     """
     if rows.offsets is not None:
         refuse_packed()
-    for name, asked in (("reset_state", rows.reset_states), ("return_all_states", recipe.all_states)):
+    for name, asked in (
+        ("reset_state", rows.reset_states),
+        ("return_all_states", recipe.all_states),
+        ("zoneout, recurrent_dropout or state_clip", rows.options.any()),
+    ):
         if asked:
             raise NotImplementedError(f"torch.onnx.export: {name} has no counterpart in ONNX yet; export without it")
     num_layers, directions = recipe.num_layers, recipe.directions

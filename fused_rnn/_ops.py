@@ -25,7 +25,8 @@ def check_places(x: Tensor, **others: Sequence[Tensor | None]) -> None:
             if tensor.device != x.device:
                 raise RuntimeError(f"{name}[{index}]: expected device {x.device} (input's), got {tensor.device}")
             wide = name in ("states", "dlast") and index == 1 and tensor.dtype == torch.float32 and x.dtype.itemsize == 2
-            if tensor.dtype.is_floating_point and tensor.dtype != x.dtype and not wide:
+            number = name == "rows" and tensor.dim() == 0  # of StepOptions
+            if tensor.dtype.is_floating_point and tensor.dtype != x.dtype and not wide and not number:
                 raise RuntimeError(f"{name}[{index}]: expected dtype {x.dtype} (input's), got {tensor.dtype}")
 
 
@@ -46,7 +47,8 @@ def _fake_layer(
     """Shapes of fused_rnn::layer's results."""
     check_places(x, states=states, params=params, rows=rows)
     layer = unpacked(recipe)
-    kind, w_hh, packed = layer.kind, params[1], rows_of(rows, recipe).offsets is not None
+    of_call = rows_of(rows, recipe)
+    kind, w_hh, packed = layer.kind, params[1], of_call.offsets is not None
     hidden, out = w_hh.shape[0] // kind.gates, w_hh.shape[1]
     count = x.shape[0] if packed else x.shape[0] * x.shape[1]
     batch = states[0].shape[1] if packed and states else x.shape[1]
@@ -56,7 +58,7 @@ def _fake_layer(
     if kind.has_c and layer.all_states:
         last.append(x.new_empty(layer.directions, count, hidden))
     saved = []
-    if save and kind.saved:
+    if save and (kind.saved or of_call.options.any()):
         saved.append(x.new_empty(layer.directions, count, kind.slots, hidden))
     if save and kind.has_c and not layer.all_states:
         saved.append(x.new_empty(layer.directions, count, hidden))

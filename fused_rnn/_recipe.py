@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +12,12 @@ from fused_rnn._kinds import KINDS, Kind
 
 _HAS_LENGTHS = 1 << 12  # offsets, resets and reset states follow
 _HAS_RESET_STATES = 1 << 15
-ROWS = _HAS_LENGTHS * 15  # the bits that say which rows there are
+_OPTIONS_SHIFT, _OPTIONS = 17, 5  # where the bits of StepOptions begin, and their number
+OPTIONS = (1 << _OPTIONS) - 1 << _OPTIONS_SHIFT
+ROWS = _HAS_LENGTHS * 15 | OPTIONS  # the bits that say which rows there are
 _ALL_STATES_SHIFT, _LAYERS_SHIFT, _FAMILY_SHIFT = 16, 24, 56
 ALL_STATES = 1 << _ALL_STATES_SHIFT  # the bit of ``packed``
-_FREE = (1 << _LAYERS_SHIFT - _ALL_STATES_SHIFT - 1) - 1  # bits above that of all_states that say nothing
+_FREE = (1 << _LAYERS_SHIFT) - (1 << _OPTIONS_SHIFT + _OPTIONS)  # bits that say nothing
 
 
 class Recipe(NamedTuple):
@@ -57,7 +59,7 @@ def unpacked(number: int) -> Recipe:
         ValueError: the number is no packed recipe.
     """
     cell, num_layers, family = number & 0xFF, number >> _LAYERS_SHIFT & 0xFFFFFFFF, number >> _FAMILY_SHIFT
-    unknown = number >> _ALL_STATES_SHIFT + 1 & _FREE or not 0 <= family < 16
+    unknown = number & _FREE or not 0 <= family < 16
     if cell >= len(KINDS) or unknown or not 1 <= num_layers <= 2**31:
         raise ValueError(
             f"recipe: expected a number that fused_rnn._recipe makes (a cell of 0 to {len(KINDS) - 1} in its last byte), "
@@ -65,6 +67,51 @@ def unpacked(number: int) -> Recipe:
         )
     flags = [bool(number >> bit & 1) for bit in (8, 9, 10, 11)]
     return Recipe(cell, num_layers, *flags)._replace(all_states=bool(number >> _ALL_STATES_SHIFT & 1), family=family)
+
+
+class StepOptions(NamedTuple):
+    """What modifies the steps of a call, beside the cell: see csrc/core/modifier.h. Flags and factors are tensors of the
+    call's groups L*D, numbers are floats, or as the ops have them, float64 tensors without dimensions."""
+
+    zoneout_h: Tensor | float | None = None  # bool [L*D, N, H]: where true the unit keeps its value; or the share of it
+    zoneout_c: Tensor | float | None = None
+    clip: Tensor | float | None = None
+    product: Tensor | None = None  # [L*D, B, P] factors of the h that is multiplied with w_hh
+    candidate: Tensor | None = None  # [L*D, B, H] factors of LSTM's g, of GRU's n
+
+    def any(self) -> bool:
+        return not (self[0] is self[1] is self[2] is self[3] is self[4] is None)
+
+    def given(self, device: torch.device) -> list[Tensor]:
+        """Those that are there, as the ops take them."""
+        present = [value for value in self if value is not None]
+        return [
+            value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)
+            for value in present
+        ]
+
+    @property
+    def bits(self) -> int:
+        return sum(1 << _OPTIONS_SHIFT + place for place, value in enumerate(self) if value is not None)
+
+    def _each(self, of: Callable[[Tensor], Tensor]) -> StepOptions:
+        changed: list[Any] = [of(value) if isinstance(value, Tensor) and value.dim() else value for value in self]
+        return StepOptions(*changed)
+
+    def of_layer(self, layer: int, directions: int) -> StepOptions:
+        return self._each(lambda t: t[layer * directions : (layer + 1) * directions])
+
+    def of_direction(self, direction: int) -> StepOptions:
+        return self._each(lambda t: t[direction])
+
+    def of_step(self, rows: slice, batch: int) -> StepOptions:
+        """Of one direction's: the step of these rows, the first `batch` of the batch."""
+        flags, factors = self._replace(product=None, candidate=None), StepOptions(None, None, None, *self[3:])
+        mine, theirs = flags._each(lambda t: t[rows]), factors._each(lambda t: t[:batch])
+        return StepOptions(*mine[:3], *theirs[3:])
+
+
+_NO_OPTIONS = StepOptions()
 
 
 class Rows(NamedTuple):
@@ -75,26 +122,31 @@ class Rows(NamedTuple):
     resets: Tensor | None = None  # [T, B] ([B, T] with batch_first, [N] packed) bool
     # Of each state what resets replace it by, (): zeros. [L*D, 1 or B, .], or of every step [T, L*D, B, .]
     reset_states: tuple[Tensor, ...] = ()
+    options: StepOptions = _NO_OPTIONS
 
-    def given(self) -> list[Tensor]:
-        """The ops' argument ``rows``: [] for all rows in every step."""
-        return [*(tensor for tensor in self[:3] if tensor is not None), *self.reset_states]
+    def given(self, device: torch.device | None = None) -> list[Tensor]:
+        """The ops' argument ``rows``: [] for all rows in every step. device: the input's, where there are options."""
+        masks = [tensor for tensor in self[:3] if tensor is not None]
+        options = self.options.given(device or torch.device("cpu")) if self.options is not _NO_OPTIONS else []
+        return [*masks, *options, *self.reset_states]
 
     @property
     def bits(self) -> int:
         """What the ops' argument ``recipe`` says of ``rows``: which they are."""
         masks = sum(_HAS_LENGTHS << place for place, tensor in enumerate(self[:3]) if tensor is not None)
-        return masks | _HAS_RESET_STATES * bool(self.reset_states)
+        options = self.options.bits if self.options is not _NO_OPTIONS else 0
+        return masks | options | _HAS_RESET_STATES * bool(self.reset_states)
 
     def on(self, device: torch.device) -> Rows:
         """The same with the integers and flags on this device."""
         lengths, offsets, resets = (None if tensor is None else tensor.to(device) for tensor in self[:3])
-        return Rows(lengths, offsets, resets, self.reset_states)
+        return Rows(lengths, offsets, resets, self.reset_states, self.options)
 
     def of_layer(self, layer: int, directions: int) -> Rows:
         """What a layer of a stack has of them."""
         part = slice(layer * directions, (layer + 1) * directions)
-        return self._replace(reset_states=tuple(t[:, part] if t.dim() == 4 else t[part] for t in self.reset_states))
+        states = tuple(t[:, part] if t.dim() == 4 else t[part] for t in self.reset_states)
+        return self._replace(reset_states=states, options=self.options.of_layer(layer, directions))
 
 
 def rows_of(given: Sequence[Tensor], recipe: int) -> Rows:
@@ -104,11 +156,14 @@ def rows_of(given: Sequence[Tensor], recipe: int) -> Rows:
         ValueError: they do not fit.
     """
     places = [place for place in range(3) if recipe & _HAS_LENGTHS << place]
-    count, more = len(places), bool(recipe & _HAS_RESET_STATES)
+    options = [place for place in range(_OPTIONS) if recipe & 1 << _OPTIONS_SHIFT + place]
+    first, more = len(places), bool(recipe & _HAS_RESET_STATES)
+    count = first + len(options)
     if len(given) < count + more or (len(given) > count and not more):
         raise ValueError(
-            f"rows: expected {count} of lengths, offsets and resets{', then reset states' * more} (recipe says which), "
-            f"got {len(given)}"
+            f"rows: expected {count} of lengths, offsets, resets and options of steps{', then reset states' * more} "
+            f"(recipe says which), got {len(given)}"
         )
-    masks = {Rows._fields[place]: tensor for place, tensor in zip(places, given[:count], strict=True)}
-    return Rows(**masks, reset_states=tuple(given[count:]))
+    masks = {Rows._fields[place]: tensor for place, tensor in zip(places, given[:first], strict=True)}
+    steps = {StepOptions._fields[place]: tensor for place, tensor in zip(options, given[first:count], strict=True)}
+    return Rows(**masks, reset_states=tuple(given[count:]), options=StepOptions(**steps) if steps else _NO_OPTIONS)

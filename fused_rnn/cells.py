@@ -2,7 +2,8 @@
 
 Every class is a subclass of torch.nn's own and keeps its constructor. What differs from torch.nn: RNNCell has a third
 nonlinearity, "identity", and refuses an unknown one at construction; every class gives the autocast dtype under autocast;
-``torch.jit.script`` is not supported (``torch.jit.trace`` is).
+``torch.jit.script`` is not supported (``torch.jit.trace`` is). Constructors take, by keyword alone, zoneout, weight_dropout,
+state_clip and forget_bias as :class:`fused_rnn.LSTM`'s; masks are of a call, that is of a step.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from fused_rnn import _checks, _extras, _opacus
 from fused_rnn._kinds import GRU, LSTM, NUMBER_OF_NONLINEARITY
 from fused_rnn._quick_call import QuickCall, watch
-from fused_rnn._recipe import Recipe
-from fused_rnn.functional import autocast_on, run_cell
+from fused_rnn._recipe import Recipe, Rows
+from fused_rnn._regularisation import Kind, Regularisation, Regularised, Sizes
+from fused_rnn.functional import autocast_on, run_cell, run_rnn
 from fused_rnn.modules import check_layout, check_like, check_parameters, refuse_scripting, type_name
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
@@ -24,8 +26,36 @@ __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 _WITH_BIASES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-class _Cell(QuickCall, nn.RNNCellBase):
-    """What the three cells share: where the weights come from, the checks, and the call."""
+class _Cell(QuickCall, Regularised, nn.RNNCellBase):
+    """What the three cells share: the options, where the weights come from, the checks, and the call."""
+
+    def __init__(
+        self,
+        *args: Any,
+        zoneout: float | tuple[float, ...] = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        state_clip: float | None = None,
+        forget_bias: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._regularise(
+            {
+                "zoneout": zoneout,
+                "recurrent_dropout": recurrent_dropout,
+                "weight_dropout": weight_dropout,
+                "state_clip": state_clip,
+                "forget_bias": forget_bias,
+            }
+        )
+        self._set_forget_bias()
+
+    def _kind_of_options(self) -> Kind:
+        lstm = isinstance(self, nn.LSTMCell)
+        states = ("h", "c") if lstm else ("h",)
+        gated = lstm or isinstance(self, nn.GRUCell)
+        return Kind(type(self).__name__, states, gated, lstm, bool(self.bias), is_cell=True)
 
     __prepare_scriptable__ = refuse_scripting
     ft_compute_sample_grad = _opacus.ft_compute_sample_grad
@@ -71,8 +101,24 @@ class _Cell(QuickCall, nn.RNNCellBase):
         else:
             with _checks.untraced():
                 self._check(input, states, weights)
-        last = run_cell(Recipe(cell, has_biases=len(weights) == 4), input, states, weights)
+        recipe = Recipe(cell, has_biases=len(weights) == 4)
+        if "_regularisation" in self.__dict__:
+            last = self._regularised(recipe, input, states, weights)
+        else:
+            last = run_cell(recipe, input, states, weights)
         return [state.squeeze(0) for state in last] if unbatched else last
+
+    def _regularised(self, recipe: Recipe, input: Tensor, states: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+        """A step with options: a layer's of one step."""
+        of: Regularisation = self.__dict__["_regularisation"]
+        weights = of.dropped(weights, len(weights), self.training)
+        batch, hidden = input.shape[0], self.hidden_size
+        options = of.step_options(input, Sizes(1, batch, batch, hidden, hidden), self.training)
+        if not options.any():
+            return run_cell(recipe, input, states, weights)
+        lifted = [state.unsqueeze(0) for state in states]
+        _, last = run_rnn(recipe, input.unsqueeze(0), lifted, weights, None, Rows(options=options))
+        return [state.squeeze(0) for state in last]
 
     def _check(self, input: Tensor, states: list[Tensor], weights: list[Tensor]) -> None:
         """Tests all in one expression; only if it fails are the checks made one by one, in torch.nn's order, to raise."""
@@ -134,10 +180,11 @@ class RNNCell(_Cell, nn.RNNCell):
         nonlinearity: str = "tanh",
         device: Any = None,
         dtype: Any = None,
+        **options: Any,
     ) -> None:
         if nonlinearity not in NUMBER_OF_NONLINEARITY:
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh', 'relu' or 'identity'.")
-        super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
+        super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype, **options)
 
     def forward(
         self,

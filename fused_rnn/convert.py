@@ -62,7 +62,8 @@ def revert(model: _Model) -> _Model:
     """Undo :func:`convert`, in place: every fused layer and cell becomes torch.nn's, or of its own class again.
 
     Left as they are, with a warning: instances of subclasses of ours, parametrized modules, and those that torch.nn has no
-    class for (nonlinearity "identity"). What was torchrecurrent's stays ours. Returns the same model.
+    class for (nonlinearity "identity", zoneout and the other options that torch.nn lacks). What was torchrecurrent's stays
+    ours. Returns the same model.
     """
     return _swap(model, "revert")
 
@@ -136,6 +137,9 @@ def _why_not(module: nn.Module, caller: str) -> str | None:
         return "its forward was replaced on the instance"
     if getattr(module, "nonlinearity", None) == "identity":
         return "torch.nn has no nonlinearity 'identity'"
+    if caller == "revert" and "_regularisation" in module.__dict__:
+        options = module.__dict__["_regularisation"].shown().removeprefix(", ")
+        return f"torch.nn has no {options}"
     dtype = next((p.dtype for p in module.parameters(recurse=False)), None)
     if caller == "convert" and dtype is not None and dtype not in DTYPES:
         return f"no kernels for {dtype}"

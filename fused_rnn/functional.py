@@ -211,7 +211,9 @@ def run_rnn(
     if type(input) is not Tensor or type(weights[0]) not in _PLAIN:
         _dtensor.prepare()
     for_onnx = is_exporting() and _onnx.exporting()
-    features = Features(bool(rows.reset_states), recipe.all_states and recipe.kind.has_c)
+    features = Features(
+        bool(rows.reset_states), recipe.all_states and recipe.kind.has_c, rows.options is not _ALL_ROWS.options
+    )
     if not for_onnx and uses_ops(device_type, input.dtype, device, features):
         # Modes see the op's call, and so do subclasses, wherever in it they are.
         seen = torch.compiler.is_compiling() or _has_torch_function_variadic(
@@ -219,13 +221,16 @@ def run_rnn(
         )
         op = _ops.rnn if seen else _ops.eager_rnn
         result: tuple[Tensor, list[Tensor]] = op(
-            input, states, weights, rows.given(), recipe.packed | rows.bits, recipe.dropout
+            input, states, weights, rows.given(device), recipe.packed | rows.bits, recipe.dropout
         )
         return result
     input, states, weights = autocast(device_type, input, states, weights)
     # Offsets stay on the host, which reads them.
     lengths, resets = (None if tensor is None else tensor.to(input.device) for tensor in (rows.lengths, rows.resets))
-    rows = Rows(lengths, rows.offsets, resets, tuple(autocast(device_type, input, rows.reset_states, [])[1]))
+    options = rows.options
+    product, candidate = (f if f is None else autocast(device_type, f, [], [])[0] for f in options[3:])
+    options = options._replace(product=product, candidate=candidate)
+    rows = Rows(lengths, rows.offsets, resets, tuple(autocast(device_type, input, rows.reset_states, [])[1]), options)
     if for_onnx:
         return _onnx.rnn(input, states, weights, rows, recipe)
     if _get_tracing_state() is None:
@@ -294,7 +299,7 @@ def _traced_for_reference(
     return (
         pinned(input, *input.shape[:2], weights[0].shape[1]),
         [pinned(state, groups, batch, size) for state, size in zip(states, sizes, strict=False)],
-        Rows(pinned(rows.lengths, batch), None, pinned(rows.resets, *input.shape[:2]), rows.reset_states),
+        rows._replace(lengths=pinned(rows.lengths, batch), resets=pinned(rows.resets, *input.shape[:2])),
     )
 
 

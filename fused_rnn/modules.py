@@ -3,6 +3,8 @@
 Every class is a subclass of torch.nn's own and keeps its constructor. What differs from torch.nn:
 
 * RNN has a third nonlinearity, "identity".
+* Constructors take, by keyword alone, zoneout, recurrent_dropout, recurrent_dropout_variant, weight_dropout, state_clip and
+  forget_bias (the class LSTM explains). Masks come from torch's generator of the input's device.
 * forward takes lengths, resets, reset_state and return_all_states, by keyword alone (fused_rnn.functional.lstm explains).
 * Weights are separate tensors, always: ``flatten_parameters`` does nothing, and ``_flat_weights`` is not a cache but is read
   from the parameters at each use, so it is never stale and holds nothing alive. Assigning it works as in torch.nn.
@@ -28,12 +30,14 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_rnn import _checks, _extras, _kinds, _onnx, _opacus
 from fused_rnn._extras import Extras
 from fused_rnn._quick_call import QuickCall, watch
-from fused_rnn._recipe import Recipe
+from fused_rnn._recipe import Recipe, Rows
+from fused_rnn._regularisation import Kind, Regularisation, Regularised, Sizes
 from fused_rnn.functional import autocast_on, run_rnn
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
 _NOTHING = Extras()
+_ALL_ROWS = Rows()
 
 
 def refuse_scripting(module: nn.Module) -> nn.Module:
@@ -126,8 +130,36 @@ class _Override(NamedTuple):
         )
 
 
-class _Layer(QuickCall, nn.RNNBase):
-    """What RNN, LSTM and GRU share: where the weights come from, and the checks before the call."""
+class _Layer(QuickCall, Regularised, nn.RNNBase):
+    """What RNN, LSTM and GRU share: the options, where the weights come from, and the checks before the call."""
+
+    def __init__(
+        self,
+        *args: Any,
+        zoneout: float | tuple[float, ...] = 0.0,
+        recurrent_dropout: float = 0.0,
+        recurrent_dropout_variant: str = "state",
+        weight_dropout: float = 0.0,
+        state_clip: float | None = None,
+        forget_bias: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._regularise(
+            {
+                "zoneout": zoneout,
+                "recurrent_dropout": recurrent_dropout,
+                "recurrent_dropout_variant": recurrent_dropout_variant,
+                "weight_dropout": weight_dropout,
+                "state_clip": state_clip,
+                "forget_bias": forget_bias,
+            }
+        )
+        self._set_forget_bias()
+
+    def _kind_of_options(self) -> Kind:
+        states, lstm = ("h", "c") if self.mode == "LSTM" else ("h",), self.mode == "LSTM"
+        return Kind(type(self).__name__, states, lstm or self.mode == "GRU", lstm, self.bias, projects=self.proj_size > 0)
 
     # --- weights ---
 
@@ -246,9 +278,28 @@ class _Layer(QuickCall, nn.RNNBase):
             bool(fields["training"]),
             fields["dropout"],
         )
+        rows = _ALL_ROWS
+        if "_regularisation" in fields:
+            weights, rows = self._regularised(recipe, input, weights, batch_sizes)
         if extras is None:
-            return run_rnn(recipe, input, states, weights, batch_sizes)
-        return self._run_with(extras, recipe, (input, states, weights), batch_sizes, sorted_indices)
+            return run_rnn(recipe, input, states, weights, batch_sizes, rows)
+        return self._run_with(extras, recipe, (input, states, weights), batch_sizes, sorted_indices, rows)
+
+    def _regularised(
+        self, recipe: Recipe, input: Tensor, weights: list[Tensor], batch_sizes: Tensor | None
+    ) -> tuple[list[Tensor], Rows]:
+        """The weights, and what modifies the steps, of a call with options."""
+        of: Regularisation = self.__dict__["_regularisation"]
+        groups = recipe.num_layers * recipe.directions
+        if batch_sizes is None:
+            steps, batch = input.shape[int(recipe.batch_first)], input.shape[1 - int(recipe.batch_first)]
+            count = steps * batch
+        else:
+            count, batch = input.shape[0], int(batch_sizes[0])
+        sizes = Sizes(groups, count, batch, self.proj_size or self.hidden_size, self.hidden_size)
+        weights = of.dropped(weights, len(weights) // groups, recipe.training)
+        options = of.step_options(input, sizes, recipe.training)
+        return weights, Rows(options=options) if options.any() else _ALL_ROWS
 
     def _run_with(
         self,
@@ -257,6 +308,7 @@ class _Layer(QuickCall, nn.RNNBase):
         arguments: tuple[Tensor, list[Tensor], list[Tensor]],
         batch_sizes: Tensor | None,
         sorted_indices: Tensor | None,
+        regularised: Rows,
     ) -> tuple[Tensor, list[Tensor]]:
         """_run's call with more than torch.nn's arguments, after the checks of those."""
         given, caller_input = extras
@@ -267,7 +319,7 @@ class _Layer(QuickCall, nn.RNNBase):
         names = ("h", "c")[:count]
         form = _extras.Form(caller_input, batch_first, unbatched, batch_sizes, groups, names, sizes[:count], casts)
         with _checks.sizes_known():
-            rows = _extras.rows_of(given, form, sorted_indices)
+            rows = _extras.rows_of(given, form, sorted_indices)._replace(options=regularised.options)
         recipe = recipe._replace(all_states=given.return_all_states)
         output, states = run_rnn(recipe, *arguments, batch_sizes, rows)
         return output, [*states[:count], *_extras.in_form(states[count:], form)]
@@ -387,7 +439,29 @@ def _pair(hx: Any) -> tuple[Tensor, Tensor]:
 
 
 class LSTM(_Layer, nn.LSTM):
-    """torch.nn.LSTM on fused kernels; constructor, arguments, results and errors are torch.nn.LSTM's."""
+    """torch.nn.LSTM on fused kernels; constructor, arguments, results and errors are torch.nn.LSTM's.
+
+    Constructor options beyond torch.nn's, by keyword alone. Each is an attribute too, and may be assigned.
+
+    Args:
+        zoneout: the probability that a unit keeps its value over a step (Krueger et al. 2017): one number for h and c, or a
+            pair. In training every step, row and unit has a mask of its own, and those of h and c are drawn apart; the new h
+            is made of the new c before c's zoneout. In eval mode a state becomes ``p * before + (1 - p) * after``.
+            Not with proj_size.
+        recurrent_dropout: the probability with which, in training, a mask zeroes elements; the others are divided by 1 - p.
+            A mask is of a call, a layer, a direction and a row, the same at all steps, also across resets.
+        recurrent_dropout_variant: what it masks: "state", the h that is multiplied with weight_hh (Gal and Ghahramani 2016),
+            or "candidate", g (Semeniuta et al. 2016).
+        weight_dropout: the probability with which, in training, elements of weight_hh are zeroed; the others are divided by
+            1 - p (Merity et al. 2018). A mask is of a call.
+        state_clip: the new c is cut to [-state_clip, state_clip] at every step, before h is made of it and before zoneout.
+            No gradient passes where it was cut. None: it is not.
+        forget_bias: where ``reset_parameters`` puts the bias of the forget gate: its part of bias_ih becomes forget_bias,
+            its part of bias_hh 0, in all layers and directions. None: as torch.nn.LSTM. Not with bias=False.
+
+    Raises:
+        TypeError, ValueError: an option is wrong or not to be had with another; the message names it.
+    """
 
     def forward(self, input, hx=None, *, lengths=None, resets=None, reset_state=None, return_all_states=False):  # type: ignore[no-untyped-def]
         """input [T, B, I] ([B, T, I] with batch_first; [T, I]; PackedSequence), hx (h0 [L*D, B, P], c0 [L*D, B, H]) or None
@@ -422,7 +496,11 @@ class LSTM(_Layer, nn.LSTM):
 
 
 class GRU(_Layer, nn.GRU):
-    """torch.nn.GRU on fused kernels; constructor, arguments, results and errors are torch.nn.GRU's."""
+    """torch.nn.GRU on fused kernels; constructor, arguments, results and errors are torch.nn.GRU's.
+
+    Options beyond torch.nn's: those of :class:`fused_rnn.LSTM` but forget_bias. zoneout is one number; the candidate of
+    recurrent_dropout is n; state_clip cuts the new h.
+    """
 
     def forward(self, input, hx=None, *, lengths=None, resets=None, reset_state=None, return_all_states=False):  # type: ignore[no-untyped-def]
         """input [T, B, I] ([B, T, I] with batch_first; [T, I]; PackedSequence), hx [L*D, B, H] or None
@@ -436,7 +514,11 @@ class GRU(_Layer, nn.GRU):
 
 
 class RNN(_Layer, nn.RNN):
-    """torch.nn.RNN on fused kernels, with a third nonlinearity, "identity" (a linear recurrence); else as torch.nn.RNN."""
+    """torch.nn.RNN on fused kernels, with a third nonlinearity, "identity" (a linear recurrence); else as torch.nn.RNN.
+
+    Options beyond torch.nn's: those of :class:`fused_rnn.LSTM` but forget_bias and the variant "candidate". zoneout is one
+    number; state_clip cuts the new h.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         nonlinearity = args[3] if len(args) > 3 else kwargs.get("nonlinearity", "tanh")

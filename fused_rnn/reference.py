@@ -13,22 +13,40 @@ import torch
 from torch import Tensor
 
 from fused_rnn._kinds import GRU, LSTM, RNN_RELU, RNN_TANH
-from fused_rnn._recipe import Recipe, Rows
+from fused_rnn._recipe import Recipe, Rows, StepOptions
+
+_NO_OPTIONS = StepOptions()
 
 
-def step(x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], recipe: Recipe) -> list[Tensor]:
+def step(
+    x: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    recipe: Recipe,
+    options: StepOptions = _NO_OPTIONS,
+) -> list[Tensor]:
     """One step of one direction: x [B, I], states h [B, P] and, of an LSTM, c [B, H] -> the states after it.
 
     Formulas: the documentation of torch.nn.RNNCell, LSTMCell (with W_hr of torch.nn.LSTM) and GRUCell.
+    options: of this step and direction; zoneout is _zoneout's.
     """
     cell, h = recipe.cell, states[0]
     w_ih, w_hh = params[:2]
     b_ih, b_hh = params[2:4] if recipe.has_biases else (None, None)
     gi = torch.nn.functional.linear(x, w_ih, b_ih)
-    gh = torch.nn.functional.linear(h, w_hh, b_hh)
+    gh = torch.nn.functional.linear(h if options.product is None else h * options.product, w_hh, b_hh)
+
+    def masked(candidate: Tensor) -> Tensor:
+        return candidate if options.candidate is None else candidate * options.candidate
+
+    def clipped(state: Tensor) -> Tensor:
+        clip: Any = options.clip
+        return state if clip is None else state.clamp(-clip, clip)
+
     if cell == LSTM:
         i, f, g, o = (gi + gh).chunk(4, dim=-1)
-        c = f.sigmoid() * states[1] + i.sigmoid() * g.tanh()  # of c's dtype, which may be wider than the others'
+        # Of c's dtype, which may be wider than the others'.
+        c = clipped(f.sigmoid() * states[1] + i.sigmoid() * masked(g.tanh()))
         h = (o.sigmoid() * c.tanh()).to(x.dtype)
         if len(params) == 2 * (1 + recipe.has_biases) + 1:
             h = torch.nn.functional.linear(h, params[-1])
@@ -38,13 +56,22 @@ def step(x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], recipe: 
         h_r, h_z, h_n = gh.chunk(3, dim=-1)
         r = (x_r + h_r).sigmoid()
         z = (x_z + h_z).sigmoid()
-        n = (x_n + r * h_n).tanh()
-        return [n + z * (h - n)]
+        n = masked((x_n + r * h_n).tanh())
+        return [clipped(n + z * (h - n))]
     a = gi + gh
-    return [a.tanh() if cell == RNN_TANH else a.relu() if cell == RNN_RELU else a]
+    return [clipped(a.tanh() if cell == RNN_TANH else a.relu() if cell == RNN_RELU else a)]
 
 
-StepFunction = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Recipe], list[Tensor]]  # as ``step``
+def _zoneout(before: Tensor, after: Tensor, kept: Tensor | float | None) -> Tensor:
+    """A state after a step whose units keep their value where `kept` is true, or by the share that it is."""
+    if kept is None:
+        return after
+    if isinstance(kept, Tensor) and kept.dtype == torch.bool:
+        return torch.where(kept, before, after)
+    return kept * before + (1 - kept) * after
+
+
+StepFunction = Callable[..., list[Tensor]]  # as ``step``; of a cell of one's own without options
 
 
 def _scan(
@@ -57,6 +84,8 @@ def _scan(
     sizes = None if rows.offsets is None else rows.offsets.diff().tolist()
     xs = x.unbind() if sizes is None else x.split(sizes)
     resets = None if rows.resets is None else rows.resets.unbind() if sizes is None else rows.resets.split(sizes)
+    starts = [] if sizes is None else rows.offsets.tolist()  # type: ignore[union-attr]
+    options = rows.options.of_direction(int(reverse)) if rows.options.any() else None
     put = [state.select(-3, int(reverse)) for state in rows.reset_states]
     every: list[list[Tensor]] = []
     for t in reversed(range(len(xs))) if reverse else range(len(xs)):
@@ -69,7 +98,14 @@ def _scan(
         if rows.lengths is not None:  # the state of a row without a step here may hold anything, as its padding may
             active = (t < rows.lengths).unsqueeze(-1)
             before = [torch.where(active, state, 0) for state in before]
-        after = step(xs[t], before, params, recipe)
+        if options is None:
+            after = step(xs[t], before, params, recipe)
+        else:
+            batch = xs[t].shape[0]
+            first = starts[t] if starts else t * batch
+            of_step = options.of_step(slice(first, first + batch), batch)
+            after = step(xs[t], before, params, recipe, of_step)
+            after = [_zoneout(*pair) for pair in zip(before, after, of_step[: len(after)], strict=True)]
         if rows.lengths is None:
             every.append(after)
         else:

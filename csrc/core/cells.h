@@ -17,6 +17,8 @@
 //        a: saved values, h_prev/c_prev: state before the step, c/h: state after, dh: total gradient of h,
 //        dc: gradient of c from the next step in, of c_prev out, d: gradients in the slot order of BackwardParams::d_gates,
 //        dh_prev: the part of the gradient of h_prev that does not go through the recurrent weights
+// forward, forward_of_sigmoids and backward take, last, a modifier of the step (below), by default none:
+//   unclipped(a, h_prev, c_prev, m)    of saved values: what forward gave to m.clipped
 #pragma once
 #include "core/params.h"
 
@@ -42,6 +44,24 @@ FUSED_RNN_HD float relu_mask(float y, float d) { return y > 0.0f ? d : 0.0f; }
 FUSED_RNN_HD double relu_mask(double y, double d) { return y > 0.0 ? d : 0.0; }
 }  // namespace math
 
+// What may be done to a step inside of the cell. Another modifier has the same functions (cpu/isa/pointwise_modified.h).
+struct Unmodified {
+  // Of the candidate (LSTM's g, GRU's n), and of its gradient.
+  template <class V>
+  static FUSED_RNN_HD V candidate(const V& v) {
+    return v;
+  }
+  // Of the new c, or of the new h of a cell without c; and of its gradient.
+  template <class V>
+  static FUSED_RNN_HD V clipped(const V& v) {
+    return v;
+  }
+  template <class V>
+  static FUSED_RNN_HD V clip_gradient(const V& d) {
+    return d;
+  }
+};
+
 // The list's line of a cell as constants.
 template <CellKind kKind>
 struct CellConstants {
@@ -58,28 +78,33 @@ struct RnnCell : CellConstants<kKind> {
   using CellConstants<kKind>::kSlots;
   static constexpr FUSED_RNN_HD int recurrent_slot(int) { return 0; }
 
-  template <class V>
-  static FUSED_RNN_HD void forward(V (&a)[kSlots], const V&, const V&, V& h, V&) {
+  // A modified step saves its h before the modifier.
+  template <class V, class M = Unmodified>
+  static FUSED_RNN_HD void forward(V (&a)[kSlots], const V&, const V&, V& h, V&, const M& m = M()) {
     using namespace math;
     if constexpr (kKind == CellKind::kRnnTanh) {
-      h = tanh(a[0]);
+      a[0] = tanh(a[0]);
     } else if constexpr (kKind == CellKind::kRnnRelu) {
-      h = relu(a[0]);
-    } else {
-      h = a[0];
+      a[0] = relu(a[0]);
     }
+    h = m.clipped(a[0]);
+  }
+  template <class V, class M>
+  static FUSED_RNN_HD V unclipped(const V (&a)[kSlots], const V&, const V&, const M&) {
+    return a[0];
   }
 
-  template <class V>
+  // h: before the modifier.
+  template <class V, class M = Unmodified>
   static FUSED_RNN_HD void backward(const V (&)[kSlots], const V&, const V&, const V&, const V& h, const V& dh, V&,
-                                    V (&d)[kSlots], V& dh_prev) {
+                                    V (&d)[kSlots], V& dh_prev, const M& m = M()) {
     using namespace math;
     if constexpr (kKind == CellKind::kRnnTanh) {
-      d[0] = dh * (V(1) - h * h);
+      d[0] = m.clip_gradient(dh) * (V(1) - h * h);
     } else if constexpr (kKind == CellKind::kRnnRelu) {
-      d[0] = relu_mask(h, dh);
+      d[0] = relu_mask(h, m.clip_gradient(dh));
     } else {
-      d[0] = dh;
+      d[0] = m.clip_gradient(dh);
     }
     dh_prev = V(0);
   }
@@ -103,29 +128,34 @@ struct Cell<CellKind::kLstm> : CellConstants<CellKind::kLstm> {
     a[1] = sigmoid(a[1]);
     a[3] = sigmoid(a[3]);
   }
-  template <class V>
-  static FUSED_RNN_HD void forward_of_sigmoids(V (&a)[kSlots], const V&, const V& c_prev, V& h, V& c) {
+  template <class V, class M>
+  static FUSED_RNN_HD V unclipped(const V (&a)[kSlots], const V&, const V& c_prev, const M& m) {
+    return a[1] * c_prev + a[0] * m.candidate(a[2]);
+  }
+  template <class V, class M = Unmodified>
+  static FUSED_RNN_HD void forward_of_sigmoids(V (&a)[kSlots], const V& h_prev, const V& c_prev, V& h, V& c,
+                                               const M& m = M()) {
     using namespace math;
     a[2] = tanh(a[2]);
-    c = a[1] * c_prev + a[0] * a[2];
+    c = m.clipped(unclipped(a, h_prev, c_prev, m));
     h = a[3] * tanh(c);
   }
-  template <class V>
-  static FUSED_RNN_HD void forward(V (&a)[kSlots], const V& h_prev, const V& c_prev, V& h, V& c) {
+  template <class V, class M = Unmodified>
+  static FUSED_RNN_HD void forward(V (&a)[kSlots], const V& h_prev, const V& c_prev, V& h, V& c, const M& m = M()) {
     sigmoids(a);
-    forward_of_sigmoids(a, h_prev, c_prev, h, c);
+    forward_of_sigmoids(a, h_prev, c_prev, h, c, m);
   }
 
-  template <class V>
+  template <class V, class M = Unmodified>
   static FUSED_RNN_HD void backward(const V (&a)[kSlots], const V&, const V& c_prev, const V& c, const V&, const V& dh,
-                                    V& dc, V (&d)[kSlots], V& dh_prev) {
+                                    V& dc, V (&d)[kSlots], V& dh_prev, const M& m = M()) {
     using namespace math;
     const V i = a[0], f = a[1], g = a[2], o = a[3];
     const V tanh_c = tanh(c);
-    const V dc_total = dc + dh * o * (V(1) - tanh_c * tanh_c);
-    d[0] = dc_total * g * i * (V(1) - i);
+    const V dc_total = m.clip_gradient(dc + dh * o * (V(1) - tanh_c * tanh_c));
+    d[0] = dc_total * m.candidate(g) * i * (V(1) - i);
     d[1] = dc_total * c_prev * f * (V(1) - f);
-    d[2] = dc_total * i * (V(1) - g * g);
+    d[2] = m.candidate(dc_total * i) * (V(1) - g * g);
     d[3] = dh * tanh_c * o * (V(1) - o);
     dc = dc_total * f;
     dh_prev = V(0);
@@ -143,26 +173,33 @@ struct Cell<CellKind::kGru> : CellConstants<CellKind::kGru> {
     a[0] = sigmoid(a[0]);
     a[1] = sigmoid(a[1]);
   }
-  template <class V>
-  static FUSED_RNN_HD void forward_of_sigmoids(V (&a)[kSlots], const V& h_prev, const V&, V& h, V&) {
+  template <class V, class M>
+  static FUSED_RNN_HD V unclipped(const V (&a)[kSlots], const V& h_prev, const V&, const M& m) {
+    const V n = m.candidate(a[2]);
+    return n + a[1] * (h_prev - n);
+  }
+  template <class V, class M = Unmodified>
+  static FUSED_RNN_HD void forward_of_sigmoids(V (&a)[kSlots], const V& h_prev, const V& c_prev, V& h, V&,
+                                               const M& m = M()) {
     using namespace math;
     a[2] = tanh(a[2] + a[0] * a[3]);
-    h = a[2] + a[1] * (h_prev - a[2]);
+    h = m.clipped(unclipped(a, h_prev, c_prev, m));
   }
-  template <class V>
-  static FUSED_RNN_HD void forward(V (&a)[kSlots], const V& h_prev, const V& c_prev, V& h, V& c) {
+  template <class V, class M = Unmodified>
+  static FUSED_RNN_HD void forward(V (&a)[kSlots], const V& h_prev, const V& c_prev, V& h, V& c, const M& m = M()) {
     sigmoids(a);
-    forward_of_sigmoids(a, h_prev, c_prev, h, c);
+    forward_of_sigmoids(a, h_prev, c_prev, h, c, m);
   }
 
-  template <class V>
-  static FUSED_RNN_HD void backward(const V (&a)[kSlots], const V& h_prev, const V&, const V&, const V&, const V& dh, V&,
-                                    V (&d)[kSlots], V& dh_prev) {
+  template <class V, class M = Unmodified>
+  static FUSED_RNN_HD void backward(const V (&a)[kSlots], const V& h_prev, const V&, const V&, const V&, const V& dh_after,
+                                    V&, V (&d)[kSlots], V& dh_prev, const M& m = M()) {
     const V r = a[0], z = a[1], n = a[2], hn = a[3];
-    const V dn = dh * (V(1) - z) * (V(1) - n * n);
+    const V dh = m.clip_gradient(dh_after);
+    const V dn = m.candidate(dh * (V(1) - z)) * (V(1) - n * n);
     d[0] = dn;
     d[1] = dn * hn * r * (V(1) - r);
-    d[2] = dh * (h_prev - n) * z * (V(1) - z);
+    d[2] = dh * (h_prev - m.candidate(n)) * z * (V(1) - z);
     d[3] = dn * r;
     dh_prev = dh * z;
   }

@@ -2,6 +2,7 @@
 
 #include <ATen/core/grad_mode.h>
 
+#include <array>
 #include <iterator>
 
 #include "plan/family.h"
@@ -78,6 +79,17 @@ void check_weights(const Call& call, const LayerShapes& s) {
   }
 }
 
+constexpr std::array<int64_t, 5> kOptionBits = {kHasZoneoutH, kHasZoneoutC, kHasClip, kHasProduct, kHasCandidate};
+
+// Flags, or a share of 0 to 1.
+void check_zoneout(const char* name, const OptionalTensor& t, at::IntArrayRef shape, const Call& call) {
+  if (!t) return;
+  if (t->dim() > 0) return check_tensor(name, *t, shape, call.x, at::kBool);
+  check_tensor(name, *t, {}, call.x, at::kDouble);
+  const double share = *t->const_data_ptr<double>();
+  TORCH_CHECK_VALUE(share >= 0 && share <= 1, name, ": expected a share of 0 to 1, got ", share);
+}
+
 }  // namespace
 
 RowList list_of(const Rows& rows) {
@@ -90,6 +102,10 @@ RowList list_of(const Rows& rows) {
   add(rows.lengths, kHasLengths);
   add(rows.offsets, kHasOffsets);
   add(rows.resets, kHasResets);
+  if (rows.options.any()) {
+    StepOptions options = rows.options;
+    for (size_t i = 0; i < kOptionBits.size(); ++i) add(*options.all()[i], kOptionBits[i]);
+  }
   for (const Tensor& t : rows.reset_states) add(t, kHasResetStates);
   return list;
 }
@@ -105,12 +121,15 @@ Rows rows_of(at::TensorList list, int64_t packed) {
   take(rows.lengths, kHasLengths);
   take(rows.offsets, kHasOffsets);
   take(rows.resets, kHasResets);
+  if (packed & kHasStepOptions) {
+    for (size_t i = 0; i < kOptionBits.size(); ++i) take(*rows.options.all()[i], kOptionBits[i]);
+  }
   if (packed & kHasResetStates) {
     for (; next < list.size(); ++next) rows.reset_states.push_back(list[next]);
     TORCH_CHECK_VALUE(!rows.reset_states.empty(), "rows: expected reset states at the end (recipe says so), got none");
   }
   TORCH_CHECK_VALUE(next == list.size(), "rows: expected ", next,
-                    " of lengths, offsets and resets (recipe says which), got ", list.size());
+                    " of lengths, offsets, resets and options of steps (recipe says which), got ", list.size());
   return rows;
 }
 
@@ -157,6 +176,19 @@ std::vector<Tensor> reset_states_of_layer(const Call& stack, int64_t layer) {
     t = t.slice(dim, layer * directions, (layer + 1) * directions);
   }
   return states;
+}
+
+StepOptions options_of_layer(const Call& stack, int64_t layer) {
+  const int64_t layers = stack.recipe.num_layers, directions = stack.recipe.directions();
+  StepOptions options = stack.rows.options;
+  if (layers == 1) return options;
+  for (OptionalTensor* t : options.all()) {
+    if (!*t || (*t)->dim() == 0) continue;
+    TORCH_CHECK((*t)->dim() == 3 && (*t)->sym_size(0) == layers * directions, "rows: expected options of shape [",
+                layers * directions, ", ., .] (num_layers * directions), got ", (*t)->sym_sizes());
+    *t = (*t)->slice(0, layer * directions, (layer + 1) * directions);
+  }
+  return options;
 }
 
 at::TensorList params_of_layer(const Call& stack, int64_t layer) {
@@ -225,6 +257,23 @@ void check_reset_states(const Call& call, const LayerShapes& s, at::IntArrayRef 
   }
 }
 
+void check_options(const Call& call, const LayerShapes& s) {
+  const StepOptions& o = call.rows.options;
+  if (!o.any()) return;
+  const CellTraits traits = traits_of(call.recipe.cell);
+  check_zoneout("zoneout of h", o.zoneout_h, {s.D, s.N, s.H}, call);
+  check_zoneout("zoneout of c", o.zoneout_c, {s.D, s.N, s.H}, call);
+  TORCH_CHECK_VALUE(!(s.projection && (o.zoneout_h || o.zoneout_c)), "zoneout: expected none with a projection");
+  TORCH_CHECK_VALUE(traits.has_c || !o.zoneout_c, "zoneout of c: expected none for a cell without c");
+  TORCH_CHECK_VALUE(traits.saved > 0 || !o.candidate, "candidate: expected none for a cell without gates");
+  check_optional("product", o.product, {s.D, s.B, s.P}, call.x, call.x.scalar_type());
+  check_optional("candidate", o.candidate, {s.D, s.B, s.H}, call.x, call.x.scalar_type());
+  if (!o.clip) return;
+  check_tensor("clip", *o.clip, {}, call.x, at::kDouble);
+  const double clip = *o.clip->const_data_ptr<double>();
+  TORCH_CHECK_VALUE(clip > 0, "clip: expected more than 0, got ", clip);
+}
+
 LayerShapes check_layer(const Call& call) {
   const Tensor& x = call.x;
   dtype_of(x);
@@ -239,6 +288,7 @@ LayerShapes check_layer(const Call& call) {
   check_rows(call, s);
   check_reset_states(call, s, at::IntArrayRef(std::array<int64_t, 2>{s.P, s.H}.data(), states));
   check_weights(call, s);
+  if (x.is_cpu()) check_options(call, s);
   return s;
 }
 

@@ -9,15 +9,28 @@ namespace fused_rnn {
 
 using States = c10::SmallVector<Tensor, 2>;  // h, and c of a cell that has one
 
+// What modifies the steps of rows (core/modifier.h), on a CPU. None of it has a gradient.
+struct StepOptions {
+  OptionalTensor zoneout_h, zoneout_c;  // each the flags [L * D, N, H], bool, or a share [], double
+  OptionalTensor clip;                  // [] double, more than 0
+  OptionalTensor product, candidate;    // factors [L * D, B, P] and [L * D, B, H] in the layer's dtype
+
+  bool any() const { return zoneout_h || zoneout_c || clip || product || candidate; }
+  // In the order of schemas.
+  c10::SmallVector<OptionalTensor*, 5> all() { return {&zoneout_h, &zoneout_c, &clip, &product, &candidate}; }
+};
+
 // Which rows take part at each step, and which start again (core/active.h, core/modifier.h).
 struct Rows {
   OptionalTensor lengths, offsets, resets;
   OptionalTensor host_offsets;  // the offsets where the host can read them; not among a schema's
   // Of each state what resets replace it by; none: zeros. [L * D, 1 or B, .], or of every step [T, L * D, B, .]
   std::vector<Tensor> reset_states{};
+  StepOptions options{};
 
   bool ragged() const { return lengths || offsets; }
   bool all() const { return !lengths && !offsets && !resets; }  // in every step, none from zero
+  bool plain() const { return all() && !options.any(); }
 };
 // As schemas have them: the tensors that are given, in this order, and the bits of a packed recipe that say which they are.
 // A list of optional tensors would not do: torch does not resolve negated views in one, and torch.jit.trace refuses it.
@@ -52,10 +65,11 @@ struct Call {
 Recipe recipe_of(int64_t packed, double dropout);
 Recipe layer_recipe_of(int64_t packed);
 
-// The states, the parameters, and the reset states, of one layer of a stack.
+// The states, the parameters, the reset states and the step's options of one layer of a stack.
 States states_of_layer(const Call& stack, int64_t layer);
 at::TensorList params_of_layer(const Call& stack, int64_t layer);
 std::vector<Tensor> reset_states_of_layer(const Call& stack, int64_t layer);
+StepOptions options_of_layer(const Call& stack, int64_t layer);
 
 // The checked sizes of a layer's call.
 struct LayerShapes {
@@ -82,6 +96,8 @@ void measure_rows(const Call& call, LayerShapes& s);
 void check_rows(const Call& call, const LayerShapes& s);
 // Sizes of each state's reset state [D, 1 or B, size] or [T, D, B, size]; there are as many of them or none.
 void check_reset_states(const Call& call, const LayerShapes& s, at::IntArrayRef sizes);
+
+void check_options(const Call& call, const LayerShapes& s);
 
 // A storage may be smaller than its tensors: FSDP and others free it by resizing it to 0.
 void check_memory(const char* name, const Tensor& t);

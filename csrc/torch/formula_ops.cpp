@@ -524,7 +524,7 @@ Tensor through_recurrent_weights(const FormulaLayer& layer, const Tensor& d_rec,
 void reset_state_gradients(const FormulaLayer& layer, const FormulaGradients& made, std::vector<Tensor>& gradients) {
   const LayerShapes& s = layer.shapes;
   const cpu::FormulaTraits& traits = layer.traits();
-  const ResetRows resets(layer.call, s);
+  const RowPlaces resets = RowPlaces::of_resets(layer.call, s);
   const std::vector<Tensor>& given = layer.call.rows.reset_states;
   for (size_t i = 0; i < given.size(); ++i) {
     const Tensor sums = at::zeros(given[i].sizes(), given[i].options().dtype(at::toOpMathType(given[i].scalar_type())));

@@ -40,10 +40,20 @@ ResetState reset_state_of(const Tensor& t, Copies& copies) {
 }
 
 Modifier modifier_of(const Call& call, Copies& copies) {
-  Modifier modifier{static_cast<const bool*>(copies.contiguous(call.rows.resets)), {}, {}};
+  Modifier modifier{};
+  modifier.resets = static_cast<const bool*>(copies.contiguous(call.rows.resets));
   const std::vector<Tensor>& states = call.rows.reset_states;
   if (!states.empty()) modifier.h = reset_state_of(states[0], copies);
   if (states.size() > 1) modifier.c = reset_state_of(states[1], copies);
+  const StepOptions& o = call.rows.options;
+  const auto zoneout = [&](const OptionalTensor& t) -> Zoneout {
+    if (!t) return {nullptr, 0};
+    if (t->dim() == 0) return {nullptr, *t->const_data_ptr<double>()};
+    return {static_cast<const bool*>(copies.contiguous(*t)), 0};
+  };
+  modifier.zoneout_h = zoneout(o.zoneout_h), modifier.zoneout_c = zoneout(o.zoneout_c);
+  modifier.clip = o.clip ? *o.clip->const_data_ptr<double>() : 0;
+  modifier.product = copies.contiguous(o.product), modifier.candidate = copies.contiguous(o.candidate);
   return modifier;
 }
 
@@ -52,14 +62,16 @@ bool backward_reads_output(CellKind cell, int64_t steps, bool weight_gradients) 
   return traits.saved == 0 || (steps > 1 && (traits.reads_h || weight_gradients));
 }
 
-Saved saved_of(CellKind cell, at::TensorList list) {
+bool saves_gates(CellKind cell, const Rows& rows) { return traits_of(cell).saved > 0 || rows.options.any(); }
+
+Saved saved_of(CellKind cell, const Rows& rows, at::TensorList list) {
   const CellTraits traits = traits_of(cell);
-  const size_t fixed = (traits.saved > 0) + traits.has_c;
+  const size_t fixed = saves_gates(cell, rows) + traits.has_c;
   TORCH_CHECK_VALUE(list.size() == fixed || list.size() == fixed + 1, "saved: expected ", fixed,
                     " tensors of forward, and its output where backward reads it, got ", list.size());
   Saved saved;
   size_t i = 0;
-  if (traits.saved > 0) saved.gates = list[i++];
+  if (saves_gates(cell, rows)) saved.gates = list[i++];
   if (traits.has_c) saved.cs = list[i++];
   if (i < list.size()) saved.y = list[i];
   return saved;
@@ -106,7 +118,8 @@ ForwardCall prepare_forward(const Call& call, bool save) {
   p.c_n = data_or_null(made.c_n);
   p.cs = data_or_null(made.cs);
   p.training = save;
-  if (save && traits_of(cell).saved > 0) allocate_gates(made);
+  made.saves_gates = save && saves_gates(cell, call.rows);
+  if (made.saves_gates) allocate_gates(made);
   return made;
 }
 
@@ -120,7 +133,7 @@ void allocate_gates(ForwardCall& call) {
 LayerOutputs forward_outputs(const ForwardCall& call, bool save) {
   const States last = call.last();
   std::vector<Tensor> saved;
-  if (save && traits_of(call.params.cell).saved > 0) saved.push_back(call.gates);
+  if (call.saves_gates) saved.push_back(call.gates);
   if (save && call.cs.defined() && !call.gives_cs) saved.push_back(call.cs);
   return {call.y, {last.begin(), last.end()}, std::move(saved)};
 }
@@ -139,7 +152,8 @@ BackwardCall prepare_backward(const Call& call, const ResultGradients& given, Gr
   check_optional("dh_n", dh_n, {s.D, s.B, s.P}, x, dtype);
   check_optional("dc_n", dc_n, {s.D, s.B, s.H}, x, call.has_wide_c() ? at::kFloat : dtype);
   check_optional("dcs", given.d_cs(), {s.D, s.N, s.H}, x, dtype);
-  if (traits.saved > 0) check_tensor("gates", given.saved.gates, {s.D, s.N, S, s.H}, x, dtype);
+  const bool has_gates = saves_gates(cell, call.rows);
+  if (has_gates) check_tensor("gates", given.saved.gates, {s.D, s.N, S, s.H}, x, dtype);
   if (traits.has_c) check_tensor("cs", given.saved.cs, {s.D, s.N, s.H}, x, dtype);
 
   BackwardCall made;
@@ -163,7 +177,7 @@ BackwardCall prepare_backward(const Call& call, const ResultGradients& given, Gr
   p.dc_n = copies.contiguous(dc_n && dc_n->defined() ? &*dc_n : nullptr, dtype);
   for (int d = 0; d < s.D; ++d) p.weights[d] = weights_of(call, s, d, copies);
   p.y = copies.contiguous(y);
-  p.gates = traits.saved > 0 ? copies.contiguous(given.saved.gates) : nullptr;
+  p.gates = has_gates ? copies.contiguous(given.saved.gates) : nullptr;
   p.cs = traits.has_c ? copies.contiguous(given.saved.cs) : nullptr;
   p.dy = copies.contiguous(given.dy);
   p.dh_n = copies.contiguous(dh_n);
@@ -173,7 +187,7 @@ BackwardCall prepare_backward(const Call& call, const ResultGradients& given, Gr
   p.d_c0 = data_or_null(made.d_c0);
   p.d_cs = copies.contiguous(given.d_cs());
   if (mask.states && !call.rows.reset_states.empty()) {
-    if (traits.reads_h) made.d_reset_h = empty_inside(x, {s.D, s.N, s.P});
+    if (traits.reads_h || call.rows.options.zoneout_h) made.d_reset_h = empty_inside(x, {s.D, s.N, s.P});
     if (traits.has_c) made.d_reset_c = empty_inside(x, {s.D, s.N, s.H});
     p.d_reset_h = data_or_null(made.d_reset_h);
     p.d_reset_c = data_or_null(made.d_reset_c);

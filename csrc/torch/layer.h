@@ -21,6 +21,7 @@ struct ForwardCall {
   ForwardParams params;
   Tensor y, h_n, c_n, gates, cs;  // undefined where there is none
   bool gives_cs;                  // as a result
+  bool saves_gates;
   Copies copies;
 
   // The last states, then what recipe.all_states adds.
@@ -37,13 +38,15 @@ struct BackwardCall {
   Copies copies;
 };
 
-// What forward leaves for backward, by name. A list of them has gates and cs where the cell has them (core/params.h), then y
-// where backward reads it.
+// What forward leaves for backward, by name. A list of them has gates (saves_gates) and cs where the cell has it
+// (core/params.h), then y where backward reads it.
 struct Saved {
   Tensor gates, cs;  // undefined where there is none
   OptionalTensor y;
 };
-Saved saved_of(CellKind cell, at::TensorList list);
+Saved saved_of(CellKind cell, const Rows& rows, at::TensorList list);
+// Of every cell that keeps slots, and of a modified step.
+bool saves_gates(CellKind cell, const Rows& rows);
 
 // Gradients of a layer's results, and what forward saved. of_last: none, or of each state, then what recipe.all_states adds.
 struct ResultGradients {
@@ -101,7 +104,7 @@ LayerGradients gradients_of_layer(const Call& call, const ResultGradients& given
 // Parts of it, for every scan. States, and outputs of all directions [N, D * P], as forward left them; h0: call.states[0].
 // [N, 1] bool, true at rows that take part; only for dense batches with lengths.
 Tensor active_rows(const Call& call, const LayerShapes& s);
-// Of every row the h before its step [N, P]; y [N, P]: outputs of direction d.
+// Of every row the h that its step multiplies with W_hh [N, P]; y [N, P]: outputs of direction d.
 Tensor previous_states(const Call& call, const LayerShapes& s, const Tensor& y, int d);
 // Outputs of direction d [N, P].
 Tensor output_of_direction(const Tensor& y, const LayerShapes& s, int d);
@@ -140,14 +143,15 @@ Modifier modifier_of(const Call& call, Copies& copies);
 // t: a layer's reset state.
 ResetState reset_state_of(const Tensor& t, Copies& copies);
 
-// Where resets put a state: the rows of a layer, and whose they are. On a CPU.
-struct ResetRows {
+// Rows of a layer, and whose they are. On a CPU.
+struct RowPlaces {
   Tensor rows, t, b;  // [n] int64
 
-  ResetRows(const Call& call, const LayerShapes& s);
+  RowPlaces(const Call& call, const LayerShapes& s, const Tensor& of);
+  static RowPlaces of_resets(const Call& call, const LayerShapes& s);  // where resets put a state
 };
 // Adds the gradients [n, size] of what the resets of direction d put into a state to `sums`, which is like the reset state
 // but contiguous, and wider where that has 16 bits.
-void add_reset_gradients(const ResetRows& resets, const Tensor& gradients, int64_t d, const Tensor& sums);
+void add_reset_gradients(const RowPlaces& resets, const Tensor& gradients, int64_t d, const Tensor& sums);
 
 }  // namespace fused_rnn

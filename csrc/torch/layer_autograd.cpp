@@ -51,6 +51,7 @@ class LayerNode final : public torch::autograd::Node {
         lengths_(owned(call.rows.lengths)),
         resets_(owned(call.rows.resets)),
         reset_states_(saved_variables(call.rows.reset_states)),
+        options_(saved_options(call.rows.options)),
         recipe_(call.recipe) {
     const Tensor& steps = call.rows.offsets ? *call.rows.offsets : call.x;
     one_step_ = (steps.sym_size(0) - (call.rows.offsets ? 1 : 0)).maybe_as_int() == 1;
@@ -89,8 +90,8 @@ class LayerNode final : public torch::autograd::Node {
     if (!any || !(mask.x || mask.states || mask.weights)) return result;
     // All of them also where gradients are to be differentiated, and to make y again.
     const Arguments a = at::GradMode::is_enabled() || written() ? all_arguments() : arguments(mask);
-    const Rows rows{optional_of(lengths_), optional_of(offsets_.unpack()), optional_of(resets_), std::nullopt,
-                    unpacked(reset_states_)};
+    const Rows rows{optional_of(lengths_), optional_of(offsets_.unpack()), optional_of(resets_),
+                    std::nullopt,          unpacked(reset_states_),        options()};
     const Call call{a.x, a.states, a.params, rows, recipe_};
     std::vector<Tensor> saved = unpacked(saved_);
     if (has_y_) saved.push_back(written() ? output_again(call) : y_.unpack());
@@ -106,7 +107,7 @@ class LayerNode final : public torch::autograd::Node {
     auto [dx, dstates, dparams] = [&] {
       if (sums_later) {
         return step_backward_on_cpu(
-            call, {optional_of(grads[0]), gradients_of_last(recipe_, dlast), saved_of(recipe_.cell, saved)}, mask,
+            call, {optional_of(grads[0]), gradients_of_last(recipe_, dlast), saved_of(recipe_.cell, rows, saved)}, mask,
             *weights_);
       }
       const RowList list = list_of(rows);
@@ -124,7 +125,7 @@ class LayerNode final : public torch::autograd::Node {
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
     for (SavedVariable* one : {&x_, &offsets_, &y_}) one->reset_data();
-    for (std::vector<SavedVariable>* several : {&states_, &params_, &saved_, &reset_states_}) {
+    for (std::vector<SavedVariable>* several : {&states_, &params_, &saved_, &reset_states_, &options_}) {
       for (SavedVariable& one : *several) one.reset_data();
     }
     lengths_ = resets_ = Tensor();
@@ -146,6 +147,20 @@ class LayerNode final : public torch::autograd::Node {
     for (; i <= states_.size() + params_.size(); ++i) mask.weights = mask.weights || task_should_compute_output(i);
     for (; i < num_outputs(); ++i) mask.states = mask.states || task_should_compute_output(i);
     return mask;
+  }
+
+  // None, or a variable for each, undefined where there is no tensor. By saved variables, so that checkpointing, which makes
+  // saved again, makes these again too.
+  static std::vector<SavedVariable> saved_options(StepOptions options) {
+    std::vector<Tensor> tensors;
+    if (!options.any()) return {};
+    for (const OptionalTensor* t : options.all()) tensors.push_back(tensor_of(*t));
+    return saved_variables(tensors);
+  }
+  StepOptions options() const {
+    StepOptions result;
+    for (size_t i = 0; i < options_.size(); ++i) *result.all()[i] = optional_of(options_[i].unpack());
+    return result;
   }
 
   Arguments all_arguments() const { return {x_.unpack(), unpacked(states_), unpacked(params_)}; }
@@ -186,7 +201,7 @@ class LayerNode final : public torch::autograd::Node {
   std::vector<SavedVariable> states_, params_, saved_;
   SavedVariable offsets_;
   Tensor lengths_, resets_;
-  std::vector<SavedVariable> reset_states_;
+  std::vector<SavedVariable> reset_states_, options_;
   c10::VariableVersion y_version_{c10::VariableVersion::DISABLED};
   uint32_t y_version_then_ = 0;
   bool has_y_ = false, one_step_ = false;

@@ -57,6 +57,17 @@ RowChoice::RowChoice(const Call& call, const LayerShapes& s) {
   }
 }
 
+namespace {
+
+// The factors of the product of every row [N, P] in direction d.
+Tensor factors_of_product(const Call& call, const LayerShapes& s, int d) {
+  const Tensor of_batch = call.rows.options.product->select(0, d);
+  if (!call.rows.offsets) return of_batch.expand({s.T, s.B, s.P}).reshape({s.N, s.P});
+  return of_batch.index_select(0, RowPlaces(call, s, at::arange(s.N, call.x.options().dtype(at::kLong))).b);
+}
+
+}  // namespace
+
 Tensor previous_states(const Call& call, const LayerShapes& s, const Tensor& y, int d) {
   Copies copies;
   const Tensor rows = y.stride(1) == 1 ? y : y.contiguous();
@@ -77,6 +88,7 @@ Tensor previous_states(const Call& call, const LayerShapes& s, const Tensor& y, 
   }
 #endif
   cpu::previous_rows(p);
+  if (call.rows.options.product) h_prev.mul_(factors_of_product(call, s, d));
   return h_prev;
 }
 
@@ -111,7 +123,7 @@ void multiply_shifted(const Tensor& dw, const Tensor& d_rg, const Call& call, co
 Tensor recurrent_weight_gradient(const Call& call, const LayerShapes& s, const RowChoice& rows, const Tensor& d_rg,
                                  const OptionalTensor& y, int d) {
   const Tensor dw = empty_like(call.x, {d_rg.size(1), s.P});
-  if (call.rows.all()) {
+  if (call.rows.all() && !call.rows.options.product) {
     multiply_shifted(dw, d_rg, call, s, y, d);
   } else {
     // y of a single step is never read.
@@ -177,7 +189,7 @@ void reset_state_gradients(const Call& call, const BackwardCall& made, bool want
   }
   const LayerShapes& s = made.shapes;
   const int64_t S = slot_count(call.recipe.cell), G = gate_count(call.recipe.cell);
-  const ResetRows resets(call, s);
+  const RowPlaces resets = RowPlaces::of_resets(call, s);
   const int64_t n = resets.rows.size(0);
   std::vector<Tensor> sums;
   for (const Tensor& t : given) sums.push_back(at::zeros(t.sizes(), t.options().dtype(at::toOpMathType(t.scalar_type()))));
@@ -185,6 +197,7 @@ void reset_state_gradients(const Call& call, const BackwardCall& made, bool want
     const Tensor d_rg = part(gate_gradients(made, S * s.H, d), 1, (S - G) * s.H, S * s.H).index_select(0, resets.rows);
     Tensor dh = empty_like(call.x, {n, s.P});
     multiply_into(dh, d_rg, /*transposed=*/false, call.params_of_direction(d)[1], /*add=*/false);
+    if (const auto& factors = call.rows.options.product) dh.mul_(factors->select(0, d).index_select(0, resets.b));
     if (made.d_reset_h.defined()) dh = at::add(dh, made.d_reset_h.select(0, d).index_select(0, resets.rows));
     add_reset_gradients(resets, dh, d, sums[0]);
     if (made.d_reset_c.defined()) {
@@ -196,10 +209,13 @@ void reset_state_gradients(const Call& call, const BackwardCall& made, bool want
 
 }  // namespace
 
-ResetRows::ResetRows(const Call& call, const LayerShapes& s) {
+RowPlaces RowPlaces::of_resets(const Call& call, const LayerShapes& s) {
   Tensor mask = call.rows.resets->reshape({s.N});
   if (call.rows.lengths) mask = at::logical_and(mask, active_rows(call, s).view({s.N}));
-  rows = at::nonzero(mask).view({-1});
+  return {call, s, at::nonzero(mask).view({-1})};
+}
+
+RowPlaces::RowPlaces(const Call& call, const LayerShapes& s, const Tensor& of) : rows(of) {
   if (call.rows.offsets) {
     t = at::sub(at::searchsorted(*call.rows.offsets, rows, /*out_int32=*/false, /*right=*/true), 1);
     b = at::sub(rows, call.rows.offsets->index_select(0, t));
@@ -209,7 +225,7 @@ ResetRows::ResetRows(const Call& call, const LayerShapes& s) {
   }
 }
 
-void add_reset_gradients(const ResetRows& resets, const Tensor& gradients, int64_t d, const Tensor& sums) {
+void add_reset_gradients(const RowPlaces& resets, const Tensor& gradients, int64_t d, const Tensor& sums) {
   const int64_t dim = sums.dim() - 3, n = resets.rows.size(0), size = sums.size(-1);  // dim: of the direction
   const int64_t directions = sums.size(dim), rows = sums.size(dim + 1);
   const Tensor values = gradients.to(sums.scalar_type()).contiguous();

@@ -18,8 +18,8 @@ namespace {
 
 // The names of an nn.Module's fields.
 struct Names {
-  PyObject *parameters, *weights_override, *flat_weights_names, *num_layers, *bidirectional, *batch_first, *input_size,
-      *hidden_size, *bias, *dropout, *training, *mode, *nonlinearity, *forward, *compiled, *call;
+  PyObject *parameters, *weights_override, *regularisation, *flat_weights_names, *num_layers, *bidirectional, *batch_first,
+      *input_size, *hidden_size, *bias, *dropout, *training, *mode, *nonlinearity, *forward, *compiled, *call;
   PyObject* cell_weights;  // tuple
   PyObject* hooks[4];
 };
@@ -29,6 +29,7 @@ const Names& names() {
     PyObject* cell = PyTuple_Pack(4, name("weight_ih"), name("weight_hh"), name("bias_ih"), name("bias_hh"));
     return Names{name("_parameters"),
                  name("_weights_override"),
+                 name("_regularisation"),
                  name("_flat_weights_names"),
                  name("num_layers"),
                  name("bidirectional"),
@@ -234,7 +235,8 @@ const Watched::Forward* plain_forward(PyObject* module, const Fields& fields) {
     PyObject* hooks = fields.get(name);
     if (!hooks || !PyDict_Check(hooks) || PyDict_GET_SIZE(hooks) != 0) return nullptr;
   }
-  if (fields.has(n.forward) || fields.has(n.compiled)) return nullptr;  // an instance's own, and what compile() made
+  // An instance's own, what compile() made, and options beyond torch.nn's.
+  if (fields.has(n.forward) || fields.has(n.compiled) || fields.has(n.regularisation)) return nullptr;
   const PyObject* forward = _PyType_Lookup(Py_TYPE(module), n.forward);
   for (const Watched::Forward& known : all.forwards) {
     if (known.function == forward) return &known;

@@ -65,8 +65,10 @@ Results run_step(const Call& call) {
 }
 
 #ifdef FUSED_RNN_WITH_CUDA
-// Whether a call asks for what torch.nn's results have, and resets, if any, to zeros.
-bool is_plain_call(const Call& call) { return !call.recipe.all_states && call.rows.reset_states.empty(); }
+// Whether a call asks for what torch.nn's results have, and resets, if any, to zeros, and for no options of steps.
+bool is_plain_call(const Call& call) {
+  return !call.recipe.all_states && call.rows.reset_states.empty() && !call.rows.options.any();
+}
 #endif
 
 // A stack's call: its layers beside each other, or in turn.
@@ -88,8 +90,12 @@ Results run_composite(const Call& call) {
   if (call.one_step) return run_step(call);
 #endif
   const OptionalTensor& offsets = call.rows.offsets;
-  Rows rows{beside(call.rows.lengths, call.x), beside(offsets, call.x), beside(call.rows.resets, call.x), std::nullopt,
-            call.rows.reset_states};
+  Rows rows{beside(call.rows.lengths, call.x),
+            beside(offsets, call.x),
+            beside(call.rows.resets, call.x),
+            std::nullopt,
+            call.rows.reset_states,
+            call.rows.options};
   if (offsets && offsets->is_cpu()) rows.host_offsets = offsets;
   const Call here{call.x, call.states, call.params, rows, call.recipe};
 #ifdef FUSED_RNN_WITH_CUDA

@@ -58,6 +58,7 @@ Results run_stack(const Call& stack, const Layer& layer) {
   for (int64_t l = 0; l < recipe.num_layers; ++l) {
     const States states = states_of_layer(stack, l);
     if (!rows.reset_states.empty()) rows.reset_states = reset_states_of_layer(stack, l);
+    if (rows.options.any()) rows.options = options_of_layer(stack, l);
     const Call of_layer{y, states, params_of_layer(stack, l), rows, recipe.of_layer()};
     Results made = layer(of_layer);
     if (recipe.all_states) all_states.push_back(take_all_states(of_layer, made));

@@ -27,7 +27,8 @@ struct Autocast {
                                                      at::TensorList rows, int64_t recipe, double dropout) {
     c10::impl::ExcludeDispatchKeyGuard no_autocast(kKey);
     static const auto op = find_op<RnnSignature>("fused_rnn::rnn");
-    if (recipe & kHasResetStates) return op.call(cast(input), cast(states), cast(weights), cast(rows), recipe, dropout);
+    constexpr int64_t kFloating = kHasResetStates | kHasProduct | kHasCandidate;  // numbers are double, and stay so
+    if (recipe & kFloating) return op.call(cast(input), cast(states), cast(weights), cast(rows), recipe, dropout);
     return op.call(cast(input), cast(states), cast(weights), rows, recipe, dropout);
   }
 

@@ -41,7 +41,7 @@ LayerGradients layer_backward_cpu(const OptionalTensor& dy, at::TensorList dlast
   const Rows given_rows = rows_of(rows, recipe);
   const Call call{x, states, params, given_rows, layer_recipe_of(recipe)};
   const CellKind cell = call.recipe.cell;
-  const ResultGradients given{dy, gradients_of_last(call.recipe, dlast), saved_of(cell, saved)};
+  const ResultGradients given{dy, gradients_of_last(call.recipe, dlast), saved_of(cell, given_rows, saved)};
   const GradientMask wanted{mask[0], mask[1], mask[2]};
   return gradients_of_layer(call, given, run_backward(call, given, wanted), wanted);
 }

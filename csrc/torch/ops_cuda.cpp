@@ -66,6 +66,7 @@ void check_features(const Call& call) {
   TORCH_CHECK_NOT_IMPLEMENTED(call.rows.reset_states.empty(),
                               "reset_state: no CUDA kernel replaces a state by anything but "
                               "zeros");
+  TORCH_CHECK_NOT_IMPLEMENTED(!call.rows.options.any(), "rows: no CUDA kernel has zoneout, recurrent_dropout or state_clip");
   TORCH_CHECK_NOT_IMPLEMENTED(!(call.recipe.all_states && traits_of(call.recipe.cell).has_c),
                               "recipe: no CUDA kernel gives the c of every step");
 }
@@ -104,7 +105,7 @@ LayerGradients layer_backward_cuda(const OptionalTensor& dy, at::TensorList dlas
   const Call call{x, states, params, given_rows, layer_recipe_of(recipe)};
   const CellKind cell = call.recipe.cell;
   check_features(call);
-  const ResultGradients given{dy, gradients_of_last(call.recipe, dlast), saved_of(cell, saved)};
+  const ResultGradients given{dy, gradients_of_last(call.recipe, dlast), saved_of(cell, given_rows, saved)};
   const GradientMask wanted{mask[0], mask[1], mask[2]};
   BackwardCall made = prepare_backward(call, given, wanted);
   BackwardParams& p = made.params;

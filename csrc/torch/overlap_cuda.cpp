@@ -271,7 +271,7 @@ std::optional<std::vector<LayerGradients>> overlapped_backward(const Call& s, co
   for (int64_t l = s.recipe.num_layers - 1; l >= 0; --l) {
     const auto& [y, last, of_layer] = saved.layers[l];
     const OptionalTensor dy = layers.empty() ? given.dy : OptionalTensor(layers.front().dx);
-    Saved kept = saved_of(s.recipe.cell, of_layer);
+    Saved kept = saved_of(s.recipe.cell, s.rows, of_layer);
     kept.y = y;
     const Tensor& x = l == 0 ? s.x : dropout > 0 ? saved.inputs[l - 1] : std::get<0>(saved.layers[l - 1]);
     BackwardLayer& layer = layers.emplace_front(s, x, l, ResultGradients{dy, given.of_last[l], kept});

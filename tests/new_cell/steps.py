@@ -49,24 +49,31 @@ struct Cell<CellKind::kUpdateGate> : CellConstants<CellKind::kUpdateGate> {
     using namespace math;
     a[0] = sigmoid(a[0]);
   }
-  template <class V>
-  static FUSED_RNN_HD void forward_of_sigmoids(V (&a)[kSlots], const V& h_prev, const V&, V& h, V&) {
+  template <class V, class M>
+  static FUSED_RNN_HD V unclipped(const V (&a)[kSlots], const V& h_prev, const V&, const M& m) {
+    const V n = m.candidate(a[1]);
+    return n + a[0] * (h_prev - n);
+  }
+  template <class V, class M = Unmodified>
+  static FUSED_RNN_HD void forward_of_sigmoids(V (&a)[kSlots], const V& h_prev, const V& c_prev, V& h, V&,
+                                               const M& m = M()) {
     using namespace math;
     a[1] = tanh(a[1]);
-    h = a[1] + a[0] * (h_prev - a[1]);
+    h = m.clipped(unclipped(a, h_prev, c_prev, m));
   }
-  template <class V>
-  static FUSED_RNN_HD void forward(V (&a)[kSlots], const V& h_prev, const V& c_prev, V& h, V& c) {
+  template <class V, class M = Unmodified>
+  static FUSED_RNN_HD void forward(V (&a)[kSlots], const V& h_prev, const V& c_prev, V& h, V& c, const M& m = M()) {
     sigmoids(a);
-    forward_of_sigmoids(a, h_prev, c_prev, h, c);
+    forward_of_sigmoids(a, h_prev, c_prev, h, c, m);
   }
 
-  template <class V>
-  static FUSED_RNN_HD void backward(const V (&a)[kSlots], const V& h_prev, const V&, const V&, const V&, const V& dh, V&,
-                                    V (&d)[kSlots], V& dh_prev) {
+  template <class V, class M = Unmodified>
+  static FUSED_RNN_HD void backward(const V (&a)[kSlots], const V& h_prev, const V&, const V&, const V&, const V& dh_after,
+                                    V&, V (&d)[kSlots], V& dh_prev, const M& m = M()) {
     const V z = a[0], n = a[1];
-    d[0] = dh * (h_prev - n) * z * (V(1) - z);
-    d[1] = dh * (V(1) - z) * (V(1) - n * n);
+    const V dh = m.clip_gradient(dh_after);
+    d[0] = dh * (h_prev - m.candidate(n)) * z * (V(1) - z);
+    d[1] = m.candidate(dh * (V(1) - z)) * (V(1) - n * n);
     dh_prev = dh * z;
   }
 };
@@ -77,8 +84,8 @@ REFERENCE = f"""
         x_z, x_n = gi.chunk(2, dim=-1)
         h_z, h_n = gh.chunk(2, dim=-1)
         z = (x_z + h_z).sigmoid()
-        n = (x_n + h_n).tanh()
-        return [n + z * (h - n)]
+        n = masked((x_n + h_n).tanh())
+        return [clipped(n + z * (h - n))]
 """
 
 FUNCTION = f'''
@@ -155,7 +162,7 @@ class UpdateGateCell(_Cell):
 
 PARAMS, KINDS, REFERENCE_FILE = "csrc/core/params.h", "fused_rnn/_kinds.py", "fused_rnn/reference.py"
 END_OF_GRU = "    d[3] = dn * r;\n    dh_prev = dh * z;\n  }\n};\n"
-END_OF_GRU_STEP = "        n = (x_n + r * h_n).tanh()\n        return [n + z * (h - n)]"
+END_OF_GRU_STEP = "        n = masked((x_n + r * h_n).tanh())\n        return [clipped(n + z * (h - n))]"
 
 STEPS: dict[str, tuple[Edit, ...]] = {
     "1: params.h and _kinds.py": (

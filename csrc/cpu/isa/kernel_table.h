@@ -2,6 +2,7 @@
 #pragma once
 #include "cpu/isa/content_hash.h"
 #include "cpu/isa/pointwise.h"
+#include "cpu/isa/pointwise_modified.h"
 #include "cpu/isa/tile.h"
 
 namespace fused_rnn::cpu {
@@ -15,10 +16,14 @@ Kernels<typename V::Scalar> make_kernels() {
   table.hash = content_hash<V>;
   if constexpr (sizeof(typename V::Scalar) == 8) {
     fill_storage<V, double>(table, 0);
+    fill_modified<V, double>(table, 0);
   } else {
     fill_storage<V, float>(table, 0);
+    fill_modified<V, float>(table, 0);
     fill_storage<V, Half>(table, 1);
+    fill_modified<V, Half>(table, 1);
     fill_storage<V, BFloat16>(table, 2);
+    fill_modified<V, BFloat16>(table, 2);
   }
   return table;
 }

@@ -73,6 +73,19 @@ struct ForwardRow {
   void* gates;      // [S, H] storage or null
   void* cs;         // [H] storage or null
 };
+// What modifies the step of one row (core/modifier.h), beside numbers that are the same for all rows. Null where not asked
+// for. Arrays of A are padded.
+template <class A>
+struct StepRow {
+  const bool *keep_h, *keep_c;  // [H]
+  const A* candidate;           // [H]
+  const A* product;             // [H], of backward without an output projection
+};
+template <class A>
+struct StepNumbers {
+  A share_h, share_c;  // of zoneout without flags
+  A clip;              // infinity: none
+};
 template <class A>
 struct ForwardCall {
   const A* rec;  // [n_rows][..] recurrent product, in gate matrix order from the call's first unit
@@ -83,6 +96,9 @@ struct ForwardCall {
   int n_rows;
   int64_t H;
   int64_t first, last;  // vectors of units
+  // Of a modified step, else null.
+  const StepRow<A>* options = nullptr;  // [n_rows]
+  const StepNumbers<A>* numbers = nullptr;
 };
 
 template <class A>
@@ -108,15 +124,19 @@ struct BackwardCall {
   int n_rows;
   int64_t H;
   int64_t first, last;  // vectors of units
+  // As forward's.
+  const StepRow<A>* options = nullptr;
+  const StepNumbers<A>* numbers = nullptr;
 };
 
-// out = rec + add + add_stored
+// out = rec * scale + add + add_stored
 template <class A>
 struct StoreRow {
-  const A* add;            // or null
-  const void* add_stored;  // storage or null
-  void* out;               // storage or null
-  A* out_arithmetic;       // padded, or null
+  const A* add;              // or null
+  const void* add_stored;    // storage or null
+  void* out;                 // storage or null
+  A* out_arithmetic;         // padded, or null
+  const A* scale = nullptr;  // padded, or null
 };
 template <class A>
 struct StoreCall {
@@ -145,6 +165,8 @@ struct Kernels {
   void (*direct[kStorages])(const DirectCall<A>&);
   void (*forward[kCellCount][kStorages])(const ForwardCall<A>&);
   void (*backward[kCellCount][kStorages])(const BackwardCall<A>&);
+  void (*forward_modified[kCellCount][kStorages])(const ForwardCall<A>&);
+  void (*backward_modified[kCellCount][kStorages])(const BackwardCall<A>&);
   void (*store[kStorages])(const StoreCall<A>&);
   void (*load[kStorages])(const void* from, A* to, int64_t n);  // storage to arithmetic
   void (*save[kStorages])(const A* from, void* to, int64_t n);  // arithmetic to storage

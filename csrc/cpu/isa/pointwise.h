@@ -155,6 +155,7 @@ template <class V, class Storage>
       const int64_t at = v * kWidth;
       const int n = lanes_left<V>(call.size, at);
       V value = V::load(call.rec + r * call.rec_stride + (v - call.first) * kWidth);
+      if (row.scale) value = value * V::load(row.scale + at);
       if (row.add) value = value + V::load(row.add + at);
       if (row.add_stored) value = value + load_stored<V, Storage>(row.add_stored, at, n);
       if (row.out) {

@@ -19,6 +19,7 @@ class BackwardScan final : public Scan<A> {
   BackwardScan(const BackwardParams& p, const Kernels<A>& kernels, int max_threads)
       : Base(p, kernels, max_threads),
         p_(p),
+        kernel_((modifies_steps(p.modifier) ? kernels.backward_modified : kernels.backward)[cell_][storage_]),
         multiplies_(p.seq.T > 1 || p.d_h0),
         moves_resets_(p.d_reset_h || p.d_reset_c) {}
   bool run();
@@ -26,7 +27,7 @@ class BackwardScan final : public Scan<A> {
  private:
   using Base = Scan<A>;
   using Base::cell_, Base::converts_, Base::D_, Base::gates_, Base::h_padded_, Base::kernels_, Base::p_padded_, Base::plan_,
-      Base::projects_, Base::seq_, Base::size_, Base::slots_, Base::storage_, Base::team_rows_;
+      Base::projects_, Base::seq_, Base::size_, Base::sizes_, Base::slots_, Base::storage_, Base::team_rows_;
 
   struct RowPlace {
     int64_t i, row;
@@ -44,6 +45,7 @@ class BackwardScan final : public Scan<A> {
     // begin from a state whose gradient is asked for.
     RowPlace *active, *reset;
     int64_t resets;
+    TeamOptions<A> options;
   };
 
   void layout_shared(Arena& arena) override;
@@ -66,9 +68,14 @@ class BackwardScan final : public Scan<A> {
   int64_t stored_gates(const Worker& w, int64_t row, int slot) const {
     return ((w.d * seq_.N + row) * slots_ + slot) * p_.H;
   }
+  // Of the team's row i, or null.
+  const A* factors_of_product(const Worker& w, int64_t i) const {
+    return w.options.product ? w.options.product + i * p_padded_ : nullptr;
+  }
   int64_t stored_y(const Worker& w, int64_t row) const { return (row * D_ + w.d) * p_.P; }
 
   const BackwardParams& p_;
+  void (*const kernel_)(const BackwardCall<A>&);  // the pointwise half of a step
   const bool multiplies_;                  // by W_hh: not where the only step is the last one, and nobody asks for d_h0
   const bool moves_resets_;                // somebody asks for gradients of what resets put into a state
   std::atomic<bool> infinite_[2][2] = {};  // Matrix::infinite
@@ -114,6 +121,7 @@ void BackwardScan<A>::take_arrays(Arena& arena, Worker& w) const {
   w.active = arena.take<RowPlace>(p_.d_cs ? team_rows_ : 0);
   w.reset = arena.take<RowPlace>(moves_resets_ ? team_rows_ : 0);
   w.resets = 0;
+  w.options.take(arena, p_.modifier, team_rows_, p_padded_, h_padded_);
   Base::take_arrays(arena, team_rows_, w);
 }
 
@@ -129,6 +137,7 @@ typename BackwardScan<A>::Worker BackwardScan<A>::make_worker(int thread, int d,
   w.units = projects_ ? this->units_of_panels(w.r_panels, plan_.r.shape) : this->units_of_panels(w.h_panels, plan_.h.shape);
   Arena arena = this->arena_of_thread(thread);
   take_arrays(arena, w);
+  if (w.options.rows) w.options.load(kernels_, p_.modifier, w.team->rows, d, sizes_);
   return w;
 }
 
@@ -201,10 +210,14 @@ void BackwardScan<A>::gather_row(Worker& w, int64_t i, int64_t t, int64_t active
   w.pointers[active] = w.next[i];
   w.next[i] = reset ? zeros_ : converts_ ? out.d_rec : static_cast<const A*>(stored_rec);
   if (p_.d_cs) w.active[active] = {i, row};
+  if (w.options.rows) {
+    w.options.rows[active] =
+        w.options.row(p_.modifier, i, w.d * seq_.N + row, sizes_, kernels_.width, /*multiplies=*/!projects_);
+  }
   if (!projects_) return;
   const bool last_step = done == team_row.length - 1;
   w.store_rows[active] = {last_step ? carry : zeros_, dy, stored_at(p_.d_h, (w.d * seq_.N + row) * p_.P, size_),
-                          w.dh + i * p_padded_};
+                          w.dh + i * p_padded_, factors_of_product(w, i)};
 }
 
 // The active rows of step t: their places in w.rows and w.store_rows, and in w.pointers the d_rec of the step done before.
@@ -279,8 +292,15 @@ void BackwardScan<A>::step(Worker& w, int64_t step, int64_t active) const {
   const Matrix<A>& m = projects_ ? matrices_[w.d].r : matrices_[w.d].h;
   const Range& panels = projects_ ? w.r_panels : w.h_panels;
   for_sums(w, m, panels, active, step, [&](const Tile<A>& tile) {
-    kernels_.backward[cell_][storage_]({tile.sums, tile.stride, w.rows + tile.row, tile.rows, p_.H,
-                                        m.shape.unit_vector(tile.first), m.shape.unit_vector(tile.last)});
+    BackwardCall<A> call{tile.sums,
+                         tile.stride,
+                         w.rows + tile.row,
+                         tile.rows,
+                         p_.H,
+                         m.shape.unit_vector(tile.first),
+                         m.shape.unit_vector(tile.last)};
+    if (w.options.rows) call.options = w.options.rows + tile.row, call.numbers = &w.options.numbers;
+    kernel_(call);
   });
   move_reset_gradients(w);
 }
@@ -294,7 +314,7 @@ void BackwardScan<A>::finish(Worker& w) const {
     w.pointers[i] = w.next[i];
     // With an output projection carry is the gradient of the last state, and used up by the row's last step.
     w.store_rows[i] = {projects_ && row.length > 0 ? zeros_ : w.carry + i * p_padded_, nullptr,
-                       stored_at(p_.d_h0, state * p_.P, size_), nullptr};
+                       stored_at(p_.d_h0, state * p_.P, size_), nullptr, factors_of_product(w, i)};
     if (p_.d_c0 && i % plan_.threads.split == w.rank) {
       kernels_.save[storage_](w.dc + i * h_padded_, stored_at(p_.d_c0, state * p_.H, size_), p_.H);
     }

@@ -21,7 +21,7 @@ class ForwardScan final : public Scan<A> {
  private:
   using Base = Scan<A>;
   using Base::cell_, Base::converts_, Base::D_, Base::gates_, Base::h_padded_, Base::kernels_, Base::p_padded_, Base::plan_,
-      Base::projects_, Base::seq_, Base::size_, Base::slots_, Base::storage_, Base::team_rows_, Base::time_of;
+      Base::projects_, Base::seq_, Base::size_, Base::sizes_, Base::slots_, Base::storage_, Base::team_rows_, Base::time_of;
 
   struct Worker : Base::Worker {
     A* h[2];               // [n, P padded], of the team
@@ -31,6 +31,8 @@ class ForwardScan final : public Scan<A> {
     A* x;                  // [chunk rows, I], where x is converted
     ForwardRow<A>* rows;   // [n]
     A *reset_h, *reset_c;  // [n, P padded], [n, H padded]: of rows that are reset to a state of their own; else not there
+    TeamOptions<A> options;
+    A* masked;  // [n, P padded]: h with the factors of the product, where there are any
     LayerWeights<A> weights;
   };
 
@@ -48,11 +50,13 @@ class ForwardScan final : public Scan<A> {
   void project_output(Worker& w, int64_t step, int64_t active) const;
   void zero_inactive(const Worker& w, int64_t row) const;
   void reset(Worker& w, int64_t t, int64_t b, int64_t active) const;
+  void set_options(Worker& w, int64_t i, int64_t saved, int64_t active) const;
   void save_c(const Worker& w, int64_t active) const;
   void finish(Worker& w) const;
 
   const ForwardParams& p_;
-  const int c_storage_;  // of c0 and c_n
+  void (*const kernel_)(const ForwardCall<A>&);  // the pointwise half of a step
+  const int c_storage_;                          // of c0 and c_n
   const int64_t c_size_;
   int64_t chunk_steps_;
   int64_t max_columns_;  // of the panels of a thread
@@ -68,6 +72,7 @@ template <class A>
 ForwardScan<A>::ForwardScan(const ForwardParams& p, const Kernels<A>& kernels, int max_threads)
     : Base(p, kernels, max_threads),
       p_(p),
+      kernel_((modifies_steps(p.modifier) ? kernels.forward_modified : kernels.forward)[cell_][storage_]),
       c_storage_(p.wide_c ? storage_index(DType::kFloat32) : storage_),
       c_size_(p.wide_c ? dtype_size(DType::kFloat32) : size_) {
   const Shape &x = plan_.x.shape, &h = plan_.h.shape;
@@ -102,6 +107,8 @@ void ForwardScan<A>::take_arrays(Arena& arena, Worker& w) const {
   w.rows = arena.take<ForwardRow<A>>(team_rows_);
   w.reset_h = arena.take<A>(p_.modifier.h.data ? team_rows_ * p_padded_ : 0);
   w.reset_c = arena.take<A>(p_.modifier.c.data ? team_rows_ * h_padded_ : 0);
+  w.options.take(arena, p_.modifier, team_rows_, p_padded_, h_padded_);
+  w.masked = arena.take<A>(p_.modifier.product ? team_rows_ * p_padded_ : 0);
   Base::take_arrays(arena, chunk_rows(), w);
 }
 
@@ -118,6 +125,7 @@ typename ForwardScan<A>::Worker ForwardScan<A>::make_worker(int thread, int d, T
   w.weights = weights_[d];
   if (p_.modifier.h.data) std::fill_n(w.reset_h, team_rows_ * p_padded_, A(0));
   if (p_.modifier.c.data) std::fill_n(w.reset_c, team_rows_ * h_padded_, A(0));
+  if (w.options.rows) w.options.load(kernels_, p_.modifier, w.team->rows, d, sizes_);
   return w;
 }
 
@@ -187,6 +195,17 @@ void ForwardScan<A>::reset(Worker& w, int64_t t, int64_t b, int64_t active) cons
   }
 }
 
+// What modifies the step of the team's row i, as active row number `active`; `saved`: its row in [D * N].
+template <class A>
+void ForwardScan<A>::set_options(Worker& w, int64_t i, int64_t saved, int64_t active) const {
+  w.options.rows[active] = w.options.row(p_.modifier, i, saved, sizes_, kernels_.width, /*multiplies=*/false);
+  if (!w.options.product) return;
+  const A *const h = w.rows[active].h_prev, *const factors = w.options.product + i * p_padded_;
+  A* const masked = w.masked + active * p_padded_;
+  for (int64_t u = 0; u < p_padded_; ++u) masked[u] = h[u] * factors[u];
+  w.pointers[active] = masked;
+}
+
 // The active rows of step t: their places in w.rows and w.store_rows, their h in w.pointers. Returns their number.
 template <class A>
 int64_t ForwardScan<A>::gather(Worker& w, int64_t t) const {
@@ -215,7 +234,9 @@ int64_t ForwardScan<A>::gather(Worker& w, int64_t t) const {
     out.gates = p_.training ? stored_at(p_.gates, saved * slots_ * p_.H, size_) : nullptr;
     out.cs = p_.training || p_.cs ? stored_at(p_.cs, saved * p_.H, size_) : nullptr;
     w.store_rows[active] = {nullptr, nullptr, y, h};
-    w.pointers[active++] = out.h_prev;
+    w.pointers[active] = out.h_prev;
+    if (w.options.rows) set_options(w, i, saved, active);
+    ++active;
   }
   return active;
 }
@@ -231,9 +252,17 @@ int64_t ForwardScan<A>::step(Worker& w, int64_t step, int64_t first_xg) const {
   this->for_tiles_of_step(w, m, w.h_panels, init, active, step, [&](const Tile<A>& tile) {
     const int64_t together = w.xg.rows_first ? tile.last - tile.first : 1;  // panels whose projections are neighbours
     for (int64_t p = tile.first; p < tile.last; p += together) {
-      kernels_.forward[cell_][storage_](
-          {tile.sums + (p - tile.first) * panel_columns, tile.stride, w.xg.at(first_xg + tile.row, p - w.h_panels.first),
-           w.xg.row_stride, w.rows + tile.row, tile.rows, p_.H, m.shape.unit_vector(p), m.shape.unit_vector(p + together)});
+      ForwardCall<A> call{tile.sums + (p - tile.first) * panel_columns,
+                          tile.stride,
+                          w.xg.at(first_xg + tile.row, p - w.h_panels.first),
+                          w.xg.row_stride,
+                          w.rows + tile.row,
+                          tile.rows,
+                          p_.H,
+                          m.shape.unit_vector(p),
+                          m.shape.unit_vector(p + together)};
+      if (w.options.rows) call.options = w.options.rows + tile.row, call.numbers = &w.options.numbers;
+      kernel_(call);
     }
   });
   if (p_.cs && !p_.training) save_c(w, active);

@@ -2,6 +2,7 @@
 // running on the threads of a plan.
 #pragma once
 #include <algorithm>
+#include <limits>
 
 #include "core/params.h"
 #include "cpu/cpu.h"
@@ -96,6 +97,7 @@ class Scan {
              plan_scan(scan_problem(p), kernels, max_threads)) {}
   Scan(const ScanSizes& sizes, const ScanCell& cell, const Kernels<A>& kernels, const ScanPlan<A>& plan)
       : kernels_(kernels),
+        sizes_(sizes),
         seq_(sizes.seq),
         D_(sizes.D),
         cell_(cell.kind),
@@ -180,6 +182,7 @@ class Scan {
   }
 
   const Kernels<A>& kernels_;
+  const ScanSizes sizes_;
   const Sequence& seq_;
   const int D_, cell_, slots_, gates_;
   const int storage_;    // storage_index of the dtype
@@ -192,6 +195,44 @@ class Scan {
   PartsRoom parts_room_;      // of a thread
   int64_t thread_bytes_ = 0;  // of the arrays of a thread; layout_shared sets it
   char* threads_ = nullptr;
+};
+
+// What a thread keeps of a modified step (core/modifier.h), for the rows of its team in one direction.
+template <class A>
+struct TeamOptions {
+  StepRow<A>* rows;        // [n] of the active rows of a step, or null: steps are the cell's alone
+  A *product, *candidate;  // [n, P padded], [n, H padded] factors, or null
+  StepNumbers<A> numbers;
+
+  // most: of the rows; p_padded, h_padded: P and H in whole vectors.
+  void take(Arena& arena, const Modifier& m, int64_t most, int64_t p_padded, int64_t h_padded) {
+    rows = modifies_steps(m) ? arena.take<StepRow<A>>(most) : nullptr;
+    product = m.product ? arena.take<A>(most * p_padded) : nullptr;
+    candidate = m.candidate ? arena.take<A>(most * h_padded) : nullptr;
+  }
+  // The factors of the rows of direction d, and the numbers.
+  void load(const Kernels<A>& kernels, const Modifier& m, const std::vector<TeamRow>& team, int d, const ScanSizes& s) {
+    const int64_t size = dtype_size(s.dtype), width = kernels.width;
+    const auto copy = [&](const void* from, A* to, int64_t columns) {
+      const int64_t padded = round_up(columns, width);
+      for (size_t i = 0; i < team.size(); ++i) {
+        std::fill_n(to + i * padded, padded, A(0));
+        const void* const row = stored_at(from, (d * s.seq.B + team[i].b) * columns, size);
+        kernels.load[storage_index(s.dtype)](row, to + i * padded, columns);
+      }
+    };
+    if (m.product) copy(m.product, product, s.P);
+    if (m.candidate) copy(m.candidate, candidate, s.H);
+    const double none = std::numeric_limits<double>::infinity();
+    numbers = {A(m.zoneout_h.share), A(m.zoneout_c.share), A(m.clip != 0 ? m.clip : none)};
+  }
+  // Of row i of the team, whose row in [D * N] is `saved`; with the factors of the product where the step is to apply them.
+  StepRow<A> row(const Modifier& m, int64_t i, int64_t saved, const ScanSizes& s, int width, bool multiplies) const {
+    return {m.zoneout_h.keep ? m.zoneout_h.keep + saved * s.H : nullptr,
+            m.zoneout_c.keep ? m.zoneout_c.keep + saved * s.H : nullptr,
+            candidate ? candidate + i * round_up(s.H, width) : nullptr,
+            multiplies && product ? product + i * round_up(s.P, width) : nullptr};
+  }
 };
 
 // Calls f with a value of the arithmetic type of a dtype.
