@@ -60,7 +60,7 @@ class Regularisation(NamedTuple):
             return torch.rand(shape, device=input.device, dtype=torch.float32) < p
 
         def factors(size: int) -> Tensor:
-            dtype = input.dtype.to_real()
+            dtype = input.dtype.to_real() if input.is_complex() else input.dtype
             ones = input.new_ones((sizes.groups, sizes.batch, size), dtype=dtype, requires_grad=False)
             return functional.dropout(ones, self.recurrent_dropout, True)
 
