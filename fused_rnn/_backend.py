@@ -145,7 +145,7 @@ class Demand(NamedTuple):
     device_type: str
     dtype: torch.dtype
     gpu: int | None = None  # the number of the GPU; None: none is there
-    transformed: bool = False  # inside a torch.func transform, or with forward-mode AD
+    transformed: bool = False  # by forward-mode AD; a formula: inside a torch.func transform too
     features: Features = _PLAIN
 
 
@@ -170,7 +170,7 @@ def why_not(backend: str, demand: Demand) -> Reason | None:
     if dtype.is_complex:
         return Reason("complex", f"there are no kernels for {dtype}")
     if transformed:
-        text = "torch.func transforms (vmap, grad, jvp) and forward-mode AD do not reach the compiled kernels"
+        text = "forward-mode AD and, of cells written as formulas, torch.func transforms do not reach the compiled kernels"
         return Reason("torch.func", text)
     for name, asked in zip(Features._fields, features, strict=True):
         if asked and backend == "cuda":
@@ -189,17 +189,29 @@ def is_transformed() -> bool:
     )
 
 
-def uses_ops(device_type: str, dtype: torch.dtype, device: torch.device | None = None, features: Features = _PLAIN) -> bool:
+def forward_mode() -> bool:
+    """Whether forward-mode AD is at work; torch.func.jvp is a level of it."""
+    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
+
+
+def uses_ops(
+    device_type: str,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    features: Features = _PLAIN,
+    has_tangents: bool = False,
+) -> bool:
     """True if the compiled ops serve this device type and dtype now, False if the reference does; then it warns, once.
 
     Args:
         device: the input's; None: none has to be there.
         features: what the call asks for beside.
+        has_tangents: the ops have the tangents of such a call.
 
     Raises:
         RuntimeError: a backend was forced that cannot serve the call.
     """
-    transformed = is_transformed()
+    transformed = not has_tangents and forward_mode()
     if device_type == "cuda" and device is not None and _gpus_without_code is None and _native.get("cuda", False):
         _find_gpus_without_code()
     lacking = device_type == "cuda" and (bool(_gpus_without_code) or any(features))

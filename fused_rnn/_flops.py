@@ -1,7 +1,7 @@
 """How many floating point operations the ops take, for torch.utils.flop_counter.FlopCounterMode.
 
-As in torch, matrix products count 2*m*n*k each and element-wise operations nothing. A dispatch mode sees ``layer`` and
-``layer_backward`` alone: ``rnn``, ``cell`` and the differentiable form of backward consist of these two or of torch's ops.
+As in torch, matrix products count 2*m*n*k each and element-wise operations nothing. A dispatch mode sees ``layer``,
+``layer_backward`` and its forms alone: ``rnn``, ``cell``, second derivatives and tangents consist of these or torch's ops.
 The numbers equal those that torch counts for torch.nn's GRU, RNN and cells, and for torch.nn.LSTM where it runs as separate
 ops; an LSTM that is one op of a library counts 0 in torch.
 
@@ -70,3 +70,5 @@ def register() -> None:
     """Makes FlopCounterMode know the ops; once."""
     _register("layer", _forward_flops)
     _register("layer_backward", _backward_flops)
+    _register("layer_backward_samples", _backward_flops)
+    _register("layer_backward_gates", lambda call: _backward_flops({**call, "mask": (False, True, False)}))

@@ -1,14 +1,13 @@
-"""Python names of the C++ ops, and the parts of their registration that are Python: fake kernels, double backward, flops."""
+"""Python names of the C++ ops, and what of their registration is Python: fake kernels, vmap, derivatives, flops."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fused_rnn import _flops, reference
+from fused_rnn import _derivatives, _flops, _transforms
 from fused_rnn._backend import extension
 from fused_rnn._recipe import rows_of, unpacked
 
@@ -82,7 +81,7 @@ def _fake_layer_backward(
     return fake_gradients(x, [*states, *rows_of(rows, recipe).reset_states], params, mask)
 
 
-def _layer_backward_differentiable(
+def _fake_layer_backward_samples(
     dy: Tensor | None,
     dlast: Sequence[Tensor],
     x: Tensor,
@@ -92,78 +91,29 @@ def _layer_backward_differentiable(
     saved: Sequence[Tensor],
     recipe: int,
     mask: Sequence[bool],
+    samples: int,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The same gradients as fused_rnn::layer_backward, as a differentiable function of everything they depend on.
-
-    Runs the reference again and differentiates it. What forward saved is not read: it follows from the other arguments.
-    """
-    of_call = rows_of(rows, recipe)
-    given = [*states, *of_call.reset_states]
-    own, first = 1 + len(states), 1 + len(given)
-
-    def run(args: Sequence[Tensor]) -> list[Tensor]:
-        given_rows = of_call._replace(reset_states=tuple(args[own:first]))
-        y, last = reference.layer(args[0], args[1:own], args[first:], given_rows, unpacked(recipe))
-        return [y, *last]
-
-    asked = [mask[0], *[mask[1]] * len(given), *[mask[2]] * len(params)]
-    grads = differentiated(run, [x, *given, *params], asked, [dy, *dlast])
-    return grads[0], grads[1:first], grads[first:]
+    """Shapes of fused_rnn::layer_backward_samples's results."""
+    dx, dstates, dparams = _fake_layer_backward(dy, dlast, x, states, params, rows, saved, recipe, mask)
+    return dx, dstates, [p.new_empty(samples, *p.shape) for p in params] if mask[2] and samples else dparams
 
 
-def differentiated(
-    run: Callable[[Sequence[Tensor]], list[Tensor]],
-    given: Sequence[Tensor],
-    asked: Sequence[bool],
-    result_grads: Sequence[Tensor | None],
-) -> list[Tensor]:
-    """Gradients of ``run(given)`` as differentiable functions of everything they depend on; [0] where not asked for.
-
-    result_grads: of run's results; None or a tensor of shape [0] for none, and there may be fewer.
-    """
-    with torch.enable_grad():
-        # An alias for every use, so that a tensor that comes in twice gets two gradients, not twice their sum.
-        def alias(t: Tensor) -> Tensor:
-            return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-
-        args = [alias(t) if wanted else t for t, wanted in zip(given, asked, strict=True)]
-        pairs = [
-            (out, grad)
-            for out, grad in zip(run(args), result_grads, strict=False)
-            if grad is not None and grad.shape != (0,)
-        ]
-        inputs = [t for t, wanted in zip(args, asked, strict=True) if wanted]
-        found = iter(
-            torch.autograd.grad(
-                [out for out, _ in pairs],
-                inputs,
-                [grad for _, grad in pairs],
-                create_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-            if inputs and pairs
-            else [torch.zeros_like(t) for t in inputs]
-        )
-    return [next(found) if wanted else given[0].new_empty(0) for wanted in asked]
-
-
-def _layer_backward_batched(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, tuple[Any, ...]]:
-    """fused_rnn::layer_backward under vmap, as of ``torch.autograd.grad(is_grads_batched=True)``: once for each sample.
-
-    Gradients of weights are sums over a sample's own rows, so the samples do not fold into one batch.
-    """
-
-    def sample(arg: Any, dim: Any, index: int) -> Any:
-        if isinstance(arg, (list, tuple)) and isinstance(dim, (list, tuple)):
-            return [sample(a, d, index) for a, d in zip(arg, dim, strict=True)]
-        return arg.select(dim, index) if isinstance(dim, int) else arg
-
-    op = torch.ops.fused_rnn.layer_backward.default
-    results = [op(*(sample(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
-    dx = torch.stack([result[0] for result in results])
-    dstates, dparams = ([torch.stack(parts) for parts in zip(*(r[i] for r in results), strict=True)] for i in (1, 2))
-    return (dx, dstates, dparams), (0, [0] * len(dstates), [0] * len(dparams))
+def _fake_layer_backward_gates(
+    dy: Tensor | None,
+    dlast: Sequence[Tensor],
+    x: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    recipe: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """Shapes of fused_rnn::layer_backward_gates's results."""
+    _, dstates, _ = _fake_layer_backward(dy, dlast, x, states, params, rows, saved, recipe, [False, True, False])
+    layer = unpacked(recipe)
+    rows_of_layer = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]
+    hidden = params[1].shape[0] // layer.kind.gates
+    return x.new_empty(layer.directions, rows_of_layer, layer.kind.slots, hidden), dstates
 
 
 if extension is not None:
@@ -175,7 +125,9 @@ if extension is not None:
     eager_cell = extension.cell
     torch.library.register_fake("fused_rnn::layer", _fake_layer)
     torch.library.register_fake("fused_rnn::layer_backward", _fake_layer_backward)
-    torch.library.register_vmap("fused_rnn::layer_backward", _layer_backward_batched)
+    torch.library.register_fake("fused_rnn::layer_backward_samples", _fake_layer_backward_samples)
+    torch.library.register_fake("fused_rnn::layer_backward_gates", _fake_layer_backward_gates)
     _library = torch.library.Library("fused_rnn", "IMPL")
-    _library.impl("layer_backward_differentiable", _layer_backward_differentiable, "CompositeImplicitAutograd")
+    _derivatives.register(_library)
+    _transforms.register()
     _flops.register()

@@ -11,7 +11,7 @@ from torch import Tensor
 from fused_rnn._kinds import KINDS, Kind
 
 _HAS_LENGTHS = 1 << 12  # offsets, resets and reset states follow
-_HAS_RESET_STATES = 1 << 15
+HAS_RESET_STATES = 1 << 15
 _OPTIONS_SHIFT, _OPTIONS = 17, 5  # where the bits of StepOptions begin, and their number
 OPTIONS = (1 << _OPTIONS) - 1 << _OPTIONS_SHIFT
 ROWS = _HAS_LENGTHS * 15 | OPTIONS  # the bits that say which rows there are
@@ -135,7 +135,7 @@ class Rows(NamedTuple):
         """What the ops' argument ``recipe`` says of ``rows``: which they are."""
         masks = sum(_HAS_LENGTHS << place for place, tensor in enumerate(self[:3]) if tensor is not None)
         options = self.options.bits if self.options is not _NO_OPTIONS else 0
-        return masks | options | _HAS_RESET_STATES * bool(self.reset_states)
+        return masks | options | HAS_RESET_STATES * bool(self.reset_states)
 
     def on(self, device: torch.device) -> Rows:
         """The same with the integers and flags on this device."""
@@ -157,7 +157,7 @@ def rows_of(given: Sequence[Tensor], recipe: int) -> Rows:
     """
     places = [place for place in range(3) if recipe & _HAS_LENGTHS << place]
     options = [place for place in range(_OPTIONS) if recipe & 1 << _OPTIONS_SHIFT + place]
-    first, more = len(places), bool(recipe & _HAS_RESET_STATES)
+    first, more = len(places), bool(recipe & HAS_RESET_STATES)
     count = first + len(options)
     if len(given) < count + more or (len(given) > count and not more):
         raise ValueError(

@@ -17,8 +17,8 @@ from torch._C import _get_tracing_state, _has_torch_function_variadic
 from torch.compiler import is_exporting
 from torch.nn import Parameter
 
-from fused_rnn import _checks, _dtensor, _extras, _onnx, _ops, reference
-from fused_rnn._backend import Features, uses_ops
+from fused_rnn import _checks, _dtensor, _extras, _onnx, _ops, _second_order, reference
+from fused_rnn._backend import Features, forward_mode, uses_ops
 from fused_rnn._extras import Extras
 from fused_rnn._kinds import GRU, LSTM
 from fused_rnn._recipe import Recipe, Rows
@@ -214,7 +214,10 @@ def run_rnn(
     features = Features(
         bool(rows.reset_states), recipe.all_states and recipe.kind.has_c, rows.options is not _ALL_ROWS.options
     )
-    if not for_onnx and uses_ops(device_type, input.dtype, device, features):
+    dual = forward_mode() and _second_order.serves(
+        input, len(weights) // recipe.num_layers // recipe.directions, rows, recipe
+    )
+    if not for_onnx and uses_ops(device_type, input.dtype, device, features, dual):
         # Modes see the op's call, and so do subclasses, wherever in it they are.
         seen = torch.compiler.is_compiling() or _has_torch_function_variadic(
             input, *states, *rows[:3], *rows.reset_states, *weights
@@ -247,7 +250,8 @@ def run_cell(recipe: Recipe, input: Tensor, states: list[Tensor], params: list[T
     device_type = device.type
     if type(input) is not Tensor or type(params[0]) not in _PLAIN:
         _dtensor.prepare()
-    if not (is_exporting() and _onnx.exporting()) and uses_ops(device_type, input.dtype, device):
+    dual = forward_mode() and _second_order.serves(input, len(params), _ALL_ROWS, recipe)
+    if not (is_exporting() and _onnx.exporting()) and uses_ops(device_type, input.dtype, device, has_tangents=dual):
         seen = torch.compiler.is_compiling() or _has_torch_function_variadic(input, *states, *params)
         op = _ops.cell if seen else _ops.eager_cell
         result: list[Tensor] = op(input, states, params, recipe.packed)

@@ -97,9 +97,15 @@ void input_gradient(const Call& call, const InputColumns& all, const Tensor& dx,
 void input_weight_gradients(CellKind cell, const Tensor& x, const Tensor& dg, const Tensor& dw_ih, const Tensor& db_ih,
                             bool add);
 
-// dW and dx from made.d_gates by matrix products; those of the states are taken from `made`.
+// dW and dx from made.d_gates by matrix products; those of the states are taken from `made`. With samples the gradients of
+// weights are those of each sample [samples, ...]: row b of a step belongs to sample b % samples.
 LayerGradients gradients_of_layer(const Call& call, const ResultGradients& given, const BackwardCall& made,
-                                  GradientMask mask);
+                                  GradientMask mask, int64_t samples = 0);
+// d_gates [D, N, S, H], and the gradients of the states.
+std::tuple<Tensor, std::vector<Tensor>> gates_of_layer(const Call& call, const BackwardCall& made);
+// The gradients of one direction's parameters for each sample, appended. x [N, I], zeros at padding; dg [N, S * H]
+void sample_weight_gradients(const Call& call, const ResultGradients& given, const BackwardCall& made, const Tensor& x,
+                             const Tensor& dg, int d, int64_t samples, std::vector<Tensor>& gradients);
 
 // Parts of it, for every scan. States, and outputs of all directions [N, D * P], as forward left them; h0: call.states[0].
 // [N, 1] bool, true at rows that take part; only for dense batches with lengths.
@@ -112,6 +118,7 @@ Tensor output_of_direction(const Tensor& y, const LayerShapes& s, int d);
 // Which rows of [N, .] the matrix products of backward read: all, or those that take part, where many are padding.
 class RowChoice {
  public:
+  RowChoice() = default;  // all rows
   RowChoice(const Call& call, const LayerShapes& s);
   bool all() const { return !indices_.defined(); }
   int64_t count(const LayerShapes& s) const { return all() ? s.N : indices_.size(0); }

@@ -5,7 +5,6 @@
 // forward from the arguments. Arguments are unpacked, which raises for one that was written in place, only where a gradient
 // that is asked for depends on their values.
 #include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -13,6 +12,7 @@
 #include <torch/library.h>
 
 #include "torch/ops.h"
+#include "torch/tangents.h"
 #include "torch/weight_node.h"
 
 namespace fused_rnn {
@@ -209,56 +209,50 @@ class LayerNode final : public torch::autograd::Node {
   const Recipe recipe_;
 };
 
-bool has_tangent(const Tensor& t) { return t.defined() && t._fw_grad(/*level=*/0).defined(); }
-
 bool has_tangents(const Call& call) {
-  return torch::autograd::ForwardADLevel::try_get_by_idx(0) &&
-         (has_tangent(call.x) || std::any_of(call.states.begin(), call.states.end(), has_tangent) ||
-          std::any_of(call.params.begin(), call.params.end(), has_tangent) ||
-          std::any_of(call.rows.reset_states.begin(), call.rows.reset_states.end(), has_tangent));
+  return tangents_exist() && (has_tangent(call.x) || any_has_tangent(call.states) || any_has_tangent(call.params) ||
+                              any_has_tangent(call.rows.reset_states));
+}
+
+// Gives the results of a call their tangents.
+void set_tangents(const Call& call, const LayerOutputs& out) {
+  static const auto op = find_op<LayerTangentsSignature>("fused_rnn::layer_tangents");
+  std::vector<Tensor> tangents;
+  append_tangents(call.x, tangents);
+  append_tangents(call.states, tangents);
+  append_tangents(call.params, tangents);
+  const RowList rows = list_of(call.rows);
+  const auto& [y, last, saved] = out;
+  const std::vector<Tensor> made = op.call(tangents, y, primal_of(call.x), primals_of(call.states), primals_of(call.params),
+                                           rows.tensors, pack(call.recipe) | rows.bits);
+  set_tangent(y, made[0]);
+  for (size_t i = 0; i < last.size(); ++i) set_tangent(last[i], made[1 + i]);
 }
 
 LayerOutputs layer_autograd(const Tensor& x, at::TensorList states, at::TensorList params, at::TensorList rows,
                             int64_t recipe, bool save) {
   const Rows given = rows_of(rows, recipe);
   const Call call{x, states, params, given, layer_recipe_of(recipe)};
-  TORCH_CHECK_NOT_IMPLEMENTED(!has_tangents(call),
-                              "fused_rnn::layer has no jvp: forward-mode AD runs on the reference, by "
-                              "fused_rnn's modules and functions");
+  const bool dual = has_tangents(call);
   const bool differentiate = differentiates(call);
   const auto node = differentiate ? make_node<LayerNode>(call) : nullptr;
   LayerOutputs out = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
     return call_layer(call, save || differentiate);
   }();
-  if (!node) return out;
+  if (!node) {
+    if (dual) set_tangents(call, out);
+    return out;
+  }
   static_cast<LayerNode*>(node.get())->keep(out, any_requires_grad(params));
   torch::autograd::set_history(std::get<0>(out), node);
   for (Tensor& t : std::get<1>(out)) torch::autograd::set_history(t, node);
   if (!save) std::get<2>(out).clear();
+  if (dual) set_tangents(call, out);
   return out;
-}
-
-bool requires_grad(const OptionalTensor& t) { return t && t->defined() && t->requires_grad(); }
-
-// Inside backward with create_graph the gradients must be differentiable themselves: they are then made by the composite
-// in fused_rnn/_ops.py, which runs the reference once more under autograd.
-LayerGradients layer_backward_autograd(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x,
-                                       at::TensorList states, at::TensorList params, at::TensorList rows,
-                                       at::TensorList saved, int64_t recipe, std::array<bool, 3> mask) {
-  static const auto differentiable_op = find_op<LayerBackwardSignature>("fused_rnn::layer_backward_differentiable");
-  const bool differentiate =
-      at::GradMode::is_enabled() && (requires_grad(dy) || any_requires_grad(dlast) || x.requires_grad() ||
-                                     any_requires_grad(states) || any_requires_grad(params) || any_requires_grad(rows));
-  if (differentiate) return differentiable_op.call(dy, dlast, x, states, params, rows, saved, recipe, mask);
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  return layer_backward_op().call(dy, dlast, x, states, params, rows, saved, recipe, mask);
 }
 
 }  // namespace
 }  // namespace fused_rnn
 
-TORCH_LIBRARY_IMPL(fused_rnn, Autograd, m) {
-  m.impl("layer", fused_rnn::layer_autograd);
-  m.impl("layer_backward", fused_rnn::layer_backward_autograd);
-}
+TORCH_LIBRARY_IMPL(fused_rnn, Autograd, m) { m.impl("layer", fused_rnn::layer_autograd); }

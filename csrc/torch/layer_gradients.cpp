@@ -273,11 +273,17 @@ void input_gradient(const Call& call, const InputColumns& all, const Tensor& dx,
   }
 }
 
+std::tuple<Tensor, std::vector<Tensor>> gates_of_layer(const Call& call, const BackwardCall& made) {
+  std::vector<Tensor> dstates = state_gradients(call, made, /*wanted=*/true);
+  reset_state_gradients(call, made, /*wanted=*/true, dstates);
+  return {made.d_gates, std::move(dstates)};
+}
+
 LayerGradients gradients_of_layer(const Call& call, const ResultGradients& given, const BackwardCall& made,
-                                  GradientMask mask) {
+                                  GradientMask mask, int64_t samples) {
   const LayerShapes& s = made.shapes;
   const int64_t columns = slot_count(call.recipe.cell) * s.H;
-  const RowChoice rows(call, s);
+  const RowChoice rows = samples ? RowChoice() : RowChoice(call, s);  // every sample has as many rows
   Tensor x = mask.weights ? rows.of(call.x.contiguous().view({s.N, s.I})) : Tensor();
   // The d_gates of padding are 0, but its x may hold anything, and 0 * NaN is not 0.
   if (call.rows.lengths && rows.all() && mask.weights) x = at::where(active_rows(call, s), x, 0);
@@ -286,7 +292,9 @@ LayerGradients gradients_of_layer(const Call& call, const ResultGradients& given
   for (int d = 0; d < s.D; ++d) {
     const Tensor dg = mask.x || mask.weights ? rows.of(gate_gradients(made, columns, d)) : Tensor();
     if (mask.x) input_gradient(call, input_columns(call.recipe.cell, s.H, dg), dx, d);
-    if (mask.weights) {
+    if (mask.weights && samples) {
+      sample_weight_gradients(call, given, made, x, dg, d, samples, dparams);
+    } else if (mask.weights) {
       weight_gradients(call, given, made, rows, x, dg, d, dparams);
     } else {
       for (int64_t i = 0; i < s.per_direction; ++i) dparams.push_back(empty_like(call.x, {0}));

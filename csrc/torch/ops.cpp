@@ -115,6 +115,11 @@ const c10::TypedOperatorHandle<LayerBackwardSignature>& layer_backward_op() {
   return op;
 }
 
+const c10::TypedOperatorHandle<SampleBackwardSignature>& sample_backward_op() {
+  static const auto op = find_op<SampleBackwardSignature>("fused_rnn::layer_backward_samples");
+  return op;
+}
+
 bool nothing_intercepts() {
   // Tracing, functorch and modes add keys; autocast is excluded unless it is on; forward-mode AD has a level.
   const auto keys = c10::impl::tls_local_dispatch_key_set();
@@ -186,10 +191,36 @@ TORCH_LIBRARY(fused_rnn, m) {
   m.def(
       "layer_backward_differentiable(Tensor? dy, Tensor[] dlast, Tensor x, Tensor[] states, Tensor[] params, "
       "Tensor[] rows, Tensor[] saved, int recipe, bool[3] mask) -> (Tensor dx, Tensor[] dstates, Tensor[] dparams)");
+  // Row b of a step belongs to sample b % samples; dparams are those of each sample, [samples, ...].
+  m.def(
+      "layer_backward_samples(Tensor? dy, Tensor[] dlast, Tensor x, Tensor[] states, Tensor[] params, Tensor[] rows, "
+      "Tensor[] saved, int recipe, bool[3] mask, int samples) -> (Tensor dx, Tensor[] dstates, Tensor[] dparams)");
+  // The gradients of the pre-activations [D, N, S, H], in the order of core/params.h. Not differentiable.
+  m.def(
+      "layer_backward_gates(Tensor? dy, Tensor[] dlast, Tensor x, Tensor[] states, Tensor[] params, Tensor[] rows, "
+      "Tensor[] saved, int recipe) -> (Tensor dgates, Tensor[] dstates)");
+  // Of layer_backward (samples: 0) or layer_backward_samples: gradients of dy, dlast, x, states, reset states and params;
+  // grads: of the results. A tensor of shape [0] stands for none.
+  m.def(
+      "layer_double_backward(Tensor[] grads, Tensor? dy, Tensor[] dlast, Tensor x, Tensor[] states, Tensor[] params, "
+      "Tensor[] rows, Tensor[] saved, int recipe, bool[3] mask, int samples, bool[] needed) -> Tensor[]");
+  // Tangents of results, from those of arguments (torch/tangents.h).
+  m.def(
+      "layer_tangents(Tensor[] tangents, Tensor y, Tensor x, Tensor[] states, Tensor[] params, Tensor[] rows, int recipe) "
+      "-> Tensor[]");
+  m.def(
+      "layer_backward_tangents(Tensor[] tangents, Tensor? dy, Tensor[] dlast, Tensor x, Tensor[] states, Tensor[] params, "
+      "Tensor[] rows, Tensor[] saved, int recipe, bool[3] mask, int samples) -> Tensor[]");
   m.def(
       "rnn(Tensor input, Tensor[] states, Tensor[] weights, Tensor[] rows, int recipe, float dropout) "
       "-> (Tensor output, Tensor[] last)");
   m.def("cell(Tensor input, Tensor[] states, Tensor[] params, int recipe) -> Tensor[]");
   m.impl("rnn", c10::DispatchKey::CompositeImplicitAutograd, fused_rnn::rnn);
   m.impl("cell", c10::DispatchKey::CompositeImplicitAutograd, fused_rnn::cell);
+}
+
+// torch.func.vmap calls the composites as they are: what they consist of has rules (fused_rnn/_transforms.py).
+TORCH_LIBRARY_IMPL(fused_rnn, FuncTorchBatched, m) {
+  m.impl("rnn", fused_rnn::rnn);
+  m.impl("cell", fused_rnn::cell);
 }

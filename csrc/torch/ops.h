@@ -15,6 +15,24 @@ using LayerBackwardSignature = LayerGradients(const OptionalTensor& dy, at::Tens
                                               at::TensorList states, at::TensorList params, at::TensorList rows,
                                               at::TensorList saved, int64_t recipe, std::array<bool, 3> mask);
 
+// Sums over samples of their own: layer.h's gradients_of_layer.
+using SampleBackwardSignature = LayerGradients(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x,
+                                               at::TensorList states, at::TensorList params, at::TensorList rows,
+                                               at::TensorList saved, int64_t recipe, std::array<bool, 3> mask,
+                                               int64_t samples);
+
+// (d_gates [D, N, S, H], dstates)
+using GateGradients = std::tuple<Tensor, std::vector<Tensor>>;
+using GatesBackwardSignature = GateGradients(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x,
+                                             at::TensorList states, at::TensorList params, at::TensorList rows,
+                                             at::TensorList saved, int64_t recipe);
+
+// The gradients of a backward's arguments that are asked for (`needed`), from `grads`, those of its results.
+using DoubleBackwardSignature = std::vector<Tensor>(at::TensorList grads, const OptionalTensor& dy, at::TensorList dlast,
+                                                    const Tensor& x, at::TensorList states, at::TensorList params,
+                                                    at::TensorList rows, at::TensorList saved, int64_t recipe,
+                                                    std::array<bool, 3> mask, int64_t samples, at::ArrayRef<bool> needed);
+
 using RnnSignature = std::tuple<Tensor, std::vector<Tensor>>(const Tensor& input, at::TensorList states,
                                                              at::TensorList weights, at::TensorList rows, int64_t recipe,
                                                              double dropout);
@@ -27,6 +45,7 @@ c10::TypedOperatorHandle<Signature> find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Signature>();
 }
 const c10::TypedOperatorHandle<LayerBackwardSignature>& layer_backward_op();
+const c10::TypedOperatorHandle<SampleBackwardSignature>& sample_backward_op();
 LayerOutputs call_layer(const Call& call, bool save);
 
 // y, and the last state of each kind. With recipe.all_states, of a layer then what its op adds (layer.h), of a stack then

@@ -35,15 +35,29 @@ BackwardCall run_backward(const Call& call, const ResultGradients& given, Gradie
   return made;
 }
 
-LayerGradients layer_backward_cpu(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
-                                  at::TensorList params, at::TensorList rows, at::TensorList saved, int64_t recipe,
-                                  std::array<bool, 3> mask) {
+LayerGradients sample_backward_cpu(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
+                                   at::TensorList params, at::TensorList rows, at::TensorList saved, int64_t recipe,
+                                   std::array<bool, 3> mask, int64_t samples) {
   const Rows given_rows = rows_of(rows, recipe);
   const Call call{x, states, params, given_rows, layer_recipe_of(recipe)};
   const CellKind cell = call.recipe.cell;
   const ResultGradients given{dy, gradients_of_last(call.recipe, dlast), saved_of(cell, given_rows, saved)};
   const GradientMask wanted{mask[0], mask[1], mask[2]};
-  return gradients_of_layer(call, given, run_backward(call, given, wanted), wanted);
+  return gradients_of_layer(call, given, run_backward(call, given, wanted), wanted, samples);
+}
+
+LayerGradients layer_backward_cpu(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
+                                  at::TensorList params, at::TensorList rows, at::TensorList saved, int64_t recipe,
+                                  std::array<bool, 3> mask) {
+  return sample_backward_cpu(dy, dlast, x, states, params, rows, saved, recipe, mask, /*samples=*/0);
+}
+
+GateGradients gates_backward_cpu(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
+                                 at::TensorList params, at::TensorList rows, at::TensorList saved, int64_t recipe) {
+  const Rows given_rows = rows_of(rows, recipe);
+  const Call call{x, states, params, given_rows, layer_recipe_of(recipe)};
+  const ResultGradients given{dy, gradients_of_last(call.recipe, dlast), saved_of(call.recipe.cell, given_rows, saved)};
+  return gates_of_layer(call, run_backward(call, given, {false, true, false}));
 }
 
 }  // namespace
@@ -82,4 +96,6 @@ Results run_on_cpu(const Call& call) {
 TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
   m.impl("layer", fused_rnn::layer_cpu);
   m.impl("layer_backward", fused_rnn::layer_backward_cpu);
+  m.impl("layer_backward_samples", fused_rnn::sample_backward_cpu);
+  m.impl("layer_backward_gates", fused_rnn::gates_backward_cpu);
 }

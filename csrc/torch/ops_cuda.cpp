@@ -97,16 +97,12 @@ LayerOutputs layer_cuda(const Tensor& x, at::TensorList states, at::TensorList p
   return forward_outputs(made, save);
 }
 
-LayerGradients layer_backward_cuda(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
-                                   at::TensorList params, at::TensorList rows, at::TensorList saved, int64_t recipe,
-                                   std::array<bool, 3> mask) {
+// Runs the recurrent part of backward, then f(call, given, made) -> results.
+template <class F>
+auto run_backward(const Call& call, const ResultGradients& given, GradientMask wanted, const F& f) {
+  const Tensor& x = call.x;
   const c10::cuda::CUDAGuard device_guard(x.device());
-  const Rows given_rows = rows_of(rows, recipe);
-  const Call call{x, states, params, given_rows, layer_recipe_of(recipe)};
-  const CellKind cell = call.recipe.cell;
   check_features(call);
-  const ResultGradients given{dy, gradients_of_last(call.recipe, dlast), saved_of(cell, given_rows, saved)};
-  const GradientMask wanted{mask[0], mask[1], mask[2]};
   BackwardCall made = prepare_backward(call, given, wanted);
   BackwardParams& p = made.params;
   p.allow_tf32 = allows_tf32(x);
@@ -120,7 +116,33 @@ LayerGradients layer_backward_cuda(const OptionalTensor& dy, at::TensorList dlas
       cuda::backward(p, plan, c10::cuda::getCurrentCUDAStream().stream());
     });
   }
-  return gradients_of_layer(call, given, made, wanted);
+  return f(made);
+}
+
+LayerGradients sample_backward_cuda(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
+                                    at::TensorList params, at::TensorList rows, at::TensorList saved, int64_t recipe,
+                                    std::array<bool, 3> mask, int64_t samples) {
+  const Rows given_rows = rows_of(rows, recipe);
+  const Call call{x, states, params, given_rows, layer_recipe_of(recipe)};
+  const ResultGradients given{dy, gradients_of_last(call.recipe, dlast), saved_of(call.recipe.cell, given_rows, saved)};
+  const GradientMask wanted{mask[0], mask[1], mask[2]};
+  return run_backward(call, given, wanted,
+                      [&](const BackwardCall& made) { return gradients_of_layer(call, given, made, wanted, samples); });
+}
+
+LayerGradients layer_backward_cuda(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
+                                   at::TensorList params, at::TensorList rows, at::TensorList saved, int64_t recipe,
+                                   std::array<bool, 3> mask) {
+  return sample_backward_cuda(dy, dlast, x, states, params, rows, saved, recipe, mask, /*samples=*/0);
+}
+
+GateGradients gates_backward_cuda(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
+                                  at::TensorList params, at::TensorList rows, at::TensorList saved, int64_t recipe) {
+  const Rows given_rows = rows_of(rows, recipe);
+  const Call call{x, states, params, given_rows, layer_recipe_of(recipe)};
+  const ResultGradients given{dy, gradients_of_last(call.recipe, dlast), saved_of(call.recipe.cell, given_rows, saved)};
+  return run_backward(call, given, {false, true, false},
+                      [&](const BackwardCall& made) { return gates_of_layer(call, made); });
 }
 
 }  // namespace
@@ -129,4 +151,6 @@ LayerGradients layer_backward_cuda(const OptionalTensor& dy, at::TensorList dlas
 TORCH_LIBRARY_IMPL(fused_rnn, FUSED_RNN_DEVICE_KEY, m) {
   m.impl("layer", fused_rnn::layer_cuda);
   m.impl("layer_backward", fused_rnn::layer_backward_cuda);
+  m.impl("layer_backward_samples", fused_rnn::sample_backward_cuda);
+  m.impl("layer_backward_gates", fused_rnn::gates_backward_cuda);
 }

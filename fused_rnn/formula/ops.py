@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fused_rnn import _dtensor, reference
 from fused_rnn._backend import extension
-from fused_rnn._ops import check_places, differentiated, fake_gradients
+from fused_rnn._derivatives import differentiated
+from fused_rnn._ops import check_places, fake_gradients
 from fused_rnn._recipe import Recipe, Rows, rows_of
 from fused_rnn.formula.language import Cell
 from fused_rnn.formula.parameters import OWN_KIND, as_declared, outputs_first, step_function

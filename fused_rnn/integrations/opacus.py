@@ -5,8 +5,9 @@
 
 Replaced: ``DPRNNBase.forward_layer``, which runs a cell step by step, with a hook of Opacus at each of its two products.
 Here the kernels run the sequence and give the gradients of the gates before they are summed over the batch, [T, B, G*H].
-The two products are called once, on all steps, so that Opacus's own hooks make their per-sample gradients, as of any linear
-layer: clipping, noise, accumulation, Poisson sampling and state_dict are Opacus's.
+The modules of the two products are called once, on all steps, so that Opacus's own hooks make their per-sample gradients, as
+of any linear layer: clipping, noise, accumulation, Poisson sampling and state_dict are Opacus's. The products themselves are
+part of the kernels: what the modules give has their shape alone.
 
 Versions: opacus 1.6.
 
@@ -18,6 +19,7 @@ Opacus's are not. A fused_rnn.LSTM has no per-sample gradients by itself: DPLSTM
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -109,11 +111,48 @@ def _run(
         return y, [state.squeeze(0) for state in last]
     previous = torch.cat([before[0].unsqueeze(0), y[:-1]])
     # Opacus hooks both products, [B, T, .]: what backward gives them are the gradients of the gates.
-    gx = cell.ih(x.transpose(0, 1))
-    gh = cell.hh(previous.transpose(0, 1))
+    gx = _called(cell.ih, x.transpose(0, 1))
+    gh = _called(cell.hh, previous.transpose(0, 1))
     kept = [y, *(state.squeeze(0) for state in last), *before, *weights, *saved, *rows.given()]
     y, *last = _Scan.apply(gx, gh, *states, (kind, numbers, len(states), len(weights), len(saved)), *kept)
     return y, last
+
+
+def _called(linear: Any, x: Tensor) -> Tensor:
+    """linear(x) with its hooks, without its values."""
+    linear.forward = functools.partial(_without_values, linear)
+    try:
+        found: Tensor = linear(x)
+    finally:
+        del linear.forward
+    return found
+
+
+def _without_values(linear: Any, x: Tensor) -> Tensor:
+    found: Tensor = _Product.apply(x, linear.weight, linear.bias)
+    return found
+
+
+class _Product(torch.autograd.Function):
+    """x [B, T, I], weight [G*H, I], bias [G*H] or None: backward of their linear map; forward has its shape alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.new_zeros(1).expand(*x.shape[:2], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        # Rows in the order of time, as the kernels have them.
+        rows = gradient.transpose(0, 1).reshape(-1, weight.shape[0])
+        return (
+            gradient @ weight if of_x else None,
+            rows.t() @ x.transpose(0, 1).reshape(-1, weight.shape[1]) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
 
 
 class _Scan(torch.autograd.Function):
@@ -138,26 +177,17 @@ class _Scan(torch.autograd.Function):
         params, kept = kept[:weights], kept[weights:]
         of_forward, rows = kept[:saved], kept[saved:]
         steps, batch, hidden = y.shape
-        columns = params[1].shape[0]
-        # The gradient of an input whose weights are the identity is that of the input product.
-        one = torch.eye(columns, dtype=y.dtype, device=y.device)
         none = y.new_empty(0)
         of_last = [none if grad is None else grad.unsqueeze(0) for grad in gradients[1:]]
-        dgx, dstates, _ = torch.ops.fused_rnn.layer_backward(
-            gradients[0],
-            of_last,
-            y.new_zeros(1).expand(steps, batch, columns),
-            before,
-            [one, *params[1:]],
-            rows,
-            [*of_forward, y],
-            numbers,
-            [True, True, False],
+        x = y.new_zeros(1).expand(steps, batch, params[0].shape[1])  # the gradients of the gates do not depend on it
+        gates, dstates = torch.ops.fused_rnn.layer_backward_gates(
+            gradients[0], of_last, x, before, params, rows, [*of_forward, y], numbers
         )
-        dgh = dgx
-        if kind == _kinds.GRU:  # n = tanh(gx_n + r gh_n)
-            reset = of_forward[0][0, :, 0].view(steps, batch, hidden)
-            dgh = torch.cat([dgx[..., : 2 * hidden], dgx[..., 2 * hidden :] * reset], 2)
+        gates = gates.view(steps, batch, -1)
+        dgx = dgh = gates
+        if kind == _kinds.GRU:  # the gradients of gx_n, r, z, gh_n
+            dgx = torch.cat([gates[..., hidden : 3 * hidden], gates[..., :hidden]], 2)
+            dgh = gates[..., hidden:]
         nothing = [None] * (1 + 1 + states + states + weights + saved + len(rows))  # the facts and what was kept
         found = [state.squeeze(0) for state in dstates]
         return dgx.transpose(0, 1), dgh.transpose(0, 1), *found, *nothing

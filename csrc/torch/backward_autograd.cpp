@@ -1,0 +1,168 @@
+// Autograd of the backward ops: inside backward with create_graph, and always under torch.func.grad, gradients must be
+// differentiable themselves. The kernels make them, and a node of the graph keeps what they were made from; only if somebody
+// differentiates them does fused_rnn::layer_double_backward (fused_rnn/_ops.py) run.
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/library.h>
+
+#include "torch/ops.h"
+#include "torch/tangents.h"
+#include "torch/weight_node.h"
+
+namespace fused_rnn {
+namespace {
+
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+// The arguments of a backward op. References live as long as the call.
+struct BackwardArguments {
+  const OptionalTensor& dy;
+  at::TensorList dlast;
+  const Tensor& x;
+  at::TensorList states, params, rows, saved;
+  int64_t recipe;
+  std::array<bool, 3> mask;
+  int64_t samples;  // 0: of layer_backward
+
+  at::TensorList reset_states() const {
+    if (!(recipe & kHasResetStates)) return {};
+    size_t masks = 0;
+    for (int64_t bits = recipe & kHasRows & ~kHasResetStates; bits != 0; bits &= bits - 1) ++masks;
+    return rows.slice(std::min(masks, rows.size()));
+  }
+};
+
+class LayerBackwardNode final : public torch::autograd::Node {
+ public:
+  explicit LayerBackwardNode(const BackwardArguments& a)
+      : Node(torch::autograd::collect_next_edges(tensor_of(a.dy), a.dlast, a.x, a.states, a.reset_states(), a.params)),
+        dy_(a.dy, false),
+        x_(a.x, false),
+        dlast_(saved_variables(a.dlast)),
+        states_(saved_variables(a.states)),
+        params_(saved_variables(a.params)),
+        rows_(saved_variables(a.rows)),
+        saved_(saved_variables(a.saved)),
+        recipe_(a.recipe),
+        mask_(a.mask),
+        samples_(a.samples) {}
+
+  variable_list apply(variable_list&& grads) override {
+    static const auto op = find_op<DoubleBackwardSignature>("fused_rnn::layer_double_backward");
+    std::lock_guard<std::mutex> lock(mutex_);
+    variable_list result(num_outputs());
+    if (std::none_of(grads.begin(), grads.end(), [](const Tensor& t) { return t.defined(); })) return result;
+    const Tensor x = x_.unpack(), none = at::empty({0}, x.options());
+    for (Tensor& t : grads) {
+      if (!t.defined()) t = none;
+    }
+    c10::SmallVector<bool, 16> needed;
+    for (size_t i = 0; i < num_outputs(); ++i) needed.push_back(task_should_compute_output(i));
+    const std::vector<Tensor> made =
+        op.call(grads, optional_of(dy_.unpack()), unpacked(dlast_), x, unpacked(states_), unpacked(params_), unpacked(rows_),
+                unpacked(saved_), recipe_, mask_, samples_, at::ArrayRef<bool>(needed.data(), needed.size()));
+    TORCH_INTERNAL_ASSERT(made.size() == result.size());
+    for (size_t i = 0; i < result.size(); ++i) {
+      if (needed[i]) result[i] = made[i];
+    }
+    return result;
+  }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable* one : {&dy_, &x_}) one->reset_data();
+    for (std::vector<SavedVariable>* several : {&dlast_, &states_, &params_, &rows_, &saved_}) {
+      for (SavedVariable& one : *several) one.reset_data();
+    }
+  }
+
+  std::string name() const override { return "FusedRnnLayerDoubleBackward"; }
+
+ private:
+  static std::vector<SavedVariable> saved_variables(at::TensorList tensors) {
+    std::vector<SavedVariable> result;
+    result.reserve(tensors.size());
+    for (const Tensor& t : tensors) result.emplace_back(t, false);
+    return result;
+  }
+  static std::vector<Tensor> unpacked(const std::vector<SavedVariable>& saved) {
+    std::vector<Tensor> result;
+    result.reserve(saved.size());
+    for (const SavedVariable& t : saved) result.push_back(t.unpack());
+    return result;
+  }
+
+  SavedVariable dy_, x_;
+  std::vector<SavedVariable> dlast_, states_, params_, rows_, saved_;
+  const int64_t recipe_;
+  const std::array<bool, 3> mask_;
+  const int64_t samples_;
+};
+
+bool requires_grad(const OptionalTensor& t) { return t && t->defined() && t->requires_grad(); }
+
+bool differentiates(const BackwardArguments& a) {
+  return at::GradMode::is_enabled() &&
+         (requires_grad(a.dy) || any_requires_grad(a.dlast) || a.x.requires_grad() || any_requires_grad(a.states) ||
+          any_requires_grad(a.params) || any_requires_grad(a.rows));
+}
+
+bool has_tangents(const BackwardArguments& a) {
+  return tangents_exist() && ((a.dy && has_tangent(*a.dy)) || any_has_tangent(a.dlast) || has_tangent(a.x) ||
+                              any_has_tangent(a.states) || any_has_tangent(a.params) || any_has_tangent(a.reset_states()));
+}
+
+// Gives the gradients of a call their tangents.
+void set_tangents(const BackwardArguments& a, const LayerGradients& made) {
+  static const auto op = find_op<BackwardTangentsSignature>("fused_rnn::layer_backward_tangents");
+  std::vector<Tensor> tangents;
+  append_tangents(a.dy ? *a.dy : at::empty({0}, a.x.options()), tangents);
+  for (const at::TensorList& tensors : {a.dlast, at::TensorList(a.x), a.states, a.reset_states(), a.params}) {
+    append_tangents(tensors, tangents);
+  }
+  const OptionalTensor dy = a.dy ? OptionalTensor(primal_of(*a.dy)) : std::nullopt;
+  const std::vector<Tensor> found =
+      op.call(tangents, dy, primals_of(a.dlast), primal_of(a.x), primals_of(a.states), primals_of(a.params),
+              primals_of(a.rows), primals_of(a.saved), a.recipe, a.mask, a.samples);
+  size_t i = 0;
+  set_tangent(std::get<0>(made), found[i++]);
+  for (const std::vector<Tensor>* several : {&std::get<1>(made), &std::get<2>(made)}) {
+    for (const Tensor& t : *several) set_tangent(t, found[i++]);
+  }
+}
+
+LayerGradients sample_backward_autograd(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x,
+                                        at::TensorList states, at::TensorList params, at::TensorList rows,
+                                        at::TensorList saved, int64_t recipe, std::array<bool, 3> mask, int64_t samples) {
+  const BackwardArguments a{dy, dlast, x, states, params, rows, saved, recipe, mask, samples};
+  const auto node = differentiates(a) ? make_node<LayerBackwardNode>(a) : nullptr;
+  LayerGradients made = [&] {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return samples ? sample_backward_op().call(dy, dlast, x, states, params, rows, saved, recipe, mask, samples)
+                   : layer_backward_op().call(dy, dlast, x, states, params, rows, saved, recipe, mask);
+  }();
+  if (node) {
+    torch::autograd::set_history(std::get<0>(made), node);
+    for (std::vector<Tensor>* several : {&std::get<1>(made), &std::get<2>(made)}) {
+      for (Tensor& t : *several) torch::autograd::set_history(t, node);
+    }
+  }
+  if (has_tangents(a)) set_tangents(a, made);
+  return made;
+}
+
+LayerGradients layer_backward_autograd(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x,
+                                       at::TensorList states, at::TensorList params, at::TensorList rows,
+                                       at::TensorList saved, int64_t recipe, std::array<bool, 3> mask) {
+  return sample_backward_autograd(dy, dlast, x, states, params, rows, saved, recipe, mask, /*samples=*/0);
+}
+
+}  // namespace
+}  // namespace fused_rnn
+
+TORCH_LIBRARY_IMPL(fused_rnn, Autograd, m) {
+  m.impl("layer_backward", fused_rnn::layer_backward_autograd);
+  m.impl("layer_backward_samples", fused_rnn::sample_backward_autograd);
+}

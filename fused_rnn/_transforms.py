@@ -1,0 +1,244 @@
+"""The ops under ``torch.func.vmap``: a vmapped dimension becomes rows of the batch, and one call of the kernels serves it.
+
+V: size of the vmapped dimension; the other letters are those of functional.py. Row b of sample v is row b * V + v of the
+folded batch, so that packed rows stay in order, and results of forward that backward reads are unfolded without a copy.
+Weights that are vmapped (an ensemble), packed rows, and zoneout and its like make a call of the kernels for each sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_rnn._recipe import OPTIONS, Rows, rows_of, unpacked
+
+Dim = int | None
+# Of tensors that backward makes (the gradients of the gates) up to this many elements at once: jacobians have many samples.
+_ELEMENTS = 1 << 24
+
+
+class _Fold:
+    """One call of an op under vmap: tensors with their vmapped dimension, folded into rows, and results unfolded."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def rows(self, tensor: Tensor, dim: Dim, place: int) -> Tensor:
+        """The tensor with its rows, dimension ``place`` of a sample, V times as many. None stands as a tensor [0]."""
+        if _is_none(tensor, dim):
+            return tensor.new_empty(0)
+        if dim is None:
+            shape = (*tensor.shape[: place + 1], self.count, *tensor.shape[place + 1 :])
+            tensor = tensor.unsqueeze(place + 1).expand(shape)
+        else:
+            tensor = tensor.movedim(dim, place + 1)
+        return tensor.flatten(place, place + 1)
+
+    def each(self, tensors: Sequence[Tensor], dims: Sequence[Dim], place_of: Callable[[int], int]) -> list[Tensor]:
+        """place_of: from the number of a sample's dimensions to that of its rows."""
+        return [
+            self.rows(tensor, dim, place_of(tensor.dim() - (dim is not None)))
+            for tensor, dim in zip(tensors, dims, strict=True)
+        ]
+
+    def unfolded(self, tensor: Tensor, place: int) -> tuple[Tensor, Dim]:
+        """A result by samples, and its vmapped dimension; what nobody asked for [0] is not vmapped."""
+        if tensor.dim() == 1:
+            return tensor, None
+        return tensor.unflatten(place, (tensor.shape[place] // self.count, self.count)), place + 1
+
+
+def _is_none(tensor: Tensor, dim: Dim) -> bool:
+    return tensor.dim() - (dim is not None) == 1 and tensor.numel() == 0 and tensor.is_floating_point()
+
+
+def _second_last(dims: int) -> int:
+    return dims - 2
+
+
+def _of_saved(dims: int) -> int:
+    """gates [D, N, S, H], c after each step [D, N, H], y [T, B, D*P] or [N, D*P]."""
+    return 1 if dims == 4 else dims - 2
+
+
+def _batch_of(x: Tensor, x_dim: Dim, states: Sequence[Tensor], state_dims: Sequence[Dim]) -> int:
+    """B of a sample."""
+    t, dim = (states[0], state_dims[0]) if states else (x, x_dim)
+    return t.shape[1 if dim is None or dim > 1 else 2]
+
+
+def _folded_rows(fold: _Fold, given: Sequence[Tensor], dims: Sequence[Dim], recipe: int, batch: int) -> list[Tensor]:
+    """The ops' argument ``rows`` of the folded batch."""
+    rows, of = rows_of(given, recipe), rows_of(dims, recipe)  # type: ignore[arg-type]  # the same places
+    lengths, offsets, resets = rows.lengths, rows.offsets, rows.resets
+    if lengths is not None:
+        lengths = fold.rows(lengths, of.lengths, 0)  # type: ignore[arg-type]
+    if offsets is not None:
+        offsets = offsets * fold.count
+    if resets is not None:
+        resets = fold.rows(resets, of.resets, resets.dim() - (of.resets is not None) - 1)  # type: ignore[arg-type]
+    states = []
+    for state, dim in zip(rows.reset_states, of.reset_states, strict=True):
+        own = state if dim is None else state.movedim(dim, 0)
+        own = own.expand(*own.shape[:-2], batch, own.shape[-1])
+        states.append(fold.rows(own, None if dim is None else 0, own.dim() - (dim is not None) - 2))
+    return Rows(lengths, offsets, resets, tuple(states)).given()
+
+
+def _is_looped(params: Sequence[Dim], rows: Sequence[Dim], recipe: int) -> bool:
+    """Whether samples are calls of their own."""
+    packed = rows_of(rows, recipe).offsets is not None  # type: ignore[arg-type]
+    return packed or bool(recipe & OPTIONS) or any(dim is not None for dim in params)
+
+
+def _looped(op: Any, count: int, in_dims: Sequence[Any], args: Sequence[Any]) -> tuple[Any, Any]:
+    """The op once for each sample."""
+
+    def sample(arg: Any, dim: Any, index: int) -> Any:
+        if isinstance(arg, (list, tuple)) and isinstance(dim, (list, tuple)):
+            return [sample(a, d, index) for a, d in zip(arg, dim, strict=True)]
+        return arg.select(dim, index) if isinstance(dim, int) else arg
+
+    results = [op(*(sample(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(count)]
+    joined = [
+        torch.stack(parts) if isinstance(parts[0], Tensor) else [torch.stack(part) for part in zip(*parts, strict=True)]
+        for parts in zip(*results, strict=True)
+    ]
+    return tuple(joined), tuple(0 if isinstance(part, Tensor) else [0] * len(part) for part in joined)
+
+
+def _pairs(pairs: Sequence[tuple[Tensor, Dim]]) -> tuple[list[Tensor], list[Dim]]:
+    return [tensor for tensor, _ in pairs], [dim for _, dim in pairs]
+
+
+def layer(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    """fused_rnn::layer(x, states, params, rows, recipe, save)."""
+    x, states, params, rows, recipe, save = args
+    x_dim, state_dims, param_dims, row_dims = in_dims[:4]
+    if _is_looped(param_dims, row_dims, recipe):
+        return _looped(torch.ops.fused_rnn.layer.default, info.batch_size, in_dims, args)
+    fold = _Fold(info.batch_size)
+    batch = _batch_of(x, x_dim, states, state_dims)
+    y, last, saved = torch.ops.fused_rnn.layer(
+        *fold.each([x], [x_dim], _second_last),
+        fold.each(states, state_dims, _second_last),
+        params,
+        _folded_rows(fold, rows, row_dims, recipe, batch),
+        recipe,
+        save,
+    )
+    y, y_dim = fold.unfolded(y, y.dim() - 2)
+    last, last_dims = _pairs([fold.unfolded(t, 1) for t in last])
+    saved, saved_dims = _pairs([fold.unfolded(t, 1) for t in saved])
+    return (y, last, saved), (y_dim, last_dims, saved_dims)
+
+
+def layer_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    """fused_rnn::layer_backward, whose weights' gradients become those of each sample."""
+    return _backward(torch.ops.fused_rnn.layer_backward.default, info.batch_size, in_dims, args, 1)
+
+
+def layer_backward_samples(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    """fused_rnn::layer_backward_samples: each of its samples is V samples."""
+    return _backward(torch.ops.fused_rnn.layer_backward_samples.default, info.batch_size, in_dims, args, args[9])
+
+
+def layer_backward_gates(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    """fused_rnn::layer_backward_gates."""
+    if _is_looped(in_dims[4], in_dims[5], args[7]):
+        return _looped(torch.ops.fused_rnn.layer_backward_gates.default, info.batch_size, in_dims, args)
+    fold = _Fold(info.batch_size)
+    gates, dstates = torch.ops.fused_rnn.layer_backward_gates(*_folded_arguments(fold, in_dims, args), args[7])
+    gates, gates_dim = fold.unfolded(gates, 1)
+    dstates, dims = _pairs(_unfolded_states(fold, dstates, in_dims, args))
+    return (gates, dstates), (gates_dim, dims)
+
+
+def _backward(op: Any, count: int, in_dims: Sequence[Any], args: Sequence[Any], samples: int) -> tuple[Any, Any]:
+    if _is_looped(in_dims[4], in_dims[5], args[7]):
+        return _looped(op, count, in_dims, args)
+    x, layer = args[2], unpacked(args[7])
+    rows = x.numel() // max(x.shape[-1], 1) // (1 if in_dims[2] is None else count)
+    most = max(1, _ELEMENTS // max(1, rows * layer.kind.slots * args[4][1].shape[0]))
+    if most >= count:
+        return _folded_backward(count, in_dims, args, samples)
+
+    def part(arg: Any, dim: Any, first: int) -> Any:
+        if isinstance(arg, (list, tuple)) and isinstance(dim, (list, tuple)):
+            return [part(a, d, first) for a, d in zip(arg, dim, strict=True)]
+        return arg.narrow(dim, first, min(most, count - first)) if isinstance(dim, int) else arg
+
+    results = []
+    for first in range(0, count, most):
+        given = [part(arg, dim, first) for arg, dim in zip(args, in_dims, strict=True)]
+        found, dims = _folded_backward(min(most, count - first), in_dims, given, samples)
+        results.append(found)
+
+    def joined(parts: Sequence[Tensor], dim: Dim) -> Tensor:
+        return parts[0] if dim is None else torch.cat(tuple(parts), dim)
+
+    dx = joined([result[0] for result in results], dims[0])
+    lists = [
+        [
+            joined(parts, dim)
+            for parts, dim in zip(zip(*(result[i] for result in results), strict=True), dims[i], strict=True)
+        ]
+        for i in (1, 2)
+    ]
+    return (dx, *lists), dims
+
+
+def _folded_arguments(fold: _Fold, in_dims: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    """dy, dlast, x, states, params, rows and saved of the folded batch."""
+    dy, dlast, x, states, params, rows, saved, recipe = args[:8]
+    dy_dim, dlast_dims, x_dim, state_dims, _, row_dims, saved_dims = in_dims[:7]
+    batch = _batch_of(x, x_dim, states, state_dims)
+    return [
+        None if dy is None else fold.rows(dy, dy_dim, dy.dim() - (dy_dim is not None) - 2),
+        fold.each(dlast, dlast_dims, _second_last),
+        fold.rows(x, x_dim, x.dim() - (x_dim is not None) - 2),
+        fold.each(states, state_dims, _second_last),
+        params,
+        _folded_rows(fold, rows, row_dims, recipe, batch),
+        fold.each(saved, saved_dims, _of_saved),
+    ]
+
+
+def _unfolded_states(
+    fold: _Fold, dstates: Sequence[Tensor], in_dims: Sequence[Any], args: Sequence[Any]
+) -> list[tuple[Tensor, Dim]]:
+    """Gradients of states and of reset states."""
+    x, states, rows, recipe = args[2], args[3], args[5], args[7]
+    batch = _batch_of(x, in_dims[2], states, in_dims[3])
+    found = [fold.unfolded(t, t.dim() - 2) for t in dstates]
+    resets = zip(rows_of(rows, recipe).reset_states, rows_of(in_dims[5], recipe).reset_states, strict=True)
+    for i, (state, state_dim) in enumerate(resets, len(states)):
+        gradient, dim = found[i]
+        if dim is not None and (state if state_dim is None else state.movedim(state_dim, 0)).shape[-2] == 1 < batch:
+            found[i] = gradient.sum(dim - 1, keepdim=True), dim  # one state for all rows of a sample
+    return found
+
+
+def _folded_backward(count: int, in_dims: Sequence[Any], args: Sequence[Any], samples: int) -> tuple[Any, Any]:
+    recipe, mask = args[7:9]
+    fold = _Fold(count)
+    dx, dstates, dparams = torch.ops.fused_rnn.layer_backward_samples(
+        *_folded_arguments(fold, in_dims, args), recipe, mask, samples * count
+    )
+    dx, dx_dim = fold.unfolded(dx, dx.dim() - 2)
+    dstates, dstate_dims = _pairs(_unfolded_states(fold, dstates, in_dims, args))
+    if not mask[2]:
+        return (dx, dstates, dparams), (dx_dim, dstate_dims, [None] * len(dparams))
+    nested = len(args) > 9  # samples of samples
+    if nested:
+        dparams = [t.unflatten(0, (samples, count)) for t in dparams]
+    return (dx, dstates, dparams), (dx_dim, dstate_dims, [int(nested)] * len(dparams))
+
+
+def register() -> None:
+    """Makes torch.func.vmap know the ops; once."""
+    for rule in (layer, layer_backward, layer_backward_samples, layer_backward_gates):
+        torch.library.register_vmap(f"fused_rnn::{rule.__name__}", rule)

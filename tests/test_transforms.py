@@ -1,0 +1,395 @@
+"""torch.func (grad, vmap, jvp, jacrev, jacfwd, hessian) and second derivatives of layers, in float64.
+
+Expected is the same function of the reference, which is plain torch, or a loop over samples; of whole modules torch.nn's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from module_pairs import make_pair
+from torch import Tensor, nn
+
+import fused_rnn
+from fused_rnn import functional, reference, use_backend
+from fused_rnn._backend import has_cpu_kernels
+
+pytestmark = pytest.mark.skipif(not has_cpu_kernels(), reason="needs the compiled extension")
+KINDS = ("RNN", "GRU", "LSTM")
+T, B, INPUTS, H = 4, 3, 3, 5
+TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
+
+
+@pytest.fixture
+def kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference raises."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the reference runs")
+
+    for name in ("rnn", "layer", "cell", "step"):
+        monkeypatch.setattr(reference, name, refuse)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def weights_of(kind: str, count: int = 1, proj: int = 0) -> list[Tensor]:
+    """Of ``count`` layers times directions of INPUTS == H or one."""
+    gates = {"RNN": 1, "GRU": 3, "LSTM": 4}[kind]
+    shapes = [(gates * H, INPUTS), (gates * H, proj or H), (gates * H,), (gates * H,)] + [(proj, H)] * bool(proj)
+    return [randn(*shape, seed=10 + i) * 0.5 for i, shape in enumerate(shapes * count)]
+
+
+def call(kind: str, x: Tensor, weights: list[Tensor], hx: Any = None, **options: Any) -> list[Tensor]:
+    """All results of the functional form, as a flat list."""
+    function: Any = getattr(functional, kind.lower())
+    results: list[Tensor] = []
+    for result in function(x, weights, hx, **options):
+        results += result if isinstance(result, tuple) else [result]
+    return results
+
+
+def loss_of(kind: str, **options: Any) -> Callable[..., Tensor]:
+    def loss(weights: list[Tensor], x: Tensor, hx: Any = None) -> Tensor:
+        return sum((i + 1) * y.tanh().square().sum() for i, y in enumerate(call(kind, x, weights, hx, **options)))  # type: ignore[return-value]
+
+    return loss
+
+
+def states_of(kind: str, groups: int = 1, batch: int = B, size: int = H) -> Any:
+    h = randn(groups, batch, size, seed=3)
+    return (h, randn(groups, batch, H, seed=4)) if kind == "LSTM" else h
+
+
+def close(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+# --- per-sample gradients: vmap(grad) with shared weights ---
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "batch_first": {"batch_first": True},
+    "both": {"bidirectional": True},
+    "lengths": {"lengths": torch.tensor([4, 1])},
+    "resets": {"resets": randn(T, 2, seed=5) > 0.5, "bidirectional": True},
+    "all_states": {"return_all_states": True},
+}
+
+
+@pytest.mark.usefixtures("kernels_only")
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_per_sample_gradients(kind: str, name: str) -> None:
+    """Of weights, input and states, against one backward for each sample, of two rows each."""
+    options = OPTIONS[name]
+    groups = 2 if options.get("bidirectional") else 1
+    weights, hx = weights_of(kind, groups), states_of(kind, groups, 2)
+    x = randn(B, *((2, T) if options.get("batch_first") else (T, 2)), INPUTS)
+    loss = loss_of(kind, **options)
+    found = torch.func.vmap(torch.func.grad(loss, (0, 1, 2)), (None, 0, None))(weights, x, hx)
+    for index in range(B):
+        leaves = [t.clone().requires_grad_() for t in (*weights, x[index], *(hx if kind == "LSTM" else (hx,)))]
+        own = leaves[: len(weights)], leaves[len(weights)], leaves[len(weights) + 1 :]
+        value = loss(own[0], own[1], tuple(own[2]) if kind == "LSTM" else own[2][0])
+        flat = torch.utils._pytree.tree_leaves(found)
+        close([t[index] for t in flat], list(torch.autograd.grad(value, leaves)))
+
+
+@pytest.mark.usefixtures("kernels_only")
+def test_per_sample_gradients_of_a_projection() -> None:
+    weights, x = weights_of("LSTM", proj=4), randn(B, T, 2, INPUTS)
+    found = torch.func.vmap(torch.func.grad(loss_of("LSTM")), (None, 0))(weights, x)
+    for index in range(B):
+        close([t[index] for t in found], torch.func.grad(loss_of("LSTM"))(weights, x[index]))
+
+
+@pytest.mark.usefixtures("kernels_only")
+@pytest.mark.parametrize("each", [False, True], ids=["one state", "of every row"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_per_sample_gradients_of_reset_states(kind: str, each: bool) -> None:
+    """Resets of every sample; a reset state that all samples share."""
+    x, resets, weights = randn(B, T, 2, INPUTS), randn(B, T, 2, seed=5) > 0.3, weights_of(kind)
+    state = states_of(kind, batch=2 if each else 1)
+
+    def loss(weights: list[Tensor], state: Any, x: Tensor, resets: Tensor) -> Tensor:
+        return sum(y.tanh().square().sum() for y in call(kind, x, weights, resets=resets, reset_state=state))  # type: ignore[return-value]
+
+    gradient = torch.func.grad(loss, (0, 1))
+    found = torch.func.vmap(gradient, (None, None, 0, 0))(weights, state, x, resets)
+    for index in range(B):
+        alone = gradient(weights, state, x[index], resets[index])
+        close(torch.utils._pytree.tree_map(lambda t, index=index: t[index], found), alone)
+
+
+@pytest.mark.usefixtures("kernels_only")
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_rows_under_vmap(kind: str) -> None:
+    sizes, weights, x = torch.tensor([3, 2, 1]), weights_of(kind), randn(B, 6, INPUTS)
+    loss = loss_of(kind, batch_sizes=sizes)
+    found = torch.func.vmap(torch.func.grad(loss, (0, 1)), (None, 0))(weights, x)
+    for index in range(B):
+        close(
+            torch.utils._pytree.tree_map(lambda t, index=index: t[index], found),
+            torch.func.grad(loss, (0, 1))(weights, x[index]),
+        )
+
+
+@pytest.mark.usefixtures("kernels_only")
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_ensemble(kind: str) -> None:
+    """vmap over the weights, with one input for all."""
+    each = [weights_of(kind), [w * 0.7 for w in weights_of(kind)]]
+    stacked = [torch.stack(of_models) for of_models in zip(*each, strict=True)]
+    x = randn(T, B, INPUTS)
+    found = torch.func.vmap(torch.func.grad(loss_of(kind), (0, 1)), (0, None))(stacked, x)
+    for index, weights in enumerate(each):
+        alone = torch.func.grad(loss_of(kind), (0, 1))(weights, x)
+        close(torch.utils._pytree.tree_map(lambda t, index=index: t[index], found), alone)
+
+
+@pytest.mark.usefixtures("kernels_only")
+@pytest.mark.parametrize("kind", KINDS)
+def test_vmap_of_vmap(kind: str) -> None:
+    weights, x = weights_of(kind), randn(2, B, T, 1, INPUTS)
+    gradient = torch.func.grad(loss_of(kind), (0, 1))
+    found = torch.func.vmap(torch.func.vmap(gradient, (None, 0)), (None, 0))(weights, x)
+    for i in range(2):
+        for j in range(B):
+            alone = gradient(weights, x[i, j])
+            close(torch.utils._pytree.tree_map(lambda t, i=i, j=j: t[i, j], found), alone)
+
+
+@pytest.mark.usefixtures("kernels_only")
+@pytest.mark.parametrize("kind", KINDS)
+def test_cells_under_vmap(kind: str) -> None:
+    step: Any = getattr(functional, f"{kind.lower()}_cell")
+    weights, x, h = weights_of(kind), randn(B, INPUTS), randn(B, H, seed=3)
+
+    def loss(weights: list[Tensor], x: Tensor, h: Tensor) -> Tensor:
+        found = step(x, (h, h) if kind == "LSTM" else h, *weights)
+        return sum(t.square().sum() for t in (found if kind == "LSTM" else (found,)))
+
+    found = torch.func.vmap(torch.func.grad(loss, (0, 1, 2)), (None, 0, 0))(weights, x, h)
+    for index in range(B):
+        alone = torch.func.grad(loss, (0, 1, 2))(weights, x[index], h[index])
+        close(torch.utils._pytree.tree_map(lambda t, index=index: t[index], found), alone)
+
+
+def test_many_samples_are_folded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fused_rnn import _transforms
+
+    weights, x = weights_of("GRU"), randn(B, T, 1, INPUTS)
+    gradient = torch.func.vmap(torch.func.grad(loss_of("GRU"), (0, 1)), (None, 0))
+    expected = gradient(weights, x)
+    monkeypatch.setattr(_transforms, "_ELEMENTS", 2 * T * 4 * H)  # two samples
+    close(gradient(weights, x), expected)
+
+
+# --- every transform of whole modules ---
+
+
+def transformed(name: str, f: Callable[[Any, Tensor], Tensor], weights: Any, x: Tensor) -> Any:
+    """f(weights, x) -> scalar under the transform."""
+    tangents = torch.utils._pytree.tree_map(lambda w: torch.full_like(w, 0.1), (weights, x))
+    if name == "grad":
+        return torch.func.grad(f, (0, 1))(weights, x)
+    if name == "vmap":
+        return torch.func.vmap(f, (None, 1))(weights, x.unsqueeze(2))
+    if name == "vjp":
+        return torch.func.vjp(f, weights, x)[1](torch.tensor(2.0, dtype=torch.float64))
+    if name == "jvp":
+        return torch.func.jvp(f, (weights, x), tangents)
+    if name == "jacrev":
+        return torch.func.jacrev(lambda x: torch.stack([f(weights, x), f(weights, 2 * x)]))(x)
+    if name == "jacfwd":
+        return torch.func.jacfwd(lambda x: torch.stack([f(weights, x), f(weights, 2 * x)]))(x)
+    if name == "grad of grad":
+        inner = torch.func.grad(f, 1)
+        return torch.func.grad(lambda w, x: inner(w, x).square().sum(), (0, 1))(weights, x)
+    if name == "grad of vmap":
+        return torch.func.grad(lambda w, x: torch.func.vmap(f, (None, 1))(w, x.unsqueeze(2)).square().sum(), (0, 1))(
+            weights, x
+        )
+    if name == "jacrev of grad":
+        return torch.func.jacrev(torch.func.grad(f, 1), 1)(weights, x[:2, :1])
+    if name == "vmap of jvp":
+        return torch.func.vmap(lambda x: torch.func.jvp(lambda x: f(weights, x), (x,), (x.square(),)), 1)(x.unsqueeze(2))
+    if name == "vmap of a penalty":
+        inner = torch.func.grad(f, 1)
+        return torch.func.vmap(torch.func.grad(lambda w, x: inner(w, x).square().sum()), (None, 1))(weights, x.unsqueeze(2))
+    if name == "hessian of weights":
+        of_bias = {key: value for key, value in weights.items() if "bias_hh" in key}
+        return torch.func.hessian(lambda b: f({**weights, **b}, x[:2, :1]))(of_bias)
+    if name == "jvp of grad":
+        return torch.func.jvp(torch.func.grad(f, (0, 1)), (weights, x), tangents)
+    if name == "grad of jvp":
+        return torch.func.grad(lambda w, x: torch.func.jvp(f, (w, x), tangents)[1], (0, 1))(weights, x)
+    if name == "jacfwd of jacfwd":
+        return torch.func.jacfwd(torch.func.jacfwd(f, 1), 1)(weights, x[:2, :1])
+    assert name == "hessian"
+    return torch.func.hessian(f, 1)(weights, x[:2, :1])
+
+
+TRANSFORMS = (
+    "grad",
+    "vmap",
+    "vjp",
+    "jvp",
+    "jacrev",
+    "jacfwd",
+    "grad of grad",
+    "grad of vmap",
+    "jacrev of grad",
+    "vmap of jvp",
+    "vmap of a penalty",
+    "hessian",
+    "hessian of weights",
+    "jvp of grad",
+    "grad of jvp",
+    "jacfwd of jacfwd",
+)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_modules(kind: str, name: str, request: pytest.FixtureRequest) -> None:
+    """By functional_call, against the reference, whose operations are torch's own."""
+    module = getattr(fused_rnn, kind)(INPUTS, H, 2, dtype=torch.float64)
+    weights = {key: value.detach() for key, value in module.named_parameters()}
+    x = randn(T, B, INPUTS)
+
+    def f(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        y, last = torch.func.functional_call(module, weights, (x,))
+        return y.sin().sum() + sum(t.square().sum() for t in (last if kind == "LSTM" else (last,)))
+
+    with use_backend("reference"):
+        expected = transformed(name, f, weights, x)
+    request.getfixturevalue("kernels_only")
+    close(transformed(name, f, weights, x), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_against_torch(kind: str) -> None:
+    """grad, jacrev and per-sample gradients of a module are torch.nn's gradients."""
+    ours, theirs = (m.double() for m in make_pair(kind, INPUTS, H))
+    weights = {key: value.detach() for key, value in ours.named_parameters()}
+    x = randn(T, B, INPUTS)
+
+    def f(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(ours, weights, (x,))[0].sin().sum()
+
+    each = torch.func.vmap(torch.func.grad(f), (None, 1))(weights, x.unsqueeze(2))
+    for index in range(B):
+        theirs.zero_grad()
+        theirs(x[:, index : index + 1])[0].sin().sum().backward()
+        for key, parameter in theirs.named_parameters():
+            close(each[key][index], parameter.grad)
+    jacobian = torch.func.jacrev(lambda x: torch.func.functional_call(ours, weights, (x,))[0][-1, 0])(x)
+    expected = torch.autograd.functional.jacobian(lambda x: theirs(x)[0][-1, 0], x)
+    close(jacobian, expected)
+
+
+# --- second derivatives ---
+
+SECOND: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "both": {"bidirectional": True},
+    "resets": {"resets": randn(T, B, seed=5) > 0.5, "bidirectional": True},
+    "lengths": {"lengths": torch.tensor([4, 1, 3])},
+    "unbiased": {"has_biases": False},
+}
+
+
+def penalty(
+    kind: str, options: dict[str, Any], leaves: list[Tensor], groups: int, outputs: slice = slice(None)
+) -> list[Tensor]:
+    """Gradients of a function of all first gradients, of a loss with weights of its own for every result."""
+    count = 1 + (2 if kind == "LSTM" else 1)
+    hx = tuple(leaves[1:count]) if kind == "LSTM" else leaves[1]
+    results = call(kind, leaves[0], leaves[count:], hx, **options)[outputs]
+    value = sum((i + 1) * y.sin().sum() for i, y in enumerate(results))
+    grads = torch.autograd.grad(value, leaves, create_graph=True)  # type: ignore[arg-type]
+    return list(torch.autograd.grad(sum(g.cos().sum() for g in grads), leaves))
+
+
+@pytest.mark.parametrize("outputs", [slice(None), slice(1), slice(1, None)], ids=["all", "output", "last"])
+@pytest.mark.parametrize("name", SECOND)
+@pytest.mark.parametrize("kind", (*KINDS, "RELU", "IDENTITY"))
+def test_penalties(kind: str, name: str, outputs: slice) -> None:
+    options = dict(SECOND[name])
+    if kind in ("RELU", "IDENTITY"):
+        options["nonlinearity"], kind = kind.lower(), "RNN"
+    groups = 2 if options.get("bidirectional") else 1
+    weights = weights_of(kind, groups)
+    if not options.get("has_biases", True):
+        weights = [w for w in weights if w.dim() == 2]
+    hx = states_of(kind, groups)
+    leaves = [t.requires_grad_() for t in (randn(T, B, INPUTS), *(hx if kind == "LSTM" else (hx,)), *weights)]
+    with use_backend("reference"):
+        expected = penalty(kind, options, leaves, groups, outputs)
+    close(penalty(kind, options, leaves, groups, outputs), expected)
+
+
+@pytest.mark.usefixtures("kernels_only")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_penalty_runs_kernels(kind: str) -> None:
+    """Of the input alone, as of a critic's; gradients of weights that autograd accumulates."""
+    ours, theirs = (m.double() for m in make_pair(kind, INPUTS, H))
+    x = randn(T, B, INPUTS).requires_grad_()
+    for module in (ours, theirs):
+        y = module(x)[0]
+        (grad,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+        (y.square().sum() + (grad.norm(dim=2) - 1).square().sum()).backward()
+    close([p.grad for p in ours.parameters()], [p.grad for p in theirs.parameters()])
+
+
+def test_a_penalty_after_an_edit() -> None:
+    """The output is written in place between backward and the backward of that."""
+    for kind in KINDS:
+        weights = [w.requires_grad_() for w in weights_of(kind)]
+        x = randn(T, B, INPUTS).requires_grad_()
+        found = []
+        for edited in (False, True):
+            y = call(kind, x, weights)[0]
+            (grad,) = torch.autograd.grad((y * randn(*y.shape, seed=7)).sum(), x, create_graph=True)
+            if edited:
+                with torch.no_grad():
+                    y.mul_(3)
+            found.append(torch.autograd.grad(grad.square().sum(), weights))
+        close(found[0], found[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_third_derivatives(kind: str) -> None:
+    module: nn.Module = getattr(fused_rnn, kind)(2, 3, dtype=torch.float64)
+    x = randn(2, 1, 2).requires_grad_()
+
+    def third(backend: str) -> list[Tensor]:
+        with use_backend(backend):
+            value = module(x)[0].sin().sum()
+            for _ in range(2):
+                (grad,) = torch.autograd.grad(value, x, create_graph=True)
+                value = grad.square().sum()
+            return list(torch.autograd.grad(value, [x, *module.parameters()]))
+
+    close(third("cpu"), third("reference"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_penalty_of_per_sample_gradients(kind: str) -> None:
+    """Autograd through vmap(grad)."""
+    x = randn(B, T, 1, INPUTS)
+
+    def run(backend: str) -> list[Tensor]:
+        weights = [w.requires_grad_() for w in weights_of(kind)]
+        with use_backend(backend):
+            each = torch.func.vmap(torch.func.grad(loss_of(kind)), (None, 0))(weights, x)
+            return list(torch.autograd.grad(sum(g.square().sum() for g in each), weights))
+
+    close(run("cpu"), run("reference"))
