@@ -508,6 +508,40 @@ def test_compile(cell: str, option: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_traced_and_exported(training: bool) -> None:
+    """Graphs draw their masks, and hold for any T and B."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = fused_rnn.LSTM(4, 6, num_layers=2, bidirectional=True, **OPTIONS["all"])
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.layer(x)[0]
+            return y
+
+    model, x, other = Model().train(training), torch.randn(5, 3, 4), torch.randn(7, 2, 4)
+    graphs = [torch.jit.trace(model, (x,), check_trace=False)]
+    if not training:
+        sizes = ({0: torch.export.Dim("T"), 1: torch.export.Dim("B")},)
+        graphs.append(torch.export.export(model, (x,), dynamic_shapes=sizes).module())
+    for graph in graphs:
+        torch.manual_seed(0)
+        found = graph(other)
+        torch.manual_seed(0)
+        assert torch.equal(found, model(other))
+
+
+@pytest.mark.skipif(extension is None, reason="needs the compiled extension")
+def test_explain() -> None:
+    x, options = torch.randn(5, 3, 4), {"recurrent_dropout": 0.5}
+    assert fused_rnn.explain(fused_rnn.LSTM(4, 6, **options), x, show=False).backend == "cpu"
+    planned = fused_rnn.explain(fused_rnn.LSTM(4, 6, **options), x, device="H100", show=False)
+    assert planned.backend == "reference" and "no CUDA kernel has zoneout" in planned.reason
+    assert fused_rnn.explain(fused_rnn.LSTM(4, 6, **options).eval(), x, device="H100", show=False).backend == "cuda"
+
+
 @pytest.mark.parametrize("option", ["zoneout", "clip", "all"])
 def test_transforms_take_the_reference(option: str) -> None:
     layer, x = fused_rnn.LSTM(4, 6, **OPTIONS[option]).eval(), torch.randn(2, 5, 3, 4)

@@ -1,5 +1,5 @@
 // The pointwise half of a modified step (core/modifier.h): that of pointwise.h with what is done to the candidate, the new
-// state and, by zoneout, between the state before and after. A table of its own, so that other steps stay as fast as they are.
+// state and, by zoneout, between the state before and after. Functions of their own, which leave other steps as they are.
 //
 //   candidate                     g <- mask * g
 //   clip                          c <- min(max(c, -clip), clip), before h is made of it; h of a cell without c
