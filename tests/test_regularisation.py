@@ -322,7 +322,7 @@ CONFIGS = st.fixed_dictionaries(
 
 @hypothesis.settings(
     deadline=None,
-    max_examples=60,
+    max_examples=30,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
 )
 @hypothesis.given(config=CONFIGS, seed=st.integers(0, 99))
@@ -345,14 +345,14 @@ def test_combinations(backend: str, config: dict[str, Any], seed: int) -> None:
 
 
 @pytest.mark.parametrize(("cell", "option"), [pair for pair in PAIRS if pair[0] in ("LSTM", "GRU", "RNN_TANH")])
-def test_gradcheck(backend: str, cell: str, option: str) -> None:
-    skip_without_kernels(backend)
+def test_gradcheck(device: str, cell: str, option: str) -> None:
+    skip_without_kernels(device)
     case = Case(cell=cell, options=OPTIONS[option], steps=2, batch=2, hidden=2, inputs=1)
 
     def run(*leaves: Tensor) -> tuple[Tensor, ...]:
         return tuple(case.run())
 
-    with use_backend(backend):
+    with use_backend(device):
         assert torch.autograd.gradcheck(run, case.leaves())
 
 
