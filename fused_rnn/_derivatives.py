@@ -103,7 +103,7 @@ def _differentiated_by_func(
 
     found = [given[0].new_empty(0)] * len(given)
     if places and used:
-        _, pull = torch.func.vjp(of_asked, *(given[place] for place in places))
+        pull = torch.func.vjp(of_asked, *(given[place] for place in places))[1]
         for place, gradient in zip(places, pull(tuple(result_grads[place] for place in used)), strict=True):
             found[place] = gradient
     else:
@@ -212,7 +212,8 @@ class _BackwardCall(NamedTuple):
             states, own = given[first + 1 : first + 1 + self.states], given[first + 1 + self.states :]
             resets = unpacked(self.recipe).kind.states if self.recipe & HAS_RESET_STATES else 0
             rows = [*masks, *own[:resets]]
-            call = (given[0] if self.has_dy else None, given[1:first], given[first], states, own[resets:], rows, [])
+            dy, no_saved = given[0] if self.has_dy else None, list[Tensor]()
+            call = (dy, given[1:first], given[first], states, own[resets:], rows, no_saved)
             if self.samples:
                 made = _samples_differentiable(call, self.recipe, self.mask, self.samples)
             else:
@@ -292,7 +293,11 @@ def _of_sample(t: Any, index: int, samples: int, place: int) -> Any:
     return t.unflatten(place, (t.shape[place] // samples, samples)).select(place, index)
 
 
-def _calls_of_samples(call: Sequence[Any], recipe: int, samples: int) -> Iterator[tuple[Any, ...]]:
+# dy, dlast, x, states, params, rows, saved
+_CallArguments = tuple[Any, Any, Any, Any, Any, Any, Any]
+
+
+def _calls_of_samples(call: Sequence[Any], recipe: int, samples: int) -> Iterator[_CallArguments]:
     """call: dy, dlast, x, states, params, rows and saved of a folded batch. The same for each of its samples."""
     dy, dlast, x, states, params, rows, saved = call
     of_call = rows_of(rows, recipe)

@@ -239,7 +239,7 @@ class _Direction:
 
     def _lstm_tangents(self, source: Tensor) -> None:
         i, f, g, o = self.a
-        tanh_c = self.c.tanh()
+        self.tanh_c = tanh_c = self.c.tanh()
         self.of_c = o * (1 - tanh_c * tanh_c)  # dh / dc
         self.factors = torch.stack(
             [g * i * (1 - i), self.c_prev * f * (1 - f), i * (1 - g * g), tanh_c * o * (1 - o)], 2
@@ -337,7 +337,7 @@ class _Direction:
     def _lstm_second(self, dh: Tensor) -> tuple[Tensor, Tensor]:
         """q [T, B, 4, H] and the change of the gradient of c before each step."""
         i, f, g, o = self.a
-        tanh_c = self.c.tanh()
+        tanh_c = self.tanh_c
         last = torch.zeros_like(dh[:1]) if self.dlast[1] is None else self.dlast[1].unsqueeze(0)
         own = dh * self.of_c
         forget = f if self.keep is None else f * self.keep

@@ -72,14 +72,15 @@ def _batch_of(x: Tensor, x_dim: Dim, states: Sequence[Tensor], state_dims: Seque
 
 def _folded_rows(fold: _Fold, given: Sequence[Tensor], dims: Sequence[Dim], recipe: int, batch: int) -> list[Tensor]:
     """The ops' argument ``rows`` of the folded batch."""
-    rows, of = rows_of(given, recipe), rows_of(dims, recipe)  # type: ignore[arg-type]  # the same places
+    rows = rows_of(given, recipe)
+    of: Any = rows_of(dims, recipe)  # type: ignore[arg-type]  # the same places
     lengths, offsets, resets = rows.lengths, rows.offsets, rows.resets
     if lengths is not None:
-        lengths = fold.rows(lengths, of.lengths, 0)  # type: ignore[arg-type]
+        lengths = fold.rows(lengths, of.lengths, 0)
     if offsets is not None:
         offsets = offsets * fold.count
     if resets is not None:
-        resets = fold.rows(resets, of.resets, resets.dim() - (of.resets is not None) - 1)  # type: ignore[arg-type]
+        resets = fold.rows(resets, of.resets, resets.dim() - (of.resets is not None) - 1)
     states = []
     for state, dim in zip(rows.reset_states, of.reset_states, strict=True):
         own = state if dim is None else state.movedim(dim, 0)
@@ -214,8 +215,8 @@ def _unfolded_states(
     x, states, rows, recipe = args[2], args[3], args[5], args[7]
     batch = _batch_of(x, in_dims[2], states, in_dims[3])
     found = [fold.unfolded(t, t.dim() - 2) for t in dstates]
-    resets = zip(rows_of(rows, recipe).reset_states, rows_of(in_dims[5], recipe).reset_states, strict=True)
-    for i, (state, state_dim) in enumerate(resets, len(states)):
+    reset_dims: Any = rows_of(in_dims[5], recipe).reset_states
+    for i, (state, state_dim) in enumerate(zip(rows_of(rows, recipe).reset_states, reset_dims, strict=True), len(states)):
         gradient, dim = found[i]
         if dim is not None and (state if state_dim is None else state.movedim(state_dim, 0)).shape[-2] == 1 < batch:
             found[i] = gradient.sum(dim - 1, keepdim=True), dim  # one state for all rows of a sample
