@@ -59,8 +59,10 @@ def explain(
     and says why each one before it in the order cuda, cpu, reference does not serve the call. On CUDA it has, for forward
     and backward of every layer (both directions together), the kernel family with its kernels, their blocks, shared memory
     and registers, the microseconds that the cost model expects of the layer's kernels alone, and why each other family was
-    not taken; and whether the layers overlap in time and what that makes of the whole. On a CPU it has the instruction set
-    and how the threads divide the work.
+    not taken; and whether the layers overlap in time and what that makes of the whole. cuDNN, whose kernels are not known,
+    is the family wherever nothing better has been verified on the device; of a ``device`` that is only described, nothing
+    has. FUSED_RNN_PLAN=cheapest shows what the cost model would take. On a CPU it has the instruction set and how the
+    threads divide the work.
 
     Args:
         module: fused_rnn's RNN, LSTM, GRU or one of its cells; or a Layer or Step of a cell of your own.
@@ -113,8 +115,8 @@ def explain(
         training=training, forced=_settings.value("FUSED_RNN_PLAN") or None,
     )  # fmt: skip
     family = record = None
-    if gpu is not None and call.forced is None and sizes[0]["B"]:
-        family, record = _recorded(module, gpu, call, sizes)
+    if backend == "cuda" and call.forced is None and sizes[0]["B"]:
+        family, record = _recorded(module, gpu, call, sizes) if gpu is not None else _unverified(module, call, sizes)
         call = dataclasses.replace(call, preferred=family if family in planner().families else None)
     layers = tuple(_layer(call, size, rows) for size in sizes)
     forward, backward = _overlaps(module, call, layers)
@@ -176,28 +178,42 @@ def _recorded(module: nn.Module, gpu: int, call: _Call, sizes: Sequence[Mapping[
     from fused_rnn.tuning import here, serve  # nobody else needs them where there is no GPU
 
     first, is_layer = sizes[0], isinstance(module, nn.RNNBase)
-
-    def serves(family: str) -> bool:
-        try:
-            for backward, size in itertools.product((False, True)[: 1 + call.training], sizes[:2]):
-                planner().plan(**{**call.problem(size), "forced": family}, backward=backward)
-        except ValueError:
-            return False
-        return True
-
-    deterministic = torch.are_deterministic_algorithms_enabled()
     dropout = isinstance(module, nn.RNNBase) and module.training and module.dropout > 0 and module.num_layers > 1
     question = {
         **{name: first[name] for name in "TBIHP"}, "directions": first["D"], "layers": len(sizes), "cell": call.kind.name,
         "dtype": call.dtype_name, "tf32": _tf32(call.dtype), "training": call.training, "one_step": not is_layer,
         "rows": ("packed" if call.packed else "dense") + "+dropout" * dropout, "may_time": True,
-        "deterministic": deterministic, "device": gpu,
-        "cudnn": is_layer and not deterministic and torch.backends.cudnn.enabled and serves("cudnn"),
-        "ours": [family for family in here.FAMILIES if family != "cudnn" and serves(family)],
+        "deterministic": torch.are_deterministic_algorithms_enabled(), "device": gpu,
+        "cudnn": _cudnn_serves(module, call, sizes),
+        "ours": [family for family in here.FAMILIES if family != "cudnn" and _serves(family, call, sizes)],
     }  # fmt: skip
     if not question["cudnn"] and not question["ours"]:
         return None, None  # the planner says why
     return serve.explained(question)
+
+
+def _unverified(module: nn.Module, call: _Call, sizes: Sequence[Mapping[str, int]]) -> tuple[str | None, str | None]:
+    """(the family that serves the call on a device where nothing is verified, why), if that is cuDNN; else the planner's."""
+    if not _cudnn_serves(module, call, sizes):
+        return None, None
+    return "cudnn", "the default until another family is verified on the device (python -m fused_rnn verify)"
+
+
+def _cudnn_serves(module: nn.Module, call: _Call, sizes: Sequence[Mapping[str, int]]) -> bool:
+    """As cudnn_lacks in csrc/torch/cudnn_cuda.cpp has it, of what a module and its input tell."""
+    if not isinstance(module, nn.RNNBase) or torch.are_deterministic_algorithms_enabled():
+        return False
+    return torch.backends.cudnn.enabled and _serves("cudnn", call, sizes)
+
+
+def _serves(family: str, call: _Call, sizes: Sequence[Mapping[str, int]]) -> bool:
+    """Whether a family can serve all layers, forward and, for training, backward."""
+    try:
+        for backward, size in itertools.product((False, True)[: 1 + call.training], sizes[:2]):
+            planner().plan(**{**call.problem(size), "forced": family}, backward=backward)
+    except ValueError:
+        return False
+    return True
 
 
 def _kind(module: nn.Module) -> int:
@@ -352,7 +368,7 @@ def _pass_on_cuda(plan: Mapping[str, Any], sizes: Mapping[str, int], backward: b
         candidates=tuple(Candidate(name, one["us"], one["us_per_step"]) for name, one in plan["candidates"].items()),
         cheapest=plan["cheapest"],
         kernels=kernels,
-        launches=sum(kernel.launches for kernel in kernels),
+        launches=sum(kernel.launches for kernel in kernels) if kernels else None,
         overlapped_launches=plan["overlapped_launches"],
         workspace_bytes=plan["workspace_bytes"],
         us=plan["us"],

@@ -78,7 +78,7 @@ class PassPlan:
     candidates: tuple[Candidate, ...] = ()  # CUDA: the families that could serve it
     cheapest: str | None = None  # CUDA: the family of the candidates that takes least
     kernels: tuple[Kernel, ...] = ()  # CUDA: of a step in their order, or the one of a persistent family
-    launches: int | None = None  # CUDA: of all kernels, without overlap of layers
+    launches: int | None = None  # CUDA but cuDNN: of all kernels, without overlap of layers
     overlapped_launches: bool | None = None  # CUDA: a launch may begin before the one before it has ended
     threads: int | None = None  # CPU: of the call
     shares: Shares | None = None  # CPU
@@ -137,8 +137,8 @@ class Explanation:
     layers: tuple[LayerPlan, ...]  # in their order, the first reads the input
     forward_overlap: Overlap | None  # CUDA: of forward of the stack; None for a cell and an empty batch
     backward_overlap: Overlap | None  # CUDA: of backward, where forward's layers overlap
-    family: str | None = None  # CUDA, a GPU that is there: what serves the call if nothing is forced
-    record: str | None = None  # likewise: what is recorded of such calls on it (python -m fused_rnn tune --list)
+    family: str | None = None  # CUDA: what serves the call if nothing is forced; None: the planner's choice for each pass
+    record: str | None = None  # why: what is recorded of such calls on a GPU that is there (python -m fused_rnn tune --list)
 
     def __repr__(self) -> str:
         return f"<fused_rnn.Explanation: {self.module} on {self.backend}, {len(self.layers)} layer(s)>"

@@ -312,7 +312,7 @@ class StandInEvent:
 
 
 @pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the compiled extension")
-@pytest.mark.parametrize("plan", ["auto", "cheapest", "grid", "single"])
+@pytest.mark.parametrize("plan", ["auto", "cheapest", "grid", "single", "cudnn"])
 def test_the_gpu_path_with_a_stand_in_for_cuda(
     plan: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -349,7 +349,7 @@ def test_the_gpu_path_with_a_stand_in_for_cuda(
         assert not lines and out.count("plan single is left out: kernel family single cannot serve this layer") == 2
         return
     families = [line["plan"]["forward"]["family"] for line in lines]
-    assert set(families) == {"auto": {"step"}, "grid": {"grid"}, "cheapest": {"cluster"}}[plan]
+    assert set(families) == {"auto": {"cudnn"}, "cheapest": {"cluster"}}.get(plan, {plan})
     for line, family in zip(lines, families, strict=True):
         assert tuple(line)[: len(bench.FIELDS)] == bench.FIELDS and json.loads(json.dumps(line)) == line
         assert line["baseline"] in ("torch.nn", "step") and (line["baseline"] != "step" or family != "step")
@@ -357,7 +357,11 @@ def test_the_gpu_path_with_a_stand_in_for_cuda(
         assert line["floor_us_per_step"] > 0 and line["threads"] is None
         figures = line["plan"]
         assert figures["backend"] == "cuda"
-        assert figures["forward"]["smem_bytes"] > 0 and figures["forward"]["expected_us_per_step"] > 0
+        assert figures["forward"]["expected_us_per_step"] > 0
+        if family == "cudnn":
+            assert "torch asks cuDNN for its" in figures["forward"]["reason"]
+        else:
+            assert figures["forward"]["smem_bytes"] > 0
         assert ("backward" in figures) == (line["mode"] == "training")
     assert [line["baseline"] for line in lines].count("torch.nn") == 2 and "100%" in out
 

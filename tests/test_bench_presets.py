@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_bench import TINY, load_compare, made_up_line
+from test_bench import ROOT, TINY, load_compare, made_up_line
 
-from fused_rnn import bench
+from fused_rnn import _backend, bench
 from fused_rnn.__main__ import main, parser
+from fused_rnn._explain import DEVICES
 from fused_rnn.bench import timing
 from fused_rnn.bench.cases import CELLS, LOOPED, MODES, PRESETS, BenchCase, thinned
 from fused_rnn.bench.sides import make_sides
@@ -29,7 +31,55 @@ def test_the_presets_are_the_grids() -> None:
     assert len(set(steps)) == len(steps)
     # One step of the cells: all their steps are alike.
     assert set(steps) == {BenchCase(c, d, "inference", t, b, h, h) for (t, b, h), c, d in grid if c in CELLS or t == 1}
-    assert {name: preset.threads for name, preset in PRESETS.items()} == {"cells": (1,), "steps": (1, 2)}
+    assert {name: preset.threads for name, preset in PRESETS.items()} == {"cells": (1,), "steps": (1, 2), "first": (1,)}
+
+
+def test_the_first_cases_on_a_gpu() -> None:
+    """40 of them, small H first; odd sizes, single steps, large batches, every dtype under torch's default switches."""
+    cases = list(PRESETS["first"].cases())
+    assert len(cases) == len(set(cases)) == 40 and all(case.H <= 256 for case in cases[:14])
+    assert {case.cell for case in cases} == set(CELLS) and {case.dtype for case in cases} == {"fp32", "fp16", "bf16"}
+    counts = {
+        "small H": [c for c in cases if max(c.H, c.I) <= 128], "odd": [c for c in cases if c.H % 16],
+        "one step": [c for c in cases if c.T == 1], "large batch": [c for c in cases if c.B * c.H >= 256 * 1024],
+        "training": [c for c in cases if c.mode == "training"], "inference": [c for c in cases if c.mode == "inference"],
+        "ragged": [c for c in cases if c.lengths == "ragged"], "stack": [c for c in cases if c.layers > 1],
+        "bidirectional": [c for c in cases if c.bidirectional], "B=1": [c for c in cases if c.B == 1],
+    }  # fmt: skip
+    least = {"small H": 12, "odd": 5, "one step": 5, "large batch": 4, "training": 20, "inference": 10, "B=1": 5}
+    assert all(len(found) >= least.get(what, 1) for what, found in counts.items())
+
+
+@pytest.fixture(scope="module")
+def first_plans() -> Any:
+    spec = importlib.util.spec_from_file_location("first_plans", ROOT / "benchmarks" / "first_plans.py")
+    assert spec is not None and spec.loader is not None
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+def test_device_descriptions_are_those_of_the_sheets(first_plans: Any) -> None:
+    for name, sheet in first_plans.SHEETS.items():
+        assert DEVICES[name]["sm_count"] == sheet.sms and DEVICES[name]["l2_bytes"] == sheet.l2_mb << 20
+        assert 1000 < sheet.clock_mhz < 3000 and sheet.gb_per_s >= 1000 and sheet.source
+
+
+@pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the compiled extension, which plans")
+@pytest.mark.parametrize("gpu", ["H100", "H200", "A100", "RTX 4090", "B200"])
+def test_plans_of_the_first_cases(first_plans: Any, gpu: str) -> None:
+    """Every row can be made: cuDNN serves by default, and the family once verified is no slower by the model."""
+    table = (ROOT / "benchmarks" / "results" / "first_plans.md").read_text().split(f"## {gpu}\n")[1].split("\n## ")[0]
+    families = set()
+    for case in PRESETS["first"].cases():
+        able, unable = first_plans.expected(case, gpu)
+        us = {one.family: one.us for one in able}
+        assert {*us, *unable} == {"single", "step", "grid", "cluster", "cudnn"}
+        assert us[able[0].family] <= us["cudnn"] and ("cluster" in unable) >= (gpu in ("A100", "RTX 4090"))
+        families.add(able[0].family)
+        cells = [cell.strip() for cell in first_plans.row(case, gpu).strip("| ").split(" | ")]
+        assert cells[0] == str(case) and len(cells) == 6 and cells[3] == f"**{able[0].family}**"
+        assert f"| {case} |" in table, "benchmarks/first_plans.py writes the table again"
+    assert len(table.strip().split("\n")) == 2 + 40 and {"cudnn", "single"} <= families
 
 
 def test_a_thinned_preset() -> None:

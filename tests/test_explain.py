@@ -44,25 +44,60 @@ def large_lstm(dtype: torch.dtype = torch.float16, **kwargs: Any) -> torch.nn.Mo
         ("B200", None, None),
     ],
 )
-def test_table_of_devices(gpu: str, grid: str | None, cluster: str | None) -> None:
+def test_table_of_devices(gpu: str, grid: str | None, cluster: str | None, setting: Setting) -> None:
     """Which persistent families a device can hold for an LSTM of 256 units; every other family has its reason."""
     lstm = fused_rnn.LSTM(64, 256, dtype=torch.float16, device="meta")
-    result = explain(lstm, meta(100, 16, 64, dtype=torch.float16), device=gpu)
-    assert result.backend == "cuda" and result.device == gpu
-    (layer,) = result.layers
-    assert layer.backward is not None
-    for plan in (layer.forward, layer.backward):
-        rejected = {other.name: other.reason for other in plan.rejected}
-        assert {*rejected, plan.family} == FAMILIES and plan.family not in rejected
-        assert rejected["single"] == "serves one time step, not 100"
-        for family, reason in (("grid", grid), ("cluster", cluster)):
-            if reason is not None:
-                assert rejected[family] == reason
-        assert plan.us is not None and plan.us_per_step is not None and plan.us > plan.us_per_step > 0
-        assert plan.kernels and plan.cheapest in {one.family for one in plan.candidates}
-        for kernel in plan.kernels:
-            assert kernel.persistent == (plan.family in ("grid", "cluster"))
-            assert kernel.blocks > 0 and 0 < kernel.smem_bytes <= DEVICES[gpu.upper()]["smem_per_block"]
+    x = meta(100, 16, 64, dtype=torch.float16)
+    by_default = explain(lstm, x, device=gpu)
+    setting("FUSED_RNN_PLAN", "cheapest")
+    for result in (by_default, explain(lstm, x, device=gpu)):
+        assert result.backend == "cuda" and result.device == gpu
+        (layer,) = result.layers
+        assert layer.backward is not None
+        for plan in (layer.forward, layer.backward):
+            rejected = {other.name: other.reason for other in plan.rejected}
+            assert {*rejected, plan.family} - {"cudnn"} == FAMILIES and plan.family not in rejected
+            assert rejected["single"] == "serves one time step, not 100"
+            for family, reason in (("grid", grid), ("cluster", cluster)):
+                if reason is not None:
+                    assert rejected[family] == reason
+            assert plan.us is not None and plan.us_per_step is not None and plan.us > plan.us_per_step > 0
+            assert plan.cheapest in {one.family for one in plan.candidates}
+            assert (plan.family == "cudnn" and not plan.kernels) == (result is by_default)
+            for kernel in plan.kernels:
+                assert kernel.persistent == (plan.family in ("grid", "cluster"))
+                assert kernel.blocks > 0 and 0 < kernel.smem_bytes <= DEVICES[gpu.upper()]["smem_per_block"]
+
+
+@needs_extension
+def test_default_of_a_described_device() -> None:
+    """cuDNN, where it can, as csrc/torch/choice_cuda.cpp has it while nothing is verified; else the planner's choice."""
+    for module, x in (
+        (fused_rnn.LSTM(4, 5, num_layers=2, proj_size=3), torch.zeros(7, 3, 4)),
+        (fused_rnn.RNN(4, 5), torch.zeros(1, 3, 4)),
+        (fused_rnn.GRU(4, 5), pack_sequence([torch.zeros(n, 4) for n in (6, 2)])),
+    ):
+        result = explain(module, x, device="A100")
+        assert result.family == "cudnn" and result.layers[0].forward.launches is None
+        assert "\ncudnn serves: the default until another family is verified on the device" in str(result)
+        for layer in result.layers:
+            assert layer.backward is not None
+            for plan in (layer.forward, layer.backward):
+                assert plan.family == "cudnn" and plan.reason is not None and "torch asks cuDNN for its" in plan.reason
+                assert Rejection("step", "cudnn is chosen for this call") in plan.rejected
+    lacking = (fused_rnn.RNN(4, 5, nonlinearity="identity"), fused_rnn.LSTMCell(4, 5), fused_rnn.GRU(4, 5))
+    shapes = ((7, 3, 4), (3, 4), (65536, 1, 4))
+    for module, shape, family in zip(lacking, shapes, ("step", "single", "step"), strict=True):
+        result = explain(module, meta(*shape), device="A100")
+        assert result.family is None and result.layers[0].forward.family == family
+    lstm, x = fused_rnn.LSTM(4, 5), torch.zeros(7, 3, 4)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert explain(lstm, x, device="A100").layers[0].forward.family == "step"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    with torch.backends.cudnn.flags(enabled=False, allow_tf32=False):
+        assert explain(lstm, x, device="A100").layers[0].forward.family == "step"
 
 
 @needs_extension
@@ -106,7 +141,8 @@ def test_cheapest_families(setting: Setting) -> None:
 
 
 @needs_extension
-def test_every_layer_has_its_sizes() -> None:
+def test_every_layer_has_its_sizes(setting: Setting) -> None:
+    setting("FUSED_RNN_PLAN", "step")
     lstm = fused_rnn.LSTM(12, 40, num_layers=3, bidirectional=True, proj_size=7, batch_first=True)
     result = explain(lstm, torch.zeros(5, 9, 12), device="A100")
     sizes = [(y.T, y.B, y.N, y.I, y.H, y.P, y.D) for y in result.layers]
@@ -159,7 +195,8 @@ def test_inputs_that_the_modules_take() -> None:
 
 
 @needs_extension
-def test_arithmetic_follows_torchs_switch() -> None:
+def test_arithmetic_follows_torchs_switch(setting: Setting) -> None:
+    setting("FUSED_RNN_PLAN", "step")
     x = meta(10, 4, 768)
     lstm = large_lstm(torch.float32)
     before = torch.backends.cudnn.rnn.fp32_precision
@@ -289,8 +326,9 @@ def keys(value: Any) -> Any:
 
 
 @needs_extension
-def test_the_same_fields_on_every_backend() -> None:
+def test_the_same_fields_on_every_backend(setting: Setting) -> None:
     """Plain values that json takes; None, or nothing in a list, where a backend has nothing to say."""
+    setting("FUSED_RNN_PLAN", "step")
     lstm = fused_rnn.LSTM(4, 5, num_layers=2)
     x = torch.zeros(7, 3, 4)
     made = {"cuda": explain(lstm, x, device="H100"), "cpu": explain(lstm, x)}
@@ -331,8 +369,9 @@ def test_why_not_the_backends_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_extension
-def test_launches() -> None:
+def test_launches(setting: Setting) -> None:
     """As csrc/cuda/backend.cu makes them: one for each kernel and step, and one for the gradient of h0."""
+    setting("FUSED_RNN_PLAN", "step")
     for proj, forward, backward in ((0, 100, 101), (7, 200, 201)):
         lstm = fused_rnn.LSTM(12, 40, proj_size=proj)
         layer = explain(lstm, torch.zeros(100, 5, 12), device="A100").layers[0]

@@ -31,14 +31,10 @@ void check_problem(const Problem& p, const DeviceInfo& device) {
   }
 }
 
-// The input product of forward, which families that do not read x leave to the caller.
+// The input product of forward, which families that do not read x leave to the caller, and cuDNN makes beside its steps.
 double input_product_us(const Problem& p, const DeviceInfo& device) {
-  const double rows = double(p.T) * p.B, columns = double(gate_count(p.cell)) * p.H, inputs = double(p.I);
-  const double bytes = (rows * (columns + inputs) + columns * inputs) * dtype_size(p.dtype);
-  const double math_us =
-      rows * columns * inputs / (math_rate(math_of(p, device), device) * device.sm_count * kClockGhz * 1e3);
-  const double l2_us = bytes / (kSharedL2BytesPerClock * device.sm_count * kClockGhz * 1e3);
-  return p.D * (kLaunchUs + std::max(math_us, l2_us));
+  const double rows = double(p.T) * p.B, columns = double(gate_count(p.cell)) * p.H;
+  return p.D * (kLaunchUs + product_us(device, math_of(p, device), rows, double(p.I), columns));
 }
 
 // Kernels, memory and cost of a family that has no obstacle.
@@ -47,7 +43,8 @@ Plan plan_of(const Problem& problem, const DeviceInfo& device, Family family) {
   plan.family = family;
   traits_of(family).plan(problem, device, plan);
   plan.us = plan.us_once + problem.T * plan.us_per_step;
-  if (!problem.backward && !traits_of(family).reads_x) plan.us += input_product_us(problem, device);
+  if (!problem.backward && (!traits_of(family).reads_x || traits_of(family).stacks))
+    plan.us += input_product_us(problem, device);
   return plan;
 }
 

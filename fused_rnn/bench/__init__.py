@@ -110,12 +110,15 @@ def plan_of(module: torch.nn.Module, x: Any, mode: str, asked_for: str | None) -
 
 
 def figures_of(plan: PassPlan) -> dict[str, Any]:
-    """What a result line keeps of a pass: of CUDA the family with its last kernel, of the CPU how threads share the work."""
+    """What a result line keeps of a pass: of CUDA the family with its last kernel, of cuDNN its algorithm, of the CPU how
+    threads share the work."""
     if plan.shares is not None:
         teams = {"direction_teams": plan.shares.directions, "batch_teams": plan.shares.batch_rows}
         return {"threads": plan.threads, **teams, "split": plan.shares.hidden_units, "weights": plan.weights}
-    kernel = plan.kernels[-1]
     figures: dict[str, Any] = {"family": plan.family, "expected_us_per_step": round(plan.us_per_step or 0.0, 3)}
+    if not plan.kernels:  # cuDNN's are not known
+        return {**figures, "reason": plan.reason}
+    kernel = plan.kernels[-1]
     figures |= {"units": kernel.units, "batch": kernel.rows, "threads": kernel.threads, "math": kernel.math}
     if kernel.persistent:
         blocks, groups, directions = kernel.grid
@@ -180,7 +183,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     text = (
         "a grid instead of the device's own cases. cells: the cells in a loop of 10 steps, forward and backward; "
-        "steps: inference of 1 to 8 steps, on 1 and 2 threads. Each has hundreds of cases: see --limit"
+        "steps: inference of 1 to 8 steps, on 1 and 2 threads; both have hundreds of cases: see --limit. "
+        "first: 40 cases for the first minutes on a GPU"
     )
     parser.add_argument("--preset", choices=tuple(PRESETS), help=text)
     parser.add_argument("--limit", type=_positive, help="only so many of the cases, a sample that is the same in every run")

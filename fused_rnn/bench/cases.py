@@ -152,6 +152,48 @@ def step_cases() -> Iterator[BenchCase]:
                 yield BenchCase(cell, dtype, "inference", t, b, h, h)
 
 
+def first_cases() -> Iterator[BenchCase]:
+    """The 40 cases of the first minutes on a GPU, under torch's default switches: small H first, then odd sizes, single
+    steps, middle sizes and large batches."""
+    small = (
+        ("LSTM", "fp32", "training", 256, 16, 64), ("LSTM", "fp32", "inference", 256, 16, 64),
+        ("LSTM", "fp16", "training", 256, 16, 64), ("LSTM", "bf16", "inference", 256, 1, 32),
+        ("GRU", "fp32", "training", 256, 16, 64), ("RNN", "fp32", "training", 256, 16, 64),
+        ("LSTM", "fp32", "training", 100, 256, 64), ("LSTM", "fp32", "inference", 512, 1, 128),
+        ("LSTM", "fp32", "training", 256, 32, 128), ("LSTM", "bf16", "training", 256, 32, 128),
+        ("GRU", "fp32", "training", 256, 64, 128), ("GRU", "fp16", "inference", 256, 1, 128),
+        ("RNN", "fp32", "training", 256, 32, 256), ("RNN", "bf16", "inference", 256, 1, 256),
+    )  # fmt: skip
+    for cell, dtype, mode, t, b, h in small:
+        yield BenchCase(cell, dtype, mode, t, b, h, h)
+    yield BenchCase("LSTM", "fp32", "training", 50, 7, 33, 100)
+    yield BenchCase("LSTM", "bf16", "training", 50, 7, 33, 100)
+    yield BenchCase("GRU", "fp32", "training", 256, 33, 300, 300)
+    yield BenchCase("RNN", "bf16", "inference", 256, 5, 17, 129)
+    yield BenchCase("LSTM", "fp16", "training", 100, 20, 40, 130)
+    yield BenchCase("LSTM", "fp32", "training", 128, 16, 128, 200, lengths="ragged")
+    yield BenchCase("LSTM", "fp32", "inference", 1, 1, 256, 256)
+    yield BenchCase("LSTM", "bf16", "inference", 1, 1, 1024, 1024)
+    yield BenchCase("GRU", "fp32", "inference", 1, 64, 512, 512)
+    yield BenchCase("LSTM", "fp32", "training", 1, 8, 256, 256)
+    yield BenchCase("RNN", "fp16", "inference", 1, 1, 128, 128)
+    yield BenchCase("LSTM", "fp32", "training", 256, 8, 256, 256)
+    yield BenchCase("LSTM", "fp32", "inference", 256, 1, 512, 512)
+    yield BenchCase("LSTM", "bf16", "training", 256, 64, 512, 512)
+    yield BenchCase("GRU", "bf16", "training", 256, 64, 512, 512)
+    yield BenchCase("LSTM", "fp16", "training", 256, 16, 768, 768)
+    yield BenchCase("LSTM", "bf16", "training", 256, 32, 256, 256, layers=4)
+    yield BenchCase("GRU", "fp32", "training", 256, 32, 256, 256, bidirectional=True)
+    yield BenchCase("LSTM", "fp32", "training", 256, 64, 1024, 1024)
+    yield BenchCase("LSTM", "bf16", "training", 256, 64, 1024, 1024)
+    yield BenchCase("LSTM", "bf16", "inference", 64, 32, 2048, 2048)
+    yield BenchCase("LSTM", "bf16", "training", 64, 256, 1024, 1024)
+    yield BenchCase("LSTM", "fp32", "training", 64, 512, 512, 512)
+    yield BenchCase("GRU", "fp16", "training", 64, 1024, 512, 512)
+    yield BenchCase("GRU", "fp32", "inference", 64, 1024, 256, 256)
+    yield BenchCase("RNN", "fp32", "training", 128, 512, 512, 512)
+
+
 @dataclasses.dataclass(frozen=True)
 class Preset:
     """A grid of cases, and the numbers of threads of a CPU that it is meant for."""
@@ -160,7 +202,7 @@ class Preset:
     threads: tuple[int, ...]
 
 
-PRESETS = {"cells": Preset(cell_cases, (1,)), "steps": Preset(step_cases, (1, 2))}
+PRESETS = {"cells": Preset(cell_cases, (1,)), "steps": Preset(step_cases, (1, 2)), "first": Preset(first_cases, (1,))}
 
 
 def thinned(cases: list[BenchCase], limit: int | None) -> list[BenchCase]:
