@@ -14,9 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_rnn import _settings
+import fused_rnn
+from fused_rnn import _explain, _settings, tune
 from fused_rnn.__main__ import main
-from fused_rnn.tuning import here, record, verification
+from fused_rnn._kinds import KINDS
+from fused_rnn.bench.cases import DTYPES, PRESETS
+from fused_rnn.tuning import here, record, serve, verification
 from fused_rnn.tuning.cases import cases
 from fused_rnn.tuning.record import Choice, Record, Scope, Verdict, entries_of
 from fused_rnn.tuning.verification import Finding, State, Verifier, judge, run_child
@@ -305,6 +308,49 @@ def test_list(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         main(["tune", "--forget"])
         main(["tune", "--list"])
         assert "nothing is recorded" in capsys.readouterr().out
+
+
+def test_tune_first_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="tune: --first needs a GPU, and torch sees none here"):
+        main(["tune", "--first"])
+
+
+def test_calls_until_a_family_is_chosen(path: Path) -> None:
+    """Another process's choice counts too, and what is wrong is said; a problem that stays open ends with the time."""
+    calls = 0
+
+    def call() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            opened(path).add(Choice(CHOICE.problem, None, {}, CHOICE.excluded))
+        elif calls == 5:
+            opened(path).add(CHOICE)
+
+    text = tune.tuned(call, opened(path), CHOICE.problem, 60)
+    assert calls == 5 and text.startswith("grid (5 calls, ")
+    assert text.endswith(" s; us a step: grid 1.5, cudnn 2; not cluster: lstm H=3: error 7)")
+    assert tune.tuned(call, opened(path), CHOICE.problem, 60).startswith("grid (0 calls, ")
+    assert tune.tuned(lambda: time.sleep(0.01), opened(path), "another", 0.05).startswith("not chosen yet (")
+
+
+@pytest.mark.skipif(_settings.extension is None, reason="needs the planner")
+def test_the_tuner_s_problem_of_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key under which a choice is recorded is the one that `tune --first` waits for."""
+    asked: list[str] = []
+    monkeypatch.setattr(serve, "explained", lambda question: (asked.append(serve._problem(question).key), ("step", ""))[1])
+    for case in PRESETS["first"].cases():
+        options = {"num_layers": case.layers, "bidirectional": case.bidirectional, "dtype": DTYPES[case.dtype]}
+        module = getattr(fused_rnn, case.cell)(case.I, case.H, device="meta", **options)
+        x = case.inputs("cpu")[0] if case.lengths == "ragged" else torch.empty(case.T, case.B, case.I, device="meta")
+        sizes, _ = _explain._sizes(module, x)
+        call = _explain._Call(
+            kind=KINDS[_explain._kind(module)], backend="cuda", dtype=DTYPES[case.dtype], device=_explain.DEVICES["H100"],
+            packed=case.lengths == "ragged", training=case.mode != "inference", forced=None,
+        )  # fmt: skip
+        _explain._recorded(module, 0, call, sizes)
+        assert asked[-1] == tune.problem_of(case).key
 
 
 def test_settings() -> None:

@@ -2,7 +2,8 @@
 
 Each program prints lines of JSON: what was measured, the value with its unit, and the constant of the cost model
 (csrc/plan) that it stands for. --build-only --arch sm_80 sm_90a compiles and runs nothing, without a GPU. nvcc is found
-as tests/check_ptxas.py finds it.
+as tests/check_ptxas.py finds it. --programs FOLDER keeps the programs there, and runs those that are there as they are: built
+for one --arch on a machine without a GPU, they can be carried to one without nvcc.
 """
 
 from __future__ import annotations
@@ -60,18 +61,24 @@ def main() -> int:
     parser.add_argument("--arch", nargs="+", default=["native"], help="as nvcc's -arch (native)")
     parser.add_argument("--build-only", action="store_true")
     parser.add_argument("--output", type=Path, help="append the lines to this file")
+    parser.add_argument("--programs", type=Path, help="a folder that keeps the programs, of one --arch")
     args = parser.parse_args()
+    if args.programs and len(args.arch) > 1:
+        parser.error(f"--programs keeps those of one --arch, got {' '.join(args.arch)}")
     if unknown := set(args.names) - set(NAMES):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(NAMES)}")
     failed = []
     with tempfile.TemporaryDirectory() as folder:
+        place = args.programs or Path(folder)
+        place.mkdir(parents=True, exist_ok=True)
         for name in args.names or NAMES:
             for arch in args.arch:
-                build(name, arch, Path(folder) / name, link=not args.build_only)
+                if not (args.programs and (place / name).exists()):
+                    build(name, arch, place / name, link=not args.build_only or args.programs is not None)
             if args.build_only:
                 print(f"{name}: compiles for {', '.join(args.arch)}", flush=True)
                 continue
-            lines, error = run(Path(folder) / name)
+            lines, error = run(place / name)
             for line in lines:
                 rest = ", ".join(f"{k} {v}" for k, v in line.items() if k not in ("benchmark", "value", "unit", "device"))
                 print(f"{line['benchmark']:18} {line['value']:10.4g} {line['unit']:32} {rest}", flush=True)
