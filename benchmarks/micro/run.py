@@ -2,7 +2,7 @@
 
 Each program prints lines of JSON: what was measured, the value with its unit, and the constant of the cost model
 (csrc/plan) that it stands for. --build-only --arch sm_80 sm_90a compiles and runs nothing, without a GPU. nvcc is found
-as tests/check_ptxas.py finds it. --programs FOLDER keeps the programs there, and runs those that are there as they are: built
+as tests/check_ptxas.py finds it. --programs FOLDER keeps the programs there, and runs those that are there: built
 for one --arch on a machine without a GPU, they can be carried to one without nvcc.
 """
 

@@ -1,10 +1,8 @@
 // What cuDNN can serve, and which of its algorithms torch asks for (ATen/native/cudnn/RNN.cpp, torch 2.11 to 2.13).
 #include "plan/cudnn.h"
 
-#include <algorithm>
 #include <string>
 
-#include "plan/machine.h"
 #include "plan/plan.h"
 
 namespace fused_rnn {
@@ -59,9 +57,7 @@ std::string cudnn_obstacle(const Problem& problem, const DeviceInfo&) {
 
 void plan_cudnn(const Problem& problem, const DeviceInfo& device, Plan& plan) {
   const Algorithm algorithm = algorithm_of(problem, device);
-  const double product = problem.D * product_us(device, math_of(problem, device), double(problem.B), double(problem.P),
-                                                double(gate_count(problem.cell)) * problem.H);
-  plan.us_per_step = std::max(product, problem.backward ? algorithm.backward_us : algorithm.forward_us);
+  plan.us_per_step = problem.backward ? algorithm.backward_us : algorithm.forward_us;
   plan.reason = std::string("torch asks cuDNN for its ") + algorithm.name + " algorithm: " + algorithm.reason;
 }
 

@@ -49,12 +49,6 @@ double peak_math_rate(MathKind math) {
   return 0;
 }
 
-double product_us(const DeviceInfo& device, MathKind math, double rows, double inputs, double columns) {
-  const double bytes = (rows * (columns + inputs) + columns * inputs) * cuda::storage_bytes(math);
-  const double math_us = rows * columns * inputs / (math_rate(math, device) * device.sm_count * kClockGhz * 1e3);
-  return std::max(math_us, bytes / (kSharedL2BytesPerClock * device.sm_count * kClockGhz * 1e3));
-}
-
 // Clusters do not span the device's groups of SMs, of which some are incomplete: 7 clusters of 16 blocks fit an H100, 15 of
 // 8.
 int64_t clusters_at_once(const DeviceInfo& device, int64_t blocks) {

@@ -40,9 +40,6 @@ double persistent_math_rate(cuda::MathKind math, const DeviceInfo& device);
 // The same at the datasheet's rate, for an H100.
 double peak_math_rate(cuda::MathKind math);
 
-// A matrix product [rows, inputs] x [inputs, columns] on all SMs, with everything in L2, beside its launch.
-double product_us(const DeviceInfo& device, cuda::MathKind math, double rows, double inputs, double columns);
-
 // Clusters of so many blocks that run at once; 0: the device runs none of that size.
 int64_t clusters_at_once(const DeviceInfo& device, int64_t blocks);
 

@@ -31,20 +31,36 @@ void check_problem(const Problem& p, const DeviceInfo& device) {
   }
 }
 
+// A matrix product [rows, inputs] x [inputs, columns] on all SMs with everything in L2, beside its launch.
+double product_us(const Problem& p, const DeviceInfo& device, double rows, double inputs, double columns) {
+  const double bytes = (rows * (columns + inputs) + columns * inputs) * dtype_size(p.dtype);
+  const double math_us =
+      rows * columns * inputs / (math_rate(math_of(p, device), device) * device.sm_count * kClockGhz * 1e3);
+  const double l2_us = bytes / (kSharedL2BytesPerClock * device.sm_count * kClockGhz * 1e3);
+  return std::max(math_us, l2_us);
+}
+
 // The input product of forward, which families that do not read x leave to the caller, and cuDNN makes beside its steps.
 double input_product_us(const Problem& p, const DeviceInfo& device) {
   const double rows = double(p.T) * p.B, columns = double(gate_count(p.cell)) * p.H;
-  return p.D * (kLaunchUs + product_us(device, math_of(p, device), rows, double(p.I), columns));
+  return p.D * (kLaunchUs + product_us(p, device, rows, double(p.I), columns));
+}
+
+// The recurrent product of one step, of both directions.
+double step_product_us(const Problem& p, const DeviceInfo& device) {
+  return p.D * product_us(p, device, double(p.B), double(p.P), double(gate_count(p.cell)) * p.H);
 }
 
 // Kernels, memory and cost of a family that has no obstacle.
 Plan plan_of(const Problem& problem, const DeviceInfo& device, Family family) {
   Plan plan{};
   plan.family = family;
-  traits_of(family).plan(problem, device, plan);
+  const FamilyTraits traits = traits_of(family);
+  traits.plan(problem, device, plan);
+  // Published is what a step of cuDNN takes at least.
+  if (traits.stacks) plan.us_per_step = std::max(plan.us_per_step, step_product_us(problem, device));
   plan.us = plan.us_once + problem.T * plan.us_per_step;
-  if (!problem.backward && (!traits_of(family).reads_x || traits_of(family).stacks))
-    plan.us += input_product_us(problem, device);
+  if (!problem.backward && (!traits.reads_x || traits.stacks)) plan.us += input_product_us(problem, device);
   return plan;
 }
 
