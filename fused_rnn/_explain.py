@@ -112,10 +112,10 @@ def explain(
         described = planner().cuda_device(gpu)
     call = _Call(
         kind=KINDS[_kind(module)], backend=backend, dtype=dtype, device=described, packed=isinstance(input, PackedSequence),
-        training=training, forced=_settings.value("FUSED_RNN_PLAN") or None,
+        training=training, forced=_forced(module),
     )  # fmt: skip
     family = record = None
-    if backend == "cuda" and call.forced is None and sizes[0]["B"]:
+    if backend == "cuda" and not _settings.value("FUSED_RNN_PLAN") and sizes[0]["B"]:
         family, record = _recorded(module, gpu, call, sizes) if gpu is not None else _unverified(module, call, sizes)
         call = dataclasses.replace(call, preferred=family if family in planner().families else None)
     layers = tuple(_layer(call, size, rows) for size in sizes)
@@ -130,6 +130,12 @@ def explain(
     if show:
         print(result)
     return result
+
+
+def _forced(module: nn.Module) -> str | None:
+    """What FUSED_RNN_PLAN makes of the call: cudnn is for layers, and leaves cells to the planner."""
+    forced = _settings.value("FUSED_RNN_PLAN") or None
+    return None if forced == "cudnn" and isinstance(module, nn.RNNCellBase) else forced
 
 
 def _number_of(device: torch.device) -> int:

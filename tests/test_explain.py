@@ -125,6 +125,18 @@ def test_forced_family(family: str, setting: Setting) -> None:
 
 
 @needs_extension
+def test_forced_cudnn(setting: Setting) -> None:
+    """As the call itself: it serves layers, refuses those it lacks something for, and leaves cells to the planner."""
+    setting("FUSED_RNN_PLAN", "cudnn")
+    result = explain(fused_rnn.GRU(4, 5), torch.zeros(7, 3, 4), device="T4")
+    assert result.layers[0].forward.family == "cudnn" and "FUSED_RNN_PLAN=cudnn\n" in str(result) and result.family is None
+    with pytest.raises(ValueError, match="cudnn cannot serve this layer: cudnn has no cell rnn_identity"):
+        explain(fused_rnn.RNN(4, 5, nonlinearity="identity"), torch.zeros(7, 3, 4), device="T4")
+    cell = explain(fused_rnn.GRUCell(4, 5), torch.zeros(3, 4), device="T4")
+    assert cell.layers[0].forward.family == "single" and cell.forced_family is None and cell.family is None
+
+
+@needs_extension
 def test_cheapest_families(setting: Setting) -> None:
     """For each layer and pass its own, and where a family cannot serve a layer, another."""
     setting("FUSED_RNN_PLAN", "cheapest")
