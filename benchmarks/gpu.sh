@@ -18,7 +18,7 @@
 # last line says what failed, and so does the exit status.
 #   TOTAL=290 benchmarks/gpu.sh 1                  # seconds for everything
 #   STAGES="built info tests" benchmarks/gpu.sh 1  # only these
-#   REHEARSAL=1 TOTAL=900 benchmarks/gpu.sh 1      # without a GPU: checks on the simulated device; what needs a GPU must say so
+#   REHEARSAL=1 TOTAL=900 benchmarks/gpu.sh 1      # without a GPU: checks on the simulated device, and what can run on a CPU
 # Needs python3 with torch (CUDA), pytest, hypothesis, nvcc; compute-sanitizer for its stages, matplotlib for the plots.
 # pytest-xdist runs the tests in 8 processes; without it the first kernel that ends the CUDA context ends the tests.
 set -u -o pipefail
@@ -254,6 +254,8 @@ run_2() {
   fi
 }
 
-say "run $run${rehearsal:+, rehearsed without a GPU}: $(git rev-parse --short HEAD 2>/dev/null), $(date -u +%Y-%m-%d)"
-"run_$run"
-finish
+{ # read as a whole, before anything runs
+  say "run $run${rehearsal:+, rehearsed without a GPU}: $(git rev-parse --short HEAD 2>/dev/null), $(date -u +%Y-%m-%d)"
+  "run_$run"
+  finish
+}
