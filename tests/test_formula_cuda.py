@@ -189,7 +189,17 @@ def test_what_the_driver_refuses(caller: Path) -> None:
     assert say(caller, another + b"code")[-1] == "error: the formula has no such kernel"
 
 
-@pytest.mark.parametrize("contents", [b"", b"no file of ours\ncode", b"2 1 90\ncode", b"1 1 90 9 0 0\ncode", b"1 9 90\n"])
+@pytest.mark.parametrize(
+    "contents",
+    [
+        b"",
+        b"no file of ours\ncode",
+        b"1 1 90\ncode",
+        b"2 1 90 9 0 0\ncode",
+        b"2 9 90\n",
+        b"2 1 90 1 0 0 1 1 1 0 0 1 0 0 0 3\n",
+    ],
+)
 def test_files_that_are_not_ours(caller: Path, contents: bytes) -> None:
     (line,) = say(caller, contents)
     assert line.startswith("error: the formula's kernels ") and ("not made for this version" in line or not contents)
@@ -232,7 +242,7 @@ class Extension:
 
     def register_formula_on_device(self, formula: str, path: str) -> None:
         contents = Path(path).read_bytes()
-        if not contents.startswith(b"1 "):
+        if not contents.startswith(b"%d " % cuda.FILE_VERSION):
             raise RuntimeError("not made for this version")
         self.loaded[formula, int(contents.split()[1])] = path
 
@@ -324,10 +334,12 @@ def test_the_name_has_what_the_code_depends_on(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the compiled extension")
 def test_explained_for_a_gpu_that_is_not_there() -> None:
-    layer = Layer(cells.NormLstm(), 64, 512, num_layers=2)
+    layer = Layer(fused_rnn.zoo.LayerNormLSTM(), 64, 512, num_layers=2)
     x = torch.empty(100, 16, 64, device="meta")
     found = fused_rnn.explain(layer, x, device="H100", show=False)
-    launches = len(layer.cell.phases) + 1
+    plan = make_plan(layer.cell)
+    launches = max(plan.forward_levels) + 2
+    assert launches < len(layer.cell.phases) + 1 and max(plan.backward_levels) + 2 == launches
     assert found.backend == "cuda" and found.device == "H100"
     forward, backward = found.layers[1].forward, found.layers[1].backward
     assert forward.family == "step" and forward.launches == 100 * launches and forward.overlapped_launches
@@ -335,6 +347,7 @@ def test_explained_for_a_gpu_that_is_not_there() -> None:
     assert f"{launches} launches a step" in str(found) and "small tile" in forward.text
     assert "medium tile" in fused_rnn.explain(layer, x, device="T4", show=False).layers[0].forward.text
     assert (forward.workspace_bytes or 0) > 16 * 512 * 4
+    assert 1.3 * launches < (forward.us_per_step or 0) < 10 * launches
 
 
 def test_why_not_on_a_gpu() -> None:

@@ -22,7 +22,18 @@ struct FormulaTraits {
   const int* input_gradients;  // [Gi] place among the gradients
   const bool* reads_series;    // [states] backward reads the state before or after a step
   const int* phase_kinds;      // [Q] FormulaPhase
+  // [Q] how many phases, one behind the other, come before the phase, in forward and in backward: those of one level do not
+  // depend on each other.
+  const int* forward_levels;
+  const int* backward_levels;
 };
+
+// The number of levels.
+FUSED_RNN_HD int level_count(const int* levels, int phases) {
+  int count = 0;
+  for (int k = 0; k < phases; ++k) count = levels[k] < count ? count : levels[k] + 1;
+  return count;
+}
 
 constexpr double kFormulaNormEpsilon = 1e-5;  // torch.nn.LayerNorm's
 

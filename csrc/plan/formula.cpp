@@ -5,6 +5,7 @@
 
 #include "core/ceil_div.h"
 #include "plan/stages.h"
+#include "plan/step_cost.h"
 
 namespace fused_rnn {
 
@@ -19,34 +20,50 @@ bool is_product(const FormulaTraits& cell, int phase) {
   return static_cast<FormulaPhase>(cell.phase_kinds[phase]) == FormulaPhase::kProduct;
 }
 
-// The kernel of a product of `groups` blocks of weight rows and K columns with one tile; stages is 0 where it does not fit.
-FormulaKernelPlan kernel_of(const FormulaStepProblem& problem, const DeviceInfo& device, MathKind math, int groups,
-                            int64_t K, TileSize size) {
+// What a segment makes before its pointwise part: products, each of `groups` blocks of weight rows and K columns, and norms.
+struct Work {
+  int groups;
+  int64_t K;
+  int products, norms;
+};
+
+// A norm reads its row two times on forward, four times on backward, one after the other, all lanes of a warp at once.
+double work_us(const FormulaStepProblem& problem, const DeviceInfo& device, MathKind math, const Work& work,
+               const TileShape& tile, const FormulaKernelPlan& plan) {
+  const int64_t blocks = plan.grid_x * plan.grid_y * problem.D, chunks = ceil_div(work.K, cuda::chunk_size(math));
+  const double product = product_us({math, tile, work.groups, work.K, chunks, blocks, plan.stages}, device);
+  const double norm = (problem.backward ? 4 : 2) * kL2LatencyUs;
+  return work.products * product + work.norms * norm;
+}
+
+// The kernel of a segment with one tile; stages is 0 where it does not fit.
+FormulaKernelPlan kernel_of(const FormulaStepProblem& problem, const DeviceInfo& device, MathKind math, const Work& work,
+                            TileSize size) {
   const KernelRole role = problem.backward ? KernelRole::kBackward : KernelRole::kForward;
   const TileShape tile = cuda::tile_shape(role, math, size);
-  const int slots = groups > 0 ? groups : 1;  // room for the moments of a norm
+  const int slots = work.groups > 0 ? work.groups : 1;  // room for the moments of a norm
   const auto bytes = [&](int stages) { return cuda::smem_bytes(role, slots, slots, math, tile, stages); };
   FormulaKernelPlan plan{};
   plan.tile = size;
   plan.grid_x = ceil_div(problem.B, tile.batch);
   plan.grid_y = problem.heads * ceil_div(problem.H / problem.heads, tile.units);
   plan.threads = cuda::tile_threads(tile);
-  plan.stages = choose_stages(device, tile, ceil_div(K, cuda::chunk_size(math)), bytes);
+  plan.stages = choose_stages(device, tile, ceil_div(work.K, cuda::chunk_size(math)), bytes);
   plan.smem_bytes = bytes(plan.stages);
+  plan.us = step_launch_us(device) + work_us(problem, device, math, work, tile, plan);
   return plan;
 }
 
 // The small tile where its blocks run all at once, so that the step is over the sooner; else the medium one, which reads the
-// weights for four times as many rows. groups 0: there is no product, and a kernel of the small tile alone.
-FormulaKernelPlan plan_kernel(const FormulaStepProblem& problem, const DeviceInfo& device, MathKind math, int groups,
-                              int64_t K) {
-  const FormulaKernelPlan small = kernel_of(problem, device, math, groups, K, TileSize::kSmall);
+// weights for four times as many rows. Without a product there is a kernel of the small tile alone.
+FormulaKernelPlan plan_kernel(const FormulaStepProblem& problem, const DeviceInfo& device, MathKind math, const Work& work) {
+  const FormulaKernelPlan small = kernel_of(problem, device, math, work, TileSize::kSmall);
   FormulaKernelPlan medium{};
-  if (groups > 0) medium = kernel_of(problem, device, math, groups, K, TileSize::kMedium);
-  const bool at_once = groups == 0 || small.grid_x == 1 || small.grid_x * small.grid_y * problem.D <= device.sm_count;
+  if (work.products > 0) medium = kernel_of(problem, device, math, work, TileSize::kMedium);
+  const bool at_once = work.products == 0 || small.grid_x == 1 || small.grid_x * small.grid_y * problem.D <= device.sm_count;
   const FormulaKernelPlan& chosen = small.stages && (at_once || !medium.stages) ? small : medium;
   if (chosen.stages == 0) {
-    throw std::invalid_argument("a product of " + std::to_string(groups) +
+    throw std::invalid_argument("a product of " + std::to_string(work.groups) +
                                 " gates needs more shared memory than a block has");
   }
   if (chosen.grid_x > 0x7fffffff || chosen.grid_y > 0xffff) {
@@ -89,24 +106,30 @@ FormulaStepPlan plan_formula_step(const FormulaStepProblem& problem, const Devic
   plan.math = cuda::math_kind(problem.dtype, /*allow_tf32=*/false);
   plan.pdl = device.compiled_for >= 90;
   const int64_t units = problem.H / problem.heads;
-  const int gates = cell.recurrent_gates, product_of_gates = gates > 0;
-  for (int segment = 0; segment <= cell.phases; ++segment) {
-    const bool recurrent = segment == (problem.backward ? cell.phases : 0);
-    const int phase = problem.backward ? segment : segment - 1;
-    const int groups = !recurrent ? is_product(cell, phase) : problem.backward ? product_of_gates : gates;
-    const int64_t K = !recurrent ? problem.H : problem.backward ? gates * units : units;
-    plan.segments.push_back(plan_kernel(problem, device, plan.math, groups, K));
+  const int gates = cell.recurrent_gates, recurs = gates > 0;
+  const Work recurrent = problem.backward ? Work{recurs, gates * units, recurs, 0} : Work{gates, units, recurs, 0};
+  const int* const levels = problem.backward ? cell.backward_levels : cell.forward_levels;
+  plan.segments.push_back(plan_kernel(problem, device, plan.math, recurrent));
+  for (int level = 0; level < level_count(levels, cell.phases); ++level) {
+    Work work{0, problem.H, 0, 0};
+    for (int k = 0; k < cell.phases; ++k) {
+      if (levels[k] == level) ++(is_product(cell, k) ? work.products : work.norms);
+    }
+    work.groups = work.products > 0;
+    plan.segments.push_back(plan_kernel(problem, device, plan.math, work));
   }
-  if (problem.backward) plan.initial = plan_kernel(problem, device, plan.math, product_of_gates, gates * units);
+  for (const FormulaKernelPlan& segment : plan.segments) plan.us_per_step += segment.us;
+  if (problem.backward) plan.initial = plan_kernel(problem, device, plan.math, recurrent);
   plan.workspace = lay_out(problem, plan.math);
   return plan;
 }
 
 std::string to_string(const FormulaStepPlan& plan) {
   char text[160];
-  std::snprintf(text, sizeof text, "%d launch%s a step%s, %s arithmetic, %lld bytes of working memory",
+  std::snprintf(text, sizeof text, "%d launch%s a step%s, about %.1f us, %s arithmetic, %lld bytes of working memory",
                 static_cast<int>(plan.segments.size()), plan.segments.size() == 1 ? "" : "es",
-                plan.pdl ? " that overlap" : "", cuda::to_string(plan.math), static_cast<long long>(plan.workspace.bytes));
+                plan.pdl ? " that overlap" : "", plan.us_per_step, cuda::to_string(plan.math),
+                static_cast<long long>(plan.workspace.bytes));
   std::string all = text;
   for (const FormulaKernelPlan& kernel : plan.segments) {
     std::snprintf(text, sizeof text, "; %s tile, %lld x %lld blocks of %d threads, %d stages, %d bytes of shared memory",

@@ -23,6 +23,7 @@ struct FormulaKernelPlan {
   cuda::TileSize tile;
   int64_t grid_x, grid_y;
   int threads, stages, smem_bytes;
+  double us;  // by the cost model of machine.h
 };
 
 // Where working memory lies: offsets in bytes, aligned to 256; -1: not there. In the order of cuda/formula/formula_params.h.
@@ -38,9 +39,10 @@ struct FormulaWorkspace {
 struct FormulaStepPlan {
   cuda::MathKind math;
   bool pdl;                                 // launches may overlap
-  std::vector<FormulaKernelPlan> segments;  // [Q + 1]
+  std::vector<FormulaKernelPlan> segments;  // [levels of phases + 1]
   FormulaKernelPlan initial;                // backward: of the gradients of the initial states
   FormulaWorkspace workspace;
+  double us_per_step;
 };
 
 // Throws std::invalid_argument if the device cannot launch it.

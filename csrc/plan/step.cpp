@@ -6,8 +6,8 @@
 #include <stdexcept>
 
 #include "core/ceil_div.h"
-#include "plan/machine.h"
 #include "plan/stages.h"
+#include "plan/step_cost.h"
 
 namespace fused_rnn {
 
@@ -41,16 +41,10 @@ Product product_of(const Problem& problem, KernelRole role) {
 
 double kernel_us(const Problem& problem, const DeviceInfo& device, MathKind math, KernelRole role, const TileShape& tile,
                  const KernelPlan& plan, const Product& product, int64_t chunks) {
-  const double rows = cuda::weight_groups(role, problem.cell) * tile.units, k = double(product.k[0] + product.k[1]);
-  const double blocks = double(plan.grid_x) * plan.grid_y * plan.grid_z;
-  const double per_sm = double(ceil_div(int64_t(blocks), device.sm_count));
-  const double bytes = (rows + tile.batch) * k * cuda::storage_bytes(math);
-  const double sm_us = per_sm * bytes / (kL2BytesPerClock * kClockGhz * 1e3);
-  const double l2_us = blocks * bytes / (kSharedL2BytesPerClock * device.sm_count * kClockGhz * 1e3);
-  const double math_us = per_sm * rows * tile.batch * k / (math_rate(math, device) * kClockGhz * 1e3);
-  const double latency_us = double(ceil_div(chunks, tile.teams)) * kL2LatencyUs / std::max(1, plan.stages - 1);
-  const bool overlapped = device.compiled_for >= 90;
-  return (overlapped ? kOverlappedLaunchUs : kLaunchUs) + kBlockUs + std::max({sm_us, l2_us, math_us, latency_us});
+  const int64_t blocks = plan.grid_x * plan.grid_y * plan.grid_z;
+  return step_launch_us(device) + product_us({math, tile, cuda::weight_groups(role, problem.cell),
+                                              product.k[0] + product.k[1], chunks, blocks, plan.stages},
+                                             device);
 }
 
 // The cheapest tile of a kernel; throws if none fits the device.

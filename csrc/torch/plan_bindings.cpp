@@ -210,10 +210,12 @@ py::dict formula_plan(const py::kwargs& given) {
                          &cell.gradients, &cell.saved,  &cell.parameters, &cell.phases};
   if (numbers.size() < 9) throw std::invalid_argument("traits: expected those of core/formula.h");
   for (size_t i = 0; i < 9; ++i) *fields[i] = numbers[i];
-  if (cell.phases < 0 || cell.phases > kMostFormulaPhases || numbers.size() < 9u + cell.phases) {
+  if (cell.phases < 0 || cell.phases > kMostFormulaPhases || numbers.size() < 9u + 3u * cell.phases) {
     throw std::invalid_argument("traits: expected those of core/formula.h");
   }
-  cell.phase_kinds = numbers.data() + numbers.size() - cell.phases;
+  cell.backward_levels = numbers.data() + numbers.size() - cell.phases;
+  cell.forward_levels = cell.backward_levels - cell.phases;
+  cell.phase_kinds = cell.forward_levels - cell.phases;
   FormulaStepProblem problem{};
   problem.cell = &cell;
   problem.dtype = parse<DType>("dtype", k.take<std::string>("dtype"), kDTypes);
@@ -230,6 +232,7 @@ py::dict formula_plan(const py::kwargs& given) {
   result["launches"] = problem.T * static_cast<int64_t>(made.segments.size()) + problem.backward;
   result["overlapped_launches"] = made.pdl;
   result["workspace_bytes"] = made.workspace.bytes;
+  result["us_per_step"] = made.us_per_step;
   result["text"] = to_string(made);
   return result;
 }

@@ -6,6 +6,7 @@ The text is the cell's struct, the same as for a CPU, and a line for each kernel
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
@@ -17,7 +18,7 @@ from fused_rnn.formula.writer import PHASE_KINDS, source_of_plan, struct_name
 MATHS = {torch.float64: "kFp64", torch.float32: "kFp32", torch.float16: "kFp16", torch.bfloat16: "kBf16"}
 
 
-FILE_VERSION = 1  # csrc/cuda/formula/module.cpp
+FILE_VERSION = 2  # csrc/cuda/formula/module.cpp
 ROLES = ("forward", "backward", "initial")  # csrc/cuda/formula/formula_params.h's FormulaRole
 TILES = ("kSmall", "kMedium")  # csrc/plan/step_geometry.h's TileSize
 
@@ -39,7 +40,16 @@ def kernels_of(plan: Plan) -> list[Kernel]:
     """All kernels of a cell. A segment that makes a product has one of each tile, any other one of the small tile."""
     recurs = bool(plan.cell.declaration.recurrent_gates)
     products = [phase.kind == "product" for phase in plan.cell.phases]
-    segments = [*enumerate([recurs, *products])], [*enumerate([*products, recurs])], [(0, recurs)]
+
+    def segments_of(levels: Sequence[int]) -> list[tuple[int, bool]]:
+        """(segment, whether it makes a product): the recurrent product's, then one of each level of phases."""
+        of_levels = [
+            any(product for product, own in zip(products, levels, strict=True) if own == level)
+            for level in range(max(levels, default=-1) + 1)
+        ]
+        return [*enumerate([recurs, *of_levels])]
+
+    segments = segments_of(plan.forward_levels), segments_of(plan.backward_levels), [(0, recurs)]
     return [
         Kernel(role, segment, tile)
         for role, of_role in enumerate(segments)
@@ -86,6 +96,8 @@ def traits_of(plan: Plan) -> dict[str, int | list[int]]:
         "input_gradients": list(plan.input_gradients),
         "reads_series": [int(reads) for reads in plan.series],
         "phase_kinds": [PHASE_KINDS[phase.kind] for phase in plan.cell.phases],
+        "forward_levels": list(plan.forward_levels),
+        "backward_levels": list(plan.backward_levels),
     }
 
 

@@ -81,6 +81,7 @@ def _on_gpu(
     return PassPlan(
         family="step", reason="the one that formulas have", launches=made["launches"],
         overlapped_launches=made["overlapped_launches"], workspace_bytes=made["workspace_bytes"],
+        us_per_step=made["us_per_step"],
         text=f"{words}; {made['text']}",
     )  # fmt: skip
 

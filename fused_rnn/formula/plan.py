@@ -76,6 +76,18 @@ class Plan:
         return (*self.after, *self.phases, *self.saved)
 
     @property
+    def forward_levels(self) -> tuple[int, ...]:
+        """Of each phase the number of phases that it waits for in forward, one behind the other: those of a level do not
+        depend on each other.
+        """
+        return _levels(self.phases, "ph.")
+
+    @property
+    def backward_levels(self) -> tuple[int, ...]:
+        """The same in backward, of the gradients of the phases' results."""
+        return _levels(self.d_phases, "d.ph.")
+
+    @property
     def saved_per_unit(self) -> int:
         """How many numbers a unit keeps for a step's backward, beside the output: saved values and series of states."""
         says = self.cell.declaration
@@ -113,6 +125,17 @@ def make_plan(cell: Cell) -> Plan:
         traced.phases,
         d_phases,
     )
+
+
+def _levels(roots: Sequence[Value], prefix: str) -> tuple[int, ...]:
+    """Of each phase its level, from what it takes and the prefix of what phases give."""
+    names = [[value.name for value in ordered([root]) if value.name.startswith(prefix)] for root in roots]
+    waits = [{int(name.removeprefix(prefix)) for name in of_root} for of_root in names]
+    levels: dict[int, int] = {}
+    while len(levels) < len(roots):
+        ready = [k for k in range(len(roots)) if k not in levels and all(other in levels for other in waits[k])]
+        levels |= {k: max((levels[other] + 1 for other in waits[k]), default=0) for k in ready}
+    return tuple(levels[k] for k in range(len(roots)))
 
 
 # --- accumulators ---

@@ -25,7 +25,8 @@ runs, and ``forward`` after all of them, with ph behind its other arguments. Bac
         v [kPhases]: what the phases took; dv [kPhases]: gradients of it, there for the phases behind k; d: the gradient of
         phase k's result
 
-and ``backward`` after all of them, with v and dv behind p.
+and ``backward`` after all of them, with v and dv behind p. forward_level(k), backward_level(k): Plan.forward_levels and
+backward_levels.
 """
 
 from __future__ import annotations
@@ -122,13 +123,17 @@ class _Writer:
         read = leaves_of(plan.forward_roots, set(self.inputs.values()))
         lines = [f"static constexpr int kSlots = {slots}, kSaved = {saved};"]
         inputs, recurrent = len(says.input_gates), len(says.recurrent_gates)
+        forward, backward = plan.forward_levels, plan.backward_levels
         return [
             *lines,
             f"static constexpr int kStates = {states}, kParameters = {len(plan.parameters)}, kOutput = {says.output}, "
             f"kRecurrent = {says.recurrent};",
             f"static constexpr int kInputGates = {inputs}, kRecurrentGates = {recurrent};",
             f"static constexpr int kValues = {max(slots, saved)};  // of a",
-            f"static constexpr int kPhases = {len(plan.phases)};",
+            f"static constexpr int kPhases = {len(plan.phases)}, kForwardLevels = {max(forward, default=-1) + 1}, "
+            f"kBackwardLevels = {max(backward, default=-1) + 1};",
+            _table("forward_level", "phase", forward),
+            _table("backward_level", "phase", backward),
             _table("phase_kind", "phase", [PHASE_KINDS[phase.kind] for phase in plan.cell.phases]),
             _table("input_slot", "gate", plan.input_slots),
             _table("recurrent_slot", "gate", plan.recurrent_slots),

@@ -47,6 +47,19 @@ class Everything(Cell):
         return torch.sigmoid(x.o * r.o) * self.rms_norm(h, "h") + 0.5 * y, h, c
 
 
+class Levels(Cell):
+    """Phases that share a launch: a product between two norms, then a norm and a product of what they gave."""
+
+    gates = ("a", Gate("b", recurrent=False))
+    heads = 2
+
+    def step(self, x: Any, r: Any, h: Any) -> Any:
+        u = self.layer_norm(x.a + r.a, "u")
+        v = self.product("v", torch.tanh(x.b) + h)
+        w = self.rms_norm(x.b * r.a, "w")
+        return torch.tanh(self.rms_norm(u + v, "y") + self.product("z", torch.sigmoid(v - w)))
+
+
 class NoRecurrentProduct(Cell):
     """No gate has one: IndRNN's kind, with a phase."""
 
@@ -64,6 +77,7 @@ class Traits(ctypes.Structure):
         *((name, c_int) for name in ("states", "output", "recurrent", "input_gates", "recurrent_gates")),
         *((name, c_int) for name in ("gradients", "saved", "parameters", "phases")),
         *((name, c_void_p) for name in ("input_gradients", "reads_series", "phase_kinds")),
+        *((name, c_void_p) for name in ("forward_levels", "backward_levels")),
     ]
 
 
@@ -122,7 +136,7 @@ class Kernels:
         self.cell, self.dtype, self.plan = cell, dtype, make_plan(cell)
         source = write_source(self.plan, dtype)
         csrc = builder.ROOT / "csrc"
-        host = [csrc / "plan" / "formula.cpp", csrc / "cuda" / "formula" / "scan.cpp"]
+        host = [csrc / "plan" / "formula.cpp", csrc / "plan" / "machine.cpp", csrc / "cuda" / "formula" / "scan.cpp"]
         copies = {}
         if replaced is not None and folder is not None:
             copy = _copy_with(folder / "csrc", *replaced)
@@ -142,7 +156,7 @@ class Kernels:
         self.lists = {
             "input_gradients": (c_int * 64)(*facts.pop("input_gradients")),
             "reads_series": (c_bool * STATES)(*map(bool, facts.pop("reads_series"))),
-            "phase_kinds": (c_int * PHASES)(*facts.pop("phase_kinds")),
+            **{name: (c_int * PHASES)(*facts.pop(name)) for name in ("phase_kinds", "forward_levels", "backward_levels")},
         }
         self.traits = Traits(**facts, **{name: ctypes.addressof(value) for name, value in self.lists.items()})
 

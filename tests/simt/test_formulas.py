@@ -9,7 +9,7 @@ from typing import Any
 import formulas
 import pytest
 import torch
-from formulas import Case, Everything, Kernels, NoRecurrentProduct, compare
+from formulas import Case, Everything, Kernels, Levels, NoRecurrentProduct, compare
 from simulator import H100, TINY, Fault
 
 from fused_rnn import zoo
@@ -31,13 +31,15 @@ SHORT = [  # each cell and dtype takes its time to compile
     (zoo.MGU, F64, PACKED),
     (Everything, F32, RAGGED),
     (Everything, F32, TILES),
+    (Levels, F32, RAGGED),
 ]
 ZOO = [value for name in zoo.__all__ if isinstance(value := getattr(zoo, name), type) and issubclass(value, Cell)]
 LONG = [*((cell, F64, case) for cell in (Everything, NoRecurrentProduct) for case in EVERY)]
 LONG += [
     (cell, dtype, case) for cell in (Everything, zoo.PeepholeLSTM) for dtype in (F16, BF16) for case in (RAGGED, ALIGNED)
 ]
-LONG += [(cell, F64, RAGGED) for cell in ZOO]
+LONG += [(cell, dtype, RAGGED) for cell in ZOO for dtype in (F64, F32)]
+LONG += [(zoo.DreamerGRU, F16, ALIGNED), (zoo.LayerNormLSTM, F16, RAGGED), (Levels, F64, ALIGNED)]
 LONG += [(zoo.GRU, F32, RAGGED), (zoo.GRU, F32, ALIGNED)]
 
 
@@ -61,7 +63,7 @@ def test_equal_to_step_everywhere(cell: type[Cell], dtype: torch.dtype, case: Ca
     compare(kernels(cell, dtype), case, seeds=range(3))
 
 
-@pytest.mark.parametrize("cell", [Everything], ids=id_of)
+@pytest.mark.parametrize("cell", [Everything, Levels], ids=id_of)
 def test_the_medium_tile(cell: type[Cell]) -> None:
     """A device with few SMs takes it."""
     found = kernels(cell, F32)
@@ -71,9 +73,11 @@ def test_the_medium_tile(cell: type[Cell]) -> None:
 
 
 def test_launches_of_a_step() -> None:
-    """One for a step, and one more for every product and norm inside of it."""
+    """One for a step, and one more for every level of products and norms inside of it."""
     assert formulas.plan_text(kernels(zoo.LSTM, F16), USUAL).startswith("1 launch a step")
     assert formulas.plan_text(kernels(Everything, F32), USUAL, backward=True).startswith("4 launches a step")
+    for backward in (False, True):
+        assert formulas.plan_text(kernels(Levels, F32), USUAL, backward=backward).startswith("3 launches a step")
 
 
 # What takes away a wait, a mask or a copy, each with a case that shows it.
@@ -81,6 +85,10 @@ MUTANTS = [
     ("formula_forward.cuh", "  simt::pdl_wait();\n", "", Everything, RAGGED),
     ("formula_backward.cuh", "  simt::pdl_wait();\n", "", Everything, RAGGED),
     ("formula_norm.cuh", "    simt::sync_block();\n", "", Everything, USUAL),
+    ("formula_forward.cuh", "if constexpr (!kFirst) simt::sync_block();", "", Levels, TILES),
+    ("formula_backward.cuh", "if constexpr (!kFirst) simt::sync_block();", "", Levels, TILES),
+    ("formula_forward.cuh", "    elements.store_results();\n", "", Levels, USUAL),
+    ("formula_backward.cuh", "    elements.store_results();\n", "", Levels, USUAL),
     ("formula_geometry.cuh", "first_unit + unit_of(e) < units && ", "", Everything, USUAL),
     ("formula_forward.cuh", "if (info.flags & kReset) return Acc(0);", "", Everything, RAGGED),
     ("formula_forward.cuh", "if (info.flags & kReset) return nullptr;", "", Everything, RAGGED),

@@ -281,12 +281,9 @@ void FormulaBackwardScan<A>::step(Worker& w, int64_t s) const {
   if (adds_series_) add_gradients_of_series(w, active);
   const FormulaKernels<A>& cell = this->step_of(*p_.cell);
   const FormulaCall<Row> call = this->call_of(w, w.rows, active);
-  for (int k = traits_.phases - 1; k >= 0; --k) {
-    cell.phase_gradient[k](call);
-    w.team->barrier.wait();
-    run_phase(w, k, active);
-    w.team->barrier.wait();
-  }
+  this->for_levels(
+      w, traits_.backward_levels, [&](int level) { cell.phase_gradient[level](call); },
+      [&](int k) { run_phase(w, k, active); });
   cell.backward(call);
   move_reset_gradients(w);
   w.team->barrier.wait();

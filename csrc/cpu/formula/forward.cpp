@@ -337,12 +337,8 @@ int64_t FormulaForwardScan<A>::step(Worker& w, int64_t step, int64_t first_xg) c
   w.team->barrier.wait();
   const FormulaKernels<A>& cell = this->step_of(*p_.cell);
   const FormulaCall<Row> call = this->call_of(w, w.rows, active);
-  for (int k = 0; k < traits_.phases; ++k) {
-    cell.phase_input[k](call);
-    w.team->barrier.wait();
-    run_phase(w, k, active);
-    w.team->barrier.wait();
-  }
+  this->for_levels(
+      w, traits_.forward_levels, [&](int level) { cell.phase_input[level](call); }, [&](int k) { run_phase(w, k, active); });
   cell.forward(call);
   w.team->barrier.wait();
   return active;

@@ -2,7 +2,8 @@
 //
 // Products are stored row by row, head by head. A step has two parts, between which a team meets: a thread multiplies with
 // its panels of the recurrent weights, then computes its items (vectors of units, isa/formula.h) from the products. A step
-// with phases has more such pairs: items that make what a phase takes, then the phase, a product or the norm of some rows.
+// with phases has more such pairs: items that make what the phases of a level take (core/formula.h), then these phases,
+// products or norms of some rows.
 #pragma once
 #include <vector>
 
@@ -61,6 +62,18 @@ class FormulaScan : public Scan<A> {
 
   bool is_product(int phase) const {
     return static_cast<FormulaPhase>(traits_.phase_kinds[phase]) == FormulaPhase::kProduct;
+  }
+  // The phases level by level: prepare(level), then make(k) of each of its phases. The team meets behind both.
+  template <class Prepare, class Make>
+  void for_levels(const Worker& w, const int* levels, const Prepare& prepare, const Make& make) const {
+    for (int level = 0; level < level_count(levels, traits_.phases); ++level) {
+      prepare(level);
+      w.team->barrier.wait();
+      for (int k = 0; k < traits_.phases; ++k) {
+        if (levels[k] == level) make(k);
+      }
+      w.team->barrier.wait();
+    }
   }
   // The matrices of a direction's phases, without memory; empty ones for norms.
   std::vector<Matrix<A>> phase_matrices(const FormulaWeights& weights, std::atomic<bool>* infinite) const {

@@ -73,7 +73,7 @@ template <class A>
 struct FormulaKernels {
   void (*forward)(const FormulaCall<FormulaForwardRow<A>>&);
   void (*backward)(const FormulaCall<FormulaBackwardRow<A>>&);
-  // Of each phase: v from what is there before it, and the gradient of its result from what is there behind it.
+  // Of each level of phases: what they take, and in backward the gradients of their results.
   void (*phase_input[kMostFormulaPhases])(const FormulaCall<FormulaForwardRow<A>>&);
   void (*phase_gradient[kMostFormulaPhases])(const FormulaCall<FormulaBackwardRow<A>>&);
   void (*norm)(const FormulaNorm<A>&);
@@ -81,7 +81,7 @@ struct FormulaKernels {
 };
 
 // Set anew with every change of the types above.
-constexpr int kFormulaVersion = 3;
+constexpr int kFormulaVersion = 4;
 
 struct FormulaLibrary {
   int version;  // kFormulaVersion

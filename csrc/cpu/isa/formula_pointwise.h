@@ -1,5 +1,8 @@
 // The pointwise half of a formula's step on vectors of units: load, call the cell's struct, store. Rows: formula.h.
 #pragma once
+#include <type_traits>
+#include <utility>
+
 #include "core/formula_math.h"
 #include "cpu/isa/formula.h"
 #include "cpu/isa/formula_simd.h"
@@ -77,9 +80,9 @@ struct FormulaStep {
   struct Forward {
     V a[kValues], before[C::kStates], p[kParameters], ph[kPhases];
   };
-  // What a pointwise part of forward reads; `phases`: results that are there.
+  // What a pointwise part of forward reads: results of phases below `level`, and all else.
   static Forward load_forward(const FormulaCall<FormulaForwardRow<A>>& call, const FormulaForwardRow<A>& row,
-                              const FormulaItem& item, int phases) {
+                              const FormulaItem& item, int level) {
     const int64_t units = call.H / call.heads, unit = item.global_unit;
     Forward in;
     for (int g = 0; g < C::kInputGates; ++g) in.a[C::input_slot(g)] = V::load(row.x + g * call.H + unit);
@@ -91,15 +94,25 @@ struct FormulaStep {
     for (int s = 0; s < C::kStates; ++s) {
       if (C::forward_reads(s)) in.before[s] = V::load(row.before[s] + unit);
     }
-    for (int k = 0; k < phases; ++k) in.ph[k] = V::load(row.ph[k] + unit);
+    for (int k = 0; k < C::kPhases; ++k) {
+      if (C::forward_level(k) < level) in.ph[k] = V::load(row.ph[k] + unit);
+    }
     load_parameters(call, item, in.p);
     return in;
   }
 
+  // f(std::integral_constant<int, k>{}) for all phases k.
+  template <class F, int... kAll>
+  static void for_phases(F&& f, std::integer_sequence<int, kAll...>) {
+    (f(std::integral_constant<int, kAll>{}), ...);
+  }
+  template <class F>
+  static void for_phases(F&& f) {
+    for_phases(f, std::make_integer_sequence<int, C::kPhases>{});
+  }
+
   template <int kPhase>
-  static void phase_input_item(const FormulaCall<FormulaForwardRow<A>>& call, const FormulaForwardRow<A>& row,
-                               const FormulaItem& item) {
-    const Forward in = load_forward(call, row, item, kPhase);
+  static void give_input(const Forward& in, const FormulaForwardRow<A>& row, const FormulaItem& item) {
     V v;
     if constexpr (C::kParameters > 0) {
       C::template phase_input<kPhase>(in.a, in.before, in.p, in.ph, v);
@@ -109,11 +122,20 @@ struct FormulaStep {
     store_units(v, row.v[kPhase] + item.global_unit, item);
     if (row.v_series[kPhase]) store_stored<V, Storage>(v, row.v_series[kPhase], item.global_unit, item.lanes);
   }
+  template <int kLevel>
+  static void phase_input_item(const FormulaCall<FormulaForwardRow<A>>& call, const FormulaForwardRow<A>& row,
+                               const FormulaItem& item) {
+    const Forward in = load_forward(call, row, item, kLevel);
+    for_phases([&](auto phase) {
+      constexpr int kPhase = decltype(phase)::value;
+      if constexpr (C::forward_level(kPhase) == kLevel) give_input<kPhase>(in, row, item);
+    });
+  }
 
   static void forward_item(const FormulaCall<FormulaForwardRow<A>>& call, const FormulaForwardRow<A>& row,
                            const FormulaItem& item) {
     const int64_t unit = item.global_unit;
-    Forward in = load_forward(call, row, item, C::kPhases);
+    Forward in = load_forward(call, row, item, C::kForwardLevels);
     V after[C::kStates];
     if constexpr (C::kParameters > 0 && C::kPhases > 0) {
       C::forward(in.a, in.before, after, in.p, in.ph);
@@ -136,9 +158,9 @@ struct FormulaStep {
   struct Backward {
     V a[kValues], before[C::kStates], after[C::kStates], p[kParameters], v[kPhases], d_states[C::kStates], dv[kPhases];
   };
-  // What a pointwise part of backward reads; `phases`: the first phase whose dv is there.
+  // What a pointwise part of backward reads: dv of phases below `level`, and all else.
   static Backward load_backward(const FormulaCall<FormulaBackwardRow<A>>& call, const FormulaBackwardRow<A>& row,
-                                const FormulaItem& item, int phases) {
+                                const FormulaItem& item, int level) {
     const int64_t unit = item.global_unit;
     Backward in;
     for (int k = 0; k < C::kSaved; ++k) in.a[k] = load_stored<V, Storage>(row.saved, k * call.H + unit, item.lanes);
@@ -154,15 +176,16 @@ struct FormulaStep {
       in.d_states[C::kRecurrent] = in.d_states[C::kRecurrent] + V::load(row.rec + item.head * call.rec_columns + item.unit);
     }
     for (int k = 0; k < C::kPhases; ++k) in.v[k] = load_stored<V, Storage>(row.v[k], unit, item.lanes);
-    for (int k = phases; k < C::kPhases; ++k) in.dv[k] = V::load(row.dv[k] + unit);
+    for (int k = 0; k < C::kPhases; ++k) {
+      if (C::backward_level(k) < level) in.dv[k] = V::load(row.dv[k] + unit);
+    }
     load_parameters(call, item, in.p);
     return in;
   }
 
   template <int kPhase>
-  static void phase_gradient_item(const FormulaCall<FormulaBackwardRow<A>>& call, const FormulaBackwardRow<A>& row,
-                                  const FormulaItem& item) {
-    const Backward in = load_backward(call, row, item, kPhase + 1);
+  static void give_gradient(const Backward& in, const FormulaCall<FormulaBackwardRow<A>>& call,
+                            const FormulaBackwardRow<A>& row, const FormulaItem& item) {
     V d;
     if constexpr (C::kParameters > 0) {
       C::template phase_gradient<kPhase>(in.a, in.before, in.after, in.p, in.v, in.d_states, in.dv, d);
@@ -173,12 +196,21 @@ struct FormulaStep {
     const int64_t block = C::kSlots + C::kParameters + kPhase;
     store_stored<V, Storage>(d, row.d, block * call.H + item.global_unit, item.lanes);
   }
+  template <int kLevel>
+  static void phase_gradient_item(const FormulaCall<FormulaBackwardRow<A>>& call, const FormulaBackwardRow<A>& row,
+                                  const FormulaItem& item) {
+    const Backward in = load_backward(call, row, item, kLevel);
+    for_phases([&](auto phase) {
+      constexpr int kPhase = decltype(phase)::value;
+      if constexpr (C::backward_level(kPhase) == kLevel) give_gradient<kPhase>(in, call, row, item);
+    });
+  }
 
   static void backward_item(const FormulaCall<FormulaBackwardRow<A>>& call, const FormulaBackwardRow<A>& row,
                             const FormulaItem& item) {
     constexpr int kFirst = C::kSlots - C::kRecurrentGates;
     const int64_t units = call.H / call.heads, unit = item.global_unit;
-    Backward in = load_backward(call, row, item, 0);
+    Backward in = load_backward(call, row, item, C::kBackwardLevels);
     V d[C::kSlots], d_parameters[kParameters];
     if constexpr (C::kParameters > 0 && C::kPhases > 0) {
       C::backward(in.a, in.before, in.after, in.p, in.v, in.d_states, in.dv, d, d_parameters);
@@ -290,10 +322,13 @@ struct FormulaNorms {
   }
 };
 
-template <class Step, class A, int... kPhases>
-void fill_phases(FormulaKernels<A>& kernels, std::integer_sequence<int, kPhases...>) {
-  ((kernels.phase_input[kPhases] = Step::template phase_input<kPhases>), ...);
-  ((kernels.phase_gradient[kPhases] = Step::template phase_gradient<kPhases>), ...);
+template <class Step, class A, int... kLevels>
+void fill_phase_inputs(FormulaKernels<A>& kernels, std::integer_sequence<int, kLevels...>) {
+  ((kernels.phase_input[kLevels] = Step::template phase_input<kLevels>), ...);
+}
+template <class Step, class A, int... kLevels>
+void fill_phase_gradients(FormulaKernels<A>& kernels, std::integer_sequence<int, kLevels...>) {
+  ((kernels.phase_gradient[kLevels] = Step::template phase_gradient<kLevels>), ...);
 }
 
 template <class V, class C, class Storage>
@@ -303,18 +338,24 @@ FormulaLibrary make_formula_library(DType dtype) {
   library.width = V::kWidth;
   library.dtype = static_cast<int>(dtype);
   static int input_gradients[C::kInputGates], phase_kinds[C::kPhases + 1];
+  static int forward_levels[C::kPhases + 1], backward_levels[C::kPhases + 1];
   static bool reads_series[C::kStates];
   for (int g = 0; g < C::kInputGates; ++g) input_gradients[g] = C::input_gradient(g);
-  for (int k = 0; k < C::kPhases; ++k) phase_kinds[k] = C::phase_kind(k);
+  for (int k = 0; k < C::kPhases; ++k) {
+    phase_kinds[k] = C::phase_kind(k);
+    forward_levels[k] = C::forward_level(k), backward_levels[k] = C::backward_level(k);
+  }
   for (int s = 0; s < C::kStates; ++s) reads_series[s] = C::reads_state(s);
-  library.traits = {C::kStates, C::kOutput,     C::kRecurrent, C::kInputGates,  C::kRecurrentGates, C::kSlots,
-                    C::kSaved,  C::kParameters, C::kPhases,    input_gradients, reads_series,       phase_kinds};
+  library.traits = {C::kStates,   C::kOutput,  C::kRecurrent,  C::kInputGates, C::kRecurrentGates,
+                    C::kSlots,    C::kSaved,   C::kParameters, C::kPhases,     input_gradients,
+                    reads_series, phase_kinds, forward_levels, backward_levels};
   using A = typename V::Scalar;
   using Step = FormulaStep<V, C, Storage>;
   FormulaKernels<A> kernels{};
   kernels.forward = Step::forward;
   kernels.backward = Step::backward;
-  fill_phases<Step>(kernels, std::make_integer_sequence<int, C::kPhases>{});
+  fill_phase_inputs<Step>(kernels, std::make_integer_sequence<int, C::kForwardLevels>{});
+  fill_phase_gradients<Step>(kernels, std::make_integer_sequence<int, C::kBackwardLevels>{});
   if constexpr (C::kPhases > 0) {
     kernels.norm = FormulaNorms<V, Storage>::forward;
     kernels.norm_gradient = FormulaNorms<V, Storage>::backward;

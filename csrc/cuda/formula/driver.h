@@ -40,7 +40,7 @@ class FormulaModule {
   DType dtype_;
   int capability_;
   FormulaTraits traits_;
-  std::vector<int> input_gradients_, phase_kinds_;
+  std::vector<int> input_gradients_, phase_kinds_, forward_levels_, backward_levels_;
   std::vector<char> reads_series_;  // of bool, whose std::vector has no memory of its own
   std::vector<Kernel> kernels_;
   std::string code_;

@@ -10,11 +10,11 @@
 
 namespace fused_rnn::cuda {
 
-// What a segment does before its pointwise part: the product with W_hh (kSegment == Q), or the gradient of phase kSegment.
-template <class C, int kSegment>
-struct FormulaBackwardSegment {
-  static constexpr bool kRecurrent = kSegment == C::kPhases;
-  static constexpr FormulaPhase kKind = static_cast<FormulaPhase>(kRecurrent ? 0 : C::phase_kind(kSegment));
+// A part of a segment: the product with W_hh (kPart -1), or the gradient of a phase.
+template <class C, int kPart>
+struct FormulaBackwardPart {
+  static constexpr bool kRecurrent = kPart < 0;
+  static constexpr FormulaPhase kKind = static_cast<FormulaPhase>(kRecurrent ? 0 : C::phase_kind(kPart));
   static constexpr bool kIsProduct = kRecurrent ? C::kRecurrentGates > 0 : kKind == FormulaPhase::kProduct;
   static constexpr bool kIsNorm = !kRecurrent && !kIsProduct;
   static constexpr bool kCentred = kIsNorm && kKind == FormulaPhase::kLayerNorm;
@@ -53,14 +53,15 @@ struct FormulaGradientElements {
   }
 };
 
-template <class C, class G, int kSegment>
+// kPart: the part of the segment that was made last, -1 or a phase.
+template <class C, class G, int kSegment, int kPart>
 struct FormulaBackwardElements : FormulaGradientElements<C, G> {
   using Base = FormulaGradientElements<C, G>;
   using Storage = typename G::Storage;
   using Acc = typename G::Acc;
-  using Segment = FormulaBackwardSegment<C, kSegment>;
+  using Part = FormulaBackwardPart<C, kPart>;
   using Base::kBlocks, Base::s, Base::tile, Base::table;
-  static constexpr bool kLast = kSegment == 0;
+  static constexpr bool kLast = kSegment == C::kBackwardLevels;
   static constexpr int kParameters = C::kParameters > 0 ? C::kParameters : 1;
   static constexpr int kValues = C::kValues > 0 ? C::kValues : 1;
   static constexpr int kPhases = C::kPhases > 0 ? C::kPhases : 1;
@@ -68,7 +69,7 @@ struct FormulaBackwardElements : FormulaGradientElements<C, G> {
 
   // The gradient of the recurrent state through the weights.
   __device__ __forceinline__ Acc recurrent_gradient(int e) const {
-    if constexpr (Segment::kRecurrent) {
+    if constexpr (Part::kRecurrent) {
       const Acc sum = this->sum(e);
       if constexpr (!kLast) formula_store<Acc>(s.p.rec, this->state_index(e), sum);
       return sum;
@@ -76,14 +77,22 @@ struct FormulaBackwardElements : FormulaGradientElements<C, G> {
       return formula_load<Acc>(s.p.rec, this->state_index(e));
     }
   }
-  // The gradient of what phase kSegment took.
+  // The gradient of what phase kPart took.
   __device__ __forceinline__ Acc phase_gradient_of_input(int e) const {
-    if constexpr (Segment::kIsProduct) {
+    if constexpr (Part::kIsProduct) {
       return this->sum(e);
     } else {
       const FormulaDirection& weights = tile.dir ? s.p.weights[1] : s.p.weights[0];
-      const Acc weight = formula_load<Storage>(weights.weight[kSegment], tile.unit(e));
-      return FormulaNorm<G, Segment::kCentred>::gradient(table, FormulaTile<G>::batch_of(e), tile.unit(e), weight);
+      const Acc weight = formula_load<Storage>(weights.weight[kPart], tile.unit(e));
+      return FormulaNorm<G, Part::kCentred>::gradient(table, FormulaTile<G>::batch_of(e), tile.unit(e), weight);
+    }
+  }
+  // Leaves it in working memory, for the parts and launches behind it.
+  __device__ __forceinline__ void store_results() const {
+#pragma unroll(G::kElements <= 1 ? 1 : 2)
+    for (int e = 0; e < G::kElements; ++e) {
+      if (!tile.exists(e, table) || !(table[FormulaTile<G>::batch_of(e)].flags & kActive)) continue;
+      formula_store<Acc>(s.p.d_taken[kPart], this->state_index(e), phase_gradient_of_input(e));
     }
   }
 
@@ -124,17 +133,20 @@ struct FormulaBackwardElements : FormulaGradientElements<C, G> {
     for (int i = 0; i < C::kParameters; ++i) in.p[i] = formula_load<Storage>(parameters, i * s.p.H + tile.unit(e));
 #pragma unroll
     for (int k = 0; k < C::kPhases; ++k) in.v[k] = formula_load<Storage>(s.p.v[k], this->kept_index(e, info.row, 1));
+    if constexpr (!Part::kRecurrent) {
 #pragma unroll
-    for (int k = kSegment + 1; k < C::kPhases; ++k) in.dv[k] = formula_load<Acc>(s.p.d_taken[k], this->state_index(e));
-    if constexpr (!Segment::kRecurrent) {
-      in.dv[kSegment] = phase_gradient_of_input(e);
-      if constexpr (!kLast) formula_store<Acc>(s.p.d_taken[kSegment], this->state_index(e), in.dv[kSegment]);
+      for (int k = 0; k < C::kPhases; ++k) {
+        if (k != kPart && C::backward_level(k) < kSegment)
+          in.dv[k] = formula_load<Acc>(s.p.d_taken[k], this->state_index(e));
+      }
+      in.dv[kPart] = phase_gradient_of_input(e);
+      if constexpr (!kLast) formula_store<Acc>(s.p.d_taken[kPart], this->state_index(e), in.dv[kPart]);
     }
   }
 
-  // The gradient of the result of phase kSegment - 1.
+  // The gradient of the result of phase kPhase.
+  template <int kPhase>
   __device__ __forceinline__ void give(int e, const RowInfo& info, const Values& in) const {
-    constexpr int kPhase = kSegment - 1;
     Acc d;
     if constexpr (C::kParameters > 0) {
       C::template phase_gradient<kPhase>(in.a, in.before, in.after, in.p, in.v, in.d_states, in.dv, d);
@@ -146,6 +158,14 @@ struct FormulaBackwardElements : FormulaGradientElements<C, G> {
     if constexpr (static_cast<FormulaPhase>(C::phase_kind(kPhase)) != FormulaPhase::kProduct) {
       formula_store<Acc>(s.p.d_results[kPhase], this->state_index(e), d);
     }
+  }
+
+  // Those of the next segment's phases.
+  __device__ __forceinline__ void give_all(int e, const RowInfo& info, const Values& in) const {
+    formula_for_phases<C>([&](auto phase) {
+      constexpr int kPhase = decltype(phase)::value;
+      if constexpr (C::backward_level(kPhase) == kSegment) give<kPhase>(e, info, in);
+    });
   }
 
   // The gradients of products, parameters and of the states before the step.
@@ -204,7 +224,7 @@ struct FormulaBackwardElements : FormulaGradientElements<C, G> {
       if constexpr (kLast) {
         finish(e, info, in);
       } else {
-        give(e, info, in);
+        give_all(e, info, in);
       }
     }
   }
@@ -240,19 +260,41 @@ __device__ __forceinline__ Operand<typename G::Storage> formula_recurrent_operan
   return {matrix, tile.units, depth, s.copy_bytes};
 }
 
-template <class C, MathKind kMath, TileSize kSize, int kSegment>
-__device__ __forceinline__ void formula_backward(const FormulaBackwardStep& s) {
-  using Segment = FormulaBackwardSegment<C, kSegment>;
+// The rows that an active row's product or norm reads; source 0 null: zeros.
+template <class C, class G, int kPart>
+__device__ __forceinline__ void formula_backward_sources(const FormulaBackwardStep& s, const FormulaTile<G>& tile, int64_t b,
+                                                         const FormulaNext& next, RowInfo& info) {
+  using Storage = typename G::Storage;
+  using Part = FormulaBackwardPart<C, kPart>;
+  constexpr int kPhase = kPart < 0 ? 0 : kPart;
+  if constexpr (Part::kRecurrent) {
+    info.source[0] = formula_next_gradient<C>(s, tile, b, info.flags, next);
+  } else if constexpr (Part::kIsProduct) {
+    constexpr int kBlocks = C::kSlots + C::kParameters + C::kPhases, kBlock = C::kSlots + C::kParameters + kPhase;
+    const int64_t at = ((tile.dir * s.p.seq.N + info.row) * kBlocks + kBlock) * s.p.H;
+    info.source[0] = static_cast<const Storage*>(s.p.d) + at;
+  } else {
+    const int64_t row = (tile.dir * s.p.seq.B + b) * s.p.H;
+    info.source[0] = static_cast<const typename G::Acc*>(s.p.d_results[kPhase]) + row;
+    info.source[1] = static_cast<const Storage*>(s.p.v[kPhase]) + (tile.dir * s.p.seq.N + info.row) * s.p.H;
+  }
+}
+
+// kFirst, kFinal: the part is the segment's first, or last one.
+template <class C, MathKind kMath, TileSize kSize, int kSegment, int kPart, bool kFirst, bool kFinal>
+__device__ __forceinline__ void formula_backward_part(const FormulaBackwardStep& s) {
+  using Part = FormulaBackwardPart<C, kPart>;
   using G = FormulaGeometry</*kBackward=*/true, 1, kMath, kSize>;
   using Storage = typename G::Storage;
   const FormulaTile<G> tile(s.p);
   const FormulaDirection& weights = tile.dir ? s.p.weights[1] : s.p.weights[0];
 
-  constexpr int kPhase = Segment::kRecurrent ? 0 : kSegment;
+  constexpr int kPhase = kPart < 0 ? 0 : kPart;
   Operand<Storage> operands[1] = {{static_cast<const Storage*>(weights.weight[kPhase]), s.p.H, s.p.H, s.copy_bytes}};
-  if constexpr (Segment::kRecurrent) operands[0] = formula_recurrent_operand<C>(s, tile);
-  Matmul<G> matmul(operands, Segment::kRecurrent ? tile.first_unit : tile.head * tile.units + tile.first_unit, s.stages);
-  if constexpr (Segment::kIsProduct) matmul.prefetch_weights();
+  if constexpr (Part::kRecurrent) operands[0] = formula_recurrent_operand<C>(s, tile);
+  Matmul<G> matmul(operands, Part::kRecurrent ? tile.first_unit : tile.head * tile.units + tile.first_unit, s.stages);
+  if constexpr (!kFirst) simt::sync_block();  // shared memory is the part's before until all have read it
+  if constexpr (Part::kIsProduct) matmul.prefetch_weights();
 
   RowInfo* table = matmul.table();
   bool nonzero = false;
@@ -260,34 +302,44 @@ __device__ __forceinline__ void formula_backward(const FormulaBackwardStep& s) {
     const int64_t b = tile.first_row + simt::thread_x();
     FormulaNext next{s.step + 1, 0, false};
     RowInfo info = backward_row(s.p.seq, s.p.modifier, s.step, tile.dir, b, next.row, next.reset);
-    if (info.flags & kActive) {
-      if constexpr (Segment::kRecurrent) {
-        info.source[0] = formula_next_gradient<C>(s, tile, b, info.flags, next);
-      } else if constexpr (Segment::kIsProduct) {
-        constexpr int kBlocks = C::kSlots + C::kParameters + C::kPhases, kBlock = C::kSlots + C::kParameters + kPhase;
-        const int64_t at = ((tile.dir * s.p.seq.N + info.row) * kBlocks + kBlock) * s.p.H;
-        info.source[0] = static_cast<const Storage*>(s.p.d) + at;
-      } else {
-        const int64_t row = (tile.dir * s.p.seq.B + b) * s.p.H;
-        info.source[0] = static_cast<const typename G::Acc*>(s.p.d_results[kPhase]) + row;
-        info.source[1] = static_cast<const Storage*>(s.p.v[kPhase]) + (tile.dir * s.p.seq.N + info.row) * s.p.H;
-      }
-    }
+    if (info.flags & kActive) formula_backward_sources<C, G, kPart>(s, tile, b, next, info);
     nonzero = info.source[0] != nullptr;
     table[simt::thread_x()] = info;
   }
   nonzero = simt::sync_block_or(nonzero);
-  simt::pdl_wait();
-  simt::pdl_launch_dependents();
+  if constexpr (kFirst) {
+    simt::pdl_wait();
+    simt::pdl_launch_dependents();
+  }
 
-  if constexpr (Segment::kIsProduct) {
+  if constexpr (Part::kIsProduct) {
     typename G::Accumulators acc;
     matmul.run(nonzero, acc);
     matmul.store_sums(acc);
-  } else if constexpr (Segment::kIsNorm) {
-    FormulaNorm<G, Segment::kCentred>::backward(table, s.p.H, weights.weight[kPhase]);
+  } else if constexpr (Part::kIsNorm) {
+    FormulaNorm<G, Part::kCentred>::backward(table, s.p.H, weights.weight[kPhase]);
   }
-  FormulaBackwardElements<C, G, kSegment>{{s, tile, table}}.run();
+  const FormulaBackwardElements<C, G, kSegment, kPart> elements{{s, tile, table}};
+  if constexpr (kFinal) {
+    elements.run();
+  } else {
+    elements.store_results();
+  }
+}
+
+template <class C, MathKind kMath, TileSize kSize, int kSegment>
+__device__ __forceinline__ void formula_backward(const FormulaBackwardStep& s) {
+  if constexpr (kSegment == 0) {
+    formula_backward_part<C, kMath, kSize, kSegment, -1, true, true>(s);
+  } else {
+    using Ends = FormulaLevelEnds<C, /*kBackward=*/true, kSegment - 1>;
+    formula_for_phases<C>([&](auto phase) {
+      constexpr int kPhase = decltype(phase)::value;
+      if constexpr (C::backward_level(kPhase) == kSegment - 1) {
+        formula_backward_part<C, kMath, kSize, kSegment, kPhase, kPhase == Ends::kFirst, kPhase == Ends::kLast>(s);
+      }
+    });
+  }
 }
 
 // d_initial, after the last step of backward: what the row's first step left, and the product of its d_rec with W_hh.

@@ -1,35 +1,34 @@
 // A segment of a forward step of a formula (formula_params.h). C: the cell's struct (fused_rnn/formula/writer.py).
 //
-// A block makes the product, or the moments of the norm, of its tile; a thread then finishes kElements (unit, row) pairs one
-// after the other: it loads what the pointwise part reads, calls C and stores. Weights are requested before pdl_wait; all
-// else may be the preceding launch's. Every array of working memory is read and written element by element by the thread
-// that owns the element, except what products and norms read across units, which an earlier launch wrote and this one does
-// not write: hence two copies of the recurrent state.
+// A block makes the products, or the moments of the norms, of its tile one after the other. A thread then finishes kElements
+// (unit, row) pairs one after the other: it loads what the pointwise part reads, calls C and stores. Weights are requested
+// before pdl_wait; all else may be the preceding launch's. Every array of working memory is read and written element by
+// element by the thread that owns the element, except what products and norms read across units, which an earlier launch
+// wrote and this one does not write: hence two copies of the recurrent state.
 #pragma once
 #include "core/formula_math.h"
 #include "cuda/formula/formula_norm.cuh"
 
 namespace fused_rnn::cuda {
 
-// What a segment does before its pointwise part.
-template <class C, int kSegment>
-struct FormulaForwardSegment {
-  static constexpr bool kRecurrent = kSegment == 0;  // the recurrent product; else phase kSegment - 1
-  static constexpr bool kIsProduct = kRecurrent
-                                         ? C::kRecurrentGates > 0
-                                         : static_cast<FormulaPhase>(C::phase_kind(kSegment - 1)) == FormulaPhase::kProduct;
+// A part of a segment: the recurrent product (kPhase -1), or a phase.
+template <class C, int kPhase>
+struct FormulaForwardPart {
+  static constexpr bool kRecurrent = kPhase < 0;
+  static constexpr FormulaPhase kKind = static_cast<FormulaPhase>(kRecurrent ? 0 : C::phase_kind(kPhase));
+  static constexpr bool kIsProduct = kRecurrent ? C::kRecurrentGates > 0 : kKind == FormulaPhase::kProduct;
   static constexpr bool kIsNorm = !kRecurrent && !kIsProduct;
-  static constexpr bool kCentred =
-      kIsNorm && static_cast<FormulaPhase>(C::phase_kind(kSegment > 0 ? kSegment - 1 : 0)) == FormulaPhase::kLayerNorm;
+  static constexpr bool kCentred = kIsNorm && kKind == FormulaPhase::kLayerNorm;
   static constexpr int kGroups = kRecurrent ? C::kRecurrentGates : 1;
 };
 
-template <class C, class G, int kSegment>
+// kPart: the part of the segment that was made last, -1 or a phase.
+template <class C, class G, int kSegment, int kPart>
 struct FormulaForwardElements {
   using Storage = typename G::Storage;
   using Acc = typename G::Acc;
-  using Segment = FormulaForwardSegment<C, kSegment>;
-  static constexpr bool kLast = kSegment == C::kPhases;
+  using Part = FormulaForwardPart<C, kPart>;
+  static constexpr bool kLast = kSegment == C::kForwardLevels;
   static constexpr int kParameters = C::kParameters > 0 ? C::kParameters : 1;
   static constexpr int kValues = C::kValues > 0 ? C::kValues : 1;
   static constexpr int kPhases = C::kPhases > 0 ? C::kPhases : 1;
@@ -87,7 +86,7 @@ struct FormulaForwardElements {
   // The recurrent product of a gate with its bias, of an active row.
   __device__ __forceinline__ Acc recurrent_sum(int e, int gate) const {
     const int64_t index = (row_of_batch(e) * C::kRecurrentGates + gate) * s.p.H + tile.unit(e);
-    if constexpr (Segment::kRecurrent) {
+    if constexpr (Part::kRecurrent) {
       Acc sum = Matmul<G>::sum(gate, FormulaTile<G>::unit_of(e), FormulaTile<G>::batch_of(e));
       const void* const bias = tile.dir ? s.p.weights[1].b_hh : s.p.weights[0].b_hh;
       if (bias) sum += formula_load<Storage>(bias, gate * s.p.H + tile.unit(e));
@@ -97,17 +96,25 @@ struct FormulaForwardElements {
       return static_cast<const Acc*>(s.p.rec)[index];
     }
   }
-  // The result of phase kSegment - 1.
+  // The result of phase kPart.
   __device__ __forceinline__ Acc phase_result(int e) const {
-    static_assert(!Segment::kRecurrent);
+    static_assert(!Part::kRecurrent);
     const int unit = FormulaTile<G>::unit_of(e), batch = FormulaTile<G>::batch_of(e);
-    if constexpr (Segment::kIsProduct) {
+    if constexpr (Part::kIsProduct) {
       return Matmul<G>::sum(0, unit, batch);
     } else {
       const FormulaDirection& weights = tile.dir ? s.p.weights[1] : s.p.weights[0];
-      const Acc weight = formula_load<Storage>(weights.weight[kSegment - 1], tile.unit(e));
-      const Acc bias = Segment::kCentred ? Acc(formula_load<Storage>(weights.bias[kSegment - 1], tile.unit(e))) : Acc(0);
-      return FormulaNorm<G, Segment::kCentred>::result(table, batch, tile.unit(e), weight, bias);
+      const Acc weight = formula_load<Storage>(weights.weight[kPart], tile.unit(e));
+      const Acc bias = Part::kCentred ? Acc(formula_load<Storage>(weights.bias[kPart], tile.unit(e))) : Acc(0);
+      return FormulaNorm<G, Part::kCentred>::result(table, batch, tile.unit(e), weight, bias);
+    }
+  }
+  // Leaves the results of phase kPart in working memory, for the parts and launches behind it.
+  __device__ __forceinline__ void store_results() const {
+#pragma unroll(G::kElements <= 1 ? 1 : 2)
+    for (int e = 0; e < G::kElements; ++e) {
+      if (!tile.exists(e, table) || !(table[FormulaTile<G>::batch_of(e)].flags & kActive)) continue;
+      formula_store<Acc>(s.p.results[kPart], state_index(e), phase_result(e));
     }
   }
 
@@ -129,25 +136,35 @@ struct FormulaForwardElements {
     const void* const parameters = tile.dir ? s.p.weights[1].parameters : s.p.weights[0].parameters;
 #pragma unroll
     for (int i = 0; i < C::kParameters; ++i) in.p[i] = formula_load<Storage>(parameters, i * s.p.H + tile.unit(e));
-    if constexpr (!Segment::kRecurrent) {
+    if constexpr (!Part::kRecurrent) {
 #pragma unroll
-      for (int k = 0; k < kSegment - 1; ++k) in.ph[k] = formula_load<Acc>(s.p.results[k], state_index(e));
-      in.ph[kSegment - 1] = phase_result(e);
-      if constexpr (!kLast) formula_store<Acc>(s.p.results[kSegment - 1], state_index(e), in.ph[kSegment - 1]);
+      for (int k = 0; k < C::kPhases; ++k) {
+        if (k != kPart && C::forward_level(k) < kSegment) in.ph[k] = formula_load<Acc>(s.p.results[k], state_index(e));
+      }
+      in.ph[kPart] = phase_result(e);
+      if constexpr (!kLast) formula_store<Acc>(s.p.results[kPart], state_index(e), in.ph[kPart]);
     }
   }
 
-  // What phase kSegment takes.
+  // What phase kPhase takes.
+  template <int kPhase>
   __device__ __forceinline__ void take(int e, const RowInfo& info, const Values& in) const {
-    constexpr bool kProduct = static_cast<FormulaPhase>(C::phase_kind(kSegment)) == FormulaPhase::kProduct;
+    constexpr bool kProduct = static_cast<FormulaPhase>(C::phase_kind(kPhase)) == FormulaPhase::kProduct;
     Acc v;
     if constexpr (C::kParameters > 0) {
-      C::template phase_input<kSegment>(in.a, in.before, in.p, in.ph, v);
+      C::template phase_input<kPhase>(in.a, in.before, in.p, in.ph, v);
     } else {
-      C::template phase_input<kSegment>(in.a, in.before, in.ph, v);
+      C::template phase_input<kPhase>(in.a, in.before, in.ph, v);
     }
-    formula_store<std::conditional_t<kProduct, Storage, Acc>>(s.p.taken[kSegment], state_index(e), v);
-    if (s.p.v[kSegment]) formula_store<Storage>(s.p.v[kSegment], kept_index(e, info.row, 1), v);
+    formula_store<std::conditional_t<kProduct, Storage, Acc>>(s.p.taken[kPhase], state_index(e), v);
+    if (s.p.v[kPhase]) formula_store<Storage>(s.p.v[kPhase], kept_index(e, info.row, 1), v);
+  }
+  // What the next segment's phases take.
+  __device__ __forceinline__ void take_all(int e, const RowInfo& info, const Values& in) const {
+    formula_for_phases<C>([&](auto phase) {
+      constexpr int kPhase = decltype(phase)::value;
+      if constexpr (C::forward_level(kPhase) == kSegment) take<kPhase>(e, info, in);
+    });
   }
 
   // The states after the step, and what backward reads.
@@ -224,23 +241,23 @@ struct FormulaForwardElements {
       if constexpr (kLast) {
         finish(e, info, in);
       } else {
-        take(e, info, in);
+        take_all(e, info, in);
       }
     }
   }
 };
 
 // The row that an active row's product or norm reads; null: zeros.
-template <class C, class G, int kSegment>
+template <class C, class G, int kPart>
 __device__ __forceinline__ const void* formula_forward_source(const FormulaForwardStep& s, const FormulaTile<G>& tile,
                                                               int64_t b, const RowInfo& info) {
   using Storage = typename G::Storage;
   const int64_t row = (tile.dir * s.p.seq.B + b) * s.p.H;
-  if constexpr (kSegment > 0) {
-    if constexpr (FormulaForwardSegment<C, kSegment>::kIsProduct) {
-      return static_cast<const Storage*>(s.p.taken[kSegment - 1]) + row;
+  if constexpr (kPart >= 0) {
+    if constexpr (FormulaForwardPart<C, kPart>::kIsProduct) {
+      return static_cast<const Storage*>(s.p.taken[kPart]) + row;
     } else {
-      return static_cast<const typename G::Acc*>(s.p.taken[kSegment - 1]) + row;
+      return static_cast<const typename G::Acc*>(s.p.taken[kPart]) + row;
     }
   } else if constexpr (C::kRecurrentGates > 0) {
     const int64_t of_head = tile.head * tile.units;
@@ -258,45 +275,68 @@ __device__ __forceinline__ const void* formula_forward_source(const FormulaForwa
   return nullptr;
 }
 
-template <class C, MathKind kMath, TileSize kSize, int kSegment>
-__device__ __forceinline__ void formula_forward(const FormulaForwardStep& s) {
-  using Segment = FormulaForwardSegment<C, kSegment>;
-  using G = FormulaGeometry</*kBackward=*/false, Segment::kGroups, kMath, kSize>;
+// kFirst, kFinal: the part is the segment's first, or last one.
+template <class C, MathKind kMath, TileSize kSize, int kSegment, int kPart, bool kFirst, bool kFinal>
+__device__ __forceinline__ void formula_forward_part(const FormulaForwardStep& s) {
+  using Part = FormulaForwardPart<C, kPart>;
+  using G = FormulaGeometry</*kBackward=*/false, Part::kGroups, kMath, kSize>;
   using Storage = typename G::Storage;
   const FormulaTile<G> tile(s.p);
   const FormulaDirection& weights = tile.dir ? s.p.weights[1] : s.p.weights[0];
 
   // A head's matrix is [Gr][units][units], a phase's [H][H]; the tiles of a phase's product lie head by head like all.
-  const auto* matrix =
-      static_cast<const Storage*>(kSegment > 0 ? weights.weight[kSegment > 0 ? kSegment - 1 : 0] : weights.w_hh);
-  if (Segment::kRecurrent && Segment::kIsProduct) matrix += tile.head * Segment::kGroups * tile.units * tile.units;
-  const int64_t product_units = Segment::kRecurrent ? tile.units : s.p.H;
-  const int64_t first = Segment::kRecurrent ? tile.first_unit : tile.head * tile.units + tile.first_unit;
+  const auto* matrix = static_cast<const Storage*>(Part::kRecurrent ? weights.w_hh : weights.weight[kPart < 0 ? 0 : kPart]);
+  if (Part::kRecurrent && Part::kIsProduct) matrix += tile.head * Part::kGroups * tile.units * tile.units;
+  const int64_t product_units = Part::kRecurrent ? tile.units : s.p.H;
+  const int64_t first = Part::kRecurrent ? tile.first_unit : tile.head * tile.units + tile.first_unit;
   const Operand<Storage> operands[1] = {{matrix, product_units, product_units, s.copy_bytes}};
   Matmul<G> matmul(operands, first, s.stages);
-  if constexpr (Segment::kIsProduct) matmul.prefetch_weights();
+  if constexpr (!kFirst) simt::sync_block();  // shared memory is the part's before until all have read it
+  if constexpr (Part::kIsProduct) matmul.prefetch_weights();
 
   RowInfo* table = matmul.table();
   bool nonzero = false;
   if (simt::thread_x() < G::kBatch) {
     const int64_t b = tile.first_row + simt::thread_x();
     RowInfo info = forward_row(s.p.seq, s.p.modifier, s.step, tile.dir, b);
-    if (info.flags & kActive) info.source[0] = formula_forward_source<C, G, kSegment>(s, tile, b, info);
+    if (info.flags & kActive) info.source[0] = formula_forward_source<C, G, kPart>(s, tile, b, info);
     nonzero = info.source[0] != nullptr;
     table[simt::thread_x()] = info;
   }
   nonzero = simt::sync_block_or(nonzero);
-  simt::pdl_wait();
-  simt::pdl_launch_dependents();
+  if constexpr (kFirst) {
+    simt::pdl_wait();
+    simt::pdl_launch_dependents();
+  }
 
-  if constexpr (Segment::kIsProduct) {
+  if constexpr (Part::kIsProduct) {
     typename G::Accumulators acc;
     matmul.run(nonzero, acc);
     matmul.store_sums(acc);
-  } else if constexpr (Segment::kIsNorm) {
-    FormulaNorm<G, Segment::kCentred>::forward(table, s.p.H);
+  } else if constexpr (Part::kIsNorm) {
+    FormulaNorm<G, Part::kCentred>::forward(table, s.p.H);
   }
-  FormulaForwardElements<C, G, kSegment>{s, tile, table}.run();
+  const FormulaForwardElements<C, G, kSegment, kPart> elements{s, tile, table};
+  if constexpr (kFinal) {
+    elements.run();
+  } else {
+    elements.store_results();
+  }
+}
+
+template <class C, MathKind kMath, TileSize kSize, int kSegment>
+__device__ __forceinline__ void formula_forward(const FormulaForwardStep& s) {
+  if constexpr (kSegment == 0) {
+    formula_forward_part<C, kMath, kSize, kSegment, -1, true, true>(s);
+  } else {
+    using Ends = FormulaLevelEnds<C, /*kBackward=*/false, kSegment - 1>;
+    formula_for_phases<C>([&](auto phase) {
+      constexpr int kPhase = decltype(phase)::value;
+      if constexpr (C::forward_level(kPhase) == kSegment - 1) {
+        formula_forward_part<C, kMath, kSize, kSegment, kPhase, kPhase == Ends::kFirst, kPhase == Ends::kLast>(s);
+      }
+    });
+  }
 }
 
 }  // namespace fused_rnn::cuda

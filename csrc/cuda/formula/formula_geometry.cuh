@@ -44,6 +44,27 @@ struct FormulaGeometry {
   static constexpr __device__ int slot(int, int g) { return g; }
 };
 
+// Calls f(std::integral_constant<int, k>{}) for all phases k of the cell.
+template <class F, int... kPhases>
+__device__ __forceinline__ void formula_for_phases(F&& f, std::integer_sequence<int, kPhases...>) {
+  (f(std::integral_constant<int, kPhases>{}), ...);
+}
+template <class C, class F>
+__device__ __forceinline__ void formula_for_phases(F&& f) {
+  formula_for_phases(f, std::make_integer_sequence<int, C::kPhases>{});
+}
+
+// The first and the last phase of a level (formula_params.h), in the order of the phases.
+template <class C, bool kBackward, int kLevel>
+struct FormulaLevelEnds {
+  static constexpr int level(int k) { return kBackward ? C::backward_level(k) : C::forward_level(k); }
+  static constexpr int find(int k, int step) {
+    while (level(k) != kLevel) k += step;
+    return k;
+  }
+  static constexpr int kFirst = find(0, 1), kLast = find(C::kPhases - 1, -1);
+};
+
 // Where a block's tile lies, and which of its elements (unit, row) a thread finishes.
 template <class G>
 struct FormulaTile {

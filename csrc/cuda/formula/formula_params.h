@@ -1,12 +1,15 @@
 // One layer of a cell that is a formula, on a GPU: what the host gives its kernels. Letters: core/formula.h, core/params.h.
 // The same structs are compiled with the kernels, by nvcc or NVRTC, and with the host's loop over time (scan.h).
 //
-// A step is Q + 1 launches, segments 0 .. Q, since a product or a norm inside of it needs all units of a row:
-//   forward segment 0        the recurrent product, then what phase 0 takes
-//   forward segment k        phase k - 1 (its product or norm), then what phase k takes, or of the last one the whole step
-//   backward segment Q       d_rec W_hh, then the gradient of the result of phase Q - 1
-//   backward segment k < Q   the gradient of what phase k took, then that of the result of phase k - 1, or of segment 0 the
-//                            whole step's
+// A product or a norm inside of a step needs all units of a row, so a step is several launches, its segments. Phases that do
+// not depend on each other share one: a phase's level, of forward and of backward, is the number of phases that it has to
+// wait for, one behind the other (fused_rnn/formula/plan.py).
+//   forward segment 0       the recurrent product, then what the phases of level 0 take
+//   forward segment l + 1   the phases of level l one after the other, then what those of level l + 1 take, or in the last
+//                           segment the whole step
+//   backward segment 0      d_rec W_hh, then the gradients of the results of the phases of level 0
+//   backward segment l + 1  the gradients of what the phases of level l took, then those of the results of level l + 1, or
+//                           in the last segment the whole step's
 // A cell without phases has one launch per step, forward and backward.
 #pragma once
 #include "core/active.h"

@@ -7,7 +7,7 @@
 
 namespace fused_rnn::cuda {
 
-constexpr int kFileVersion = 1;  // set anew with the first line of a file, or with formula_params.h
+constexpr int kFileVersion = 2;  // set anew with the first line of a file, or with formula_params.h
 
 FormulaModule::FormulaModule(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
@@ -51,9 +51,14 @@ void FormulaModule::parse(const std::string& line) {
   for (int g = 0; g < traits_.input_gates; ++g) input_gradients_.push_back(next());
   for (int s = 0; s < traits_.states; ++s) reads_series_.push_back(static_cast<char>(up_to(1)));
   for (int k = 0; k < traits_.phases; ++k) phase_kinds_.push_back(up_to(static_cast<int>(FormulaPhase::kRmsNorm)));
+  for (std::vector<int>* levels : {&forward_levels_, &backward_levels_}) {
+    for (int k = 0; k < traits_.phases; ++k) levels->push_back(up_to(traits_.phases - 1));
+  }
   traits_.input_gradients = input_gradients_.data();
   traits_.reads_series = reinterpret_cast<const bool*>(reads_series_.data());
   traits_.phase_kinds = phase_kinds_.data();
+  traits_.forward_levels = forward_levels_.data();
+  traits_.backward_levels = backward_levels_.data();
   const char* const roles[] = {"forward", "backward", "initial"};
   const char* const tiles[] = {"kSmall", "kMedium"};
   for (int left = next(); left > 0; --left) {

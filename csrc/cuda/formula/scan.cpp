@@ -32,6 +32,19 @@ int width_of(const FormulaLayer& p, const FormulaStepPlan& plan, int phase, std:
   return of_weights < of_rows ? of_weights : of_rows;
 }
 
+// The same of the phases of a level. rows(k): where the rows of phase k's product begin.
+template <class Rows>
+int width_of_level(const FormulaLayer& p, const FormulaTraits& cell, const FormulaStepPlan& plan, const int* levels,
+                   int level, const Rows& rows) {
+  int width = 16;
+  for (int k = 0; k < cell.phases; ++k) {
+    if (levels[k] != level || static_cast<FormulaPhase>(cell.phase_kinds[k]) != FormulaPhase::kProduct) continue;
+    const int of_phase = width_of(p, plan, k, {rows(k)});
+    width = of_phase < width ? of_phase : width;
+  }
+  return width;
+}
+
 // The segments of a step in their order, each with its arguments.
 template <class Step>
 struct Segment {
@@ -60,11 +73,13 @@ void run_formula_forward(const FormulaForward& p, const FormulaTraits& cell, con
     step.p.results[k] = at(workspace, layout.results[k]);
   }
   std::vector<Segment<FormulaForwardStep>> segments;
-  for (int k = 0; k <= cell.phases; ++k) {
-    const void* const state = step.p.recurrent ? step.p.recurrent : p.y;
+  const void* const state = step.p.recurrent ? step.p.recurrent : p.y;
+  for (size_t i = 0; i < plan.segments.size(); ++i) {
+    const int segment = static_cast<int>(i);
     const int width =
-        k == 0 ? width_of(p, plan, -1, {state, p.initial[cell.recurrent]}) : width_of(p, plan, k - 1, {step.p.taken[k - 1]});
-    segments.push_back({launch_of(plan.segments[k], FormulaRole::kForward, k, p.D), plan.segments[k].stages, width});
+        i == 0 ? width_of(p, plan, -1, {state, p.initial[cell.recurrent]})
+               : width_of_level(p, cell, plan, cell.forward_levels, segment - 1, [&](int k) { return step.p.taken[k]; });
+    segments.push_back({launch_of(plan.segments[i], FormulaRole::kForward, segment, p.D), plan.segments[i].stages, width});
   }
   for (step.step = 0; step.step < p.seq.T; ++step.step) {
     // The first launch waits for all earlier work of the stream. Later ones may read weights early.
@@ -85,9 +100,11 @@ void run_formula_backward(const FormulaBackward& p, const FormulaTraits& cell, c
   }
   const int recurrent_width = width_of(p, plan, -1, {step.p.d_rec ? step.p.d_rec : p.d});
   std::vector<Segment<FormulaBackwardStep>> segments;
-  for (int k = cell.phases; k >= 0; --k) {
-    const int width = k == cell.phases ? recurrent_width : width_of(p, plan, k, {p.d});
-    segments.push_back({launch_of(plan.segments[k], FormulaRole::kBackward, k, p.D), plan.segments[k].stages, width});
+  for (size_t i = 0; i < plan.segments.size(); ++i) {
+    const int segment = static_cast<int>(i);
+    const int width = i == 0 ? recurrent_width
+                             : width_of_level(p, cell, plan, cell.backward_levels, segment - 1, [&](int) { return p.d; });
+    segments.push_back({launch_of(plan.segments[i], FormulaRole::kBackward, segment, p.D), plan.segments[i].stages, width});
   }
   bool first = true;
   for (step.step = p.seq.T - 1; step.step >= 0; --step.step) {
