@@ -1,32 +1,15 @@
 // One layer of a cell that is a formula (fused_rnn/formula), on a CPU or a GPU: the ops formula and formula_backward. Fake
 // kernels, autograd and the double backward are in fused_rnn/formula/ops.py.
-//
-//   params of a direction: weight_ih [Gi*H, I], weight_hh [Gr*H, H] or of n heads [n, Gr*H/n, H/n], bias_ih, bias_hh, the
-//   cell's vectors [H] and numbers [], then of each phase a product's matrix [H, H] or a norm's weight and bias [H]. What a
-//   cell lacks is left out.
 #include "torch/formula_ops.h"
 
-#include <ATen/OpMathType.h>
-#include <ATen/ops/add.h>
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/layer_norm.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/mul.h>
-#include <ATen/ops/rms_norm.h>
-#include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
-#include <mutex>
-#include <unordered_map>
-
-#include "cpu/formula/formula.h"
-#include "cpu/isa/kernels.h"
 #include "torch/device.h"
-#include "torch/layer.h"
-#include "torch/products.h"
+#include "torch/formula_layer.h"
 #include "torch/workspace.h"
 #ifdef FUSED_RNN_WITH_CUDA
 #include "torch/formula_device.h"
@@ -36,172 +19,12 @@
 namespace fused_rnn {
 namespace {
 
-using cpu::FormulaLibrary;
-
-// The libraries that were loaded, by formula, dtype and instruction set.
-std::mutex formulas_mutex;
-std::unordered_map<std::string, const FormulaLibrary*>& formulas() {
-  static auto* const all = new std::unordered_map<std::string, const FormulaLibrary*>;
-  return *all;
-}
-std::string key_of(const std::string& formula, DType dtype) {
-  return formula + "/" + std::to_string(static_cast<int>(dtype)) + "/" + cpu::instruction_set();
-}
-const FormulaLibrary* find(const std::string& formula, DType dtype) {
-  const std::lock_guard<std::mutex> lock(formulas_mutex);
-  const auto found = formulas().find(key_of(formula, dtype));
-  return found == formulas().end() ? nullptr : found->second;
-}
-
-// A checked call of a layer.
-struct FormulaLayer {
-  const FormulaLibrary* cell;  // null where the kernels are a GPU's
-  const cpu::FormulaTraits& facts;
-  const Call& call;
-  LayerShapes shapes;
-  int heads;
-
-  const cpu::FormulaTraits& traits() const { return facts; }
-  bool recurs() const { return traits().recurrent_gates > 0; }
-  // Of a direction's parameters.
-  size_t first_bias() const { return 1 + recurs(); }
-  size_t first_own() const { return first_bias() + (call.recipe.has_biases ? 1 + recurs() : 0); }
-  cpu::FormulaPhase phase(int k) const { return static_cast<cpu::FormulaPhase>(traits().phase_kinds[k]); }
-  // The place of a phase's first parameter; of `phases`: the number of all parameters.
-  size_t first_of_phase(int k) const {
-    size_t place = first_own() + static_cast<size_t>(traits().parameters);
-    for (int i = 0; i < k; ++i) place += phase(i) == cpu::FormulaPhase::kLayerNorm ? 2 : 1;
-    return place;
-  }
-  // Whether forward keeps every state of this index for backward, beside y.
-  bool keeps(int state) const {
-    return state != traits().output && (traits().reads_series[state] || (recurs() && state == traits().recurrent));
-  }
-};
-
 Recipe recipe_of_flags(int64_t flags) {
   Recipe recipe;
   recipe.has_biases = flags & kFormulaBiases;
   recipe.bidirectional = flags & kFormulaBidirectional;
   recipe.all_states = flags & kFormulaAllStates;
   return recipe;
-}
-
-void check_direction(const FormulaLayer& layer, at::TensorList w) {
-  const LayerShapes& s = layer.shapes;
-  const cpu::FormulaTraits& traits = layer.traits();
-  const Tensor& x = layer.call.x;
-  const auto dtype = x.scalar_type();
-  const int64_t in = traits.input_gates * s.H, rec = traits.recurrent_gates * s.H;
-  check_tensor("weight_ih", w[0], {in, s.I}, x, dtype);
-  if (layer.recurs()) {
-    const auto shape = layer.heads == 1 && w[1].dim() == 2
-                           ? at::DimVector{rec, s.H}
-                           : at::DimVector{layer.heads, rec / layer.heads, s.H / layer.heads};
-    check_tensor("weight_hh", w[1], shape, x, dtype);
-  }
-  if (layer.call.recipe.has_biases) {
-    check_tensor("bias_ih", w[layer.first_bias()], {in}, x, dtype);
-    if (layer.recurs()) check_tensor("bias_hh", w[layer.first_bias() + 1], {rec}, x, dtype);
-  }
-  for (size_t i = layer.first_own(); i < layer.first_of_phase(0); ++i) {
-    check_tensor("parameters", w[i], w[i].dim() == 0 ? at::DimVector{} : at::DimVector{s.H}, x, dtype);
-  }
-  for (int k = 0; k < traits.phases; ++k) {
-    const bool product = layer.phase(k) == cpu::FormulaPhase::kProduct;
-    for (size_t i = layer.first_of_phase(k); i < layer.first_of_phase(k + 1); ++i) {
-      check_tensor("parameters", w[i], product ? at::DimVector{s.H, s.H} : at::DimVector{s.H}, x, dtype);
-    }
-  }
-}
-
-FormulaLayer check_formula(const Call& call, const std::string& formula) {
-  const Tensor& x = call.x;
-  const FormulaLibrary* cell = nullptr;
-  const cpu::FormulaTraits* facts = nullptr;
-#ifdef FUSED_RNN_WITH_CUDA
-  if (is_on_device(x)) {
-    TORCH_CHECK_NOT_IMPLEMENTED(call.rows.reset_states.empty() && !call.recipe.all_states,
-                                "no CUDA kernel of a formula has reset states or gives every state of every step");
-    facts = formula_traits_on_device(formula, dtype_of(x), x.get_device());
-  } else
-#endif
-  {
-    TORCH_CHECK(x.is_cpu(), "input: expected a CPU tensor, got one on ", x.device());
-    cell = find(formula, dtype_of(x));
-    if (cell) facts = &cell->traits;
-  }
-  TORCH_CHECK(facts, "cell: the formula ", formula, " has no kernels in this process for ", x.scalar_type(), " on ",
-              x.device(), ": make a fused_rnn.Layer of the cell first");
-  FormulaLayer layer{cell, *facts, call, {}, 1};
-  LayerShapes& s = layer.shapes;
-  const cpu::FormulaTraits& traits = layer.traits();
-  s.D = static_cast<int>(call.recipe.directions());
-  s.per_direction = static_cast<int64_t>(call.params.size()) / s.D;
-  const auto wanted = static_cast<int64_t>(layer.first_of_phase(traits.phases));
-  TORCH_CHECK_VALUE(static_cast<int64_t>(call.params.size()) == wanted * s.D, "params: expected ", wanted * s.D,
-                    " tensors, got ", call.params.size());
-  check_memory("input", x);
-  check_dimensions(call);
-  const Tensor& w_ih = call.params[0];
-  TORCH_CHECK(w_ih.dim() == 2 && w_ih.size(0) > 0 && w_ih.size(0) % traits.input_gates == 0, "weight_ih: expected shape [",
-              traits.input_gates, "*H, I], got ", w_ih.sizes());
-  s.I = x.size(-1);
-  s.H = s.P = w_ih.size(0) / traits.input_gates;
-  if (layer.recurs() && call.params[1].dim() == 3) layer.heads = static_cast<int>(call.params[1].size(0));
-  TORCH_CHECK(layer.heads > 0 && s.H % layer.heads == 0, "weight_hh: expected heads that divide H=", s.H, ", got ",
-              layer.heads);
-  measure_rows(call, s);
-  check_rows(call, s);
-  const auto states = static_cast<size_t>(traits.states);
-  TORCH_CHECK_VALUE(call.states.empty() || call.states.size() == states, "states: expected ", states, " or none, got ",
-                    call.states.size());
-  for (const Tensor& t : call.states) check_tensor("states", t, {s.D, s.B, s.H}, x, x.scalar_type());
-  check_reset_states(call, s, std::vector<int64_t>(states, s.H));
-  for (int d = 0; d < s.D; ++d) check_direction(layer, call.params_of_direction(d));
-  return layer;
-}
-
-// The cell's own vectors and numbers of one direction, [U, H].
-Tensor own_parameters(const FormulaLayer& layer, int d) {
-  const at::TensorList w = layer.call.params_of_direction(d);
-  std::vector<Tensor> rows;
-  for (size_t i = layer.first_own(); i < layer.first_of_phase(0); ++i) rows.push_back(w[i].expand({layer.shapes.H}));
-  return at::stack(rows);
-}
-
-void fill(cpu::FormulaParams& p, const FormulaLayer& layer, Copies& copies) {
-  const LayerShapes& s = layer.shapes;
-  const Call& call = layer.call;
-  p.cell = layer.cell;
-  p.dtype = dtype_of(call.x);
-  p.I = s.I, p.H = s.H, p.D = s.D, p.heads = layer.heads;
-  p.seq = sequence_of(call, s, copies);
-  p.modifier.resets = modifier_of(call, copies).resets;
-  for (size_t i = 0; i < call.rows.reset_states.size(); ++i) {
-    p.reset_states[i] = reset_state_of(call.rows.reset_states[i], copies);
-  }
-  for (size_t i = 0; i < call.states.size(); ++i) p.states[i] = copies.contiguous(call.states[i]);
-  for (int d = 0; d < s.D; ++d) {
-    const at::TensorList w = call.params_of_direction(d);
-    cpu::FormulaWeights& weights = p.weights[d];
-    weights.w_ih = {copies.contiguous(w[0]), p.dtype};
-    weights.w_hh = {layer.recurs() ? copies.contiguous(w[1]) : nullptr, p.dtype};
-    if (call.recipe.has_biases) {
-      weights.b_ih = copies.contiguous(w[layer.first_bias()]);
-      if (layer.recurs()) weights.b_hh = copies.contiguous(w[layer.first_bias() + 1]);
-    }
-    if (layer.traits().parameters > 0) weights.parameters = copies.keep(own_parameters(layer, d));
-    for (int k = 0; k < layer.traits().phases; ++k) {
-      const size_t first = layer.first_of_phase(k);
-      cpu::FormulaPhaseWeights& phase = weights.phases[k];
-      switch (layer.phase(k)) {
-        case cpu::FormulaPhase::kProduct: phase.matrix = {copies.contiguous(w[first]), p.dtype}; break;
-        case cpu::FormulaPhase::kLayerNorm: phase.bias = copies.contiguous(w[first + 1]); [[fallthrough]];
-        case cpu::FormulaPhase::kRmsNorm: phase.weight = copies.contiguous(w[first]); break;
-      }
-    }
-  }
 }
 
 #ifdef FUSED_RNN_WITH_CUDA
@@ -289,22 +112,6 @@ LayerOutputs formula_on(const Tensor& x, at::TensorList states, at::TensorList p
   return {std::move(y), std::move(last), std::move(saved)};
 }
 
-// What backward makes of the call, and has beside it: d [D, N, S + U + Q, H], gradients of the states and of what resets put
-// there, y and series by state, and what phases took.
-struct FormulaGradients {
-  Tensor d;
-  std::vector<Tensor> d_states;
-  std::vector<Tensor> d_reset;  // [D, N, H] of each state
-  std::vector<Tensor> series;   // [N, D * H] of each state, undefined where forward kept none
-  std::vector<Tensor> v;        // [D, N, H] of each phase
-
-  // Blocks [first, first + count) of direction k [rows, count * H].
-  Tensor blocks(int k, int64_t first, int64_t count) const {
-    const int64_t N = d.size(1), H = d.size(3);
-    return part(d.select(0, k).view({N, d.size(2) * H}), 1, first * H, (first + count) * H);
-  }
-};
-
 // The gradients of states after each step, which follow those of the last states in dlast.
 void fill_gradients_of_series(cpu::FormulaBackward& p, const FormulaLayer& layer, at::TensorList dlast, Copies& copies) {
   const LayerShapes& s = layer.shapes;
@@ -391,156 +198,6 @@ FormulaGradients run_backward(const FormulaLayer& layer, [[maybe_unused]] const 
   return made;
 }
 
-// Gradients of the input products, as runs of blocks that are neighbours in d and in weight_ih: f(first gate, first block,
-// count).
-template <class F>
-void for_input_blocks(const cpu::FormulaTraits& traits, F&& f) {
-  const int* const place = traits.input_gradients;
-  for (int gate = 0; gate < traits.input_gates;) {
-    int count = 1;
-    while (gate + count < traits.input_gates && place[gate + count] == place[gate] + count) ++count;
-    f(gate, place[gate], count);
-    gate += count;
-  }
-}
-
-// The gradient of weight_hh of direction k.
-Tensor recurrent_gradient(const FormulaLayer& layer, const FormulaGradients& made, const RowChoice& rows, int k) {
-  const LayerShapes& s = layer.shapes;
-  const cpu::FormulaTraits& traits = layer.traits();
-  const int64_t G = traits.recurrent_gates, units = s.H / layer.heads;
-  const Tensor d_rec = made.blocks(k, traits.gradients - G, G), &series = made.series[traits.recurrent];
-  // The call with the recurrent state as its first.
-  const at::TensorList states = layer.call.states;
-  Rows of_state = layer.call.rows;
-  if (!of_state.reset_states.empty()) of_state.reset_states = {of_state.reset_states[traits.recurrent]};
-  const Call call{layer.call.x, states.empty() ? states : states.slice(traits.recurrent, 1), layer.call.params, of_state,
-                  layer.call.recipe};
-  const Tensor& w_hh = layer.call.params_of_direction(k)[1];
-  if (layer.heads == 1) return recurrent_weight_gradient(call, s, rows, d_rec, series, k).view(w_hh.sizes());
-  const Tensor before = rows.of(previous_states(call, s, output_of_direction(series, s, k), k));
-  const Tensor dw = empty_like(call.x, w_hh.sizes());
-  for (int64_t head = 0; head < layer.heads; ++head) {
-    const Tensor of_head = part(before, 1, head * units, (head + 1) * units);
-    for (int64_t g = 0; g < G; ++g) {
-      const int64_t first = g * s.H + head * units;
-      multiply_into(part(dw.select(0, head), 0, g * units, (g + 1) * units), part(d_rec, 1, first, first + units),
-                    /*transposed=*/true, of_head, /*add=*/false);
-    }
-  }
-  return dw;
-}
-
-// Gradients of the parameters of phase q of direction k.
-void phase_gradients(const FormulaLayer& layer, const FormulaGradients& made, int k, int q, std::vector<Tensor>& gradients) {
-  const cpu::FormulaTraits& traits = layer.traits();
-  const int64_t H = layer.shapes.H;
-  const Tensor &x = layer.call.x, v = made.v[q].select(0, k);
-  const Tensor d = made.blocks(k, traits.gradients + traits.parameters + q, 1);
-  const auto sums_of = [&](const Tensor& rows) {
-    const Tensor sums = empty_like(x, {H});
-    sum_rows_into(sums, rows);
-    return sums;
-  };
-  switch (layer.phase(q)) {
-    case cpu::FormulaPhase::kProduct:
-      gradients.push_back(empty_like(x, {H, H}));
-      multiply_into(gradients.back(), d, /*transposed=*/true, v, /*add=*/false);
-      break;
-    case cpu::FormulaPhase::kLayerNorm:
-      gradients.push_back(sums_of(at::mul(d, at::layer_norm(v, {H}, {}, {}, cpu::kFormulaNormEpsilon))));
-      gradients.push_back(sums_of(d));
-      break;
-    case cpu::FormulaPhase::kRmsNorm:
-      gradients.push_back(sums_of(at::mul(d, at::rms_norm(v, {H}, {}, cpu::kFormulaNormEpsilon))));
-      break;
-  }
-}
-
-void direction_gradients(const FormulaLayer& layer, const FormulaGradients& made, const RowChoice& rows, const Tensor& x,
-                         int k, std::vector<Tensor>& gradients) {
-  const LayerShapes& s = layer.shapes;
-  const cpu::FormulaTraits& traits = layer.traits();
-  const int64_t in = traits.input_gates * s.H, G = traits.recurrent_gates;
-  const Tensor dw_ih = empty_like(x, {in, s.I}), db_ih = empty_like(x, {in});
-  const bool biases = layer.call.recipe.has_biases;
-  for_input_blocks(traits, [&](int64_t gate, int64_t block, int64_t count) {
-    const Tensor d = made.blocks(k, block, count);
-    multiply_into(part(dw_ih, 0, gate * s.H, (gate + count) * s.H), d, /*transposed=*/true, x, /*add=*/false);
-    if (biases) sum_rows_into(part(db_ih, 0, gate * s.H, (gate + count) * s.H), d);
-  });
-  gradients.push_back(dw_ih);
-  if (layer.recurs()) gradients.push_back(recurrent_gradient(layer, made, rows, k));
-  if (biases) gradients.push_back(db_ih);
-  if (biases && layer.recurs()) {
-    gradients.push_back(empty_like(x, {G * s.H}));
-    sum_rows_into(gradients.back(), made.blocks(k, traits.gradients - G, G));
-  }
-  const at::TensorList w = layer.call.params_of_direction(k);
-  for (int i = 0; i < traits.parameters; ++i) {
-    const Tensor sums = empty_like(x, {s.H});
-    sum_rows_into(sums, made.blocks(k, traits.gradients + i, 1));
-    gradients.push_back(w[layer.first_own() + i].dim() == 0 ? sums.sum() : sums);
-  }
-  for (int q = 0; q < traits.phases; ++q) phase_gradients(layer, made, k, q, gradients);
-}
-
-Tensor input_gradient(const FormulaLayer& layer, const FormulaGradients& made, const RowChoice& rows) {
-  const LayerShapes& s = layer.shapes;
-  const Tensor dx = empty_like(layer.call.x, {rows.count(s), s.I});
-  bool add = false;
-  for (int k = 0; k < s.D; ++k) {
-    const Tensor& w_ih = layer.call.params_of_direction(k)[0];
-    for_input_blocks(layer.traits(), [&](int64_t gate, int64_t block, int64_t count) {
-      multiply_into(dx, made.blocks(k, block, count), /*transposed=*/false, part(w_ih, 0, gate * s.H, (gate + count) * s.H),
-                    add);
-      add = true;
-    });
-  }
-  return rows.spread(dx, s).view(layer.call.x.sizes());
-}
-
-// The gradient of the recurrent state before the rows of d_rec [n, Gr * H], through weight_hh of direction k: [n, H].
-Tensor through_recurrent_weights(const FormulaLayer& layer, const Tensor& d_rec, int k) {
-  const LayerShapes& s = layer.shapes;
-  const Tensor& w_hh = layer.call.params_of_direction(k)[1];
-  const Tensor out = empty_like(layer.call.x, {d_rec.size(0), s.H});
-  const int64_t units = s.H / layer.heads;
-  if (layer.heads == 1) {
-    multiply_into(out, d_rec, /*transposed=*/false, w_hh.view({-1, s.H}), /*add=*/false);
-    return out;
-  }
-  for (int64_t head = 0; head < layer.heads; ++head) {
-    for (int64_t g = 0; g < layer.traits().recurrent_gates; ++g) {
-      const int64_t first = g * s.H + head * units;
-      multiply_into(part(out, 1, head * units, (head + 1) * units), part(d_rec, 1, first, first + units),
-                    /*transposed=*/false, part(w_hh.select(0, head), 0, g * units, (g + 1) * units), /*add=*/g > 0);
-    }
-  }
-  return out;
-}
-
-// Of what resets put into the states, appended.
-void reset_state_gradients(const FormulaLayer& layer, const FormulaGradients& made, std::vector<Tensor>& gradients) {
-  const LayerShapes& s = layer.shapes;
-  const cpu::FormulaTraits& traits = layer.traits();
-  const RowPlaces resets = RowPlaces::of_resets(layer.call, s);
-  const std::vector<Tensor>& given = layer.call.rows.reset_states;
-  for (size_t i = 0; i < given.size(); ++i) {
-    const Tensor sums = at::zeros(given[i].sizes(), given[i].options().dtype(at::toOpMathType(given[i].scalar_type())));
-    for (int k = 0; resets.rows.size(0) > 0 && k < s.D; ++k) {
-      Tensor d = made.d_reset[i].select(0, k).index_select(0, resets.rows);
-      if (layer.recurs() && static_cast<int>(i) == traits.recurrent) {
-        const int64_t G = traits.recurrent_gates;
-        const Tensor d_rec = made.blocks(k, traits.gradients - G, G).index_select(0, resets.rows);
-        d = at::add(d, through_recurrent_weights(layer, d_rec, k));
-      }
-      add_reset_gradients(resets, d, k, sums);
-    }
-    gradients.push_back(sums.to(given[i].scalar_type()));
-  }
-}
-
 LayerGradients formula_backward_on(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
                                    at::TensorList params, at::TensorList rows, at::TensorList saved, std::string_view cell,
                                    int64_t flags) {
@@ -575,54 +232,6 @@ LayerGradients formula_backward_on(const OptionalTensor& dy, at::TensorList dlas
 }
 
 }  // namespace
-
-void register_formula(const std::string& formula, const std::string& path) {
-  const FormulaLibrary* const library = cpu::load_formula(path);
-  const int width = library->dtype == static_cast<int>(DType::kFloat64) ? cpu::selected_kernels().f64.width
-                                                                        : cpu::selected_kernels().f32.width;
-  TORCH_CHECK(library->width == width, "path: expected a formula's library with vectors of ", width, " numbers, got ",
-              library->width);
-  TORCH_CHECK(library->traits.states <= cpu::kMostFormulaStates && library->traits.phases <= cpu::kMostFormulaPhases,
-              "path: expected at most ", cpu::kMostFormulaStates, " states and ", cpu::kMostFormulaPhases, " phases, got ",
-              library->traits.states, " and ", library->traits.phases);
-  const std::lock_guard<std::mutex> lock(formulas_mutex);
-  formulas()[key_of(formula, static_cast<DType>(library->dtype))] = library;
-}
-
-void forget_formula(const std::string& formula, int dtype) {
-  const std::lock_guard<std::mutex> lock(formulas_mutex);
-  formulas().erase(key_of(formula, static_cast<DType>(dtype)));
-}
-
-FormulaFacts formula_facts(const std::string& formula, int dtype) {
-  const FormulaLibrary* const library = find(formula, static_cast<DType>(dtype));
-  const cpu::FormulaTraits* found = library ? &library->traits : nullptr;
-#ifdef FUSED_RNN_WITH_CUDA
-  if (!found) found = formula_traits_on_device(formula, static_cast<DType>(dtype), /*device=*/-1);
-#endif
-  TORCH_CHECK_VALUE(found, "formula: expected one with kernels in this process, got ", formula);
-  const cpu::FormulaTraits& traits = *found;
-  return {traits.saved, traits.phases, std::vector<bool>(traits.reads_series, traits.reads_series + traits.states)};
-}
-
-std::map<std::string, int64_t> formula_constants() {
-  using cpu::FormulaPhase;
-  return {{"BIASES", kFormulaBiases},
-          {"BIDIRECTIONAL", kFormulaBidirectional},
-          {"SAVE", kFormulaSave},
-          {"ALL_STATES", kFormulaAllStates},
-          {"GRAD_X", kFormulaGradX},
-          {"GRAD_STATES", kFormulaGradStates},
-          {"GRAD_PARAMS", kFormulaGradParams},
-          {"MOST_STATES", cpu::kMostFormulaStates},
-          {"MOST_PHASES", cpu::kMostFormulaPhases},
-          {"product", static_cast<int64_t>(FormulaPhase::kProduct)},
-          {"layer_norm", static_cast<int64_t>(FormulaPhase::kLayerNorm)},
-          {"rms_norm", static_cast<int64_t>(FormulaPhase::kRmsNorm)}};
-}
-
-bool has_formula(const std::string& formula, int dtype) { return find(formula, static_cast<DType>(dtype)) != nullptr; }
-
 }  // namespace fused_rnn
 
 TORCH_LIBRARY_FRAGMENT(fused_rnn, m) {

@@ -23,7 +23,7 @@ void forget_formula(const std::string& formula, int dtype);
 // its series)
 using FormulaFacts = std::tuple<int, int, std::vector<bool>>;
 FormulaFacts formula_facts(const std::string& formula, int dtype);
-// What Python says too, by its names there (tests/test_formula_kernels.py compares them).
+// What Python says too, by its names there (tests/test_formula_op.py compares them).
 std::map<std::string, int64_t> formula_constants();
 // Whether there is one for the dtype (a DType) and the instruction set in use.
 bool has_formula(const std::string& formula, int dtype);

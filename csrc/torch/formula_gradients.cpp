@@ -1,0 +1,185 @@
+// Gradients of a formula's layer that are made behind its scan: of the parameters, of the input, and of what resets put into
+// the states.
+#include <ATen/OpMathType.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/layer_norm.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/rms_norm.h>
+#include <ATen/ops/zeros.h>
+
+#include "torch/formula_layer.h"
+
+namespace fused_rnn {
+namespace {
+
+// Gradients of the input products, as runs of blocks that are neighbours in d and in weight_ih: f(first gate, first block,
+// count).
+template <class F>
+void for_input_blocks(const cpu::FormulaTraits& traits, F&& f) {
+  const int* const place = traits.input_gradients;
+  for (int gate = 0; gate < traits.input_gates;) {
+    int count = 1;
+    while (gate + count < traits.input_gates && place[gate + count] == place[gate] + count) ++count;
+    f(gate, place[gate], count);
+    gate += count;
+  }
+}
+
+// The gradient of weight_hh of direction k.
+Tensor recurrent_gradient(const FormulaLayer& layer, const FormulaGradients& made, const RowChoice& rows, int k) {
+  const LayerShapes& s = layer.shapes;
+  const cpu::FormulaTraits& traits = layer.traits();
+  const int64_t G = traits.recurrent_gates, units = s.H / layer.heads;
+  const Tensor d_rec = made.blocks(k, traits.gradients - G, G), &series = made.series[traits.recurrent];
+  // The call with the recurrent state as its first.
+  const at::TensorList states = layer.call.states;
+  Rows of_state = layer.call.rows;
+  if (!of_state.reset_states.empty()) of_state.reset_states = {of_state.reset_states[traits.recurrent]};
+  const Call call{layer.call.x, states.empty() ? states : states.slice(traits.recurrent, 1), layer.call.params, of_state,
+                  layer.call.recipe};
+  const Tensor& w_hh = layer.call.params_of_direction(k)[1];
+  if (layer.heads == 1) return recurrent_weight_gradient(call, s, rows, d_rec, series, k).view(w_hh.sizes());
+  const Tensor before = rows.of(previous_states(call, s, output_of_direction(series, s, k), k));
+  const Tensor dw = empty_like(call.x, w_hh.sizes());
+  for (int64_t head = 0; head < layer.heads; ++head) {
+    const Tensor of_head = part(before, 1, head * units, (head + 1) * units);
+    for (int64_t g = 0; g < G; ++g) {
+      const int64_t first = g * s.H + head * units;
+      multiply_into(part(dw.select(0, head), 0, g * units, (g + 1) * units), part(d_rec, 1, first, first + units),
+                    /*transposed=*/true, of_head, /*add=*/false);
+    }
+  }
+  return dw;
+}
+
+// The gradient of the recurrent state before the rows of d_rec [n, Gr * H], through weight_hh of direction k: [n, H].
+Tensor through_recurrent_weights(const FormulaLayer& layer, const Tensor& d_rec, int k) {
+  const LayerShapes& s = layer.shapes;
+  const Tensor& w_hh = layer.call.params_of_direction(k)[1];
+  const Tensor out = empty_like(layer.call.x, {d_rec.size(0), s.H});
+  const int64_t units = s.H / layer.heads;
+  if (layer.heads == 1) {
+    multiply_into(out, d_rec, /*transposed=*/false, w_hh.view({-1, s.H}), /*add=*/false);
+    return out;
+  }
+  for (int64_t head = 0; head < layer.heads; ++head) {
+    for (int64_t g = 0; g < layer.traits().recurrent_gates; ++g) {
+      const int64_t first = g * s.H + head * units;
+      multiply_into(part(out, 1, head * units, (head + 1) * units), part(d_rec, 1, first, first + units),
+                    /*transposed=*/false, part(w_hh.select(0, head), 0, g * units, (g + 1) * units), /*add=*/g > 0);
+    }
+  }
+  return out;
+}
+
+// Sums over the rows of all blocks of d of a direction that a gradient needs: each block is read once, also where bias_ih
+// and bias_hh have the same gradient.
+class BlockSums {
+ public:
+  BlockSums(const FormulaLayer& layer, const FormulaGradients& made, int k) : H_(layer.shapes.H) {
+    const cpu::FormulaTraits& traits = layer.traits();
+    bool norms = false;
+    for (int q = 0; q < traits.phases; ++q) norms |= layer.phase(q) == cpu::FormulaPhase::kLayerNorm;
+    const int64_t first = layer.call.recipe.has_biases ? 0 : traits.gradients;
+    const int64_t last = traits.gradients + traits.parameters + (norms ? traits.phases : 0);
+    sums_ = empty_like(layer.call.x, {last * H_});
+    if (first < last) sum_rows_into(part(sums_, 0, first * H_, last * H_), made.blocks(k, first, last - first));
+  }
+  // Of `count` blocks [count * H]: memory that others see too.
+  Tensor of(int64_t block, int64_t count = 1) const { return part(sums_, 0, block * H_, (block + count) * H_); }
+
+ private:
+  int64_t H_;
+  Tensor sums_;
+};
+
+// Gradients of the parameters of phase q of direction k.
+void phase_gradients(const FormulaLayer& layer, const FormulaGradients& made, const BlockSums& sums, int k, int q,
+                     std::vector<Tensor>& gradients) {
+  const cpu::FormulaTraits& traits = layer.traits();
+  const int64_t H = layer.shapes.H, block = traits.gradients + traits.parameters + q;
+  const Tensor &x = layer.call.x, v = made.v[q].select(0, k);
+  const Tensor d = made.blocks(k, block, 1);
+  const auto sums_of = [&](const Tensor& rows) {
+    const Tensor made_sums = empty_like(x, {H});
+    sum_rows_into(made_sums, rows);
+    return made_sums;
+  };
+  switch (layer.phase(q)) {
+    case cpu::FormulaPhase::kProduct:
+      gradients.push_back(empty_like(x, {H, H}));
+      multiply_into(gradients.back(), d, /*transposed=*/true, v, /*add=*/false);
+      break;
+    case cpu::FormulaPhase::kLayerNorm:
+      gradients.push_back(sums_of(at::mul(d, at::layer_norm(v, {H}, {}, {}, cpu::kFormulaNormEpsilon))));
+      gradients.push_back(sums.of(block).clone());
+      break;
+    case cpu::FormulaPhase::kRmsNorm:
+      gradients.push_back(sums_of(at::mul(d, at::rms_norm(v, {H}, {}, cpu::kFormulaNormEpsilon))));
+      break;
+  }
+}
+
+}  // namespace
+
+void direction_gradients(const FormulaLayer& layer, const FormulaGradients& made, const RowChoice& rows, const Tensor& x,
+                         int k, std::vector<Tensor>& gradients) {
+  const LayerShapes& s = layer.shapes;
+  const cpu::FormulaTraits& traits = layer.traits();
+  const int64_t in = traits.input_gates * s.H, G = traits.recurrent_gates;
+  const Tensor dw_ih = empty_like(x, {in, s.I}), db_ih = empty_like(x, {in});
+  const bool biases = layer.call.recipe.has_biases;
+  const BlockSums sums(layer, made, k);
+  for_input_blocks(traits, [&](int64_t gate, int64_t block, int64_t count) {
+    const Tensor d = made.blocks(k, block, count);
+    multiply_into(part(dw_ih, 0, gate * s.H, (gate + count) * s.H), d, /*transposed=*/true, x, /*add=*/false);
+    if (biases) part(db_ih, 0, gate * s.H, (gate + count) * s.H).copy_(sums.of(block, count));
+  });
+  gradients.push_back(dw_ih);
+  if (layer.recurs()) gradients.push_back(recurrent_gradient(layer, made, rows, k));
+  if (biases) gradients.push_back(db_ih);
+  if (biases && layer.recurs()) gradients.push_back(sums.of(traits.gradients - G, G).clone());
+  const at::TensorList w = layer.call.params_of_direction(k);
+  for (int i = 0; i < traits.parameters; ++i) {
+    const Tensor of_units = sums.of(traits.gradients + i);
+    gradients.push_back(w[layer.first_own() + i].dim() == 0 ? of_units.sum() : of_units.clone());
+  }
+  for (int q = 0; q < traits.phases; ++q) phase_gradients(layer, made, sums, k, q, gradients);
+}
+
+Tensor input_gradient(const FormulaLayer& layer, const FormulaGradients& made, const RowChoice& rows) {
+  const LayerShapes& s = layer.shapes;
+  const Tensor dx = empty_like(layer.call.x, {rows.count(s), s.I});
+  bool add = false;
+  for (int k = 0; k < s.D; ++k) {
+    const Tensor& w_ih = layer.call.params_of_direction(k)[0];
+    for_input_blocks(layer.traits(), [&](int64_t gate, int64_t block, int64_t count) {
+      multiply_into(dx, made.blocks(k, block, count), /*transposed=*/false, part(w_ih, 0, gate * s.H, (gate + count) * s.H),
+                    add);
+      add = true;
+    });
+  }
+  return rows.spread(dx, s).view(layer.call.x.sizes());
+}
+
+void reset_state_gradients(const FormulaLayer& layer, const FormulaGradients& made, std::vector<Tensor>& gradients) {
+  const LayerShapes& s = layer.shapes;
+  const cpu::FormulaTraits& traits = layer.traits();
+  const RowPlaces resets = RowPlaces::of_resets(layer.call, s);
+  const std::vector<Tensor>& given = layer.call.rows.reset_states;
+  for (size_t i = 0; i < given.size(); ++i) {
+    const Tensor sums = at::zeros(given[i].sizes(), given[i].options().dtype(at::toOpMathType(given[i].scalar_type())));
+    for (int k = 0; resets.rows.size(0) > 0 && k < s.D; ++k) {
+      Tensor d = made.d_reset[i].select(0, k).index_select(0, resets.rows);
+      if (layer.recurs() && static_cast<int>(i) == traits.recurrent) {
+        const int64_t G = traits.recurrent_gates;
+        const Tensor d_rec = made.blocks(k, traits.gradients - G, G).index_select(0, resets.rows);
+        d = at::add(d, through_recurrent_weights(layer, d_rec, k));
+      }
+      add_reset_gradients(resets, d, k, sums);
+    }
+    gradients.push_back(sums.to(given[i].scalar_type()));
+  }
+}
+
+}  // namespace fused_rnn
