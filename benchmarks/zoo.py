@@ -94,6 +94,7 @@ def measure(cell: fused_rnn.Cell, options: argparse.Namespace) -> Measured:
 
     sides: dict[str, Callable[[], None]] = {"loop": loop}
     if options.compiled:
+        torch.compiler.reset()  # cells share the code of Layer and Step, and one code has a limited number of compilations
         compiled = torch.compile(layer, dynamic=False) if options.compiled == "layer" else LoopOfCompiledSteps(layer)
         sides["compiled"] = lambda: loop(compiled)
     first = {name: seconds(run) for name, run in (*sides.items(), ("ours", step))}

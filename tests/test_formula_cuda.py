@@ -347,7 +347,7 @@ def test_explained_for_a_gpu_that_is_not_there() -> None:
     assert f"{launches} launches a step" in str(found) and "small tile" in forward.text
     assert "medium tile" in fused_rnn.explain(layer, x, device="T4", show=False).layers[0].forward.text
     assert (forward.workspace_bytes or 0) > 16 * 512 * 4
-    assert 1.3 * launches < (forward.us_per_step or 0) < 10 * launches
+    assert 1.3 * launches < (forward.us_per_step or 0) < 20 * launches
 
 
 def test_why_not_on_a_gpu() -> None:

@@ -20,20 +20,24 @@ bool is_product(const FormulaTraits& cell, int phase) {
   return static_cast<FormulaPhase>(cell.phase_kinds[phase]) == FormulaPhase::kProduct;
 }
 
-// What a segment makes before its pointwise part: products, each of `groups` blocks of weight rows and K columns, and norms.
+// What a segment makes before its pointwise part: products, each of `groups` blocks of weight rows and K columns, and norms,
+// which read their rows `reads` times, one after the other (formula_norm.cuh).
 struct Work {
   int groups;
   int64_t K;
-  int products, norms;
+  int products, reads;
 };
+int reads_of_norm(const FormulaTraits& cell, int phase, bool backward) {
+  return (static_cast<FormulaPhase>(cell.phase_kinds[phase]) == FormulaPhase::kLayerNorm ? 2 : 1) * (backward ? 2 : 1);
+}
 
-// A norm reads its row two times on forward, four times on backward, one after the other, all lanes of a warp at once.
+// A warp takes a row of a norm after the other.
 double work_us(const FormulaStepProblem& problem, const DeviceInfo& device, MathKind math, const Work& work,
                const TileShape& tile, const FormulaKernelPlan& plan) {
   const int64_t blocks = plan.grid_x * plan.grid_y * problem.D, chunks = ceil_div(work.K, cuda::chunk_size(math));
   const double product = product_us({math, tile, work.groups, work.K, chunks, blocks, plan.stages}, device);
-  const double norm = (problem.backward ? 4 : 2) * kL2LatencyUs;
-  return work.products * product + work.norms * norm;
+  const int64_t rows_of_warp = ceil_div(tile.batch, cuda::tile_threads(tile) / 32);
+  return work.products * product + double(work.reads * rows_of_warp) * kL2LatencyUs;
 }
 
 // The kernel of a segment with one tile; stages is 0 where it does not fit.
@@ -113,7 +117,12 @@ FormulaStepPlan plan_formula_step(const FormulaStepProblem& problem, const Devic
   for (int level = 0; level < level_count(levels, cell.phases); ++level) {
     Work work{0, problem.H, 0, 0};
     for (int k = 0; k < cell.phases; ++k) {
-      if (levels[k] == level) ++(is_product(cell, k) ? work.products : work.norms);
+      if (levels[k] != level) continue;
+      if (is_product(cell, k)) {
+        ++work.products;
+      } else {
+        work.reads += reads_of_norm(cell, k, problem.backward);
+      }
     }
     work.groups = work.products > 0;
     plan.segments.push_back(plan_kernel(problem, device, plan.math, work));
