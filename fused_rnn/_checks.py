@@ -128,7 +128,8 @@ def check_recipe(recipe: Recipe) -> None:
 def check_dtype(input: Tensor) -> None:
     if input.dtype not in DTYPES + COMPLEX:
         raise ValueError(
-            f"input: expected dtype float64, float32, float16, bfloat16, complex64 or complex128, got {input.dtype}"
+            "input: expected dtype float64, float32, float16, bfloat16, complex64 or complex128, or int64 or int32 ids, got "
+            f"{input.dtype}"
         )
 
 

@@ -16,7 +16,7 @@ from fused_rnn import _second_order, reference
 from fused_rnn._recipe import HAS_RESET_STATES, Rows, rows_of, unpacked
 
 
-def _layer_backward_differentiable(
+def layer_backward_differentiable(
     dy: Tensor | None,
     dlast: Sequence[Tensor],
     x: Tensor,
@@ -82,7 +82,12 @@ def differentiated(
             if inputs and pairs
             else [torch.zeros_like(t) for t in inputs]
         )
-    return [next(found) if wanted else given[0].new_empty(0) for wanted in asked]
+    return [next(found) if wanted else _none(given) for wanted in asked]
+
+
+def _none(given: Sequence[Tensor]) -> Tensor:
+    """[0] in the layer's dtype. given: a layer's tensors, of which an input of ids is of another."""
+    return (given[0] if given[0].is_floating_point() else given[-1]).new_empty(0)
 
 
 def _differentiated_by_func(
@@ -101,7 +106,7 @@ def _differentiated_by_func(
         results = run(args)
         return tuple(results[place] for place in used)
 
-    found = [given[0].new_empty(0)] * len(given)
+    found = [_none(given)] * len(given)
     if places and used:
         pull = torch.func.vjp(of_asked, *(given[place] for place in places))[1]
         for place, gradient in zip(places, pull(tuple(result_grads[place] for place in used)), strict=True):
@@ -133,7 +138,7 @@ def _layer_double_backward(
     """
     of_call = rows_of(rows, recipe)
     masks = rows[: len(rows) - len(of_call.reset_states)]
-    none = x.new_empty(0)
+    none = params[0].new_empty(0)
     given = [none if dy is None else dy, *dlast, x, *states, *of_call.reset_states, *params]
     counts = (len(dlast), len(states), len(masks), len(saved), len(grads))
     call = _BackwardCall(recipe, tuple(mask), samples, dy is not None, *counts)
@@ -163,7 +168,7 @@ def _layer_double_backward_batched(
     """The same of batched ``grads``, as of torch.autograd.functional.hessian(vectorize=True), by the reference."""
     of_call = rows_of(rows, recipe)
     masks = rows[: len(rows) - len(of_call.reset_states)]
-    none = x.new_empty(0)
+    none = params[0].new_empty(0)
     given = [none if dy is None else dy, *dlast, x, *states, *of_call.reset_states, *params]
     counts = (len(dlast), len(states), len(masks), len(saved), len(grads))
     call = _BackwardCall(recipe, tuple(mask), samples, dy is not None, *counts)
@@ -217,7 +222,7 @@ class _BackwardCall(NamedTuple):
             if self.samples:
                 made = _samples_differentiable(call, self.recipe, self.mask, self.samples)
             else:
-                made = _layer_backward_differentiable(*call, self.recipe, self.mask)
+                made = layer_backward_differentiable(*call, self.recipe, self.mask)
             return [made[0], *made[1], *made[2]]
 
         # What is [0] stands for none.
@@ -334,7 +339,7 @@ def _samples_differentiable(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """fused_rnn::layer_backward_samples as a differentiable function of its arguments: each sample by itself."""
     return _joined_samples(
-        [_layer_backward_differentiable(*own, recipe, mask) for own in _calls_of_samples(call, recipe, samples)]
+        [layer_backward_differentiable(*own, recipe, mask) for own in _calls_of_samples(call, recipe, samples)]
     )
 
 
@@ -422,8 +427,8 @@ def _sample_tangents(
 
 def register(library: Any) -> None:
     """Makes the ops' schemas know these functions; once."""
-    for function in (_layer_backward_differentiable, _layer_double_backward, _layer_tangents, _layer_backward_tangents):
-        name = function.__name__[1:]
+    for function in (layer_backward_differentiable, _layer_double_backward, _layer_tangents, _layer_backward_tangents):
+        name = function.__name__.removeprefix("_")
         library.impl(name, function, "CompositeImplicitAutograd")
         library.impl(name, function, "FuncTorchBatched")
     # torch's first vmap, of autograd.grad(is_grads_batched=True).

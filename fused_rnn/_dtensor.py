@@ -24,7 +24,7 @@ from torch import Tensor
 from fused_rnn._recipe import ALL_STATES, OPTIONS
 
 FORMULA_ALL_STATES = 1 << 6  # of an own cell's flags: csrc/torch/formula_ops.h
-_OPS = ("layer", "formula")
+_OPS = ("layer", "layer_checkpointed", "formula")
 _registered = False
 
 
@@ -68,7 +68,9 @@ class _Mesh:
             if tensor.device_mesh != x.device_mesh:
                 raise ValueError(f"{name}: expected the device mesh of input, {x.device_mesh}, got {tensor.device_mesh}")
         self.mesh = x.device_mesh
-        batch = [x.dim() == 3 and placement.is_shard(1) for placement in x.placements]  # packed rows have no batch dimension
+        # Packed rows have no batch dimension. Ids have one dimension less.
+        dim = 3 if x.is_floating_point() else 2
+        batch = [x.dim() == dim and placement.is_shard(1) for placement in x.placements]
         self.is_batch = batch
         self.whole = [Replicate()] * len(batch)
 
@@ -127,6 +129,13 @@ def _of_call(x: Any, states: Sequence[Any], params: Sequence[Any]) -> _Mesh:
     return _Mesh(x, [*names, *((f"weights[{i}]", param) for i, param in enumerate(params))])
 
 
+def _asks_for_all_states(first: Any, *others: Any) -> bool:
+    """By the arguments after rows: a recipe, [a recipe, k], or an own cell's name and flags."""
+    if isinstance(first, str):
+        return bool(others[0] & FORMULA_ALL_STATES)
+    return bool((first if isinstance(first, int) else first[0]) & ALL_STATES)
+
+
 @torch.no_grad()
 def _forward(cls: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: Any) -> tuple[Any, list[Any], list[Tensor]]:
     """fused_rnn::layer and formula: (x, states, params, rows, ...) -> (y, last, saved). ``saved`` stays local."""
@@ -135,7 +144,7 @@ def _forward(cls: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: Any) 
     for name, is_given in (
         ("zoneout, recurrent_dropout or state_clip", isinstance(rest[0], int) and bool(rest[0] & OPTIONS)),
         ("reset_state", any(tensor.is_floating_point() for tensor in rows)),
-        ("return_all_states", bool(rest[0] & ALL_STATES if isinstance(rest[0], int) else rest[1] & FORMULA_ALL_STATES)),
+        ("return_all_states", _asks_for_all_states(*rest)),
     ):
         if is_given:
             raise NotImplementedError(f"{name}: has no rule for DTensors; expected local tensors (to_local)")
@@ -146,7 +155,7 @@ def _forward(cls: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: Any) 
         mesh.rows(rows),
         *rest,
     )
-    batch = x.shape[1]
+    batch = x.shape[1] if x.dim() > 1 else 0
     return mesh.whole_of(y, batch), [mesh.whole_of(state, batch) for state in last], saved
 
 

@@ -21,8 +21,11 @@ from fused_rnn._recipe import rows_of, unpacked
 
 
 def _forward_flops(call: dict[str, Any]) -> int:
-    """For each row and direction: W_ih x, W_hh h, and W_hr h with a projection."""
-    return 2 * _rows(call["x"]) * sum(w.numel() for w in call["params"] if w.dim() == 2)
+    """For each row and direction: W_ih x, of ids nothing, W_hh h, and W_hr h with a projection."""
+    x, params = call["x"], call["params"]
+    per_direction = len(params) // unpacked(call["recipe"]).directions
+    products = [w for i, w in enumerate(params) if w.dim() == 2 and not (_has_ids(x) and i % per_direction == 0)]
+    return 2 * _rows(x) * sum(w.numel() for w in products)
 
 
 def _backward_flops(call: dict[str, Any]) -> int:
@@ -44,8 +47,12 @@ def _backward_flops(call: dict[str, Any]) -> int:
     return total
 
 
+def _has_ids(x: Tensor) -> bool:
+    return not x.is_floating_point()
+
+
 def _rows(x: Tensor) -> int:
-    return x.shape[:-1].numel()
+    return x.numel() if _has_ids(x) else x.shape[:-1].numel()
 
 
 def _rows_of_first_step(x: Tensor, offsets: Tensor | None, direction: int) -> int:

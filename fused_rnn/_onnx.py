@@ -45,7 +45,7 @@ def rnn(
     """Arguments and results of reference.rnn.
 
     Raises:
-        NotImplementedError: a packed sequence, reset_state, return_all_states, zoneout, recurrent_dropout or state_clip.
+        NotImplementedError: packed, ids, reset_state, return_all_states, zoneout, recurrent_dropout or state_clip.
     """
     if rows.offsets is not None:
         refuse_packed()
@@ -56,6 +56,8 @@ def rnn(
     ):
         if asked:
             raise NotImplementedError(f"torch.onnx.export: {name} has no counterpart in ONNX yet; export without it")
+    if not input.is_floating_point():
+        raise NotImplementedError("torch.onnx.export: an input of ids has no counterpart in ONNX; export with one-hot rows")
     num_layers, directions = recipe.num_layers, recipe.directions
     per_direction = len(weights) // (num_layers * directions)
     in_one_node = recipe.cell in _OPERATOR and per_direction % 2 == 0 and rows.resets is None

@@ -33,38 +33,42 @@ def fake_gradients(
     x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], mask: Sequence[bool | int]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Shapes of a layer's gradients, of x, states and params: [0] where the mask says that nobody asked."""
+    none = params[0] if x.dtype is torch.int64 else x
     return (
-        x.new_empty(x.shape) if mask[0] else x.new_empty(0),
-        [s.new_empty(s.shape) if mask[1] else x.new_empty(0) for s in states],
+        x.new_empty(x.shape) if mask[0] else none.new_empty(0),
+        [s.new_empty(s.shape) if mask[1] else none.new_empty(0) for s in states],
         [p.new_empty(p.shape) if mask[2] else p.new_empty(0) for p in params],
     )
 
 
-def _fake_layer(
+def fake_layer(
     x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], rows: Sequence[Tensor], recipe: int, save: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Shapes of fused_rnn::layer's results."""
-    check_places(x, states=states, params=params, rows=rows)
+    ids = x.dtype is torch.int64
+    like = params[0] if ids else x  # of the layer's dtype
+    check_places(like, input=[x], states=states, params=params, rows=rows)
     layer = unpacked(recipe)
     of_call = rows_of(rows, recipe)
     kind, w_hh, packed = layer.kind, params[1], of_call.offsets is not None
     hidden, out = w_hh.shape[0] // kind.gates, w_hh.shape[1]
     count = x.shape[0] if packed else x.shape[0] * x.shape[1]
     batch = states[0].shape[1] if packed and states else x.shape[1]
-    last = [x.new_empty(layer.directions, batch, out)]
+    last = [like.new_empty(layer.directions, batch, out)]
     if kind.has_c:
-        last.append((states[1] if states else x).new_empty(layer.directions, batch, hidden))
+        last.append((states[1] if states else like).new_empty(layer.directions, batch, hidden))
     if kind.has_c and layer.all_states:
-        last.append(x.new_empty(layer.directions, count, hidden))
+        last.append(like.new_empty(layer.directions, count, hidden))
     saved = []
     if save and (kind.saved or of_call.options.any()):
-        saved.append(x.new_empty(layer.directions, count, kind.slots, hidden))
+        saved.append(like.new_empty(layer.directions, count, kind.slots, hidden))
     if save and kind.has_c and not layer.all_states:
-        saved.append(x.new_empty(layer.directions, count, hidden))
-    return x.new_empty(*x.shape[:-1], layer.directions * out), last, saved
+        saved.append(like.new_empty(layer.directions, count, hidden))
+    of_rows = x.shape if ids else x.shape[:-1]
+    return like.new_empty(*of_rows, layer.directions * out), last, saved
 
 
-def _fake_layer_backward(
+def fake_layer_backward(
     dy: Tensor | None,
     dlast: Sequence[Tensor],
     x: Tensor,
@@ -76,7 +80,8 @@ def _fake_layer_backward(
     mask: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Shapes of fused_rnn::layer_backward's results."""
-    check_places(x, dy=[dy], dlast=dlast, states=states, params=params, rows=rows, saved=saved)
+    like = params[0] if x.dtype is torch.int64 else x
+    check_places(like, input=[x], dy=[dy], dlast=dlast, states=states, params=params, rows=rows, saved=saved)
     unpacked(recipe)  # raises for a number that is no recipe
     return fake_gradients(x, [*states, *rows_of(rows, recipe).reset_states], params, mask)
 
@@ -94,7 +99,7 @@ def _fake_layer_backward_samples(
     samples: int,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Shapes of fused_rnn::layer_backward_samples's results."""
-    dx, dstates, dparams = _fake_layer_backward(dy, dlast, x, states, params, rows, saved, recipe, mask)
+    dx, dstates, dparams = fake_layer_backward(dy, dlast, x, states, params, rows, saved, recipe, mask)
     return dx, dstates, [p.new_empty(samples, *p.shape) for p in params] if mask[2] and samples else dparams
 
 
@@ -109,7 +114,7 @@ def _fake_layer_backward_gates(
     recipe: int,
 ) -> tuple[Tensor, list[Tensor]]:
     """Shapes of fused_rnn::layer_backward_gates's results."""
-    _, dstates, _ = _fake_layer_backward(dy, dlast, x, states, params, rows, saved, recipe, [False, True, False])
+    _, dstates, _ = fake_layer_backward(dy, dlast, x, states, params, rows, saved, recipe, [False, True, False])
     layer = unpacked(recipe)
     rows_of_layer = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]
     hidden = params[1].shape[0] // layer.kind.gates
@@ -123,8 +128,8 @@ if extension is not None:
     # subclasses, whose __torch_function__ they pass by, nor for Dynamo, which cannot trace them.
     eager_rnn = extension.rnn
     eager_cell = extension.cell
-    torch.library.register_fake("fused_rnn::layer", _fake_layer)
-    torch.library.register_fake("fused_rnn::layer_backward", _fake_layer_backward)
+    torch.library.register_fake("fused_rnn::layer", fake_layer)
+    torch.library.register_fake("fused_rnn::layer_backward", fake_layer_backward)
     torch.library.register_fake("fused_rnn::layer_backward_samples", _fake_layer_backward_samples)
     torch.library.register_fake("fused_rnn::layer_backward_gates", _fake_layer_backward_gates)
     _library = torch.library.Library("fused_rnn", "IMPL")

@@ -52,7 +52,8 @@ def serves(x: Tensor, per_direction: int, rows: Rows, recipe: Recipe) -> bool:
     """Whether this file has the derivatives of such a layer. per_direction: number of parameters of one direction."""
     projected = per_direction > 2 * (1 + recipe.has_biases)
     plain = rows.lengths is None and rows.offsets is None and not rows.reset_states and not rows.options.any()
-    return plain and not (projected or recipe.all_states) and x.is_cpu and x.dtype.itemsize >= 4 and x.numel() > 0
+    plain = plain and not (projected or recipe.all_states)
+    return plain and x.is_cpu and x.dtype in (torch.float32, torch.float64) and x.numel() > 0
 
 
 class Derivatives(NamedTuple):

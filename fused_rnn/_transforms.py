@@ -2,7 +2,8 @@
 
 V: size of the vmapped dimension; the other letters are those of functional.py. Row b of sample v is row b * V + v of the
 folded batch, so that packed rows stay in order, and results of forward that backward reads are unfolded without a copy.
-Weights that are vmapped (an ensemble), packed rows, and zoneout and its like make a call of the kernels for each sample.
+Weights that are vmapped (an ensemble), packed rows, ids, and options of steps (zoneout and its like) make a call of the
+kernels for each sample.
 """
 
 from __future__ import annotations
@@ -89,8 +90,10 @@ def _folded_rows(fold: _Fold, given: Sequence[Tensor], dims: Sequence[Dim], reci
     return Rows(lengths, offsets, resets, tuple(states)).given()
 
 
-def _is_looped(params: Sequence[Dim], rows: Sequence[Dim], recipe: int) -> bool:
+def _is_looped(x: Tensor, params: Sequence[Dim], rows: Sequence[Dim], recipe: int) -> bool:
     """Whether samples are calls of their own."""
+    if x.dtype is torch.int64:  # ids
+        return True
     packed = rows_of(rows, recipe).offsets is not None  # type: ignore[arg-type]
     return packed or bool(recipe & OPTIONS) or any(dim is not None for dim in params)
 
@@ -119,7 +122,7 @@ def layer(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     """fused_rnn::layer(x, states, params, rows, recipe, save)."""
     x, states, params, rows, recipe, save = args
     x_dim, state_dims, param_dims, row_dims = in_dims[:4]
-    if _is_looped(param_dims, row_dims, recipe):
+    if _is_looped(x, param_dims, row_dims, recipe):
         return _looped(torch.ops.fused_rnn.layer.default, info.batch_size, in_dims, args)
     fold = _Fold(info.batch_size)
     batch = _batch_of(x, x_dim, states, state_dims)
@@ -149,7 +152,7 @@ def layer_backward_samples(info: Any, in_dims: tuple[Any, ...], *args: Any) -> t
 
 def layer_backward_gates(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     """fused_rnn::layer_backward_gates."""
-    if _is_looped(in_dims[4], in_dims[5], args[7]):
+    if _is_looped(args[2], in_dims[4], in_dims[5], args[7]):
         return _looped(torch.ops.fused_rnn.layer_backward_gates.default, info.batch_size, in_dims, args)
     fold = _Fold(info.batch_size)
     gates, dstates = torch.ops.fused_rnn.layer_backward_gates(*_folded_arguments(fold, in_dims, args), args[7])
@@ -159,7 +162,7 @@ def layer_backward_gates(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tup
 
 
 def _backward(op: Any, count: int, in_dims: Sequence[Any], args: Sequence[Any], samples: int) -> tuple[Any, Any]:
-    if _is_looped(in_dims[4], in_dims[5], args[7]):
+    if _is_looped(args[2], in_dims[4], in_dims[5], args[7]):
         return _looped(op, count, in_dims, args)
     x, layer = args[2], unpacked(args[7])
     rows = x.numel() // max(x.shape[-1], 1) // (1 if in_dims[2] is None else count)

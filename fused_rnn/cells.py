@@ -1,9 +1,10 @@
 """Drop-in torch.nn.RNNCell, LSTMCell and GRUCell: one step of one layer as one functional call.
 
 Every class is a subclass of torch.nn's own and keeps its constructor. What differs from torch.nn: RNNCell has a third
-nonlinearity, "identity", and refuses an unknown one at construction; every class gives the autocast dtype under autocast;
-``torch.jit.script`` is not supported (``torch.jit.trace`` is). Constructors take, by keyword alone, zoneout, weight_dropout,
-state_clip and forget_bias as :class:`fused_rnn.LSTM`'s; masks are of a call, that is of a step.
+nonlinearity, "identity", and refuses an unknown one at construction; an integer input [B] or [] is ids of input_size
+classes, each standing for its one-hot row; every class gives the autocast dtype under autocast; ``torch.jit.script`` is not
+supported (``torch.jit.trace`` is). Constructors take, by keyword alone, zoneout, weight_dropout, state_clip and
+forget_bias as :class:`fused_rnn.LSTM`'s; masks are of a call, that is of a step.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_rnn import _checks, _extras, _opacus
+from fused_rnn import _checks, _extras, _ids, _opacus
 from fused_rnn._kinds import GRU, LSTM, NUMBER_OF_NONLINEARITY
 from fused_rnn._quick_call import QuickCall, watch
 from fused_rnn._recipe import Recipe, Rows
@@ -81,6 +82,8 @@ class _Cell(QuickCall, Regularised, nn.RNNCellBase):
         """The states that the step begins from: those given, with what resets replace."""
         if resets is None and reset_state is None:
             return states
+        if input.dtype is torch.int64:
+            input = _ids.stand_in(input, self._weights())
         names = ("h", "c")[: 2 if isinstance(self, nn.LSTMCell) else 1]
         call = names, self.hidden_size, autocast_on(input.device.type)
         shape = (*input.shape[:-1], self.hidden_size)
@@ -96,24 +99,27 @@ class _Cell(QuickCall, Regularised, nn.RNNCellBase):
         if unbatched:
             input, states = input.unsqueeze(0), [state.unsqueeze(0) for state in states]
         weights = self._weights()
+        shown = _ids.stand_in(input, weights) if input.dtype is torch.int64 else input
         if torch._C._get_tracing_state() is None:
-            self._check(input, states, weights)
+            self._check(shown, states, weights)
         else:
             with _checks.untraced():
-                self._check(input, states, weights)
+                self._check(shown, states, weights)
         recipe = Recipe(cell, has_biases=len(weights) == 4)
         if "_regularisation" in self.__dict__:
-            last = self._regularised(recipe, input, states, weights)
+            last = self._regularised(recipe, input, shown, states, weights)
         else:
             last = run_cell(recipe, input, states, weights)
         return [state.squeeze(0) for state in last] if unbatched else last
 
-    def _regularised(self, recipe: Recipe, input: Tensor, states: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
-        """A step with options: a layer's of one step."""
+    def _regularised(
+        self, recipe: Recipe, input: Tensor, shown: Tensor, states: list[Tensor], weights: list[Tensor]
+    ) -> list[Tensor]:
+        """A step with options: a layer's of one step. shown: what stands for an input of ids."""
         of: Regularisation = self.__dict__["_regularisation"]
         weights = of.dropped(weights, len(weights), self.training)
         batch, hidden = input.shape[0], self.hidden_size
-        options = of.step_options(input, Sizes(1, batch, batch, hidden, hidden), self.training)
+        options = of.step_options(shown, Sizes(1, batch, batch, hidden, hidden), self.training)
         if not options.any():
             return run_cell(recipe, input, states, weights)
         lifted = [state.unsqueeze(0) for state in states]
@@ -159,6 +165,7 @@ class _Cell(QuickCall, Regularised, nn.RNNCellBase):
     def _run_single_state(
         self, cell: int, input: Tensor, hx: Tensor | None, resets: Any = None, reset_state: Any = None
     ) -> Tensor:
+        input = _ids.lifted(input)
         dim = input.dim()
         if dim != 2 and dim != 1:
             raise ValueError(f"{self._kind}: Expected input to be 1D or 2D, got {dim}D instead")
@@ -220,6 +227,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
         resets: bool [B] (or []): where True the step begins from zeros, or from reset_state, a pair of [1 or B, H] ([H]),
             instead of hx.
         """
+        input = _ids.lifted(input)
         dim = input.dim()
         if dim != 2 and dim != 1:
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {dim}D instead")

@@ -17,11 +17,11 @@ from torch._C import _get_tracing_state, _has_torch_function_variadic
 from torch.compiler import is_exporting
 from torch.nn import Parameter
 
-from fused_rnn import _checks, _dtensor, _extras, _onnx, _ops, _second_order, reference
+from fused_rnn import _checks, _dtensor, _extras, _ids, _onnx, _ops, _second_order, reference
 from fused_rnn._backend import Features, forward_mode, uses_ops
 from fused_rnn._extras import Extras
 from fused_rnn._kinds import GRU, LSTM
-from fused_rnn._recipe import Recipe, Rows
+from fused_rnn._recipe import Recipe, Rows, StepOptions
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
@@ -52,7 +52,10 @@ def lstm(
 
     Args:
         input: [T, B, I]; [B, T, I] with batch_first; [T, I] unbatched; or packed rows [N, I] with batch_sizes. float64,
-            float32, float16 or bfloat16; complex64 and complex128 run on the slow reference.
+            float32, float16 or bfloat16; complex64 and complex128 run on the slow reference. int64 or int32 without the last
+            dimension ([T, B], [B, T], [T], [N]): ids of I classes, each standing for its one-hot row, which is never made.
+            The input product is then a gather of columns of w_ih, whose gradient adds up in a fixed order. An id that is not
+            in [0, I) raises IndexError on a CPU; on a GPU it counts as the nearest that is. Ids of padding may be anything.
         weights: L*D groups of 2 to 5 tensors, see the module's documentation.
         hx: (h0 [L*D, B, P], c0 [L*D, B, H]) (without B for unbatched input), or None for zeros. With 16-bit input c0 may be
             float32, and c_n then is: a sequence cut into calls that hand it on is computed as a whole.
@@ -197,7 +200,7 @@ def run_rnn(
     batch_sizes: Tensor | None = None,
     rows: Rows = _ALL_ROWS,
 ) -> tuple[Tensor, list[Tensor]]:
-    """A stack of layers on the selected backend: (output, last states). Batched or packed input only.
+    """A stack of layers on the selected backend: (output, last states). Batched or packed input only, or ids [..., 1].
 
     rows: without offsets, which batch_sizes give.
     With recipe.all_states the last states are followed by those after every step, [T, L*D, B, .] or packed [N, L*D, .].
@@ -205,7 +208,10 @@ def run_rnn(
     if batch_sizes is not None:
         rows = rows._replace(offsets=torch.cat([batch_sizes.new_zeros(1), batch_sizes.cumsum(0)]))
         if not states:  # they give the ops the batch size, which packed rows do not show
-            states = _zero_states(recipe, input, weights, batch_sizes)
+            states = zero_states(recipe, input, weights, batch_sizes)
+    dtype = input.dtype
+    if dtype is torch.int64:
+        input, dtype = input.squeeze(-1), weights[0].dtype
     device = input.device
     device_type = device.type
     if type(input) is not Tensor or type(weights[0]) not in _PLAIN:
@@ -217,7 +223,7 @@ def run_rnn(
     dual = forward_mode() and _second_order.serves(
         input, len(weights) // recipe.num_layers // recipe.directions, rows, recipe
     )
-    if not for_onnx and uses_ops(device_type, input.dtype, device, features, dual):
+    if not for_onnx and uses_ops(device_type, dtype, device, features, dual):
         # Modes see the op's call, and so do subclasses, wherever in it they are.
         seen = torch.compiler.is_compiling() or _has_torch_function_variadic(
             input, *states, *rows[:3], *rows.reset_states, *weights
@@ -230,43 +236,53 @@ def run_rnn(
     input, states, weights = autocast(device_type, input, states, weights)
     # Offsets stay on the host, which reads them.
     lengths, resets = (None if tensor is None else tensor.to(input.device) for tensor in (rows.lengths, rows.resets))
-    options = rows.options
-    product, candidate = (f if f is None else autocast(device_type, f, [], [])[0] for f in options[3:])
-    options = options._replace(product=product, candidate=candidate)
+    options = autocast_options(device_type, rows.options)
     rows = Rows(lengths, rows.offsets, resets, tuple(autocast(device_type, input, rows.reset_states, [])[1]), options)
     if for_onnx:
         return _onnx.rnn(input, states, weights, rows, recipe)
+    shown = input
+    if input.dtype is torch.int64:
+        packed, first = batch_sizes is not None, recipe.batch_first
+        input = _ids.checked(input, weights[0].shape[1], rows.lengths, packed, first)
+        shown = _ids.stand_in(input.unsqueeze(-1), weights)
     if _get_tracing_state() is None:
         batch = input.shape[0 if recipe.batch_first else 1] if batch_sizes is None else int(batch_sizes[0])
-        _checks.check_call(recipe, input, states, weights, batch)
+        _checks.check_call(recipe, shown, states, weights, batch)
     else:
         input, states, rows = _traced_for_reference(recipe, input, states, weights, rows)
     return reference.rnn(input, states, weights, rows, recipe)
 
 
 def run_cell(recipe: Recipe, input: Tensor, states: list[Tensor], params: list[Tensor]) -> list[Tensor]:
-    """One step of a cell on the selected backend: the states after it. Batched input only."""
+    """One step of a cell on the selected backend: the states after it. Batched input only, or ids [B, 1]."""
+    dtype = input.dtype
+    if dtype is torch.int64:
+        input, dtype = input.squeeze(-1), params[0].dtype
     device = input.device
     device_type = device.type
     if type(input) is not Tensor or type(params[0]) not in _PLAIN:
         _dtensor.prepare()
     dual = forward_mode() and _second_order.serves(input, len(params), _ALL_ROWS, recipe)
-    if not (is_exporting() and _onnx.exporting()) and uses_ops(device_type, input.dtype, device, has_tangents=dual):
+    if not (is_exporting() and _onnx.exporting()) and uses_ops(device_type, dtype, device, has_tangents=dual):
         seen = torch.compiler.is_compiling() or _has_torch_function_variadic(input, *states, *params)
         op = _ops.cell if seen else _ops.eager_cell
         result: list[Tensor] = op(input, states, params, recipe.packed)
         return result
     input, states, params = autocast(device_type, input, states, params)
     lifted = [state.unsqueeze(0) for state in states]
+    shown = input
+    if input.dtype is torch.int64:
+        input = _ids.checked(input.unsqueeze(0), params[0].shape[1], None, False).squeeze(0)
+        shown = _ids.stand_in(input.unsqueeze(-1), params)
     if _get_tracing_state() is None:
-        _checks.check_call(recipe, input, lifted, params, input.shape[0])
+        _checks.check_call(recipe, shown, lifted, params, input.shape[0])
     else:
         x, lifted, _ = _traced_for_reference(recipe, input.unsqueeze(0), lifted, params, Rows())
         input, states = x.squeeze(0), [state.squeeze(0) for state in lifted]
     return reference.cell(input, states, params, recipe)
 
 
-def _zero_states(recipe: Recipe, input: Tensor, weights: list[Tensor], batch_sizes: Tensor) -> list[Tensor]:
+def zero_states(recipe: Recipe, input: Tensor, weights: list[Tensor], batch_sizes: Tensor) -> list[Tensor]:
     """The states [L*D, B, .] of a packed input that comes without."""
     groups = recipe.num_layers * recipe.directions
     base = 2 + 2 * recipe.has_biases
@@ -274,7 +290,8 @@ def _zero_states(recipe: Recipe, input: Tensor, weights: list[Tensor], batch_siz
     sizes = [weights[base].shape[0] if projected else weights[1].shape[-1], weights[1].shape[0] // recipe.kind.gates]
     # A traced number would be the trace's constant; a traced tensor is not.
     batch: Any = int(batch_sizes[0]) if _get_tracing_state() is None else batch_sizes[0]
-    return [input.new_zeros(groups, batch, size) for size in sizes[: recipe.kind.states]]
+    like = weights[0] if input.dtype is torch.int64 else input
+    return [like.new_zeros(groups, batch, size) for size in sizes[: recipe.kind.states]]
 
 
 def _traced_for_reference(
@@ -292,7 +309,8 @@ def _traced_for_reference(
         )
     batch_dim = 0 if recipe.batch_first else 1
     with _checks.untraced():
-        _checks.check_call(recipe, input, states, weights, input.shape[batch_dim])
+        shown = _ids.stand_in(input.unsqueeze(-1), weights) if input.dtype is torch.int64 else input
+        _checks.check_call(recipe, shown, states, weights, input.shape[batch_dim])
 
     def pinned(tensor: Any, *shape: int) -> Any:
         """The same tensor; torch.stack raises where its shape is another, also when the graph runs."""
@@ -301,7 +319,7 @@ def _traced_for_reference(
     groups, batch = recipe.num_layers * recipe.directions, input.shape[batch_dim]
     sizes = (weights[1].shape[1], weights[1].shape[0] // recipe.kind.gates)
     return (
-        pinned(input, *input.shape[:2], weights[0].shape[1]),
+        pinned(input, *input.shape[:2], *weights[0].shape[1 : input.dim() - 1]),
         [pinned(state, groups, batch, size) for state, size in zip(states, sizes, strict=False)],
         rows._replace(lengths=pinned(rows.lengths, batch), resets=pinned(rows.resets, *input.shape[:2])),
     )
@@ -326,6 +344,14 @@ def autocast(
     return cast(input), [cast(state) for state in states], [cast(weight) for weight in weights]
 
 
+def autocast_options(device_type: str, options: StepOptions) -> StepOptions:
+    """The same for the factors among a layer's options."""
+    if not autocast_on(device_type):
+        return options
+    product, candidate = (f if f is None else autocast(device_type, f, [], [])[0] for f in options[3:])
+    return options._replace(product=product, candidate=candidate)
+
+
 # --- the public arguments ---
 
 
@@ -344,6 +370,10 @@ def _checked_rnn(
     batch_sizes: Tensor | None,
     extras: Extras,
 ) -> tuple[Tensor, list[Tensor]]:
+    ids = _ids.lifted(input) if _ids.are(input) else None
+    if ids is not None:
+        weights = _checks.list_of_weights(weights)
+        input = _ids.stand_in(ids, weights)
     _checks.check_input(recipe.cell, input)
     _checks.check_recipe(recipe)
     packed = batch_sizes is not None
@@ -363,9 +393,11 @@ def _checked_rnn(
     given = input
     if unbatched:
         input = input.unsqueeze(batch_dim)
+        ids = None if ids is None else ids.unsqueeze(batch_dim)
         states = [state.unsqueeze(1) for state in states]
     with _checks.sizes_known():
         hidden, out = _checks.check_shapes(recipe, input, states, weights, batch_sizes)
+    input = input if ids is None else ids
     if not extras.given():
         y, last = run_rnn(recipe, input, states, weights, batch_sizes)
         return (y.squeeze(batch_dim), [state.squeeze(1) for state in last]) if unbatched else (y, last)
@@ -389,6 +421,9 @@ def _checked_cell(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
 ) -> list[Tensor]:
+    ids = _ids.lifted(input) if _ids.are(input) else None
+    if ids is not None:
+        input = _ids.stand_in(ids, [w_ih])
     _checks.check_input(cell, input)
     if input.dim() not in (1, 2):
         raise ValueError(f"input: expected 1-D or 2-D, got {input.dim()}-D")
@@ -404,11 +439,12 @@ def _checked_cell(
     unbatched = input.dim() == 1
     if unbatched:
         input = input.unsqueeze(0)
+        ids = None if ids is None else ids.unsqueeze(0)
         states = [state.unsqueeze(0) for state in states]
     if _get_tracing_state() is None:
         _checks.check_cell_shapes(recipe, input, states, params, names)
     else:
         with _checks.untraced():
             _checks.check_cell_shapes(recipe, input, states, params, names)
-    last = run_cell(recipe, input, states, params)
+    last = run_cell(recipe, input if ids is None else ids, states, params)
     return [state.squeeze(0) for state in last] if unbatched else last

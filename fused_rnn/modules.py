@@ -5,7 +5,11 @@ Every class is a subclass of torch.nn's own and keeps its constructor. What diff
 * RNN has a third nonlinearity, "identity".
 * Constructors take, by keyword alone, zoneout, recurrent_dropout, recurrent_dropout_variant, weight_dropout, state_clip and
   forget_bias (the class LSTM explains). Masks come from torch's generator of the input's device.
+* The constructors take ``checkpoint`` (0), the number of steps between the states that are kept for backward, by keyword
+  alone: fewer gigabytes, and more time, for the same bits (fused_rnn/_checkpoint.py).
 * forward takes lengths, resets, reset_state and return_all_states, by keyword alone (fused_rnn.functional.lstm explains).
+* An integer input is ids of input_size classes without the last dimension, [T, B] ([B, T], [T] unbatched, [N] packed): what
+  their one-hot rows would give, which are never made (fused_rnn.functional.lstm explains).
 * Weights are separate tensors, always: ``flatten_parameters`` does nothing, and ``_flat_weights`` is not a cache but is read
   from the parameters at each use, so it is never stale and holds nothing alive. Assigning it works as in torch.nn.
 * Complex numbers run on the reference, with a warning. Tensors in another layout than torch.strided (sparse, nested, mkldnn)
@@ -27,7 +31,7 @@ from torch import Tensor, nn
 from torch.compiler import is_exporting
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import _checks, _extras, _kinds, _onnx, _opacus
+from fused_rnn import _checkpoint, _checks, _extras, _ids, _kinds, _onnx, _opacus
 from fused_rnn._extras import Extras
 from fused_rnn._quick_call import QuickCall, watch
 from fused_rnn._recipe import Recipe, Rows
@@ -130,7 +134,7 @@ class _Override(NamedTuple):
         )
 
 
-class _Layer(QuickCall, Regularised, nn.RNNBase):
+class _Layer(QuickCall, Regularised, _checkpoint.Checkpointed, nn.RNNBase):
     """What RNN, LSTM and GRU share: the options, where the weights come from, and the checks before the call."""
 
     def __init__(
@@ -262,11 +266,12 @@ class _Layer(QuickCall, Regularised, nn.RNNBase):
         weights = self._weights()
         if batch_sizes is not None and is_exporting() and _onnx.exporting():
             _onnx.refuse_packed()
+        shown = _ids.stand_in(input, weights) if input.dtype is torch.int64 else input
         if torch._C._get_tracing_state() is None:
-            self._check(input, states, weights, batch_sizes)
+            self._check(shown, states, weights, batch_sizes)
         else:
             with _checks.untraced():
-                self._check(input, states, weights, batch_sizes)
+                self._check(shown, states, weights, batch_sizes)
         if sorted_indices is not None:
             states = [state.index_select(1, sorted_indices) for state in states]
         recipe = Recipe(
@@ -280,8 +285,10 @@ class _Layer(QuickCall, Regularised, nn.RNNBase):
         )
         rows = _ALL_ROWS
         if "_regularisation" in fields:
-            weights, rows = self._regularised(recipe, input, weights, batch_sizes)
+            weights, rows = self._regularised(recipe, shown, weights, batch_sizes)
         if extras is None:
+            if "checkpoint" in fields:
+                return _checkpoint.run_rnn(self.checkpoint, recipe, input, states, weights, batch_sizes, rows)
             return run_rnn(recipe, input, states, weights, batch_sizes, rows)
         return self._run_with(extras, recipe, (input, states, weights), batch_sizes, sorted_indices, rows)
 
@@ -312,6 +319,8 @@ class _Layer(QuickCall, Regularised, nn.RNNBase):
     ) -> tuple[Tensor, list[Tensor]]:
         """_run's call with more than torch.nn's arguments, after the checks of those."""
         given, caller_input = extras
+        if caller_input.dtype is torch.int64:
+            caller_input = _ids.stand_in(caller_input, arguments[2])
         unbatched = batch_sizes is None and caller_input.dim() == 2
         count, sizes = recipe.kind.states, (self.proj_size or self.hidden_size, self.hidden_size)
         casts = autocast_on(caller_input.device.type)
@@ -321,7 +330,10 @@ class _Layer(QuickCall, Regularised, nn.RNNBase):
         with _checks.sizes_known():
             rows = _extras.rows_of(given, form, sorted_indices)._replace(options=regularised.options)
         recipe = recipe._replace(all_states=given.return_all_states)
-        output, states = run_rnn(recipe, *arguments, batch_sizes, rows)
+        if self.checkpoint:
+            output, states = _checkpoint.run_rnn(self.checkpoint, recipe, *arguments, batch_sizes, rows)
+        else:
+            output, states = run_rnn(recipe, *arguments, batch_sizes, rows)
         return output, [*states[:count], *_extras.in_form(states[count:], form)]
 
     def _check(self, input: Tensor, states: list[Tensor], weights: list[Tensor], batch_sizes: Tensor | None) -> None:
@@ -395,6 +407,7 @@ class _Layer(QuickCall, Regularised, nn.RNNBase):
         """Forward of the cells with one state (RNN, GRU)."""
         if isinstance(input, PackedSequence):
             return self._forward_packed(cell, input, hx, extras)
+        input = _ids.lifted(input)
         given = (extras, input) if extras.given() else None
         dim = input.dim()
         if dim == 2:
@@ -416,6 +429,7 @@ class _Layer(QuickCall, Regularised, nn.RNNBase):
     def _forward_packed(self, cell: int, input: PackedSequence, hx: Any, extras: Extras) -> tuple[Any, ...]:
         """Forward of a packed sequence; hx and the returned state are in the caller's order of rows."""
         data, batch_sizes, sorted_indices, unsorted_indices = input
+        data = _ids.lifted(data)
         count = _kinds.KINDS[cell].states
         states = [] if hx is None else [*_pair(hx)] if count == 2 else [hx]
         given = (extras, data) if extras.given() else None
@@ -473,6 +487,7 @@ class LSTM(_Layer, nn.LSTM):
         extras = Extras(lengths, resets, reset_state, return_all_states)
         if isinstance(input, PackedSequence):
             return self._forward_packed(_kinds.LSTM, input, hx, extras)
+        input = _ids.lifted(input)
         dim = input.dim()
         if dim != 3 and dim != 2:
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {dim}D instead")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_rnn._ids import input_product
 from fused_rnn._kinds import GRU, LSTM, RNN_RELU, RNN_TANH
 from fused_rnn._recipe import Recipe, Rows, StepOptions
 
@@ -27,13 +28,14 @@ def step(
 ) -> list[Tensor]:
     """One step of one direction: x [B, I], states h [B, P] and, of an LSTM, c [B, H] -> the states after it.
 
+    x may be ids [B] that are in range, in place of one-hot rows, as everywhere here.
     Formulas: the documentation of torch.nn.RNNCell, LSTMCell (with W_hr of torch.nn.LSTM) and GRUCell.
     options: of this step and direction; zoneout is _zoneout's.
     """
     cell, h = recipe.cell, states[0]
     w_ih, w_hh = params[:2]
     b_ih, b_hh = params[2:4] if recipe.has_biases else (None, None)
-    gi = torch.nn.functional.linear(x, w_ih, b_ih)
+    gi = input_product(x, w_ih, b_ih)
     gh = torch.nn.functional.linear(h if options.product is None else h * options.product, w_hh, b_hh)
 
     def masked(candidate: Tensor) -> Tensor:
@@ -47,7 +49,7 @@ def step(
         i, f, g, o = (gi + gh).chunk(4, dim=-1)
         # Of c's dtype, which may be wider than the others'.
         c = clipped(f.sigmoid() * states[1] + i.sigmoid() * masked(g.tanh()))
-        h = (o.sigmoid() * c.tanh()).to(x.dtype)
+        h = (o.sigmoid() * c.tanh()).to(gi.dtype)
         if len(params) == 2 * (1 + recipe.has_biases) + 1:
             h = torch.nn.functional.linear(h, params[-1])
         return [h, c]
@@ -135,7 +137,8 @@ def layer(
     directions = recipe.directions
     per_direction = len(params) // directions
     if rows.lengths is not None:  # padding may hold anything, and NaN would come through the gradients of the masks below
-        x = torch.where((torch.arange(x.shape[0], device=x.device).unsqueeze(1) < rows.lengths).unsqueeze(-1), x, 0)
+        active = torch.arange(x.shape[0], device=x.device).unsqueeze(1) < rows.lengths
+        x = torch.where(active if x.dim() == 2 else active.unsqueeze(-1), x, 0)
     scans = []
     for d in range(directions):
         p = params[d * per_direction : (d + 1) * per_direction]
@@ -145,7 +148,7 @@ def layer(
     last = [torch.stack(of_directions) for of_directions in zip(*(last for _, last in scans), strict=True)]
     if recipe.all_states:
         for of_directions in zip(*(every[1:] for every, _ in scans), strict=True):
-            series = torch.stack(of_directions).to(x.dtype)  # a wide c comes as the others
+            series = torch.stack(of_directions).to(y.dtype)  # a wide c comes as the others
             last.append(series if rows.offsets is not None else series.flatten(1, 2))
     return y, last
 
@@ -158,7 +161,8 @@ def zero_states(x: Tensor, batch: int, params: Sequence[Tensor], recipe: Recipe)
     """The initial states [B, .] of one direction where none are given."""
     w_hh = params[1]
     sizes = [w_hh.shape[1], w_hh.shape[0] // recipe.kind.gates]
-    return [x.new_zeros(batch, size) for size in sizes[: recipe.kind.states]]
+    like = w_hh if x.dtype is torch.int64 else x
+    return [like.new_zeros(batch, size) for size in sizes[: recipe.kind.states]]
 
 
 def rnn(

@@ -255,7 +255,7 @@ def error_calls(name: str) -> dict[str, Any]:
         "last dimension": (torch.zeros(5, 2, 4),),
         "last dimension unbatched": (torch.zeros(5, 4),),
         "dtype": (x.double(),),
-        "integers": (x.long(),),
+        "integers": (x.short(),),  # of int32 and int64 they are ids
         "rank 1": (torch.zeros(3),),
         "rank 4": (torch.zeros(1, 1, 1, 3),),
         "hx batch": (x, state_of(name, 1, 3, 4)),

@@ -102,7 +102,7 @@ struct ForwardParams {
   int D;
   Sequence seq;
   Modifier modifier;
-  const void* x;   // [N, I]
+  const void* x;   // [N, I]; null where columns are there, and then I is 0
   const void* h0;  // [D, B, P] or null (zeros)
   const void* c0;  // [D, B, H] or null (zeros), in float where wide_c; LSTM only
   Weights weights[2];
@@ -113,7 +113,11 @@ struct ForwardParams {
                 // on entry, unless the family makes it itself (reads_x). CPU: null unless training.
   void* cs;     // [D, N, H]: c after each step, in dtype, 0 at inactive rows; LSTM only; null unless training, or (on a CPU)
                 // where every c is asked for
-  bool wide_c;  // 16-bit dtypes: c0 and c_n are float, so that c is not rounded between calls
+  // Of ids in place of one-hot rows (CPU): [D, N, G, H], columns_stride elements from row to row: the columns of W_ih that
+  // are the input product, without biases. Null where x is there. It may be the memory of gates, whose rows are read first.
+  const void* columns;
+  int64_t columns_stride;
+  bool wide_c;      // 16-bit dtypes: c0 and c_n are float, so that c is not rounded between calls
   bool training;    // gates and cs are kept for backward (RNN cells keep neither: their derivative needs y alone)
   void* workspace;  // CUDA: Plan::workspace_bytes, 256-byte aligned; CPU: set by the call
 };

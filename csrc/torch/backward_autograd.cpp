@@ -54,14 +54,16 @@ class LayerBackwardNode final : public torch::autograd::Node {
     std::lock_guard<std::mutex> lock(mutex_);
     variable_list result(num_outputs());
     if (std::none_of(grads.begin(), grads.end(), [](const Tensor& t) { return t.defined(); })) return result;
-    const Tensor x = x_.unpack(), none = at::empty({0}, x.options());
+    const Tensor x = x_.unpack();
+    const std::vector<Tensor> params = unpacked(params_);
+    const Tensor none = at::empty({0}, params[0].options().requires_grad(false));
     for (Tensor& t : grads) {
       if (!t.defined()) t = none;
     }
     c10::SmallVector<bool, 16> needed;
     for (size_t i = 0; i < num_outputs(); ++i) needed.push_back(task_should_compute_output(i));
     const std::vector<Tensor> made =
-        op.call(grads, optional_of(dy_.unpack()), unpacked(dlast_), x, unpacked(states_), unpacked(params_), unpacked(rows_),
+        op.call(grads, optional_of(dy_.unpack()), unpacked(dlast_), x, unpacked(states_), params, unpacked(rows_),
                 unpacked(saved_), recipe_, mask_, samples_, at::ArrayRef<bool>(needed.data(), needed.size()));
     TORCH_INTERNAL_ASSERT(made.size() == result.size());
     for (size_t i = 0; i < result.size(); ++i) {
@@ -118,7 +120,7 @@ bool has_tangents(const BackwardArguments& a) {
 void set_tangents(const BackwardArguments& a, const LayerGradients& made) {
   static const auto op = find_op<BackwardTangentsSignature>("fused_rnn::layer_backward_tangents");
   std::vector<Tensor> tangents;
-  append_tangents(a.dy ? *a.dy : at::empty({0}, a.x.options()), tangents);
+  append_tangents(a.dy ? *a.dy : at::empty({0}, a.params[0].options()), tangents);
   for (const at::TensorList& tensors : {a.dlast, at::TensorList(a.x), a.states, a.reset_states(), a.params}) {
     append_tangents(tensors, tangents);
   }

@@ -54,7 +54,8 @@ LayerShapes measure(const Call& call) {
   check_dimensions(call);
   const Tensor& w_hh = call.params[1];
   TORCH_CHECK(w_hh.dim() == 2 && w_hh.size(0) % G == 0, "w_hh: expected shape [", G, "*H, P], got ", w_hh.sizes());
-  s.I = call.x.size(-1);
+  TORCH_CHECK(call.params[0].dim() == 2, "w_ih: expected shape [", G, "*H, I], got ", call.params[0].sizes());
+  s.I = call.has_ids() ? call.params[0].size(1) : call.x.size(-1);
   s.H = w_hh.size(0) / G;
   s.P = w_hh.size(1);
   TORCH_CHECK(s.H > 0 && s.P > 0, "w_hh: expected H and P of at least 1, got ", w_hh.sizes());
@@ -64,7 +65,7 @@ LayerShapes measure(const Call& call) {
 }
 
 void check_weights(const Call& call, const LayerShapes& s) {
-  const Tensor& x = call.x;
+  const Tensor& x = call.like();
   const auto dtype = x.scalar_type();
   const int64_t rows = gate_count(call.recipe.cell) * s.H;
   for (int d = 0; d < s.D; ++d) {
@@ -223,7 +224,7 @@ void check_optional(const char* name, const OptionalTensor& t, at::IntArrayRef s
 }
 
 void check_dimensions(const Call& call) {
-  const int64_t dim = call.rows.offsets || call.one_step ? 2 : 3;
+  const int64_t dim = (call.rows.offsets || call.one_step ? 2 : 3) - call.has_ids();
   TORCH_CHECK(call.x.dim() == dim, "input: expected ", dim, "-D, got ", call.x.dim(), "-D");
 }
 
@@ -253,7 +254,7 @@ void check_reset_states(const Call& call, const LayerShapes& s, at::IntArrayRef 
   for (size_t i = 0; i < sizes.size(); ++i) {
     const bool of_steps = given[i].dim() == 4, shared = given[i].dim() == 3 && given[i].size(1) == 1;
     const auto shape = of_steps ? at::DimVector{s.T, s.D, s.B, sizes[i]} : at::DimVector{s.D, shared ? 1 : s.B, sizes[i]};
-    check_tensor("reset_state", given[i], shape, call.x, call.x.scalar_type());
+    check_tensor("reset_state", given[i], shape, call.x, call.like().scalar_type());
   }
 }
 
@@ -276,10 +277,11 @@ void check_options(const Call& call, const LayerShapes& s) {
 
 LayerShapes check_layer(const Call& call) {
   const Tensor& x = call.x;
-  dtype_of(x);
+  TORCH_CHECK_VALUE(!call.params.empty(), "params: expected the weights of a layer, got none");
+  dtype_of(call.like());
   check_memory("input", x);
   const LayerShapes s = measure(call);
-  const auto dtype = x.scalar_type();
+  const auto dtype = call.like().scalar_type();
   const size_t states = state_count(call.recipe.cell);
   TORCH_CHECK_VALUE(call.states.empty() || call.states.size() == states, "states: expected ", states, " (",
                     states == 2 ? "h0 and c0" : "h0", ") or none, got ", call.states.size());

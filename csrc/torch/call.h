@@ -44,7 +44,9 @@ Rows rows_of(at::TensorList list, int64_t packed);
 
 // References live as long as the call.
 struct Call {
-  const Tensor& x;  // a stack: [T, B, I] ([B, T, I]: recipe.batch_first); a layer: [T, B, I]; packed: [N, I]; a step: [B, I]
+  // A stack: [T, B, I] ([B, T, I]: recipe.batch_first); a layer: [T, B, I]; packed: [N, I]; a step: [B, I]. Or int64 without
+  // the last dimension: ids, each standing for a row that is 1 at its place and 0 elsewhere.
+  const Tensor& x;
   at::TensorList states;  // none (zeros), or of each state [L * D, B, .], a step's [B, .]
   at::TensorList params;  // of all layers, in torch.nn's order
   const Rows& rows;
@@ -53,8 +55,11 @@ struct Call {
 
   const Tensor* h0() const { return states.empty() ? nullptr : &states[0]; }
   const Tensor* c0() const { return states.size() < 2 ? nullptr : &states[1]; }
+  bool has_ids() const { return x.scalar_type() == at::kLong; }
+  // A tensor of the layer's dtype, on its device.
+  const Tensor& like() const { return has_ids() ? params[0] : x; }
   // Whether c0 is float where the others have 16 bits: c_n is then float too.
-  bool has_wide_c() const { return x.element_size() == 2 && c0() && c0()->scalar_type() == at::kFloat; }
+  bool has_wide_c() const { return like().element_size() == 2 && c0() && c0()->scalar_type() == at::kFloat; }
   at::TensorList params_of_direction(int64_t d) const {
     const size_t count = params.size() / recipe.directions();
     return params.slice(d * count, count);

@@ -38,6 +38,16 @@ FamilyChoice family_choice(int device, const Recipe& recipe) {
   return choice;
 }
 
+FamilyChoice without_x(FamilyChoice choice) {
+  for (Family family : kFamilies) {
+    if (!traits_of(family).reads_x) continue;
+    choice.excluded |= bit_of(family);
+    if (choice.preferred == family) choice.preferred.reset();
+    if (choice.forced == family) choice.forced.reset();
+  }
+  return choice;
+}
+
 void exclude_families(const std::vector<Family>& families, int device) {
   unsigned bits = 0;
   for (Family family : families) bits |= bit_of(family);

@@ -24,11 +24,15 @@ void exclude_families(const std::vector<Family>& families, int device);
 // From now on the family does not serve on the device; warns. Raises what was caught if FUSED_RNN_PLAN forces the family.
 void family_was_refused(Family family, int device, const LaunchRefused& caught);
 
+// The choice without the families that read x, for a call that has none.
+FamilyChoice without_x(FamilyChoice choice);
+
 // run(plan) with the plan for a problem on the device; where that refuses the launch, with the plan of the next family.
 template <class Run>
-void run_planned(const Problem& problem, int device, const Recipe& recipe, const Run& run) {
+void run_planned(const Problem& problem, int device, const Recipe& recipe, const Run& run, bool has_x = true) {
   for (;;) {
-    const Plan& plan = cuda::plan_for(problem, device, family_choice(device, recipe));
+    const FamilyChoice choice = family_choice(device, recipe);
+    const Plan& plan = cuda::plan_for(problem, device, has_x ? choice : without_x(choice));
     const Family family = plan.family;
     try {
       return run(plan);

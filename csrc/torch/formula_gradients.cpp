@@ -8,6 +8,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "torch/formula_layer.h"
+#include "torch/ids.h"
 
 namespace fused_rnn {
 namespace {
@@ -40,7 +41,7 @@ Tensor recurrent_gradient(const FormulaLayer& layer, const FormulaGradients& mad
   const Tensor& w_hh = layer.call.params_of_direction(k)[1];
   if (layer.heads == 1) return recurrent_weight_gradient(call, s, rows, d_rec, series, k).view(w_hh.sizes());
   const Tensor before = rows.of(previous_states(call, s, output_of_direction(series, s, k), k));
-  const Tensor dw = empty_like(call.x, w_hh.sizes());
+  const Tensor dw = empty_like(call.like(), w_hh.sizes());
   for (int64_t head = 0; head < layer.heads; ++head) {
     const Tensor of_head = part(before, 1, head * units, (head + 1) * units);
     for (int64_t g = 0; g < G; ++g) {
@@ -56,7 +57,7 @@ Tensor recurrent_gradient(const FormulaLayer& layer, const FormulaGradients& mad
 Tensor through_recurrent_weights(const FormulaLayer& layer, const Tensor& d_rec, int k) {
   const LayerShapes& s = layer.shapes;
   const Tensor& w_hh = layer.call.params_of_direction(k)[1];
-  const Tensor out = empty_like(layer.call.x, {d_rec.size(0), s.H});
+  const Tensor out = empty_like(layer.call.like(), {d_rec.size(0), s.H});
   const int64_t units = s.H / layer.heads;
   if (layer.heads == 1) {
     multiply_into(out, d_rec, /*transposed=*/false, w_hh.view({-1, s.H}), /*add=*/false);
@@ -82,7 +83,7 @@ class BlockSums {
     for (int q = 0; q < traits.phases; ++q) norms |= layer.phase(q) == cpu::FormulaPhase::kLayerNorm;
     const int64_t first = layer.call.recipe.has_biases ? 0 : traits.gradients;
     const int64_t last = traits.gradients + traits.parameters + (norms ? traits.phases : 0);
-    sums_ = empty_like(layer.call.x, {last * H_});
+    sums_ = empty_like(layer.call.like(), {last * H_});
     if (first < last) sum_rows_into(part(sums_, 0, first * H_, last * H_), made.blocks(k, first, last - first));
   }
   // Of `count` blocks [count * H]: memory that others see too.
@@ -98,7 +99,7 @@ void phase_gradients(const FormulaLayer& layer, const FormulaGradients& made, co
                      std::vector<Tensor>& gradients) {
   const cpu::FormulaTraits& traits = layer.traits();
   const int64_t H = layer.shapes.H, block = traits.gradients + traits.parameters + q;
-  const Tensor &x = layer.call.x, v = made.v[q].select(0, k);
+  const Tensor &x = layer.call.like(), v = made.v[q].select(0, k);
   const Tensor d = made.blocks(k, block, 1);
   const auto sums_of = [&](const Tensor& rows) {
     const Tensor made_sums = empty_like(x, {H});
@@ -122,8 +123,9 @@ void phase_gradients(const FormulaLayer& layer, const FormulaGradients& made, co
 
 }  // namespace
 
-void direction_gradients(const FormulaLayer& layer, const FormulaGradients& made, const RowChoice& rows, const Tensor& x,
+void direction_gradients(const FormulaLayer& layer, const FormulaGradients& made, const RowChoice& rows, const Tensor& given,
                          int k, std::vector<Tensor>& gradients) {
+  const Tensor& x = layer.call.like();
   const LayerShapes& s = layer.shapes;
   const cpu::FormulaTraits& traits = layer.traits();
   const int64_t in = traits.input_gates * s.H, G = traits.recurrent_gates;
@@ -132,7 +134,12 @@ void direction_gradients(const FormulaLayer& layer, const FormulaGradients& made
   const BlockSums sums(layer, made, k);
   for_input_blocks(traits, [&](int64_t gate, int64_t block, int64_t count) {
     const Tensor d = made.blocks(k, block, count);
-    multiply_into(part(dw_ih, 0, gate * s.H, (gate + count) * s.H), d, /*transposed=*/true, x, /*add=*/false);
+    const Tensor dw = part(dw_ih, 0, gate * s.H, (gate + count) * s.H);
+    if (layer.call.has_ids()) {
+      scatter_columns_into(dw, d, given);
+    } else {
+      multiply_into(dw, d, /*transposed=*/true, given, /*add=*/false);
+    }
     if (biases) part(db_ih, 0, gate * s.H, (gate + count) * s.H).copy_(sums.of(block, count));
   });
   gradients.push_back(dw_ih);

@@ -9,6 +9,7 @@
 #include "cpu/isa/kernels.h"
 #include "torch/device.h"
 #include "torch/formula_ops.h"
+#include "torch/ids.h"
 #ifdef FUSED_RNN_WITH_CUDA
 #include "torch/formula_device.h"
 #endif
@@ -36,7 +37,7 @@ const FormulaLibrary* find(const std::string& formula, DType dtype) {
 void check_direction(const FormulaLayer& layer, at::TensorList w) {
   const LayerShapes& s = layer.shapes;
   const cpu::FormulaTraits& traits = layer.traits();
-  const Tensor& x = layer.call.x;
+  const Tensor& x = layer.call.like();
   const auto dtype = x.scalar_type();
   const int64_t in = traits.input_gates * s.H, rec = traits.recurrent_gates * s.H;
   check_tensor("weight_ih", w[0], {in, s.I}, x, dtype);
@@ -72,7 +73,8 @@ Tensor own_parameters(const FormulaLayer& layer, int d) {
 }  // namespace
 
 FormulaLayer check_formula(const Call& call, const std::string& formula) {
-  const Tensor& x = call.x;
+  TORCH_CHECK_VALUE(!call.params.empty(), "params: expected the weights of a layer, got none");
+  const Tensor& x = call.like();
   const FormulaLibrary* cell = nullptr;
   const cpu::FormulaTraits* facts = nullptr;
 #ifdef FUSED_RNN_WITH_CUDA
@@ -97,12 +99,14 @@ FormulaLayer check_formula(const Call& call, const std::string& formula) {
   const auto wanted = static_cast<int64_t>(layer.first_of_phase(traits.phases));
   TORCH_CHECK_VALUE(static_cast<int64_t>(call.params.size()) == wanted * s.D, "params: expected ", wanted * s.D,
                     " tensors, got ", call.params.size());
-  check_memory("input", x);
+  check_memory("input", call.x);
+  TORCH_CHECK(call.x.device() == x.device(), "input: expected device ", x.device(), " (the weights'), got ",
+              call.x.device());
   check_dimensions(call);
   const Tensor& w_ih = call.params[0];
   TORCH_CHECK(w_ih.dim() == 2 && w_ih.size(0) > 0 && w_ih.size(0) % traits.input_gates == 0, "weight_ih: expected shape [",
               traits.input_gates, "*H, I], got ", w_ih.sizes());
-  s.I = x.size(-1);
+  s.I = call.has_ids() ? w_ih.size(1) : x.size(-1);
   s.H = s.P = w_ih.size(0) / traits.input_gates;
   if (layer.recurs() && call.params[1].dim() == 3) layer.heads = static_cast<int>(call.params[1].size(0));
   TORCH_CHECK(layer.heads > 0 && s.H % layer.heads == 0, "weight_hh: expected heads that divide H=", s.H, ", got ",
@@ -122,8 +126,8 @@ void fill(cpu::FormulaParams& p, const FormulaLayer& layer, Copies& copies) {
   const LayerShapes& s = layer.shapes;
   const Call& call = layer.call;
   p.cell = layer.cell;
-  p.dtype = dtype_of(call.x);
-  p.I = s.I, p.H = s.H, p.D = s.D, p.heads = layer.heads;
+  p.dtype = dtype_of(call.like());
+  p.I = call.has_ids() ? 0 : s.I, p.H = s.H, p.D = s.D, p.heads = layer.heads;
   p.seq = sequence_of(call, s, copies);
   p.modifier.resets = modifier_of(call, copies).resets;
   for (size_t i = 0; i < call.rows.reset_states.size(); ++i) {

@@ -62,8 +62,8 @@ struct FormulaGradients {
   }
 };
 
-// Of the parameters of direction k, appended. x: the rows of the input that `rows` chooses.
-void direction_gradients(const FormulaLayer& layer, const FormulaGradients& made, const RowChoice& rows, const Tensor& x,
+// Of the parameters of direction k, appended. given: the rows [n, I] or the ids [n] of the input that `rows` chooses.
+void direction_gradients(const FormulaLayer& layer, const FormulaGradients& made, const RowChoice& rows, const Tensor& given,
                          int k, std::vector<Tensor>& gradients);
 Tensor input_gradient(const FormulaLayer& layer, const FormulaGradients& made, const RowChoice& rows);
 // Of what resets put into the states, appended.

@@ -10,6 +10,7 @@
 
 #include "torch/device.h"
 #include "torch/formula_layer.h"
+#include "torch/ids.h"
 #include "torch/workspace.h"
 #ifdef FUSED_RNN_WITH_CUDA
 #include "torch/formula_device.h"
@@ -45,11 +46,16 @@ struct DeviceBlock {
 Tensor input_products(const FormulaLayer& layer) {
   const LayerShapes& s = layer.shapes;
   const Call& call = layer.call;
-  const Tensor x = call.x.reshape({s.N, s.I});
-  const Tensor products = empty_inside(x, {s.D, s.N, layer.traits().input_gates * s.H});
+  const Tensor x = call.has_ids() ? ids_of_rows(call, s) : call.x.reshape({s.N, s.I});
+  const Tensor products = empty_inside(call.like(), {s.D, s.N, layer.traits().input_gates * s.H});
   for (int d = 0; d < s.D; ++d) {
     const at::TensorList w = call.params_of_direction(d);
     Tensor out = products.select(0, d);
+    if (call.has_ids()) {
+      gather_columns_into(out, w[0], x);
+      if (call.recipe.has_biases) out.add_(w[layer.first_bias()]);
+      continue;
+    }
     if (call.recipe.has_biases) {
       at::addmm_out(out, w[layer.first_bias()], x, w[0].t());
     } else {
@@ -60,20 +66,31 @@ Tensor input_products(const FormulaLayer& layer) {
 }
 #endif
 
-LayerOutputs formula_on(const Tensor& x, at::TensorList states, at::TensorList params, at::TensorList rows,
+// The input products of ids on a CPU, for the scan to read.
+Tensor gather_input_products(const FormulaLayer& layer, cpu::FormulaForward& p) {
+  const LayerShapes& s = layer.shapes;
+  const Tensor ids = ids_of_rows(layer.call, s);
+  const Tensor columns = empty_inside(layer.call.like(), {s.D, s.N, layer.traits().input_gates * s.H});
+  for (int d = 0; d < s.D; ++d) gather_columns_into(columns.select(0, d), layer.call.params_of_direction(d)[0], ids);
+  p.columns = columns.const_data_ptr();
+  return columns;
+}
+
+LayerOutputs formula_on(const Tensor& input, at::TensorList states, at::TensorList params, at::TensorList rows,
                         std::string_view cell, int64_t flags) {
 #ifdef FUSED_RNN_WITH_CUDA
-  const DeviceBlock block(x);
+  const DeviceBlock block(input);
 #endif
   const Rows given = rows_of(rows, flags);
-  const Call call{x, states, params, given, recipe_of_flags(flags)};
+  const Call call{input, states, params, given, recipe_of_flags(flags)};
+  const Tensor& x = call.like();
   const FormulaLayer layer = check_formula(call, std::string(cell));
   const LayerShapes& s = layer.shapes;
   const cpu::FormulaTraits& traits = layer.traits();
   cpu::FormulaForward p{};
   Copies copies;
   fill(p, layer, copies);
-  p.x = copies.contiguous(x);
+  if (!call.has_ids()) p.x = copies.contiguous(input);
   p.training = flags & kFormulaSave;
   Tensor y = empty_like(x, s.output(call));
   p.y = data_or_null(y);
@@ -107,6 +124,8 @@ LayerOutputs formula_on(const Tensor& x, at::TensorList states, at::TensorList p
     return {std::move(y), std::move(last), std::move(saved)};
   }
 #endif
+  Tensor columns;
+  if (call.has_ids()) columns = gather_input_products(layer, p);
   Workspace workspace;
   cpu::forward(p, [&](int64_t bytes) { return workspace.take(bytes); });
   return {std::move(y), std::move(last), std::move(saved)};
@@ -115,7 +134,7 @@ LayerOutputs formula_on(const Tensor& x, at::TensorList states, at::TensorList p
 // The gradients of states after each step, which follow those of the last states in dlast.
 void fill_gradients_of_series(cpu::FormulaBackward& p, const FormulaLayer& layer, at::TensorList dlast, Copies& copies) {
   const LayerShapes& s = layer.shapes;
-  const Tensor& x = layer.call.x;
+  const Tensor& x = layer.call.like();
   auto next = static_cast<size_t>(layer.traits().states);
   for (int i = 0; i < layer.traits().states && next < dlast.size(); ++i) {
     if (i == layer.traits().output) continue;
@@ -131,7 +150,7 @@ FormulaGradients run_backward(const FormulaLayer& layer, [[maybe_unused]] const 
   const LayerShapes& s = layer.shapes;
   const Call& call = layer.call;
   const cpu::FormulaTraits& traits = layer.traits();
-  const Tensor& x = call.x;
+  const Tensor& x = call.like();
   const auto dtype = x.scalar_type();
   const bool all_states = call.recipe.all_states;
   const auto has_series = [&](int i) { return all_states ? i != traits.output : layer.keeps(i); };
@@ -209,7 +228,8 @@ LayerGradients formula_backward_on(const OptionalTensor& dy, at::TensorList dlas
   const FormulaLayer layer = check_formula(call, std::string(cell));
   const bool wants_states = flags & kFormulaGradStates;
   FormulaGradients made = run_backward(layer, std::string(cell), dy, dlast, saved, wants_states);
-  const auto none = [&] { return empty_like(x, {0}); };
+  const auto none = [&] { return empty_like(call.like(), {0}); };
+  TORCH_CHECK_VALUE(!(call.has_ids() && flags & kFormulaGradX), "flags: expected no gradient of an input of ids");
   std::vector<Tensor> d_states, d_params;
   for (size_t i = 0; i < states.size(); ++i) d_states.push_back(wants_states ? made.d_states[i] : none());
   if (wants_states && !given.reset_states.empty()) {
@@ -221,9 +241,12 @@ LayerGradients formula_backward_on(const OptionalTensor& dy, at::TensorList dlas
   made.d = chosen.of(made.d, 1);
   for (Tensor& v : made.v) v = chosen.of(v, 1);
   if (flags & kFormulaGradParams) {
-    Tensor rows_of_x = chosen.of(x.contiguous().view({layer.shapes.N, layer.shapes.I}));
+    Tensor rows_of_x =
+        chosen.of(call.has_ids() ? ids_of_rows(call, layer.shapes) : x.contiguous().view({layer.shapes.N, layer.shapes.I}));
     // The d of padding is 0, but its x may hold anything, and 0 * NaN is not 0.
-    if (given.lengths && chosen.all()) rows_of_x = at::where(active_rows(call, layer.shapes), rows_of_x, 0);
+    if (given.lengths && chosen.all() && !call.has_ids()) {
+      rows_of_x = at::where(active_rows(call, layer.shapes), rows_of_x, 0);
+    }
     for (int k = 0; k < layer.shapes.D; ++k) direction_gradients(layer, made, chosen, rows_of_x, k, d_params);
   } else {
     for (size_t i = 0; i < params.size(); ++i) d_params.push_back(none());

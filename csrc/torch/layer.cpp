@@ -91,25 +91,25 @@ ForwardCall prepare_forward(const Call& call, bool save) {
   const CellKind cell = call.recipe.cell;
   const bool has_c = traits_of(cell).has_c;
   ForwardCall made;
-  made.h_n = empty_like(call.x, s.state(call, s.P));
-  made.y = call.one_step ? made.h_n : empty_like(call.x, s.output(call));  // a step's are the same values
-  if (has_c) made.c_n = empty_like(call.has_wide_c() ? *call.c0() : call.x, s.state(call, s.H));
+  made.h_n = empty_like(call.like(), s.state(call, s.P));
+  made.y = call.one_step ? made.h_n : empty_like(call.like(), s.output(call));  // a step's are the same values
+  if (has_c) made.c_n = empty_like(call.has_wide_c() ? *call.c0() : call.like(), s.state(call, s.H));
   made.gives_cs = has_c && call.recipe.all_states;
   if (made.gives_cs) {
-    made.cs = empty_like(call.x, {s.D, s.N, s.H});
+    made.cs = empty_like(call.like(), {s.D, s.N, s.H});
   } else if (save && has_c) {
-    made.cs = empty_inside(call.x, {s.D, s.N, s.H});
+    made.cs = empty_inside(call.like(), {s.D, s.N, s.H});
   }
 
   ForwardParams& p = made.params;
   p = {};
   p.cell = cell;
-  p.dtype = dtype_of(call.x);
+  p.dtype = dtype_of(call.like());
   p.wide_c = call.has_wide_c();
-  p.I = s.I, p.H = s.H, p.P = s.P, p.D = s.D;
+  p.I = call.has_ids() ? 0 : s.I, p.H = s.H, p.P = s.P, p.D = s.D;
   p.seq = sequence_of(call, s, made.copies);
   p.modifier = modifier_of(call, made.copies);
-  p.x = made.copies.contiguous(call.x);
+  if (!call.has_ids()) p.x = made.copies.contiguous(call.x);
   p.h0 = made.copies.contiguous(call.h0());
   p.c0 = made.copies.contiguous(call.c0());
   for (int d = 0; d < s.D; ++d) p.weights[d] = weights_of(call, s, d, made.copies);
@@ -142,7 +142,7 @@ BackwardCall prepare_backward(const Call& call, const ResultGradients& given, Gr
   const LayerShapes s = check_layer(call);
   const CellKind cell = call.recipe.cell;
   const CellTraits traits = traits_of(cell);
-  const Tensor& x = call.x;
+  const Tensor& x = call.like();
   const auto dtype = x.scalar_type();
   const int64_t S = slot_count(cell);
   const OptionalTensor &y = given.saved.y, dh_n = given.dh_n(), dc_n = given.dc_n();
@@ -153,8 +153,9 @@ BackwardCall prepare_backward(const Call& call, const ResultGradients& given, Gr
   check_optional("dc_n", dc_n, {s.D, s.B, s.H}, x, call.has_wide_c() ? at::kFloat : dtype);
   check_optional("dcs", given.d_cs(), {s.D, s.N, s.H}, x, dtype);
   const bool has_gates = saves_gates(cell, call.rows);
-  if (has_gates) check_tensor("gates", given.saved.gates, {s.D, s.N, S, s.H}, x, dtype);
-  if (traits.has_c) check_tensor("cs", given.saved.cs, {s.D, s.N, s.H}, x, dtype);
+  const OptionalTensor gates = has_gates ? optional_of(given.saved.gates) : std::nullopt, cs = optional_of(given.saved.cs);
+  check_optional("gates", gates, {s.D, s.N, S, s.H}, x, dtype);
+  check_optional("cs", cs, {s.D, s.N, s.H}, x, dtype);
 
   BackwardCall made;
   made.shapes = s;
@@ -177,8 +178,8 @@ BackwardCall prepare_backward(const Call& call, const ResultGradients& given, Gr
   p.dc_n = copies.contiguous(dc_n && dc_n->defined() ? &*dc_n : nullptr, dtype);
   for (int d = 0; d < s.D; ++d) p.weights[d] = weights_of(call, s, d, copies);
   p.y = copies.contiguous(y);
-  p.gates = has_gates ? copies.contiguous(given.saved.gates) : nullptr;
-  p.cs = traits.has_c ? copies.contiguous(given.saved.cs) : nullptr;
+  p.gates = copies.contiguous(gates);
+  p.cs = copies.contiguous(cs);
   p.dy = copies.contiguous(given.dy);
   p.dh_n = copies.contiguous(dh_n);
   p.d_gates = data_or_null(made.d_gates);

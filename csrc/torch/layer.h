@@ -20,6 +20,7 @@ using LayerGradients = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tenso
 struct ForwardCall {
   ForwardParams params;
   Tensor y, h_n, c_n, gates, cs;  // undefined where there is none
+  Tensor columns;                 // that p.columns points into
   bool gives_cs;                  // as a result
   bool saves_gates;
   Copies copies;
@@ -93,7 +94,7 @@ InputColumns input_columns(CellKind cell, int64_t H, const Tensor& dg);
 void input_gradient(const Call& call, const InputColumns& all, const Tensor& dx, int64_t d);
 
 // The gradients of W_ih and b_ih from rows of one direction: x [rows, I], dg [rows, S * H]; or that added to them. db_ih may
-// be undefined.
+// be undefined. x may be ids [rows], without `add`.
 void input_weight_gradients(CellKind cell, const Tensor& x, const Tensor& dg, const Tensor& dw_ih, const Tensor& db_ih,
                             bool add);
 

@@ -99,7 +99,7 @@ class LayerNode final : public torch::autograd::Node {
     if (std::none_of(dlast.begin(), dlast.end(), [](const Tensor& t) { return t.defined(); })) dlast.clear();
     for (Tensor& t : dlast) {
       // By the dispatcher: fake among fake ones. Not of x_ again: hooks (checkpointing) allow one unpack in a backward.
-      if (!t.defined()) t = at::empty({0}, call.x.options());
+      if (!t.defined()) t = at::empty({0}, call.like().options());
     }
     // Called outside of a backward pass (grad_fn(...) from Python), nobody would run the other node.
     const bool in_pass = torch::autograd::get_current_graph_task_id() >= 0;

@@ -24,6 +24,7 @@
 #include "core/dispatch.h"
 #include "cpu/scan/previous.h"
 #include "torch/device.h"
+#include "torch/ids.h"
 #include "torch/layer.h"
 #include "torch/products.h"
 
@@ -122,12 +123,12 @@ void multiply_shifted(const Tensor& dw, const Tensor& d_rg, const Call& call, co
 // Rows that take no part get zeros for h_prev: their y and h0 may be NaN, and 0 * NaN is not 0.
 Tensor recurrent_weight_gradient(const Call& call, const LayerShapes& s, const RowChoice& rows, const Tensor& d_rg,
                                  const OptionalTensor& y, int d) {
-  const Tensor dw = empty_like(call.x, {d_rg.size(1), s.P});
+  const Tensor dw = empty_like(call.like(), {d_rg.size(1), s.P});
   if (call.rows.all() && !call.rows.options.product) {
     multiply_shifted(dw, d_rg, call, s, y, d);
   } else {
     // y of a single step is never read.
-    const Tensor of_direction = y ? output_of_direction(*y, s, d) : empty_like(call.x, {s.N, s.P});
+    const Tensor of_direction = y ? output_of_direction(*y, s, d) : empty_like(call.like(), {s.N, s.P});
     const Tensor h_prev = rows.of(previous_states(call, s, of_direction, d));
     multiply_into(dw, d_rg, /*transposed=*/true, h_prev, /*add=*/false);
   }
@@ -149,8 +150,8 @@ void weight_gradients(const Call& call, const ResultGradients& given, const Back
   const CellKind cell = call.recipe.cell;
   const int64_t G = gate_count(cell), S = slot_count(cell), H = s.H;
   const Tensor d_rg = part(dg, 1, (S - G) * H, S * H);
-  const Tensor dw_ih = empty_like(call.x, {G * H, s.I});
-  const Tensor db_ih = empty_like(call.x, {G * H}), db_hh = empty_like(call.x, {G * H});
+  const Tensor dw_ih = empty_like(call.like(), {G * H, s.I});
+  const Tensor db_ih = empty_like(call.like(), {G * H}), db_hh = empty_like(call.like(), {G * H});
   input_weight_gradients(cell, x, dg, dw_ih, call.recipe.has_biases ? db_ih : Tensor(), /*add=*/false);
   gradients.push_back(dw_ih);
   gradients.push_back(recurrent_weight_gradient(call, s, rows, d_rg, given.saved.y, d));
@@ -165,7 +166,7 @@ void weight_gradients(const Call& call, const ResultGradients& given, const Back
   }
   if (s.projection) {
     const Tensor o = rows.of(given.saved.gates.select(0, d).select(1, 3)), c = rows.of(given.saved.cs.select(0, d));
-    gradients.push_back(empty_like(call.x, {s.P, H}));
+    gradients.push_back(empty_like(call.like(), {s.P, H}));
     multiply_into(gradients.back(), rows.of(made.d_h.select(0, d)), /*transposed=*/true, at::mul(o, at::tanh(c)),
                   /*add=*/false);
   }
@@ -174,8 +175,8 @@ void weight_gradients(const Call& call, const ResultGradients& given, const Back
 // Of the states that were given.
 std::vector<Tensor> state_gradients(const Call& call, const BackwardCall& made, bool wanted) {
   std::vector<Tensor> gradients;
-  if (call.h0()) gradients.push_back(wanted ? made.d_h0 : empty_like(call.x, {0}));
-  if (call.c0()) gradients.push_back(wanted ? made.d_c0.to(call.c0()->scalar_type()) : empty_like(call.x, {0}));
+  if (call.h0()) gradients.push_back(wanted ? made.d_h0 : empty_like(call.like(), {0}));
+  if (call.c0()) gradients.push_back(wanted ? made.d_c0.to(call.c0()->scalar_type()) : empty_like(call.like(), {0}));
   return gradients;
 }
 
@@ -184,7 +185,7 @@ void reset_state_gradients(const Call& call, const BackwardCall& made, bool want
   const std::vector<Tensor>& given = call.rows.reset_states;
   if (given.empty()) return;
   if (!wanted) {
-    gradients.insert(gradients.end(), given.size(), empty_like(call.x, {0}));
+    gradients.insert(gradients.end(), given.size(), empty_like(call.like(), {0}));
     return;
   }
   const LayerShapes& s = made.shapes;
@@ -195,7 +196,7 @@ void reset_state_gradients(const Call& call, const BackwardCall& made, bool want
   for (const Tensor& t : given) sums.push_back(at::zeros(t.sizes(), t.options().dtype(at::toOpMathType(t.scalar_type()))));
   for (int d = 0; n > 0 && d < s.D; ++d) {
     const Tensor d_rg = part(gate_gradients(made, S * s.H, d), 1, (S - G) * s.H, S * s.H).index_select(0, resets.rows);
-    Tensor dh = empty_like(call.x, {n, s.P});
+    Tensor dh = empty_like(call.like(), {n, s.P});
     multiply_into(dh, d_rg, /*transposed=*/false, call.params_of_direction(d)[1], /*add=*/false);
     if (const auto& factors = call.rows.options.product) dh.mul_(factors->select(0, d).index_select(0, resets.b));
     if (made.d_reset_h.defined()) dh = at::add(dh, made.d_reset_h.select(0, d).index_select(0, resets.rows));
@@ -259,7 +260,11 @@ void input_weight_gradients(CellKind cell, const Tensor& x, const Tensor& dg, co
                             bool add) {
   for (const auto& [columns, first] : input_columns(cell, dg.size(1) / slot_count(cell), dg)) {
     const int64_t end = first + columns.size(1);
-    multiply_into(part(dw_ih, 0, first, end), columns, /*transposed=*/true, x, add);
+    if (x.scalar_type() == at::kLong) {
+      scatter_columns_into(part(dw_ih, 0, first, end), columns, x);
+    } else {
+      multiply_into(part(dw_ih, 0, first, end), columns, /*transposed=*/true, x, add);
+    }
     if (db_ih.defined()) sum_rows_into(part(db_ih, 0, first, end), columns, add);
   }
 }
@@ -284,10 +289,14 @@ LayerGradients gradients_of_layer(const Call& call, const ResultGradients& given
   const LayerShapes& s = made.shapes;
   const int64_t columns = slot_count(call.recipe.cell) * s.H;
   const RowChoice rows = samples ? RowChoice() : RowChoice(call, s);  // every sample has as many rows
-  Tensor x = mask.weights ? rows.of(call.x.contiguous().view({s.N, s.I})) : Tensor();
+  TORCH_CHECK_VALUE(!(mask.x && call.has_ids()), "mask: expected no gradient of an input of ids to be asked for");
+  const bool reads_x = mask.weights && !call.has_ids();
+  Tensor x = reads_x        ? rows.of(call.x.contiguous().view({s.N, s.I}))
+             : mask.weights ? rows.of(ids_of_rows(call, s))
+                            : Tensor();
   // The d_gates of padding are 0, but its x may hold anything, and 0 * NaN is not 0.
-  if (call.rows.lengths && rows.all() && mask.weights) x = at::where(active_rows(call, s), x, 0);
-  Tensor dx = empty_like(call.x, mask.x ? at::DimVector{rows.count(s), s.I} : at::DimVector{0});
+  if (call.rows.lengths && rows.all() && reads_x) x = at::where(active_rows(call, s), x, 0);
+  Tensor dx = empty_like(call.like(), mask.x ? at::DimVector{rows.count(s), s.I} : at::DimVector{0});
   std::vector<Tensor> dparams;
   for (int d = 0; d < s.D; ++d) {
     const Tensor dg = mask.x || mask.weights ? rows.of(gate_gradients(made, columns, d)) : Tensor();
@@ -297,7 +306,7 @@ LayerGradients gradients_of_layer(const Call& call, const ResultGradients& given
     } else if (mask.weights) {
       weight_gradients(call, given, made, rows, x, dg, d, dparams);
     } else {
-      for (int64_t i = 0; i < s.per_direction; ++i) dparams.push_back(empty_like(call.x, {0}));
+      for (int64_t i = 0; i < s.per_direction; ++i) dparams.push_back(empty_like(call.like(), {0}));
     }
   }
   if (mask.x) dx = rows.spread(dx, s).view(call.x.sizes());

@@ -19,7 +19,7 @@ namespace {
 // The names of an nn.Module's fields.
 struct Names {
   PyObject *parameters, *weights_override, *regularisation, *flat_weights_names, *num_layers, *bidirectional, *batch_first,
-      *input_size, *hidden_size, *bias, *dropout, *training, *mode, *nonlinearity, *forward, *compiled, *call;
+      *input_size, *hidden_size, *bias, *dropout, *training, *mode, *nonlinearity, *forward, *compiled, *call, *checkpoint;
   PyObject* cell_weights;  // tuple
   PyObject* hooks[4];
 };
@@ -44,6 +44,7 @@ const Names& names() {
                  name("forward"),
                  name("_compiled_call_impl"),
                  name("__call__"),
+                 name("checkpoint"),
                  cell,
                  {name("_forward_hooks"), name("_forward_pre_hooks"), name("_backward_hooks"), name("_backward_pre_hooks")}};
   }();
@@ -141,7 +142,7 @@ Results run(const Call& call, F&& f) {
   constexpr int64_t kShort = int64_t{1} << 19;
   int64_t work = 0;
   for (const Tensor& w : call.params) work += w.numel();
-  const int64_t rows = call.x.numel() / std::max<int64_t>(call.x.size(-1), 1);
+  const int64_t rows = call.has_ids() ? call.x.numel() : call.x.numel() / std::max<int64_t>(call.x.size(-1), 1);
   if (work * rows <= kShort) return f(call);
   const std::vector<Tensor> params = call.params.vec(), states = call.states.vec();
   const Tensor x = call.x;
@@ -180,16 +181,17 @@ PyObject* call_layers(const Fields& fields, CellKind cell, const Tensor& input, 
   recipe.cell = cell;
   int64_t input_size = 0, hidden_size = 0;
   Borrowed weights;
-  if (input.dim() != 3 || fields.has(n.weights_override) || !fields.read(n.num_layers, recipe.num_layers) ||
-      recipe.num_layers < 1 || !fields.read(n.bidirectional, recipe.bidirectional) ||
-      !fields.read(n.batch_first, recipe.batch_first) || !fields.read(n.bias, recipe.has_biases) ||
-      !fields.read(n.training, recipe.training) || !fields.read(n.dropout, recipe.dropout) ||
-      !fields.read(n.input_size, input_size) || !fields.read(n.hidden_size, hidden_size) ||
-      !fields.parameters(fields.get(n.flat_weights_names), weights, false)) {
+  const int64_t ids = input.scalar_type() == at::kLong;  // have one dimension less
+  if (input.dim() != 3 - ids || fields.has(n.weights_override) || fields.has(n.checkpoint) ||
+      !fields.read(n.num_layers, recipe.num_layers) || recipe.num_layers < 1 ||
+      !fields.read(n.bidirectional, recipe.bidirectional) || !fields.read(n.batch_first, recipe.batch_first) ||
+      !fields.read(n.bias, recipe.has_biases) || !fields.read(n.training, recipe.training) ||
+      !fields.read(n.dropout, recipe.dropout) || !fields.read(n.input_size, input_size) ||
+      !fields.read(n.hidden_size, hidden_size) || !fields.parameters(fields.get(n.flat_weights_names), weights, false)) {
     return nullptr;
   }
   const at::TensorList params = weights.tensors();
-  if (input.size(2) != input_size || input.size(0) == 0 || input.size(1) == 0 ||
+  if ((ids ? params[0].size(1) : input.size(2)) != input_size || input.size(0) == 0 || input.size(1) == 0 ||
       params[0].size(0) != gate_count(cell) * hidden_size) {
     return nullptr;
   }
@@ -206,13 +208,14 @@ PyObject* call_cell(const Fields& fields, CellKind cell, const Tensor& input, at
   recipe.cell = cell;
   int64_t input_size = 0, hidden_size = 0;
   Borrowed weights;
-  if (input.dim() != 2 || !fields.read(names().input_size, input_size) || !fields.read(names().hidden_size, hidden_size) ||
-      !fields.parameters(names().cell_weights, weights, true)) {
+  const int64_t ids = input.scalar_type() == at::kLong;
+  if (input.dim() != 2 - ids || !fields.read(names().input_size, input_size) ||
+      !fields.read(names().hidden_size, hidden_size) || !fields.parameters(names().cell_weights, weights, true)) {
     return nullptr;
   }
   const at::TensorList params = weights.tensors();
-  if (input.size(1) != input_size || input.size(0) == 0 || (params.size() != 2 && params.size() != 4) ||
-      params[1].dim() != 2 || params[1].size(1) != hidden_size) {
+  if ((ids ? params[0].size(1) : input.size(1)) != input_size || input.size(0) == 0 ||
+      (params.size() != 2 && params.size() != 4) || params[1].dim() != 2 || params[1].size(1) != hidden_size) {
     return nullptr;
   }
   recipe.has_biases = params.size() == 4;

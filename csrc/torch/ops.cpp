@@ -65,9 +65,10 @@ Results run_step(const Call& call) {
 }
 
 #ifdef FUSED_RNN_WITH_CUDA
-// Whether a call asks for what torch.nn's results have, and resets, if any, to zeros, and for no options of steps.
+// Whether a call asks for what torch.nn's results have, of an input like torch.nn's, and resets, if any, to zeros, and for no
+// options of steps.
 bool is_plain_call(const Call& call) {
-  return !call.recipe.all_states && call.rows.reset_states.empty() && !call.rows.options.any();
+  return !call.recipe.all_states && call.rows.reset_states.empty() && !call.rows.options.any() && !call.has_ids();
 }
 #endif
 
@@ -85,7 +86,7 @@ Results run_layers(const Call& call) {
 
 Results run_composite(const Call& call) {
 #ifdef FUSED_RNN_WITH_CUDA
-  if (call.one_step) return is_on_device(call.x) ? run_chosen(call, run_step) : run_step(call);
+  if (call.one_step) return is_on_device(call.x) && is_plain_call(call) ? run_chosen(call, run_step) : run_step(call);
 #else
   if (call.one_step) return run_step(call);
 #endif

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "cpu/cpu.h"
+#include "torch/ids.h"
 #include "torch/ops.h"
 #include "torch/weight_node.h"
 #include "torch/workspace.h"
@@ -11,17 +12,19 @@
 namespace fused_rnn {
 namespace {
 
-void run_forward(ForwardCall& call) {
-  if (call.params.seq.B == 0) return;
+void run_forward(const Call& call, ForwardCall& made) {
+  if (made.params.seq.B == 0) return;
+  if (call.has_ids()) gather_input_product(call, made);
   Workspace workspace;
-  cpu::forward(call.params, [&](int64_t bytes) { return workspace.take(bytes); });
+  cpu::forward(made.params, [&](int64_t bytes) { return workspace.take(bytes); });
 }
 
 LayerOutputs layer_cpu(const Tensor& x, at::TensorList states, at::TensorList params, at::TensorList rows, int64_t recipe,
                        bool save) {
   const Rows given = rows_of(rows, recipe);
-  ForwardCall made = prepare_forward({x, states, params, given, layer_recipe_of(recipe)}, save);
-  run_forward(made);
+  const Call call{x, states, params, given, layer_recipe_of(recipe)};
+  ForwardCall made = prepare_forward(call, save);
+  run_forward(call, made);
   return forward_outputs(made, save);
 }
 
@@ -84,7 +87,7 @@ Results run_on_cpu(const Call& call) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const auto layer = [](const Call& one) {
     ForwardCall made = prepare_forward(one, /*save=*/false);
-    run_forward(made);
+    run_forward(one, made);
     return Results{std::move(made.y), made.last()};
   };
   const bool one_layer = call.recipe.num_layers == 1 && !call.recipe.batch_first && !call.recipe.all_states;

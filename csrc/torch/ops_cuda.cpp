@@ -13,6 +13,7 @@
 #include "torch/choice_cuda.h"
 #include "torch/device.h"
 #include "torch/families_cuda.h"
+#include "torch/ids.h"
 #include "torch/ops.h"
 #include "torch/tf32_cuda.h"
 
@@ -41,7 +42,10 @@ void project_rows(const Call& call, const ForwardCall& made, const Tensor& x, in
   const auto w = call.params_of_direction(d);
   const Tensor rows = x.slice(0, first, end);
   Tensor out = made.gates.select(0, d).view({p.seq.N, slot_count(p.cell) * p.H}).slice(0, first, end).slice(1, 0, columns);
-  if (made.params.allow_tf32 && device_has_tf32()) {
+  if (call.has_ids()) {
+    gather_columns_into(out, w[0], rows);
+    if (call.recipe.has_biases) out.add_(w[2]);
+  } else if (made.params.allow_tf32 && device_has_tf32()) {
     if (call.recipe.has_biases) out.copy_(w[2].expand_as(out));
     multiply_tf32(out, rows, w[0].t(), /*add=*/call.recipe.has_biases);
   } else if (call.recipe.has_biases) {
@@ -81,18 +85,19 @@ LayerOutputs layer_cuda(const Tensor& x, at::TensorList states, at::TensorList p
   ForwardCall made = prepare_forward(call, save);
   ForwardParams& p = made.params;
   if (p.seq.B > 0) {
-    p.allow_tf32 = allows_tf32(x);
+    p.allow_tf32 = allows_tf32(call.like());
     const MatmulPrecision precision(p.allow_tf32);
-    run_planned(cuda::problem_of(p), x.get_device(), chosen, [&](const Plan& plan) {
+    const auto run = [&](const Plan& plan) {
       if (!traits_of(plan.family).reads_x) {
         allocate_gates(made);
-        const Tensor all = x.reshape({p.seq.N, p.I});
+        const Tensor all = call.has_ids() ? ids_of_rows(call, p.seq, params[0].size(1)) : x.reshape({p.seq.N, p.I});
         for (int d = 0; d < p.D; ++d) project_rows(call, made, all, d, 0, p.seq.N);
       }
       const Tensor workspace = workspace_of(plan, x);
       p.workspace = workspace.data_ptr();
       cuda::forward(p, plan, c10::cuda::getCurrentCUDAStream().stream());
-    });
+    };
+    run_planned(cuda::problem_of(p), x.get_device(), chosen, run, /*has_x=*/!call.has_ids());
   }
   return forward_outputs(made, save);
 }
@@ -105,7 +110,7 @@ auto run_backward(const Call& call, const ResultGradients& given, GradientMask w
   check_features(call);
   BackwardCall made = prepare_backward(call, given, wanted);
   BackwardParams& p = made.params;
-  p.allow_tf32 = allows_tf32(x);
+  p.allow_tf32 = allows_tf32(call.like());
   const MatmulPrecision precision(p.allow_tf32);
   if (p.seq.B > 0) {
     const Recipe chosen = chosen_for_layer(call, /*training=*/true);

@@ -32,6 +32,7 @@ void sample_weight_gradients(const Call& call, const ResultGradients& given, con
   const LayerShapes& s = made.shapes;
   const CellKind cell = call.recipe.cell;
   const int64_t G = gate_count(cell), S = slot_count(cell), H = s.H;
+  TORCH_CHECK_VALUE(!call.has_ids(), "input: expected no ids with gradients of weights by sample");
   TORCH_CHECK_VALUE(samples > 0 && s.B % samples == 0 && s.N % samples == 0, "samples: expected a divisor of the batch ",
                     s.B, ", got ", samples);
   const Tensor d_rg = part(dg, 1, (S - G) * H, S * H);

@@ -182,7 +182,8 @@ class KnownNodes {
 }  // namespace
 
 NodePointer WeightNode::of(const Call& call, bool one_step) {
-  if (!one_step || !call.rows.plain() || call.recipe.bidirectional || !runs_plainly_on_cpu(call)) return nullptr;
+  if (!one_step || call.has_ids() || !call.rows.plain() || call.recipe.bidirectional || !runs_plainly_on_cpu(call))
+    return nullptr;
   const size_t expected = call.recipe.has_biases ? 4 : 2;  // no projection
   const auto is_trained_leaf = [](const Tensor& t) { return t.requires_grad() && t.is_leaf(); };
   if (call.params.size() != expected || !std::all_of(call.params.begin(), call.params.end(), is_trained_leaf))

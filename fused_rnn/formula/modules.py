@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import _checks, _extras, functional, reference
+from fused_rnn import _checks, _extras, _ids, functional, reference
 from fused_rnn._extras import Extras
 from fused_rnn._recipe import Recipe, Rows
 from fused_rnn.formula import ops, serve
@@ -73,8 +73,12 @@ class _Formula(nn.Module):
 
     def _check_tensors(self, input: Tensor, states: Sequence[Any], weights: Sequence[Any], names: Sequence[str]) -> None:
         _checks.check_tensor("input", input)
+        if input.dtype is torch.int64:  # as _ids.lifted has made them
+            input = _ids.stand_in(input, weights)
         if input.dtype not in _checks.DTYPES:
-            raise ValueError(f"input: expected dtype float64, float32, float16 or bfloat16, got {input.dtype}")
+            raise ValueError(
+                f"input: expected dtype float64, float32, float16 or bfloat16, or int64 or int32 ids, got {input.dtype}"
+            )
         if input.shape[-1:] != (self.input_size,):
             raise ValueError(f"input: expected {self.input_size} features in its last dimension, got {list(input.shape)}")
         autocast = functional.autocast_on(input.device.type)
@@ -169,7 +173,8 @@ class Layer(_Formula):
         """Runs the layers.
 
         Args:
-            input: [T, B, I]; [B, T, I] with batch_first; [T, I] unbatched; or a PackedSequence.
+            input: [T, B, I]; [B, T, I] with batch_first; [T, I] unbatched; or a PackedSequence. Of int64 or int32 without
+                the last dimension: ids of I classes in place of one-hot rows (fused_rnn.functional.lstm explains).
             hx: the initial states, each [L*D, B, H] ([L*D, H] unbatched), in the order of the cell's states: a tensor if
                 there is one, else a tuple; None for zeros.
             lengths: [B] integers: row b takes part in steps t < lengths[b]; its output is 0 after them. Not with packed
@@ -192,6 +197,8 @@ class Layer(_Formula):
         extras = Extras(lengths, resets, reset_state, return_all_states)
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, states, extras)
+        _checks.check_tensor("input", input)
+        input = _ids.lifted(input)
         self._check(input, states)
         if input.dim() not in (2, 3):
             raise ValueError(f"input: expected 2-D or 3-D, got {input.dim()}-D")
@@ -214,10 +221,13 @@ class Layer(_Formula):
         groups = self.num_layers * (2 if self.bidirectional else 1)
         batch_first, casts = self.batch_first and batch_sizes is None, functional.autocast_on(input.device.type)
         sizes = (self.hidden_size,) * len(names)
+        if input.dtype is torch.int64:
+            input = _ids.stand_in(input, [getattr(self, self._names[0])])
         return _extras.Form(input, batch_first, unbatched, batch_sizes, groups, tuple(names), sizes, casts)
 
     def _forward_packed(self, input: PackedSequence, states: list[Tensor], extras: Extras) -> tuple[Any, ...]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
+        data = _ids.lifted(data)
         self._check(data, states)
         _checks.check_batch_sizes(batch_sizes, data)
         batch = int(batch_sizes[0])
@@ -249,17 +259,22 @@ class Layer(_Formula):
         rows = rows.on(input.device)
         rows = rows._replace(reset_states=tuple(functional.autocast(device_type, input, rows.reset_states, [])[1]))
         input, states, weights = functional.autocast(device_type, input, states, list(weights))
+        like = input
+        if input.dtype is torch.int64:
+            input, like = input.squeeze(-1), weights[0]
         every_state = recipe.all_states and len(self.cell.declaration.states) > 1
-        compiled = serve.has_kernels(self._formula, input.device.type, input.dtype, bool(rows.reset_states), every_state)
+        compiled = serve.has_kernels(self._formula, device_type, like.dtype, bool(rows.reset_states), every_state)
         if not states and (not compiled or rows.offsets is not None):  # packed rows do not say the batch size
             shape = (self.num_layers * recipe.directions, batch, self.hidden_size)
-            states = [input.new_zeros(shape) for _ in self.cell.declaration.states]
+            states = [like.new_zeros(shape) for _ in self.cell.declaration.states]
         count = len(self.cell.declaration.states)
         if compiled:
             layer: reference.LayerFunction = functools.partial(ops.layer, self._formula)
             y, last = reference.rnn(input, states, weights, rows, recipe, layer)
             every = last[count:]
             return y, last[:count], as_declared(self.cell, every) if every else []
+        if input.dtype is torch.int64:
+            input = _ids.checked(input, self.input_size, rows.lengths, rows.offsets is not None, recipe.batch_first)
         layer = functools.partial(reference.layer, step=step_function(self.cell))
         if rows.reset_states:
             rows = rows._replace(reset_states=tuple(outputs_first(self.cell, rows.reset_states)))
@@ -320,7 +335,7 @@ class Step(_Formula):
         """One step.
 
         Args:
-            input: [B, I] or [I].
+            input: [B, I] or [I]; or ids of I classes, int64 or int32 [B] or [].
             hx: the states before, each [B, H] or [H], in the cell's order: a tensor if there is one, else a tuple; None
                 for zeros.
             resets: bool [B] (or []): where True the step begins from zeros, or from reset_state, instead of hx.
@@ -334,24 +349,32 @@ class Step(_Formula):
         """
         states = self._states_of(hx)
         weights = [getattr(self, name) for name in self._names]
+        _checks.check_tensor("input", input)
+        input = _ids.lifted(input)
         self._check_tensors(input, states, weights, self._names)
         if input.dim() not in (1, 2):
             raise ValueError(f"input: expected 1-D or 2-D, got {input.dim()}-D")
         shape = [*input.shape[:-1], self.hidden_size]
         _checks.check_states([self._name_of_state(i) for i in range(len(states))], states, *[shape] * len(states))
         names, casts = self.cell.declaration.states, functional.autocast_on(input.device.type)
-        states = _extras.begin_of_step(states, resets, reset_state, input, (names, self.hidden_size, casts))
+        shown = _ids.stand_in(input, weights) if input.dtype is torch.int64 else input
+        states = _extras.begin_of_step(states, resets, reset_state, shown, (names, self.hidden_size, casts))
         input, states, weights = functional.autocast(input.device.type, input, states, list(weights))
+        like = input
+        if input.dtype is torch.int64:
+            input, like = input.squeeze(-1), weights[0]
         recipe = Recipe(OWN_KIND, has_biases=self.bias)
-        if serve.has_kernels(self._formula, input.device.type, input.dtype):
+        if serve.has_kernels(self._formula, input.device.type, like.dtype):
             return self._form_of(self._run(input, states, weights, recipe))
-        states = states or [input.new_zeros(shape) for _ in self.cell.declaration.states]
+        states = states or [like.new_zeros(shape) for _ in self.cell.declaration.states]
+        if input.dtype is torch.int64:
+            input = _ids.checked(input.reshape(1, -1), self.input_size, None, packed=False).reshape(input.shape)
         after = step_function(self.cell)(input, outputs_first(self.cell, states), weights, recipe)
         return self._form_of(as_declared(self.cell, after))
 
     def _run(self, input: Tensor, states: list[Tensor], weights: list[Tensor], recipe: Recipe) -> list[Tensor]:
         """The states after a step on compiled kernels: a layer's call of one step."""
-        batched = input.dim() == 2
+        batched = input.dim() == (1 if input.dtype is torch.int64 else 2)
         x = input.unsqueeze(0) if batched else input[None, None]
         first = [state.unsqueeze(0) if batched else state[None, None] for state in states]
         _, last = ops.layer(self._formula, x, first, weights, Rows(), recipe)

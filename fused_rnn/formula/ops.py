@@ -75,13 +75,16 @@ def _fake_formula(
     x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], rows: Sequence[Tensor], cell: str, flags: int
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Shapes of fused_rnn::formula's results."""
+    ids = x.dtype is torch.int64
+    of_rows = x.shape if ids else x.shape[:-1]
+    shape, x = x.shape, params[0] if ids else x  # of the layer's dtype from here on
     check_places(x, states=states, params=params, rows=rows)
     says = cell_of(cell).declaration
     saved, phases, reads_series = extension.formula_facts(cell, dtype_number(x.dtype))  # type: ignore[union-attr]
     directions, hidden = 2 if flags & BIDIRECTIONAL else 1, params[0].shape[0] // len(says.input_gates)
     packed = rows_of(rows, flags).offsets is not None
-    count = x.shape[0] if packed else x.shape[0] * x.shape[1]
-    batch = states[0].shape[1] if packed else x.shape[1]
+    count = shape[0] if packed else shape[0] * shape[1]
+    batch = states[0].shape[1] if packed else shape[1]
     all_states = bool(flags & ALL_STATES)
     kept = [
         x.new_empty(count, directions * hidden)
@@ -94,7 +97,7 @@ def _fake_formula(
     last = [x.new_empty(directions, batch, hidden) for _ in says.states]
     if all_states:
         last += [x.new_empty(count, directions * hidden) for _ in says.states[1:]]
-    return x.new_empty(*x.shape[:-1], directions * hidden), last, kept if flags & SAVE else []
+    return x.new_empty(*of_rows, directions * hidden), last, kept if flags & SAVE else []
 
 
 def _fake_formula_backward(
@@ -109,7 +112,8 @@ def _fake_formula_backward(
     flags: int,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Shapes of fused_rnn::formula_backward's results."""
-    check_places(x, dy=[dy], dlast=dlast, states=states, params=params, rows=rows, saved=saved)
+    like = params[0] if x.dtype is torch.int64 else x
+    check_places(like, dy=[dy], dlast=dlast, states=states, params=params, rows=rows, saved=saved)
     given = [*states, *rows_of(rows, flags).reset_states]
     return fake_gradients(x, given, params, [flags & GRAD_X, flags & GRAD_STATES, flags & GRAD_PARAMS])
 
@@ -132,7 +136,7 @@ def _backward(ctx: Any, dy: Tensor | None, dlast: Sequence[Tensor | None], dsave
         others = others[count:]
     states, params, rows = groups
     masks = len(rows) - len(rows_of(rows, ctx.flags).reset_states)
-    none = x.new_empty(0)
+    none = (params[0] if x.dtype is torch.int64 else x).new_empty(0)
     given = [none if grad is None else grad for grad in dlast or []]
     needs_x, needs_states, needs_params, needs_rows = ctx.needs_input_grad[:4]
     asked = (bool(needs_x), _any(needs_states) or _any(needs_rows), _any(needs_params))
@@ -168,7 +172,7 @@ def _differentiable(
     recipe = recipe._replace(all_states=bool(ctx.flags & ALL_STATES))
 
     def run(args: Sequence[Tensor]) -> list[Tensor]:
-        begin = list(args[1:own]) or [x.new_zeros(recipe.directions, x.shape[1], _hidden(cell, params))] * len(
+        begin = list(args[1:own]) or [params[0].new_zeros(recipe.directions, x.shape[1], _hidden(cell, params))] * len(
             cell.declaration.states
         )
         put = list(args[own:first])

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fused_rnn._ids import input_product
 from fused_rnn.formula.language import Cell, Init, Phase, run_step
 from fused_rnn.reference import Recipe, StepFunction
 
@@ -63,7 +64,7 @@ def step_function(cell: Cell) -> StepFunction:
     def step(x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], recipe: Recipe) -> list[Tensor]:
         named = dict(zip(names[recipe.has_biases], params, strict=True))
         before = [states[order.index(index)] for index in range(len(order))]
-        gi = nn.functional.linear(x, named["weight_ih"], named.get("bias_ih"))
+        gi = input_product(x, named["weight_ih"], named.get("bias_ih"))
         x_gates = dict(zip(says.input_gates, gi.chunk(len(says.input_gates), dim=-1), strict=True))
         r_gates: dict[str, Tensor] = {}
         if says.recurrent_gates:

@@ -38,7 +38,9 @@ struct FormulaParams {
 };
 
 struct FormulaForward : FormulaParams {
-  const void* x;                   // [N, I]
+  const void* x;  // [N, I]; null where columns are there, and then I is 0
+  // Of ids in place of one-hot rows: [D, N, Gi, H], the columns of w_ih that are the input products, without biases.
+  const void* columns;
   void* y;                         // [N, D * H]: the output state; 0 at inactive rows of a dense batch
   void* last[kMostFormulaStates];  // [D, B, H]
   // [N, D * H], or null: not kept. Never the output's, which is y. 0 at inactive rows of a dense batch.

@@ -77,6 +77,7 @@ class FormulaForwardScan final : public FormulaScan<A> {
   Worker make_worker(int thread, int d, Teams& teams) const;
   void start(Worker& w) const;
   void project(Worker& w, int64_t begin, int64_t end) const;
+  void load_columns(Worker& w, int64_t begin, int64_t end) const;
   int64_t gather(Worker& w, int64_t t, int64_t first_xg) const;
   const A* reset_state(const Worker& w, int s, int64_t t, int64_t b, int64_t active) const;
   void gather_row(Worker& w, int64_t i, int64_t t, int64_t xg_row, int64_t active) const;
@@ -231,9 +232,30 @@ void FormulaForwardScan<A>::start(Worker& w) const {
   }
 }
 
+// The same where the products are there, in p_.columns: copies this rank's part, and adds the biases.
+template <class A>
+void FormulaForwardScan<A>::load_columns(Worker& w, int64_t begin, int64_t end) const {
+  const Shape& shape = directions_[w.d].x.shape;
+  const int64_t all = traits_.input_gates * H_, first = std::min(shape.columns_before(w.x_panels.first), all);
+  const int64_t count = std::min(shape.columns_before(w.x_panels.last), all) - first;
+  const A* const bias = directions_[w.d].bias_x + first;
+  A* to = w.xg + first;
+  for (int64_t step = begin; step < end; ++step) {
+    const int64_t t = this->time_of(w, step);
+    for (const TeamRow& row : w.team->rows) {
+      if (t >= row.length) continue;
+      const int64_t from = (w.d * seq_.N + row_of(seq_, t, row.b)) * all + first;
+      kernels_.load[storage_](stored_at(p_.columns, from, size_), to, count);
+      for (int64_t c = 0; c < count; ++c) to[c] += bias[c];
+      to += x_columns_;
+    }
+  }
+}
+
 // Input products of the active rows of steps [begin, end), in the order of the scan, into w.xg.
 template <class A>
 void FormulaForwardScan<A>::project(Worker& w, int64_t begin, int64_t end) const {
+  if (p_.columns) return load_columns(w, begin, end);
   int64_t count = 0;
   for (int64_t step = begin; step < end; ++step) {
     const int64_t t = this->time_of(w, step);

@@ -8,6 +8,7 @@
 // the tile that the cell works on.
 #include <cstring>
 
+#include "cpu/scan/checkpoint.h"
 #include "cpu/scan/scan.h"
 
 namespace fused_rnn::cpu {
@@ -16,10 +17,14 @@ namespace {
 template <class A>
 class BackwardScan final : public Scan<A> {
  public:
-  BackwardScan(const BackwardParams& p, const Kernels<A>& kernels, int max_threads)
+  BackwardScan(const BackwardParams& p, const Kernels<A>& kernels, int max_threads, const BackwardPart& part = {})
       : Base(p, kernels, max_threads),
         p_(p),
         kernel_((modifies_steps(p.modifier) ? kernels.backward_modified : kernels.backward)[cell_][storage_]),
+        part_(part),
+        end_(p.seq.T),
+        saved_{p.seq.N, {0, 0}},
+        copies_(part.again ? p.D : 1),
         multiplies_(p.seq.T > 1 || p.d_h0),
         moves_resets_(p.d_reset_h || p.d_reset_c) {}
   bool run();
@@ -27,7 +32,7 @@ class BackwardScan final : public Scan<A> {
  private:
   using Base = Scan<A>;
   using Base::cell_, Base::converts_, Base::D_, Base::gates_, Base::h_padded_, Base::kernels_, Base::p_padded_, Base::plan_,
-      Base::projects_, Base::seq_, Base::size_, Base::sizes_, Base::slots_, Base::storage_, Base::team_rows_;
+      Base::projects_, Base::seq_, Base::size_, Base::sizes_, Base::slots_, Base::storage_, Base::team_rows_, Base::time_of;
 
   struct RowPlace {
     int64_t i, row;
@@ -76,6 +81,10 @@ class BackwardScan final : public Scan<A> {
 
   const BackwardParams& p_;
   void (*const kernel_)(const BackwardCall<A>&);  // the pointwise half of a step
+  const BackwardPart part_;
+  int64_t first_ = 0, end_;  // the steps that threads do now; between their runs the workspace keeps what it holds
+  SavedRows saved_;          // of gates and cs
+  const int copies_;  // of what a thread works with: one for each direction where it goes from one to the other and back
   const bool multiplies_;                  // by W_hh: not where the only step is the last one, and nobody asks for d_h0
   const bool moves_resets_;                // somebody asks for gradients of what resets put into a state
   std::atomic<bool> infinite_[2][2] = {};  // Matrix::infinite
@@ -87,6 +96,7 @@ class BackwardScan final : public Scan<A> {
   int64_t zeros_size_;
   A* team_state_;
   int64_t team_state_size_;
+  int64_t worker_bytes_;
 };
 
 template <class A>
@@ -106,11 +116,12 @@ void BackwardScan<A>::layout_shared(Arena& arena) {
   zeros_ = arena.take<A>(zeros_size_);
   const int64_t padded = p_padded_ + h_padded_ + (projects_ ? p_padded_ : 0);
   team_state_size_ = round_up(team_rows_ * (padded + (converts_ ? 2 * gates_ * p_.H : 0)), 16);
-  team_state_ = arena.take<A>(team_state_size_ * plan_.threads.direction_teams * plan_.threads.batch_teams);
+  team_state_ = arena.take<A>(copies_ * team_state_size_ * plan_.threads.direction_teams * plan_.threads.batch_teams);
   Arena thread(nullptr);
   Worker counted;
   take_arrays(thread, counted);
-  this->thread_bytes_ = thread.used();
+  worker_bytes_ = round_up(thread.used(), 64);
+  this->thread_bytes_ = copies_ * worker_bytes_;
 }
 
 template <class A>
@@ -129,13 +140,14 @@ template <class A>
 typename BackwardScan<A>::Worker BackwardScan<A>::make_worker(int thread, int d, Teams& teams) const {
   Worker w;
   this->set_place(thread, d, teams, w);
-  w.carry = team_state_ + thread / plan_.threads.split * team_state_size_;
+  const int copy = d % copies_;
+  w.carry = team_state_ + (thread / plan_.threads.split * copies_ + copy) * team_state_size_;
   w.dc = w.carry + team_rows_ * p_padded_;
   w.dh = w.dc + team_rows_ * h_padded_;
   w.d_rec[0] = w.dh + (projects_ ? team_rows_ * p_padded_ : 0);
   w.d_rec[1] = w.d_rec[0] + team_rows_ * gates_ * p_.H;
   w.units = projects_ ? this->units_of_panels(w.r_panels, plan_.r.shape) : this->units_of_panels(w.h_panels, plan_.h.shape);
-  Arena arena = this->arena_of_thread(thread);
+  Arena arena(this->threads_ + thread * this->thread_bytes_ + copy * worker_bytes_);
   take_arrays(arena, w);
   if (w.options.rows) w.options.load(kernels_, p_.modifier, w.team->rows, d, sizes_);
   return w;
@@ -143,6 +155,7 @@ typename BackwardScan<A>::Worker BackwardScan<A>::make_worker(int thread, int d,
 
 template <class A>
 void BackwardScan<A>::pack_share(int share, int shares) const {
+  if (end_ < seq_.T) return;
   for (int d = 0; d < D_; ++d) {
     for (const Matrix<A>* m : {&matrices_[d].h, &matrices_[d].r}) {
       if (m == &matrices_[d].h && !multiplies_) continue;
@@ -190,15 +203,17 @@ void BackwardScan<A>::gather_row(Worker& w, int64_t i, int64_t t, int64_t active
   } else if (done > 0) {
     const int64_t previous = row_of(seq_, w.d == 0 ? t - 1 : t + 1, team_row.b);
     out.h_prev = stored_at(p_.y, stored_y(w, previous), size_);
-    out.c_prev = stored_at(p_.cs, (w.d * seq_.N + previous) * p_.H, size_);
+    const bool is_first = first_ > 0 && time_of(w, first_) == t;
+    out.c_prev =
+        is_first ? stored_at(part_.c_before, state * p_.H, size_) : stored_at(p_.cs, saved_.at(w.d, previous) * p_.H, size_);
   } else {
     if (p_.h0) out.h_prev = stored_at(p_.h0, state * p_.P, size_);
     if (p_.c0) out.c_prev = stored_at(p_.c0, state * p_.H, size_);
   }
   A* const carry = w.carry + i * p_padded_;
   const void* const dy = p_.dy ? stored_at(p_.dy, stored_y(w, row), size_) : zeros_;
-  out.gates = stored_at(p_.gates, stored_gates(w, row, 0), size_);
-  out.c = stored_at(p_.cs, (w.d * seq_.N + row) * p_.H, size_);
+  out.gates = stored_at(p_.gates, saved_.at(w.d, row) * slots_ * p_.H, size_);
+  out.c = stored_at(p_.cs, saved_.at(w.d, row) * p_.H, size_);
   out.y = stored_at(p_.y, stored_y(w, row), size_);
   out.dy = projects_ ? zeros_ : dy;
   out.carry = projects_ ? zeros_ : carry;
@@ -325,13 +340,13 @@ void BackwardScan<A>::finish(Worker& w) const {
 template <class A>
 void BackwardScan<A>::scan(int thread, int d, Teams& teams) const {
   Worker w = make_worker(thread, d, teams);
-  start(w);
+  if (end_ == seq_.T) start(w);
   w.team->barrier.wait();
-  for (int64_t s = seq_.T - 1; s >= 0; --s) {
-    step(w, s, gather(w, this->time_of(w, s)));
+  for (int64_t s = end_ - 1; s >= first_; --s) {
+    step(w, s, gather(w, time_of(w, s)));
     w.team->barrier.wait();
   }
-  finish(w);
+  if (first_ == 0) finish(w);
   w.team->barrier.wait();
 }
 
@@ -340,11 +355,21 @@ bool BackwardScan<A>::run() {
   prefer_huge_pages(p_.workspace, this->layout(p_.workspace));
   prefer_huge_pages(p_.d_gates, D_ * seq_.N * slots_ * p_.H * size_);
   std::fill_n(zeros_, zeros_size_, A(0));
-  return this->run_on_threads();
+  if (!part_.again) return this->run_on_threads();
+  for (end_ = seq_.T; end_ > 0; end_ = first_) {
+    first_ = (end_ - 1) / part_.every * part_.every;
+    saved_ = part_.again(first_, end_);
+    if (!this->run_on_threads()) return false;
+  }
+  return true;
 }
 
 }  // namespace
 
 void backward(BackwardParams& p, const Allocate& allocate) { run_scan<BackwardScan>(p, allocate); }
+
+void backward_in_parts(BackwardParams& p, const BackwardPart& part, const Allocate& allocate) {
+  run_scan<BackwardScan>(p, allocate, part);
+}
 
 }  // namespace fused_rnn::cpu

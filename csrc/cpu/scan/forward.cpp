@@ -6,6 +6,7 @@
 // Each row has two copies of h: a step reads one and writes the other, so that a team meets once a step.
 #include <cstring>
 
+#include "cpu/scan/checkpoint.h"
 #include "cpu/scan/layer_weights.h"
 #include "cpu/scan/scan.h"
 
@@ -15,7 +16,7 @@ namespace {
 template <class A>
 class ForwardScan final : public Scan<A> {
  public:
-  ForwardScan(const ForwardParams& p, const Kernels<A>& kernels, int max_threads);
+  ForwardScan(const ForwardParams& p, const Kernels<A>& kernels, int max_threads, const ForwardPart& part = {});
   bool run();
 
  private:
@@ -44,19 +45,25 @@ class ForwardScan final : public Scan<A> {
   void take_arrays(Arena& arena, Worker& w) const;
   Worker make_worker(int thread, int d, Teams& teams) const;
   void start(Worker& w) const;
+  void start_again(Worker& w, int64_t i) const;
+  void keep_c(const Worker& w, int64_t step) const;
   void project(Worker& w, int64_t begin, int64_t end) const;
+  void load_columns(Worker& w, int64_t begin, int64_t end) const;
   int64_t gather(Worker& w, int64_t t) const;
   int64_t step(Worker& w, int64_t step, int64_t first_xg) const;
   void project_output(Worker& w, int64_t step, int64_t active) const;
   void zero_inactive(const Worker& w, int64_t row) const;
   void reset(Worker& w, int64_t t, int64_t b, int64_t active) const;
-  void set_options(Worker& w, int64_t i, int64_t saved, int64_t active) const;
+  void set_options(Worker& w, int64_t i, int64_t place, int64_t active) const;
   void save_c(const Worker& w, int64_t active) const;
   void finish(Worker& w) const;
 
   const ForwardParams& p_;
   void (*const kernel_)(const ForwardCall<A>&);  // the pointwise half of a step
-  const int c_storage_;                          // of c0 and c_n
+  const ForwardPart part_;
+  const int64_t first_, end_;  // steps
+  const SavedRows saved_;
+  const int c_storage_;  // of c0 and c_n
   const int64_t c_size_;
   int64_t chunk_steps_;
   int64_t max_columns_;  // of the panels of a thread
@@ -69,10 +76,14 @@ class ForwardScan final : public Scan<A> {
 };
 
 template <class A>
-ForwardScan<A>::ForwardScan(const ForwardParams& p, const Kernels<A>& kernels, int max_threads)
+ForwardScan<A>::ForwardScan(const ForwardParams& p, const Kernels<A>& kernels, int max_threads, const ForwardPart& part)
     : Base(p, kernels, max_threads),
       p_(p),
       kernel_((modifies_steps(p.modifier) ? kernels.forward_modified : kernels.forward)[cell_][storage_]),
+      part_(part),
+      first_(part.again ? part.first : 0),
+      end_(part.again ? part.end : p.seq.T),
+      saved_(part.again ? part.saved : SavedRows{p.seq.N, {0, 0}}),
       c_storage_(p.wide_c ? storage_index(DType::kFloat32) : storage_),
       c_size_(p.wide_c ? dtype_size(DType::kFloat32) : size_) {
   const Shape &x = plan_.x.shape, &h = plan_.h.shape;
@@ -82,7 +93,7 @@ ForwardScan<A>::ForwardScan(const ForwardParams& p, const Kernels<A>& kernels, i
   const int64_t weight_bytes = x.elements() / split * plan_.x.element_size();
   chunk_steps_ = steps_of_chunk(step_bytes, weight_bytes, p.seq.T);
   this->parts_room_.include(plan_.x, chunk_rows());
-  if (!p.training || p.seq.T == 1) cache_.lease(plan_, p.weights, D_);
+  if (!p.training || p.seq.T == 1 || part.again) cache_.lease(plan_, p.weights, D_);
 }
 
 template <class A>
@@ -142,14 +153,71 @@ void ForwardScan<A>::start(Worker& w) const {
     const int64_t state = w.d * seq_.B + w.team->rows[i].b;
     for (A* h : w.h) std::fill_n(h + i * p_padded_, p_padded_, A(0));
     std::fill_n(w.c + i * h_padded_, h_padded_, A(0));
+    if (first_ > 0 && steps_done(seq_.T, w.team->rows[i].length, w.d, first_) > 0) {
+      start_again(w, i);
+      continue;
+    }
     if (p_.h0) kernels_.load[storage_](stored_at(p_.h0, state * p_.P, size_), w.h[0] + i * p_padded_, p_.P);
     if (p_.c0) kernels_.load[c_storage_](stored_at(p_.c0, state * p_.H, c_size_), w.c + i * h_padded_, p_.H);
+  }
+}
+
+// Row i of the team, which has done steps before the first one: its states then.
+template <class A>
+void ForwardScan<A>::start_again(Worker& w, int64_t i) const {
+  const TeamRow& row = w.team->rows[i];
+  const int64_t done = steps_done(seq_.T, row.length, w.d, first_);
+  const int64_t last = row_of(seq_, time_of_last(row.length, w.d, done), row.b);
+  kernels_.load[storage_](stored_at(p_.y, (last * D_ + w.d) * p_.P, size_), w.h[done & 1] + i * p_padded_, p_.P);
+  if (!part_.c) return;
+  const int64_t count = (seq_.T - 1) / part_.every, kept = w.d * count + first_ / part_.every - 1;
+  A* const c = w.c + i * h_padded_;
+  std::copy_n(static_cast<const A*>(part_.c) + (kept * seq_.B + row.b) * p_.H, p_.H, c);
+  kernels_.save[storage_](c, stored_at(part_.c_before, (w.d * seq_.B + row.b) * p_.H, size_), p_.H);
+}
+
+// This rank's units of c after a step, if the next one is where states are kept.
+template <class A>
+void ForwardScan<A>::keep_c(const Worker& w, int64_t step) const {
+  if ((step + 1) % part_.every != 0 || step + 1 == seq_.T) return;
+  const int64_t count = (seq_.T - 1) / part_.every, kept = w.d * count + (step + 1) / part_.every - 1;
+  const Range units = this->units_of_panels(w.h_panels, w.weights.h.shape);
+  for (int64_t i = 0; i < w.n; ++i) {
+    A* const to = static_cast<A*>(part_.c) + (kept * seq_.B + w.team->rows[i].b) * p_.H;
+    std::copy(w.c + i * h_padded_ + units.first, w.c + i * h_padded_ + units.last, to + units.first);
+  }
+}
+
+// The same where the product is there, in p_.columns: copies it, and adds the biases.
+template <class A>
+void ForwardScan<A>::load_columns(Worker& w, int64_t begin, int64_t end) const {
+  const Shape& shape = w.weights.h.shape;
+  const auto load = kernels_.load[storage_];
+  int64_t count = 0;
+  for (int64_t step = begin; step < end; ++step) {
+    const int64_t t = time_of(w, step);
+    for (const TeamRow& row : w.team->rows) {
+      if (t >= row.length) continue;
+      const int64_t from = (w.d * seq_.N + row_of(seq_, t, row.b)) * p_.columns_stride;
+      for (int64_t p = w.h_panels.first; p < w.h_panels.last; ++p) {
+        A* to = w.xg.at(count, p - w.h_panels.first);
+        const A* bias = w.weights.bias_x + p * shape.vectors * shape.width;
+        for (int k = 0; k < shape.vectors_of(p); ++k, to += shape.width, bias += shape.width) {
+          const auto [gate, unit, lanes] = vector_of(shape, p * shape.vectors + k);
+          load(stored_at(p_.columns, from + gate * p_.H + unit, size_), to, lanes);
+          for (int i = 0; i < lanes; ++i) to[i] += bias[i];
+          std::fill_n(to + lanes, shape.width - lanes, A(0));
+        }
+      }
+      ++count;
+    }
   }
 }
 
 // Input projection of the active rows of steps [begin, end), in the order of the scan, into w.xg.
 template <class A>
 void ForwardScan<A>::project(Worker& w, int64_t begin, int64_t end) const {
+  if (p_.columns) return load_columns(w, begin, end);
   int64_t count = 0;
   for (int64_t step = begin; step < end; ++step) {
     const int64_t t = time_of(w, step);
@@ -173,7 +241,7 @@ void ForwardScan<A>::zero_inactive(const Worker& w, int64_t row) const {
   if (seq_.offsets || w.rank != 0) return;
   std::memset(stored_at(p_.y, (row * D_ + w.d) * p_.P, size_), 0, p_.P * size_);
   if (!p_.training && !p_.cs) return;
-  const int64_t saved = (w.d * seq_.N + row) * p_.H;
+  const int64_t saved = saved_.at(w.d, row) * p_.H;
   if (p_.gates) std::memset(stored_at(p_.gates, saved * slots_, size_), 0, slots_ * p_.H * size_);
   if (p_.cs) std::memset(stored_at(p_.cs, saved, size_), 0, p_.H * size_);
 }
@@ -195,10 +263,10 @@ void ForwardScan<A>::reset(Worker& w, int64_t t, int64_t b, int64_t active) cons
   }
 }
 
-// What modifies the step of the team's row i, as active row number `active`; `saved`: its row in [D * N].
+// What modifies the step of the team's row i, as active row number `active`; `place`: its row in [D * N].
 template <class A>
-void ForwardScan<A>::set_options(Worker& w, int64_t i, int64_t saved, int64_t active) const {
-  w.options.rows[active] = w.options.row(p_.modifier, i, saved, sizes_, kernels_.width, /*multiplies=*/false);
+void ForwardScan<A>::set_options(Worker& w, int64_t i, int64_t place, int64_t active) const {
+  w.options.rows[active] = w.options.row(p_.modifier, i, place, sizes_, kernels_.width, /*multiplies=*/false);
   if (!w.options.product) return;
   const A *const h = w.rows[active].h_prev, *const factors = w.options.product + i * p_padded_;
   A* const masked = w.masked + active * p_padded_;
@@ -218,7 +286,7 @@ int64_t ForwardScan<A>::gather(Worker& w, int64_t t) const {
       continue;
     }
     const int64_t copy = team_row.steps_before(t, w.d) & 1;
-    const int64_t saved = w.d * seq_.N + row;
+    const int64_t saved = saved_.at(w.d, row);
     void* const y = stored_at(p_.y, (row * D_ + w.d) * p_.P, size_);
     A* const h = w.h[1 - copy] + i * p_padded_;
     ForwardRow<A>& out = w.rows[active];
@@ -235,7 +303,7 @@ int64_t ForwardScan<A>::gather(Worker& w, int64_t t) const {
     out.cs = p_.training || p_.cs ? stored_at(p_.cs, saved * p_.H, size_) : nullptr;
     w.store_rows[active] = {nullptr, nullptr, y, h};
     w.pointers[active] = out.h_prev;
-    if (w.options.rows) set_options(w, i, saved, active);
+    if (w.options.rows) set_options(w, i, w.d * seq_.N + row, active);
     ++active;
   }
   return active;
@@ -305,13 +373,14 @@ void ForwardScan<A>::scan(int thread, int d, Teams& teams) const {
   Worker w = make_worker(thread, d, teams);
   start(w);
   w.team->barrier.wait();
-  for (int64_t begin = 0; begin < seq_.T; begin += chunk_steps_) {
-    const int64_t end = std::min(begin + chunk_steps_, seq_.T);
+  for (int64_t begin = first_; begin < end_; begin += chunk_steps_) {
+    const int64_t end = std::min(begin + chunk_steps_, end_);
     project(w, begin, end);
     int64_t first_xg = 0;
     for (int64_t s = begin; s < end; ++s) {
       const int64_t active = step(w, s, first_xg);
       first_xg += active;
+      if (part_.c && !part_.again) keep_c(w, s);
       w.team->barrier.wait();
       if (projects_) {
         project_output(w, s, active);
@@ -319,7 +388,7 @@ void ForwardScan<A>::scan(int thread, int d, Teams& teams) const {
       }
     }
   }
-  finish(w);
+  if (!part_.again) finish(w);
   w.team->barrier.wait();
 }
 
@@ -327,8 +396,8 @@ template <class A>
 bool ForwardScan<A>::run() {
   prefer_huge_pages(p_.workspace, this->layout(p_.workspace));
   prefer_huge_pages(p_.y, seq_.N * D_ * p_.P * size_);
-  if (p_.training) prefer_huge_pages(p_.gates, D_ * seq_.N * slots_ * p_.H * size_);
-  if (p_.training) prefer_huge_pages(p_.cs, D_ * seq_.N * p_.H * size_);
+  if (p_.training) prefer_huge_pages(p_.gates, D_ * saved_.count * slots_ * p_.H * size_);
+  if (p_.training) prefer_huge_pages(p_.cs, D_ * saved_.count * p_.H * size_);
   std::fill_n(zeros_, std::max(h_padded_, p_padded_), A(0));
   return this->run_on_threads();
 }
@@ -336,5 +405,9 @@ bool ForwardScan<A>::run() {
 }  // namespace
 
 void forward(ForwardParams& p, const Allocate& allocate) { run_scan<ForwardScan>(p, allocate); }
+
+void forward_part(ForwardParams& p, const ForwardPart& part, const Allocate& allocate) {
+  run_scan<ForwardScan>(p, allocate, part);
+}
 
 }  // namespace fused_rnn::cpu

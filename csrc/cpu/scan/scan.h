@@ -247,13 +247,14 @@ void with_arithmetic(DType dtype, F&& f) {
 }
 
 // Runs ScanOf<arithmetic type> on as many threads as there may be, or on one if OpenMP gives fewer than it offered.
-template <template <class> class ScanOf, class Params>
-void run_scan(Params& p, const Allocate& allocate) {
+// parts: what the scan takes beside.
+template <template <class> class ScanOf, class Params, class... Parts>
+void run_scan(Params& p, const Allocate& allocate, const Parts&... parts) {
   with_arithmetic(p.dtype, [&](auto a) {
     using A = decltype(a);
     const Kernels<A>& kernels = kernels_of<A>(selected_kernels());
     const auto run = [&](int threads) {
-      ScanOf<A> scan(p, kernels, threads);
+      ScanOf<A> scan(p, kernels, threads, parts...);
       p.workspace = allocate(scan.layout(nullptr));
       return scan.run();
     };
