@@ -117,6 +117,11 @@ def _differentiated_by_func(
     return found
 
 
+def _numbers(call: Sequence[int]) -> tuple[int, tuple[bool, ...], int, list[bool]]:
+    """Recipe, mask, samples, and which gradients are asked for, of a schema's ``call`` (csrc/torch/ops.h)."""
+    return call[0], tuple(map(bool, call[1:4])), call[4], list(map(bool, call[5:]))
+
+
 def _layer_double_backward(
     grads: Sequence[Tensor],
     dy: Tensor | None,
@@ -126,28 +131,26 @@ def _layer_double_backward(
     params: Sequence[Tensor],
     rows: Sequence[Tensor],
     saved: Sequence[Tensor],
-    recipe: int,
-    mask: Sequence[bool],
-    samples: int,
-    needed: Sequence[bool],
+    call: Sequence[int],
 ) -> list[Tensor]:
     """Gradients of the arguments of fused_rnn::layer_backward, or with samples layer_backward_samples, from its results'.
 
-    Of dy, dlast, x, states, reset states and params, where ``needed`` says so, else [0]. By the kernels where _second_order
-    has the derivative, else by differentiating the reference twice.
+    Of dy, dlast, x, states, reset states and params, where the flags at the end of ``call`` say so, else [0]. By the kernels
+    where _second_order has the derivative, else by differentiating the reference twice.
     """
+    recipe, mask, samples, needed = _numbers(call)
     of_call = rows_of(rows, recipe)
     masks = rows[: len(rows) - len(of_call.reset_states)]
     none = params[0].new_empty(0)
     given = [none if dy is None else dy, *dlast, x, *states, *of_call.reset_states, *params]
     counts = (len(dlast), len(states), len(masks), len(saved), len(grads))
-    call = _BackwardCall(recipe, tuple(mask), samples, dy is not None, *counts)
+    of = _BackwardCall(recipe, mask, samples, dy is not None, *counts)
     layer = unpacked(recipe)
     if not samples and _second_order.serves(x, len(params) // layer.directions, of_call, layer):
         with _above_transforms():
-            found = _SecondOrder.apply(call, *masks, *saved, *grads, *given)
+            found = _SecondOrder.apply(of, *masks, *saved, *grads, *given)
     else:
-        found = call.derivatives(masks, grads, given, needed)
+        found = of.derivatives(masks, grads, given, needed)
     return [t if wanted else none for t, wanted in zip(found, needed, strict=True)]
 
 
@@ -160,19 +163,17 @@ def _layer_double_backward_batched(
     params: Sequence[Tensor],
     rows: Sequence[Tensor],
     saved: Sequence[Tensor],
-    recipe: int,
-    mask: Sequence[bool],
-    samples: int,
-    needed: Sequence[bool],
+    call: Sequence[int],
 ) -> list[Tensor]:
     """The same of batched ``grads``, as of torch.autograd.functional.hessian(vectorize=True), by the reference."""
+    recipe, mask, samples, needed = _numbers(call)
     of_call = rows_of(rows, recipe)
     masks = rows[: len(rows) - len(of_call.reset_states)]
     none = params[0].new_empty(0)
     given = [none if dy is None else dy, *dlast, x, *states, *of_call.reset_states, *params]
     counts = (len(dlast), len(states), len(masks), len(saved), len(grads))
-    call = _BackwardCall(recipe, tuple(mask), samples, dy is not None, *counts)
-    found = call.derivatives(masks, grads, given, needed)
+    of = _BackwardCall(recipe, mask, samples, dy is not None, *counts)
+    found = of.derivatives(masks, grads, given, needed)
     return [t if wanted else none for t, wanted in zip(found, needed, strict=True)]
 
 
@@ -373,14 +374,13 @@ def _layer_backward_tangents(
     params: Sequence[Tensor],
     rows: Sequence[Tensor],
     saved: Sequence[Tensor],
-    recipe: int,
-    mask: Sequence[bool],
-    samples: int,
+    call: Sequence[int],
 ) -> list[Tensor]:
     """Tangents of the results of fused_rnn::layer_backward, from those of dy, dlast, x, states, reset states and params.
 
     The gradients are linear in dy and dlast, and those of one function of the others: its second derivative is symmetric.
     """
+    recipe, mask, samples, _ = _numbers(call)
     first = 1 + len(dlast)
     resets = len(rows_of(rows, recipe).reset_states)
     if samples and mask[2]:
@@ -389,9 +389,8 @@ def _layer_backward_tangents(
     found: list[Any] = [None] * len(asked)
     if any(t.shape != (0,) for t in tangents[first:]):
         needed = [*[False] * first, *asked]
-        everything = [True, True, True]
         found = _layer_double_backward(
-            tangents[first:], dy, dlast, x, states, params, rows, saved, recipe, everything, 0, needed
+            tangents[first:], dy, dlast, x, states, params, rows, saved, [recipe, True, True, True, 0, *needed]
         )[first:]
     if any(t.shape != (0,) for t in tangents[:first]):
         of_dy = None if tangents[0].shape == (0,) else tangents[0]
@@ -419,7 +418,7 @@ def _sample_tangents(
             t if place > 1 + count + states and t.shape[-2:-1] not in ((), (batch,)) else _of_sample(t, index, samples, -2)
             for place, t in enumerate(by_rows)
         ]
-        found = _layer_backward_tangents([*own_tangents, *of_params], *own, recipe, mask, 0)
+        found = _layer_backward_tangents([*own_tangents, *of_params], *own, [recipe, *mask, 0])
         made.append((found[0], found[1 : len(found) - params], found[len(found) - params :]))
     dx, dstates, dparams = _joined_samples(made)
     return [dx, *dstates, *dparams]

@@ -28,6 +28,11 @@ def _forward_flops(call: dict[str, Any]) -> int:
     return 2 * _rows(x) * sum(w.numel() for w in products)
 
 
+def _sample_backward_flops(call: dict[str, Any]) -> int:
+    recipe, *mask, _ = call["call"]
+    return _backward_flops({**call, "recipe": recipe, "mask": mask})
+
+
 def _backward_flops(call: dict[str, Any]) -> int:
     """Forward's products once for the gradients of the weights, and once for those of x and h, each where it is wanted.
 
@@ -77,5 +82,5 @@ def register() -> None:
     """Makes FlopCounterMode know the ops; once."""
     _register("layer", _forward_flops)
     _register("layer_backward", _backward_flops)
-    _register("layer_backward_samples", _backward_flops)
+    _register("layer_backward_samples", _sample_backward_flops)
     _register("layer_backward_gates", lambda call: _backward_flops({**call, "mask": (False, True, False)}))

@@ -94,12 +94,12 @@ def _fake_layer_backward_samples(
     params: Sequence[Tensor],
     rows: Sequence[Tensor],
     saved: Sequence[Tensor],
-    recipe: int,
-    mask: Sequence[bool],
-    samples: int,
+    call: Sequence[int],
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Shapes of fused_rnn::layer_backward_samples's results."""
-    dx, dstates, dparams = fake_layer_backward(dy, dlast, x, states, params, rows, saved, recipe, mask)
+    recipe, *mask, samples = call
+    wanted = [bool(one) for one in mask]
+    dx, dstates, dparams = fake_layer_backward(dy, dlast, x, states, params, rows, saved, recipe, wanted)
     return dx, dstates, [p.new_empty(samples, *p.shape) for p in params] if mask[2] and samples else dparams
 
 

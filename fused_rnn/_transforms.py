@@ -142,12 +142,12 @@ def layer(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
 
 def layer_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     """fused_rnn::layer_backward, whose weights' gradients become those of each sample."""
-    return _backward(torch.ops.fused_rnn.layer_backward.default, info.batch_size, in_dims, args, 1)
+    return _backward(info.batch_size, in_dims, args)
 
 
 def layer_backward_samples(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     """fused_rnn::layer_backward_samples: each of its samples is V samples."""
-    return _backward(torch.ops.fused_rnn.layer_backward_samples.default, info.batch_size, in_dims, args, args[9])
+    return _backward(info.batch_size, in_dims, args)
 
 
 def layer_backward_gates(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -161,14 +161,26 @@ def layer_backward_gates(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tup
     return (gates, dstates), (gates_dim, dims)
 
 
-def _backward(op: Any, count: int, in_dims: Sequence[Any], args: Sequence[Any], samples: int) -> tuple[Any, Any]:
-    if _is_looped(args[2], in_dims[4], in_dims[5], args[7]):
-        return _looped(op, count, in_dims, args)
-    x, layer = args[2], unpacked(args[7])
+def _numbers(args: Sequence[Any]) -> tuple[int, Sequence[bool], int]:
+    """Recipe, mask and samples of the arguments of layer_backward, whose samples are 1, or layer_backward_samples."""
+    if len(args) == 9:
+        return args[7], args[8], 1
+    recipe, *mask, samples = args[7]
+    return recipe, [bool(wanted) for wanted in mask], samples
+
+
+def _backward(count: int, in_dims: Sequence[Any], args: Sequence[Any]) -> tuple[Any, Any]:
+    """layer_backward, or layer_backward_samples."""
+    x, recipe = args[2], _numbers(args)[0]
+    if _is_looped(x, in_dims[4], in_dims[5], recipe):
+        ops = torch.ops.fused_rnn
+        op = ops.layer_backward if len(args) == 9 else ops.layer_backward_samples
+        return _looped(op.default, count, in_dims, args)
+    layer = unpacked(recipe)
     rows = x.numel() // max(x.shape[-1], 1) // (1 if in_dims[2] is None else count)
     most = max(1, _ELEMENTS // max(1, rows * layer.kind.slots * args[4][1].shape[0]))
     if most >= count:
-        return _folded_backward(count, in_dims, args, samples)
+        return _folded_backward(count, in_dims, args)
 
     def part(arg: Any, dim: Any, first: int) -> Any:
         if isinstance(arg, (list, tuple)) and isinstance(dim, (list, tuple)):
@@ -178,7 +190,7 @@ def _backward(op: Any, count: int, in_dims: Sequence[Any], args: Sequence[Any], 
     results = []
     for first in range(0, count, most):
         given = [part(arg, dim, first) for arg, dim in zip(args, in_dims, strict=True)]
-        found, dims = _folded_backward(min(most, count - first), in_dims, given, samples)
+        found, dims = _folded_backward(min(most, count - first), in_dims, given)
         results.append(found)
 
     def joined(parts: Sequence[Tensor], dim: Dim) -> Tensor:
@@ -197,7 +209,8 @@ def _backward(op: Any, count: int, in_dims: Sequence[Any], args: Sequence[Any], 
 
 def _folded_arguments(fold: _Fold, in_dims: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     """dy, dlast, x, states, params, rows and saved of the folded batch."""
-    dy, dlast, x, states, params, rows, saved, recipe = args[:8]
+    dy, dlast, x, states, params, rows, saved = args[:7]
+    recipe = args[7] if isinstance(args[7], int) else args[7][0]
     dy_dim, dlast_dims, x_dim, state_dims, _, row_dims, saved_dims = in_dims[:7]
     batch = _batch_of(x, x_dim, states, state_dims)
     return [
@@ -215,7 +228,8 @@ def _unfolded_states(
     fold: _Fold, dstates: Sequence[Tensor], in_dims: Sequence[Any], args: Sequence[Any]
 ) -> list[tuple[Tensor, Dim]]:
     """Gradients of states and of reset states."""
-    x, states, rows, recipe = args[2], args[3], args[5], args[7]
+    x, states, rows = args[2], args[3], args[5]
+    recipe = args[7] if isinstance(args[7], int) else args[7][0]
     batch = _batch_of(x, in_dims[2], states, in_dims[3])
     found = [fold.unfolded(t, t.dim() - 2) for t in dstates]
     reset_dims: Any = rows_of(in_dims[5], recipe).reset_states
@@ -226,17 +240,17 @@ def _unfolded_states(
     return found
 
 
-def _folded_backward(count: int, in_dims: Sequence[Any], args: Sequence[Any], samples: int) -> tuple[Any, Any]:
-    recipe, mask = args[7:9]
+def _folded_backward(count: int, in_dims: Sequence[Any], args: Sequence[Any]) -> tuple[Any, Any]:
+    recipe, mask, samples = _numbers(args)
     fold = _Fold(count)
     dx, dstates, dparams = torch.ops.fused_rnn.layer_backward_samples(
-        *_folded_arguments(fold, in_dims, args), recipe, mask, samples * count
+        *_folded_arguments(fold, in_dims, args), [recipe, *mask, samples * count]
     )
     dx, dx_dim = fold.unfolded(dx, dx.dim() - 2)
     dstates, dstate_dims = _pairs(_unfolded_states(fold, dstates, in_dims, args))
     if not mask[2]:
         return (dx, dstates, dparams), (dx_dim, dstate_dims, [None] * len(dparams))
-    nested = len(args) > 9  # samples of samples
+    nested = len(args) == 8  # samples of samples
     if nested:
         dparams = [t.unflatten(0, (samples, count)) for t in dparams]
     return (dx, dstates, dparams), (dx_dim, dstate_dims, [int(nested)] * len(dparams))

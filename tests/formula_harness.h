@@ -59,8 +59,9 @@ void run_by_hand(const Units& u) {
     C::forward(a, before[0], before[1], after[0], after[1]);
     for (int s = 0; s < kStates; ++s) u.after[i * kStates + s] = static_cast<double>(after[s]);
     store_saved(a, C::kSaved, u.saved + i * C::kSaved);
-    V dc = C::kHasC ? gradient[kStates - 1] : nan<V>(), dh_prev = nan<V>();
-    C::backward(a, before[0], before[1], after[1], C::kSaved > 0 ? nan<V>() : after[0], gradient[0], dc, d, dh_prev);
+    V dc = C::kHasC ? gradient[kStates - 1] : nan<V>();
+    const V dh_prev =
+        C::backward(a, before[0], before[1], after[1], C::kSaved > 0 ? nan<V>() : after[0], gradient[0], dc, d);
     store(d, u.d + i * C::kSlots);
     u.d_before[i * kStates] = static_cast<double>(dh_prev);
     if (C::kHasC) u.d_before[i * kStates + 1] = static_cast<double>(dc);

@@ -1,5 +1,5 @@
-// Memory of the device, and waiting for it. tests/simt/torch_free/device_memory.h has the same names for the simulated device,
-// and comes first on the include path there.
+// Memory of the device, and waiting for it. tests/simt/torch_free/device_memory.h has the same names for the simulated
+// device, and comes first on the include path there.
 #pragma once
 #include <algorithm>
 #include <functional>

@@ -1,7 +1,7 @@
-// The CUDA kernels without torch, for the first run on a device. One program, linked statically: build.py builds it on a machine
-// without a GPU, and it is carried to one with.
-//   first check FAMILY [small|large] [REPEATS]  forward and backward of every cell and arithmetic against float64, and REPEATS
-//                                               (20) further runs that must have the same bits
+// The CUDA kernels without torch, for the first run on a device. One program, linked statically: build.py builds it on a
+// machine without a GPU, and it is carried to one with.
+//   first check FAMILY [small|large] [REPEATS]  forward and backward of every cell and arithmetic against float64, and
+//                                               REPEATS (20) further runs that must have the same bits
 //   first time FAMILY [T]                       us of a step, in a stream and as a replayed CUDA graph
 //   first pdl | coop | meet                     what the kernels rely on (runtime.cuh)
 // FAMILY: single, step, grid, cluster or cheapest. Exit status: 0 all right, 1 wrong, 2 an error, 3 a hang of 20 s.

@@ -13,7 +13,7 @@
 //   forward(a, h_prev, c_prev, h, c)   a: accumulators in, saved values out; where there are gates with a sigmoid, in two
 //                                      parts:
 //   sigmoids(a), which depend on nothing else, and forward_of_sigmoids(a, h_prev, c_prev, h, c)
-//   backward(a, h_prev, c_prev, c, h, dh, dc, d, dh_prev)
+//   backward(a, h_prev, c_prev, c, h, dh, dc, d) -> dh_prev
 //        a: saved values, h_prev/c_prev: state before the step, c/h: state after, dh: total gradient of h,
 //        dc: gradient of c from the next step in, of c_prev out, d: gradients in the slot order of BackwardParams::d_gates,
 //        dh_prev: the part of the gradient of h_prev that does not go through the recurrent weights
@@ -96,8 +96,8 @@ struct RnnCell : CellConstants<kKind> {
 
   // h: before the modifier.
   template <class V, class M = Unmodified>
-  static FUSED_RNN_HD void backward(const V (&)[kSlots], const V&, const V&, const V&, const V& h, const V& dh, V&,
-                                    V (&d)[kSlots], V& dh_prev, const M& m = M()) {
+  static FUSED_RNN_HD V backward(const V (&)[kSlots], const V&, const V&, const V&, const V& h, const V& dh, V&,
+                                 V (&d)[kSlots], const M& m = M()) {
     using namespace math;
     if constexpr (kKind == CellKind::kRnnTanh) {
       d[0] = m.clip_gradient(dh) * (V(1) - h * h);
@@ -106,7 +106,7 @@ struct RnnCell : CellConstants<kKind> {
     } else {
       d[0] = m.clip_gradient(dh);
     }
-    dh_prev = V(0);
+    return V(0);
   }
 };
 template <>
@@ -147,8 +147,8 @@ struct Cell<CellKind::kLstm> : CellConstants<CellKind::kLstm> {
   }
 
   template <class V, class M = Unmodified>
-  static FUSED_RNN_HD void backward(const V (&a)[kSlots], const V&, const V& c_prev, const V& c, const V&, const V& dh,
-                                    V& dc, V (&d)[kSlots], V& dh_prev, const M& m = M()) {
+  static FUSED_RNN_HD V backward(const V (&a)[kSlots], const V&, const V& c_prev, const V& c, const V&, const V& dh, V& dc,
+                                 V (&d)[kSlots], const M& m = M()) {
     using namespace math;
     const V i = a[0], f = a[1], g = a[2], o = a[3];
     const V tanh_c = tanh(c);
@@ -158,7 +158,7 @@ struct Cell<CellKind::kLstm> : CellConstants<CellKind::kLstm> {
     d[2] = m.candidate(dc_total * i) * (V(1) - g * g);
     d[3] = dh * tanh_c * o * (V(1) - o);
     dc = dc_total * f;
-    dh_prev = V(0);
+    return V(0);
   }
 };
 
@@ -192,8 +192,8 @@ struct Cell<CellKind::kGru> : CellConstants<CellKind::kGru> {
   }
 
   template <class V, class M = Unmodified>
-  static FUSED_RNN_HD void backward(const V (&a)[kSlots], const V& h_prev, const V&, const V&, const V&, const V& dh_after,
-                                    V&, V (&d)[kSlots], V& dh_prev, const M& m = M()) {
+  static FUSED_RNN_HD V backward(const V (&a)[kSlots], const V& h_prev, const V&, const V&, const V&, const V& dh_after, V&,
+                                 V (&d)[kSlots], const M& m = M()) {
     const V r = a[0], z = a[1], n = a[2], hn = a[3];
     const V dh = m.clip_gradient(dh_after);
     const V dn = m.candidate(dh * (V(1) - z)) * (V(1) - n * n);
@@ -201,7 +201,7 @@ struct Cell<CellKind::kGru> : CellConstants<CellKind::kGru> {
     d[1] = dn * hn * r * (V(1) - r);
     d[2] = dh * (h_prev - m.candidate(n)) * z * (V(1) - z);
     d[3] = dn * r;
-    dh_prev = dh * z;
+    return dh * z;
   }
 };
 

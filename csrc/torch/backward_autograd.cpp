@@ -1,6 +1,6 @@
 // Autograd of the backward ops: inside backward with create_graph, and always under torch.func.grad, gradients must be
 // differentiable themselves. The kernels make them, and a node of the graph keeps what they were made from; only if somebody
-// differentiates them does fused_rnn::layer_double_backward (fused_rnn/_ops.py) run.
+// differentiates them does fused_rnn::layer_double_backward (fused_rnn/_derivatives.py) run.
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -22,14 +22,12 @@ struct BackwardArguments {
   at::TensorList dlast;
   const Tensor& x;
   at::TensorList states, params, rows, saved;
-  int64_t recipe;
-  std::array<bool, 3> mask;
-  int64_t samples;  // 0: of layer_backward
+  BackwardNumbers numbers;
 
   at::TensorList reset_states() const {
-    if (!(recipe & kHasResetStates)) return {};
+    if (!(numbers.recipe & kHasResetStates)) return {};
     size_t masks = 0;
-    for (int64_t bits = recipe & kHasRows & ~kHasResetStates; bits != 0; bits &= bits - 1) ++masks;
+    for (int64_t bits = numbers.recipe & kHasRows & ~kHasResetStates; bits != 0; bits &= bits - 1) ++masks;
     return rows.slice(std::min(masks, rows.size()));
   }
 };
@@ -45,9 +43,7 @@ class LayerBackwardNode final : public torch::autograd::Node {
         params_(saved_variables(a.params)),
         rows_(saved_variables(a.rows)),
         saved_(saved_variables(a.saved)),
-        recipe_(a.recipe),
-        mask_(a.mask),
-        samples_(a.samples) {}
+        numbers_(a.numbers) {}
 
   variable_list apply(variable_list&& grads) override {
     static const auto op = find_op<DoubleBackwardSignature>("fused_rnn::layer_double_backward");
@@ -60,14 +56,14 @@ class LayerBackwardNode final : public torch::autograd::Node {
     for (Tensor& t : grads) {
       if (!t.defined()) t = none;
     }
-    c10::SmallVector<bool, 16> needed;
-    for (size_t i = 0; i < num_outputs(); ++i) needed.push_back(task_should_compute_output(i));
-    const std::vector<Tensor> made =
-        op.call(grads, optional_of(dy_.unpack()), unpacked(dlast_), x, unpacked(states_), params, unpacked(rows_),
-                unpacked(saved_), recipe_, mask_, samples_, at::ArrayRef<bool>(needed.data(), needed.size()));
+    std::vector<int64_t> numbers = numbers_.list();
+    const size_t first = numbers.size();
+    for (size_t i = 0; i < num_outputs(); ++i) numbers.push_back(task_should_compute_output(i));
+    const std::vector<Tensor> made = op.call(grads, optional_of(dy_.unpack()), unpacked(dlast_), x, unpacked(states_),
+                                             params, unpacked(rows_), unpacked(saved_), numbers);
     TORCH_INTERNAL_ASSERT(made.size() == result.size());
     for (size_t i = 0; i < result.size(); ++i) {
-      if (needed[i]) result[i] = made[i];
+      if (numbers[first + i]) result[i] = made[i];
     }
     return result;
   }
@@ -98,9 +94,7 @@ class LayerBackwardNode final : public torch::autograd::Node {
 
   SavedVariable dy_, x_;
   std::vector<SavedVariable> dlast_, states_, params_, rows_, saved_;
-  const int64_t recipe_;
-  const std::array<bool, 3> mask_;
-  const int64_t samples_;
+  const BackwardNumbers numbers_;
 };
 
 bool requires_grad(const OptionalTensor& t) { return t && t->defined() && t->requires_grad(); }
@@ -125,9 +119,8 @@ void set_tangents(const BackwardArguments& a, const LayerGradients& made) {
     append_tangents(tensors, tangents);
   }
   const OptionalTensor dy = a.dy ? OptionalTensor(primal_of(*a.dy)) : std::nullopt;
-  const std::vector<Tensor> found =
-      op.call(tangents, dy, primals_of(a.dlast), primal_of(a.x), primals_of(a.states), primals_of(a.params),
-              primals_of(a.rows), primals_of(a.saved), a.recipe, a.mask, a.samples);
+  const std::vector<Tensor> found = op.call(tangents, dy, primals_of(a.dlast), primal_of(a.x), primals_of(a.states),
+                                            primals_of(a.params), primals_of(a.rows), primals_of(a.saved), a.numbers.list());
   size_t i = 0;
   set_tangent(std::get<0>(made), found[i++]);
   for (const std::vector<Tensor>* several : {&std::get<1>(made), &std::get<2>(made)}) {
@@ -135,15 +128,13 @@ void set_tangents(const BackwardArguments& a, const LayerGradients& made) {
   }
 }
 
-LayerGradients sample_backward_autograd(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x,
-                                        at::TensorList states, at::TensorList params, at::TensorList rows,
-                                        at::TensorList saved, int64_t recipe, std::array<bool, 3> mask, int64_t samples) {
-  const BackwardArguments a{dy, dlast, x, states, params, rows, saved, recipe, mask, samples};
+LayerGradients backward_autograd(const BackwardArguments& a) {
   const auto node = differentiates(a) ? make_node<LayerBackwardNode>(a) : nullptr;
   LayerGradients made = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return samples ? sample_backward_op().call(dy, dlast, x, states, params, rows, saved, recipe, mask, samples)
-                   : layer_backward_op().call(dy, dlast, x, states, params, rows, saved, recipe, mask);
+    const BackwardNumbers& n = a.numbers;
+    return n.samples ? sample_backward_op().call(a.dy, a.dlast, a.x, a.states, a.params, a.rows, a.saved, n.list())
+                     : layer_backward_op().call(a.dy, a.dlast, a.x, a.states, a.params, a.rows, a.saved, n.recipe, n.mask);
   }();
   if (node) {
     torch::autograd::set_history(std::get<0>(made), node);
@@ -155,10 +146,16 @@ LayerGradients sample_backward_autograd(const OptionalTensor& dy, at::TensorList
   return made;
 }
 
+LayerGradients sample_backward_autograd(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x,
+                                        at::TensorList states, at::TensorList params, at::TensorList rows,
+                                        at::TensorList saved, at::IntArrayRef call) {
+  return backward_autograd({dy, dlast, x, states, params, rows, saved, BackwardNumbers::of(call)});
+}
+
 LayerGradients layer_backward_autograd(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x,
                                        at::TensorList states, at::TensorList params, at::TensorList rows,
                                        at::TensorList saved, int64_t recipe, std::array<bool, 3> mask) {
-  return sample_backward_autograd(dy, dlast, x, states, params, rows, saved, recipe, mask, /*samples=*/0);
+  return backward_autograd({dy, dlast, x, states, params, rows, saved, {recipe, mask, /*samples=*/0}});
 }
 
 }  // namespace

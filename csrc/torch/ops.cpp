@@ -65,8 +65,8 @@ Results run_step(const Call& call) {
 }
 
 #ifdef FUSED_RNN_WITH_CUDA
-// Whether a call asks for what torch.nn's results have, of an input like torch.nn's, and resets, if any, to zeros, and for no
-// options of steps.
+// Whether a call asks for what torch.nn's results have, of an input like torch.nn's, with resets, if any, to zeros, and
+// without options of steps.
 bool is_plain_call(const Call& call) {
   return !call.recipe.all_states && call.rows.reset_states.empty() && !call.rows.options.any() && !call.has_ids();
 }
@@ -192,26 +192,27 @@ TORCH_LIBRARY(fused_rnn, m) {
   m.def(
       "layer_backward_differentiable(Tensor? dy, Tensor[] dlast, Tensor x, Tensor[] states, Tensor[] params, "
       "Tensor[] rows, Tensor[] saved, int recipe, bool[3] mask) -> (Tensor dx, Tensor[] dstates, Tensor[] dparams)");
-  // Row b of a step belongs to sample b % samples; dparams are those of each sample, [samples, ...].
+  // call: recipe, mask, samples (ops.h). Row b of a step belongs to sample b % samples; dparams are those of each sample,
+  // [samples, ...].
   m.def(
       "layer_backward_samples(Tensor? dy, Tensor[] dlast, Tensor x, Tensor[] states, Tensor[] params, Tensor[] rows, "
-      "Tensor[] saved, int recipe, bool[3] mask, int samples) -> (Tensor dx, Tensor[] dstates, Tensor[] dparams)");
+      "Tensor[] saved, int[] call) -> (Tensor dx, Tensor[] dstates, Tensor[] dparams)");
   // The gradients of the pre-activations [D, N, S, H], in the order of core/params.h. Not differentiable.
   m.def(
       "layer_backward_gates(Tensor? dy, Tensor[] dlast, Tensor x, Tensor[] states, Tensor[] params, Tensor[] rows, "
       "Tensor[] saved, int recipe) -> (Tensor dgates, Tensor[] dstates)");
   // Of layer_backward (samples: 0) or layer_backward_samples: gradients of dy, dlast, x, states, reset states and params;
-  // grads: of the results. A tensor of shape [0] stands for none.
+  // grads: of the results; call: recipe, mask, samples, and which are asked for. A tensor of shape [0] stands for none.
   m.def(
       "layer_double_backward(Tensor[] grads, Tensor? dy, Tensor[] dlast, Tensor x, Tensor[] states, Tensor[] params, "
-      "Tensor[] rows, Tensor[] saved, int recipe, bool[3] mask, int samples, bool[] needed) -> Tensor[]");
+      "Tensor[] rows, Tensor[] saved, int[] call) -> Tensor[]");
   // Tangents of results, from those of arguments (torch/tangents.h).
   m.def(
       "layer_tangents(Tensor[] tangents, Tensor y, Tensor x, Tensor[] states, Tensor[] params, Tensor[] rows, int recipe) "
       "-> Tensor[]");
   m.def(
       "layer_backward_tangents(Tensor[] tangents, Tensor? dy, Tensor[] dlast, Tensor x, Tensor[] states, Tensor[] params, "
-      "Tensor[] rows, Tensor[] saved, int recipe, bool[3] mask, int samples) -> Tensor[]");
+      "Tensor[] rows, Tensor[] saved, int[] call) -> Tensor[]");
   m.def(
       "rnn(Tensor input, Tensor[] states, Tensor[] weights, Tensor[] rows, int recipe, float dropout) "
       "-> (Tensor output, Tensor[] last)");

@@ -15,11 +15,24 @@ using LayerBackwardSignature = LayerGradients(const OptionalTensor& dy, at::Tens
                                               at::TensorList states, at::TensorList params, at::TensorList rows,
                                               at::TensorList saved, int64_t recipe, std::array<bool, 3> mask);
 
+// What a schema's `int[] call` has of a backward: recipe, the three flags of the mask, samples; more may follow.
+struct BackwardNumbers {
+  int64_t recipe;
+  std::array<bool, 3> mask;
+  int64_t samples;  // 0: of layer_backward
+
+  static BackwardNumbers of(at::IntArrayRef call) {
+    TORCH_CHECK_VALUE(call.size() >= 5, "call: expected a recipe, a mask of 3 flags and samples, got ", call.size(),
+                      " numbers");
+    return {call[0], {call[1] != 0, call[2] != 0, call[3] != 0}, call[4]};
+  }
+  std::vector<int64_t> list() const { return {recipe, mask[0], mask[1], mask[2], samples}; }
+};
+
 // Sums over samples of their own: layer.h's gradients_of_layer.
 using SampleBackwardSignature = LayerGradients(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x,
                                                at::TensorList states, at::TensorList params, at::TensorList rows,
-                                               at::TensorList saved, int64_t recipe, std::array<bool, 3> mask,
-                                               int64_t samples);
+                                               at::TensorList saved, at::IntArrayRef call);
 
 // (d_gates [D, N, S, H], dstates)
 using GateGradients = std::tuple<Tensor, std::vector<Tensor>>;
@@ -27,11 +40,11 @@ using GatesBackwardSignature = GateGradients(const OptionalTensor& dy, at::Tenso
                                              at::TensorList states, at::TensorList params, at::TensorList rows,
                                              at::TensorList saved, int64_t recipe);
 
-// The gradients of a backward's arguments that are asked for (`needed`), from `grads`, those of its results.
+// The gradients of a backward's arguments from `grads`, those of its results. A flag for each of them, whether it is asked
+// for, follows in `call`.
 using DoubleBackwardSignature = std::vector<Tensor>(at::TensorList grads, const OptionalTensor& dy, at::TensorList dlast,
                                                     const Tensor& x, at::TensorList states, at::TensorList params,
-                                                    at::TensorList rows, at::TensorList saved, int64_t recipe,
-                                                    std::array<bool, 3> mask, int64_t samples, at::ArrayRef<bool> needed);
+                                                    at::TensorList rows, at::TensorList saved, at::IntArrayRef call);
 
 using RnnSignature = std::tuple<Tensor, std::vector<Tensor>>(const Tensor& input, at::TensorList states,
                                                              at::TensorList weights, at::TensorList rows, int64_t recipe,

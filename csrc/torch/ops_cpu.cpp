@@ -38,21 +38,28 @@ BackwardCall run_backward(const Call& call, const ResultGradients& given, Gradie
   return made;
 }
 
+LayerGradients backward_cpu(const Call& call, const ResultGradients& given, const BackwardNumbers& numbers) {
+  const GradientMask wanted{numbers.mask[0], numbers.mask[1], numbers.mask[2]};
+  return gradients_of_layer(call, given, run_backward(call, given, wanted), wanted, numbers.samples);
+}
+
 LayerGradients sample_backward_cpu(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
-                                   at::TensorList params, at::TensorList rows, at::TensorList saved, int64_t recipe,
-                                   std::array<bool, 3> mask, int64_t samples) {
-  const Rows given_rows = rows_of(rows, recipe);
-  const Call call{x, states, params, given_rows, layer_recipe_of(recipe)};
-  const CellKind cell = call.recipe.cell;
-  const ResultGradients given{dy, gradients_of_last(call.recipe, dlast), saved_of(cell, given_rows, saved)};
-  const GradientMask wanted{mask[0], mask[1], mask[2]};
-  return gradients_of_layer(call, given, run_backward(call, given, wanted), wanted, samples);
+                                   at::TensorList params, at::TensorList rows, at::TensorList saved,
+                                   at::IntArrayRef numbers) {
+  const BackwardNumbers of = BackwardNumbers::of(numbers);
+  const Rows given_rows = rows_of(rows, of.recipe);
+  const Call call{x, states, params, given_rows, layer_recipe_of(of.recipe)};
+  const ResultGradients given{dy, gradients_of_last(call.recipe, dlast), saved_of(call.recipe.cell, given_rows, saved)};
+  return backward_cpu(call, given, of);
 }
 
 LayerGradients layer_backward_cpu(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
                                   at::TensorList params, at::TensorList rows, at::TensorList saved, int64_t recipe,
                                   std::array<bool, 3> mask) {
-  return sample_backward_cpu(dy, dlast, x, states, params, rows, saved, recipe, mask, /*samples=*/0);
+  const Rows given_rows = rows_of(rows, recipe);
+  const Call call{x, states, params, given_rows, layer_recipe_of(recipe)};
+  const ResultGradients given{dy, gradients_of_last(call.recipe, dlast), saved_of(call.recipe.cell, given_rows, saved)};
+  return backward_cpu(call, given, {recipe, mask, /*samples=*/0});
 }
 
 GateGradients gates_backward_cpu(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,

@@ -124,21 +124,30 @@ auto run_backward(const Call& call, const ResultGradients& given, GradientMask w
   return f(made);
 }
 
+LayerGradients backward_cuda(const Call& call, const ResultGradients& given, const BackwardNumbers& numbers) {
+  const GradientMask wanted{numbers.mask[0], numbers.mask[1], numbers.mask[2]};
+  return run_backward(call, given, wanted, [&](const BackwardCall& made) {
+    return gradients_of_layer(call, given, made, wanted, numbers.samples);
+  });
+}
+
 LayerGradients sample_backward_cuda(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
-                                    at::TensorList params, at::TensorList rows, at::TensorList saved, int64_t recipe,
-                                    std::array<bool, 3> mask, int64_t samples) {
-  const Rows given_rows = rows_of(rows, recipe);
-  const Call call{x, states, params, given_rows, layer_recipe_of(recipe)};
+                                    at::TensorList params, at::TensorList rows, at::TensorList saved,
+                                    at::IntArrayRef numbers) {
+  const BackwardNumbers of = BackwardNumbers::of(numbers);
+  const Rows given_rows = rows_of(rows, of.recipe);
+  const Call call{x, states, params, given_rows, layer_recipe_of(of.recipe)};
   const ResultGradients given{dy, gradients_of_last(call.recipe, dlast), saved_of(call.recipe.cell, given_rows, saved)};
-  const GradientMask wanted{mask[0], mask[1], mask[2]};
-  return run_backward(call, given, wanted,
-                      [&](const BackwardCall& made) { return gradients_of_layer(call, given, made, wanted, samples); });
+  return backward_cuda(call, given, of);
 }
 
 LayerGradients layer_backward_cuda(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
                                    at::TensorList params, at::TensorList rows, at::TensorList saved, int64_t recipe,
                                    std::array<bool, 3> mask) {
-  return sample_backward_cuda(dy, dlast, x, states, params, rows, saved, recipe, mask, /*samples=*/0);
+  const Rows given_rows = rows_of(rows, recipe);
+  const Call call{x, states, params, given_rows, layer_recipe_of(recipe)};
+  const ResultGradients given{dy, gradients_of_last(call.recipe, dlast), saved_of(call.recipe.cell, given_rows, saved)};
+  return backward_cuda(call, given, {recipe, mask, /*samples=*/0});
 }
 
 GateGradients gates_backward_cuda(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,

@@ -40,6 +40,6 @@ using LayerTangentsSignature = std::vector<Tensor>(at::TensorList tangents, cons
 using BackwardTangentsSignature = std::vector<Tensor>(at::TensorList tangents, const OptionalTensor& dy,
                                                       at::TensorList dlast, const Tensor& x, at::TensorList states,
                                                       at::TensorList params, at::TensorList rows, at::TensorList saved,
-                                                      int64_t recipe, std::array<bool, 3> mask, int64_t samples);
+                                                      at::IntArrayRef call);
 
 }  // namespace fused_rnn

@@ -68,13 +68,13 @@ struct Cell<CellKind::kUpdateGate> : CellConstants<CellKind::kUpdateGate> {
   }
 
   template <class V, class M = Unmodified>
-  static FUSED_RNN_HD void backward(const V (&a)[kSlots], const V& h_prev, const V&, const V&, const V&, const V& dh_after,
-                                    V&, V (&d)[kSlots], V& dh_prev, const M& m = M()) {
+  static FUSED_RNN_HD V backward(const V (&a)[kSlots], const V& h_prev, const V&, const V&, const V&, const V& dh_after,
+                                 V&, V (&d)[kSlots], const M& m = M()) {
     const V z = a[0], n = a[1];
     const V dh = m.clip_gradient(dh_after);
     d[0] = dh * (h_prev - m.candidate(n)) * z * (V(1) - z);
     d[1] = m.candidate(dh * (V(1) - z)) * (V(1) - n * n);
-    dh_prev = dh * z;
+    return dh * z;
   }
 };
 """
@@ -161,7 +161,7 @@ class UpdateGateCell(_Cell):
 '''
 
 PARAMS, KINDS, REFERENCE_FILE = "csrc/core/params.h", "fused_rnn/_kinds.py", "fused_rnn/reference.py"
-END_OF_GRU = "    d[3] = dn * r;\n    dh_prev = dh * z;\n  }\n};\n"
+END_OF_GRU = "    d[3] = dn * r;\n    return dh * z;\n  }\n};\n"
 END_OF_GRU_STEP = "        n = masked((x_n + r * h_n).tanh())\n        return [clipped(n + z * (h - n))]"
 
 STEPS: dict[str, tuple[Edit, ...]] = {

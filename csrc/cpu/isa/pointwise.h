@@ -122,7 +122,7 @@ template <class V, class C, class Storage>
       const int n = lanes_left<V>(call.H, unit);
       V dh = V::load(call.rec + r * call.rec_stride + (v - call.first) * kWidth) + V::load(row.carry + unit) +
              load_stored<V, Storage>(row.dy, unit, n);
-      V a[C::kSlots], d[C::kSlots], h_prev = V(0), c_prev = V(0), c = V(0), h = V(0), dc = V(0), direct;
+      V a[C::kSlots], d[C::kSlots], h_prev = V(0), c_prev = V(0), c = V(0), h = V(0), dc = V(0);
       if constexpr (C::kSaved > 0) {
         for (int s = 0; s < C::kSlots; ++s) a[s] = load_stored<V, Storage>(row.gates, s * call.H + unit, n);
       } else {
@@ -135,7 +135,7 @@ template <class V, class C, class Storage>
         c = load_stored<V, Storage>(row.c, unit, n);
         dc = V::load(row.dc + unit);
       }
-      C::backward(a, h_prev, c_prev, c, h, dh, dc, d, direct);
+      const V direct = C::backward(a, h_prev, c_prev, c, h, dh, dc, d);
       for (int s = 0; s < C::kSlots; ++s) store_stored<V, Storage>(d[s], row.d_gates, s * call.H + unit, n);
       if (row.d_rec) {
         for (int g = 0; g < C::kGates; ++g) store_stored<V, A>(d[kFirst + g], row.d_rec, g * call.H + unit, n);

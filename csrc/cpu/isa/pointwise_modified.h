@@ -120,7 +120,7 @@ template <class V, class C, class Storage>
     V sum = V::load(call.rec + item.row * call.rec_stride + (item.vector - call.first) * kWidth);
     if (options.product) sum = sum * V::load(options.product + unit);
     const V dh = sum + V::load(row.carry + unit) + load_stored<V, Storage>(row.dy, unit, n);
-    V a[C::kSlots], d[C::kSlots], h_prev = V(0), c_prev = V(0), dc = V(0), direct;
+    V a[C::kSlots], d[C::kSlots], h_prev = V(0), c_prev = V(0), dc = V(0);
     for (int s = 0; s < C::kSlots; ++s) a[s] = load_stored<V, Storage>(row.gates, s * call.H + unit, n);
     if constexpr (C::kReadsH) h_prev = load_stored<V, Storage>(row.h_prev, unit, n);
     if constexpr (C::kHasC) {
@@ -133,7 +133,7 @@ template <class V, class C, class Storage>
     m.raw = C::unclipped(a, h_prev, c_prev, m);
     const V c = m.clipped(m.raw), dc_kept = zoneout_c.to_before(dc);  // c: of a cell that has one
     dc = zoneout_c.to_after(dc);
-    C::backward(a, h_prev, c_prev, c, m.raw, zoneout_h.to_after(dh), dc, d, direct, m);
+    const V direct = C::backward(a, h_prev, c_prev, c, m.raw, zoneout_h.to_after(dh), dc, d, m);
     for (int s = 0; s < C::kSlots; ++s) store_stored<V, Storage>(d[s], row.d_gates, s * call.H + unit, n);
     if (row.d_rec) {
       for (int g = 0; g < C::kGates; ++g) store_stored<V, A>(d[kFirst + g], row.d_rec, g * call.H + unit, n);

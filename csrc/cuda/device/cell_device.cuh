@@ -76,9 +76,9 @@ struct DeviceCell : Cell<kCell> {
     Cell<kCell>::forward(a, h_prev, c_prev, h, c);
   }
   template <class V>
-  static FUSED_RNN_HD void backward(CellKind, const V (&a)[Cell<kCell>::kSlots], const V& h_prev, const V& c_prev,
-                                    const V& c, const V& h, const V& dh, V& dc, V (&d)[Cell<kCell>::kSlots], V& dh_prev) {
-    Cell<kCell>::backward(a, h_prev, c_prev, c, h, dh, dc, d, dh_prev);
+  static FUSED_RNN_HD V backward(CellKind, const V (&a)[Cell<kCell>::kSlots], const V& h_prev, const V& c_prev, const V& c,
+                                 const V& h, const V& dh, V& dc, V (&d)[Cell<kCell>::kSlots]) {
+    return Cell<kCell>::backward(a, h_prev, c_prev, c, h, dh, dc, d);
   }
 };
 
@@ -94,9 +94,10 @@ struct DeviceCell<CellKind::kRnnTanh> : Cell<CellKind::kRnnTanh> {
     forward(kind, a, h_prev, c_prev, h, c);
   }
   template <class V>
-  static FUSED_RNN_HD void backward(CellKind kind, const V (&a)[1], const V& h_prev, const V& c_prev, const V& c, const V& h,
-                                    const V& dh, V& dc, V (&d)[1], V& dh_prev) {
-    with_rnn(kind, [&](auto tag) { Cell<decltype(tag)::value>::backward(a, h_prev, c_prev, c, h, dh, dc, d, dh_prev); });
+  static FUSED_RNN_HD V backward(CellKind kind, const V (&a)[1], const V& h_prev, const V& c_prev, const V& c, const V& h,
+                                 const V& dh, V& dc, V (&d)[1]) {
+    with_rnn(kind, [&](auto tag) { Cell<decltype(tag)::value>::backward(a, h_prev, c_prev, c, h, dh, dc, d); });
+    return V(0);  // of every RNN
   }
 
  private:

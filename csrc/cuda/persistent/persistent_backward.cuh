@@ -130,13 +130,13 @@ struct PersistentBackward : BlockElements<G> {
     if (k > 0 && (result.active || has_exchange(k))) dh += product_sum(e, row_tile, k, buffer);
     simt::issue_loads();
     if (result.active) {
-      float a[C::kSlots], bypass = 0.0f;
+      float a[C::kSlots];
 #pragma unroll
       for (int slot = 0; slot < C::kSlots; ++slot) a[slot] = simt::to_float(x.a[slot]);
       const float h_prev = x.from_zero ? 0.0f : simt::to_float(x.h_prev);
       const float c_prev = x.from_zero ? 0.0f : simt::to_float(x.c_prev);
-      C::backward(p.cell, a, h_prev, c_prev, simt::to_float(x.c), simt::to_float(x.h), dh + simt::to_float(x.dy), dc_state,
-                  d, bypass);
+      const float bypass = C::backward(p.cell, a, h_prev, c_prev, simt::to_float(x.c), simt::to_float(x.h),
+                                       dh + simt::to_float(x.dy), dc_state, d);
       dh = x.from_zero ? 0.0f : bypass;
       if (x.from_zero) dc_state = 0.0f;
     } else {

@@ -109,9 +109,9 @@ struct BackwardElements {
     if (!(info.flags & kActive) && s.p.seq.offsets) return;
     Acc d[C::kSlots] = {};
     if (info.flags & kActive) {
-      Acc dh = x.dh + Matmul<G>::sum(0, unit_of(e), batch_of(e)), dc = carry, bypass = Acc(0);
+      Acc dh = x.dh + Matmul<G>::sum(0, unit_of(e), batch_of(e)), dc = carry;
       if constexpr (!C::kHasC) dh += carry;
-      C::backward(s.p.cell, x.a, x.h_prev, x.c_prev, x.c, x.h, dh, dc, d, bypass);
+      const Acc bypass = C::backward(s.p.cell, x.a, x.h_prev, x.c_prev, x.c, x.h, dh, dc, d);
       if constexpr (kHasCarry) {
         const Acc out = info.flags & kReset ? Acc(0) : C::kHasC ? dc : bypass;
         static_cast<Acc*>(s.carry)[state_index(e)] = out;

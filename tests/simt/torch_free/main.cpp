@@ -1,5 +1,5 @@
-// The checks of benchmarks/torch_free on the simulated device: `FAMILY [SHARE]`. SHARE is that of the allowed errors which is
-// accepted: with 0 every case has to be wrong.
+// The checks of benchmarks/torch_free on the simulated device: `FAMILY [SHARE]`. SHARE is that of the allowed errors which
+// is accepted: with 0 every case has to be wrong.
 #include <csignal>
 
 #include "../../../benchmarks/torch_free/check.h"
