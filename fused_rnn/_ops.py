@@ -116,9 +116,11 @@ def _fake_layer_backward_gates(
     """Shapes of fused_rnn::layer_backward_gates's results."""
     _, dstates, _ = fake_layer_backward(dy, dlast, x, states, params, rows, saved, recipe, [False, True, False])
     layer = unpacked(recipe)
-    rows_of_layer = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]
+    ids = x.dtype is torch.int64
+    of_rows = x.shape if ids else x.shape[:-1]
+    rows_of_layer = of_rows[0] if len(of_rows) == 1 else of_rows[0] * of_rows[1]
     hidden = params[1].shape[0] // layer.kind.gates
-    return x.new_empty(layer.directions, rows_of_layer, layer.kind.slots, hidden), dstates
+    return params[0].new_empty(layer.directions, rows_of_layer, layer.kind.slots, hidden), dstates
 
 
 if extension is not None:

@@ -267,8 +267,8 @@ void check_options(const Call& call, const LayerShapes& s) {
   TORCH_CHECK_VALUE(!(s.projection && (o.zoneout_h || o.zoneout_c)), "zoneout: expected none with a projection");
   TORCH_CHECK_VALUE(traits.has_c || !o.zoneout_c, "zoneout of c: expected none for a cell without c");
   TORCH_CHECK_VALUE(traits.saved > 0 || !o.candidate, "candidate: expected none for a cell without gates");
-  check_optional("product", o.product, {s.D, s.B, s.P}, call.x, call.x.scalar_type());
-  check_optional("candidate", o.candidate, {s.D, s.B, s.H}, call.x, call.x.scalar_type());
+  check_optional("product", o.product, {s.D, s.B, s.P}, call.x, call.like().scalar_type());
+  check_optional("candidate", o.candidate, {s.D, s.B, s.H}, call.x, call.like().scalar_type());
   if (!o.clip) return;
   check_tensor("clip", *o.clip, {}, call.x, at::kDouble);
   const double clip = *o.clip->const_data_ptr<double>();

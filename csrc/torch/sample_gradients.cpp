@@ -42,7 +42,7 @@ void sample_weight_gradients(const Call& call, const ResultGradients& given, con
     if (call.recipe.has_biases) of_bias.push_back(sums(columns, samples));
   }
   gradients.push_back(of_input.size() == 1 ? of_input[0] : at::cat(of_input, 1));
-  const Tensor y = given.saved.y ? output_of_direction(*given.saved.y, s, d) : empty_like(call.x, {s.N, s.P});
+  const Tensor y = given.saved.y ? output_of_direction(*given.saved.y, s, d) : empty_like(call.like(), {s.N, s.P});
   gradients.push_back(products(d_rg, previous_states(call, s, y, d), samples));
   if (call.recipe.has_biases) {
     gradients.push_back(of_bias.size() == 1 ? of_bias[0] : at::cat(of_bias, 1));
