@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from fused_rnn import _checks, _extras, _ids, _opacus
 from fused_rnn._kinds import GRU, LSTM, NUMBER_OF_NONLINEARITY
+from fused_rnn._module_checks import check_layout, check_like, check_parameters, type_name
 from fused_rnn._quick_call import QuickCall, watch
 from fused_rnn._recipe import Recipe, Rows
 from fused_rnn._regularisation import Kind, Regularisation, Regularised, Sizes
 from fused_rnn.functional import autocast_on, run_cell, run_rnn
-from fused_rnn.modules import check_layout, check_like, check_parameters, refuse_scripting, type_name
+from fused_rnn.modules import refuse_scripting
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 

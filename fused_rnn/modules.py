@@ -22,9 +22,7 @@ Every class is a subclass of torch.nn's own and keeps its constructor. What diff
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +31,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import _checkpoint, _checks, _extras, _ids, _kinds, _onnx, _opacus
 from fused_rnn._extras import Extras
+from fused_rnn._flat_weights import FlatWeights
+from fused_rnn._module_checks import check_layout, check_like, check_parameters
 from fused_rnn._quick_call import QuickCall, watch
 from fused_rnn._recipe import Recipe, Rows
 from fused_rnn._regularisation import Kind, Regularisation, Regularised, Sizes
@@ -55,87 +55,8 @@ def refuse_scripting(module: nn.Module) -> nn.Module:
     )
 
 
-def type_name(tensor: Tensor) -> str:
-    """The dtype as torch's error messages spell it: Float, Double, BFloat16."""
-    return tensor.type().rsplit(".", 1)[-1].removesuffix("Tensor")
-
-
-def check_like(input: Tensor, tensor: Tensor, name: str, wide: bool = False) -> None:
-    """Raises RuntimeError, in torch's words, unless the tensor is on input's device and, outside autocast, of its dtype.
-
-    wide: the tensor is an LSTM's c, which may be float32 where the input has 16 bits.
-    """
-    if tensor.device != input.device:
-        raise RuntimeError(
-            f"Input and {name} tensors are not at the same device, found input tensor at {input.device} "
-            f"and {name} tensor at {tensor.device}"
-        )
-    if wide and _checks.is_wide_c(tensor, input):
-        return
-    if tensor.dtype != input.dtype and not torch._C._is_any_autocast_enabled():
-        raise RuntimeError(
-            f"Input and {name} tensors are not the same dtype, found input tensor with {type_name(input)} "
-            f"and {name} tensor with {type_name(tensor)}"
-        )
-
-
-def check_parameters(input: Tensor, names: Sequence[str], weights: Sequence[Any]) -> None:
-    """Raises, by its name, for the first weight that is no dense tensor of input's device and, outside autocast, dtype.
-
-    In torch's words, which name no weight, where all weights are alike: then the input does not fit the module.
-    """
-    for name, weight in zip(names, weights, strict=True):
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"expected Tensor as parameter {name}, but got {type(weight).__name__}")
-        problem = _checks.layout_problem(weight)
-        if problem is not None:
-            raise RuntimeError(f"parameter {name}: {problem}")
-    alike = len({(weight.dtype, weight.device) for weight in weights}) == 1
-    for name, weight in zip(names, weights, strict=True):
-        check_like(input, weight, "parameter" if alike else f"parameter {name}")
-
-
-def check_layout(tensor: Tensor, name: str) -> None:
-    """Raises RuntimeError unless the tensor is dense. Before sizes are read, which some nested tensors do not have."""
-    problem = _checks.layout_problem(tensor)
-    if problem is not None:
-        raise RuntimeError(f"{name}: {problem}")
-
-
-class _FlatWeights(list[Any]):
-    """The weights of a layer in order, as they were when ``_flat_weights`` was read. Writing another tensor into it assigns
-    ``_flat_weights`` with that one replaced, as in torch.nn."""
-
-    def __init__(self, layer: _Layer, weights: Iterable[Any]) -> None:
-        super().__init__(weights)
-        self._layer = layer
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        weights = list(self._layer._flat_weights)
-        weights[index] = value
-        self._layer._flat_weights = weights
-        super().__setitem__(index, value)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:  # a copy is a plain list
-        return list, (list(self),)
-
-
-class _Override(NamedTuple):
-    """What forward uses instead of the named weights, after ``_flat_weights`` was assigned."""
-
-    weights: list[Any]
-    named: list[weakref.ref[Any] | None]  # the named weights at that moment
-
-    def is_outdated(self, named: list[Any]) -> bool:
-        """Whether a weight has been replaced under its name since: then it and all the other named ones count again."""
-        return any(
-            weight is not None and ref is not None and ref() is not weight
-            for weight, ref in zip(named, self.named, strict=True)
-        )
-
-
-class _Layer(QuickCall, Regularised, _checkpoint.Checkpointed, nn.RNNBase):
-    """What RNN, LSTM and GRU share: the options, where the weights come from, and the checks before the call."""
+class _Layer(QuickCall, Regularised, _checkpoint.Checkpointed, FlatWeights, nn.RNNBase):
+    """What RNN, LSTM and GRU share: the options, and the checks before the call."""
 
     def __init__(
         self,
@@ -164,83 +85,6 @@ class _Layer(QuickCall, Regularised, _checkpoint.Checkpointed, nn.RNNBase):
     def _kind_of_options(self) -> Kind:
         states, lstm = ("h", "c") if self.mode == "LSTM" else ("h",), self.mode == "LSTM"
         return Kind(type(self).__name__, states, lstm or self.mode == "GRU", lstm, self.bias, projects=self.proj_size > 0)
-
-    # --- weights ---
-
-    def _weights(self) -> list[Tensor]:
-        """The weights in _flat_weights_names' order, as they are now: parameters, or what replaces them by name
-        (parametrizations, weight_norm, prune, DataParallel replicas)."""
-        fields = self.__dict__
-        if "_weights_override" in fields:
-            return self._overriding_weights()
-        parameters = fields["_parameters"]
-        try:
-            return [parameters[name] for name in fields["_flat_weights_names"]]
-        except KeyError:
-            return [getattr(self, name) for name in fields["_flat_weights_names"]]
-
-    def _named_weights(self) -> list[Any]:
-        return [getattr(self, name, None) for name in self._flat_weights_names]
-
-    def _overriding_weights(self) -> list[Any]:
-        """What ``_flat_weights`` was set to; the named weights if one of them has been replaced since."""
-        named, override = self._named_weights(), self.__dict__["_weights_override"]
-        if override.is_outdated(named):
-            del self.__dict__["_weights_override"]
-            return named
-        return override.weights
-
-    @property
-    def _flat_weights(self) -> list[Tensor | None]:
-        override = "_weights_override" in self.__dict__
-        return _FlatWeights(self, self._overriding_weights() if override else self._named_weights())
-
-    @_flat_weights.setter
-    def _flat_weights(self, value: list[Tensor | None]) -> None:
-        """Assigning other tensors than the named weights makes forward use them. The last write wins: until a weight is
-        assigned by its name, the named ones are assigned back, or the module is moved; copies have the named ones. All
-        this is as in torch.nn, except that there an assignment by name also wins over a later one of the list, unless
-        there was a call in between."""
-        named = self._named_weights()
-        self.__dict__.pop("_weights_override", None)
-        if len(value) != len(named) or any(new is not old for new, old in zip(value, named, strict=False)):
-            refs = [None if weight is None else weakref.ref(weight) for weight in named]
-            self.__dict__["_weights_override"] = _Override(list(value), refs)
-
-    def __setattr__(self, attr: str, value: Any) -> None:
-        nn.Module.__setattr__(self, attr, value)
-
-    def _init_flat_weights(self) -> None:
-        self.__dict__.pop("_weights_override", None)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.__dict__.pop(
-            "_weights_override", None
-        )  # before, too: torch.utils.swap_tensors refuses weakly referenced tensors
-        return super()._apply(fn, recurse)
-
-    def _update_flat_weights(self) -> None:
-        pass
-
-    def _weights_have_changed(self) -> bool:
-        return False
-
-    def flatten_parameters(self) -> None:
-        """Does nothing: weights are separate tensors and no layout of them is faster than another."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.pop("_flat_weight_refs", None)
-        state.pop("_weights_override", None)
-        return state
-
-    def __setstate__(self, d: dict[str, Any]) -> None:
-        state = {key: value for key, value in d.items() if key not in ("_flat_weights", "_flat_weight_refs")}
-        names = state.get("_all_weights", state.get("all_weights"))
-        if "_flat_weights_names" not in state and names and isinstance(names[0][0], str):
-            state["_flat_weights_names"] = [name for group in names for name in group]
-        super().__setstate__(state)
-        self.__dict__.pop("_flat_weight_refs", None)
 
     __prepare_scriptable__ = refuse_scripting
     ft_compute_sample_grad = _opacus.ft_compute_sample_grad
