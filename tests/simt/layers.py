@@ -6,7 +6,7 @@ import ctypes
 import dataclasses
 import itertools
 import re
-from ctypes import c_bool, c_int, c_int64, c_void_p
+from ctypes import c_bool, c_double, c_int, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ FAMILIES = ("single", "step", "grid", "cluster")  # in the order of csrc/plan/fa
 assert set(CELLS) == set(CELL_NUMBER)
 
 
-SCALARS = {"bool": c_bool, "int": c_int, "int64_t": c_int64, "CellKind": c_int, "DType": c_int}
+SCALARS = {"bool": c_bool, "int": c_int, "int64_t": c_int64, "double": c_double, "CellKind": c_int, "DType": c_int}
 
 
 def structure(name: str, header: str, **known: type[ctypes.Structure]) -> type[ctypes.Structure]:
@@ -48,7 +48,8 @@ def structure(name: str, header: str, **known: type[ctypes.Structure]) -> type[c
 
 Sequence = structure("Sequence", "core/active.h")
 ResetState = structure("ResetState", "core/modifier.h")
-Modifier = structure("Modifier", "core/modifier.h", ResetState=ResetState)
+Zoneout = structure("Zoneout", "core/modifier.h")
+Modifier = structure("Modifier", "core/modifier.h", ResetState=ResetState, Zoneout=Zoneout)
 WeightMatrix = structure("WeightMatrix", "core/params.h")
 Weights = structure("Weights", "core/params.h", WeightMatrix=WeightMatrix)
 _PARTS = {"Sequence": Sequence, "Modifier": Modifier, "Weights": Weights}
