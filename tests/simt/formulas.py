@@ -15,6 +15,7 @@ from typing import Any
 
 import builder
 import torch
+from layers import Modifier
 from simulator import H100, DeviceInfo, Simulator
 from torch import Tensor
 
@@ -91,10 +92,14 @@ class Direction(ctypes.Structure):
     ]
 
 
+# Of the modifier behind its resets, in words: all 0, no reset states and no options of steps.
+REST = (ctypes.sizeof(Modifier) - ctypes.sizeof(c_void_p)) // ctypes.sizeof(c_int64)
+
+
 class FormulaLayer(ctypes.Structure):
     _fields_ = [
         *(("H", c_int64), ("D", c_int), ("heads", c_int), ("T", c_int64), ("B", c_int64), ("N", c_int64)),
-        *(("lengths", c_void_p), ("offsets", c_void_p), ("resets", c_void_p), ("reset_states", c_int64 * 8)),  # null: zeros
+        *(("lengths", c_void_p), ("offsets", c_void_p), ("resets", c_void_p), ("rest_of_modifier", c_int64 * REST)),
         *(("weights", Direction * 2), ("initial", c_void_p * STATES)),
     ]
 
