@@ -42,6 +42,7 @@ class Call(NamedTuple):
     v_params: list[Maybe]
 
 
+DEVICE = "cpu"  # whose kernels take and give c after every step
 SERVED = (
     "expected float32 or float64 on a CPU, no lengths, packed rows, projection, reset states, all states, nor zoneout, "
     "recurrent_dropout or state_clip"
@@ -53,7 +54,7 @@ def serves(x: Tensor, per_direction: int, rows: Rows, recipe: Recipe) -> bool:
     projected = per_direction > 2 * (1 + recipe.has_biases)
     plain = rows.lengths is None and rows.offsets is None and not rows.reset_states and not rows.options.any()
     plain = plain and not (projected or recipe.all_states)
-    return plain and x.is_cpu and x.dtype in (torch.float32, torch.float64) and x.numel() > 0
+    return plain and x.device.type == DEVICE and x.dtype in (torch.float32, torch.float64) and x.numel() > 0
 
 
 class Derivatives(NamedTuple):
