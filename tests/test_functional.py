@@ -31,7 +31,8 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"input": DATA.input.short()},
         ValueError,
-        "input: expected dtype float64, float32, float16, bfloat16, complex64 or complex128, or int64 or int32 ids, got torch.int16",
+        "input: expected dtype float64, float32, float16, bfloat16, complex64 or complex128, or int64 or int32 ids, got "
+        "torch.int16",
     ),
     ({"input": DATA.input[0, 0]}, ValueError, "input: expected 2-D or 3-D, got 1-D"),
     ({"input": DATA.input[:0]}, ValueError, "input: expected at least 1 time step, got 0"),
