@@ -393,7 +393,7 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: LSTM(X[..., :2]), ValueError, r"input: expected 3 features in its last dimension, got \[5, 4, 2\]"),
     (lambda: LSTM(X[:0]), ValueError, "input: expected at least 1 time step, got 0"),
     (lambda: LSTM(X[None]), ValueError, "input: expected 2-D or 3-D, got 4-D"),
-    (lambda: LSTM(X.int()), ValueError, "input: expected dtype float64, float32"),
+    (lambda: LSTM(X.short()), ValueError, "input: expected dtype float64, float32"),
     (lambda: LSTM(X, lengths=[1, 2]), ValueError, r"lengths: expected shape \[4\], got \[2\]"),
     (lambda: LSTM(X, resets=X), ValueError, "resets: expected dtype torch.bool"),
     (lambda: LSTM(pack_padded_sequence(X, [5] * B), lengths=[5] * B), ValueError, "lengths: expected None with packed"),
