@@ -201,7 +201,7 @@ def test_op_arguments_are_checked() -> None:
         (Rows(resets=torch.zeros(3, 5, dtype=torch.bool)), "resets: expected shape"),
     ):
         fails(match, rows=rows.given(), recipe=recipe | rows.bits)
-    fails("rows: expected 0 of lengths, offsets and resets", rows=[torch.zeros(3, dtype=torch.int64)])
+    fails("rows: expected 0 of lengths, offsets, resets and options of steps", rows=[torch.zeros(3, dtype=torch.int64)])
     fails(r"recipe: expected .*\(a cell of 0 to 4 ", recipe=Recipe(7).packed)
     fails("recipe: expected that of one layer", recipe=Recipe(KINDS["LSTM"], num_layers=2).packed)
 

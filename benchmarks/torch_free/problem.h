@@ -208,8 +208,8 @@ class RowReference {
       for (int u = 0; u < H_; ++u) {
         double a[S] = {}, da[S] = {};
         for (int slot = 0; slot < C::kSaved; ++slot) a[slot] = d_.gates[gate(t, slot, u)];
-        C::backward(a, before_h_[t][u], before_c_[t][u], after_c_[t][u], after_h_[t][u],
-                    dh[u] + d_.dy[(row(t) * c_.D + dir_) * H_ + u], dc[u], da, next[u]);
+        next[u] = C::backward(a, before_h_[t][u], before_c_[t][u], after_c_[t][u], after_h_[t][u],
+                              dh[u] + d_.dy[(row(t) * c_.D + dir_) * H_ + u], dc[u], da);
         for (int slot = 0; slot < S; ++slot) d_.d_gates[gate(t, slot, u)] = da[slot];
       }
       for (int g = 0; g < G; ++g) {
