@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_rnn._kinds import GRU, LSTM, RNN_RELU, RNN_TANH
+from fused_rnn._kinds import GRU, LSTM, RNN_IDENTITY, RNN_RELU, RNN_TANH
 from fused_rnn._recipe import ALL_STATES, Recipe, Rows
 
 Maybe = Tensor | None
@@ -43,9 +43,10 @@ class Call(NamedTuple):
 
 
 DEVICE = "cpu"  # whose kernels take and give c after every step
+CELLS = (RNN_TANH, RNN_RELU, RNN_IDENTITY, LSTM, GRU)  # those whose derivatives are below; others take the reference's
 SERVED = (
-    "expected float32 or float64 on a CPU, no lengths, packed rows, projection, reset states, all states, nor zoneout, "
-    "recurrent_dropout or state_clip"
+    "expected an RNN, LSTM or GRU in float32 or float64 on a CPU, no lengths, packed rows, projection, reset states, all "
+    "states, nor zoneout, recurrent_dropout or state_clip"
 )
 
 
@@ -53,7 +54,7 @@ def serves(x: Tensor, per_direction: int, rows: Rows, recipe: Recipe) -> bool:
     """Whether this file has the derivatives of such a layer. per_direction: number of parameters of one direction."""
     projected = per_direction > 2 * (1 + recipe.has_biases)
     plain = rows.lengths is None and rows.offsets is None and not rows.reset_states and not rows.options.any()
-    plain = plain and not (projected or recipe.all_states)
+    plain = plain and not (projected or recipe.all_states) and recipe.cell in CELLS
     return plain and x.device.type == DEVICE and x.dtype in (torch.float32, torch.float64) and x.numel() > 0
 
 
