@@ -20,7 +20,7 @@ REPLACED = ("torch/device.h", "torch/ops_cpu.cpp", "torch/tf32_cuda.cpp", "cuda/
 def formula_source() -> Path:
     """The kernels of the formula that the library has (tests/simt/formulas.py's Everything); beside it lies what the loader
     reads, <name>.kernels."""
-    path = os.pathsep.join([str(builder.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(builder.ROOT), str(builder.ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, str(HERE.parent / "formulas.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path})
     return Path(done.stdout.strip())
