@@ -138,20 +138,7 @@ def _layer_double_backward(
     Of dy, dlast, x, states, reset states and params, where the flags at the end of ``call`` say so, else [0]. By the kernels
     where _second_order has the derivative, else by differentiating the reference twice.
     """
-    recipe, mask, samples, needed = _numbers(call)
-    of_call = rows_of(rows, recipe)
-    masks = rows[: len(rows) - len(of_call.reset_states)]
-    none = params[0].new_empty(0)
-    given = [none if dy is None else dy, *dlast, x, *states, *of_call.reset_states, *params]
-    counts = (len(dlast), len(states), len(masks), len(saved), len(grads))
-    of = _BackwardCall(recipe, mask, samples, dy is not None, *counts)
-    layer = unpacked(recipe)
-    if not samples and _second_order.serves(x, len(params) // layer.directions, of_call, layer):
-        with _above_transforms():
-            found = _SecondOrder.apply(of, *masks, *saved, *grads, *given)
-    else:
-        found = of.derivatives(masks, grads, given, needed)
-    return [t if wanted else none for t, wanted in zip(found, needed, strict=True)]
+    return _double_backward(grads, (dy, dlast, x, states, params, rows, saved), call, by_kernels=True)
 
 
 def _layer_double_backward_batched(
@@ -166,14 +153,25 @@ def _layer_double_backward_batched(
     call: Sequence[int],
 ) -> list[Tensor]:
     """The same of batched ``grads``, as of torch.autograd.functional.hessian(vectorize=True), by the reference."""
-    recipe, mask, samples, needed = _numbers(call)
-    of_call = rows_of(rows, recipe)
+    return _double_backward(grads, (dy, dlast, x, states, params, rows, saved), call, by_kernels=False)
+
+
+def _double_backward(
+    grads: Sequence[Tensor], arguments: Sequence[Any], numbers: Sequence[int], by_kernels: bool
+) -> list[Tensor]:
+    dy, dlast, x, states, params, rows, saved = arguments
+    recipe, mask, samples, needed = _numbers(numbers)
+    of_call, layer = rows_of(rows, recipe), unpacked(recipe)
     masks = rows[: len(rows) - len(of_call.reset_states)]
     none = params[0].new_empty(0)
     given = [none if dy is None else dy, *dlast, x, *states, *of_call.reset_states, *params]
     counts = (len(dlast), len(states), len(masks), len(saved), len(grads))
-    of = _BackwardCall(recipe, mask, samples, dy is not None, *counts)
-    found = of.derivatives(masks, grads, given, needed)
+    call = _BackwardCall(recipe, mask, samples, dy is not None, *counts)
+    if by_kernels and not samples and _second_order.serves(x, len(params) // layer.directions, of_call, layer):
+        with _above_transforms():
+            found = _SecondOrder.apply(call, *masks, *saved, *grads, *given)
+    else:
+        found = call.derivatives(masks, grads, given, needed)
     return [t if wanted else none for t, wanted in zip(found, needed, strict=True)]
 
 

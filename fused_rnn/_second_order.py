@@ -149,7 +149,7 @@ class _Direction:
         self.x, self.v_x = self._ordered(call.x), None if call.v_x is None else self._ordered(call.v_x)
         self.batch = self.x.shape[1]
         states, v_states = ([s[direction] if s is not None else None for s in of] for of in (call.states, call.v_states))
-        self.keep = None if call.rows.resets is None else self._ordered(~call.rows.resets).unsqueeze(-1).to(self.x.dtype)
+        self.keep = None if call.rows.resets is None else self._ordered(~call.rows.resets).unsqueeze(-1)
         h = self._ordered(y.unflatten(2, (-1, self.hidden))[:, :, direction])
         self.h = h
         self.h_prev = self._before(h, states[0] if states else None)
@@ -172,11 +172,14 @@ class _Direction:
     def _ordered(self, t: Tensor) -> Tensor:
         return t.flip(0) if self.reverse else t
 
+    def _kept(self, of_states: Tensor, steps: int | slice = slice(None)) -> Tensor:
+        """What belongs to the states before these steps, 0 where a reset puts others: 0 * NaN would be NaN."""
+        return of_states if self.keep is None else torch.where(self.keep[steps], of_states, 0)
+
     def _before(self, states: Tensor, first: Maybe) -> Tensor:
         """The state before each step, from that after each."""
         start = torch.zeros_like(states[0]) if first is None else first
-        before = torch.cat([start.unsqueeze(0), states[:-1]])
-        return before if self.keep is None else before * self.keep
+        return self._kept(torch.cat([start.unsqueeze(0), states[:-1]]))
 
     def _activate(self, c: Maybe) -> None:
         """The gates, and c after each step, of what forward was given and has made."""
@@ -186,13 +189,10 @@ class _Direction:
         if self.cell == LSTM:
             i, f, g, o = (of_x + of_h).chunk(4, -1)
             self.a = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-            given, forget = (
-                (self.a[0] * self.a[2]).unbind(),
-                (self.a[1] if self.keep is None else self.a[1] * self.keep).unbind(),
-            )
+            given, forget = (self.a[0] * self.a[2]).unbind(), self.a[1].unbind()
             state, every = torch.zeros_like(given[0]) if c is None else c, []
-            for more, kept in zip(given, forget, strict=True):
-                state = torch.addcmul(more, kept, state)
+            for t, more in enumerate(given):
+                state = torch.addcmul(more, forget[t], self._kept(state, t))
                 every.append(state)
             self.c = torch.stack(every)
         elif self.cell == GRU:
@@ -230,10 +230,8 @@ class _Direction:
     def _steps(self, source: Tensor, step: Callable[[int, Tensor, Tensor], Tensor], h: Tensor) -> tuple[Tensor, Tensor]:
         """The products of all steps [T, B, G*H] and tangents of h [T, B, H]; step(t, product, h before) -> h after."""
         w, products, after = self.w_hh.t().contiguous(), [], []
-        keep = None if self.keep is None else self.keep.unbind()
         for t, given in enumerate(source.unbind()):
-            if keep is not None:
-                h = h * keep[t]
+            h = self._kept(h, t)
             product = torch.addmm(given, h, w)
             h = step(t, product, h)
             products.append(product)
@@ -248,15 +246,13 @@ class _Direction:
             [g * i * (1 - i), self.c_prev * f * (1 - f), i * (1 - g * g), tanh_c * o * (1 - o)], 2
         )  # dc / da of i, f, g; dh / da of o
         factors, forget, of_c = self.factors.flatten(2).unbind(), f.unbind(), self.of_c.unbind()
-        keep = None if self.keep is None else self.keep.unbind()
         c, every = self.v_before[1], []
         size = self.hidden
 
         def step(t: int, product: Tensor, h: Tensor) -> Tensor:
             nonlocal c
             p_i, p_f, p_g, p_o = (product * factors[t]).split(size, 1)
-            before = c if keep is None else c * keep[t]
-            c = torch.addcmul(p_i + p_f + p_g, forget[t], before)
+            c = torch.addcmul(p_i + p_f + p_g, forget[t], self._kept(c, t))
             every.append(c)
             return torch.addcmul(p_o, of_c[t], c)
 
@@ -292,23 +288,19 @@ class _Direction:
 
     def _h_gradients(self) -> Tensor:
         """The total gradient of h after each step [T, B, H], of the first backward."""
-        through = self._rg(self.d) @ self.w_hh
-        if self.keep is not None:
-            through = through * self.keep
+        through = self._kept(self._rg(self.d) @ self.w_hh)
         last = torch.zeros_like(self.h[0]) if self.dlast[0] is None else self.dlast[0]
         total = self.dy + torch.cat([through[1:], last.unsqueeze(0)])
         if self.cell != GRU:
             return total
-        update = self.a[1] if self.keep is None else self.a[1] * self.keep
-        return self._carried(total, update)
+        return self._carried(total, self.a[1])
 
-    @staticmethod
-    def _carried(given: Tensor, factors: Tensor) -> Tensor:
-        """g_t = given_t + factors_{t+1} g_{t+1}"""
+    def _carried(self, given: Tensor, factors: Tensor) -> Tensor:
+        """g_t = given_t + factors_{t+1} g_{t+1}, without the second part where step t + 1 begins from a reset."""
         parts, by = given.unbind(), factors.unbind()
         every = [parts[-1]]
         for t in reversed(range(len(parts) - 1)):
-            every.append(torch.addcmul(parts[t], by[t + 1], every[-1]))
+            every.append(torch.addcmul(parts[t], self._kept(by[t + 1], t + 1), self._kept(every[-1], t + 1)))
         return torch.stack(every[::-1])
 
     def sources(self) -> tuple[Tensor, Maybe, Tensor, list[Tensor]]:
@@ -331,7 +323,7 @@ class _Direction:
             before = before + self._rg(self.d) @ self.v_hh
         firsts, given = [], []
         for source in [before] if of_c is None else [before, of_c]:
-            kept = source if self.keep is None else source * self.keep
+            kept = self._kept(source)
             firsts.append(kept[0])
             given.append(self._ordered(torch.cat([kept[1:], torch.zeros_like(kept[:1])])))
         self.h_dot_prev = h_dot_prev
@@ -343,8 +335,7 @@ class _Direction:
         tanh_c = self.tanh_c
         last = torch.zeros_like(dh[:1]) if self.dlast[1] is None else self.dlast[1].unsqueeze(0)
         own = dh * self.of_c
-        forget = f if self.keep is None else f * self.keep
-        dc = self._carried(torch.cat([own[:-1], own[-1:] + last]), forget)  # of c after each step, in total
+        dc = self._carried(torch.cat([own[:-1], own[-1:] + last]), f)  # of c after each step, in total
         i_dot, f_dot, g_dot, o_dot = (self.products.unflatten(2, (4, -1)) * self._slopes(i, f, g, o)).unbind(2)
         c_dot_prev = self._before(self.c_dot, self.v_before[1])
         square = 1 - tanh_c * tanh_c

@@ -337,6 +337,31 @@ def test_penalties(kind: str, name: str, outputs: slice) -> None:
 
 
 @pytest.mark.usefixtures("kernels_only")
+@pytest.mark.parametrize("late", [False, True], ids=["before", "behind"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_penalty_beside_an_episode_that_is_not_a_number(kind: str, late: bool) -> None:
+    """A reset parts two episodes of a row: NaN in one leaves the second derivatives of the other as they are."""
+    resets = torch.zeros(T, B, dtype=torch.bool)
+    resets[2] = True
+    nan, own = (slice(2, T), slice(0, 2)) if late else (slice(0, 2), slice(2, T))
+    weights = weights_of(kind, 1)
+
+    def found(x: Tensor) -> Tensor:
+        x.requires_grad_()
+        y = call(kind, x, weights, None, resets=resets)[0]
+        (first,) = torch.autograd.grad(y[own].sin().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first[own].cos().sum(), x)
+        return second[own]
+
+    x = randn(T, B, INPUTS)
+    broken = x.clone()
+    broken[nan] = float("nan")
+    expected = found(x)
+    assert expected.abs().sum() > 0
+    close([found(broken)], [expected])
+
+
+@pytest.mark.usefixtures("kernels_only")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_penalty_runs_kernels(kind: str) -> None:
     """Of the input alone, as of a critic's; gradients of weights that autograd accumulates."""

@@ -23,7 +23,10 @@ void refuse(const Call& call, int64_t id, int64_t t, int64_t b, int64_t columns)
 
 Tensor ids_of_rows(const Call& call, const Sequence& seq, int64_t columns) {
 #ifdef FUSED_RNN_WITH_CUDA
-  if (is_on_device(call.x)) return at::clamp(call.x, 0, std::max<int64_t>(columns - 1, 0)).reshape({seq.N});
+  if (is_on_device(call.x)) {
+    TORCH_CHECK_INDEX(columns > 0 || seq.N == 0, "input: expected no ids where input_size is 0");
+    return at::clamp(call.x, 0, columns - 1).reshape({seq.N});
+  }
 #endif
   const Tensor given = call.x.contiguous();
   Tensor ids = at::empty({seq.N}, given.options());

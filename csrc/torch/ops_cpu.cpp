@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "cpu/cpu.h"
+#include "torch/backward_ops.h"
 #include "torch/ids.h"
 #include "torch/ops.h"
 #include "torch/weight_node.h"
@@ -38,37 +39,12 @@ BackwardCall run_backward(const Call& call, const ResultGradients& given, Gradie
   return made;
 }
 
-LayerGradients backward_cpu(const Call& call, const ResultGradients& given, const BackwardNumbers& numbers) {
-  const GradientMask wanted{numbers.mask[0], numbers.mask[1], numbers.mask[2]};
-  return gradients_of_layer(call, given, run_backward(call, given, wanted), wanted, numbers.samples);
-}
-
-LayerGradients sample_backward_cpu(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
-                                   at::TensorList params, at::TensorList rows, at::TensorList saved,
-                                   at::IntArrayRef numbers) {
-  const BackwardNumbers of = BackwardNumbers::of(numbers);
-  const Rows given_rows = rows_of(rows, of.recipe);
-  const Call call{x, states, params, given_rows, layer_recipe_of(of.recipe)};
-  const ResultGradients given{dy, gradients_of_last(call.recipe, dlast), saved_of(call.recipe.cell, given_rows, saved)};
-  return backward_cpu(call, given, of);
-}
-
-LayerGradients layer_backward_cpu(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
-                                  at::TensorList params, at::TensorList rows, at::TensorList saved, int64_t recipe,
-                                  std::array<bool, 3> mask) {
-  const Rows given_rows = rows_of(rows, recipe);
-  const Call call{x, states, params, given_rows, layer_recipe_of(recipe)};
-  const ResultGradients given{dy, gradients_of_last(call.recipe, dlast), saved_of(call.recipe.cell, given_rows, saved)};
-  return backward_cpu(call, given, {recipe, mask, /*samples=*/0});
-}
-
-GateGradients gates_backward_cpu(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
-                                 at::TensorList params, at::TensorList rows, at::TensorList saved, int64_t recipe) {
-  const Rows given_rows = rows_of(rows, recipe);
-  const Call call{x, states, params, given_rows, layer_recipe_of(recipe)};
-  const ResultGradients given{dy, gradients_of_last(call.recipe, dlast), saved_of(call.recipe.cell, given_rows, saved)};
-  return gates_of_layer(call, run_backward(call, given, {false, true, false}));
-}
+struct OnCpu {
+  template <class F>
+  static auto run_backward(const Call& call, const ResultGradients& given, GradientMask wanted, const F& f) {
+    return f(fused_rnn::run_backward(call, given, wanted));
+  }
+};
 
 }  // namespace
 
@@ -105,7 +81,7 @@ Results run_on_cpu(const Call& call) {
 
 TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
   m.impl("layer", fused_rnn::layer_cpu);
-  m.impl("layer_backward", fused_rnn::layer_backward_cpu);
-  m.impl("layer_backward_samples", fused_rnn::sample_backward_cpu);
-  m.impl("layer_backward_gates", fused_rnn::gates_backward_cpu);
+  m.impl("layer_backward", fused_rnn::BackwardOps<fused_rnn::OnCpu>::layer);
+  m.impl("layer_backward_samples", fused_rnn::BackwardOps<fused_rnn::OnCpu>::samples);
+  m.impl("layer_backward_gates", fused_rnn::BackwardOps<fused_rnn::OnCpu>::gates);
 }

@@ -10,6 +10,7 @@
 #include <torch/library.h>
 
 #include "cuda/backend.h"
+#include "torch/backward_ops.h"
 #include "torch/choice_cuda.h"
 #include "torch/device.h"
 #include "torch/families_cuda.h"
@@ -102,69 +103,35 @@ LayerOutputs layer_cuda(const Tensor& x, at::TensorList states, at::TensorList p
   return forward_outputs(made, save);
 }
 
-// Runs the recurrent part of backward, then f(call, given, made) -> results.
-template <class F>
-auto run_backward(const Call& call, const ResultGradients& given, GradientMask wanted, const F& f) {
-  const Tensor& x = call.x;
-  const c10::cuda::CUDAGuard device_guard(x.device());
-  check_features(call);
-  BackwardCall made = prepare_backward(call, given, wanted);
-  BackwardParams& p = made.params;
-  p.allow_tf32 = allows_tf32(call.like());
-  const MatmulPrecision precision(p.allow_tf32);
-  if (p.seq.B > 0) {
-    const Recipe chosen = chosen_for_layer(call, /*training=*/true);
-    if (!(wanted.states && call.h0())) p.d_h0 = nullptr;  // one launch less
-    run_planned(cuda::problem_of(p), x.get_device(), chosen, [&](const Plan& plan) {
-      const Tensor workspace = workspace_of(plan, x);
-      p.workspace = workspace.data_ptr();
-      cuda::backward(p, plan, c10::cuda::getCurrentCUDAStream().stream());
-    });
+struct OnCuda {
+  template <class F>
+  static auto run_backward(const Call& call, const ResultGradients& given, GradientMask wanted, const F& f) {
+    const Tensor& x = call.x;
+    const c10::cuda::CUDAGuard device_guard(x.device());
+    check_features(call);
+    BackwardCall made = prepare_backward(call, given, wanted);
+    BackwardParams& p = made.params;
+    p.allow_tf32 = allows_tf32(call.like());
+    const MatmulPrecision precision(p.allow_tf32);
+    if (p.seq.B > 0) {
+      const Recipe chosen = chosen_for_layer(call, /*training=*/true);
+      if (!(wanted.states && call.h0())) p.d_h0 = nullptr;  // one launch less
+      run_planned(cuda::problem_of(p), x.get_device(), chosen, [&](const Plan& plan) {
+        const Tensor workspace = workspace_of(plan, x);
+        p.workspace = workspace.data_ptr();
+        cuda::backward(p, plan, c10::cuda::getCurrentCUDAStream().stream());
+      });
+    }
+    return f(made);
   }
-  return f(made);
-}
-
-LayerGradients backward_cuda(const Call& call, const ResultGradients& given, const BackwardNumbers& numbers) {
-  const GradientMask wanted{numbers.mask[0], numbers.mask[1], numbers.mask[2]};
-  return run_backward(call, given, wanted, [&](const BackwardCall& made) {
-    return gradients_of_layer(call, given, made, wanted, numbers.samples);
-  });
-}
-
-LayerGradients sample_backward_cuda(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
-                                    at::TensorList params, at::TensorList rows, at::TensorList saved,
-                                    at::IntArrayRef numbers) {
-  const BackwardNumbers of = BackwardNumbers::of(numbers);
-  const Rows given_rows = rows_of(rows, of.recipe);
-  const Call call{x, states, params, given_rows, layer_recipe_of(of.recipe)};
-  const ResultGradients given{dy, gradients_of_last(call.recipe, dlast), saved_of(call.recipe.cell, given_rows, saved)};
-  return backward_cuda(call, given, of);
-}
-
-LayerGradients layer_backward_cuda(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
-                                   at::TensorList params, at::TensorList rows, at::TensorList saved, int64_t recipe,
-                                   std::array<bool, 3> mask) {
-  const Rows given_rows = rows_of(rows, recipe);
-  const Call call{x, states, params, given_rows, layer_recipe_of(recipe)};
-  const ResultGradients given{dy, gradients_of_last(call.recipe, dlast), saved_of(call.recipe.cell, given_rows, saved)};
-  return backward_cuda(call, given, {recipe, mask, /*samples=*/0});
-}
-
-GateGradients gates_backward_cuda(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
-                                  at::TensorList params, at::TensorList rows, at::TensorList saved, int64_t recipe) {
-  const Rows given_rows = rows_of(rows, recipe);
-  const Call call{x, states, params, given_rows, layer_recipe_of(recipe)};
-  const ResultGradients given{dy, gradients_of_last(call.recipe, dlast), saved_of(call.recipe.cell, given_rows, saved)};
-  return run_backward(call, given, {false, true, false},
-                      [&](const BackwardCall& made) { return gates_of_layer(call, made); });
-}
+};
 
 }  // namespace
 }  // namespace fused_rnn
 
 TORCH_LIBRARY_IMPL(fused_rnn, FUSED_RNN_DEVICE_KEY, m) {
   m.impl("layer", fused_rnn::layer_cuda);
-  m.impl("layer_backward", fused_rnn::layer_backward_cuda);
-  m.impl("layer_backward_samples", fused_rnn::sample_backward_cuda);
-  m.impl("layer_backward_gates", fused_rnn::gates_backward_cuda);
+  m.impl("layer_backward", fused_rnn::BackwardOps<fused_rnn::OnCuda>::layer);
+  m.impl("layer_backward_samples", fused_rnn::BackwardOps<fused_rnn::OnCuda>::samples);
+  m.impl("layer_backward_gates", fused_rnn::BackwardOps<fused_rnn::OnCuda>::gates);
 }
