@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fused_rnn._kinds import Kind
 from fused_rnn._recipe import StepOptions
 
 VARIANTS = ("state", "candidate")
@@ -86,16 +87,27 @@ class Regularisation(NamedTuple):
 # --- checks ---
 
 
-class Kind(NamedTuple):
+class Target(NamedTuple):
     """What of a module decides which options it can have."""
 
     name: str
-    states: tuple[str, ...]
-    has_candidate: bool
-    has_forget_gate: bool
-    bias: bool = True
+    cell: Kind
+    bias: bool
     is_cell: bool = False
     projects: bool = False
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        return ("h", "c")[: self.cell.states]
+
+    @property
+    def has_candidate(self) -> bool:
+        """Cells with gates have one, LSTM's g and GRU's n."""
+        return self.cell.gates > 1
+
+    @property
+    def has_forget_gate(self) -> bool:
+        return self.cell.has_c
 
 
 def _number(name: str, value: Any, expected: str) -> float:
@@ -111,44 +123,44 @@ def _probability(name: str, value: Any) -> float:
     return number
 
 
-def _zoneout(value: Any, kind: Kind) -> tuple[float, ...]:
-    many = f"a number or a tuple of {len(kind.states)} ({', '.join(kind.states)})"
+def _zoneout(value: Any, target: Target) -> tuple[float, ...]:
+    many = f"a number or a tuple of {len(target.states)} ({', '.join(target.states)})"
     if isinstance(value, (tuple, list)):
-        if len(value) != len(kind.states):
+        if len(value) != len(target.states):
             raise ValueError(f"zoneout: expected {many}, got {len(value)} numbers")
-        names = [f"zoneout[{i}] ({name})" for i, name in enumerate(kind.states)]
+        names = [f"zoneout[{i}] ({name})" for i, name in enumerate(target.states)]
         found = tuple(_probability(name, p) for name, p in zip(names, value, strict=True))
     elif isinstance(value, Real) and not isinstance(value, bool):
-        found = (_probability("zoneout", value),) * len(kind.states)
+        found = (_probability("zoneout", value),) * len(target.states)
     else:
         raise TypeError(f"zoneout: expected {many}, got {type(value).__name__}")
-    if any(found) and kind.projects:
+    if any(found) and target.projects:
         raise ValueError(f"zoneout: expected 0 with proj_size (no kernel has both), got {value}")
     return found if any(found) else ()
 
 
-def _recurrent_dropout(value: Any, variant: Any, kind: Kind) -> float:
+def _recurrent_dropout(value: Any, variant: Any, target: Target) -> float:
     p = _probability("recurrent_dropout", value)
     if variant not in VARIANTS:
         raise ValueError(f"recurrent_dropout_variant: expected 'state' or 'candidate', got {variant!r}")
-    if variant == "candidate" and not kind.has_candidate:
+    if variant == "candidate" and not target.has_candidate:
         raise ValueError(
-            f"recurrent_dropout_variant: expected 'state' for {kind.name} (it has no gates, so no candidate), "
+            f"recurrent_dropout_variant: expected 'state' for {target.name} (it has no gates, so no candidate), "
             "got 'candidate'"
         )
-    if p and kind.is_cell:
+    if p and target.is_cell:
         raise ValueError(
-            f"recurrent_dropout: expected 0 for {kind.name} (its masks are those of a sequence, of which a cell sees a "
+            f"recurrent_dropout: expected 0 for {target.name} (its masks are those of a sequence, of which a cell sees a "
             f"step), got {value}"
         )
     return p
 
 
-def checked(options: dict[str, Any], kind: Kind) -> Regularisation | None:
+def checked(options: dict[str, Any], target: Target) -> Regularisation | None:
     """The options of a constructor, by their names in Regularisation; None where they are the defaults.
 
     Raises:
-        TypeError, ValueError: an option is wrong, or this kind of module cannot have it; the message names it.
+        TypeError, ValueError: an option is wrong, or this module cannot have it; the message names it.
     """
     given = {**Regularisation()._asdict(), "zoneout": 0.0, **options}
     clip, forget_bias = given["state_clip"], given["forget_bias"]
@@ -160,13 +172,13 @@ def checked(options: dict[str, Any], kind: Kind) -> Regularisation | None:
         forget_bias = _number("forget_bias", forget_bias, "a number or None")
         if not math.isfinite(forget_bias):
             raise ValueError(f"forget_bias: expected a finite number, or None, got {forget_bias}")
-        if not kind.has_forget_gate:
-            raise ValueError(f"forget_bias: expected None for {kind.name} (it has no forget gate), got {forget_bias}")
-        if not kind.bias:
+        if not target.has_forget_gate:
+            raise ValueError(f"forget_bias: expected None for {target.name} (it has no forget gate), got {forget_bias}")
+        if not target.bias:
             raise ValueError(f"forget_bias: expected None with bias=False, got {forget_bias}")
-    recurrent = _recurrent_dropout(given["recurrent_dropout"], given["recurrent_dropout_variant"], kind)
+    recurrent = _recurrent_dropout(given["recurrent_dropout"], given["recurrent_dropout_variant"], target)
     made = Regularisation(
-        _zoneout(given["zoneout"], kind),
+        _zoneout(given["zoneout"], target),
         recurrent,
         given["recurrent_dropout_variant"] if recurrent else "state",
         _probability("weight_dropout", given["weight_dropout"]),
@@ -202,12 +214,12 @@ class Regularised:
     zoneout, recurrent_dropout, recurrent_dropout_variant = _Option(), _Option(), _Option()
     weight_dropout, state_clip, forget_bias = _Option(), _Option(), _Option()
 
-    def _kind_of_options(self) -> Kind:
+    def _target_of_options(self) -> Target:
         raise NotImplementedError
 
     def _regularise(self, options: dict[str, Any]) -> None:
         """Checks the options and keeps them."""
-        found = checked(options, self._kind_of_options())
+        found = checked(options, self._target_of_options())
         if found is None:
             self.__dict__.pop("_regularisation", None)
         else:

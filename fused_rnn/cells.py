@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fused_rnn import _checks, _extras, _ids, _opacus
-from fused_rnn._kinds import GRU, LSTM, NUMBER_OF_NONLINEARITY
+from fused_rnn._kinds import GRU, KINDS, LSTM, NUMBER_OF_NONLINEARITY, RNN_TANH
 from fused_rnn._module_checks import check_layout, check_like, check_parameters, type_name
 from fused_rnn._quick_call import QuickCall, watch
 from fused_rnn._recipe import Recipe, Rows
-from fused_rnn._regularisation import Kind, Regularisation, Regularised, Sizes
+from fused_rnn._regularisation import Regularisation, Regularised, Sizes, Target
 from fused_rnn.functional import autocast_on, run_cell, run_rnn
 from fused_rnn.modules import refuse_scripting
 
@@ -53,11 +53,9 @@ class _Cell(QuickCall, Regularised, nn.RNNCellBase):
         )
         self._set_forget_bias()
 
-    def _kind_of_options(self) -> Kind:
-        lstm = isinstance(self, nn.LSTMCell)
-        states = ("h", "c") if lstm else ("h",)
-        gated = lstm or isinstance(self, nn.GRUCell)
-        return Kind(type(self).__name__, states, gated, lstm, bool(self.bias), is_cell=True)
+    def _target_of_options(self) -> Target:
+        number = LSTM if isinstance(self, nn.LSTMCell) else GRU if isinstance(self, nn.GRUCell) else RNN_TANH
+        return Target(type(self).__name__, KINDS[number], bool(self.bias), is_cell=True)
 
     __prepare_scriptable__ = refuse_scripting
     ft_compute_sample_grad = _opacus.ft_compute_sample_grad

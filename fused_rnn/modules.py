@@ -35,7 +35,7 @@ from fused_rnn._flat_weights import FlatWeights
 from fused_rnn._module_checks import check_layout, check_like, check_parameters
 from fused_rnn._quick_call import QuickCall, watch
 from fused_rnn._recipe import Recipe, Rows
-from fused_rnn._regularisation import Kind, Regularisation, Regularised, Sizes
+from fused_rnn._regularisation import Regularisation, Regularised, Sizes, Target
 from fused_rnn.functional import autocast_on, run_rnn
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -82,9 +82,9 @@ class _Layer(QuickCall, Regularised, _checkpoint.Checkpointed, FlatWeights, nn.R
         )
         self._set_forget_bias()
 
-    def _kind_of_options(self) -> Kind:
-        states, lstm = ("h", "c") if self.mode == "LSTM" else ("h",), self.mode == "LSTM"
-        return Kind(type(self).__name__, states, lstm or self.mode == "GRU", lstm, self.bias, projects=self.proj_size > 0)
+    def _target_of_options(self) -> Target:
+        cell = _kinds.KINDS[_kinds.NUMBER_OF_MODE[self.mode]]
+        return Target(type(self).__name__, cell, self.bias, projects=self.proj_size > 0)
 
     __prepare_scriptable__ = refuse_scripting
     ft_compute_sample_grad = _opacus.ft_compute_sample_grad

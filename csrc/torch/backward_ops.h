@@ -1,4 +1,4 @@
-// The ops of a layer's backward, the same on every device: a call of the arguments, the device's scan, the products after it.
+// The ops of a layer's backward, the same on every device: a call of the arguments, the scan, the products after it.
 #pragma once
 #include "torch/ops.h"
 

@@ -190,7 +190,7 @@ STEPS: dict[str, tuple[Edit, ...]] = {
         Edit("fused_rnn/functional.py", "from fused_rnn import _checks,", " _kinds,"),
         Edit("fused_rnn/modules.py", "", LAYER),
         Edit("fused_rnn/cells.py", "", CELL),
-        Edit("fused_rnn/cells.py", "from fused_rnn._kinds import GRU, LSTM,", " NUMBER_OF_MODE,"),
+        Edit("fused_rnn/cells.py", "from fused_rnn._kinds import GRU, KINDS, LSTM,", " NUMBER_OF_MODE,"),
     ),
     "5: tests/cases.py": (Edit("tests/cases.py", '"RNN_IDENTITY", "GRU", "LSTM"', f', "{MODE}"'),),
 }
