@@ -125,8 +125,8 @@ own calls then decide.
 us: of a step, forward / backward; in brackets of the call, without the products after backward, alike for all families.
 cuDNN's times are published for an H100 and taken for every device: 0.45 to 2.3 us a step for its small-H algorithm (between
 them by the number of weights, a guess), 1.96 / 3.1 for the persistent one, 7 / 10 or more for the standard one.
-The cost model takes all SMs to run at 1.7 GHz, and weights to lie in L2 (csrc/plan/machine.h). Blocks: groups x blocks of a
-group.
+The cost model takes all SMs to run at 1.7 GHz, and weights to lie in L2 or, where they do not fit there, to come from memory
+(csrc/plan/machine.h). Blocks: groups x blocks of a group.
 """
 
 

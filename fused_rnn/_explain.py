@@ -22,11 +22,11 @@ from fused_rnn.formula.modules import Layer, Step
 _KIB = 1024
 
 
-def _device(cc: int, sms: int, block: int, sm: int, threads: int, l2: int, cluster: int) -> dict[str, int]:
+def _device(cc: int, sms: int, block: int, sm: int, threads: int, l2: int, cluster: int, dram: int) -> dict[str, int]:
     return {
         "compute_capability": cc, "sm_count": sms, "smem_per_block": block * _KIB, "smem_per_sm": sm * _KIB,
         "registers_per_sm": 65536, "threads_per_sm": threads, "l2_bytes": l2 << 20, "max_cluster": cluster,
-        "compiled_for": cc,
+        "compiled_for": cc, "dram_gb_per_s": dram,
     }  # fmt: skip
 
 
@@ -34,14 +34,14 @@ def _device(cc: int, sms: int, block: int, sm: int, threads: int, l2: int, clust
 # guide, "Technical specifications per compute capability", and the vendor's data sheets; these do not say how many clusters
 # run at once (active_clusters), which the planner then estimates.
 DEVICES = {
-    "T4": _device(75, 40, 64, 64, 1024, 4, 1),
-    "A100": _device(80, 108, 163, 164, 2048, 40, 1),
-    "RTX 3090": _device(86, 82, 99, 100, 1536, 6, 1),
-    "RTX 4090": _device(89, 128, 99, 100, 1536, 72, 1),
-    "H100": _device(90, 132, 227, 228, 2048, 50, 16),
-    "H200": _device(90, 132, 227, 228, 2048, 50, 16),
-    "B200": _device(100, 148, 227, 228, 2048, 126, 16),
-    "RTX 5090": _device(120, 170, 99, 100, 1536, 96, 8),
+    "T4": _device(75, 40, 64, 64, 1024, 4, 1, 320),
+    "A100": _device(80, 108, 163, 164, 2048, 40, 1, 2039),
+    "RTX 3090": _device(86, 82, 99, 100, 1536, 6, 1, 936),
+    "RTX 4090": _device(89, 128, 99, 100, 1536, 72, 1, 1008),
+    "H100": _device(90, 132, 227, 228, 2048, 50, 16, 3350),
+    "H200": _device(90, 132, 227, 228, 2048, 50, 16, 4800),
+    "B200": _device(100, 148, 227, 228, 2048, 126, 16, 8000),
+    "RTX 5090": _device(120, 170, 99, 100, 1536, 96, 8, 1792),
 }
 
 
@@ -70,7 +70,8 @@ def explain(
             [B, I] or [I]. Its values are not read: a tensor on the meta device will do if ``device`` is given.
         device: plan for this GPU instead of the input's device; none has to be there. "T4", "A100", "RTX 3090",
             "RTX 4090", "H100", "H200", "B200", "RTX 5090", as if the kernels had been compiled for it, or a mapping with the
-            fields of csrc/plan/device_info.h, of which active_clusters may be left out.
+            fields of csrc/plan/device_info.h, of which active_clusters and dram_gb_per_s
+            may be left out.
         training: whether backward is explained too; by default, whether autograd would record the call.
         show: whether to print it.
 

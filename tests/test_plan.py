@@ -105,6 +105,22 @@ def test_tiles_follow_the_batch() -> None:
     assert kernel(plan(B=4096, H=1024, dtype="float32"), "forward")["tile"] == "medium"
 
 
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("name", ["A100", "H100"])
+def test_weights_beyond_l2_come_from_memory(name: str, backward: bool) -> None:
+    """Every step reads them again: 4 * 4096 * 4096 weights of 2 bytes are 134 MB, more than any L2 of the two."""
+    small, large = (plan(name, H=H, dtype="bfloat16", backward=backward)["us_per_step"] for H in (1024, 4096))
+    microseconds = 4 * 4096 * 4096 * 2 / (DEVICES[name]["dram_gb_per_s"] * 1e3)
+    assert small < 16 < microseconds <= large < microseconds + 10
+    unknown = {key: value for key, value in DEVICES[name].items() if key != "dram_gb_per_s"}
+    kwargs = {"cell": "lstm", "dtype": "bfloat16", "T": 10, "B": 8, "I": 32, "H": 4096, "backward": backward}
+    assert C.plan(device=unknown, **kwargs)["us_per_step"] < large
+    cudnn = C.plan(device=DEVICES[name], forced="cudnn", **kwargs)["us_per_step"]
+    assert cudnn == pytest.approx(microseconds)
+    grid = plan(name, H=1024, dtype="bfloat16", backward=backward, forced="grid")["us_per_step"]
+    assert grid < 16  # weights in registers and shared memory
+
+
 def test_small_shared_memory_excludes_tiles() -> None:
     """On sm_75 a block has 64 KiB: two stages, and what does not fit is named."""
     for k in plan("T4", B=4096, H=1024)["kernels"]:

@@ -24,6 +24,7 @@ struct DeviceInfo {
   // Blocks of a persistent kernel that run at once, each with an SM for itself; -1: none. 0: the device was not asked, and
   // the planner takes sm_count.
   int resident_blocks = 0;
+  int dram_gb_per_s = 0;  // of the device's memory; 0: not known, and the planner takes all weights to stay in L2
 };
 
 }  // namespace fused_rnn

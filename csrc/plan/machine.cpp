@@ -49,6 +49,11 @@ double peak_math_rate(MathKind math) {
   return 0;
 }
 
+double dram_us(double bytes, const DeviceInfo& device) {
+  if (device.dram_gb_per_s <= 0 || bytes <= double(device.l2_bytes)) return 0;
+  return bytes / (device.dram_gb_per_s * 1e3);
+}
+
 // Clusters do not span the device's groups of SMs, of which some are incomplete: 7 clusters of 16 blocks fit an H100, 15 of
 // 8.
 int64_t clusters_at_once(const DeviceInfo& device, int64_t blocks) {

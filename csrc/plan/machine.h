@@ -40,6 +40,10 @@ double persistent_math_rate(cuda::MathKind math, const DeviceInfo& device);
 // The same at the datasheet's rate, for an H100.
 double peak_math_rate(cuda::MathKind math);
 
+// Microseconds that one read of `bytes` takes which every step reads again, where L2 is smaller than they are: it keeps what
+// was read last, so each step finds nothing of them. 0 where they stay in L2.
+double dram_us(double bytes, const DeviceInfo& device);
+
 // Clusters of so many blocks that run at once; 0: the device runs none of that size.
 int64_t clusters_at_once(const DeviceInfo& device, int64_t blocks);
 

@@ -46,9 +46,11 @@ double input_product_us(const Problem& p, const DeviceInfo& device) {
   return p.D * (kLaunchUs + product_us(p, device, rows, double(p.I), columns));
 }
 
-// The recurrent product of one step, of both directions.
+// The recurrent product of one step, of both directions, with weights from L2 or, where they do not stay there, from memory.
 double step_product_us(const Problem& p, const DeviceInfo& device) {
-  return p.D * product_us(p, device, double(p.B), double(p.P), double(gate_count(p.cell)) * p.H);
+  const double columns = double(gate_count(p.cell)) * p.H;
+  return std::max(p.D * product_us(p, device, double(p.B), double(p.P), columns),
+                  dram_us(p.D * double(p.P) * columns * dtype_size(p.dtype), device));
 }
 
 // Kernels, memory and cost of a family that has no obstacle.

@@ -42,9 +42,10 @@ Product product_of(const Problem& problem, KernelRole role) {
 double kernel_us(const Problem& problem, const DeviceInfo& device, MathKind math, KernelRole role, const TileShape& tile,
                  const KernelPlan& plan, const Product& product, int64_t chunks) {
   const int64_t blocks = plan.grid_x * plan.grid_y * plan.grid_z;
-  return step_launch_us(device) + product_us({math, tile, cuda::weight_groups(role, problem.cell),
-                                              product.k[0] + product.k[1], chunks, blocks, plan.stages},
-                                             device);
+  const int groups = cuda::weight_groups(role, problem.cell);
+  const int64_t k = product.k[0] + product.k[1];
+  const double weight_bytes = double(problem.D) * groups * double(product.units * k) * cuda::storage_bytes(math);
+  return step_launch_us(device) + product_us({math, tile, groups, k, chunks, blocks, plan.stages, weight_bytes}, device);
 }
 
 // The cheapest tile of a kernel; throws if none fits the device.

@@ -9,12 +9,14 @@
 namespace fused_rnn {
 
 // Of each of `blocks` blocks: `groups` weight rows of each of its units, times its batch rows, over k in `chunks` chunks.
+// Blocks of other batch rows read the same weights: weight_bytes counts them once.
 struct StepProduct {
   cuda::MathKind math;
   cuda::TileShape tile;
   int groups;
   int64_t k, chunks, blocks;
   int stages;
+  double weight_bytes;
 };
 
 // Microseconds beside launching.
@@ -26,7 +28,7 @@ inline double product_us(const StepProduct& p, const DeviceInfo& device) {
   const double l2_us = blocks * bytes / (kSharedL2BytesPerClock * device.sm_count * kClockGhz * 1e3);
   const double math_us = per_sm * rows * p.tile.batch * k / (math_rate(p.math, device) * kClockGhz * 1e3);
   const double latency_us = double(ceil_div(p.chunks, p.tile.teams)) * kL2LatencyUs / std::max(1, p.stages - 1);
-  return std::max({sm_us, l2_us, math_us, latency_us});
+  return std::max({sm_us, l2_us, math_us, latency_us, dram_us(p.weight_bytes, device)});
 }
 
 // Microseconds of a launch of a step, beside its product.

@@ -154,6 +154,7 @@ DeviceInfo device_of(const py::dict& device) {
     std::copy(counts.begin(), counts.end(), info.active_clusters.begin());
   }
   if (device.contains("resident_blocks")) info.resident_blocks = field("resident_blocks");  // likewise
+  if (device.contains("dram_gb_per_s")) info.dram_gb_per_s = field("dram_gb_per_s");        // may be unknown
   return info;
 }
 
@@ -304,6 +305,7 @@ py::dict cuda_device(int index) {
   result["compiled_for"] = info.compiled_for;
   result["active_clusters"] = info.active_clusters;
   result["resident_blocks"] = info.resident_blocks;
+  result["dram_gb_per_s"] = info.dram_gb_per_s;
   return result;
 }
 #endif

@@ -35,6 +35,7 @@ int main(int, char** arguments) {
   }
   try {
     fused_rnn::DeviceInfo info = fused_rnn::simt::query_device(made_up.device);
+    if (info.dram_gb_per_s != 3352) return 5;  // 2 * 2619 MHz * 5120 bits
     fused_rnn::simt::query_code(info, made_up.device, kernel, 256);
     std::printf("%d %d %d", info.resident_blocks, info.compiled_for, info.max_cluster);
     for (int clusters : info.active_clusters) std::printf(" %d", clusters);

@@ -25,6 +25,7 @@ class DeviceInfo(ctypes.Structure):
         ("compiled_for", c_int),
         ("active_clusters", c_int * 17),
         ("resident_blocks", c_int),
+        ("dram_gb_per_s", c_int),
     ]
 
 

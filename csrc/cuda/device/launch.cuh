@@ -164,6 +164,9 @@ inline DeviceInfo query_device(int device) {
   info.registers_per_sm = get(cudaDevAttrMaxRegistersPerMultiprocessor);
   info.threads_per_sm = get(cudaDevAttrMaxThreadsPerMultiProcessor);
   info.l2_bytes = get(cudaDevAttrL2CacheSize);
+  // Two transfers a clock of so many kHz, on a bus of so many bits.
+  const int64_t kilo_bytes_per_s = int64_t(2) * get(cudaDevAttrMemoryClockRate) * get(cudaDevAttrGlobalMemoryBusWidth) / 8;
+  info.dram_gb_per_s = static_cast<int>(kilo_bytes_per_s / 1000000);
   info.max_cluster = !get(cudaDevAttrClusterLaunch) ? 1 : info.compute_capability >= 120 ? 8 : 16;
   return info;
 }
