@@ -36,8 +36,7 @@ double work_us(const FormulaStepProblem& problem, const DeviceInfo& device, Math
                const TileShape& tile, const FormulaKernelPlan& plan) {
   const int64_t blocks = plan.grid_x * plan.grid_y * problem.D, chunks = ceil_div(work.K, cuda::chunk_size(math));
   const double weight_bytes = double(problem.D) * work.groups * double(problem.H * work.K) * cuda::storage_bytes(math);
-  const double product =
-      product_us({math, tile, work.groups, work.K, chunks, blocks, plan.stages, weight_bytes}, device);
+  const double product = product_us({math, tile, work.groups, work.K, chunks, blocks, plan.stages, weight_bytes}, device);
   const int64_t rows_of_warp = ceil_div(tile.batch, cuda::tile_threads(tile) / 32);
   return work.products * product + double(work.reads * rows_of_warp) * kL2LatencyUs;
 }
