@@ -27,9 +27,12 @@ US = {"cudnn": (100.0, 200.0), "step": (400.0, 500.0), "grid": (80.0, 150.0), "c
 class Verified:
     """In the place of Verifier: states that the test sets."""
 
-    def __init__(self, **states: State) -> None:
+    def __init__(self, outcome: State = State.VERIFIED, **states: State) -> None:
+        """outcome: of a verification that is waited for."""
         self.states = {name: states.get(name, State.VERIFIED) for name in NAMES}
+        self.outcomes = dict.fromkeys(NAMES, outcome)
         self.requested: list[str] = []
+        self.awaited: list[str] = []
 
     def state(self, family: str) -> State:
         return self.states[family]
@@ -38,6 +41,11 @@ class Verified:
         if self.states[family] is State.UNKNOWN:
             self.requested.append(family)
             self.states[family] = State.RUNNING
+        return self.states[family]
+
+    def verify(self, family: str) -> State:
+        self.awaited.append(family)
+        self.states[family] = self.outcomes[family]
         return self.states[family]
 
 
@@ -209,6 +217,37 @@ def test_without_a_reference(path: Path) -> None:
     assert Machine(path, nothing).call(problem, offer).family == EXACT, "what is known to be wrong serves nobody"
     impossible = Verified(**dict.fromkeys(OFFER.ours, State.IMPOSSIBLE))
     assert Machine(path.with_name("other.txt"), impossible).call(problem, offer).family == "step"
+
+
+@pytest.mark.parametrize("state", [State.UNKNOWN, State.RUNNING])
+@pytest.mark.parametrize("now", [{}, {"may_time": False}, {"deterministic": True}], ids=str)
+def test_nothing_unverified_serves_where_nothing_trusted_can(path: Path, state: State, now: dict[str, bool]) -> None:
+    """The first such call waits for one family, the next ones do not."""
+    offer = OFFER if now.get("deterministic") else Offer(None, OFFER.ours)
+    verifier = Verified(**dict.fromkeys(OFFER.ours, state))
+    verifier.outcomes["step"] = State.EXCLUDED
+    machine = Machine(path, verifier)
+    served = [machine.call(offer=offer, **now).family for _ in range(3)]
+    assert verifier.awaited == ["step", "grid"] and set(served) <= {"grid", EXACT}
+    assert served[0] == ("grid" if now else EXACT), "EXACT: grid is compared beside it"
+
+
+def test_nothing_waits_beside_a_trusted_one(path: Path) -> None:
+    for mode in ("first", "use", "off"):
+        verifier = Verified(**dict.fromkeys(OFFER.ours, State.UNKNOWN))
+        machine = Machine(path, verifier, mode=mode)
+        assert machine.call().family == machine.call(may_time=False).family == "cudnn"
+        if mode != "first":
+            machine.call(offer=Offer(None, OFFER.ours))  # never verifies
+        assert not verifier.awaited
+
+
+def test_settled(path: Path) -> None:
+    verifier = Verified(cluster=State.RUNNING, step=State.IMPOSSIBLE)
+    tuner = Machine(path, verifier).tuner
+    assert not tuner.is_settled(OFFER) and tuner.is_settled(Offer("cudnn", ("step", "grid")))
+    verifier.states["cluster"] = State.EXCLUDED
+    assert tuner.is_settled(OFFER)
 
 
 def test_capture(path: Path) -> None:

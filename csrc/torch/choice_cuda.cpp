@@ -264,15 +264,27 @@ Results run_chosen(const Call& s, const std::function<Results(const Call&)>& res
   return by_family(s, answer.family, rest);
 }
 
-Recipe chosen_for_layer(const Call& layer, bool training) {
-  Recipe recipe = layer.recipe;
+bool is_plain_call(const Call& call) {
+  return !call.recipe.all_states && call.rows.reset_states.empty() && !call.rows.options.any() && !call.has_ids();
+}
+
+// What cuDNN keeps for backward has a size that a graph cannot know, so it serves no training call here.
+LayerChoice chosen_for_layer(const Call& layer, bool training) {
+  LayerChoice choice{layer.recipe, std::nullopt};
   const FamilyChoice setting = family_setting();
   Question q{};
-  if (recipe.family || setting.forced || setting.cheapest || !measure(layer, q)) return recipe;
+  if (layer.recipe.family || setting.forced || setting.cheapest || !measure(layer, q)) return choice;
   q.training = training;
-  const Answer answer = ask(layer, q);
-  if (answer.family) recipe.family = number_of(*answer.family);
-  return recipe;
+  q.cudnn = !training && is_plain_call(layer) && cudnn_lacks(layer).empty() && cudnn_fits(layer);
+  std::optional<Family> family = ask(layer, q).family;
+  if (!family && q.cudnn) family = Family::kCudnn;
+  if (family == Family::kCudnn) {
+    const at::AutoGradMode without_grad(false);
+    choice.results = try_cudnn(layer, q);
+    if (!choice.results) family = choices().family(key_of(layer, q));
+  }
+  if (family && !choice.results) choice.recipe.family = number_of(*family);
+  return choice;
 }
 
 }  // namespace fused_rnn

@@ -42,7 +42,15 @@ void forget_choices();
 // serve it.
 Results run_chosen(const Call& call, const std::function<Results(const Call&)>& rest);
 
-// The recipe of a layer's call that nobody has chosen a family for, since modes or tracing have seen the stack's.
-Recipe chosen_for_layer(const Call& layer, bool training);
+// Whether a call asks for what torch.nn's results have, of an input like torch.nn's, with resets, if any, to zeros, and
+// without options of steps.
+bool is_plain_call(const Call& call);
+
+// What serves a layer's call that nobody has chosen a family for, since modes or tracing have seen the stack's.
+struct LayerChoice {
+  Recipe recipe;                   // with the family, if one was chosen
+  std::optional<Results> results;  // by cuDNN, which serves calls that keep nothing for backward
+};
+LayerChoice chosen_for_layer(const Call& layer, bool training);
 
 }  // namespace fused_rnn

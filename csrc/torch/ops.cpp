@@ -64,14 +64,6 @@ Results run_step(const Call& call) {
   return made;
 }
 
-#ifdef FUSED_RNN_WITH_CUDA
-// Whether a call asks for what torch.nn's results have, of an input like torch.nn's, with resets, if any, to zeros, and
-// without options of steps.
-bool is_plain_call(const Call& call) {
-  return !call.recipe.all_states && call.rows.reset_states.empty() && !call.rows.options.any() && !call.has_ids();
-}
-#endif
-
 // A stack's call: its layers beside each other, or in turn.
 Results run_layers(const Call& call) {
 #ifdef FUSED_RNN_WITH_CUDA

@@ -82,7 +82,8 @@ LayerOutputs layer_cuda(const Tensor& x, at::TensorList states, at::TensorList p
   const Rows given = rows_of(rows, recipe);
   const Call call{x, states, params, given, layer_recipe_of(recipe)};
   check_features(call);
-  const Recipe chosen = chosen_for_layer(call, save);
+  const LayerChoice chosen = chosen_for_layer(call, save);
+  if (chosen.results) return {chosen.results->y, {chosen.results->last.begin(), chosen.results->last.end()}, {}};
   ForwardCall made = prepare_forward(call, save);
   ForwardParams& p = made.params;
   if (p.seq.B > 0) {
@@ -98,7 +99,7 @@ LayerOutputs layer_cuda(const Tensor& x, at::TensorList states, at::TensorList p
       p.workspace = workspace.data_ptr();
       cuda::forward(p, plan, c10::cuda::getCurrentCUDAStream().stream());
     };
-    run_planned(cuda::problem_of(p), x.get_device(), chosen, run, /*has_x=*/!call.has_ids());
+    run_planned(cuda::problem_of(p), x.get_device(), chosen.recipe, run, /*has_x=*/!call.has_ids());
   }
   return forward_outputs(made, save);
 }
@@ -114,7 +115,7 @@ struct OnCuda {
     p.allow_tf32 = allows_tf32(call.like());
     const MatmulPrecision precision(p.allow_tf32);
     if (p.seq.B > 0) {
-      const Recipe chosen = chosen_for_layer(call, /*training=*/true);
+      const Recipe chosen = chosen_for_layer(call, /*training=*/true).recipe;
       if (!(wanted.states && call.h0())) p.d_h0 = nullptr;  // one launch less
       run_planned(cuda::problem_of(p), x.get_device(), chosen, [&](const Plan& plan) {
         const Tensor workspace = workspace_of(plan, x);

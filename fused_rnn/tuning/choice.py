@@ -149,6 +149,8 @@ class Tuner:
         key = problem.key
         if self.mode == "off":
             return Turn(self._rule(key, offer, now, recorded=False), lasting=True)
+        if self.mode == "first" and (offer.reference is None or now.deterministic):
+            self._prove(offer)
         with self._lock:
             decided = self._decided.get((key, offer))
             if decided is not None and not now.deterministic:
@@ -166,6 +168,19 @@ class Tuner:
             if decided is not None and not now.deterministic:
                 return decided
             return self._rule(problem.key, offer, now, recorded=self.mode != "off")
+
+    def _prove(self, offer: Offer) -> None:
+        """Where nothing trusted can serve: waits until one family is verified, once for each driver and build."""
+        for family in offer.ours:
+            state = self._verifier.state(family)
+            if state in (State.UNKNOWN, State.RUNNING):
+                state = self._verifier.verify(family)
+            if state is State.VERIFIED:
+                return
+
+    def is_settled(self, offer: Offer) -> bool:
+        """Whether no verification of a family is still to come."""
+        return all(self._verifier.state(family) not in (State.UNKNOWN, State.RUNNING) for family in offer.ours)
 
     def _rule(self, key: str, offer: Offer, now: Circumstances, recorded: bool) -> str:
         """A family without timing: the recorded one, the trusted one, a verified one, the last resort."""

@@ -166,10 +166,12 @@ def answer(question: Mapping[str, Any], arguments: tuple[Any, ...] | None) -> tu
     if offer.reference is None and not offer.ours:
         return None, None, False
     turn = site.tuner.turn(problem, offer, Circumstances(question["may_time"], question["deterministic"]))
-    if arguments is None:  # one layer inside of a graph: what serves now serves its backward too, for the whole process
+    if arguments is None:  # one layer inside of a graph
         for family in offer.ours if site.tuner.mode == "first" else ():
-            site.verifier.request(family)  # for the next one
-        return (None if turn.family == EXACT else turn.family), None, True
+            site.verifier.request(family)
+        # What serves a training call now serves its backward too, and all such calls of the process.
+        lasting = problem.training or turn.lasting or site.tuner.is_settled(offer)
+        return (None if turn.family == EXACT else turn.family), None, lasting
     if not (turn.timed or turn.beside or turn.family == EXACT):
         return turn.family, None, turn.lasting
     x, states, weights, given, recipe, dropout = arguments

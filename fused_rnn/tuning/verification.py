@@ -19,6 +19,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -94,11 +95,14 @@ class Verifier:
         return self.state(family)
 
     def verify(self, family: str) -> State:
-        """Verifies a family that is not known yet; returns when its state is."""
+        """Verifies a family that is not known yet; returns when its state is. After a second the terminal shows it."""
         self.request(family)
         with self._lock:
             thread = self._threads.get(family)
         if thread is not None:
+            thread.join(1.0)
+            if thread.is_alive() and sys.stderr.isatty():
+                print(f"fused_rnn: verifying kernel family {family} on this device", file=sys.stderr, flush=True)
             thread.join()
         return self.state(family)
 
@@ -120,7 +124,9 @@ class Verifier:
         if finding.verified is None:
             with self._lock:
                 self._states[family] = State.IMPOSSIBLE
-            _warn(f"kernel family {family} cannot be verified here, so it does not serve: {finding.reason}")
+            _warn(
+                f"kernel family {family} cannot be verified here, so it serves only where nothing else can: {finding.reason}"
+            )
             return
         self._record.add(Verdict(family, finding.verified, finding.reason))
         if not finding.verified:

@@ -47,11 +47,16 @@ class Verified:
 
     def __init__(self) -> None:
         self.states = dict.fromkeys(here.FAMILIES, State.VERIFIED)
+        self.outcomes = dict(self.states)  # of verifications that are waited for
 
     def state(self, family: str) -> State:
         return self.states[family]
 
     request = state
+
+    def verify(self, family: str) -> State:
+        self.states[family] = self.outcomes[family]
+        return self.states[family]
 
 
 class MadeUpClock:
@@ -483,6 +488,61 @@ def test_compiled_calls_are_answered_once(bench: Bench) -> None:
         before = bench.asked
         assert counted(lambda: torch.ops.fused_rnn.layer(x, [], params, [], recipe, True)[0].sum().backward()) == (0, 2)
         assert bench.asked - before == asked
+
+
+def test_compiled_training_waits_for_a_verified_family(bench: Bench) -> None:
+    """A graph cannot know the size of what cuDNN keeps: a layer's op that trains is served by a family of ours alone."""
+    rnn, x = fused_rnn.LSTM(4, 20), torch.randn(5, 3, 4, requires_grad=True)
+    recipe = fused_rnn._recipe.Recipe(fused_rnn._kinds.NUMBER_OF_MODE["LSTM"]).packed
+    bench.verifier.states.update(dict.fromkeys(OURS, State.UNKNOWN))
+    bench.verifier.outcomes.update(step=State.EXCLUDED)
+    y = torch.ops.fused_rnn.layer(x, [], list(rnn.parameters()), [], recipe, True)[0]
+    assert bench.verifier.states["step"] is State.EXCLUDED and State.VERIFIED in bench.verifier.states.values()
+    with use_backend("reference"):
+        assert_near("y", y, rnn(x)[0], OUTPUT_TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("module", [fused_rnn.LSTM, fused_rnn.GRU, fused_rnn.RNN])
+def test_compiled_inference_by_cudnn(bench: Bench, module: type) -> None:
+    """A layer's op that keeps nothing for backward: by cuDNN until families are verified."""
+    rnn, x = module(4, 20), torch.randn(5, 3, 4)
+    number = fused_rnn._kinds.NUMBER_OF_MODE[{"RNN": "RNN_TANH"}.get(module.__name__, module.__name__)]
+    recipe = fused_rnn._recipe.Recipe(number).packed
+    bench.verifier.states.update(dict.fromkeys(OURS, State.RUNNING))
+    with use_backend("reference"):
+        expected, state = rnn(x)
+    expected = [expected, *(state if isinstance(state, tuple) else (state,))]
+
+    @torch.no_grad()
+    def call() -> None:
+        y, last, saved = torch.ops.fused_rnn.layer(x, [], list(rnn.parameters()), [], recipe, False)
+        assert not saved and not y.requires_grad
+        for actual, want in zip([y, *last], expected, strict=True):
+            assert actual.shape == want.shape
+            assert_near("result", actual, want, OUTPUT_TOLERANCE[torch.float32])
+
+    assert counted(call) == counted(call) == (1, 0)
+    resets = torch.zeros(5, 3, dtype=torch.bool)
+    rows = fused_rnn._recipe.Rows(resets=resets)
+    number = recipe | rows.bits
+    with torch.no_grad():
+        args = (x, [], list(rnn.parameters()), rows.given(), number, False)
+        assert counted(lambda: torch.ops.fused_rnn.layer(*args)) == (0, 1)
+    bench.verifier.states.update(dict.fromkeys(OURS, State.VERIFIED))
+    assert counted(call) == (1, 0), "nothing is timed inside of a graph: cuDNN, until a record says otherwise"
+    before = bench.asked
+    assert counted(call) == (1, 0) and bench.asked == before
+    EXTENSION.set_chooser(None)
+    assert counted(call) == (1, 0)
+    library = ctypes.CDLL(EXTENSION.__file__)
+    library.torch_host_cudnn_refuses(1)
+    try:
+        with pytest.warns(UserWarning, match="step serves calls of this size .* which cuDNN refuses"):
+            assert counted(call)[1] == 1
+        assert counted(call) == (0, 1)
+    finally:
+        library.torch_host_cudnn_refuses(0)
+        EXTENSION.set_chooser(fused_rnn._backend._choose)
 
 
 def test_explained(bench: Bench, setting: Setting) -> None:
