@@ -17,6 +17,9 @@ Launcher<BackwardParams> step_backward;
 // persistent_launch.cu
 Launcher<ForwardParams> grid_forward, cluster_forward;
 Launcher<BackwardParams> grid_backward, cluster_backward;
+// block_launch.cu
+Launcher<ForwardParams> block_forward;
+Launcher<BackwardParams> block_backward;
 
 // Of families that serve whole stacks, which csrc/torch calls.
 template <class Params>
@@ -35,6 +38,7 @@ constexpr FamilyLaunchers kLaunchers[] = {
     {Family::kStep, step_forward, step_backward},
     {Family::kGrid, grid_forward, grid_backward},
     {Family::kCluster, cluster_forward, cluster_backward},
+    {Family::kBlock, block_forward, block_backward},
     {Family::kCudnn, no_launch<ForwardParams>, no_launch<BackwardParams>},
 };
 

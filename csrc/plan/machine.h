@@ -33,6 +33,10 @@ constexpr double kL2HandOffUs = 0.75;       // a store and the load that sees it
 constexpr double kClusterHandOffUs = 0.42;  // from a push to the next product; the push and its barrier alone take 0.25
 constexpr double kTurnsHandOffUs = 0.27;    // the same where half of the threads load ahead meanwhile
 
+// A step of family `block`.
+constexpr double kBlockStepClocks = 300;
+constexpr double kForwardInstructions = 80, kBackwardInstructions = 120;
+
 // Multiply-adds per clock and SM of the step kernels and of matrix products.
 double math_rate(cuda::MathKind math, const DeviceInfo& device);
 // The same of mma.sync with weights in registers, as the persistent kernels issue it.

@@ -17,7 +17,7 @@ using cuda::PersistentShape;
 namespace {
 
 constexpr int kLargestUnitTiles = 3;  // of a block of a cluster: the largest for which kernels are compiled
-constexpr int kRegisters = 256 * cuda::kPersistentThreads;
+constexpr int kRegisters = 65536;  // of the largest blocks
 
 // How a family holds the weights; without a plan `reason` says why it cannot.
 struct Fit {
@@ -89,6 +89,9 @@ PersistentPlan held_by(const PersistentShape& shape, int slices, int row_tiles, 
   plan.unit_tiles = shape.unit_tiles;
   plan.slices = slices;
   plan.row_tiles = row_tiles;
+  plan.threads = cuda::kPersistentThreads;
+  plan.units = cuda::slice_units(shape);
+  plan.rows = row_tiles * cuda::kTileRows;
   plan.directions = directions;
   plan.launches = 1;
   const cuda::FragmentCount fragments = cuda::fragment_count(shape, slices);
@@ -98,21 +101,6 @@ PersistentPlan held_by(const PersistentShape& shape, int slices, int row_tiles, 
   plan.weight_bytes_in_smem = fragments.in_smem * kBytes;
   plan.smem_bytes = cuda::persistent_smem(shape, slices, row_tiles).total;
   return plan;
-}
-
-// What stands against a family before sizes matter; empty: nothing. needed: compute capability.
-std::string general_obstacle(const Problem& problem, const DeviceInfo& device, int needed) {
-  if (device.compute_capability < needed) return "needs compute capability " + capability_text(needed);
-  if (device.compiled_for < needed) {
-    return "needs code for compute capability " + capability_text(needed) + ", this build's for the device is for " +
-           capability_text(device.compiled_for) + ": add " + capability_text(device.compute_capability) +
-           " to TORCH_CUDA_ARCH_LIST and build again";
-  }
-  if (problem.dtype == DType::kFloat64) return "has no fp64 kernels";
-  if (problem.P != problem.H) return "has no projection";
-  if (!numbers_rows(problem)) return "numbers the rows of all steps with 32 bits";
-  if (device.registers_per_sm < kRegisters) return "needs " + std::to_string(kRegisters) + " registers of an SM";
-  return "";
 }
 
 // All blocks of a launch run at once, one on each SM. Groups that do not fit take further launches.
@@ -178,10 +166,24 @@ void fill_in(const Problem& problem, const DeviceInfo& device, const PersistentP
   plan.workspace_bytes = 0;
   plan.us_per_step = step_us(shape, persistent, device);
   plan.us_once = once_us(shape, persistent, device);
-  plan.reason = "it has run in the simulator only, never on a GPU";
+  plan.reason = kOnlySimulated;
 }
 
 }  // namespace
+
+std::string general_obstacle(const Problem& problem, const DeviceInfo& device, int needed) {
+  if (device.compute_capability < needed) return "needs compute capability " + capability_text(needed);
+  if (device.compiled_for < needed) {
+    return "needs code for compute capability " + capability_text(needed) + ", this build's for the device is for " +
+           capability_text(device.compiled_for) + ": add " + capability_text(device.compute_capability) +
+           " to TORCH_CUDA_ARCH_LIST and build again";
+  }
+  if (problem.dtype == DType::kFloat64) return "has no fp64 kernels";
+  if (problem.P != problem.H) return "has no projection";
+  if (!numbers_rows(problem)) return "numbers the rows of all steps with 32 bits";
+  if (device.registers_per_sm < kRegisters) return "needs " + std::to_string(kRegisters) + " registers of an SM";
+  return "";
+}
 
 bool numbers_rows(const Problem& problem) { return problem.T + 8 < (int64_t{1} << 31) / std::max<int64_t>(problem.B, 1); }
 
@@ -207,10 +209,10 @@ std::string to_string(const PersistentPlan& p) {
   char text[400];
   std::snprintf(
       text, sizeof text,
-      "  persistent: %s, %d launch%s of %d direction%s x %d group%s x %d blocks, each of %d units and %d tile%s of 8 "
+      "  persistent: %s, %d launch%s of %d direction%s x %d group%s x %d block%s, each of %d units and %d tile%s of %d "
       "rows; of %d bytes of weights %d in registers, %d in shared memory; %d bytes of shared memory\n",
       to_string(p.math), p.launches, p.launches == 1 ? "" : "es", p.directions, p.directions == 1 ? "" : "s", p.groups,
-      p.groups == 1 ? "" : "s", p.slices, p.unit_tiles * cuda::kTileUnits, p.row_tiles, p.row_tiles == 1 ? "" : "s",
+      p.groups == 1 ? "" : "s", p.slices, p.slices == 1 && p.unit_tiles == 0 ? "" : "s", p.units, p.row_tiles, p.row_tiles == 1 ? "" : "s", p.rows / p.row_tiles,
       p.weight_bytes, p.weight_bytes_in_registers, p.weight_bytes_in_smem, p.smem_bytes);
   return text;
 }

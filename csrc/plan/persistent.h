@@ -8,6 +8,11 @@ namespace fused_rnn {
 // beyond the last, computed or guessed, without using them.
 bool numbers_rows(const Problem& problem);
 
+// What stands against a persistent family before sizes matter; empty: nothing. needed: compute capability.
+std::string general_obstacle(const Problem& problem, const DeviceInfo& device, int needed);
+
+constexpr const char* kOnlySimulated = "it has run in the simulator only, never on a GPU";  // a plan's reason
+
 std::string to_string(const PersistentPlan& plan);
 
 }  // namespace fused_rnn

@@ -52,9 +52,11 @@ struct KernelPlan {
 struct PersistentPlan {
   cuda::MathKind math;
   bool cluster;    // the blocks of a group are a cluster
-  int unit_tiles;  // of 16 hidden units, of a block
+  int unit_tiles;  // of 16 hidden units, of a block; 0 in family `block`
   int slices;      // blocks of a group
-  int row_tiles;   // of 8 batch rows, of a group
+  int row_tiles;   // of 8 batch rows, or of `rows` if these are fewer, of a group
+  int threads, units;  // of a block
+  int rows;            // of a group
   int groups;      // of one direction in one launch
   int directions;  // in one launch
   int launches;

@@ -61,15 +61,15 @@ py::dict to_dict(const Problem& problem, const KernelPlan& kernel) {
 py::dict to_dict(const PersistentPlan& plan) {
   py::dict result;
   result["math"] = to_string(plan.math);
-  result["units"] = plan.unit_tiles * cuda::kTileUnits;
+  result["units"] = plan.units;
   result["blocks"] = plan.slices;
-  result["threads"] = cuda::kPersistentThreads;
-  result["rows"] = plan.row_tiles * cuda::kTileRows;  // of a group
+  result["threads"] = plan.threads;
+  result["rows"] = plan.rows;  // of a group
   result["row_tiles"] = plan.row_tiles;
   result["groups"] = plan.groups;
   result["directions"] = plan.directions;
   result["launches"] = plan.launches;
-  result["weight_registers"] = plan.weight_bytes_in_registers / cuda::kPersistentThreads / 4;  // of a thread
+  result["weight_registers"] = plan.weight_bytes_in_registers / plan.threads / 4;  // of a thread
   result["weight_bytes_in_registers"] = plan.weight_bytes_in_registers;
   result["weight_bytes_in_smem"] = plan.weight_bytes_in_smem;
   result["smem_bytes"] = plan.smem_bytes;

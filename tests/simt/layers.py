@@ -21,7 +21,7 @@ from fused_rnn._recipe import Recipe, Rows
 
 CELL_NUMBER = NUMBER_OF_MODE
 DTYPE_NUMBER = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
-FAMILIES = ("single", "step", "grid", "cluster")  # in the order of csrc/plan/family.h
+FAMILIES = ("single", "step", "grid", "cluster", "block")  # in the order of csrc/plan/family.h
 assert set(CELLS) == set(CELL_NUMBER)
 
 

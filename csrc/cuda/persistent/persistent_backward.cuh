@@ -19,7 +19,7 @@ struct PersistentBackward : BlockElements<G> {
       Base::publish, Base::reset, Base::row_of_batch, Base::state, Base::state_index, Base::steps, Base::time, Base::y_index;
   using Storage = typename G::Storage;
   using C = DeviceCell<G::kCell>;
-  using Place = ElementPlace<G>;
+  using Place = PlaceOf<G>;
   // What an element needs beside the product: requested before the product, used after it.
   struct Element {
     Storage a[C::kSlots];
@@ -117,7 +117,7 @@ struct PersistentBackward : BlockElements<G> {
     if constexpr (G::kScatters) {
       return product.sum(e.unit, e.b, row_tile, k - 1);
     } else {
-      return product.sum(buffer, 0, e.unit, e.b);
+      return product.sum(buffer, 0, e);
     }
   }
 

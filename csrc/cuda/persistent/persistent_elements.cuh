@@ -79,8 +79,27 @@ struct ElementPlace {
   }
 };
 
+// Of family `block` (block/block_product.cuh).
 template <class G>
-using ProductOf = std::conditional_t<G::kScatters, ScatterProduct<G>, PersistentProduct<G>>;
+struct LanePlace;
+template <class G>
+class BlockProduct;
+
+template <class G>
+using PlaceOf = std::conditional_t<G::kBlock, LanePlace<G>, ElementPlace<G>>;
+template <class G>
+using ProductOf = std::conditional_t<G::kBlock, BlockProduct<G>,
+                                     std::conditional_t<G::kScatters, ScatterProduct<G>, PersistentProduct<G>>>;
+
+// Row tiles whose running states lie in registers.
+template <class G>
+constexpr int row_tiles_in_registers_of() {
+  if constexpr (G::kBlock) {
+    return 1;  // its only one
+  } else {
+    return row_tiles_in_registers(G::shape());
+  }
+}
 
 // Steps between the hint that a row will be read and its reading. A step may take as little as 0.4 us, memory 0.6 to 0.8 us.
 constexpr int kPrefetchSteps = 4;
@@ -92,7 +111,7 @@ template <class G>
 struct BlockElements {
   using Storage = typename G::Storage;
   using C = DeviceCell<G::kCell>;
-  using Place = ElementPlace<G>;
+  using Place = PlaceOf<G>;
 
   const Sequence& seq;
   const Modifier& modifier;
@@ -101,7 +120,7 @@ struct BlockElements {
   ProductOf<G>& product;
   int first_step, steps;  // of the launch
   float first_row_tile[2][Place::kPerThread] = {};
-  static constexpr int kInRegisters = row_tiles_in_registers(G::shape());
+  static constexpr int kInRegisters = row_tiles_in_registers_of<G>();
 
   // s: ForwardSequence or BackwardSequence.
   template <class S>
@@ -164,13 +183,19 @@ struct BlockElements {
     return tensor ? static_cast<const Storage*>(tensor)[state_index(e, row_tile)] : Storage{};
   }
   __device__ __forceinline__ float kept(int which, const Place& e, int row_tile) const {
-    if constexpr (kInRegisters > 0) {
-      if (row_tile == 0) return first_row_tile[which][e.number];
+    if constexpr (G::kBlock) {
+      return first_row_tile[which][e.number];
+    } else {
+      if constexpr (kInRegisters > 0) {
+        if (row_tile == 0) return first_row_tile[which][e.number];
+      }
+      return product.state(which, row_tile - kInRegisters, e.unit, e.b);
     }
-    return product.state(which, row_tile - kInRegisters, e.unit, e.b);
   }
   __device__ __forceinline__ void keep(int which, const Place& e, int row_tile, float value) {
-    if (kInRegisters > 0 && row_tile == 0) {
+    if constexpr (G::kBlock) {
+      first_row_tile[which][e.number] = value;
+    } else if (kInRegisters > 0 && row_tile == 0) {
       first_row_tile[which][e.number] = value;
     } else {
       product.state(which, row_tile - kInRegisters, e.unit, e.b) = value;
@@ -183,8 +208,12 @@ struct BlockElements {
   }
   // The value of gate `gate` (0 forward) for exchange `step`; by all threads that have the element, which are whole warps.
   __device__ __forceinline__ void publish(const Place& e, int row_tile, uint32_t step, int gate, float value) const {
-    const int per_gate = product.exchange.chunks / published(G::shape()), per_slice = G::kUnits / G::Chunk::kStep;
-    product.exchange.publish(value, e.unit, e.b, row_tile, gate * per_gate + block.slice * per_slice, step);
+    if constexpr (G::kBlock) {
+      product.publish(step & 1, gate, e, value);
+    } else {
+      const int per_gate = product.exchange.chunks / published(G::shape()), per_slice = G::kUnits / G::Chunk::kStep;
+      product.exchange.publish(value, e.unit, e.b, row_tile, gate * per_gate + block.slice * per_slice, step);
+    }
   }
 
  private:

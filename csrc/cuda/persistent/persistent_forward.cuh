@@ -21,7 +21,7 @@ struct PersistentForward : BlockElements<G> {
       Base::y_index;
   using Storage = typename G::Storage;
   using C = DeviceCell<G::kCell>;
-  using Place = ElementPlace<G>;
+  using Place = PlaceOf<G>;
   // What an element needs beside the product: requested before the product, used after it.
   struct Element {
     Storage projection[C::kGates];
@@ -36,8 +36,7 @@ struct PersistentForward : BlockElements<G> {
   const ForwardParams& p;
   const PersistentLaunch& l;
 
-  __device__ __forceinline__ PersistentForward(const ForwardSequence& s, const BlockPlace& place,
-                                               PersistentProduct<G>& weights)
+  __device__ __forceinline__ PersistentForward(const ForwardSequence& s, const BlockPlace& place, ProductOf<G>& weights)
       : Base(s, place, weights), p(s.p), l(s.l) {}
 
   __device__ __forceinline__ float h(const Place& e, int row_tile) const { return Base::kept(0, e, row_tile); }
@@ -94,7 +93,7 @@ struct PersistentForward : BlockElements<G> {
     for (int g = 0; g < C::kGates; ++g) a[g] = simt::to_float(x.projection[g]);
 #pragma unroll
     for (int g = 0; g < C::kGates; ++g) {
-      a[C::recurrent_slot(g)] += product.bias(g, e.unit) + product.sum(buffer, g, e.unit, e.b);
+      a[C::recurrent_slot(g)] += product.bias(g, e.unit) + product.sum(buffer, g, e);
     }
     C::sigmoids(a);
     simt::issue_loads();
@@ -162,10 +161,10 @@ __device__ __forceinline__ void load_lengths(const Product& product, const Seque
 }
 
 // The recurrent biases of a slice, zeros where there are none; read after the next barrier.
-template <class G>
-__device__ __forceinline__ void load_biases(const PersistentProduct<G>& product, const void* b_hh, int H, int slice) {
+template <class G, class Product>
+__device__ __forceinline__ void load_biases(const Product& product, const void* b_hh, int H, int slice) {
   constexpr int kGates = Cell<G::kCell>::kGates;
-  for (int i = simt::thread_x(); i < kGates * G::kUnits; i += kPersistentThreads) {
+  for (int i = simt::thread_x(); i < kGates * G::kUnits; i += simt::block_dim_x()) {
     const int gate = i / G::kUnits, unit = slice * G::kUnits + i % G::kUnits;
     const bool has_bias = b_hh && unit < H;
     product.bias(gate, i % G::kUnits) =
@@ -277,7 +276,7 @@ __device__ __forceinline__ void persistent_forward(const ForwardSequence& s) {
   PersistentProduct<G> product(w_hh, s.p.H, s.l, block.slice, block.group);
   PersistentForward<G> forward(s, block, product);
   load_lengths(product, s.p.seq, block);
-  load_biases(product, block.dir ? s.p.weights[1].b_hh : s.p.weights[0].b_hh, forward.H, block.slice);
+  load_biases<G>(product, block.dir ? s.p.weights[1].b_hh : s.p.weights[0].b_hh, forward.H, block.slice);
   product.exchange.start();
   simt::sync_block();
   StepRows rows(s.p.seq, [&](int step) { return forward.time(step); });

@@ -10,7 +10,7 @@ template <CellKind kCellValue, MathKind kMathValue, int kUnitTilesValue, bool kB
 struct PersistentGeometry {
   static constexpr CellKind kCell = kCellValue;
   static constexpr MathKind kMath = kMathValue;
-  static constexpr bool kBackward = kBackwardValue;
+  static constexpr bool kBackward = kBackwardValue, kBlock = false;
   using Chunk = typename ChunkOf<kMath>::type;
   using Storage = typename Chunk::Storage;
   using Exchange = ExchangeOf<Chunk>;  // of a gather product

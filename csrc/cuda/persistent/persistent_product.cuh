@@ -69,13 +69,14 @@ class PersistentProduct : public BlockMemory<G> {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) Chunk::store(sums[m], partial(buffer, k_group(), m_group() * kTiles + m));
   }
-  // The sum over all chunk groups of unit `unit` of the slice (and gate `gate`, forward) and row b; after the barrier.
-  __device__ __forceinline__ float sum(int buffer, int gate, int unit, int b) const {
-    const int m = gate * G::kUnitTiles + unit / kTileUnits;
+  // The sum over all chunk groups of an element (and gate `gate`, forward); after the barrier.
+  template <class Place>
+  __device__ __forceinline__ float sum(int buffer, int gate, const Place& e) const {
+    const int m = gate * G::kUnitTiles + e.unit / kTileUnits;
     float total = 0.0f;
 #pragma unroll
     for (int group = 0; group < kKGroups; ++group) {
-      total += partial(buffer, group, m)[b * kPartialPitch + unit % kTileUnits];
+      total += partial(buffer, group, m)[e.b * kPartialPitch + e.unit % kTileUnits];
     }
     return total;
   }

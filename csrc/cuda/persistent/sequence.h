@@ -1,5 +1,5 @@
-// The arguments of the kernels of families `grid` and `cluster`, and where to find a kernel. Geometry:
-// plan/persistent_geometry.h.
+// The arguments of the kernels of families `grid`, `cluster` and `block`, and where to find a kernel. Geometry:
+// plan/persistent_geometry.h and plan/block_geometry.h.
 #pragma once
 #include "plan/persistent_geometry.h"
 
@@ -40,6 +40,12 @@ template <MathKind kMath>
 struct ClusterKernels {
   static ForwardSequenceKernel forward(CellKind cell, int unit_tiles);
   static BackwardSequenceKernel backward(CellKind cell, int unit_tiles);
+};
+// In csrc/cuda/block. columns: batch columns of a lane, 1 or 2.
+template <MathKind kMath>
+struct BlockKernels {
+  static ForwardSequenceKernel forward(CellKind cell, int columns);
+  static BackwardSequenceKernel backward(CellKind cell, int columns);
 };
 
 // Fills memory with zeros before a launch of family `grid`.

@@ -1,0 +1,3 @@
+#include "cuda/block/block_instantiate.cuh"
+
+template struct fused_rnn::cuda::BlockKernels<fused_rnn::cuda::MathKind::kFp32>;

@@ -1,0 +1,50 @@
+// Host side of family `block`: one launch per layer.
+#include <launch.cuh>
+#include <stdexcept>
+
+#include "core/ceil_div.h"
+#include "cuda/family.h"
+#include "cuda/persistent/sequence.h"
+
+namespace fused_rnn::cuda {
+namespace {
+
+// Calls f with the arithmetic as a compile-time constant.
+template <class F>
+auto dispatch_block_math(MathKind math, F&& f) {
+  using Result = decltype(f(std::integral_constant<MathKind, MathKind::kFp32>{}));
+  return dispatch_math(math, [&](auto tag) -> Result {
+    if constexpr (decltype(tag)::value == MathKind::kFp64) {
+      throw std::invalid_argument("family block has no fp64 kernels");
+    } else {
+      return f(tag);
+    }
+  });
+}
+
+// arguments: a ForwardSequence or a BackwardSequence whose `l` is made here.
+template <class Arguments>
+void launch_blocks(void (*kernel)(Arguments), const char* name, Arguments arguments, const PersistentPlan& p,
+                   const StepRange& range, void* stream) {
+  arguments.l = {1, p.groups, 1, 0, 0, range.first, range.end - range.first, range.carry, nullptr};
+  simt::prepare(kernel, name, p.smem_bytes);
+  simt::launch(kernel, {name, p.groups * p.directions, 1, 1, p.threads, p.smem_bytes, 1, false, false}, stream, arguments);
+}
+
+}  // namespace
+
+void block_forward(const ForwardParams& params, const Plan& plan, const StepRange& range, void* stream) {
+  const PersistentPlan& p = *plan.persistent;
+  const ForwardSequenceKernel kernel = dispatch_block_math(
+      p.math, [&](auto math) { return BlockKernels<decltype(math)::value>::forward(params.cell, p.rows / 4); });
+  launch_blocks(kernel, "block_forward", ForwardSequence{params, {}}, p, range, stream);
+}
+
+void block_backward(const BackwardParams& params, const Plan& plan, const StepRange& range, void* stream) {
+  const PersistentPlan& p = *plan.persistent;
+  const BackwardSequenceKernel kernel = dispatch_block_math(
+      p.math, [&](auto math) { return BlockKernels<decltype(math)::value>::backward(params.cell, p.rows / 4); });
+  launch_blocks(kernel, "block_backward", BackwardSequence{params, {}}, p, range, stream);
+}
+
+}  // namespace fused_rnn::cuda
