@@ -4,7 +4,7 @@
 # below.
 #   benchmarks/gpu.sh 1   what is there; the torch-free program (benchmarks/torch_free) on it: dependent launches, every
 #                         family against float64, small layers and large ones, clusters, cooperative launches, hand-offs;
-#                         times of step, cluster and grid beside the cost model's (time.jsonl), microbenchmarks
+#                         times of step, block, cluster and grid beside the cost model's (time.jsonl), microbenchmarks
 #                         (micro.jsonl), sanitizers; GPU tests of the default families; the bench's 40 cases, as a user's
 #                         first calls make them (bench.jsonl)
 #   benchmarks/gpu.sh 2   verification of every family (record.txt), tests of all families and of overlapping layers, a
@@ -189,7 +189,7 @@ run_1() {
   local builder=$! family
   trap "kill -- -$builder 2>/dev/null" EXIT
   stage pdl 20 bash -c 'first pdl'
-  for family in single step cluster grid; do
+  for family in single step block cluster grid; do
     if [ -n "$rehearsal" ]; then # on the simulated device
       stage "check-$family" 300 "$python" -m pytest -q -p no:cacheprovider tests/simt/test_torch_free.py -k "$family"
     else
@@ -209,12 +209,12 @@ run_1() {
     failed+=(build)
   }
   stage constants 30 bash -c 'micro launch memory mma'
-  for family in step cluster grid; do
+  for family in step block cluster grid; do
     stage "time-$family" 25 bash -c "first time $family"
     grep '^{' "$out/stage.log" >>"$out/time.jsonl"
   done
   if [ -z "$rehearsal" ]; then
-    stage memcheck 25 bash -c 'sanitizer memcheck cluster && sanitizer memcheck grid && sanitizer memcheck step'
+    stage memcheck 25 bash -c 'sanitizer memcheck cluster && sanitizer memcheck grid && sanitizer memcheck step && sanitizer memcheck block'
     stage racecheck 25 bash -c 'sanitizer racecheck cluster'
   fi
   case " ${failed[*]-} " in *" build "*) finish ;; esac

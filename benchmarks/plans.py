@@ -20,7 +20,7 @@ from fused_rnn._explain import DEVICES
 from fused_rnn.bench.cases import CELLS, DTYPES, GPU_SIZES
 from fused_rnn.bench.sides import forced_plan
 
-FAMILIES = ("cluster", "grid", "step")
+FAMILIES = ("block", "cluster", "grid", "step")
 
 
 def planned(cell: str, dtype: str, batch: int, hidden: int, device: str, family: str) -> tuple[str, float | None]:

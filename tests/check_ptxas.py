@@ -6,7 +6,7 @@ Prints a table of each kernel's registers, barriers, static shared memory, stack
 (dynamic shared memory is the plan's: tests/test_plan.py). --table writes it as Markdown; --logs keeps what ptxas said in a
 folder and compiles only what has changed since. --build-log reads instead what a build of the whole extension printed with
 NVCC_APPEND_FLAGS="-Xptxas -v" for the one architecture of --arch, and compiles nothing. Families that an architecture lacks
-(grid before sm_80, cluster before sm_90) are left out for it. nvcc is $NVCC, or the one on PATH, in $CUDA_HOME, or in the
+(grid and block before sm_80, cluster before sm_90) are left out for it. nvcc is $NVCC, or the one on PATH, in $CUDA_HOME, or in the
 nvidia-cuda-nvcc wheel of the running Python.
 """
 
@@ -71,6 +71,9 @@ def kernel_name(mangled: str) -> str:
 
 def persistent_kernel_name(mangled: str) -> str:
     """The same for the families that hold the weights on the chip."""
+    if found := re.search(r"BlockGeometry.*?CellKindE(\d)E.*?MathKindE(\d)ELb(\d)E", mangled):
+        cell, math, backward = (int(digit) for digit in found.groups())
+        return f"block {'backward' if backward else 'forward'} {CELLS[cell]} {MATHS[math]}"
     found = re.search(r"CellKindE(\d)E.*?MathKindE(\d)ELi(\d)ELb(\d)E.*?(Grid|Cluster)Exchange", mangled)
     if not found:
         return mangled
@@ -81,7 +84,8 @@ def persistent_kernel_name(mangled: str) -> str:
 def served(source: Path, arch: str) -> bool:
     """Whether the kernels of a source can run on an architecture; on others they compile to nothing."""
     number = int(re.sub(r"\D", "", arch))
-    return number >= (90 if source.name.startswith("cluster_") else 80 if source.name.startswith("grid_") else 75)
+    needed = {"cluster": 90, "grid": 80, "block": 80}
+    return number >= (75 if source.stem.endswith("_launch") else needed.get(source.name.split("_")[0], 75))
 
 
 def digest(command: list[str]) -> str:
@@ -136,7 +140,8 @@ def parse_build(log: str, arch: str) -> list[tuple[str, int, int, int, int, int]
     if others:
         sys.exit(f"the log has kernels for {', '.join(sorted(others))}: expected {arch} alone")
     rows = parse(log)
-    for family in ("forward", "backward", "grid forward", "grid backward", "cluster forward", "cluster backward"):
+    families = ("grid", "cluster", "block")
+    for family in ("forward", "backward", *(f"{name} {role}" for name in families for role in ("forward", "backward"))):
         if not any(name.startswith(family) for name, *_ in rows):
             sys.exit(f"the log has no kernel {family!r}: was it built with -Xptxas -v, and wholly?")
     return rows

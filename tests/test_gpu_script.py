@@ -72,7 +72,7 @@ def stages(lines: list[str]) -> list[str]:
     return [found[1] for line in lines if (found := re.match(r"\[\d+ s\] (\S+): ok, \d+ s$", line))]
 
 
-FAMILY_CHECKS = [f"check-{family}" for family in ("single", "step", "cluster", "grid")]
+FAMILY_CHECKS = [f"check-{family}" for family in ("single", "step", "block", "cluster", "grid")]
 LARGE_CHECKS = [f"check-{family}-large" for family in ("cluster", "grid", "step")]
 
 
@@ -81,12 +81,13 @@ def test_first_run(place: Path) -> None:
     assert status == 0 and lines[-1].endswith("all stages passed"), lines
     assert stages(lines) == [
         "hardware", "pdl", *FAMILY_CHECKS, "clusters", *LARGE_CHECKS, "coop", "meet", "built", "constants",
-        "time-step", "time-cluster", "time-grid", "memcheck", "racecheck", "info", "about", "tests", "bench",
+        "time-step", "time-block", "time-cluster", "time-grid", "memcheck", "racecheck", "info", "about", "tests", "bench",
     ]  # fmt: skip
     out = place / "out"
     assert json.loads((out / "about.json").read_text())["device"] == "Stand-in"
     assert [json.loads(line)["case"] for line in (out / "time.jsonl").read_text().splitlines()] == [
         "step",
+        "block",
         "cluster",
         "grid",
     ]
@@ -96,7 +97,7 @@ def test_first_run(place: Path) -> None:
     assert "--device cuda --preset first" in bench and "--plan" not in bench, "as a user's calls are served"
     watched = [call for call in calls if call.startswith("compute-sanitizer")]
     assert [re.findall(r"--tool (\w+)|check (\w+)", call) for call in watched] == [
-        [("memcheck", ""), ("", "cluster")], [("memcheck", ""), ("", "grid")], [("memcheck", ""), ("", "step")],
+        *([("memcheck", ""), ("", family)] for family in ("cluster", "grid", "step", "block")),
         [("racecheck", ""), ("", "cluster")],
     ]  # fmt: skip
 
@@ -155,7 +156,7 @@ def test_rehearsal(place: Path) -> None:
         assert status == 0 and lines[-1].endswith("all stages passed"), lines
         assert not any("-m gpu" in call for call in calls) and any("--device cpu" in call for call in calls)
         simulated = [call.split()[-1] for call in calls if "tests/simt/test_torch_free.py" in call]
-        assert simulated == (["single", "step", "cluster", "grid"] if number == 1 else [])
+        assert simulated == (["single", "step", "block", "cluster", "grid"] if number == 1 else [])
     (place / "programs" / "first").write_text("#!/usr/bin/env bash\necho ok\n")
     status, lines, _ = run(place, 1, REHEARSAL="1", STAGES="pdl")
     assert status == 1 and "expected: ERROR" in "\n".join(lines)

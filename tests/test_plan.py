@@ -56,11 +56,11 @@ def test_family() -> None:
 
 def test_forced_family() -> None:
     assert plan(T=1, forced="step")["family"] == "step"
-    assert plan(T=1, forced="step")["rejected"] == dict.fromkeys(["single", "grid", "cluster"], "step is forced")
+    assert plan(T=1, forced="step")["rejected"] == dict.fromkeys(["single", "grid", "cluster", "block"], "step is forced")
     with pytest.raises(ValueError, match="kernel family single cannot serve this layer: single serves one time step, not 9"):
         plan(T=9, forced="single")
     for unknown in ("fast", "cell", ""):  # "cell" is the former name of "single"
-        text = f"unknown kernel family '{unknown}'; known are: single, step, grid, cluster, cudnn, and cheapest of them"
+        text = f"unknown kernel family '{unknown}'; known are: single, step, grid, cluster, block, cudnn, and cheapest of them"
         with pytest.raises(ValueError, match=text):
             plan(forced=unknown)
 
@@ -181,14 +181,14 @@ def test_old_device() -> None:
 @pytest.mark.parametrize(
     ("name", "compiled_for", "families"),
     [
-        ("H100", 90, {"step", "grid", "cluster"}),  # 9.0a, or 9.0
-        ("H100", 80, {"step", "grid"}),  # PTX of 8.0
+        ("H100", 90, {"step", "grid", "cluster", "block"}),  # 9.0a, or 9.0
+        ("H100", 80, {"step", "grid", "block"}),  # PTX of 8.0
         ("H100", 75, {"step"}),
-        ("B200", 100, {"step", "grid", "cluster"}),
-        ("B200", 90, {"step", "grid", "cluster"}),  # PTX of 9.0
-        ("B200", 80, {"step", "grid"}),  # 8.0+PTX and 9.0a, which does not run there
-        ("RTX 5090", 80, {"step", "grid"}),
-        ("RTX 4090", 80, {"step", "grid"}),  # the binary of 8.0
+        ("B200", 100, {"step", "grid", "cluster", "block"}),
+        ("B200", 90, {"step", "grid", "cluster", "block"}),  # PTX of 9.0
+        ("B200", 80, {"step", "grid", "block"}),  # 8.0+PTX and 9.0a, which does not run there
+        ("RTX 5090", 80, {"step", "grid", "block"}),
+        ("RTX 4090", 80, {"step", "grid", "block"}),  # the binary of 8.0
         ("A100", 75, {"step"}),
         ("T4", 75, {"step"}),
         ("T4", 0, set()),  # 8.0+PTX and 9.0a
@@ -202,13 +202,13 @@ def test_code_for_the_device(name: str, compiled_for: int, families: set[str]) -
     capability = device["compute_capability"] / 10
     if not families:
         text = rf"not compiled for compute capability {capability}, .* add it to TORCH_CUDA_ARCH_LIST and build again"
-        for forced in (None, "single", "step", "grid", "cluster"):
+        for forced in (None, "single", "step", "grid", "cluster", "block"):
             with pytest.raises(ValueError, match=text):
                 C.plan(**problem, forced=forced)
         return
     result = C.plan(**problem)
     assert set(result["candidates"]) == families
-    for family, needed in (("grid", 80), ("cluster", 90)):
+    for family, needed in (("grid", 80), ("cluster", 90), ("block", 80)):
         if family in families:
             assert C.plan(**problem, forced=family)["family"] == family
         elif device["compute_capability"] >= needed:

@@ -37,6 +37,10 @@ FITS = [
     ("RTX 5090", "cluster", "lstm", 8, 128, BF16, False, (1, 1, 8, 16, 1)),
     ("B200", "cluster", "gru", 8, 100, BF16, False, (1, 1, 7, 16, 1)),
     ("B200", "grid", "gru", 8, 2048, BF16, False, (1, 1, 128, 16, 1)),
+    ("H100", "block", "lstm", 16, 64, F16, False, (1, 4, 1, 64, 1)),
+    ("H100", "block", "gru", 3, 50, BF16, True, (1, 1, 1, 64, 1)),
+    ("A100", "block", "lstm", 64, 128, F32, True, (1, 16, 1, 128, 1)),
+    ("RTX 4090", "block", "rnn_tanh", 5, 256, F16, False, (1, 2, 1, 256, 1)),
 ]
 
 
@@ -58,7 +62,7 @@ def test_gpu_tests_run_every_kernel() -> None:
             for backward, made in enumerate(plans(case, family, DEVICES["H100"], tf32)):
                 [(math, units, has_several, *_)] = kernels(made)
                 (several if has_several else one_tile).add((family, case.cell, math, units, backward))
-    of_family = {("grid", 16), ("cluster", 16), ("cluster", 32), ("cluster", 48)}
+    of_family = {("grid", 16), ("cluster", 16), ("cluster", 32), ("cluster", 48), ("block", 0)}
     combinations = itertools.product(("LSTM", "GRU", "RNN_TANH"), ("fp32", "tf32", "fp16", "bf16"), of_family, (0, 1))
     compiled = {(family, cell, math, units, backward) for cell, math, (family, units), backward in combinations}
     assert one_tile == compiled
@@ -81,6 +85,13 @@ REFUSED = [
     ("H200", "cluster", 1024, BF16, {}, "needs a cluster of 22 blocks of 48 units, the device has clusters of 16"),
     ("H100", "grid", 64, BF16, {"T": 2**28 - 8, "B": 8}, "numbers the rows of all steps with 32 bits"),
     ("H100", "cluster", 64, BF16, {"T": 1, "B": 2**31}, "numbers the rows of all steps with 32 bits"),
+    ("H100", "block", 64, F64, {}, "block has no fp64 kernels"),
+    ("H100", "block", 64, BF16, {"P": 32}, "block has no projection"),
+    ("H100", "block", 130, BF16, {}, "block has up to 128 hidden units in a block"),
+    ("H100", "block", 33, BF16, {}, "block takes even numbers of hidden units"),
+    ("T4", "block", 64, F16, {}, "block needs compute capability 8.0"),
+    ("RTX 4090", "block", 128, F32, {}, "bytes of shared memory beside the registers, the device has 101376"),
+    ("H100", "block", 64, BF16, {"T": 2**28 - 8, "B": 8}, "numbers the rows of all steps with 32 bits"),
 ]
 
 
@@ -92,7 +103,7 @@ def test_refused(row: tuple[Any, ...]) -> None:
     assert reason in str(error.value)
 
 
-@pytest.mark.parametrize("family", ["grid", "cluster"])
+@pytest.mark.parametrize("family", ["grid", "cluster", "block"])
 def test_most_steps(family: str) -> None:
     """32 bits number the rows of the steps and of some beyond the last."""
     assert plan(T=2**28 - 9, B=8, H=64, dtype=BF16, forced=family)["family"] == family
@@ -122,10 +133,10 @@ def test_both_directions_in_one_launch() -> None:
 def test_every_plan_fits_its_device() -> None:
     """All blocks of a `grid` launch run at once; every block's shared memory fits; all rows are covered."""
     for name, limits in DEVICES.items():
-        for family in ("grid", "cluster"):
+        for family in ("grid", "cluster", "block"):
             for cell in ("rnn_tanh", "lstm", "gru"):
                 for dtype, tf32 in ((F16, False), (F32, False), (F32, True)):
-                    for batch, hidden in ((1, 1), (3, 33), (16, 768), (64, 1024), (512, 256), (4096, 512)):
+                    for batch, hidden in ((1, 1), (3, 33), (5, 128), (16, 768), (64, 1024), (512, 256), (4096, 512)):
                         for backward in (False, True):
                             problem = {"cell": cell, "dtype": dtype, "allow_tf32": tf32, "B": batch, "H": hidden, "D": 2}
                             try:
@@ -133,11 +144,11 @@ def test_every_plan_fits_its_device() -> None:
                             except ValueError:
                                 continue
                             blocks = p["blocks"] * p["groups"] * p["directions"]
-                            assert family == "cluster" or blocks <= limits["sm_count"]
-                            assert family == "grid" or p["blocks"] <= limits["max_cluster"]
+                            assert family != "grid" or blocks <= limits["sm_count"]
+                            assert p["blocks"] <= {"grid": blocks, "cluster": limits["max_cluster"], "block": 1}[family]
                             assert p["smem_bytes"] <= limits["smem_per_block"]
                             assert (p["blocks"] - 1) * p["units"] < hidden <= p["blocks"] * p["units"]
-                            launched = p["launches"] * p["directions"] // 2 * p["groups"] * p["row_tiles"] * 8
+                            launched = p["launches"] * p["directions"] // 2 * p["groups"] * p["rows"]
                             assert launched >= batch
     assert C
 
@@ -258,6 +269,24 @@ EXPECTED = [
 ]
 
 
+# Small layers, forward and backward: family -> us per step. cuDNN's are published figures (csrc/plan/cudnn.cpp).
+SMALL = [
+]
+
+
+@pytest.mark.parametrize("row", SMALL, ids=lambda row: "-".join(map(str, row[:5])))
+def test_expected_microseconds_of_small_layers(row: tuple[Any, ...]) -> None:
+    """One block that holds a layer is expected to take less than any other family, and than cuDNN's small-H algorithm."""
+    name, cell, dtype, batch, hidden, *expected = row
+    problem = {"cell": cell, "dtype": dtype, "T": 100, "B": batch, "H": hidden, "training": True, "allow_tf32": True}
+    for backward, want in enumerate(expected):
+        result = plan(name, **problem, backward=bool(backward))
+        found = {family: round(entry["us_per_step"], 2) for family, entry in result["candidates"].items()}
+        cudnn = plan(name, **problem, backward=bool(backward), forced="cudnn")["us_per_step"]
+        assert {key: found.get(key) for key in want} | {"cudnn": round(cudnn, 2)} == want, result["text"]
+        assert result["cheapest"] == "block" and found["block"] < cudnn, result["text"]
+
+
 @pytest.mark.parametrize("row", EXPECTED, ids=lambda row: "-".join(map(str, row[:6])))
 def test_expected_microseconds(row: tuple[Any, ...]) -> None:
     """Frozen outputs of the cost model: a change of its constants or of a layout shows here. Not measurements."""
@@ -285,6 +314,7 @@ def test_cheapest_says_why() -> None:
         "single": "serves one time step, not 100",
         "step": f"{us['step']} us expected for the layer, cluster takes {us['cluster']}",
         "grid": f"{us['grid']} us expected for the layer, cluster takes {us['cluster']}",
+        "block": "has up to 128 hidden units in a block",
     }
     assert plan("T4", H=256, forced="cheapest")["reason"].startswith(
         "step is the cheapest by the cost model; forward (units x"
@@ -300,7 +330,7 @@ def test_cheapest_serves_what_some_family_can(name: str) -> None:
     for cell, dtype, (steps, batch, hidden), more, limits in itertools.product(
         ("rnn_tanh", "gru", "lstm"),
         (F16, F32, F64),
-        ((1, 1, 33), (1, 64, 512), (2, 8, 256), (40, 8, 768), (1000, 600, 2048)),
+        ((1, 1, 33), (1, 64, 512), (90, 8, 64), (2, 8, 256), (40, 8, 768), (1000, 600, 2048)),
         ({}, {"P": 20}, {"backward": True, "D": 2}),
         (device, tiny),
     ):
@@ -308,7 +338,7 @@ def test_cheapest_serves_what_some_family_can(name: str) -> None:
             continue
         problem = {"cell": cell, "dtype": dtype, "T": steps, "B": batch, "I": 77, "H": hidden, "training": True, **more}
         made = {}
-        for family in ("single", "step", "grid", "cluster"):
+        for family in ("single", "step", "grid", "cluster", "block"):
             with contextlib.suppress(ValueError):
                 made[family] = C.plan(**problem, device=limits, forced=family)
         if not made:

@@ -172,7 +172,7 @@ class Checker {
 inline void check_family(Checker& checker, const FamilyChoice& choice, bool large, int repeats) {
   const std::pair<DType, bool> kinds[] = {
       {DType::kFloat32, false}, {DType::kFloat32, true}, {DType::kFloat16, false}, {DType::kBFloat16, false}};
-  const bool one_step = choice.forced == Family::kSingle;
+  const bool one_step = choice.forced == Family::kSingle, one_block = choice.forced == Family::kBlock;
   for (CellKind cell : {CellKind::kRnnTanh, CellKind::kLstm, CellKind::kGru}) {
     for (const auto& [dtype, tf32] : kinds) {
       const int T = one_step ? 1 : large ? 4 : 6;
@@ -181,8 +181,8 @@ inline void check_family(Checker& checker, const FamilyChoice& choice, bool larg
         checker.check({cell, dtype, tf32, T, 20, 4, 640, 1, true, true, true, true}, choice, repeats);
       } else {
         checker.check({cell, dtype, tf32, T, 3, 4, 6, 1, false, false, true, true}, choice, repeats);
-        checker.check({cell, dtype, tf32, T, 9, 5, 33, 2, true, true, true, true}, choice, repeats);
-        checker.check({cell, dtype, tf32, T, 17, 8, 130, 1, true, false, false, false}, choice, repeats);
+        checker.check({cell, dtype, tf32, T, 9, 5, one_block ? 34 : 33, 2, true, true, true, true}, choice, repeats);
+        checker.check({cell, dtype, tf32, T, 17, 8, one_block ? 128 : 130, 1, true, false, false, false}, choice, repeats);
       }
     }
   }

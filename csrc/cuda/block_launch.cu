@@ -35,15 +35,15 @@ void launch_blocks(void (*kernel)(Arguments), const char* name, Arguments argume
 
 void block_forward(const ForwardParams& params, const Plan& plan, const StepRange& range, void* stream) {
   const PersistentPlan& p = *plan.persistent;
-  const ForwardSequenceKernel kernel = dispatch_block_math(
-      p.math, [&](auto math) { return BlockKernels<decltype(math)::value>::forward(params.cell, p.rows / 4); });
+  const ForwardSequenceKernel kernel =
+      dispatch_block_math(p.math, [&](auto math) { return BlockKernels<decltype(math)::value>::forward(params.cell); });
   launch_blocks(kernel, "block_forward", ForwardSequence{params, {}}, p, range, stream);
 }
 
 void block_backward(const BackwardParams& params, const Plan& plan, const StepRange& range, void* stream) {
   const PersistentPlan& p = *plan.persistent;
-  const BackwardSequenceKernel kernel = dispatch_block_math(
-      p.math, [&](auto math) { return BlockKernels<decltype(math)::value>::backward(params.cell, p.rows / 4); });
+  const BackwardSequenceKernel kernel =
+      dispatch_block_math(p.math, [&](auto math) { return BlockKernels<decltype(math)::value>::backward(params.cell); });
   launch_blocks(kernel, "block_backward", BackwardSequence{params, {}}, p, range, stream);
 }
 

@@ -34,12 +34,9 @@ struct FamilyLaunchers {
 };
 
 constexpr FamilyLaunchers kLaunchers[] = {
-    {Family::kSingle, step_forward, step_backward},
-    {Family::kStep, step_forward, step_backward},
-    {Family::kGrid, grid_forward, grid_backward},
-    {Family::kCluster, cluster_forward, cluster_backward},
-    {Family::kBlock, block_forward, block_backward},
-    {Family::kCudnn, no_launch<ForwardParams>, no_launch<BackwardParams>},
+    {Family::kSingle, step_forward, step_backward},  {Family::kStep, step_forward, step_backward},
+    {Family::kGrid, grid_forward, grid_backward},    {Family::kCluster, cluster_forward, cluster_backward},
+    {Family::kBlock, block_forward, block_backward}, {Family::kCudnn, no_launch<ForwardParams>, no_launch<BackwardParams>},
 };
 
 constexpr bool has_row(Family family) {

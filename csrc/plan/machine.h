@@ -33,9 +33,12 @@ constexpr double kL2HandOffUs = 0.75;       // a store and the load that sees it
 constexpr double kClusterHandOffUs = 0.42;  // from a push to the next product; the push and its barrier alone take 0.25
 constexpr double kTurnsHandOffUs = 0.27;    // the same where half of the threads load ahead meanwhile
 
-// A step of family `block`.
-constexpr double kBlockStepClocks = 300;
-constexpr double kForwardInstructions = 80, kBackwardInstructions = 120;
+// A step of family `block`, read from the machine code likewise (16 bit, sm_90a), beside its products: the instructions that a
+// warp issues, some and more for each gate, and the latencies that remain along its path.
+constexpr double kBlockForwardInstructions = 90, kBlockForwardGateInstructions = 55;
+constexpr double kBlockBackwardInstructions = 100, kBlockBackwardGateInstructions = 65;
+constexpr double kBlockForwardClocks = 190, kBlockBackwardClocks = 250;
+constexpr int kSchedulers = 4;  // of an SM: each issues one instruction a clock
 
 // Multiply-adds per clock and SM of the step kernels and of matrix products.
 double math_rate(cuda::MathKind math, const DeviceInfo& device);

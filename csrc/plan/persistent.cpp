@@ -17,7 +17,7 @@ using cuda::PersistentShape;
 namespace {
 
 constexpr int kLargestUnitTiles = 3;  // of a block of a cluster: the largest for which kernels are compiled
-constexpr int kRegisters = 65536;  // of the largest blocks
+constexpr int kRegisters = 65536;     // of the largest blocks
 
 // How a family holds the weights; without a plan `reason` says why it cannot.
 struct Fit {
@@ -212,8 +212,9 @@ std::string to_string(const PersistentPlan& p) {
       "  persistent: %s, %d launch%s of %d direction%s x %d group%s x %d block%s, each of %d units and %d tile%s of %d "
       "rows; of %d bytes of weights %d in registers, %d in shared memory; %d bytes of shared memory\n",
       to_string(p.math), p.launches, p.launches == 1 ? "" : "es", p.directions, p.directions == 1 ? "" : "s", p.groups,
-      p.groups == 1 ? "" : "s", p.slices, p.slices == 1 && p.unit_tiles == 0 ? "" : "s", p.units, p.row_tiles, p.row_tiles == 1 ? "" : "s", p.rows / p.row_tiles,
-      p.weight_bytes, p.weight_bytes_in_registers, p.weight_bytes_in_smem, p.smem_bytes);
+      p.groups == 1 ? "" : "s", p.slices, p.slices == 1 && p.unit_tiles == 0 ? "" : "s", p.units, p.row_tiles,
+      p.row_tiles == 1 ? "" : "s", p.rows / p.row_tiles, p.weight_bytes, p.weight_bytes_in_registers, p.weight_bytes_in_smem,
+      p.smem_bytes);
   return text;
 }
 

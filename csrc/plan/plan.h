@@ -51,14 +51,14 @@ struct KernelPlan {
 // How a persistent family serves a layer.
 struct PersistentPlan {
   cuda::MathKind math;
-  bool cluster;    // the blocks of a group are a cluster
-  int unit_tiles;  // of 16 hidden units, of a block; 0 in family `block`
-  int slices;      // blocks of a group
-  int row_tiles;   // of 8 batch rows, or of `rows` if these are fewer, of a group
+  bool cluster;        // the blocks of a group are a cluster
+  int unit_tiles;      // of 16 hidden units, of a block; 0 in family `block`
+  int slices;          // blocks of a group
+  int row_tiles;       // of 8 batch rows, or of `rows` if these are fewer, of a group
   int threads, units;  // of a block
   int rows;            // of a group
-  int groups;      // of one direction in one launch
-  int directions;  // in one launch
+  int groups;          // of one direction in one launch
+  int directions;      // in one launch
   int launches;
   int weight_bytes, weight_bytes_in_registers, weight_bytes_in_smem;  // of a block
   int smem_bytes;

@@ -20,7 +20,7 @@ from fused_rnn.explanation import Explanation
 
 OURS = "fused_rnn"
 BASELINES = {"cuda": ("torch.nn", "step", "flashrnn"), "cpu": ("torch.nn", "onnxruntime", "openvino")}
-FAMILIES = ("single", "step", "grid", "cluster", "cudnn")
+FAMILIES = ("single", "step", "grid", "cluster", "block", "cudnn")
 _NEEDS = {"flashrnn": ("flashrnn",), "onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
 _ONNX_TOLERANCE = 1e-3  # of outputs below 1 in size, fp32: a wrong gate order is off by tenths
 

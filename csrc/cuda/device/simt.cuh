@@ -202,6 +202,49 @@ __device__ __forceinline__ void store_vec(T* address, const Vec<T, kSize>& value
 // A hint that the sector of 32 bytes around an address of global memory will be read: brings it into L2. Waits for nothing.
 __device__ __forceinline__ void prefetch_l2(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
+// Accesses of global memory that a thread makes if `condition` holds, each by one predicated instruction: around a branch
+// the compiler could not place them among other instructions. T has 1, 2, 4 or 8 bytes and is aligned to them. The compiler does not know that memory
+// is accessed: plain accesses of the same thread to the same place are in no order with these.
+template <class T>
+__device__ __forceinline__ T load_if(bool condition, const T* address, T otherwise) {
+  static_assert(sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8);
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\n@p ld.global.b64 %0, [%1];\n}"
+                 : "+l"(reinterpret_cast<uint64_t&>(otherwise))
+                 : "l"(address), "r"(static_cast<uint32_t>(condition)));
+  } else if constexpr (sizeof(T) == 1) {
+    uint32_t bits = reinterpret_cast<const uint8_t&>(otherwise);
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\n@p ld.global.u8 %0, [%1];\n}"
+                 : "+r"(bits)
+                 : "l"(address), "r"(static_cast<uint32_t>(condition)));
+    reinterpret_cast<uint8_t&>(otherwise) = static_cast<uint8_t>(bits);
+  } else if constexpr (sizeof(T) == 2) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\n@p ld.global.b16 %0, [%1];\n}"
+                 : "+h"(reinterpret_cast<uint16_t&>(otherwise))
+                 : "l"(address), "r"(static_cast<uint32_t>(condition)));
+  } else {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\n@p ld.global.b32 %0, [%1];\n}"
+                 : "+r"(reinterpret_cast<uint32_t&>(otherwise))
+                 : "l"(address), "r"(static_cast<uint32_t>(condition)));
+  }
+  return otherwise;
+}
+template <class T>
+__device__ __forceinline__ void store_if(bool condition, T* address, T value) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\n@p st.global.b64 [%0], %1;\n}" ::"l"(address),
+                 "l"(reinterpret_cast<const uint64_t&>(value)), "r"(static_cast<uint32_t>(condition)));
+  } else {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\n@p st.global.b32 [%0], %1;\n}" ::"l"(address),
+                 "r"(reinterpret_cast<const uint32_t&>(value)), "r"(static_cast<uint32_t>(condition)));
+  }
+}
+__device__ __forceinline__ void prefetch_l2_if(bool condition, const void* address) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n@p prefetch.global.L2 [%0];\n}" ::"l"(address),
+               "r"(static_cast<uint32_t>(condition)));
+}
+
 // ----------------------------------------------------------------------------------------------------------- tensor cores
 
 // Loads kCount (1, 2, 4) 8x8 matrices of 16-bit elements. Lane 8 m + r gives the address of row r of matrix m (16 bytes,

@@ -209,7 +209,7 @@ struct BlockElements {
   // The value of gate `gate` (0 forward) for exchange `step`; by all threads that have the element, which are whole warps.
   __device__ __forceinline__ void publish(const Place& e, int row_tile, uint32_t step, int gate, float value) const {
     if constexpr (G::kBlock) {
-      product.publish(step & 1, gate, e, value);
+      product.publish(step & 1 ? product.second() : 0, gate, e.number, value);
     } else {
       const int per_gate = product.exchange.chunks / published(G::shape()), per_slice = G::kUnits / G::Chunk::kStep;
       product.exchange.publish(value, e.unit, e.b, row_tile, gate * per_gate + block.slice * per_slice, step);

@@ -41,11 +41,11 @@ struct ClusterKernels {
   static ForwardSequenceKernel forward(CellKind cell, int unit_tiles);
   static BackwardSequenceKernel backward(CellKind cell, int unit_tiles);
 };
-// In csrc/cuda/block. columns: batch columns of a lane, 1 or 2.
+// In block_*.cu of csrc/cuda/block.
 template <MathKind kMath>
 struct BlockKernels {
-  static ForwardSequenceKernel forward(CellKind cell, int columns);
-  static BackwardSequenceKernel backward(CellKind cell, int columns);
+  static ForwardSequenceKernel forward(CellKind cell);
+  static BackwardSequenceKernel backward(CellKind cell);
 };
 
 // Fills memory with zeros before a launch of family `grid`.

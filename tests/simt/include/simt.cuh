@@ -207,6 +207,20 @@ __forceinline__ void prefetch_l2(const void* address) {
   simt_host::check_access(address, 1, simt_host::kRead | simt_host::kHint, SIMT_HERE);
 }
 
+template <class T>
+__forceinline__ T load_if(bool condition, const T* address, T otherwise) {
+  static_assert(sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8);
+  return condition ? *address : otherwise;
+}
+template <class T>
+__forceinline__ void store_if(bool condition, T* address, T value) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  if (condition) *address = value;
+}
+__forceinline__ void prefetch_l2_if(bool condition, const void* address) {
+  if (condition) prefetch_l2(address);
+}
+
 // ----------------------------------------------------------------------------------------------------------- tensor cores
 
 template <bool kTranspose, int kCount>

@@ -36,6 +36,25 @@ __global__ void convert_kernel(const Primitive p) {
   out[7] = static_cast<uint32_t>(simt::opaque(i));
 }
 
+// Loads and stores of every size, made where a bit of the thread's number is set.
+__global__ void conditional_kernel(const Primitive p) {
+  using Two = simt::Vec<uint32_t, 2>;
+  const int i = simt::block_x() * simt::block_dim_x() + simt::thread_x();
+  const uint32_t* const in = p.in + 2 * i;
+  uint32_t* const out = p.out + 8 * i;
+  simt::prefetch_l2_if(i & 1, in);
+  out[0] = simt::load_if(i & 1, reinterpret_cast<const unsigned char*>(in) + 1, static_cast<unsigned char>(7));
+  out[1] = simt::load_if(i & 2, reinterpret_cast<const simt::half_t*>(in) + 1, simt::half_t{3}).bits;
+  out[2] = simt::load_if(i & 4, in + 1, 5u);
+  const Two two = simt::load_if(i & 8, reinterpret_cast<const Two*>(in), Two{{11, 13}});
+  out[3] = two.v[0];
+  out[4] = two.v[1];
+  simt::store_if((i & 16) != 0, out + 5, in[0]);
+  simt::store_if((i & 32) != 0, reinterpret_cast<Two*>(out + 6), Two{{in[1], in[0]}});
+  if (!(i & 16)) out[5] = 17;
+  if (!(i & 32)) out[6] = out[7] = 19;
+}
+
 // Three groups of copies of 16, 8 and 4 bytes, whole, in part and not at all; each group is read once it has been awaited.
 // The word behind them stays as it is.
 __global__ void copy_kernel(const Primitive p) {
@@ -196,6 +215,7 @@ struct Entry {
 };
 const Entry kEntries[] = {
     {convert_kernel, {"convert", 8, 1, 1, 64, 0, 1, false, false}, nullptr},
+    {conditional_kernel, {"conditional", 8, 1, 1, 64, 0, 1, false, false}, nullptr},
     {copy_kernel, {"copy", 1, 1, 1, 64, 96 * 64, 1, false, false}, nullptr},
     {matrix_kernel, {"matrix", 1, 1, 1, 32, 512, 1, false, false}, nullptr},
     {barrier_kernel, {"barrier", 1, 1, 1, 128, 512, 1, false, false}, nullptr},

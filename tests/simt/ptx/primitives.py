@@ -12,13 +12,13 @@ from simulator import A100, H100, T4, DeviceInfo, Simulator
 from torch import Tensor
 
 SOURCE = Path(builder.HERE) / "kernels" / "primitives.cu"
-KERNELS = ("convert", "copy", "matrix", "barrier", "hand_over", "cluster", "dependent")
+KERNELS = ("convert", "conditional", "copy", "matrix", "barrier", "hand_over", "cluster", "dependent")
 # By architecture: the device, and the kernels that use what it has. The host twins know sm_75 and sm_90 only, and overlap
 # grids as the latter does.
 DEVICES: dict[str, DeviceInfo] = {"sm_75": T4, "sm_80": A100, "sm_90a": H100}
 SERVED = {
-    "sm_75": ("convert", "copy", "matrix", "barrier", "hand_over", "dependent"),
-    "sm_80": ("convert", "copy", "matrix", "barrier", "hand_over"),
+    "sm_75": ("convert", "conditional", "copy", "matrix", "barrier", "hand_over", "dependent"),
+    "sm_80": ("convert", "conditional", "copy", "matrix", "barrier", "hand_over"),
     "sm_90a": KERNELS,
 }
 SEEDS = range(6)

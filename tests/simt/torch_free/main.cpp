@@ -18,12 +18,13 @@ int main(int argc, char** argv) {
   if (argc > 2) checker.of_the_allowed = std::stod(argv[2]);
   try {
     const fused_rnn::FamilyChoice choice = fused_rnn::parse_choice(argc > 1 ? argv[1] : "step");
-    const int T = choice.forced == fused_rnn::Family::kSingle ? 1 : 3;
+    const int T = choice.forced == fused_rnn::Family::kSingle ? 1 : 3,
+              H = choice.forced == fused_rnn::Family::kBlock ? 18 : 17;
     using fused_rnn::CellKind;
     using fused_rnn::DType;
     for (CellKind cell : {CellKind::kRnnTanh, CellKind::kLstm, CellKind::kGru}) {
       for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
-        checker.check({cell, dtype, false, T, 9, 5, 17, 2, true, true, true, true}, choice, T == 1);
+        checker.check({cell, dtype, false, T, 9, 5, H, 2, true, true, true, true}, choice, T == 1);
       }
     }
   } catch (const std::exception& error) {
