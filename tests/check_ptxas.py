@@ -6,8 +6,8 @@ Prints a table of each kernel's registers, barriers, static shared memory, stack
 (dynamic shared memory is the plan's: tests/test_plan.py). --table writes it as Markdown; --logs keeps what ptxas said in a
 folder and compiles only what has changed since. --build-log reads instead what a build of the whole extension printed with
 NVCC_APPEND_FLAGS="-Xptxas -v" for the one architecture of --arch, and compiles nothing. Families that an architecture lacks
-(grid and block before sm_80, cluster before sm_90) are left out for it. nvcc is $NVCC, or the one on PATH, in $CUDA_HOME, or in the
-nvidia-cuda-nvcc wheel of the running Python.
+(grid and block before sm_80, cluster before sm_90) are left out for it. nvcc is $NVCC, or the one on PATH, in $CUDA_HOME,
+or in the nvidia-cuda-nvcc wheel of the running Python.
 """
 
 from __future__ import annotations

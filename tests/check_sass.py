@@ -2,8 +2,8 @@
 
     python tests/check_sass.py [--arch sm_90a] [--files csrc/cuda/persistent/grid_tf32.cu ...]
 
-Compiles sources with nvcc, disassembles them with nvdisasm and, for every kernel of the families grid and cluster, builds
-the graph of its branches. The loop over time is the largest cycle of that graph that has products in it. Proved of it:
+Compiles sources with nvcc, disassembles them with nvdisasm and, for every kernel of the families grid, cluster and block,
+builds the graph of its branches. The loop over time is the largest cycle of that graph that has products in it. Proved of it:
 * no plain load from global memory has an address made from the pointer to W_hh: a data-flow analysis follows that pointer
   from the kernel's arguments, and must itself find such loads before the loop, or it fails;
 * nothing is loaded from or stored to local memory (spilled), and nothing empties the L1 of the SM;
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from check_ptxas import CELLS, MATHS, ROOT, find_nvcc, kernel_name
 
 # One source of each family; tensor cores with 16 bits and with TF32.
-DEFAULT = (("grid_fp16.cu", "sm_80"), ("grid_tf32.cu", "sm_90a"), ("cluster_bf16.cu", "sm_90a"))
+DEFAULT = (("grid_fp16.cu", "sm_80"), ("grid_tf32.cu", "sm_90a"), ("cluster_bf16.cu", "sm_90a"), ("block_bf16.cu", "sm_80"))
 TENSOR_CORE = {"fp16": r"HMMA\.16816\.F32$", "bf16": r"HMMA\.16816\.F32\.BF16$", "tf32": r"HMMA\.1688\.F32\.TF32$"}
 # What reaches memory or the flow of control without writing a register.
 NO_RESULT = tuple(
@@ -46,6 +46,7 @@ PROBE = r"""
 #include <cstdio>
 #include <initializer_list>
 #include "cuda/persistent/sequence.h"
+#include "plan/block_geometry.h"
 using namespace fused_rnn;
 using namespace fused_rnn::cuda;
 int main() {
@@ -56,6 +57,10 @@ int main() {
     for (bool backward : {false, true}) for (bool cluster : {false, true}) {
       const PersistentShape s{CellKind(cell), MathKind(math), tiles, backward, cluster};
       std::printf(", \"%d %d %d %d %d\": %d", cell, math, tiles, backward, cluster, register_fragments(s));
+      const BlockShape b{CellKind(cell), MathKind(math), backward};
+      if (tiles == 1 && cluster) {
+        std::printf(", \"block %d %d %d\": %d", cell, math, backward, block_register_chunks(b) * block_tiles(b));
+      }
     }
   std::printf("}\n");
 }
@@ -384,10 +389,11 @@ class PointerFlow:
 
 def check_kernel(kernel: Kernel, parameters: int, probe: dict) -> tuple[str, list[str]]:
     """(a line of figures, what is wrong)."""
-    kind = re.search(r"CellKindE(\d)E.*?MathKindE(\d)ELi(\d)ELb(\d)E", kernel.name)
+    kind = re.search(r"CellKindE(\d)E.*?MathKindE(\d)E(?:Li(\d)E)?Lb(\d)E", kernel.name)
     if not kind:
         return "", []
-    cell, math, tiles, backward = (int(digit) for digit in kind.groups())
+    cell, math, tiles, backward = (int(digit or 0) for digit in kind.groups())
+    block = "BlockGeometry" in kernel.name
     name = f"{kernel_name(kernel.name)}"
     tensor_core = TENSOR_CORE.get(MATHS[math])
     pattern = re.compile(tensor_core or r"FFMA(\.\w+)*$")
@@ -411,11 +417,17 @@ def check_kernel(kernel: Kernel, parameters: int, probe: dict) -> tuple[str, lis
     written = {register for i in loop for register in result_registers(kernel.code[i])}
     figures = f"{len(before)} loads of W_hh before the time loop, {len(inside)} in it"
     if tensor_core:
-        if products - loop:
+        # Family block makes the product after the last step of backward behind the loop.
+        if products - loop and not (block and backward):
             wrong.append(f"{name}: products outside of the time loop")
         quads = {tuple(registers(kernel.code[i].operands[1], 4)) for i in products}
         resident = {quad for quad in quads if quad and not set(quad) & written}
-        planned = probe[f"{cell} {math} {tiles} {backward} {int('Cluster' in kernel.name)}"]
+        shape = (
+            f"block {cell} {math} {backward}"
+            if block
+            else f"{cell} {math} {tiles} {backward} {int('Cluster' in kernel.name)}"
+        )
+        planned = probe[shape]
         figures += f"; {len(products)} {kernel.code[min(products)].opcode}, {len(resident)} of {planned} operands resident"
         if len(resident) < planned:
             wrong.append(f"{name}: {len(resident)} operands of weights stay in registers, {planned} are planned")
@@ -458,10 +470,12 @@ def main() -> int:
     parser.add_argument("--arch", help="for all files; default: a source of each family, see DEFAULT")
     parser.add_argument("--files", nargs="+", type=Path)
     args = parser.parse_args()
-    folder = ROOT / "csrc" / "cuda" / "persistent"
-    jobs = [(folder / name, arch) for name, arch in DEFAULT]
+    folder = ROOT / "csrc" / "cuda"
+    jobs = [(source, arch) for name, arch in DEFAULT for source in folder.rglob(name)]
     if args.files or args.arch:
-        sources = args.files or [path for family in ("grid", "cluster") for path in sorted(folder.glob(f"{family}_*.cu"))]
+        sources = args.files or [
+            path for family in ("grid", "cluster", "block") for path in sorted(folder.glob(f"*/{family}_*.cu"))
+        ]
         jobs = [(source, args.arch or "sm_90a") for source in sources]
     probe = probe_sources()
     failures, count = [], 0

@@ -60,7 +60,9 @@ def test_forced_family() -> None:
     with pytest.raises(ValueError, match="kernel family single cannot serve this layer: single serves one time step, not 9"):
         plan(T=9, forced="single")
     for unknown in ("fast", "cell", ""):  # "cell" is the former name of "single"
-        text = f"unknown kernel family '{unknown}'; known are: single, step, grid, cluster, block, cudnn, and cheapest of them"
+        text = (
+            f"unknown kernel family '{unknown}'; known are: single, step, grid, cluster, block, cudnn, and cheapest of them"
+        )
         with pytest.raises(ValueError, match=text):
             plan(forced=unknown)
 

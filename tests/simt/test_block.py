@@ -35,7 +35,10 @@ def options() -> Iterator[Simulated]:
         )
         yield Simulated(case, 3, "block", tf32=tf32)
         yield Simulated(
-            dataclasses.replace(case, steps=5, batch=6, hidden=50, ragged=next(ragged), bidirectional=False), 2, "block", tf32=tf32
+            dataclasses.replace(case, steps=5, batch=6, hidden=50, ragged=next(ragged), bidirectional=False),
+            2,
+            "block",
+            tf32=tf32,
         )
 
 

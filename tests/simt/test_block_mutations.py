@@ -1,4 +1,4 @@
-"""Proof that the simulated tests find faults: every mutant of the kernels of family block is reported or gives wrong results.
+"""Proof that the simulated tests find faults: every mutant of the kernels of family block is reported or gives wrong ones.
 
 The table of all mutants is written to build/simt/block-mutants.txt.
 """

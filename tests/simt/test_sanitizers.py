@@ -31,7 +31,17 @@ def cases(family: str) -> Iterator[Simulated]:
         for _ in range(2):
             dtype, tf32 = next(take)
             steps = 1 if family == "single" else 3
-            case = Case(cell, steps, 9, 5, 38 if family == "block" else 37, bidirectional=True, ragged="lengths", resets=True, dtype=dtype)
+            case = Case(
+                cell,
+                steps,
+                9,
+                5,
+                38 if family == "block" else 37,
+                bidirectional=True,
+                ragged="lengths",
+                resets=True,
+                dtype=dtype,
+            )
             yield Simulated(case, 1, family, tf32=tf32)
     for dtype, tf32 in kinds:
         if family == "step":
