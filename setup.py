@@ -41,7 +41,7 @@ def extension(torch, cuda):
     result = CUDAExtension(
         "fused_rnn._C",
         # ninja starts them in this order: the persistent kernels take longest.
-        sources("csrc/cuda/persistent/*.cu")
+        sources("csrc/cuda/persistent/*.cu", "csrc/cuda/block/*.cu")
         + sources("csrc/cuda/*.cu", "csrc/cuda/step/*.cu", "csrc/torch/*_cuda.cpp")
         + files,
         include_dirs=include_dirs,

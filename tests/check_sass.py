@@ -3,7 +3,8 @@
     python tests/check_sass.py [--arch sm_90a] [--files csrc/cuda/persistent/grid_tf32.cu ...]
 
 Compiles sources with nvcc, disassembles them with nvdisasm and, for every kernel of the families grid, cluster and block,
-builds the graph of its branches. The loop over time is the largest cycle of that graph that has products in it. Proved of it:
+builds the graph of its branches. The loop over time is the largest cycle of that graph that has products in it. Of it is
+proved:
 * no plain load from global memory has an address made from the pointer to W_hh: a data-flow analysis follows that pointer
   from the kernel's arguments, and must itself find such loads before the loop, or it fails;
 * nothing is loaded from or stored to local memory (spilled), and nothing empties the L1 of the SM;

@@ -18,6 +18,7 @@ BELOW = {
     "cuda/device": {"core", "plan"},
     "cuda/step": {"core", "plan", "cuda/device"},
     "cuda/persistent": {"core", "plan", "cuda/device"},
+    "cuda/block": {"core", "plan", "cuda/device", "cuda/persistent"},
     "cuda": {"core", "plan", "cuda/device", "cuda/step", "cuda/persistent"},
     "cuda/formula": {"core", "plan", "cuda", "cuda/device", "cuda/step"},
     "cuda/formula/rtc": set(),

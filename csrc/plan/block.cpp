@@ -1,4 +1,5 @@
-// The planner of family `block`: whether one block holds all weights of a layer's direction. The times are those of the cost model (machine.h).
+// The planner of family `block`: whether one block holds all weights of a layer's direction. The times are those of the
+// cost model (machine.h).
 #include <algorithm>
 #include <string>
 

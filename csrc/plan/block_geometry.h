@@ -1,16 +1,16 @@
 // Geometry of family `block`, shared by its kernels (compile time) and the planner (run time). No CUDA include.
 //
 // One launch runs a layer over the whole sequence. A block owns all hidden units of one direction for 4 batch rows, so that
-// blocks have nothing to tell each other. A warp owns all gates of 16 units over the whole of K: the lanes that hold the sums
-// of an element also finish it, and no partial sum leaves a warp. Weights lie in registers, and in shared memory where
+// blocks have nothing to tell each other. A warp owns all gates of 16 units over the whole of K: the lanes that hold the
+// sums of an element also finish it, and no partial sum leaves a warp. Weights lie in registers, and in shared memory where
 // registers do not suffice, as fragments of 16 rows by one chunk of K (persistent_geometry.h). The states (forward: h;
 // backward: the gradients of the gates) lie in two buffers of shared memory, used in turn, so that a step has one barrier.
 //   forward    a warp has a tile of M for each gate; K = H
 //   backward   a warp has one tile of M; K = G * H
 // mma.sync leaves rows l / 4 and l / 4 + 8 of a tile and columns 2 (l % 4) and the next to lane l. The two rows are
 // neighbouring units, 2 (l / 4) of the warp's and the next, so that a lane reads and writes global memory in pairs (H is
-// even). Batch row b is column 2 b, the other columns are empty: a lane then has one pair. The pointwise part of a step takes
-// longer than its product, and twice as many blocks share it.
+// even). Batch row b is column 2 b, the other columns are empty: a lane then has one pair. The pointwise part of a step
+// takes longer than its product, and twice as many blocks share it.
 #pragma once
 #include "core/ceil_div.h"
 #include "plan/math_kind.h"

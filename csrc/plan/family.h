@@ -21,8 +21,8 @@ struct Plan;  // plan.h
 //   plan        a function: fills in a plan whose family is set and has no obstacle; throws std::invalid_argument with the
 //               reason if the device turns out to lack the room
 // kSingle: one step, both products in one kernel. kStep: one or two launches a step. kGrid and kCluster: one launch a layer,
-// whose blocks exchange states through L2 or inside clusters. kBlock: the same with all units in one block, which has nothing
-// to exchange. These three have never run on a GPU, only in the simulator.
+// whose blocks exchange states through L2 or inside clusters. kBlock: the same with all units in one block, which has
+// nothing to exchange. These three have never run on a GPU, only in the simulator.
 // kCudnn: NVIDIA's library, through torch.
 #define FUSED_RNN_FAMILIES(X)                                                        \
   X(kSingle, "single", false, true, true, false, single_obstacle, plan_step_kernels) \

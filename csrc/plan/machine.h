@@ -33,8 +33,8 @@ constexpr double kL2HandOffUs = 0.75;       // a store and the load that sees it
 constexpr double kClusterHandOffUs = 0.42;  // from a push to the next product; the push and its barrier alone take 0.25
 constexpr double kTurnsHandOffUs = 0.27;    // the same where half of the threads load ahead meanwhile
 
-// A step of family `block`, read from the machine code likewise (16 bit, sm_90a), beside its products: the instructions that a
-// warp issues, some and more for each gate, and the latencies that remain along its path.
+// A step of family `block`, read from the machine code likewise (16 bit, sm_90a), beside its products: the instructions
+// that a warp issues, some and more for each gate, and the latencies that remain along its path.
 constexpr double kBlockForwardInstructions = 90, kBlockForwardGateInstructions = 55;
 constexpr double kBlockBackwardInstructions = 100, kBlockBackwardGateInstructions = 65;
 constexpr double kBlockForwardClocks = 190, kBlockBackwardClocks = 250;

@@ -8,7 +8,8 @@
 
 namespace fused_rnn::cuda {
 
-// Where a pair, or an element, lies in a tensor whose rows of memory have a constant size: one instruction finds it in a row.
+// Where a pair, or an element, lies in a tensor whose rows of memory have a constant size: one instruction finds it in a
+// row.
 template <class T>
 class Column {
  public:
@@ -230,8 +231,8 @@ struct BlockBackward : PersistentBackward<G> {
     }
   }
 
-  // Requests what a step needs, if the launch makes it. rows: of that step; rows.next is the row of the step that precedes it
-  // in forward's order.
+  // Requests what a step needs, if the launch makes it. rows: of that step; rows.next is the row of the step that precedes
+  // it in forward's order.
   __device__ __forceinline__ void load(const BlockRows& rows, bool made, Request& x) const {
     x = Request{};
     const bool active = made && pair.active(pair.length, rows.t);

@@ -203,8 +203,8 @@ __device__ __forceinline__ void store_vec(T* address, const Vec<T, kSize>& value
 __device__ __forceinline__ void prefetch_l2(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
 // Accesses of global memory that a thread makes if `condition` holds, each by one predicated instruction: around a branch
-// the compiler could not place them among other instructions. T has 1, 2, 4 or 8 bytes and is aligned to them. The compiler does not know that memory
-// is accessed: plain accesses of the same thread to the same place are in no order with these.
+// the compiler could not place them among other instructions. T has 1, 2, 4 or 8 bytes and is aligned to them. The compiler
+// does not know that memory is accessed: plain accesses of the same thread to the same place are in no order with these.
 template <class T>
 __device__ __forceinline__ T load_if(bool condition, const T* address, T otherwise) {
   static_assert(sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8);

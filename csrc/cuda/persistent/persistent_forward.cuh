@@ -164,7 +164,8 @@ __device__ __forceinline__ void load_lengths(const Product& product, const Seque
 template <class G, class Product>
 __device__ __forceinline__ void load_biases(const Product& product, const void* b_hh, int H, int slice) {
   constexpr int kGates = Cell<G::kCell>::kGates;
-  for (int i = simt::thread_x(); i < kGates * G::kUnits; i += simt::block_dim_x()) {
+  const int threads = G::kBlock ? simt::block_dim_x() : kPersistentThreads;
+  for (int i = simt::thread_x(); i < kGates * G::kUnits; i += threads) {
     const int gate = i / G::kUnits, unit = slice * G::kUnits + i % G::kUnits;
     const bool has_bias = b_hh && unit < H;
     product.bias(gate, i % G::kUnits) =

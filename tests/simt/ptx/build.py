@@ -44,9 +44,10 @@ def sources(arch: str) -> list[Path]:
 
 def homes(symbol: str, arch: str) -> list[Path]:
     """The .cu files that may have a kernel, by the arithmetic and the family in its name."""
-    families = ("grid", "cluster", "kernels")
+    families = ("grid", "cluster", "block", "kernels")
     if math := re.search(r"MathKindE(\d)", symbol):
-        family = "grid" if "GridExchange" in symbol else "cluster" if "ClusterExchange" in symbol else "kernels"
+        parts = {"GridExchange": "grid", "ClusterExchange": "cluster", "BlockGeometry": "block"}
+        family = next((family for part, family in parts.items() if part in symbol), "kernels")
         return [s for s in sources(arch) if s.stem == f"{family}_{_CHECK['MATHS'][int(math[1])]}"]
     return [s for s in sources(arch) if s.stem.split("_")[0] not in families]
 

@@ -32,7 +32,8 @@ def device_of(name: str, arch: str) -> str:
 
 
 def families(arch: str) -> tuple[str, ...]:
-    return ("single", "step", "grid", "cluster")[: 2 + (CAPABILITY[arch] >= 80) + (CAPABILITY[arch] >= 90)]
+    needed = {"single": 75, "step": 75, "grid": 80, "cluster": 90, "block": 80}
+    return tuple(family for family, capability in needed.items() if CAPABILITY[arch] >= capability)
 
 
 def on(arch: str, cases: Iterable[Simulated], seeds: int | None = None) -> Iterator[Simulated]:
@@ -50,6 +51,7 @@ _SHORT = {
     **{("kernels", math): arch for math, arch in zip(range(5), ("sm_80", "sm_75", "sm_80", "sm_75", "sm_90a"), strict=True)},
     **{("grid", math): arch for math, arch in zip(range(1, 5), ("sm_80", "sm_90a", "sm_90a", "sm_80"), strict=True)},
     **{("cluster", math): "sm_90a" for math in range(1, 5)},
+    **{("block", math): arch for math, arch in zip(range(1, 5), ("sm_90a", "sm_80", "sm_80", "sm_90a"), strict=True)},
 }
 
 
@@ -61,13 +63,13 @@ def representative(short: bool) -> Iterator[tuple[str, Simulated]]:
     arithmetic = [(F64, False), (F32, False), (F32, True), (F16, False), (BF16, False)]
     for arch, (math, (dtype, tf32)) in itertools.product(CAPABILITY, enumerate(arithmetic)):
         for number, family in enumerate(families(arch)):
-            file = family if family in ("grid", "cluster") else "kernels"
+            file = family if family in ("grid", "cluster", "block") else "kernels"
             if (file, math) not in _SHORT or (_SHORT[file, math] == arch) != short:
                 continue
             cell = ("LSTM", "GRU", "RNN_TANH")[(math + number) % 3]
             ragged = ("lengths", "packed")[number % 2]
             steps = 1 if family == "single" else 3
-            case = Case(cell, steps, 3, 5, 21, ragged=ragged, resets=True, dtype=dtype)
+            case = Case(cell, steps, 3, 5, 22 if family == "block" else 21, ragged=ragged, resets=True, dtype=dtype)
             for simulated in on(arch, [Simulated(case, 3, family, tf32=tf32)]):
                 yield arch, simulated
 

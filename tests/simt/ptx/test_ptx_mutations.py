@@ -31,6 +31,10 @@ _STRONGER = "orders more than is asked for"
 EQUIVALENT: dict[str, str] = {
     "convert prefetch.global.L2: left out": _HINT,
     "convert prefetch.global.L2: becomes prefetch.global.L1": _HINT,
+    "conditional prefetch.global.L2: left out": _HINT,
+    "conditional prefetch.global.L2: becomes prefetch.global.L1": _HINT,
+    "conditional setp.ne.u32: becomes setp.ne.u16": "conditions are 0 or 1",
+    "conditional setp.ne.u32: operands 1 and 2 swapped": "differs either way",
     "dependent griddepcontrol.launch_dependents: left out": "the next grid starts when this one ends",
     "copy cp.async.cg.shared.global of 16 bytes: becomes cp.async.ca.shared.global": "the same bytes, through L1",
     "copy cp.async.wait_group: -1 for its count": _STRONGER,
