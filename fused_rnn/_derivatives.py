@@ -1,6 +1,7 @@
 """Derivatives of the ops that are not kernels by themselves: of backward, once more, and tangents (forward-mode AD).
 
-Composites: they consist of torch's ops and of ours. fused_rnn/_second_order.py has what the kernels serve.
+Composites: they consist of torch's ops and of ours. csrc/torch/second_order.cpp has the second
+derivatives that kernels serve, fused_rnn/_tangents.py the tangents.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_rnn import _second_order, reference
+from fused_rnn import _tangents, reference
 from fused_rnn._recipe import HAS_RESET_STATES, Rows, rows_of, unpacked
 
 
@@ -136,7 +137,7 @@ def _layer_double_backward(
     """Gradients of the arguments of fused_rnn::layer_backward, or with samples layer_backward_samples, from its results'.
 
     Of dy, dlast, x, states, reset states and params, where the flags at the end of ``call`` say so, else [0]. By the kernels
-    where _second_order has the derivative, else by differentiating the reference twice.
+    where these have the derivative, else by differentiating the reference twice.
     """
     return _double_backward(grads, (dy, dlast, x, states, params, rows, saved), call, by_kernels=True)
 
@@ -161,18 +162,27 @@ def _double_backward(
 ) -> list[Tensor]:
     dy, dlast, x, states, params, rows, saved = arguments
     recipe, mask, samples, needed = _numbers(numbers)
-    of_call, layer = rows_of(rows, recipe), unpacked(recipe)
+    of_call = rows_of(rows, recipe)
     masks = rows[: len(rows) - len(of_call.reset_states)]
     none = params[0].new_empty(0)
     given = [none if dy is None else dy, *dlast, x, *states, *of_call.reset_states, *params]
-    counts = (len(dlast), len(states), len(masks), len(saved), len(grads))
-    call = _BackwardCall(recipe, mask, samples, dy is not None, *counts)
-    if by_kernels and not samples and _second_order.serves(x, len(params) // layer.directions, of_call, layer):
+    counts = (len(dlast), len(states), len(params), len(masks), len(saved), len(grads))
+    first = 1 + len(dlast)
+    last = first + 1 + len(states) + len(of_call.reset_states)
+    wanted = (needed[first], any(needed[first + 1 : last]), any(needed[last:]))
+    call = _BackwardCall(recipe, mask, samples, wanted, dy is not None, *counts)
+    if by_kernels and not samples and _has_second_order(x, of_call):
         with _above_transforms():
             found = _SecondOrder.apply(call, *masks, *saved, *grads, *given)
     else:
         found = call.derivatives(masks, grads, given, needed)
-    return [t if wanted else none for t, wanted in zip(found, needed, strict=True)]
+    return [t if asked else none for t, asked in zip(found, needed, strict=True)]
+
+
+def _has_second_order(x: Tensor, rows: Rows) -> bool:
+    """Whether fused_rnn::layer_second_order serves a layer."""
+    known = x.device.type == _tangents.DEVICE and x.dtype in (torch.float32, torch.float64)
+    return known and x.numel() > 0 and not rows.options.any()
 
 
 @contextlib.contextmanager
@@ -198,10 +208,12 @@ class _BackwardCall(NamedTuple):
     recipe: int
     mask: tuple[bool, ...]
     samples: int
+    wanted: tuple[bool, bool, bool]  # of x, states, params: whether these are to have a gradient
     has_dy: bool
     # Numbers of tensors; masks: of ``rows``, but for reset states; grads: of its results.
     lasts: int
     states: int
+    params: int
     masks: int
     saved: int
     grads: int
@@ -231,23 +243,26 @@ class _BackwardCall(NamedTuple):
     def by_kernels(
         self, masks: Sequence[Tensor], saved: Sequence[Tensor], grads: Sequence[Tensor], given: Sequence[Tensor]
     ) -> list[Tensor]:
-        """The same for what _second_order serves; of all of them."""
+        """The same of what is wanted, and of all of dy and dlast."""
         first = 1 + self.lasts
-        of_call = {
-            "dy": given[0] if self.has_dy else None,
-            "dlast": given[1:first],
-            "x": given[first],
-            "states": list(given[first + 1 : first + 1 + self.states]),
-            "params": list(given[first + 1 + self.states :]),
-            "rows": rows_of(masks, self.recipe),
-            "saved": list(saved),
-            "recipe": unpacked(self.recipe),
-        }
-        found = _second_order.derivatives(_second_order.call_of(of_call, grads))
-        lasts = found.dlast if self.lasts else []
+        states, own = given[first + 1 : first + 1 + self.states], given[first + 1 + self.states :]
+        resets = unpacked(self.recipe).kind.states if self.recipe & HAS_RESET_STATES else 0
+        found: list[Tensor] = torch.ops.fused_rnn.layer_second_order(
+            grads,
+            given[0] if self.has_dy else None,
+            given[1:first],
+            given[first],
+            states,
+            own[resets:],
+            [*masks, *own[:resets]],
+            saved,
+            [self.recipe, *self.wanted],
+        )
+        layer = unpacked(self.recipe)
+        count = 1 + layer.kind.states + (layer.all_states and layer.kind.has_c)  # of y and the last states
+        found = [found[0], *found[1:count][: self.lasts], *found[count:]]
         none = given[0].new_empty(0)
-        made = [found.dy, *lasts, found.x, *found.states, *found.params]
-        return [none if t.shape == (0,) else one for t, one in zip(given, made, strict=True)]
+        return [none if t.shape == (0,) else one for t, one in zip(given, found, strict=True)]
 
 
 class _SecondOrder(torch.autograd.Function):
@@ -277,7 +292,11 @@ class _SecondOrder(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         call, tensors = ctx.call, ctx.saved_tensors
         masks, saved, grads, given = _SecondOrder._parts(call, tensors)
-        known = [t.shape != (0,) for t in given]
+        first = 1 + call.lasts
+        last = len(given) - call.params
+        x, states, params = call.wanted
+        made = [True] * first + [x] + [states] * (last - first - 1) + [params] * call.params
+        known = [one and t.shape != (0,) for t, one in zip(given, made, strict=True)]
 
         def run(args: Sequence[Tensor]) -> list[Tensor]:
             found = call.derivatives(masks, args[: call.grads], args[call.grads :], known)
@@ -354,13 +373,13 @@ def _layer_tangents(
     """Tangents of y and of the last states, from those of x, states and params ([0]: none).
 
     Raises:
-        NotImplementedError: what _second_order does not serve; functions and modules take the reference for it.
+        NotImplementedError: what _tangents does not serve; functions and modules take the reference for it.
     """
     of_call, layer = rows_of(rows, recipe), unpacked(recipe)
-    if not _second_order.serves(x, len(params) // layer.directions, of_call, layer):
-        raise NotImplementedError(f"fused_rnn::layer has no jvp of such a call: {_second_order.SERVED}")
-    given = {"x": x, "states": list(states), "params": list(params), "rows": of_call, "saved": [], "recipe": layer}
-    return _second_order.tangents(_second_order.call_of({**given, "dy": None, "dlast": []}, tangents), y)
+    if not _tangents.serves(x, len(params) // layer.directions, of_call, layer):
+        raise NotImplementedError(f"fused_rnn::layer has no jvp of such a call: {_tangents.SERVED}")
+    given = {"x": x, "states": list(states), "params": list(params), "rows": of_call, "recipe": layer}
+    return _tangents.tangents(_tangents.call_of(given, tangents), y)
 
 
 def _layer_backward_tangents(

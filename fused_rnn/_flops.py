@@ -1,7 +1,8 @@
 """How many floating point operations the ops take, for torch.utils.flop_counter.FlopCounterMode.
 
 As in torch, matrix products count 2*m*n*k each and element-wise operations nothing. A dispatch mode sees ``layer``,
-``layer_backward`` and its forms alone: ``rnn``, ``cell``, second derivatives and tangents consist of these or torch's ops.
+``layer_backward`` and its forms, and ``layer_second_order`` alone: ``rnn``, ``cell`` and tangents consist of these or torch's
+ops.
 The numbers equal those that torch counts for torch.nn's GRU, RNN and cells, and for torch.nn.LSTM where it runs as separate
 ops; an LSTM that is one op of a library counts 0 in torch.
 
@@ -52,6 +53,25 @@ def _backward_flops(call: dict[str, Any]) -> int:
     return total
 
 
+def _second_order_flops(call: dict[str, Any]) -> int:
+    """Of csrc/torch/second_order.cpp: tangents, backward of them and of values, products with what v has of x and weights."""
+    x, params, v, (packed, *wanted) = call["x"], call["params"], call["grads"], call["wanted"]
+    offsets, directions = rows_of(call["rows"], packed).offsets, unpacked(packed).directions
+    rows, has_x, of_params = _rows(x), v[0].shape != (0,), v[len(v) - len(params) :]
+    per_direction, total = len(params) // directions, 0
+    for direction in range(directions):
+        own = slice(direction * per_direction, (direction + 1) * per_direction)
+        matrices = [
+            (w, tangent.shape != (0,)) for w, tangent in zip(params[own], of_params[own], strict=True) if w.dim() == 2
+        ]
+        (w_ih, of_ih), (w_hh, of_hh), *projection = matrices
+        first = 0 if call["states"] else _rows_of_first_step(x, offsets, direction)
+        total += 2 * rows * w_ih.numel() * (has_x + of_ih + wanted[0] * (1 + of_ih) + wanted[2] * (1 + has_x))
+        total += 2 * w_hh.numel() * (rows * (1 + of_hh + 2 * wanted[2]) + (rows - first) * (2 + of_hh))
+        total += sum(2 * rows * w.numel() * (3 + 2 * of_w + 2 * wanted[2]) for w, of_w in projection)
+    return total
+
+
 def _has_ids(x: Tensor) -> bool:
     return not x.is_floating_point()
 
@@ -83,4 +103,5 @@ def register() -> None:
     _register("layer", _forward_flops)
     _register("layer_backward", _backward_flops)
     _register("layer_backward_samples", _sample_backward_flops)
+    _register("layer_second_order", _second_order_flops)
     _register("layer_backward_gates", lambda call: _backward_flops({**call, "mask": (False, True, False)}))

@@ -123,6 +123,26 @@ def _fake_layer_backward_gates(
     return params[0].new_empty(layer.directions, rows_of_layer, layer.kind.slots, hidden), dstates
 
 
+def _fake_layer_second_order(
+    grads: Sequence[Tensor],
+    dy: Tensor | None,
+    dlast: Sequence[Tensor],
+    x: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    wanted: Sequence[int],
+) -> list[Tensor]:
+    """Shapes of fused_rnn::layer_second_order's results."""
+    recipe, *mask = wanted
+    y, last, _ = fake_layer(x, states, params, rows, recipe, False)
+    dx, dstates, dparams = fake_layer_backward(
+        dy, dlast, x, states, params, rows, saved, recipe, [bool(one) for one in mask]
+    )
+    return [y, *last, dx, *dstates, *dparams]
+
+
 if extension is not None:
     rnn = torch.ops.fused_rnn.rnn.default
     cell = torch.ops.fused_rnn.cell.default
@@ -134,6 +154,7 @@ if extension is not None:
     torch.library.register_fake("fused_rnn::layer_backward", fake_layer_backward)
     torch.library.register_fake("fused_rnn::layer_backward_samples", _fake_layer_backward_samples)
     torch.library.register_fake("fused_rnn::layer_backward_gates", _fake_layer_backward_gates)
+    torch.library.register_fake("fused_rnn::layer_second_order", _fake_layer_second_order)
     _library = torch.library.Library("fused_rnn", "IMPL")
     _derivatives.register(_library)
     _transforms.register()

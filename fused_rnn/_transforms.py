@@ -256,7 +256,14 @@ def _folded_backward(count: int, in_dims: Sequence[Any], args: Sequence[Any]) ->
     return (dx, dstates, dparams), (dx_dim, dstate_dims, [int(nested)] * len(dparams))
 
 
+def layer_second_order(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    """fused_rnn::layer_second_order, whose results are one list."""
+    op = torch.ops.fused_rnn.layer_second_order.default
+    (found,), (dims,) = _looped(lambda *of_sample: (op(*of_sample),), info.batch_size, in_dims, args)
+    return found, dims
+
+
 def register() -> None:
     """Makes torch.func.vmap know the ops; once."""
-    for rule in (layer, layer_backward, layer_backward_samples, layer_backward_gates):
+    for rule in (layer, layer_backward, layer_backward_samples, layer_backward_gates, layer_second_order):
         torch.library.register_vmap(f"fused_rnn::{rule.__name__}", rule)

@@ -17,7 +17,7 @@ from torch._C import _get_tracing_state, _has_torch_function_variadic
 from torch.compiler import is_exporting
 from torch.nn import Parameter
 
-from fused_rnn import _checks, _dtensor, _extras, _ids, _onnx, _ops, _second_order, reference
+from fused_rnn import _checks, _dtensor, _extras, _ids, _onnx, _ops, _tangents, reference
 from fused_rnn._backend import Features, forward_mode, uses_ops
 from fused_rnn._extras import Extras
 from fused_rnn._kinds import GRU, LSTM
@@ -220,9 +220,7 @@ def run_rnn(
     features = Features(
         bool(rows.reset_states), recipe.all_states and recipe.kind.has_c, rows.options is not _ALL_ROWS.options
     )
-    dual = forward_mode() and _second_order.serves(
-        input, len(weights) // recipe.num_layers // recipe.directions, rows, recipe
-    )
+    dual = forward_mode() and _tangents.serves(input, len(weights) // recipe.num_layers // recipe.directions, rows, recipe)
     if not for_onnx and uses_ops(device_type, dtype, device, features, dual):
         # Modes see the op's call, and so do subclasses, wherever in it they are.
         seen = torch.compiler.is_compiling() or _has_torch_function_variadic(
@@ -262,7 +260,7 @@ def run_cell(recipe: Recipe, input: Tensor, states: list[Tensor], params: list[T
     device_type = device.type
     if type(input) is not Tensor or type(params[0]) not in _PLAIN:
         _dtensor.prepare()
-    dual = forward_mode() and _second_order.serves(input, len(params), _ALL_ROWS, recipe)
+    dual = forward_mode() and _tangents.serves(input, len(params), _ALL_ROWS, recipe)
     if not (is_exporting() and _onnx.exporting()) and uses_ops(device_type, dtype, device, has_tangents=dual):
         seen = torch.compiler.is_compiling() or _has_torch_function_variadic(input, *states, *params)
         op = _ops.cell if seen else _ops.eager_cell

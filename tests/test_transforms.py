@@ -301,39 +301,61 @@ SECOND: dict[str, dict[str, Any]] = {
     "plain": {},
     "both": {"bidirectional": True},
     "resets": {"resets": randn(T, B, seed=5) > 0.5, "bidirectional": True},
-    "lengths": {"lengths": torch.tensor([4, 1, 3])},
+    "lengths": {"lengths": torch.tensor([4, 0, 3]), "bidirectional": True},
+    "lengths and resets": {"lengths": torch.tensor([4, 1, 3]), "resets": randn(T, B, seed=5) > 0.5},
+    "packed": {"batch_sizes": torch.tensor([3, 2, 1]), "bidirectional": True},
     "unbiased": {"has_biases": False},
+    "all states": {"return_all_states": True, "bidirectional": True},
+    "projection": {"projection": True},
+    "projection, lengths": {"projection": True, "lengths": torch.tensor([4, 1, 3]), "bidirectional": True},
+    "reset state": {"resets": randn(T, B, seed=5) > 0.3, "reset_state": B},
+    "one reset state": {"resets": randn(T, B, seed=5) > 0.3, "reset_state": 1, "bidirectional": True},
 }
 
 
 def penalty(
-    kind: str, options: dict[str, Any], leaves: list[Tensor], groups: int, outputs: slice = slice(None)
+    kind: str, options: dict[str, Any], given: dict[str, list[Tensor]], outputs: slice = slice(None)
 ) -> list[Tensor]:
-    """Gradients of a function of all first gradients, of a loss with weights of its own for every result."""
-    count = 1 + (2 if kind == "LSTM" else 1)
-    hx = tuple(leaves[1:count]) if kind == "LSTM" else leaves[1]
-    results = call(kind, leaves[0], leaves[count:], hx, **options)[outputs]
+    """Gradients of a function of all first gradients, of a loss with weights of its own for every result.
+
+    given: x, hx, reset_state (or none) and weights, each a list of leaves.
+    """
+    states = {name: tuple(own) if kind == "LSTM" else own[0] for name, own in given.items() if name in ("hx", "reset_state")}
+    results = call(kind, given["x"][0], given["weights"], **states, **options)[outputs]
+    leaves = [t for own in given.values() for t in own]
     value = sum((i + 1) * y.sin().sum() for i, y in enumerate(results))
     grads = torch.autograd.grad(value, leaves, create_graph=True)  # type: ignore[arg-type]
-    return list(torch.autograd.grad(sum(g.cos().sum() for g in grads), leaves))
+    of_grads = sum((i + 1) * g.cos().sum() for i, g in enumerate(grads))
+    return list(torch.autograd.grad(of_grads + sum(y.square().sum() for y in results), leaves))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("outputs", [slice(None), slice(1), slice(1, None)], ids=["all", "output", "last"])
 @pytest.mark.parametrize("name", SECOND)
 @pytest.mark.parametrize("kind", (*KINDS, "RELU", "IDENTITY"))
-def test_penalties(kind: str, name: str, outputs: slice) -> None:
+def test_penalties(kind: str, name: str, outputs: slice, request: pytest.FixtureRequest) -> None:
+    """By kernels alone, of every argument."""
     options = dict(SECOND[name])
     if kind in ("RELU", "IDENTITY"):
         options["nonlinearity"], kind = kind.lower(), "RNN"
     groups = 2 if options.get("bidirectional") else 1
-    weights = weights_of(kind, groups)
+    proj = 4 if options.pop("projection", False) else 0
+    if proj and kind != "LSTM":
+        pytest.skip("a projection is an LSTM's")
+    weights = weights_of(kind, groups, proj)
     if not options.get("has_biases", True):
         weights = [w for w in weights if w.dim() == 2]
-    hx = states_of(kind, groups)
-    leaves = [t.requires_grad_() for t in (randn(T, B, INPUTS), *(hx if kind == "LSTM" else (hx,)), *weights)]
+    x = randn(*((6,) if name == "packed" else (T, B)), INPUTS)
+    lengths = options.get("lengths")
+    if lengths is not None:  # padding may hold anything
+        x[torch.arange(T).unsqueeze(1) >= lengths] = float("nan")
+    rows = {"x": [x], "hx": states_of(kind, groups, size=proj or H), "weights": weights}
+    if "reset_state" in options:
+        rows["reset_state"] = states_of(kind, groups, options.pop("reset_state"))
+    given = {key: [t.requires_grad_() for t in ((own,) if isinstance(own, Tensor) else own)] for key, own in rows.items()}
     with use_backend("reference"):
-        expected = penalty(kind, options, leaves, groups, outputs)
-    close(penalty(kind, options, leaves, groups, outputs), expected)
+        expected = penalty(kind, options, given, outputs)
+    request.getfixturevalue("kernels_only")
+    close(penalty(kind, options, given, outputs), expected)
 
 
 @pytest.mark.usefixtures("kernels_only")

@@ -13,11 +13,13 @@
 //   forward(a, h_prev, c_prev, h, c)   a: accumulators in, saved values out; where there are gates with a sigmoid, in two
 //                                      parts:
 //   sigmoids(a), which depend on nothing else, and forward_of_sigmoids(a, h_prev, c_prev, h, c)
+//   states(a, h_prev, c_prev, h, c)    the last part of forward: from the values that are saved
+//   tangents(a)        a: saved values with the tangents of the accumulators (dual.h) in, with their own tangents out
 //   backward(a, h_prev, c_prev, c, h, dh, dc, d) -> dh_prev
 //        a: saved values, h_prev/c_prev: state before the step, c/h: state after, dh: total gradient of h,
 //        dc: gradient of c from the next step in, of c_prev out, d: gradients in the slot order of BackwardParams::d_gates,
 //        dh_prev: the part of the gradient of h_prev that does not go through the recurrent weights
-// forward, forward_of_sigmoids and backward take, last, a modifier of the step (below), by default none:
+// forward, forward_of_sigmoids, states and backward take, last, a modifier of the step (below), by default none:
 //   unclipped(a, h_prev, c_prev, m)    of saved values: what forward gave to m.clipped
 #pragma once
 #include "core/params.h"
@@ -78,16 +80,28 @@ struct RnnCell : CellConstants<kKind> {
   using CellConstants<kKind>::kSlots;
   static constexpr FUSED_RNN_HD int recurrent_slot(int) { return 0; }
 
+  template <class V, class M = Unmodified>
+  static FUSED_RNN_HD void states(const V (&a)[kSlots], const V&, const V&, V& h, V&, const M& m = M()) {
+    h = m.clipped(a[0]);
+  }
   // A modified step saves its h before the modifier.
   template <class V, class M = Unmodified>
-  static FUSED_RNN_HD void forward(V (&a)[kSlots], const V&, const V&, V& h, V&, const M& m = M()) {
+  static FUSED_RNN_HD void forward(V (&a)[kSlots], const V& h_prev, const V& c_prev, V& h, V& c, const M& m = M()) {
     using namespace math;
     if constexpr (kKind == CellKind::kRnnTanh) {
       a[0] = tanh(a[0]);
     } else if constexpr (kKind == CellKind::kRnnRelu) {
       a[0] = relu(a[0]);
     }
-    h = m.clipped(a[0]);
+    states(a, h_prev, c_prev, h, c, m);
+  }
+  template <class D>
+  static FUSED_RNN_HD void tangents(D (&a)[kSlots]) {
+    if constexpr (kKind == CellKind::kRnnTanh) {
+      tangent_of_tanh(a[0]);
+    } else if constexpr (kKind == CellKind::kRnnRelu) {
+      tangent_of_relu(a[0]);
+    }
   }
   template <class V, class M>
   static FUSED_RNN_HD V unclipped(const V (&a)[kSlots], const V&, const V&, const M&) {
@@ -133,12 +147,24 @@ struct Cell<CellKind::kLstm> : CellConstants<CellKind::kLstm> {
     return a[1] * c_prev + a[0] * m.candidate(a[2]);
   }
   template <class V, class M = Unmodified>
+  static FUSED_RNN_HD void states(const V (&a)[kSlots], const V& h_prev, const V& c_prev, V& h, V& c, const M& m = M()) {
+    using namespace math;
+    c = m.clipped(unclipped(a, h_prev, c_prev, m));
+    h = a[3] * tanh(c);
+  }
+  template <class D>
+  static FUSED_RNN_HD void tangents(D (&a)[kSlots]) {
+    tangent_of_sigmoid(a[0]);
+    tangent_of_sigmoid(a[1]);
+    tangent_of_tanh(a[2]);
+    tangent_of_sigmoid(a[3]);
+  }
+  template <class V, class M = Unmodified>
   static FUSED_RNN_HD void forward_of_sigmoids(V (&a)[kSlots], const V& h_prev, const V& c_prev, V& h, V& c,
                                                const M& m = M()) {
     using namespace math;
     a[2] = tanh(a[2]);
-    c = m.clipped(unclipped(a, h_prev, c_prev, m));
-    h = a[3] * tanh(c);
+    states(a, h_prev, c_prev, h, c, m);
   }
   template <class V, class M = Unmodified>
   static FUSED_RNN_HD void forward(V (&a)[kSlots], const V& h_prev, const V& c_prev, V& h, V& c, const M& m = M()) {
@@ -179,11 +205,22 @@ struct Cell<CellKind::kGru> : CellConstants<CellKind::kGru> {
     return n + a[1] * (h_prev - n);
   }
   template <class V, class M = Unmodified>
-  static FUSED_RNN_HD void forward_of_sigmoids(V (&a)[kSlots], const V& h_prev, const V& c_prev, V& h, V&,
+  static FUSED_RNN_HD void states(const V (&a)[kSlots], const V& h_prev, const V& c_prev, V& h, V&, const M& m = M()) {
+    h = m.clipped(unclipped(a, h_prev, c_prev, m));
+  }
+  template <class D>
+  static FUSED_RNN_HD void tangents(D (&a)[kSlots]) {
+    tangent_of_sigmoid(a[0]);
+    tangent_of_sigmoid(a[1]);
+    a[2].tangent = a[2].tangent + (a[0] * a[3]).tangent;
+    tangent_of_tanh(a[2]);
+  }
+  template <class V, class M = Unmodified>
+  static FUSED_RNN_HD void forward_of_sigmoids(V (&a)[kSlots], const V& h_prev, const V& c_prev, V& h, V& c,
                                                const M& m = M()) {
     using namespace math;
     a[2] = tanh(a[2] + a[0] * a[3]);
-    h = m.clipped(unclipped(a, h_prev, c_prev, m));
+    states(a, h_prev, c_prev, h, c, m);
   }
   template <class V, class M = Unmodified>
   static FUSED_RNN_HD void forward(V (&a)[kSlots], const V& h_prev, const V& c_prev, V& h, V& c, const M& m = M()) {

@@ -91,6 +91,15 @@ struct Weights {
   WeightMatrix w_hr;  // [P, H] or null (no projection, P == H)
 };
 
+// A layer's forward whose tangents another forward computes: what it read and what it left, as in BackwardParams.
+struct Primal {
+  const void *h0, *c0, *y, *gates, *cs;
+  Modifier modifier;
+  // What the tangents have beside x W_ih^T and h W_hh^T with x, h tangents and W the layer's own weights.
+  const void* source;    // [D, N, S, H] of the accumulators, or null
+  const void* source_y;  // [D, N, P] of the projected output, or null
+};
+
 // One layer forward. Direction 0 scans t = 0 .. T-1, direction 1 scans t = T-1 .. 0; a row of a ragged batch keeps its
 // initial state until its first active step in scan order. Arithmetic is fp32 for 16-bit dtypes (fp64 for fp64), converted
 // at loads and stores; the running c is kept in that arithmetic type between steps.
@@ -120,6 +129,9 @@ struct ForwardParams {
   bool wide_c;      // 16-bit dtypes: c0 and c_n are float, so that c is not rounded between calls
   bool training;    // gates and cs are kept for backward (RNN cells keep neither: their derivative needs y alone)
   void* workspace;  // CUDA: Plan::workspace_bytes, 256-byte aligned; CPU: set by the call
+  // CPU, float32 and float64: the results are the tangents of this forward's, as x, h0, c0 and the modifier's states are
+  // those of its arguments. training is true. Else null.
+  const Primal* primal;
 };
 
 // The recurrent part of one layer's backward: from gradients of the outputs to gradients of the pre-activations and of the
@@ -151,6 +163,15 @@ struct BackwardParams {
   // Null where nobody asks. CPU only.
   void* d_reset_h;  // [D, N, P]; of cells that read h outside of the product
   void* d_reset_c;  // [D, N, H]; LSTM only
+  void* workspace;  // as in forward
+};
+
+// Backward on dual numbers: `tangent` has the tangents of what `value` has, of the gradients and of the weights too, whose
+// w_hh and w_hr may be null (zeros). CPU, float32 and float64, without what modifies steps but resets. Of the values d_gates
+// and d_h are made, of the tangents all that is not null.
+struct DualBackwardParams {
+  BackwardParams value, tangent;
+  DType dtype;
   void* workspace;  // as in forward
 };
 

@@ -19,6 +19,7 @@ using Allocate = std::function<void*(int64_t bytes)>;
 // and set p.workspace.
 void forward(ForwardParams& p, const Allocate& allocate);
 void backward(BackwardParams& p, const Allocate& allocate);
+void dual_backward(DualBackwardParams& p, const Allocate& allocate);
 
 // How the threads of a call made here and now would divide the work, where all rows are in memory (N = T * B).
 ThreadPlan plan_of(const Problem& problem);

@@ -42,8 +42,17 @@ class LayerBackwardNode final : public torch::autograd::Node {
         states_(saved_variables(a.states)),
         params_(saved_variables(a.params)),
         rows_(saved_variables(a.rows)),
-        saved_(saved_variables(a.saved)),
-        numbers_(a.numbers) {}
+        numbers_(a.numbers) {
+    const CellTraits traits = traits_of(layer_recipe_of(a.numbers.recipe).cell);
+    const size_t before_y = (traits.saved > 0 || (a.numbers.recipe & kHasStepOptions)) + traits.has_c;
+    saved_ = saved_variables(a.saved.slice(0, std::min(before_y, a.saved.size())));
+    if (a.saved.size() <= before_y) return;
+    // An alias that autograd does not check: if forward's output was written in between, the op makes it again.
+    y_ = SavedVariable(a.saved[before_y].variable_data(), false);
+    y_version_ = torch::autograd::impl::version_counter(a.saved[before_y]);
+    y_version_then_ = y_version_.current_version();
+    has_y_ = true;
+  }
 
   variable_list apply(variable_list&& grads) override {
     static const auto op = find_op<DoubleBackwardSignature>("fused_rnn::layer_double_backward");
@@ -56,11 +65,13 @@ class LayerBackwardNode final : public torch::autograd::Node {
     for (Tensor& t : grads) {
       if (!t.defined()) t = none;
     }
+    std::vector<Tensor> saved = unpacked(saved_);
+    if (has_y_) saved.push_back(y_version_.current_version() == y_version_then_ ? y_.unpack() : none);
     std::vector<int64_t> numbers = numbers_.list();
     const size_t first = numbers.size();
     for (size_t i = 0; i < num_outputs(); ++i) numbers.push_back(task_should_compute_output(i));
     const std::vector<Tensor> made = op.call(grads, optional_of(dy_.unpack()), unpacked(dlast_), x, unpacked(states_),
-                                             params, unpacked(rows_), unpacked(saved_), numbers);
+                                             params, unpacked(rows_), saved, numbers);
     TORCH_INTERNAL_ASSERT(made.size() == result.size());
     for (size_t i = 0; i < result.size(); ++i) {
       if (numbers[first + i]) result[i] = made[i];
@@ -70,7 +81,7 @@ class LayerBackwardNode final : public torch::autograd::Node {
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* one : {&dy_, &x_}) one->reset_data();
+    for (SavedVariable* one : {&dy_, &x_, &y_}) one->reset_data();
     for (std::vector<SavedVariable>* several : {&dlast_, &states_, &params_, &rows_, &saved_}) {
       for (SavedVariable& one : *several) one.reset_data();
     }
@@ -92,7 +103,10 @@ class LayerBackwardNode final : public torch::autograd::Node {
     return result;
   }
 
-  SavedVariable dy_, x_;
+  SavedVariable dy_, x_, y_;
+  c10::VariableVersion y_version_{c10::VariableVersion::DISABLED};
+  uint32_t y_version_then_ = 0;
+  bool has_y_ = false;
   std::vector<SavedVariable> dlast_, states_, params_, rows_, saved_;
   const BackwardNumbers numbers_;
 };

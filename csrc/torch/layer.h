@@ -102,6 +102,8 @@ void input_weight_gradients(CellKind cell, const Tensor& x, const Tensor& dg, co
 // weights are those of each sample [samples, ...]: row b of a step belongs to sample b % samples.
 LayerGradients gradients_of_layer(const Call& call, const ResultGradients& given, const BackwardCall& made,
                                   GradientMask mask, int64_t samples = 0);
+// Of reset states, appended to `gradients`. The gradient of h has a part that passes through the recurrent weights.
+void reset_state_gradients(const Call& call, const BackwardCall& made, bool wanted, std::vector<Tensor>& gradients);
 // d_gates [D, N, S, H], and the gradients of the states.
 std::tuple<Tensor, std::vector<Tensor>> gates_of_layer(const Call& call, const BackwardCall& made);
 // The gradients of one direction's parameters for each sample, appended. x [N, I], zeros at padding; dg [N, S * H]

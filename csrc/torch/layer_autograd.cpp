@@ -94,7 +94,7 @@ class LayerNode final : public torch::autograd::Node {
                     std::nullopt,          unpacked(reset_states_),        options()};
     const Call call{a.x, a.states, a.params, rows, recipe_};
     std::vector<Tensor> saved = unpacked(saved_);
-    if (has_y_) saved.push_back(written() ? output_again(call) : y_.unpack());
+    if (has_y_) saved.push_back(written() ? output_again(call) : output());
     States dlast(grads.begin() + 1, grads.begin() + 1 + last_count(recipe_));
     if (std::none_of(dlast.begin(), dlast.end(), [](const Tensor& t) { return t.defined(); })) dlast.clear();
     for (Tensor& t : dlast) {
@@ -191,6 +191,15 @@ class LayerNode final : public torch::autograd::Node {
 
   // Whether y was written since forward.
   bool written() const { return has_y_ && y_version_.current_version() != y_version_then_; }
+
+  // With the version of the y that the caller has, where backward's own node keeps it and is to know of a later edit.
+  Tensor output() const {
+    const Tensor y = y_.unpack();
+    if (!at::GradMode::is_enabled()) return y;
+    const Tensor alias = y.detach();
+    torch::autograd::impl::set_version_counter(alias, y_version_);
+    return alias;
+  }
 
   static Tensor output_again(const Call& call) {
     const at::AutoDispatchBelowADInplaceOrView guard;

@@ -180,7 +180,8 @@ std::vector<Tensor> state_gradients(const Call& call, const BackwardCall& made, 
   return gradients;
 }
 
-// Of reset states, appended. The gradient of h has a part that passes through the recurrent weights.
+}  // namespace
+
 void reset_state_gradients(const Call& call, const BackwardCall& made, bool wanted, std::vector<Tensor>& gradients) {
   const std::vector<Tensor>& given = call.rows.reset_states;
   if (given.empty()) return;
@@ -207,8 +208,6 @@ void reset_state_gradients(const Call& call, const BackwardCall& made, bool want
   }
   for (size_t i = 0; i < given.size(); ++i) gradients.push_back(sums[i].to(given[i].scalar_type()));
 }
-
-}  // namespace
 
 RowPlaces RowPlaces::of_resets(const Call& call, const LayerShapes& s) {
   Tensor mask = call.rows.resets->reshape({s.N});

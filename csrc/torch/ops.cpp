@@ -198,6 +198,11 @@ TORCH_LIBRARY(fused_rnn, m) {
   m.def(
       "layer_double_backward(Tensor[] grads, Tensor? dy, Tensor[] dlast, Tensor x, Tensor[] states, Tensor[] params, "
       "Tensor[] rows, Tensor[] saved, int[] call) -> Tensor[]");
+  // What layer_double_backward is made of where kernels have it (torch/second_order.cpp), of layer_backward, for float32 and
+  // float64 on a CPU. wanted: recipe, and whether gradients of x, of states, of params are.
+  m.def(
+      "layer_second_order(Tensor[] grads, Tensor? dy, Tensor[] dlast, Tensor x, Tensor[] states, Tensor[] params, "
+      "Tensor[] rows, Tensor[] saved, int[] wanted) -> Tensor[]");
   // Tangents of results, from those of arguments (torch/tangents.h).
   m.def(
       "layer_tangents(Tensor[] tangents, Tensor y, Tensor x, Tensor[] states, Tensor[] params, Tensor[] rows, int recipe) "

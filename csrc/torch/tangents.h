@@ -1,5 +1,5 @@
 // Forward-mode AD of the ops: tangents of dual tensors taken, and given to results. What computes them is Python's
-// (fused_rnn/_second_order.py), on ops that are differentiable themselves.
+// (fused_rnn/_tangents.py), on ops that are differentiable themselves.
 #pragma once
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/forward_grad.h>

@@ -2,6 +2,7 @@
 #pragma once
 #include "cpu/isa/content_hash.h"
 #include "cpu/isa/pointwise.h"
+#include "cpu/isa/pointwise_dual.h"
 #include "cpu/isa/pointwise_modified.h"
 #include "cpu/isa/tile.h"
 
@@ -14,6 +15,7 @@ Kernels<typename V::Scalar> make_kernels() {
   for (int v = 0; v <= kMaxTileVectors; ++v) table.max_rows[v] = V::kMaxRows[v];
   table.gemm = gemm<V>;
   table.hash = content_hash<V>;
+  fill_dual<V>(table);
   if constexpr (sizeof(typename V::Scalar) == 8) {
     fill_storage<V, double>(table, 0);
     fill_modified<V, double>(table, 0);

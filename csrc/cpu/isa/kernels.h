@@ -86,6 +86,11 @@ struct StepNumbers {
   A share_h, share_c;  // of zoneout without flags
   A clip;              // infinity: none
 };
+// What the layer's own forward read and left, of a row of a scan of tangents. All in storage.
+struct PrimalRow {
+  const void *gates, *h_prev, *c_prev, *y;  // as BackwardRow's
+  const void* source;                       // [S, H] added to the tangents of the accumulators, or null
+};
 template <class A>
 struct ForwardCall {
   const A* rec;  // [n_rows][..] recurrent product, in gate matrix order from the call's first unit
@@ -99,6 +104,7 @@ struct ForwardCall {
   // Of a modified step, else null.
   const StepRow<A>* options = nullptr;  // [n_rows]
   const StepNumbers<A>* numbers = nullptr;
+  const PrimalRow* primal = nullptr;  // [n_rows] of a scan of tangents, else null
 };
 
 template <class A>
@@ -127,6 +133,22 @@ struct BackwardCall {
   // As forward's.
   const StepRow<A>* options = nullptr;
   const StepNumbers<A>* numbers = nullptr;
+};
+
+// Backward on dual numbers (core/dual.h): the arrays of values and of tangents. d_rec is null in both.
+template <class A>
+struct DualRow {
+  BackwardRow<A> value, tangent;
+  const A* rec;  // [H] tangent of DualCall::rec
+};
+template <class A>
+struct DualCall {
+  const A* rec;  // as BackwardCall's, of the values
+  int64_t rec_stride;
+  const DualRow<A>* rows;
+  int n_rows;
+  int64_t H;
+  int64_t first, last;  // vectors of units
 };
 
 // out = rec * scale + add + add_stored
@@ -167,6 +189,9 @@ struct Kernels {
   void (*backward[kCellCount][kStorages])(const BackwardCall<A>&);
   void (*forward_modified[kCellCount][kStorages])(const ForwardCall<A>&);
   void (*backward_modified[kCellCount][kStorages])(const BackwardCall<A>&);
+  // Of storage A: forward of tangents, and backward of values and tangents.
+  void (*tangents[kCellCount])(const ForwardCall<A>&);
+  void (*dual_backward[kCellCount])(const DualCall<A>&);
   void (*store[kStorages])(const StoreCall<A>&);
   void (*load[kStorages])(const void* from, A* to, int64_t n);  // storage to arithmetic
   void (*save[kStorages])(const A* from, void* to, int64_t n);  // arithmetic to storage

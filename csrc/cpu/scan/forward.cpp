@@ -4,6 +4,8 @@
 //            + h[t-1] W_hh^T      tile by tile; cells.h then works on the tile
 //
 // Each row has two copies of h: a step reads one and writes the other, so that a team meets once a step.
+//
+// A scan of tangents (ForwardParams::primal) is the same with another kernel: gates, h, c, x and the biases are tangents.
 #include <cstring>
 
 #include "cpu/scan/checkpoint.h"
@@ -33,7 +35,8 @@ class ForwardScan final : public Scan<A> {
     ForwardRow<A>* rows;   // [n]
     A *reset_h, *reset_c;  // [n, P padded], [n, H padded]: of rows that are reset to a state of their own; else not there
     TeamOptions<A> options;
-    A* masked;  // [n, P padded]: h with the factors of the product, where there are any
+    PrimalRow* primal;  // [n] of a scan of tangents
+    A* masked;          // [n, P padded]: h with the factors of the product, where there are any
     LayerWeights<A> weights;
   };
 
@@ -55,6 +58,7 @@ class ForwardScan final : public Scan<A> {
   void zero_inactive(const Worker& w, int64_t row) const;
   void reset(Worker& w, int64_t t, int64_t b, int64_t active) const;
   void set_options(Worker& w, int64_t i, int64_t place, int64_t active) const;
+  void set_primal(Worker& w, int64_t i, int64_t t, int64_t active) const;
   void save_c(const Worker& w, int64_t active) const;
   void finish(Worker& w) const;
 
@@ -75,11 +79,19 @@ class ForwardScan final : public Scan<A> {
   int64_t team_state_size_;
 };
 
+// The pointwise half of a step.
+template <class A>
+auto kernel_of(const ForwardParams& p, const Kernels<A>& kernels) {
+  const int cell = static_cast<int>(p.cell);
+  return p.primal ? kernels.tangents[cell]
+                  : (modifies_steps(p.modifier) ? kernels.forward_modified : kernels.forward)[cell][storage_index(p.dtype)];
+}
+
 template <class A>
 ForwardScan<A>::ForwardScan(const ForwardParams& p, const Kernels<A>& kernels, int max_threads, const ForwardPart& part)
     : Base(p, kernels, max_threads),
       p_(p),
-      kernel_((modifies_steps(p.modifier) ? kernels.forward_modified : kernels.forward)[cell_][storage_]),
+      kernel_(kernel_of(p, kernels)),
       part_(part),
       first_(part.again ? part.first : 0),
       end_(part.again ? part.end : p.seq.T),
@@ -119,6 +131,7 @@ void ForwardScan<A>::take_arrays(Arena& arena, Worker& w) const {
   w.reset_h = arena.take<A>(p_.modifier.h.data ? team_rows_ * p_padded_ : 0);
   w.reset_c = arena.take<A>(p_.modifier.c.data ? team_rows_ * h_padded_ : 0);
   w.options.take(arena, p_.modifier, team_rows_, p_padded_, h_padded_);
+  w.primal = arena.take<PrimalRow>(p_.primal ? team_rows_ : 0);
   w.masked = arena.take<A>(p_.modifier.product ? team_rows_ * p_padded_ : 0);
   Base::take_arrays(arena, chunk_rows(), w);
 }
@@ -274,6 +287,18 @@ void ForwardScan<A>::set_options(Worker& w, int64_t i, int64_t place, int64_t ac
   w.pointers[active] = masked;
 }
 
+// The values that belong to the tangents of step t of the team's row i, active row number `active`.
+template <class A>
+void ForwardScan<A>::set_primal(Worker& w, int64_t i, int64_t t, int64_t active) const {
+  const Primal& p = *p_.primal;
+  const TeamRow& team_row = w.team->rows[i];
+  const int64_t row = row_of(seq_, t, team_row.b), place = w.d * seq_.N + row;
+  const auto [h, c] = states_before(p, sizes_, w.d, t, team_row, zeros_);
+  w.primal[active] = {stored_at(p.gates, place * slots_ * p_.H, size_), h, c, stored_at(p.y, (row * D_ + w.d) * p_.P, size_),
+                      p.source ? stored_at(p.source, place * slots_ * p_.H, size_) : nullptr};
+  if (p.source_y) w.store_rows[active].add_stored = stored_at(p.source_y, place * p_.P, size_);
+}
+
 // The active rows of step t: their places in w.rows and w.store_rows, their h in w.pointers. Returns their number.
 template <class A>
 int64_t ForwardScan<A>::gather(Worker& w, int64_t t) const {
@@ -304,6 +329,7 @@ int64_t ForwardScan<A>::gather(Worker& w, int64_t t) const {
     w.store_rows[active] = {nullptr, nullptr, y, h};
     w.pointers[active] = out.h_prev;
     if (w.options.rows) set_options(w, i, w.d * seq_.N + row, active);
+    if (p_.primal) set_primal(w, i, t, active);
     ++active;
   }
   return active;
@@ -330,6 +356,7 @@ int64_t ForwardScan<A>::step(Worker& w, int64_t step, int64_t first_xg) const {
                           m.shape.unit_vector(p),
                           m.shape.unit_vector(p + together)};
       if (w.options.rows) call.options = w.options.rows + tile.row, call.numbers = &w.options.numbers;
+      if (p_.primal) call.primal = w.primal + tile.row;
       kernel_(call);
     }
   });

@@ -197,6 +197,26 @@ class Scan {
   char* threads_ = nullptr;
 };
 
+// The states that forward's step t of a row began from, as it left them or was given them.
+struct StatesBefore {
+  const void *h, *c;  // [P], [H] in the layer's dtype
+};
+// zeros: of H and P elements.
+inline StatesBefore states_before(const Primal& p, const ScanSizes& s, int d, int64_t t, const TeamRow& row,
+                                  const void* zeros) {
+  const int64_t size = dtype_size(s.dtype), state = d * s.seq.B + row.b;
+  const auto or_zeros = [&](const void* from) { return from ? from : zeros; };
+  if (is_reset(p.modifier, row_of(s.seq, t, row.b))) {
+    return {or_zeros(reset_row(p.modifier.h, t, d, row.b)), or_zeros(reset_row(p.modifier.c, t, d, row.b))};
+  }
+  if (row.steps_before(t, d) == 0) {
+    return {p.h0 ? stored_at(p.h0, state * s.P, size) : zeros, p.c0 ? stored_at(p.c0, state * s.H, size) : zeros};
+  }
+  const int64_t previous = row_of(s.seq, d == 0 ? t - 1 : t + 1, row.b);
+  return {stored_at(p.y, (previous * s.D + d) * s.P, size),
+          p.cs ? stored_at(p.cs, (d * s.seq.N + previous) * s.H, size) : zeros};
+}
+
 // What a thread keeps of a modified step (core/modifier.h), for the rows of its team in one direction.
 template <class A>
 struct TeamOptions {

@@ -1,0 +1,285 @@
+// The derivative of a layer's backward on a CPU: what gradient penalties and Hessian-vector products need.
+//
+// The gradients (dx, dh0, dc0, dW) are linear in (dy, dh_n, dc_n), and gradients of one function of the other arguments. So
+// with v, gradients of these gradients, <v, gradients> has the derivatives
+//   by dy, dh_n, dc_n       the tangents of y, h_n, c_n in the direction v (symmetry of <dy, J v>)
+//   by x, states, weights   the tangents of the gradients in the direction v (symmetry of second derivatives)
+// which are a scan forward of tangents, a scan backward of dual numbers, and products of all rows:
+//   dx' = d' W_ih + d V_ih    dW_ih' = d'^T x + d^T v_x    dW_hh' = d'^T h + d^T h'    ' marks a tangent
+// d: gradients of the gates; V_ih, V_hh, V_hr, v_x: the part of v for W_ih, W_hh, W_hr, x.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/tanh.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include "core/cells.h"
+#include "core/dispatch.h"
+#include "cpu/cpu.h"
+#include "torch/ops.h"
+#include "torch/products.h"
+#include "torch/workspace.h"
+
+namespace fused_rnn {
+namespace {
+
+bool is_given(const Tensor& v) { return !(v.dim() == 1 && v.size(0) == 0); }
+Tensor or_zeros(const Tensor& v, const Tensor& like) { return is_given(v) ? v : at::zeros_like(like); }
+std::vector<Tensor> or_zeros(at::TensorList v, at::TensorList like) {
+  std::vector<Tensor> all;
+  for (size_t i = 0; i < like.size(); ++i) all.push_back(or_zeros(v[i], like[i]));
+  return all;
+}
+
+// The parameters of one direction of a list like params.
+struct Parameters {
+  Tensor ih, hh, b_ih, b_hh, hr;  // undefined where there is none
+
+  static Parameters of(at::TensorList list, const Call& call, int64_t d) {
+    const size_t count = call.params.size() / call.recipe.directions();
+    const at::TensorList own = list.slice(d * count, count);
+    const bool biases = call.recipe.has_biases;
+    Parameters p{own[0], own[1], {}, {}, {}};
+    if (biases) p.b_ih = own[2], p.b_hh = own[3];
+    if (count > (biases ? 4u : 2u)) p.hr = own[count - 1];
+    return p;
+  }
+};
+
+// o tanh(c) of one direction [N, H], and with tangents their tangent.
+Tensor unprojected(const Saved& saved, int64_t d) {
+  return at::mul(saved.gates.select(0, d).select(1, 3), at::tanh(saved.cs.select(0, d)));
+}
+Tensor unprojected_tangent(const Saved& saved, const Saved& tangent, int64_t d) {
+  const Tensor o = saved.gates.select(0, d).select(1, 3), y = at::tanh(saved.cs.select(0, d));
+  const Tensor slope = 1 - y * y;
+  return tangent.gates.select(0, d).select(1, 3) * y + o * slope * tangent.cs.select(0, d);
+}
+
+class SecondOrder {
+ public:
+  // v: of x, states, reset states, params.
+  SecondOrder(const Call& call, const ResultGradients& given, at::TensorList v)
+      : call_(call),
+        shapes_(check_layer(call)),
+        given_(given),
+        v_x_(v[0]),
+        v_params_(v.slice(v.size() - call.params.size())),
+        states_(or_zeros(v.slice(1), call.states)),
+        rows_(call.rows),
+        d_(shapes_.D) {
+    rows_.reset_states = or_zeros(v.slice(1 + call.states.size()), call.rows.reset_states);
+  }
+
+  std::vector<Tensor> run(GradientMask wanted) {
+    if (!given_.saved.y) make_output();
+    tangents();
+    gradients();
+    std::vector<Tensor> found{forward_.y};
+    for (const Tensor& t : forward_.last()) found.push_back(t);
+    auto [dx, dstates, dparams] = products(wanted);
+    found.push_back(dx);
+    found.insert(found.end(), dstates.begin(), dstates.end());
+    found.insert(found.end(), dparams.begin(), dparams.end());
+    return found;
+  }
+
+ private:
+  Parameters v_of(int64_t d) const { return Parameters::of(v_params_, call_, d); }
+  Tensor none() const { return empty_like(call_.like(), {0}); }
+
+  void make_output() {
+    ForwardCall again = prepare_forward(call_, /*save=*/false);
+    Workspace workspace;
+    cpu::forward(again.params, [&](int64_t bytes) { return workspace.take(bytes); });
+    given_.saved.y = again.y;
+  }
+
+  // Of one direction, what the tangents of the accumulators have of V_ih and V_hh, added to zeros [N, S * H].
+  void add_source(const Tensor& source, int64_t d) const {
+    const LayerShapes& s = shapes_;
+    const Parameters v = v_of(d);
+    const int64_t G = gate_count(call_.recipe.cell), H = s.H;
+    if (is_given(v.ih)) {
+      multiply_into(part(source, 1, 0, G * H), call_.x.reshape({s.N, s.I}), /*transposed=*/false, v.ih.t().contiguous(),
+                    /*add=*/true);
+    }
+    if (!is_given(v.hh)) return;
+    const Tensor h_prev = previous_states(call_, s, output_of_direction(*given_.saved.y, s, d), d);
+    const Tensor right = v.hh.t().contiguous();  // [P, G * H]
+    dispatch_cell(call_.recipe.cell, [&](auto tag) {
+      using C = Cell<decltype(tag)::value>;
+      for (int gate = 0, end = 0; gate < C::kGates; gate = end) {  // gates whose slots follow each other together
+        const int slot = C::recurrent_slot(gate);
+        for (end = gate + 1; end < C::kGates && C::recurrent_slot(end) == slot + end - gate;) ++end;
+        multiply_into(part(source, 1, slot * H, (slot + end - gate) * H), h_prev, /*transposed=*/false,
+                      right.slice(1, gate * H, end * H), /*add=*/true);
+      }
+    });
+  }
+
+  // The scan of tangents.
+  void tangents() {
+    const LayerShapes& s = shapes_;
+    const int64_t gates = gate_count(call_.recipe.cell) * s.H;
+    const Tensor& like = call_.x;
+    const bool has_x = is_given(v_x_);
+    const at::DimVector narrow = call_.rows.offsets ? at::DimVector{s.N, 1} : at::DimVector{s.T, s.B, 1};
+    x_ = has_x ? v_x_ : at::zeros(narrow, like.options());
+    Recipe recipe = call_.recipe;
+    recipe.has_biases = false;
+    for (const Tensor& t : v_params_) recipe.has_biases = recipe.has_biases || (t.dim() == 1 && is_given(t));
+    bool has_source = false, has_source_y = false;
+    for (int64_t d = 0; d < d_; ++d) {
+      const Parameters w = Parameters::of(call_.params, call_, d), v = v_of(d);
+      params_.push_back(has_x ? w.ih : at::zeros({gates, 1}, like.options()));
+      params_.push_back(w.hh);
+      if (recipe.has_biases) params_.push_back(or_zeros(v.b_ih, w.b_ih)), params_.push_back(or_zeros(v.b_hh, w.b_hh));
+      if (s.projection) params_.push_back(w.hr);
+      has_source = has_source || is_given(v.ih) || is_given(v.hh);
+      has_source_y = has_source_y || (s.projection && is_given(v.hr));
+    }
+    tangent_call_.emplace(Call{x_, states_, params_, rows_, recipe});
+    forward_ = prepare_forward(*tangent_call_, /*save=*/true);
+    Copies copies;
+    Primal primal{copies.contiguous(call_.h0()),
+                  copies.contiguous(call_.c0()),
+                  copies.contiguous(given_.saved.y),
+                  data_of(given_.saved.gates, copies),
+                  data_of(given_.saved.cs, copies),
+                  modifier_of(call_, copies),
+                  nullptr,
+                  nullptr};
+    Tensor source, source_y;
+    if (has_source) {
+      source = at::zeros({s.D, s.N, slot_count(recipe.cell) * s.H}, like.options());
+      for (int64_t d = 0; d < d_; ++d) add_source(source.select(0, d), d);
+      primal.source = source.const_data_ptr();
+    }
+    if (has_source_y) {
+      source_y = at::zeros({s.D, s.N, s.P}, like.options());
+      for (int64_t d = 0; d < d_; ++d) {
+        const Tensor v_hr = v_of(d).hr;
+        if (!is_given(v_hr)) continue;
+        multiply_into(source_y.select(0, d), unprojected(given_.saved, d), /*transposed=*/false, v_hr.t().contiguous(),
+                      /*add=*/false);
+      }
+      primal.source_y = source_y.const_data_ptr();
+    }
+    forward_.params.primal = &primal;
+    Workspace workspace;
+    if (s.B > 0) cpu::forward(forward_.params, [&](int64_t bytes) { return workspace.take(bytes); });
+    forward_.params.primal = nullptr;
+  }
+
+  static const void* data_of(const Tensor& t, Copies& copies) { return t.defined() ? copies.contiguous(t) : nullptr; }
+
+  // The scan of dual numbers.
+  void gradients() {
+    value_ = prepare_backward(call_, given_, {true, /*states=*/false, true});
+    tangent_given_.saved = {forward_.gates, forward_.cs, forward_.y};
+    tangent_ = prepare_backward(*tangent_call_, tangent_given_, {true, /*states=*/true, true});
+    Copies copies;
+    for (int64_t d = 0; d < d_; ++d) {
+      const Parameters v = v_of(d);
+      Weights& weights = tangent_.params.weights[d];
+      weights.w_hh.data = is_given(v.hh) ? copies.contiguous(v.hh) : nullptr;
+      weights.w_hr.data = shapes_.projection && is_given(v.hr) ? copies.contiguous(v.hr) : nullptr;
+    }
+    if (!call_.h0()) tangent_.params.d_h0 = nullptr;
+    DualBackwardParams p{value_.params, tangent_.params, value_.params.dtype, nullptr};
+    Workspace workspace;
+    if (shapes_.B > 0) cpu::dual_backward(p, [&](int64_t bytes) { return workspace.take(bytes); });
+    tangent_.shapes = shapes_;
+  }
+
+  LayerGradients products(GradientMask wanted) {
+    const LayerShapes& s = shapes_;
+    LayerGradients made = gradients_of_layer(call_, given_, tangent_, wanted);
+    auto& [dx, dstates, dparams] = made;
+    const CellKind cell = call_.recipe.cell;
+    const int64_t G = gate_count(cell), S = slot_count(cell), H = s.H;
+    const RowChoice rows(call_, s);
+    Tensor v_x;
+    if (wanted.weights && is_given(v_x_)) {
+      v_x = rows.of(v_x_.reshape({s.N, s.I}));
+      if (call_.rows.lengths && rows.all()) v_x = at::where(active_rows(call_, s), v_x, 0);
+    }
+    bool has_hh = false;
+    for (int64_t d = 0; d < d_; ++d) {
+      const Parameters v = v_of(d);
+      has_hh = has_hh || is_given(v.hh);
+      const Tensor dg = rows.of(value_.d_gates.select(0, d).view({s.N, S * H}));
+      if (wanted.x && is_given(v.ih)) {
+        Tensor more = at::zeros({dg.size(0), s.I}, dx.options());
+        for (const auto& [columns, first] : input_columns(cell, H, dg)) {
+          multiply_into(more, columns, /*transposed=*/false, part(v.ih, 0, first, first + columns.size(1)).contiguous(),
+                        /*add=*/true);
+        }
+        dx.add_(rows.spread(more, s).view(dx.sizes()));
+      }
+      if (!wanted.weights) continue;
+      Tensor* const of_direction = &dparams[d * s.per_direction];
+      if (v_x.defined()) input_weight_gradients(cell, v_x, dg, of_direction[0], Tensor(), /*add=*/true);
+      const Tensor d_rg = part(dg, 1, (S - G) * H, S * H);
+      of_direction[1].add_(recurrent_weight_gradient(*tangent_call_, s, rows, d_rg, tangent_given_.saved.y, d));
+      if (s.projection) {
+        multiply_into(of_direction[s.per_direction - 1], rows.of(value_.d_h.select(0, d)), /*transposed=*/true,
+                      rows.of(unprojected_tangent(given_.saved, tangent_given_.saved, d)), /*add=*/true);
+      }
+    }
+    if (wanted.states && has_hh && !call_.rows.reset_states.empty()) add_reset_gradients_of_values(dstates);
+    return made;
+  }
+
+  // d V_hh at resets; what goes past the product has no part in it.
+  void add_reset_gradients_of_values(std::vector<Tensor>& dstates) {
+    std::vector<Tensor> params, more;
+    for (int64_t d = 0; d < d_; ++d) {
+      const Parameters w = Parameters::of(call_.params, call_, d), v = v_of(d);
+      params.push_back(w.ih), params.push_back(or_zeros(v.hh, w.hh));
+    }
+    Recipe recipe = call_.recipe;
+    recipe.has_biases = false;
+    const Call call{call_.x, call_.states, params, call_.rows, recipe};
+    reset_state_gradients(call, value_, /*wanted=*/true, more);
+    for (size_t i = 0; i < more.size(); ++i) dstates[dstates.size() - more.size() + i].add_(more[i]);
+  }
+
+  const Call& call_;
+  const LayerShapes shapes_;
+  ResultGradients given_, tangent_given_;
+  const Tensor v_x_;
+  const at::TensorList v_params_;
+  // The layer whose forward is the scan of tangents.
+  Tensor x_;
+  std::vector<Tensor> states_, params_;
+  Rows rows_;
+  std::optional<Call> tangent_call_;
+  const int64_t d_;
+  ForwardCall forward_;
+  BackwardCall value_, tangent_;
+};
+
+std::vector<Tensor> layer_second_order(at::TensorList grads, const OptionalTensor& dy, at::TensorList dlast, const Tensor& x,
+                                       at::TensorList states, at::TensorList params, at::TensorList rows,
+                                       at::TensorList saved, at::IntArrayRef wanted) {
+  TORCH_CHECK_VALUE(wanted.size() == 4, "wanted: expected a recipe and 3 flags, got ", wanted.size(), " numbers");
+  const Rows given_rows = rows_of(rows, wanted[0]);
+  const Call call{x, states, params, given_rows, layer_recipe_of(wanted[0])};
+  const auto dtype = x.scalar_type();
+  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kDouble, "x: expected float32 or float64, got ", dtype);
+  TORCH_CHECK_VALUE(!given_rows.options.any(), "rows: expected no options of steps");
+  TORCH_CHECK_VALUE(grads.size() == 1 + states.size() + given_rows.reset_states.size() + params.size(),
+                    "grads: expected one for each result of backward, got ", grads.size());
+  ResultGradients given{dy, gradients_of_last(call.recipe, dlast), saved_of(call.recipe.cell, given_rows, saved)};
+  if (given.saved.y && given.saved.y->dim() == 1) given.saved.y = std::nullopt;  // [0]: it was written since
+  return SecondOrder(call, given, grads).run({wanted[1] != 0, wanted[2] != 0, wanted[3] != 0});
+}
+
+}  // namespace
+}  // namespace fused_rnn
+
+TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) { m.impl("layer_second_order", fused_rnn::layer_second_order); }
