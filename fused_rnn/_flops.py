@@ -1,10 +1,9 @@
 """How many floating point operations the ops take, for torch.utils.flop_counter.FlopCounterMode.
 
 As in torch, matrix products count 2*m*n*k each and element-wise operations nothing. A dispatch mode sees ``layer``,
-``layer_backward`` and its forms, and ``layer_second_order`` alone: ``rnn``, ``cell`` and tangents consist of these or torch's
-ops.
-The numbers equal those that torch counts for torch.nn's GRU, RNN and cells, and for torch.nn.LSTM where it runs as separate
-ops; an LSTM that is one op of a library counts 0 in torch.
+``layer_backward`` and its forms, and ``layer_second_order`` alone: ``rnn``, ``cell`` and tangents consist of these or of
+torch's ops. The numbers equal those that torch counts for torch.nn's GRU, RNN and cells, and for torch.nn.LSTM where it
+runs as separate ops; an LSTM that is one op of a library counts 0 in torch.
 
 Symbols: N rows of input (T*B, or a packed input's), D directions, G gates, I, H, P sizes of input, hidden state and output.
 """
@@ -54,7 +53,7 @@ def _backward_flops(call: dict[str, Any]) -> int:
 
 
 def _second_order_flops(call: dict[str, Any]) -> int:
-    """Of csrc/torch/second_order.cpp: tangents, backward of them and of values, products with what v has of x and weights."""
+    """Of csrc/torch/second_order.cpp: tangents, backward of them and of values, products with v's part of x and weights."""
     x, params, v, (packed, *wanted) = call["x"], call["params"], call["grads"], call["wanted"]
     offsets, directions = rows_of(call["rows"], packed).offsets, unpacked(packed).directions
     rows, has_x, of_params = _rows(x), v[0].shape != (0,), v[len(v) - len(params) :]

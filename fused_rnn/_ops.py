@@ -157,5 +157,5 @@ if extension is not None:
     torch.library.register_fake("fused_rnn::layer_second_order", _fake_layer_second_order)
     _library = torch.library.Library("fused_rnn", "IMPL")
     _derivatives.register(_library)
-    _transforms.register()
+    _transforms.register(_library)
     _flops.register()

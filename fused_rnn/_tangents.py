@@ -2,8 +2,9 @@
 
     a'_t = v's share of the products + W_hh h'_{t-1}, then h'_t and c'_t by the cell's derivative
 
-Products of x and of h_{t-1} are batched over T; a step has one product and a few operations on [B, H]. Derivatives of backward
-are csrc/torch/second_order.cpp's. Letters as in functional.py; ' marks a tangent; V_ih, V_hh, v_x: the tangents of W_ih, W_hh, x.
+Products of x and of h_{t-1} are batched over T; a step has one product and a few operations on [B, H]. The derivatives of
+backward are those of csrc/torch/second_order.cpp. Letters as in functional.py; ' marks a tangent; V_ih, V_hh, v_x: the
+tangents of W_ih, W_hh, x.
 """
 
 from __future__ import annotations

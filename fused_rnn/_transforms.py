@@ -9,7 +9,7 @@ kernels for each sample.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -263,7 +263,97 @@ def layer_second_order(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple
     return found, dims
 
 
-def register() -> None:
+def formula(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    """fused_rnn::formula(x, states, params, rows, cell, flags), whose flags have a recipe's bits of the rows."""
+    x, states, params, rows, cell, flags = args
+    x_dim, state_dims, param_dims, row_dims = in_dims[:4]
+    if _is_looped(x, param_dims, row_dims, flags):
+        return _looped(torch.ops.fused_rnn.formula.default, info.batch_size, in_dims, args)
+    fold = _Fold(info.batch_size)
+    batch = _batch_of(x, x_dim, states, state_dims)
+    y, last, saved = torch.ops.fused_rnn.formula(
+        *fold.each([x], [x_dim], _second_last),
+        fold.each(states, state_dims, _second_last),
+        params,
+        _folded_rows(fold, rows, row_dims, flags, batch),
+        cell,
+        flags,
+    )
+    y, y_dim = fold.unfolded(y, y.dim() - 2)
+    last, last_dims = _pairs([fold.unfolded(t, t.dim() - 2) for t in last])
+    saved, saved_dims = _pairs([fold.unfolded(t, _of_saved(t.dim())) for t in saved])
+    return (y, last, saved), (y_dim, last_dims, saved_dims)
+
+
+_FORMULA_GRAD_PARAMS = 1 << 5  # of csrc/torch/formula_ops.h
+
+
+def formula_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    """fused_rnn::formula_backward; where the parameters have a gradient, a call for each sample."""
+    cell, flags = args[7:]
+    op = torch.ops.fused_rnn.formula_backward.default
+    if flags & _FORMULA_GRAD_PARAMS or _is_looped(args[2], in_dims[4], in_dims[5], flags):
+        return _looped(op, info.batch_size, in_dims, args)
+    fold = _Fold(info.batch_size)
+    given = (*args[:7], flags)
+    dx, dstates, dparams = op(*_folded_arguments(fold, in_dims, given), cell, flags)
+    dx, dx_dim = fold.unfolded(dx, dx.dim() - 2)
+    dstates, dstate_dims = _pairs(_unfolded_states(fold, dstates, in_dims, given))
+    return (dx, dstates, dparams), (dx_dim, dstate_dims, [None] * len(dparams))
+
+
+class _Info(NamedTuple):
+    """What a rule is told of the vmap, as by torch.library.register_vmap."""
+
+    batch_size: int
+
+
+def _unwrapped(arg: Any, level: int) -> tuple[Any, Any]:
+    """A call's argument without the level of vmap, and its vmapped dimensions, in the same lists."""
+    if isinstance(arg, Tensor):
+        return torch._C._functorch._unwrap_batched(arg, level)
+    if isinstance(arg, (list, tuple)):
+        parts = [_unwrapped(part, level) for part in arg]
+        return [part for part, _ in parts], [dim for _, dim in parts]
+    return arg, None
+
+
+def _wrapped(result: Any, dim: Any, level: int) -> Any:
+    if isinstance(result, (list, tuple)):
+        return type(result)(_wrapped(part, own, level) for part, own in zip(result, dim, strict=True))
+    return result if dim is None else torch._C._functorch._add_batch_dim(result, dim, level)
+
+
+def _size_of(arg: Any, dim: Any) -> int | None:
+    """The size of the vmapped dimension, of any of the argument's tensors that has one."""
+    if isinstance(dim, list):
+        return next((size for part in zip(arg, dim, strict=True) if (size := _size_of(*part)) is not None), None)
+    return None if dim is None else int(arg.shape[dim])
+
+
+def _kernel(op: Any, rule: Callable[..., tuple[Any, Any]]) -> Callable[..., Any]:
+    """What torch calls in place of the op under vmap.
+
+    As torch.library.register_vmap would make it of the rule, whose general trees of arguments take as long as two steps of
+    per-sample gradients of a small layer.
+    """
+    below = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
+
+    def batched(*args: Any) -> Any:
+        level: Any = torch._C._functorch.maybe_current_level()
+        given, dims = _unwrapped(args, level)
+        size = _size_of(given, dims)
+        with torch._C._ExcludeDispatchKeyGuard(below):
+            if size is None:
+                return op(*args)
+            result, result_dims = rule(_Info(size), tuple(dims), *given)
+        return _wrapped(result, result_dims, level)
+
+    return batched
+
+
+def register(library: Any) -> None:
     """Makes torch.func.vmap know the ops; once."""
-    for rule in (layer, layer_backward, layer_backward_samples, layer_backward_gates, layer_second_order):
-        torch.library.register_vmap(f"fused_rnn::{rule.__name__}", rule)
+    own = (layer, layer_backward, layer_backward_samples, layer_backward_gates, layer_second_order)
+    for rule in (*own, formula, formula_backward):
+        library.impl(rule.__name__, _kernel(getattr(torch.ops.fused_rnn, rule.__name__).default, rule), "FuncTorchBatched")
