@@ -145,7 +145,7 @@ class Demand(NamedTuple):
     device_type: str
     dtype: torch.dtype
     gpu: int | None = None  # the number of the GPU; None: none is there
-    transformed: bool = False  # by forward-mode AD; a formula: inside a torch.func transform too
+    transformed: bool = False  # by forward-mode AD
     features: Features = _PLAIN
 
 
@@ -170,8 +170,7 @@ def why_not(backend: str, demand: Demand) -> Reason | None:
     if dtype.is_complex:
         return Reason("complex", f"there are no kernels for {dtype}")
     if transformed:
-        text = "forward-mode AD and, of cells written as formulas, torch.func transforms do not reach the compiled kernels"
-        return Reason("torch.func", text)
+        return Reason("torch.func", "forward-mode AD does not reach the compiled kernels of such a call")
     for name, asked in zip(Features._fields, features, strict=True):
         if asked and backend == "cuda":
             return Reason(f"cuda:{name}", _NOT_ON_CUDA[name])

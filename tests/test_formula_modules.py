@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from fused_rnn import functional
+from fused_rnn import functional, reference
 from fused_rnn.formula import Layer, Step
 
 TORCHS = {"LSTM": cells.Lstm(), "GRU": cells.Gru(), "RNN": cells.Rnn()}
@@ -305,8 +305,8 @@ def test_copies(cell: Any) -> None:
 
 
 @pytest.mark.parametrize("cell", EVERY, ids=lambda cell: type(cell).__name__)
-def test_torch_func(cell: Any) -> None:
-    """Gradients of single samples by vmap, and a second derivative."""
+def test_torch_func(cell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of single samples by vmap, by kernels alone, and a second derivative."""
     torch.manual_seed(0)
     layer = Layer(cell, 2, 3, dtype=torch.float64)
     params = {name: value.detach() for name, value in layer.named_parameters()}
@@ -315,10 +315,19 @@ def test_torch_func(cell: Any) -> None:
     def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
         return torch.func.functional_call(layer, params, (x,))[0].square().sum()
 
-    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 1))(params, x)
+    layer(x)  # compiled and compared with `step`
+    with monkeypatch.context() as refusing:
+        refusing.setattr(reference, "layer", None)
+        each, of_x = torch.func.vmap(torch.func.grad(loss, (0, 1)), in_dims=(None, 1))(params, x)
+        alone_of_x = torch.func.vmap(torch.func.grad(loss, 1), in_dims=(None, 1))(params, x)  # one call of the kernels
     for b in range(B):
-        alone = torch.func.grad(loss)(params, x[:, b])
-        assert all(torch.allclose(each[name][b], alone[name], atol=LIMIT) for name in params)
+        own = {name: value.clone().requires_grad_() for name, value in params.items()}
+        point = x[:, b].clone().requires_grad_()
+        gradients = torch.autograd.grad(loss(own, point), [*own.values(), point])
+        assert all(torch.allclose(each[name][b], grad, atol=LIMIT) for name, grad in zip(own, gradients, strict=False))
+        assert torch.allclose(of_x[b], gradients[-1], atol=LIMIT) and torch.allclose(
+            alone_of_x[b], gradients[-1], atol=LIMIT
+        )
     if cell.phases or isinstance(cell, (cells.ReluRnn, cells.LiGru, cells.IndRnn, cells.Everything, cells.EveryFunction)):
         return  # corners, where a finite difference says nothing; norms are torch's own; hardsigmoid has no second one
     point = rand(2, 2, 2).requires_grad_()

@@ -4,13 +4,13 @@ and a layer on them."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_rnn import _dtensor, reference
-from fused_rnn._backend import extension
+from fused_rnn._backend import extension, is_transformed
 from fused_rnn._derivatives import differentiated
 from fused_rnn._ops import check_places, fake_gradients
 from fused_rnn._recipe import Recipe, Rows, rows_of
@@ -64,7 +64,12 @@ def layer(
     differentiates = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *params, *rows.reset_states))
     flags = BIASES * recipe.has_biases | BIDIRECTIONAL * recipe.bidirectional | SAVE * differentiates | rows.bits
     flags |= ALL_STATES * recipe.all_states
-    y, last, _ = torch.ops.fused_rnn.formula(x, list(states), list(params), rows.given(), formula, flags)
+    if differentiates and is_transformed():
+        given = rows.given()
+        call = (formula, flags, len(states), len(params), len(given))
+        y, *last = _Transformed.apply(call, x, *states, *params, *given)[: 1 + last_count(formula, flags)]
+    else:
+        y, last, _ = torch.ops.fused_rnn.formula(x, list(states), list(params), rows.given(), formula, flags)
     if recipe.all_states:
         count = (len(last) + 1) // 2
         last = [*last[:count], *(state.unflatten(-1, (recipe.directions, -1)).transpose(0, 1) for state in last[count:])]
@@ -130,20 +135,18 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
 
 def _backward(ctx: Any, dy: Tensor | None, dlast: Sequence[Tensor | None], dsaved: Any) -> tuple[Any, ...]:
     x, *others = ctx.saved_tensors
-    groups = []
-    for count in ctx.counts:
-        groups.append(others[:count])
-        others = others[count:]
-    states, params, rows = groups
+    states, params, rows, others = _parts(others, *ctx.counts)
     masks = len(rows) - len(rows_of(rows, ctx.flags).reset_states)
     none = (params[0] if x.dtype is torch.int64 else x).new_empty(0)
     given = [none if grad is None else grad for grad in dlast or []]
     needs_x, needs_states, needs_params, needs_rows = ctx.needs_input_grad[:4]
     asked = (bool(needs_x), _any(needs_states) or _any(needs_rows), _any(needs_params))
-    if torch.is_grad_enabled():
-        dx, dstates, dparams = _differentiable(ctx, dy, given, (x, states, params, rows), asked)
+    flags = ctx.flags | GRAD_X * asked[0] | GRAD_STATES * asked[1] | GRAD_PARAMS * asked[2]
+    if torch.is_grad_enabled() or is_transformed():  # the gradients may be differentiated
+        call = _BackwardCall(ctx.cell, flags, dy is not None, len(given), len(states), len(params), len(rows))
+        dx, *made = _Backward.apply(call, *([] if dy is None else [dy]), *given, x, *states, *params, *rows, *others)
+        dstates, dparams, _ = _parts(made, len(made) - len(params), len(params))
     else:
-        flags = ctx.flags | GRAD_X * asked[0] | GRAD_STATES * asked[1] | GRAD_PARAMS * asked[2]
         op = torch.ops.fused_rnn.formula_backward
         dx, dstates, dparams = op(dy, given, x, states, params, rows, others, ctx.cell, flags)
     return (
@@ -156,20 +159,129 @@ def _backward(ctx: Any, dy: Tensor | None, dlast: Sequence[Tensor | None], dsave
     )
 
 
+def _parts(tensors: Sequence[Tensor], *counts: int) -> list[list[Tensor]]:
+    """The first of so many tensors each, and what remains."""
+    parts = []
+    for count in counts:
+        parts.append(list(tensors[:count]))
+        tensors = tensors[count:]
+    return [*parts, list(tensors)]
+
+
+class _Transformed(torch.autograd.Function):
+    """fused_rnn::formula for torch.func, whose transforms do not take what torch.library.register_autograd makes."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        """call: cell, flags, numbers of states, params and rows; tensors: x and these. Gives y, last, saved."""
+        cell, flags, *counts = call
+        states, params, rows, _ = _parts(tensors[1:], *counts)
+        y, last, saved = torch.ops.fused_rnn.formula(tensors[0], states, params, rows, cell, flags)
+        return (y, *last, *saved)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        (cell, flags, *counts), x, *tensors = inputs
+        states, params, rows, _ = _parts(tensors, *counts)
+        ctx.lasts = last_count(cell, flags)
+        _set_up(ctx, (x, states, params, rows, cell, flags), (output[0], output[1 : 1 + ctx.lasts], output[1 + ctx.lasts :]))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad[1:]
+        flat = _Context(ctx.saved_tensors, ctx.counts, ctx.cell, ctx.flags, (needs[0], *_parts(needs[1:], *ctx.counts)[:3]))
+        dx, dstates, dparams, drows, _, _ = _backward(flat, grads[0], grads[1 : 1 + ctx.lasts], None)
+        return (None, dx, *dstates, *dparams, *drows)
+
+
+class _Context(NamedTuple):
+    """What _backward reads of autograd's context."""
+
+    saved_tensors: tuple[Tensor, ...]
+    counts: tuple[int, int, int]
+    cell: str
+    flags: int
+    needs_input_grad: tuple[Any, ...]
+
+
+def last_count(formula: str, flags: int) -> int:
+    """How many tensors `last` has."""
+    states = len(cell_of(formula).declaration.states)
+    return 2 * states - 1 if flags & ALL_STATES else states
+
+
+class _BackwardCall(NamedTuple):
+    """A call of fused_rnn::formula_backward beside its tensors, with their numbers."""
+
+    cell: str
+    flags: int
+    has_dy: bool
+    lasts: int
+    states: int
+    params: int
+    rows: int
+
+
+class _Backward(torch.autograd.Function):
+    """fused_rnn::formula_backward as a differentiable function: its own backward runs ``step`` in a loop."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call: _BackwardCall, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """tensors: dy where it is there, dlast, x, states, params, rows, saved. Gives dx, dstates, dparams."""
+        dy, dlast, x, states, params, rows, saved = _parts(tensors, *call[2:4], 1, *call[4:])
+        op = torch.ops.fused_rnn.formula_backward
+        dx, dstates, dparams = op(dy[0] if dy else None, dlast, x[0], states, params, rows, saved, call.cell, call.flags)
+        return (dx, *dstates, *dparams)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        call, *tensors = inputs
+        ctx.call, ctx.saved = call, len(tensors) - sum(call[2:]) - 1
+        ctx.save_for_backward(*tensors[: len(tensors) - ctx.saved])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        call, tensors = ctx.call, ctx.saved_tensors
+        # Reset states are the last of rows; what comes before them has no gradient.
+        resets = len(rows_of(tensors[len(tensors) - call.rows :], call.flags).reset_states)
+        masks = tensors[len(tensors) - call.rows : len(tensors) - resets]
+        first = len(tensors) - call.rows
+        given = [*tensors[:first], *tensors[len(tensors) - resets :]]
+
+        def results(given: Sequence[Tensor]) -> list[Tensor]:
+            dy, dlast, x, states, params, own = _parts(given, *call[2:4], 1, *call[4:6])
+            dx, dstates, dparams = _differentiable(
+                call, dy[0] if dy else None, dlast, (x[0], states, params, [*masks, *own])
+            )
+            return [dx, *dstates, *dparams]
+
+        needs = ctx.needs_input_grad[1:]
+        asked = [*needs[:first], *needs[len(tensors) - resets : len(tensors)]]
+        asked = [wanted and t.is_floating_point() and t.shape != (0,) for wanted, t in zip(asked, given, strict=True)]
+        found = differentiated(results, given, asked, grads)
+        flat = [t if wanted else None for t, wanted in zip(found, asked, strict=True)]
+        return (None, *flat[:first], *[None] * len(masks), *flat[first:], *[None] * ctx.saved)
+
+
 def _any(needs: Any) -> bool:
     return any(needs) if isinstance(needs, (list, tuple)) else bool(needs)
 
 
 def _differentiable(
-    ctx: Any, dy: Tensor | None, dlast: Sequence[Tensor], arguments: tuple[Any, ...], asked: tuple[bool, bool, bool]
+    call: _BackwardCall, dy: Tensor | None, dlast: Sequence[Tensor], arguments: tuple[Any, ...]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The gradients as a differentiable function of everything they depend on: ``step`` in a loop, differentiated."""
     x, states, params, rows = arguments
-    cell, of_call = cell_of(ctx.cell), rows_of(rows, ctx.flags)
+    asked = [bool(call.flags & bit) for bit in (GRAD_X, GRAD_STATES, GRAD_PARAMS)]
+    cell, of_call = cell_of(call.cell), rows_of(rows, call.flags)
     given = [*states, *of_call.reset_states]
     own, first = 1 + len(states), 1 + len(given)
-    recipe = Recipe(OWN_KIND, has_biases=bool(ctx.flags & BIASES), bidirectional=bool(ctx.flags & BIDIRECTIONAL))
-    recipe = recipe._replace(all_states=bool(ctx.flags & ALL_STATES))
+    recipe = Recipe(OWN_KIND, has_biases=bool(call.flags & BIASES), bidirectional=bool(call.flags & BIDIRECTIONAL))
+    recipe = recipe._replace(all_states=bool(call.flags & ALL_STATES))
 
     def run(args: Sequence[Tensor]) -> list[Tensor]:
         begin = list(args[1:own]) or [params[0].new_zeros(recipe.directions, x.shape[1], _hidden(cell, params))] * len(

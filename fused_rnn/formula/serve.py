@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -27,7 +28,7 @@ def why_not(
         return _backend.Reason("forced", "backend 'reference' is forced")
     if device_type not in ("cpu", "cuda"):
         return _backend.Reason("formula:device", f"cells written as formulas have no kernels for {device_type!r} tensors")
-    demand = _backend.Demand(device_type, dtype, transformed=_backend.is_transformed(), features=features)
+    demand = _backend.Demand(device_type, dtype, transformed=_backend.forward_mode(), features=features)
     reason = _backend.why_not(_backend.forced or device_type, demand)
     if reason is not None:
         return reason
@@ -84,7 +85,12 @@ has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _prepare(formula: str, device_type: str, dtype: torch.dtype) -> None:
     key = (formula, dtype, _settings.value("FUSED_RNN_CPU") if device_type == "cpu" else device_type)
-    if key not in _ready:
+    if key in _ready:
+        return
+    if _backend.is_transformed():  # a thread of its own has no transforms, which would reach what traces and compares here
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(_prepare, formula, device_type, dtype).result()
+    else:
         with _lock:
             if device_type == "cpu":
                 build.prepare(formula, dtype)
