@@ -172,11 +172,20 @@ def _double_backward(
     wanted = (needed[first], any(needed[first + 1 : last]), any(needed[last:]))
     call = _BackwardCall(recipe, mask, samples, wanted, dy is not None, *counts)
     if by_kernels and not samples and _has_second_order(x, of_call):
-        with _above_transforms():
-            found = _SecondOrder.apply(call, *masks, *saved, *grads, *given)
+        if not _is_differentiated():
+            found = call.by_kernels(masks, saved, grads, given)
+        else:
+            with _above_transforms():
+                found = _SecondOrder.apply(call, *masks, *saved, *grads, *given)
     else:
         found = call.derivatives(masks, grads, given, needed)
     return [t if asked else none for t, asked in zip(found, needed, strict=True)]
+
+
+def _is_differentiated() -> bool:
+    """Whether autograd, forward-mode AD or a torch.func transform may have a part in what is computed now."""
+    forward = torch.autograd.forward_ad._current_level >= 0
+    return torch.is_grad_enabled() or forward or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _has_second_order(x: Tensor, rows: Rows) -> bool:

@@ -55,11 +55,20 @@ struct Cell<CellKind::kUpdateGate> : CellConstants<CellKind::kUpdateGate> {
     return n + a[0] * (h_prev - n);
   }
   template <class V, class M = Unmodified>
-  static FUSED_RNN_HD void forward_of_sigmoids(V (&a)[kSlots], const V& h_prev, const V& c_prev, V& h, V&,
+  static FUSED_RNN_HD void states(const V (&a)[kSlots], const V& h_prev, const V& c_prev, V& h, V&, const M& m = M()) {
+    h = m.clipped(unclipped(a, h_prev, c_prev, m));
+  }
+  template <class D>
+  static FUSED_RNN_HD void tangents(D (&a)[kSlots]) {
+    tangent_of_sigmoid(a[0]);
+    tangent_of_tanh(a[1]);
+  }
+  template <class V, class M = Unmodified>
+  static FUSED_RNN_HD void forward_of_sigmoids(V (&a)[kSlots], const V& h_prev, const V& c_prev, V& h, V& c,
                                                const M& m = M()) {
     using namespace math;
     a[1] = tanh(a[1]);
-    h = m.clipped(unclipped(a, h_prev, c_prev, m));
+    states(a, h_prev, c_prev, h, c, m);
   }
   template <class V, class M = Unmodified>
   static FUSED_RNN_HD void forward(V (&a)[kSlots], const V& h_prev, const V& c_prev, V& h, V& c, const M& m = M()) {
