@@ -112,3 +112,19 @@ def test_double_backward_is_counted(device: str) -> None:
         first = counter.get_total_flops()
         grad.square().sum().backward()
     assert 0 < first < counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_a_gradient_penalty(name: str) -> None:
+    """Products of all rows with a matrix of weights: of the scan of tangents, of both halves of backward, of all results."""
+    module, steps, batch, size = getattr(fused_rnn, name)(6, 6), 3, 2, 6
+    x = torch.randn(steps, batch, size, requires_grad=True)
+    y = module(x)[0]
+    with FlopCounterMode(display=False) as counted:
+        (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        first = counted.get_total_flops()
+        grad.square().sum().backward()
+    product = 2 * batch * module.weight_hh_l0.numel()  # of one step
+    assert first == (2 * steps - 1) * product
+    # v_x W_ih, h' W_hh; d W_hh and d' W_hh; d' W_ih, two of d, d' with x, v_x, and two of them with h, h'
+    assert counted.get_total_flops() - first == (2 * steps + 2 * (steps - 1) + 5 * steps) * product
