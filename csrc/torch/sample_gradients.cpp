@@ -18,9 +18,12 @@ Tensor by_sample(const Tensor& rows, int64_t samples) {
   return rows.unflatten(0, {rows.size(0) / samples, samples}).transpose(0, 1);
 }
 
-// a^T b for each sample: a [N, M], b [N, K] -> [V, M, K]
+// a^T b for each sample: a [N, M], b [N, K], into out [V, M, K] of memory that calls in turn share: to map and clear new
+// memory for it would take as long as half of the product.
 Tensor products(const Tensor& a, const Tensor& b, int64_t samples) {
-  return at::bmm(by_sample(a, samples).transpose(1, 2), by_sample(b, samples));
+  Tensor out = empty_inside(a, {samples, a.size(1), b.size(1)});
+  at::bmm_out(out, by_sample(a, samples).transpose(1, 2), by_sample(b, samples));
+  return out;
 }
 
 Tensor sums(const Tensor& rows, int64_t samples) { return at::sum(by_sample(rows, samples), {1}); }
@@ -36,16 +39,14 @@ void sample_weight_gradients(const Call& call, const ResultGradients& given, con
   TORCH_CHECK_VALUE(samples > 0 && s.B % samples == 0 && s.N % samples == 0, "samples: expected a divisor of the batch ",
                     s.B, ", got ", samples);
   const Tensor d_rg = part(dg, 1, (S - G) * H, S * H);
-  std::vector<Tensor> of_input, of_bias;
-  for (const auto& [columns, first] : input_columns(cell, H, dg)) {
-    of_input.push_back(products(columns, x, samples));
-    if (call.recipe.has_biases) of_bias.push_back(sums(columns, samples));
-  }
-  gradients.push_back(of_input.size() == 1 ? of_input[0] : at::cat(of_input, 1));
+  std::vector<Tensor> columns;
+  for (const auto& [some, first] : input_columns(cell, H, dg)) columns.push_back(some);
+  const Tensor d_ig = columns.size() == 1 ? columns[0] : at::cat(columns, 1);  // fewer elements than the gradients
+  gradients.push_back(products(d_ig, x, samples));
   const Tensor y = given.saved.y ? output_of_direction(*given.saved.y, s, d) : empty_like(call.like(), {s.N, s.P});
   gradients.push_back(products(d_rg, previous_states(call, s, y, d), samples));
   if (call.recipe.has_biases) {
-    gradients.push_back(of_bias.size() == 1 ? of_bias[0] : at::cat(of_bias, 1));
+    gradients.push_back(sums(d_ig, samples));
     gradients.push_back(S > G ? sums(d_rg, samples) : gradients.back().clone());
   }
   if (s.projection) {
