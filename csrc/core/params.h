@@ -156,9 +156,11 @@ struct BackwardParams {
   const void* d_cs;   // [D, N, H] or null (zeros): gradient of c after each step beside what passes through the steps; LSTM
                       // only; CPU only
   void* d_gates;      // [D, N, S, H] out; 0 at inactive rows
-  void* d_h;          // [D, N, P] out: total gradient of every h, 0 at inactive rows; projection only, else null
-  void* d_h0;         // [D, B, P] out, or null where nobody asks for it
-  void* d_c0;         // [D, B, H] out; LSTM only
+  // [D, N, P] out: total gradient of every h, 0 at inactive rows. Null without a projection, or (on a CPU) where nobody asks
+  // for it and nothing but resets modifies steps.
+  void* d_h;
+  void* d_h0;  // [D, B, P] out, or null where nobody asks for it
+  void* d_c0;  // [D, B, H] out; LSTM only
   // Out at rows that are reset: the gradients of the state that their step begins from, of h less what passes through W_hh.
   // Null where nobody asks. CPU only.
   void* d_reset_h;  // [D, N, P]; of cells that read h outside of the product
@@ -168,7 +170,8 @@ struct BackwardParams {
 
 // Backward on dual numbers: `tangent` has the tangents of what `value` has, of the gradients and of the weights too, whose
 // w_hh and w_hr may be null (zeros). CPU, float32 and float64, without what modifies steps but resets. Of the values d_gates
-// and d_h are made, of the tangents all that is not null.
+// and, with a projection, d_h are made, of the tangents all that is not null. Without a projection the values' d_h may be
+// what another backward has made: then there is no product for it.
 struct DualBackwardParams {
   BackwardParams value, tangent;
   DType dtype;

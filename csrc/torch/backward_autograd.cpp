@@ -67,6 +67,10 @@ class LayerBackwardNode final : public torch::autograd::Node {
     }
     std::vector<Tensor> saved = unpacked(saved_);
     if (has_y_) saved.push_back(y_version_.current_version() == y_version_then_ ? y_.unpack() : none);
+    if (dh_.defined()) {
+      if (!has_y_) saved.push_back(none);
+      saved.push_back(dh_);
+    }
     std::vector<int64_t> numbers = numbers_.list();
     const size_t first = numbers.size();
     for (size_t i = 0; i < num_outputs(); ++i) numbers.push_back(task_should_compute_output(i));
@@ -85,7 +89,11 @@ class LayerBackwardNode final : public torch::autograd::Node {
     for (std::vector<SavedVariable>* several : {&dlast_, &states_, &params_, &rows_, &saved_}) {
       for (SavedVariable& one : *several) one.reset_data();
     }
+    dh_ = Tensor();
   }
+
+  // What second_order.cpp then need not make again.
+  void keep(const Tensor& dh) { dh_ = dh; }
 
   std::string name() const override { return "FusedRnnLayerDoubleBackward"; }
 
@@ -107,6 +115,7 @@ class LayerBackwardNode final : public torch::autograd::Node {
   c10::VariableVersion y_version_{c10::VariableVersion::DISABLED};
   uint32_t y_version_then_ = 0;
   bool has_y_ = false;
+  Tensor dh_;
   std::vector<SavedVariable> dlast_, states_, params_, rows_, saved_;
   const BackwardNumbers numbers_;
 };
@@ -142,9 +151,31 @@ void set_tangents(const BackwardArguments& a, const LayerGradients& made) {
   }
 }
 
+// fused_rnn::layer_backward of plain tensors on a CPU whose derivative kernels have; dh goes to the node.
+std::optional<LayerGradients> keeping_backward(const BackwardArguments& a, LayerBackwardNode& node) {
+  const Rows rows = rows_of(a.rows, a.numbers.recipe);
+  const Call call{a.x, a.states, a.params, rows, layer_recipe_of(a.numbers.recipe)};
+  const auto type = a.x.scalar_type();
+  const auto plain = [](const Tensor& t) { return t.is_cpu() && is_plain(t); };
+  const bool projects = call.params_of_direction(0).size() > (call.recipe.has_biases ? 4u : 2u);
+  if (a.numbers.samples || projects || rows.options.any() || (type != at::kFloat && type != at::kDouble) ||
+      !runs_plainly_on_cpu(call) || (a.dy && !plain(*a.dy)) || !std::all_of(a.dlast.begin(), a.dlast.end(), plain)) {
+    return std::nullopt;
+  }
+  const auto& mask = a.numbers.mask;
+  auto [made, dh] =
+      backward_keeping_dh(call, {a.dy, gradients_of_last(call.recipe, a.dlast), saved_of(call.recipe.cell, rows, a.saved)},
+                          {mask[0], mask[1], mask[2]});
+  node.keep(dh);
+  return made;
+}
+
 LayerGradients backward_autograd(const BackwardArguments& a) {
   const auto node = differentiates(a) ? make_node<LayerBackwardNode>(a) : nullptr;
   LayerGradients made = [&] {
+    if (node) {
+      if (auto kept = keeping_backward(a, static_cast<LayerBackwardNode&>(*node))) return *std::move(kept);
+    }
     const at::AutoDispatchBelowADInplaceOrView guard;
     const BackwardNumbers& n = a.numbers;
     return n.samples ? sample_backward_op().call(a.dy, a.dlast, a.x, a.states, a.params, a.rows, a.saved, n.list())

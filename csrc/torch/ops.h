@@ -114,6 +114,8 @@ Results run_on_cpu(const Call& call);
 // The gradients of x and of the states of one such step; the rows that its weights' gradients are made of go to the node.
 class WeightNode;
 LayerGradients step_backward_on_cpu(const Call& call, const ResultGradients& given, GradientMask mask, WeightNode& weights);
+// fused_rnn::layer_backward of such a call, and the total gradients of h [D, N, H], which second_order.cpp would make again.
+std::pair<LayerGradients, Tensor> backward_keeping_dh(const Call& call, const ResultGradients& given, GradientMask mask);
 // fused_rnn::rnn of a call with the device of its rows' integers as it is; fused_rnn::cell of a step.
 Results run_composite(const Call& call);
 

@@ -8,6 +8,7 @@
 //   dx' = d' W_ih + d V_ih    dW_ih' = d'^T x + d^T v_x    dW_hh' = d'^T h + d^T h'    ' marks a tangent
 // d: gradients of the gates; V_ih, V_hh, V_hr, v_x: the part of v for W_ih, W_hh, W_hr, x.
 #include <ATen/TensorOperators.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/tanh.h>
 #include <ATen/ops/where.h>
@@ -61,10 +62,12 @@ Tensor unprojected_tangent(const Saved& saved, const Saved& tangent, int64_t d) 
 class SecondOrder {
  public:
   // v: of x, states, reset states, params.
-  SecondOrder(const Call& call, const ResultGradients& given, at::TensorList v)
+  // dh: total gradients of h [D, N, H] if the backward kept them (backward_keeping).
+  SecondOrder(const Call& call, const ResultGradients& given, const Tensor& dh, at::TensorList v)
       : call_(call),
         shapes_(check_layer(call)),
         given_(given),
+        dh_(dh),
         v_x_(v[0]),
         v_params_(v.slice(v.size() - call.params.size())),
         states_(or_zeros(v.slice(1), call.states)),
@@ -179,6 +182,7 @@ class SecondOrder {
   // The scan of dual numbers.
   void gradients() {
     value_ = prepare_backward(call_, given_, {true, /*states=*/false, true});
+    if (dh_.defined()) value_.params.d_h = dh_.data_ptr();
     tangent_given_.saved = {forward_.gates, forward_.cs, forward_.y};
     tangent_ = prepare_backward(*tangent_call_, tangent_given_, {true, /*states=*/true, true});
     Copies copies;
@@ -251,6 +255,7 @@ class SecondOrder {
   const Call& call_;
   const LayerShapes shapes_;
   ResultGradients given_, tangent_given_;
+  const Tensor dh_;
   const Tensor v_x_;
   const at::TensorList v_params_;
   // The layer whose forward is the scan of tangents.
@@ -274,12 +279,33 @@ std::vector<Tensor> layer_second_order(at::TensorList grads, const OptionalTenso
   TORCH_CHECK_VALUE(!given_rows.options.any(), "rows: expected no options of steps");
   TORCH_CHECK_VALUE(grads.size() == 1 + states.size() + given_rows.reset_states.size() + params.size(),
                     "grads: expected one for each result of backward, got ", grads.size());
-  ResultGradients given{dy, gradients_of_last(call.recipe, dlast), saved_of(call.recipe.cell, given_rows, saved)};
+  const size_t before_dh = saves_gates(call.recipe.cell, given_rows) + traits_of(call.recipe.cell).has_c + 1;
+  const Tensor dh = saved.size() > before_dh ? saved[before_dh] : Tensor();
+  ResultGradients given{dy, gradients_of_last(call.recipe, dlast),
+                        saved_of(call.recipe.cell, given_rows, saved.slice(0, std::min(saved.size(), before_dh)))};
   if (given.saved.y && given.saved.y->dim() == 1) given.saved.y = std::nullopt;  // [0]: it was written since
-  return SecondOrder(call, given, grads).run({wanted[1] != 0, wanted[2] != 0, wanted[3] != 0});
+  if (dh.defined()) {
+    const LayerShapes s = check_layer(call);
+    TORCH_CHECK_VALUE(!s.projection && dh.is_contiguous(), "saved: expected no dh of a layer with a projection");
+    check_tensor("dh", dh, {s.D, s.N, s.H}, x, dtype);
+  }
+  return SecondOrder(call, given, dh, grads).run({wanted[1] != 0, wanted[2] != 0, wanted[3] != 0});
 }
 
 }  // namespace
+
+std::pair<LayerGradients, Tensor> backward_keeping_dh(const Call& call, const ResultGradients& given, GradientMask mask) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  BackwardCall made = prepare_backward(call, given, mask);
+  const LayerShapes& s = made.shapes;
+  const Tensor dh = empty_inside(call.x, {s.D, s.N, s.H});
+  made.params.d_h = data_or_null(dh);
+  if (!(mask.states && call.h0())) made.params.d_h0 = nullptr;  // one product less
+  Workspace workspace;
+  if (s.B > 0) cpu::backward(made.params, [&](int64_t bytes) { return workspace.take(bytes); });
+  return {gradients_of_layer(call, given, made, mask), dh};
+}
+
 }  // namespace fused_rnn
 
 TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) { m.impl("layer_second_order", fused_rnn::layer_second_order); }

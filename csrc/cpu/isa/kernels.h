@@ -120,6 +120,7 @@ struct BackwardRow {
   A* dc;               // [H] gradient of this step's c from the next one; of the previous step's on return
   void* d_gates;       // [S, H] storage
   A* d_rec;            // [G, H] copy of the last G slots of d_gates in A, or null
+  void* dh;            // [H] storage: the total gradient of h, of a step that nothing modifies; or null
   bool reset;          // the step began from zeros: carry and dc become zero
 };
 template <class A>
@@ -138,12 +139,12 @@ struct BackwardCall {
 // Backward on dual numbers (core/dual.h): the arrays of values and of tangents. d_rec is null in both.
 template <class A>
 struct DualRow {
-  BackwardRow<A> value, tangent;
-  const A* rec;  // [H] tangent of DualCall::rec
+  BackwardRow<A> value, tangent;  // value.dh: what is there is read
+  const A* rec;                   // [H] tangent of DualCall::rec
 };
 template <class A>
 struct DualCall {
-  const A* rec;  // as BackwardCall's, of the values
+  const A* rec;  // as BackwardCall's, of the values; null where rows have dh
   int64_t rec_stride;
   const DualRow<A>* rows;
   int n_rows;

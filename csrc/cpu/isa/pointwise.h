@@ -122,6 +122,7 @@ template <class V, class C, class Storage>
       const int n = lanes_left<V>(call.H, unit);
       V dh = V::load(call.rec + r * call.rec_stride + (v - call.first) * kWidth) + V::load(row.carry + unit) +
              load_stored<V, Storage>(row.dy, unit, n);
+      if (row.dh) store_stored<V, Storage>(dh, row.dh, unit, n);
       V a[C::kSlots], d[C::kSlots], h_prev = V(0), c_prev = V(0), c = V(0), h = V(0), dc = V(0);
       if constexpr (C::kSaved > 0) {
         for (int s = 0; s < C::kSlots; ++s) a[s] = load_stored<V, Storage>(row.gates, s * call.H + unit, n);

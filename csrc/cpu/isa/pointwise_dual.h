@@ -57,10 +57,14 @@ template <class V, class C>
       const auto stored = [&](const void* of_value, const void* of_tangent, int64_t at) -> Dual<V> {
         return {load_stored<V, A>(of_value, at, n), load_stored<V, A>(of_tangent, at, n)};
       };
-      const Dual<V> sums{V::load(call.rec + r * call.rec_stride + (v - call.first) * kWidth),
-                         V::load(call.rows[r].rec + unit)};
-      const Dual<V> carry{V::load(value.carry + unit), V::load(tangent.carry + unit)};
-      const Dual<V> dh = sums + carry + stored(value.dy, tangent.dy, unit);
+      Dual<V> dh{V(0), V::load(call.rows[r].rec + unit) + V::load(tangent.carry + unit)};
+      if (value.dh) {
+        dh.value = load_stored<V, A>(value.dh, unit, n);
+      } else {
+        dh.value = V::load(call.rec + r * call.rec_stride + (v - call.first) * kWidth) + V::load(value.carry + unit) +
+                   load_stored<V, A>(value.dy, unit, n);
+      }
+      if (tangent.dy) dh.tangent = dh.tangent + load_stored<V, A>(tangent.dy, unit, n);
       Dual<V> a[C::kSlots], d[C::kSlots], h_prev(0), c_prev(0), c(0), h(0), dc(0);
       if constexpr (C::kSaved > 0) {
         for (int s = 0; s < C::kSlots; ++s) a[s] = stored(value.gates, tangent.gates, s * call.H + unit);

@@ -220,6 +220,7 @@ void BackwardScan<A>::gather_row(Worker& w, int64_t i, int64_t t, int64_t active
   out.carry_out = projects_ ? nullptr : carry;
   out.dc = w.dc + i * h_padded_;
   out.d_gates = stored_at(p_.d_gates, stored_gates(w, row, 0), size_);
+  out.dh = p_.d_h && !projects_ ? stored_at(p_.d_h, (w.d * seq_.N + row) * p_.P, size_) : nullptr;
   out.d_rec = converts_ ? w.d_rec[done & 1] + i * gates_ * p_.H : nullptr;
   const void* const stored_rec = stored_at(p_.d_gates, stored_gates(w, row, slots_ - gates_), size_);
   w.pointers[active] = w.next[i];

@@ -22,6 +22,7 @@ class DualBackwardScan final : public Scan<A> {
         halves_{p.value, p.tangent},
         primal_{states_of(p.value), states_of(p.tangent)},
         kernel_(kernels.dual_backward[cell_]),
+        knows_dh_(!projects_ && p.value.d_h),
         moves_resets_(p.tangent.d_reset_h || p.tangent.d_reset_c) {}
   bool run();
 
@@ -85,6 +86,7 @@ class DualBackwardScan final : public Scan<A> {
   const BackwardParams halves_[2];
   const Primal primal_[2];
   void (*const kernel_)(const DualCall<A>&);
+  const bool knows_dh_;
   const bool moves_resets_;
   std::atomic<bool> infinite_[2][4] = {};  // Matrix::infinite
   // Workspace.
@@ -189,7 +191,7 @@ void DualBackwardScan<A>::zero_inactive(const Worker& w, int64_t row) const {
   if (seq_.offsets || w.rank != 0) return;
   for (const BackwardParams& p : halves_) {
     std::memset(stored_at(p.d_gates, stored_gates(w, row, 0), size_), 0, slots_ * p.H * size_);
-    if (p.d_h) std::memset(stored_at(p.d_h, (w.d * seq_.N + row) * p.P, size_), 0, p.P * size_);
+    if (p.d_h && projects_) std::memset(stored_at(p.d_h, (w.d * seq_.N + row) * p.P, size_), 0, p.P * size_);
   }
 }
 
@@ -209,7 +211,8 @@ void DualBackwardScan<A>::gather_half(Worker& w, int k, int64_t i, int64_t t, in
   out.h_prev = h, out.c_prev = c;
   out.c = stored_at(p.cs, place * p.H, size_);
   out.y = stored_at(p.y, of_y, size_);
-  out.dy = projects_ ? zeros_ : dy;
+  out.dy = !projects_ ? dy : zeros_;
+  if (k == kValue && knows_dh_) out.dh = stored_at(p.d_h, place * p.P, size_);
   out.carry = projects_ ? zeros_ : carry;
   out.carry_out = projects_ ? nullptr : carry;
   out.dc = half.dc + i * h_padded_;
@@ -309,6 +312,13 @@ void DualBackwardScan<A>::step(Worker& w, int64_t step, int64_t active) const {
   const DualMatrix& m = projects_ ? matrices_[w.d].r : matrices_[w.d].h;
   const Range& panels = projects_ ? w.r_panels : w.h_panels;
   sum_tangents(w, m, panels, active, step, sizes_.H);
+  if (knows_dh_) {
+    if (active > 0 && panels.size() > 0) {
+      kernel_({nullptr, 0, w.rows, static_cast<int>(active), sizes_.H, m.value.shape.unit_vector(panels.first),
+               m.value.shape.unit_vector(panels.last)});
+    }
+    return move_reset_gradients(w);
+  }
   for_sums(w, m.value, panels, w.halves[kValue].pointers, active, step, [&](const Tile<A>& tile) {
     kernel_({tile.sums, tile.stride, w.rows + tile.row, tile.rows, sizes_.H, m.value.shape.unit_vector(tile.first),
              m.value.shape.unit_vector(tile.last)});
