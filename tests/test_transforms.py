@@ -412,6 +412,24 @@ def test_a_penalty_after_an_edit() -> None:
         close(found[0], found[1])
 
 
+@pytest.mark.parametrize("steps", [1, 12])
+@pytest.mark.parametrize("kind", KINDS)
+def test_penalties_of_many_rows(kind: str, steps: int) -> None:
+    """A single step, which keeps no output; tiles of several rows and threads."""
+    batch, size = (3, 5) if steps == 1 else (33, 70)
+    module: nn.Module = getattr(fused_rnn, kind)(INPUTS, size, bidirectional=True, dtype=torch.float64)
+    x = randn(steps, batch, INPUTS).requires_grad_()
+
+    def run(backend: str) -> list[Tensor]:
+        with use_backend(backend):
+            y = module(x)[0]
+            leaves = [x, *module.parameters()]
+            grads = torch.autograd.grad(y.sin().sum(), leaves, create_graph=True)
+            return list(torch.autograd.grad(sum(g.cos().sum() for g in grads) + y.square().sum(), leaves))  # type: ignore[arg-type]
+
+    close(run("cpu"), run("reference"))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_third_derivatives(kind: str) -> None:
     module: nn.Module = getattr(fused_rnn, kind)(2, 3, dtype=torch.float64)
