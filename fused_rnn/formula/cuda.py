@@ -1,4 +1,4 @@
-"""A cell as CUDA kernels, family ``step``: what is compiled, by nvcc or NVRTC, and what the host must know of it.
+"""A cell as CUDA kernels, families ``step`` and ``cluster``: what is compiled, by nvcc or NVRTC, and what the host must know of it.
 
 The text is the cell's struct, the same as for a CPU, and a line for each kernel; csrc/cuda/formula has the kernels.
 """
@@ -18,8 +18,8 @@ from fused_rnn.formula.writer import PHASE_KINDS, source_of_plan, struct_name
 MATHS = {torch.float64: "kFp64", torch.float32: "kFp32", torch.float16: "kFp16", torch.bfloat16: "kBf16"}
 
 
-FILE_VERSION = 2  # csrc/cuda/formula/module.cpp
-ROLES = ("forward", "backward", "initial")  # csrc/cuda/formula/formula_params.h's FormulaRole
+FILE_VERSION = 3  # csrc/cuda/formula/module.cpp
+ROLES = ("forward", "backward", "initial", "cluster_forward", "cluster_backward")  # csrc/cuda/formula/formula_params.h's FormulaRole
 TILES = ("kSmall", "kMedium")  # csrc/plan/step_geometry.h's TileSize
 
 
@@ -37,7 +37,8 @@ class Kernel:
 
 
 def kernels_of(plan: Plan) -> list[Kernel]:
-    """All kernels of a cell. A segment that makes a product has one of each tile, any other one of the small tile."""
+    """All kernels of a cell: of family ``step``, where a segment that makes a product has one of each tile, any other one
+    of the small tile; then the two of family ``cluster``."""
     recurs = bool(plan.cell.declaration.recurrent_gates)
     products = [phase.kind == "product" for phase in plan.cell.phases]
 
@@ -50,12 +51,13 @@ def kernels_of(plan: Plan) -> list[Kernel]:
         return [*enumerate([recurs, *of_levels])]
 
     segments = segments_of(plan.forward_levels), segments_of(plan.backward_levels), [(0, recurs)]
-    return [
+    steps = [
         Kernel(role, segment, tile)
         for role, of_role in enumerate(segments)
         for segment, product in of_role
         for tile in range(1 + product)
     ]
+    return [*steps, *(Kernel(role, 0, 0) for role in (3, 4))]
 
 
 def translation_unit(plan: Plan, dtype: torch.dtype) -> str:
@@ -63,8 +65,11 @@ def translation_unit(plan: Plan, dtype: torch.dtype) -> str:
     cell, math = f"fused_rnn::formula::{struct_name(plan.cell)}", MATHS[dtype]
     lines = []
     for kernel in kernels_of(plan):
-        segment = "" if ROLES[kernel.role] == "initial" else f"{kernel.segment}, "
-        lines.append(f"FUSED_RNN_FORMULA_{ROLES[kernel.role].upper()}({cell}, {math}, {segment}{TILES[kernel.tile]})")
+        role = ROLES[kernel.role]
+        arguments = [cell, math]
+        if not role.startswith("cluster"):
+            arguments += [str(kernel.segment)] * (role != "initial") + [TILES[kernel.tile]]
+        lines.append(f"FUSED_RNN_FORMULA_{role.upper()}({', '.join(arguments)})")
     return "\n".join(
         [
             '#include "cuda/formula/formula_kernels.cuh"',

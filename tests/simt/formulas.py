@@ -141,7 +141,8 @@ class Kernels:
         self.cell, self.dtype, self.plan = cell, dtype, make_plan(cell)
         source = write_source(self.plan, dtype)
         csrc = builder.ROOT / "csrc"
-        host = [csrc / "plan" / "formula.cpp", csrc / "plan" / "machine.cpp", csrc / "cuda" / "formula" / "scan.cpp"]
+        host = [csrc / "plan" / f"{name}.cpp" for name in ("formula", "formula_cluster", "machine")]
+        host.append(csrc / "cuda" / "formula" / "scan.cpp")
         copies = {}
         if replaced is not None and folder is not None:
             copy = _copy_with(folder / "csrc", *replaced)
@@ -150,10 +151,10 @@ class Kernels:
         lib = self.sim.lib
         pointers = (c_void_p, c_void_p, c_int)
         lib.simt_formula_workspace.restype = c_int64
-        lib.simt_formula_workspace.argtypes = [*pointers, c_bool, c_void_p]
+        lib.simt_formula_workspace.argtypes = [*pointers, c_bool, c_void_p, c_int]
         lib.simt_formula_text.restype = c_char_p
         for name in ("simt_formula_forward", "simt_formula_backward"):
-            getattr(lib, name).argtypes = [*pointers, c_void_p, c_void_p]
+            getattr(lib, name).argtypes = [*pointers, c_void_p, c_void_p, c_int]
         sizes = (c_int * 3)()
         lib.simt_formula_sizes(sizes)
         assert list(sizes) == [ctypes.sizeof(t) for t in (FormulaForward, FormulaBackward, Traits)]
@@ -192,6 +193,7 @@ class Case:
     batch_sizes: tuple[int, ...] | None = None  # packed rows
     resets: bool = False
     training: bool = True
+    ranks: int = -1  # of family cluster the blocks of a cluster, 0: what the planner takes; -1: family step
 
     def __str__(self) -> str:
         usual = Case()
@@ -303,8 +305,10 @@ class Run:
     def call(self, name: str, p: FormulaForward | FormulaBackward) -> None:
         lib, dtype, traits = self.sim.lib, DTYPES[self.kernels.dtype], ctypes.byref(self.kernels.traits)
         where, backward = ctypes.byref(self.device), isinstance(p, FormulaBackward)
-        workspace = self.sim.out("workspace", lib.simt_formula_workspace(ctypes.byref(p), traits, dtype, backward, where))
-        self.sim.check(getattr(lib, name)(ctypes.byref(p), traits, dtype, where, workspace))
+        ranks = self.case.ranks
+        bytes_ = lib.simt_formula_workspace(ctypes.byref(p), traits, dtype, backward, where, ranks)
+        workspace = self.sim.out("workspace", bytes_)
+        self.sim.check(getattr(lib, name)(ctypes.byref(p), traits, dtype, where, workspace, ranks))
 
     # --- forward ---
 
@@ -437,7 +441,9 @@ def plan_text(kernels: Kernels, case: Case, device: DeviceInfo = H100, backward:
     p.T, p.B, p.N = case.T, case.B, case.T * case.B
     lib = kernels.sim.lib
     traits = ctypes.byref(kernels.traits)
-    lib.simt_formula_workspace(ctypes.byref(p), traits, DTYPES[kernels.dtype], backward, ctypes.byref(device))
+    lib.simt_formula_workspace(
+        ctypes.byref(p), traits, DTYPES[kernels.dtype], backward, ctypes.byref(device), case.ranks
+    )
     text: bytes = lib.simt_formula_text()
     return text.decode()
 

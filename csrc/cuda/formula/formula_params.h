@@ -15,6 +15,7 @@
 #include "core/active.h"
 #include "core/formula.h"
 #include "core/modifier.h"
+#include "plan/formula_cluster_shape.h"
 
 namespace fused_rnn::cuda {
 
@@ -83,7 +84,17 @@ struct FormulaBackwardStep {
   int copy_bytes;
 };
 
-// The kernels of a formula.
-enum class FormulaRole : int { kForward, kBackward, kInitialGradients };
+// Those of family `cluster` (formula_cluster.cuh), one launch for all steps.
+struct FormulaClusterForward {
+  FormulaForward p;
+  FormulaClusterShape shape;
+};
+struct FormulaClusterBackward {
+  FormulaBackward p;
+  FormulaClusterShape shape;
+};
+
+// The kernels of a formula; the last two are those of family `cluster`.
+enum class FormulaRole : int { kForward, kBackward, kInitialGradients, kClusterForward, kClusterBackward };
 
 }  // namespace fused_rnn::cuda

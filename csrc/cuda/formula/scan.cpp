@@ -1,5 +1,6 @@
 #include "cuda/formula/scan.h"
 
+#include <algorithm>
 #include <initializer_list>
 
 #include "cuda/copy_width.h"
@@ -16,6 +17,16 @@ FormulaLaunch launch_of(const FormulaKernelPlan& plan, FormulaRole role, int seg
   launch.tile = plan.tile;
   launch.grid_x = static_cast<int>(plan.grid_x), launch.grid_y = static_cast<int>(plan.grid_y), launch.grid_z = D;
   launch.threads = plan.threads, launch.smem_bytes = plan.smem_bytes;
+  launch.cluster = 1;
+  return launch;
+}
+FormulaLaunch launch_of(const FormulaClusterPlan& plan, FormulaRole role, int D) {
+  FormulaLaunch launch{};
+  launch.role = role;
+  launch.tile = TileSize::kSmall;
+  launch.grid_x = static_cast<int>(plan.row_tiles * plan.shape.ranks), launch.grid_y = plan.shape.groups, launch.grid_z = D;
+  launch.threads = kFormulaClusterThreads, launch.smem_bytes = plan.shape.smem_bytes;
+  launch.cluster = plan.shape.ranks;
   return launch;
 }
 
@@ -120,6 +131,38 @@ void run_formula_backward(const FormulaBackward& p, const FormulaTraits& cell, c
   Segment<FormulaBackwardStep> initial{launch_of(plan.initial, FormulaRole::kInitialGradients, 0, p.D), plan.initial.stages,
                                        recurrent_width};
   run(initial, step, plan.pdl && !first, launch);
+}
+
+namespace {
+
+// The plan's shape, and whether rows of all weights can be copied by 16 bytes.
+FormulaClusterShape shape_of(const FormulaLayer& p, const FormulaTraits& cell, const FormulaClusterPlan& plan) {
+  FormulaClusterShape shape = plan.shape;
+  const int bytes = storage_bytes(plan.math);
+  int width = 16;
+  for (int d = 0; d < p.D; ++d) {
+    width = std::min(width, copy_width({p.weights[d].w_hh}, p.H / p.heads * bytes, bytes));
+    for (int k = 0; k < cell.phases; ++k) {
+      if (static_cast<FormulaPhase>(cell.phase_kinds[k]) != FormulaPhase::kProduct) continue;
+      width = std::min(width, copy_width({p.weights[d].weight[k]}, p.H / p.heads * bytes, bytes));
+    }
+  }
+  shape.copy_vectors = width == 16;
+  return shape;
+}
+
+}  // namespace
+
+void run_formula_cluster_forward(const FormulaForward& p, const FormulaTraits& cell, const FormulaClusterPlan& plan,
+                                 const FormulaLauncher& launch) {
+  const FormulaClusterForward arguments{p, shape_of(p, cell, plan)};
+  launch(launch_of(plan, FormulaRole::kClusterForward, p.D), &arguments, sizeof arguments);
+}
+
+void run_formula_cluster_backward(const FormulaBackward& p, const FormulaTraits& cell, const FormulaClusterPlan& plan,
+                                  const FormulaLauncher& launch) {
+  const FormulaClusterBackward arguments{p, shape_of(p, cell, plan)};
+  launch(launch_of(plan, FormulaRole::kClusterBackward, p.D), &arguments, sizeof arguments);
 }
 
 }  // namespace fused_rnn::cuda

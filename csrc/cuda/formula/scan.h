@@ -5,6 +5,7 @@
 
 #include "cuda/formula/formula_params.h"
 #include "plan/formula.h"
+#include "plan/formula_cluster.h"
 
 namespace fused_rnn::cuda {
 
@@ -15,9 +16,11 @@ struct FormulaLaunch {
   TileSize tile;
   int grid_x, grid_y, grid_z;
   int threads, smem_bytes;
-  bool pdl;  // may start before the preceding grid of the stream has ended
+  bool pdl;     // may start before the preceding grid of the stream has ended
+  int cluster;  // blocks of a cluster, neighbours in x; 1: none
 };
-// arguments: a FormulaForwardStep or FormulaBackwardStep of so many bytes, read before the call returns.
+// arguments: what the kernel takes (FormulaForwardStep, FormulaClusterForward, ...), of so many bytes, read before the call
+// returns.
 using FormulaLauncher = std::function<void(const FormulaLaunch& launch, const void* arguments, size_t bytes)>;
 
 // p without working memory; workspace: plan.workspace.bytes, 256-byte aligned, contents irrelevant. Nothing is synchronised.
@@ -25,5 +28,11 @@ void run_formula_forward(const FormulaForward& p, const FormulaTraits& cell, con
                          const FormulaLauncher& launch);
 void run_formula_backward(const FormulaBackward& p, const FormulaTraits& cell, const FormulaStepPlan& plan, void* workspace,
                           const FormulaLauncher& launch);
+
+// The same by family `cluster`, which needs no working memory.
+void run_formula_cluster_forward(const FormulaForward& p, const FormulaTraits& cell, const FormulaClusterPlan& plan,
+                                 const FormulaLauncher& launch);
+void run_formula_cluster_backward(const FormulaBackward& p, const FormulaTraits& cell, const FormulaClusterPlan& plan,
+                                  const FormulaLauncher& launch);
 
 }  // namespace fused_rnn::cuda

@@ -1,0 +1,33 @@
+// How a cluster of blocks shares the units of a formula's layer and what a block's shared memory holds: made by the planner
+// (plan/formula_cluster.cpp), read by the kernels (cuda/formula/formula_cluster.cuh). No CUDA include.
+//
+// A cluster owns kFormulaClusterRows batch rows of one group of units in one direction: all units, or one head where nothing
+// in the step goes across heads. The units of a head are padded to whole chunks of K (kChunkBytes, at least 16 units), so
+// that 16 units, an atom, belong to one head. Block `rank` owns the padded units rank * slice, rank * slice + 1, ...
+#pragma once
+#include "core/formula.h"
+
+namespace fused_rnn::cuda {
+
+constexpr int kFormulaClusterRows = 8, kFormulaClusterThreads = 256, kFormulaClusterAtom = 16;
+
+// Offsets are bytes of shared memory, aligned to 128.
+struct FormulaClusterShape {
+  int ranks;           // blocks of a cluster; 1: nothing is exchanged, and no instruction for clusters is reached
+  int groups;          // clusters beside each other
+  int heads;           // of a group
+  int head;            // padded units of a head
+  int units;           // padded units of a group
+  int slice;           // padded units of a block, whole atoms; the last blocks may have fewer, or none
+  int recurrent_local; // every block has whole heads: the recurrent product reads the block's own units alone
+  int exchanges;       // of a step between all blocks: of what the recurrent product reads, and one for each level
+  int copy_vectors;    // rows of all weights are whole pieces of 16 bytes, aligned
+  int splits[kMostFormulaPhases + 1];  // parts of K of the recurrent product, and of the products of each level
+  int barriers, table, constants, staged, arrays, moments, sums;
+  int weights[kMostFormulaPhases + 1];  // of the recurrent product, and of each phase
+  int own_vector;                       // recurrent_local: what the recurrent product reads
+  int exchange, exchange_bytes;         // even exchanges lie at its begin, odd ones at its end
+  int smem_bytes;
+};
+
+}  // namespace fused_rnn::cuda
