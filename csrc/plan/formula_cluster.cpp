@@ -89,8 +89,9 @@ class Layout {
     }
     const int recurrent_vectors = !recurs ? 0 : backward ? cell_.recurrent_gates : 1;
     s.own_vector = take(s.recurrent_local ? int64_t{vector} * recurrent_vectors : 0);
-    s.exchange_bytes = exchange_bytes(s, recurrent_vectors);
-    s.exchange = take(s.exchange_bytes);
+    lay_out_exchanges(s, recurrent_vectors);
+    s.vectors = take(s.vectors_bytes);
+    s.norms = take(s.norms_bytes);
     s.smem_bytes = static_cast<int>(std::min<int64_t>(offset, 1 << 30));
     return s;
   }
@@ -99,18 +100,20 @@ class Layout {
 
  private:
   // Exchanges that follow each other, also from a step to the next, do not overlap.
-  int exchange_bytes(const FormulaClusterShape& s, int recurrent_vectors) const {
+  void lay_out_exchanges(FormulaClusterShape& s, int recurrent_vectors) const {
     const int64_t vector = int64_t{s.units} * kRows * cuda::storage_bytes(math_);
     const int64_t norm = int64_t{s.ranks} * kRows * 4 * cuda::accumulator_bytes(math_);
-    int64_t sizes[kMostFormulaPhases + 1], most = 0;
+    Level exchanges[kMostFormulaPhases + 1], most{};
     int count = 0;
-    if (cell_.recurrent_gates > 0 && !s.recurrent_local) sizes[count++] = recurrent_vectors * vector;
-    for (int level = 0; level < levels_; ++level) {
-      const Level found = level_of(cell_, problem_.backward, level);
-      sizes[count++] = found.products * vector + found.norms * norm;
+    if (cell_.recurrent_gates > 0 && !s.recurrent_local) exchanges[count++] = {recurrent_vectors, 0};
+    for (int level = 0; level < levels_; ++level) exchanges[count++] = level_of(cell_, problem_.backward, level);
+    for (int i = 0; i < count; ++i) {
+      const Level &one = exchanges[i], &next = exchanges[(i + 1) % count];
+      most.products = std::max(most.products, one.products + next.products);
+      most.norms = std::max(most.norms, one.norms + next.norms);
     }
-    for (int i = 0; i < count; ++i) most = std::max(most, sizes[i] + sizes[(i + 1) % count]);
-    return static_cast<int>(std::min<int64_t>(most, 1 << 30));
+    s.vectors_bytes = static_cast<int>(std::min<int64_t>(most.products * vector, 1 << 30));
+    s.norms_bytes = static_cast<int>(std::min<int64_t>(most.norms * norm, 1 << 30));
   }
 
   // Numbers that the parts of sums take; fills in the splits.
@@ -151,8 +154,8 @@ double product_us(int tasks, int splits, int chunks, MathKind math, const Device
   const double bytes = double(tasks) * chunks * (kAtom + kRows) * cuda::kChunkBytes;
   const double adds = double(tasks) * chunks * kAtom * kRows * cuda::chunk_size(math);
   const bool tensor = cuda::traits_of(math).tensor_cores && (math != MathKind::kBf16 || device.compiled_for >= 80);
-  const double alone = ceil_div(tasks * splits, kWarps) * ceil_div(chunks, splits) *
-                       (tensor ? kTensorChunkClocks : kPlainChunkClocks);
+  const double alone =
+      ceil_div(tasks * splits, kWarps) * ceil_div(chunks, splits) * (tensor ? kTensorChunkClocks : kPlainChunkClocks);
   return std::max({bytes / kSmemBytesPerClock, adds / persistent_math_rate(math, device), alone}) / (kClockGhz * 1e3);
 }
 
@@ -202,10 +205,10 @@ FormulaClusterPlan plan_formula_cluster(const FormulaStepProblem& problem, const
     plan.clusters = needed, plan.at_once = at_once;
   }
   if (plan.shape.ranks == 0) {
-    std::string reason = least_bytes == 0 ? "no cluster of that size has work for all of its blocks"
-                                          : "weights and states of a block need at least " + std::to_string(least_bytes) +
-                                                " bytes of shared memory, and a block has " +
-                                                std::to_string(device.smem_per_block);
+    std::string reason = least_bytes == 0
+                             ? "no cluster of that size has work for all of its blocks"
+                             : "weights and states of a block need at least " + std::to_string(least_bytes) +
+                                   " bytes of shared memory, and a block has " + std::to_string(device.smem_per_block);
     if (most <= 1 && ranks == 0) reason += "; the device or the code for it has no clusters, among which to divide them";
     throw std::invalid_argument(reason);
   }

@@ -13,20 +13,22 @@ constexpr int kFormulaClusterRows = 8, kFormulaClusterThreads = 256, kFormulaClu
 
 // Offsets are bytes of shared memory, aligned to 128.
 struct FormulaClusterShape {
-  int ranks;           // blocks of a cluster; 1: nothing is exchanged, and no instruction for clusters is reached
-  int groups;          // clusters beside each other
-  int heads;           // of a group
-  int head;            // padded units of a head
-  int units;           // padded units of a group
-  int slice;           // padded units of a block, whole atoms; the last blocks may have fewer, or none
-  int recurrent_local; // every block has whole heads: the recurrent product reads the block's own units alone
-  int exchanges;       // of a step between all blocks: of what the recurrent product reads, and one for each level
-  int copy_vectors;    // rows of all weights are whole pieces of 16 bytes, aligned
+  int ranks;            // blocks of a cluster; 1: nothing is exchanged, and no instruction for clusters is reached
+  int groups;           // clusters beside each other
+  int heads;            // of a group
+  int head;             // padded units of a head
+  int units;            // padded units of a group
+  int slice;            // padded units of a block, whole atoms; the last blocks may have fewer, or none
+  int recurrent_local;  // every block has whole heads: the recurrent product reads the block's own units alone
+  int exchanges;        // of a step between all blocks: of what the recurrent product reads, and one for each level
+  int copy_vectors;     // rows of all weights are whole pieces of 16 bytes, aligned
   int splits[kMostFormulaPhases + 1];  // parts of K of the recurrent product, and of the products of each level
   int barriers, table, constants, staged, arrays, moments, sums;
   int weights[kMostFormulaPhases + 1];  // of the recurrent product, and of each phase
   int own_vector;                       // recurrent_local: what the recurrent product reads
-  int exchange, exchange_bytes;         // even exchanges lie at its begin, odd ones at its end
+  // Vectors and norms of exchanges: those of even number at the begin, those of odd number at the end. Each holds whole vectors
+  // or moments of all blocks, so that a block's own part never lies where another block's part lay.
+  int vectors, vectors_bytes, norms, norms_bytes;
   int smem_bytes;
 };
 

@@ -8,7 +8,7 @@
 //   vector   [K chunk][row][kChunkBytes], a matrix [K chunk][weight row][kChunkBytes], pieces permuted (fragments.cuh)
 //   element  [atom][row][unit of the atom]; sums of products the same, [product, gate and atom][part of K][row][unit]
 // Exchanges are numbered through all steps. Number i counts its bytes at barrier i % 2 and lies at the begin or the end of the
-// exchange's memory, where number i - 2 lay: all blocks have read that, since each of them sends number i - 1 after it.
+// memory for exchanges, where number i - 2 lay: all blocks have read that, since each of them sends number i - 1 after it.
 #pragma once
 #include "core/formula_math.h"
 #include "cuda/formula/formula_norm.cuh"
@@ -18,11 +18,11 @@ namespace fused_rnn::cuda {
 
 // An element of a thread.
 struct FormulaClusterElement {
-  int at;    // in arrays of the block
-  int b;     // row of the tile
-  int local; // unit of the block, with padding
-  int unit;  // of the layer
-  bool real; // no padding, and the row exists
+  int at;     // in arrays of the block
+  int b;      // row of the tile
+  int local;  // unit of the block, with padding
+  int unit;   // of the layer
+  bool real;  // no padding, and the row exists
 };
 
 template <class C, MathKind kMath, bool kBackward>
@@ -151,20 +151,23 @@ struct FormulaClusterBlock {
 
   // ---------------------------------------------------------------------------------------------------------- exchange
 
-  // Bytes of an exchange's vectors and norms.
-  __device__ __forceinline__ int exchange_size(int vectors, int norms) const {
-    return vectors * vector_bytes() + norms * s.ranks * kRows * static_cast<int>(sizeof(Moments));
+  // Where so many vectors, or moments of so many norms, of exchange `number` lie.
+  __device__ __forceinline__ unsigned char* vectors_of(uint32_t number, int vectors) const {
+    return smem + s.vectors + (number & 1 ? s.vectors_bytes - vectors * vector_bytes() : 0);
   }
-  __device__ __forceinline__ unsigned char* exchanged(uint32_t number, int vectors, int norms) const {
-    return smem + s.exchange + (number & 1 ? s.exchange_bytes - exchange_size(vectors, norms) : 0);
+  __device__ __forceinline__ unsigned char* norms_of(uint32_t number, int norms) const {
+    return smem + s.norms + (number & 1 ? s.norms_bytes - norms * s.ranks * kRows * static_cast<int>(sizeof(Moments)) : 0);
   }
   // Of a level's exchange, which is the next one.
-  __device__ __forceinline__ unsigned char* exchanged_of(int level) const {
-    return exchanged(exchange, place_of(level, C::kPhases, true), place_of(level, C::kPhases, false));
+  __device__ __forceinline__ unsigned char* vectors_of_level(int level) const {
+    return vectors_of(exchange, place_of(level, C::kPhases, true));
+  }
+  __device__ __forceinline__ unsigned char* norms_of_level(int level) const {
+    return norms_of(exchange, place_of(level, C::kPhases, false));
   }
   // What the recurrent product of the step with that number of exchange reads.
   __device__ __forceinline__ unsigned char* recurrent_vectors(uint32_t number) const {
-    return s.recurrent_local ? smem + s.own_vector : exchanged(number, kRecurrentVectors, 0);
+    return s.recurrent_local ? smem + s.own_vector : vectors_of(number, kRecurrentVectors);
   }
   // The block's value in a vector.
   __device__ __forceinline__ void put(unsigned char* vector, const FormulaClusterElement& e, Acc value) const {
@@ -287,7 +290,9 @@ struct FormulaClusterBlock {
   __device__ __forceinline__ Moments* moments_of(unsigned char* norms, int norm, int of_rank) const {
     return reinterpret_cast<Moments*>(norms) + (norm * s.ranks + of_rank) * kRows;
   }
-  __device__ __forceinline__ Moments& final_moments(int phase, int b) const { return at<Moments>(s.moments)[phase * kRows + b]; }
+  __device__ __forceinline__ Moments& final_moments(int phase, int b) const {
+    return at<Moments>(s.moments)[phase * kRows + b];
+  }
 
   // The sum of f(element) over the block's units of row b, in every lane of the warp.
   template <class F>
@@ -424,7 +429,8 @@ struct FormulaClusterBlock {
     formula_for_phases<C>([&](auto phase) {
       constexpr int k = decltype(phase)::value;
       if constexpr (is_product(k)) {
-        load_matrix(s.weights[k + 1], s.slice, s.units / kChunk, [&](int row, int column) { return phase_weight(k, row, column); });
+        load_matrix(s.weights[k + 1], s.slice, s.units / kChunk,
+                    [&](int row, int column) { return phase_weight(k, row, column); });
       }
     });
     simt::cp_async_commit();
@@ -463,7 +469,7 @@ struct FormulaClusterBlock {
         simt::store_vec(at<uint32_t>(offset) + 4 * i, zeros);
       }
     };
-    clear(s.exchange, s.exchange_bytes);
+    clear(s.vectors, s.vectors_bytes);
     if (s.recurrent_local) clear(s.own_vector, kRecurrentVectors * vector_bytes());
     if (s.ranks > 1 && simt::thread_x() < 2) simt::mbarrier_init(barrier(simt::thread_x()));
     simt::cp_async_wait<0>();

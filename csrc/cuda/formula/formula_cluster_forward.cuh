@@ -14,8 +14,8 @@ namespace fused_rnn::cuda {
 template <class C, MathKind kMath>
 struct FormulaClusterForwardScan : FormulaClusterBlock<C, kMath, /*kBackward=*/false> {
   using Base = FormulaClusterBlock<C, kMath, false>;
-  using typename Base::Acc, typename Base::Moments, typename Base::Storage;
   using Base::s, Base::p, Base::exchange, Base::dir, Base::kLevels, Base::kRecurs, Base::kRows;
+  using typename Base::Acc, typename Base::Moments, typename Base::Storage;
   using Element = FormulaClusterElement;
   static constexpr int kSlotsAt = C::kStates, kTakenAt = kSlotsAt + C::kSlots, kResultsAt = kTakenAt + C::kPhases;
 
@@ -145,7 +145,7 @@ struct FormulaClusterForwardScan : FormulaClusterBlock<C, kMath, /*kBackward=*/f
       if (f.v[k]) formula_store<Storage>(f.v[k], this->kept_index(e, info.row, 1), v);
     }
     if constexpr (Base::is_product(k)) {
-      unsigned char* const vectors = this->exchanged_of(Base::level_of(k));
+      unsigned char* const vectors = this->vectors_of_level(Base::level_of(k));
       this->put(vectors + Base::place_of(Base::level_of(k), k, true) * this->vector_bytes(), e, v);
     } else {
       this->array(kTakenAt + k, e.at) = v;
@@ -217,21 +217,24 @@ struct FormulaClusterForwardScan : FormulaClusterBlock<C, kMath, /*kBackward=*/f
     simt::sync_block();
   }
 
+  template <int k>
+  __device__ __forceinline__ void send_norm(unsigned char* norms) const {
+    const auto v = [&](int at, int) { return this->array(kTakenAt + k, at); };
+    for (int b = simt::warp_id(); b < kRows; b += Base::kWarps) {
+      this->send_moments(norms, Base::place_of(Base::level_of(k), k, false), Base::is_centred(k), b, v,
+                         [](int, int) { return Acc(0); });
+    }
+  }
   // The phases of a level, between two passes.
   template <int kLevel>
   __device__ __forceinline__ void make_level() {
     constexpr int kProducts = Base::place_of(kLevel, C::kPhases, true), kNorms = Base::place_of(kLevel, C::kPhases, false);
-    unsigned char* const vectors = this->exchanged_of(kLevel);
-    unsigned char* const norms = vectors + kProducts * this->vector_bytes();
+    unsigned char* const vectors = this->vectors_of_level(kLevel);
+    unsigned char* const norms = this->norms_of_level(kLevel);
     if constexpr (kProducts > 0) this->push_vectors(vectors, kProducts);
     formula_for_phases<C>([&](auto phase) {
       constexpr int k = decltype(phase)::value;
-      if constexpr (!Base::is_product(k) && Base::level_of(k) == kLevel) {
-        for (int b = simt::warp_id(); b < kRows; b += Base::kWarps) {
-          this->send_moments(norms, Base::place_of(kLevel, k, false), Base::is_centred(k), b,
-                             [&](int at, int) { return this->array(kTakenAt + k, at); }, [](int, int) { return Acc(0); });
-        }
-      }
+      if constexpr (!Base::is_product(k) && Base::level_of(k) == kLevel) this->template send_norm<k>(norms);
     });
     if constexpr (kNorms > 0) simt::sync_block();
     this->await(kProducts, kNorms);

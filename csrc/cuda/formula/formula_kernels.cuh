@@ -33,15 +33,15 @@ constexpr int formula_threads(bool backward, TileSize size) {
 #define FUSED_RNN_FORMULA_INITIAL(cell, math, tile)                           \
   FUSED_RNN_FORMULA_KERNEL(initial_0_##tile, tile, true, FormulaBackwardStep, \
                            formula_initial_gradients<cell, MathKind::math, TileSize::tile>)
-#define FUSED_RNN_FORMULA_CLUSTER_KERNEL(name, Arguments, ...)                                           \
-  extern "C" __global__ void __launch_bounds__(fused_rnn::cuda::kFormulaClusterThreads, 1)               \
-      name(const __grid_constant__ fused_rnn::cuda::Arguments arguments) {                               \
-    using namespace fused_rnn::cuda;                                                                     \
-    __VA_ARGS__(arguments);                                                                              \
+#define FUSED_RNN_FORMULA_CLUSTER_KERNEL(name, Arguments, ...)                             \
+  extern "C" __global__ void __launch_bounds__(fused_rnn::cuda::kFormulaClusterThreads, 1) \
+      name(const __grid_constant__ fused_rnn::cuda::Arguments arguments) {                 \
+    using namespace fused_rnn::cuda;                                                       \
+    __VA_ARGS__(arguments);                                                                \
   }
-#define FUSED_RNN_FORMULA_CLUSTER_FORWARD(cell, math)                                                    \
-  FUSED_RNN_FORMULA_CLUSTER_KERNEL(cluster_forward_0_kSmall, FormulaClusterForward,                      \
+#define FUSED_RNN_FORMULA_CLUSTER_FORWARD(cell, math)                               \
+  FUSED_RNN_FORMULA_CLUSTER_KERNEL(cluster_forward_0_kSmall, FormulaClusterForward, \
                                    formula_cluster_forward<cell, MathKind::math>)
-#define FUSED_RNN_FORMULA_CLUSTER_BACKWARD(cell, math)                                                   \
-  FUSED_RNN_FORMULA_CLUSTER_KERNEL(cluster_backward_0_kSmall, FormulaClusterBackward,                    \
+#define FUSED_RNN_FORMULA_CLUSTER_BACKWARD(cell, math)                                \
+  FUSED_RNN_FORMULA_CLUSTER_KERNEL(cluster_backward_0_kSmall, FormulaClusterBackward, \
                                    formula_cluster_backward<cell, MathKind::math>)
