@@ -13,6 +13,9 @@ namespace fused_rnn {
 void register_formula_on_device(const std::string& formula, const std::string& path);
 void forget_formula_on_device(const std::string& formula, int dtype, int capability);
 bool has_formula_on_device(const std::string& formula, int dtype, int capability);
+// Whether the kernels of family `cluster` serve too: state 0: not before they are verified; 1: in clusters of so many blocks
+// wherever they can, for the verification; 2: as FUSED_RNN_PLAN says.
+void set_formula_cluster(const std::string& formula, int dtype, int capability, int state, int ranks);
 
 // What the kernels say of the cell; null where there are none. device: a tensor's; -1: any.
 const FormulaTraits* formula_traits_on_device(const std::string& formula, DType dtype, int device);
@@ -21,7 +24,7 @@ const FormulaTraits* formula_traits_on_device(const std::string& formula, DType 
 // [D, N, Gi, H] with their biases.
 void formula_forward_on_device(const std::string& formula, const cpu::FormulaForward& p, const at::Tensor& x);
 void formula_backward_on_device(const std::string& formula, const cpu::FormulaBackward& p, const at::Tensor& x);
-// What the planner says of a layer on this device: launches, tiles, memory.
+// What the planner says of a layer on this device: family, launches, tiles, memory.
 std::string formula_plan_on_device(const std::string& formula, int dtype, int device, int64_t T, int64_t B, int64_t H, int D,
                                    int heads, bool backward);
 

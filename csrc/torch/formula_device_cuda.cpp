@@ -7,7 +7,9 @@
 
 #include "cuda/backend.h"
 #include "cuda/formula/driver.h"
+#include "plan/formula_choice.h"
 #include "torch/formula_device.h"
+#include "torch/settings.h"
 
 namespace fused_rnn {
 namespace {
@@ -63,10 +65,20 @@ FormulaStepProblem problem_of(const FormulaTraits& traits, const cpu::FormulaPar
   return {&traits, p.dtype, p.seq.T, p.seq.B, p.H, p.D, p.heads, backward};
 }
 
+// What FUSED_RNN_PLAN says, among the kernels that have been verified.
+FormulaPlan plan_of(const cuda::FormulaModule& module, const FormulaStepProblem& problem, const DeviceInfo& device) {
+  using Cluster = cuda::FormulaModule::Cluster;
+  FamilyChoice choice = family_setting();
+  const Cluster cluster = module.cluster();
+  if (cluster == Cluster::kForced) choice = FamilyChoice{Family::kCluster};
+  if (cluster == Cluster::kUnverified) choice.excluded |= 1u << static_cast<int>(Family::kCluster);
+  return plan_formula(problem, device, choice, module.ranks());
+}
+
 // The module, the plan and the working memory of a call.
 struct Prepared {
   cuda::FormulaModule* module;
-  FormulaStepPlan plan;
+  FormulaPlan plan;
   at::Tensor workspace;
   cuda::FormulaLauncher launch;
 
@@ -74,8 +86,8 @@ struct Prepared {
       : module(find(formula, p.dtype, x.get_device())) {
     TORCH_CHECK(module, "cell: the formula ", formula, " has no kernels in this process for ", x.scalar_type(), " on ",
                 x.device(), ": make a fused_rnn.Layer of the cell first");
-    plan = plan_formula_step(problem_of(module->traits(), p, backward), info_of(x.get_device()));
-    workspace = at::empty({plan.workspace.bytes}, x.options().dtype(at::kByte));
+    plan = plan_of(*module, problem_of(module->traits(), p, backward), info_of(x.get_device()));
+    workspace = at::empty({plan.workspace_bytes}, x.options().dtype(at::kByte));
     launch = module->launcher(x.get_device(), c10::cuda::getCurrentCUDAStream().stream());
   }
 };
@@ -98,6 +110,14 @@ bool has_formula_on_device(const std::string& formula, int dtype, int capability
   return modules().count({formula, dtype, capability}) > 0;
 }
 
+void set_formula_cluster(const std::string& formula, int dtype, int capability, int state, int ranks) {
+  const std::lock_guard<std::mutex> lock(modules_mutex);
+  const auto found = modules().find({formula, dtype, capability});
+  TORCH_CHECK_VALUE(found != modules().end(), "formula: expected one with kernels in this process, got ", formula);
+  TORCH_CHECK_VALUE(state >= 0 && state <= 2, "state: expected 0, 1 or 2, got ", state);
+  found->second->set_cluster(static_cast<cuda::FormulaModule::Cluster>(state), ranks);
+}
+
 const FormulaTraits* formula_traits_on_device(const std::string& formula, DType dtype, int device) {
   const cuda::FormulaModule* const module = find(formula, dtype, device);
   return module ? &module->traits() : nullptr;
@@ -112,7 +132,10 @@ void formula_forward_on_device(const std::string& formula, const cpu::FormulaFor
   to.saved = p.saved;
   for (int i = 0; i < kMostFormulaStates; ++i) to.last[i] = p.last[i], to.series[i] = p.series[i];
   for (int k = 0; k < kMostFormulaPhases; ++k) to.v[k] = p.v[k];
-  run_formula_forward(to, prepared.module->traits(), prepared.plan, prepared.workspace.data_ptr(), prepared.launch);
+  const FormulaTraits& traits = prepared.module->traits();
+  const FormulaPlan& plan = prepared.plan;
+  if (plan.cluster) return run_formula_cluster_forward(to, traits, *plan.cluster, prepared.launch);
+  run_formula_forward(to, traits, *plan.step, prepared.workspace.data_ptr(), prepared.launch);
 }
 
 void formula_backward_on_device(const std::string& formula, const cpu::FormulaBackward& p, const at::Tensor& x) {
@@ -127,15 +150,18 @@ void formula_backward_on_device(const std::string& formula, const cpu::FormulaBa
     to.series[i] = p.series[i], to.d_last[i] = p.d_last[i], to.d_initial[i] = p.d_states[i];
   }
   for (int k = 0; k < kMostFormulaPhases; ++k) to.v[k] = p.v[k];
-  run_formula_backward(to, prepared.module->traits(), prepared.plan, prepared.workspace.data_ptr(), prepared.launch);
+  const FormulaTraits& traits = prepared.module->traits();
+  const FormulaPlan& plan = prepared.plan;
+  if (plan.cluster) return run_formula_cluster_backward(to, traits, *plan.cluster, prepared.launch);
+  run_formula_backward(to, traits, *plan.step, prepared.workspace.data_ptr(), prepared.launch);
 }
 
 std::string formula_plan_on_device(const std::string& formula, int dtype, int device, int64_t T, int64_t B, int64_t H, int D,
                                    int heads, bool backward) {
   const cuda::FormulaModule* const module = find(formula, static_cast<DType>(dtype), device);
   TORCH_CHECK_VALUE(module, "formula: expected one with kernels for device ", device, " in this process, got ", formula);
-  return to_string(
-      plan_formula_step({&module->traits(), static_cast<DType>(dtype), T, B, H, D, heads, backward}, info_of(device)));
+  const FormulaStepProblem problem{&module->traits(), static_cast<DType>(dtype), T, B, H, D, heads, backward};
+  return to_string(plan_of(*module, problem, info_of(device)));
 }
 
 }  // namespace fused_rnn

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "cpu/cpu.h"
-#include "plan/formula.h"
+#include "plan/formula_choice.h"
 #include "plan/machine.h"
 #include "plan/overlap.h"
 #include "plan/persistent_geometry.h"
@@ -227,13 +227,27 @@ py::dict formula_plan(const py::kwargs& given) {
   problem.heads = k.take<int>("heads");
   problem.backward = k.take<bool>("backward");
   const DeviceInfo device = device_of(k.take<py::dict>("device"));
+  const FamilyChoice choice = choice_of(k);
   k.end();
-  const FormulaStepPlan made = plan_formula_step(problem, device);
-  py::dict result;
-  result["launches"] = problem.T * static_cast<int64_t>(made.segments.size()) + problem.backward;
-  result["overlapped_launches"] = made.pdl;
-  result["workspace_bytes"] = made.workspace.bytes;
+  const FormulaPlan made = plan_formula(problem, device, choice);
+  py::dict result, rejected, candidates;
+  for (const Rejection& rejection : made.rejected) rejected[to_string(rejection.family)] = rejection.reason;
+  for (const Candidate& candidate : made.candidates) {
+    py::dict entry;
+    entry["us_per_step"] = candidate.us_per_step;
+    entry["us"] = candidate.us;
+    candidates[to_string(candidate.family)] = entry;
+  }
+  result["family"] = to_string(made.family);
+  result["reason"] = made.reason;
+  result["rejected"] = rejected;
+  result["candidates"] = candidates;
+  result["cheapest"] = to_string(made.cheapest);
+  result["launches"] = made.launches;
+  result["overlapped_launches"] = made.overlapped;
+  result["workspace_bytes"] = made.workspace_bytes;
   result["us_per_step"] = made.us_per_step;
+  result["us"] = made.us;
   result["text"] = to_string(made);
   return result;
 }
@@ -332,9 +346,10 @@ void bind_plan(py::module_& module) {
       "plan(*, cell, dtype, T, B, I, H, device, P=H, D=1, allow_tf32=False, ragged=False, training=False, "
       "backward=False, forced=None, preferred=None): the CUDA kernels that would serve one layer on a device given by "
       "its properties; preferred: the family that serves where it can. No GPU is needed.");
-  module.def("formula_plan", &formula_plan,
-             "formula_plan(*, traits, dtype, T, B, H, D, heads, backward, device): launches and memory of a formula's layer "
-             "on a device given by its properties. No GPU is needed.");
+  module.def(
+      "formula_plan", &formula_plan,
+      "formula_plan(*, traits, dtype, T, B, H, D, heads, backward, device, forced=None): the family, launches and memory "
+      "of a formula's layer on a device given by its properties. No GPU is needed.");
   module.def("overlap", &overlap,
              "overlap(*, layers, first_input, rows=T*B, dropout=0.0, chunks=None, and plan's): how the layers of a stack "
              "would overlap on a device given by its properties; I: of the layers above the first; rows: in memory, if "

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 
+from fused_rnn import _settings
 from fused_rnn._backend import extension
 from fused_rnn.formula import build, ops, store
 from fused_rnn.formula.cuda_compiler import Nvcc, Nvrtc, find_compiler
 from fused_rnn.formula.language import Cell
 
 SUFFIX = ".kernels"
+_verified: set[tuple[str, int, int]] = set()  # formula, dtype and capability whose kernels of family cluster serve
 FOLDERS = ("core", "plan", "cuda/device", "cuda/step", "cuda/formula", "cuda/formula/rtc")  # of headers
 
 
@@ -83,8 +85,39 @@ def prepare(formula: str, dtype: torch.dtype) -> None:
         prepare_on(formula, dtype, capability, torch.device("cuda", device))
 
 
+def asks_for_cluster() -> bool:
+    """Whether FUSED_RNN_PLAN lets family ``cluster`` serve, which has not run on a GPU yet and waits to be asked for."""
+    return _settings.value("FUSED_RNN_PLAN") in ("cluster", "cheapest")
+
+
 def prepare_on(formula: str, dtype: torch.dtype, capability: int, device: torch.device) -> None:
     """The same on devices of one compute capability; ``device`` is one of them."""
+    _prepare_steps(formula, dtype, capability, device)
+    if asks_for_cluster():
+        _verify_cluster(formula, dtype, capability, device)
+
+
+def _verify_cluster(formula: str, dtype: torch.dtype, capability: int, device: torch.device) -> None:
+    """Compares the kernels of family ``cluster`` with ``step``, in a block alone and in clusters; then they serve."""
+    from fused_rnn.formula import verify
+
+    assert extension is not None
+    key = (formula, ops.dtype_number(dtype), capability)
+    if key in _verified:
+        return
+    try:
+        for ranks in (1, 2)[: 1 + (capability >= 90)]:
+            extension.set_formula_cluster(*key, 1, ranks)
+            verify.check_kernels(ops.cell_of(formula), formula, dtype, device)
+    except BaseException:
+        extension.set_formula_cluster(*key, 0)
+        raise
+    extension.set_formula_cluster(*key, 2)
+    _verified.add(key)
+
+
+def _prepare_steps(formula: str, dtype: torch.dtype, capability: int, device: torch.device) -> None:
+    """Those of family ``step``, which are compiled and kept together with the others."""
     assert extension is not None
     if extension.has_formula_on_device(formula, ops.dtype_number(dtype), capability):
         return

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import _backend
-from fused_rnn.explanation import Explanation, LayerPlan, PassPlan, Rejection
+from fused_rnn import _backend, _settings
+from fused_rnn.explanation import Candidate, Explanation, LayerPlan, PassPlan, Rejection
 from fused_rnn.formula import serve
 from fused_rnn.formula.language import Cell
 from fused_rnn.formula.modules import Layer, Step
@@ -50,7 +50,7 @@ def explain_formula(
         reason="no backend before it serves the call" if backend == "reference" else "it is compiled from the formula",
         rejected=tuple(rejected),
         instruction_set=_backend.build_info()["cpu_instruction_set"] if backend == "cpu" else None,
-        forced_family=None, layers=layers, forward_overlap=None, backward_overlap=None,
+        forced_family=(_settings.value("FUSED_RNN_PLAN") or None) if backend == "cuda" else None, layers=layers, forward_overlap=None, backward_overlap=None,
     )  # fmt: skip
 
 
@@ -77,11 +77,16 @@ def _on_gpu(
     made = _backend.extension.formula_plan(  # type: ignore[union-attr]
         traits=flat_traits(make_plan(cell)), dtype=str(dtype).removeprefix("torch."), T=size["T"], B=size["B"], H=size["H"],
         D=size["D"], heads=cell.declaration.heads, backward=backward, device=dict(device),
+        forced=_settings.value("FUSED_RNN_PLAN") or None,
     )  # fmt: skip
     return PassPlan(
-        family="step", reason="the one that formulas have", launches=made["launches"],
-        overlapped_launches=made["overlapped_launches"], workspace_bytes=made["workspace_bytes"],
-        us_per_step=made["us_per_step"],
+        family=made["family"], reason=made["reason"],
+        rejected=tuple(Rejection(name, why) for name, why in made["rejected"].items()),
+        candidates=tuple(
+            Candidate(name, found["us"], found["us_per_step"]) for name, found in made["candidates"].items()
+        ),
+        cheapest=made["cheapest"], launches=made["launches"], overlapped_launches=made["overlapped_launches"],
+        workspace_bytes=made["workspace_bytes"], us=made["us"], us_per_step=made["us_per_step"],
         text=f"{words}; {made['text']}",
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ MOST_STATES, MOST_PHASES = 8, 12  # csrc/core/formula.h's kMostFormulaStates, kM
 
 _PLAIN = _backend.Features()
 _lock = threading.RLock()  # one compiler at a time in this process
-_ready: set[tuple[str, torch.dtype, str]] = set()  # by formula, dtype and setting of the instruction set, or "cuda"
+_ready: set[tuple[str, torch.dtype, str]] = set()  # by formula, dtype and _setting_of its device
 _reasons: dict[tuple[str, torch.dtype, str], _backend.Reason] = {}  # why a cell has none, found by trying
 
 
@@ -41,7 +41,7 @@ def why_not(
 
 def _why_not_now(formula: str, device_type: str, dtype: torch.dtype) -> _backend.Reason | None:
     """Kernels that have not been verified cannot be while a CUDA graph is captured."""
-    if device_type == "cuda" and (formula, dtype, device_type) not in _ready and torch.cuda.is_current_stream_capturing():
+    if device_type == "cuda" and (formula, dtype, _setting_of(device_type)) not in _ready and torch.cuda.is_current_stream_capturing():
         name = type(ops.cell_of(formula)).__name__
         return _backend.Reason(
             f"formula:{formula}:capture",
@@ -83,8 +83,15 @@ def has_kernels(
 has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _setting_of(device_type: str) -> str:
+    """Of the setting that says which kernels serve: the instruction set of a CPU; of a GPU whether its family cluster may."""
+    if device_type == "cpu":
+        return _settings.value("FUSED_RNN_CPU")
+    return f"{device_type}, all families" if cuda_build.asks_for_cluster() else device_type
+
+
 def _prepare(formula: str, device_type: str, dtype: torch.dtype) -> None:
-    key = (formula, dtype, _settings.value("FUSED_RNN_CPU") if device_type == "cpu" else device_type)
+    key = (formula, dtype, _setting_of(device_type))
     if key in _ready:
         return
     if _backend.is_transformed():  # a thread of its own has no transforms, which would reach what traces and compares here

@@ -16,6 +16,7 @@ struct LaunchAttribute {
   union {
     char bytes[64];
     int allowed;
+    unsigned cluster[3];
   } value;
 };
 struct LaunchConfig {
@@ -24,9 +25,9 @@ struct LaunchConfig {
   LaunchAttribute* attributes;
   unsigned attribute_count;
 };
-constexpr int kProgrammaticStreamSerialization = 6;  // CUlaunchAttributeID
-constexpr int kMaxDynamicSmem = 8;                   // CUfunction_attribute
-constexpr int kMaxSmemPerBlockOptin = 97;            // CUdevice_attribute
+constexpr int kClusterDimension = 4, kProgrammaticStreamSerialization = 6;  // CUlaunchAttributeID
+constexpr int kMaxDynamicSmem = 8, kNonPortableCluster = 14;                // CUfunction_attribute
+constexpr int kMaxSmemPerBlockOptin = 97;                                   // CUdevice_attribute
 static_assert(sizeof(LaunchAttribute) == 72 && sizeof(LaunchConfig) == 56);
 
 struct Driver {
@@ -105,6 +106,10 @@ const FormulaModule::Functions& FormulaModule::functions_of(int device) {
     void* function = nullptr;
     d.check(d.function(&function, module, kernel.name.c_str()), "kernel " + kernel.name);
     d.check(d.set_attribute(function, kMaxDynamicSmem, smem_bytes), "shared memory of kernel " + kernel.name);
+    const bool cluster = kernel.role == FormulaRole::kClusterForward || kernel.role == FormulaRole::kClusterBackward;
+    if (cluster && capability_ >= 90) {  // of more than 8 blocks
+      d.check(d.set_attribute(function, kNonPortableCluster, 1), "clusters of kernel " + kernel.name);
+    }
     functions.push_back(function);
   }
   return loaded_[device] = std::move(functions);
@@ -120,16 +125,24 @@ FormulaLauncher FormulaModule::launcher(int device, void* stream) {
       ++place;
     }
     if (place == kernels_.size()) throw std::logic_error("the formula has no such kernel");
-    LaunchAttribute attribute{};
-    attribute.id = kProgrammaticStreamSerialization;
-    attribute.value.allowed = 1;
+    LaunchAttribute attributes[2]{};
     LaunchConfig config{};
+    config.attributes = attributes;
+    if (launch.pdl) {
+      LaunchAttribute& attribute = attributes[config.attribute_count++];
+      attribute.id = kProgrammaticStreamSerialization;
+      attribute.value.allowed = 1;
+    }
+    if (launch.cluster > 1) {
+      LaunchAttribute& attribute = attributes[config.attribute_count++];
+      attribute.id = kClusterDimension;
+      attribute.value.cluster[0] = launch.cluster;
+      attribute.value.cluster[1] = attribute.value.cluster[2] = 1;
+    }
     config.grid_x = launch.grid_x, config.grid_y = launch.grid_y, config.grid_z = launch.grid_z;
     config.block_x = launch.threads, config.block_y = config.block_z = 1;
     config.smem_bytes = launch.smem_bytes;
     config.stream = stream;
-    config.attributes = &attribute;
-    config.attribute_count = launch.pdl;
     void* parameters[] = {const_cast<void*>(arguments)};
     driver().check(driver().launch(&config, functions[place], parameters, nullptr), "kernel " + kernels_[place].name);
   };

@@ -1,6 +1,7 @@
 // The compiled kernels of a formula on the devices of this process, through CUDA's driver, which is loaded at run time: no
 // CUDA header, no library to link. A file of fused_rnn/formula/cuda.py has one line of integers, then the machine code.
 #pragma once
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <string>
@@ -25,6 +26,16 @@ class FormulaModule {
   // the driver's words.
   FormulaLauncher launcher(int device, void* stream);
 
+  // Whether the kernels of family `cluster` serve, as those of `step` do: not before they have been verified. kForced: they
+  // do in clusters of so many blocks where they can, for the verification.
+  enum class Cluster { kUnverified, kForced, kVerified };
+  void set_cluster(Cluster state, int ranks) {
+    ranks_ = ranks;
+    cluster_ = state;
+  }
+  Cluster cluster() const { return cluster_; }
+  int ranks() const { return cluster_ == Cluster::kForced ? ranks_.load() : 0; }
+
  private:
   struct Kernel {
     FormulaRole role;
@@ -44,6 +55,8 @@ class FormulaModule {
   std::vector<char> reads_series_;  // of bool, whose std::vector has no memory of its own
   std::vector<Kernel> kernels_;
   std::string code_;
+  std::atomic<Cluster> cluster_{Cluster::kUnverified};
+  std::atomic<int> ranks_{0};
   std::mutex mutex_;
   std::map<int, Functions> loaded_;  // by device; entries stay where they are
 };
