@@ -24,6 +24,8 @@ constexpr int kMostSplits = 8;
 // further pass over the elements with its barrier; a further element of a thread in a pass.
 constexpr double kTensorChunkClocks = 45, kPlainChunkClocks = 90;
 constexpr double kNormUs = 0.18, kPassUs = 0.2, kElementUs = 0.08;
+// Of an exchange, beside kClusterHandOffUs: the barrier between the own part and its pushes; bytes that reach a block.
+constexpr double kGatherUs = 0.1, kClusterBytesPerClock = 32;
 
 int aligned(int bytes) { return ceil_div(bytes, 128) * 128; }
 
@@ -159,6 +161,18 @@ double product_us(int tasks, int splits, int chunks, MathKind math, const Device
   return std::max({bytes / kSmemBytesPerClock, adds / persistent_math_rate(math, device), alone}) / (kClockGhz * 1e3);
 }
 
+// What reaches a block in a step.
+double exchanged_bytes(const FormulaStepProblem& problem, MathKind math, const FormulaClusterShape& s, int levels) {
+  const FormulaTraits& cell = *problem.cell;
+  double vectors = 0, norms = 0;
+  if (cell.recurrent_gates > 0 && !s.recurrent_local) vectors += problem.backward ? cell.recurrent_gates : 1;
+  for (int level = 0; level < levels; ++level) {
+    const Level found = level_of(cell, problem.backward, level);
+    vectors += found.products, norms += found.norms;
+  }
+  return vectors * s.units * kRows * cuda::storage_bytes(math) + norms * s.ranks * kRows * 4 * cuda::accumulator_bytes(math);
+}
+
 double step_us(const FormulaStepProblem& problem, const DeviceInfo& device, MathKind math, const FormulaClusterShape& s,
                int levels) {
   const FormulaTraits& cell = *problem.cell;
@@ -166,7 +180,10 @@ double step_us(const FormulaStepProblem& problem, const DeviceInfo& device, Math
   const bool backward = problem.backward;
   double us = kStepUs + levels * kPassUs;
   us += (levels + 1) * kElementUs * double(ceil_div(s.slice * kRows, cuda::kFormulaClusterThreads) - 1);
-  if (s.ranks > 1) us += s.exchanges * kClusterHandOffUs;
+  if (s.ranks > 1) {
+    us += s.exchanges * (kClusterHandOffUs + kGatherUs) +
+          exchanged_bytes(problem, math, s, levels) / kClusterBytesPerClock / (kClockGhz * 1e3);
+  }
   if (gates > 0) {
     us += product_us((backward ? 1 : gates) * of_block, s.splits[0], (backward ? gates : 1) * s.head / chunk, math, device);
   }

@@ -180,24 +180,25 @@ struct FormulaClusterBlock {
     return at<simt::MBarrier>(s.barriers) + static_cast<int>(number & 1);
   }
 
-  // Pushes the block's part of vectors that lie one behind the other, after a barrier of the block.
+  // Pushes the block's part of vectors that lie one behind the other, after a barrier of the block. A thread takes pieces of 16
+  // bytes, each to one other block.
   __device__ __forceinline__ void push_vectors(unsigned char* first, int vectors) const {
     if (s.ranks == 1) return;
     constexpr int kUnits = 16 / kSize;  // of a piece
-    const int columns = units_of(rank) / kUnits, pieces = columns * kRows;
-    for (int i = simt::thread_x(); i < pieces * vectors; i += kThreads) {
-      const int piece = i % pieces, b = piece % kRows, unit = rank * s.slice + piece / kRows * kUnits;
-      unsigned char* const from = first + i / pieces * vector_bytes() + unit / kChunk * (kRows * kChunkBytes) +
-                                  k_major_offset(b, unit % kChunk * kSize);
-      push(from);
+    const int pieces = units_of(rank) / kUnits * kRows;
+    for (int i = simt::thread_x(); i < pieces * vectors * s.ranks; i += kThreads) {
+      const int number = i / s.ranks, piece = number % pieces;
+      const int b = piece % kRows, unit = rank * s.slice + piece / kRows * kUnits;
+      push(first + number / pieces * vector_bytes() + unit / kChunk * (kRows * kChunkBytes) +
+               k_major_offset(b, unit % kChunk * kSize),
+           i % s.ranks);
     }
   }
-  // 16 bytes to the same place of all other blocks.
-  __device__ __forceinline__ void push(unsigned char* place) const {
+  // 16 bytes to the same place of another block; to the block itself: nothing.
+  __device__ __forceinline__ void push(unsigned char* place, int to) const {
+    if (to == rank) return;
     const auto piece = simt::load_vec<4>(reinterpret_cast<const uint32_t*>(place));
-    for (int to = 0; to < s.ranks; ++to) {
-      if (to != rank) simt::store_async(simt::map_to_rank(place, to), piece.v, simt::map_to_rank(barrier(exchange), to));
-    }
+    simt::store_async(simt::map_to_rank(place, to), piece.v, simt::map_to_rank(barrier(exchange), to));
   }
   // Awaits the exchange, after which its number is the next one's.
   __device__ __forceinline__ void await(int vectors, int norms, bool sent = true) {
@@ -324,8 +325,11 @@ struct FormulaClusterBlock {
     Moments* const place = moments_of(norms, norm, rank) + b;
     if (simt::lane_id() == 0) *place = own;
     simt::sync_warp();
+    if (s.ranks == 1) return;
     constexpr int kPieces = static_cast<int>(sizeof(Moments)) / 16;
-    if (s.ranks > 1 && simt::lane_id() < kPieces) push(reinterpret_cast<unsigned char*>(place) + 16 * simt::lane_id());
+    for (int i = simt::lane_id(); i < kPieces * s.ranks; i += simt::kWarpSize) {
+      push(reinterpret_cast<unsigned char*>(place) + 16 * (i % kPieces), i / kPieces);
+    }
   }
   // Those of all units, from those of the blocks.
   __device__ __forceinline__ Moments combined(unsigned char* norms, int norm, bool centred, int b) const {
