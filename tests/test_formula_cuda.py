@@ -17,6 +17,7 @@ from check_ptxas import parse
 import fused_rnn
 from fused_rnn import _backend
 from fused_rnn._explain import DEVICES
+from fused_rnn.explanation import PassPlan
 from fused_rnn.formula import Layer, build, cuda, cuda_build, cuda_compiler, ops, serve, store, verify
 from fused_rnn.formula.cuda_compiler import Nvcc, Nvrtc
 from fused_rnn.formula.plan import make_plan
@@ -118,13 +119,19 @@ int cuCtxGetCurrent(void** context) { *context = current; return 0; }
 int cuCtxSetCurrent(void* context) { current = context; return 0; }
 int cuModuleLoadData(void** module, const void* code) { *module = (void*)code; return !std::memcmp(code, "bad", 3); }
 int cuModuleGetFunction(void** f, void*, const char* name) { *f = strdup(name); return 0; }
-int cuFuncSetAttribute(void* f, int attribute, int value) { return attribute != 8 || value != 232448 || !f; }
-struct Attribute { int id; char pad[4]; int allowed; };
+int cuFuncSetAttribute(void* f, int attribute, int value) {
+  if (attribute == 14) return value != 1 || std::strncmp((char*)f, "cluster", 7);
+  return attribute != 8 || value != 232448 || !f;
+}
+struct Attribute { int id; char pad[4]; int value[16]; };
 struct Config { unsigned grid[3], block[3], smem; void* stream; Attribute* attributes; unsigned n; };
 int cuLaunchKernelEx(const Config* c, void* f, void** arguments, void**) {
   std::printf("%s %u,%u,%u ", (char*)f, c->grid[0], c->grid[1], c->grid[2]);
   std::printf("%u,%u,%u %u %p", c->block[0], c->block[1], c->block[2], c->smem, c->stream);
-  if (c->n) std::printf(" attribute %d=%d", c->attributes->id, c->attributes->allowed);
+  for (unsigned i = 0; i < c->n; ++i) {
+    const Attribute& a = c->attributes[i];
+    std::printf(" attribute %d=%d,%d,%d", a.id, a.value[0], a.value[1], a.value[2]);
+  }
   std::printf(" argument %d\\n", *(int*)arguments[0]);
   return 0;
 }
@@ -141,8 +148,9 @@ int main(int, char** argv) {
     std::printf("%d %d %d %d\\n", int(module.dtype()), module.capability(), module.traits().phases, module.traits().saved);
     const FormulaLauncher launch = module.launcher(0, (void*)0x40);
     int argument = 7;
-    launch({FormulaRole::kForward, 1, TileSize::kMedium, 2, 3, 4, 128, 1000, false}, &argument, sizeof argument);
-    launch({FormulaRole::kInitialGradients, 0, TileSize::kSmall, 1, 1, 1, 256, 0, true}, &argument, sizeof argument);
+    launch({FormulaRole::kForward, 1, TileSize::kMedium, 2, 3, 4, 128, 1000, false, 1}, &argument, sizeof argument);
+    launch({FormulaRole::kInitialGradients, 0, TileSize::kSmall, 1, 1, 1, 256, 0, true, 1}, &argument, sizeof argument);
+    launch({FormulaRole::kClusterBackward, 0, TileSize::kSmall, 32, 6, 2, 256, 9, false, 16}, &argument, sizeof argument);
     module.launcher(0, nullptr);  // loaded once
   } catch (const std::exception& error) {
     std::printf("error: %s\\n", error.what());
@@ -178,7 +186,8 @@ def test_launches_by_the_driver(caller: Path) -> None:
         f"2 90 1 {len(plan.saved)}",
         "retain",
         "forward_1_kMedium 2,3,4 128,1,1 1000 0x40 argument 7",
-        "initial_0_kSmall 1,1,1 256,1,1 0 0x40 attribute 6=1 argument 7",
+        "initial_0_kSmall 1,1,1 256,1,1 0 0x40 attribute 6=1,0,0 argument 7",
+        "cluster_backward_0_kSmall 32,6,2 256,1,1 9 0x40 attribute 4=16,1,1 argument 7",
     ]
 
 
@@ -194,10 +203,10 @@ def test_what_the_driver_refuses(caller: Path) -> None:
     [
         b"",
         b"no file of ours\ncode",
-        b"1 1 90\ncode",
-        b"2 1 90 9 0 0\ncode",
-        b"2 9 90\n",
-        b"2 1 90 1 0 0 1 1 1 0 0 1 0 0 0 3\n",
+        b"2 1 90\ncode",
+        b"3 1 90 9 0 0\ncode",
+        b"3 9 90\n",
+        b"3 1 90 1 0 0 1 1 1 0 0 1 0 0 0 3\n",
     ],
 )
 def test_files_that_are_not_ours(caller: Path, contents: bytes) -> None:
@@ -216,6 +225,8 @@ def test_the_driver_s_interface(tmp_path: Path) -> None:
     program = tmp_path / "sizes.cpp"
     equal = {
         "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION": numbers["kProgrammaticStreamSerialization"],
+        "CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION": numbers["kClusterDimension"],
+        "CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED": numbers["kNonPortableCluster"],
         "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES": numbers["kMaxDynamicSmem"],
         "CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN": numbers["kMaxSmemPerBlockOptin"],
         "sizeof(CUlaunchAttribute)": 72,
@@ -236,6 +247,7 @@ class Extension:
 
     def __init__(self) -> None:
         self.loaded: dict[tuple[str, int], str] = {}
+        self.cluster: list[tuple[int, int]] = []  # states of family cluster, each with its blocks
 
     def has_formula_on_device(self, formula: str, dtype: int, capability: int) -> bool:
         return (formula, dtype) in self.loaded
@@ -248,6 +260,9 @@ class Extension:
 
     def forget_formula_on_device(self, formula: str, dtype: int, capability: int) -> None:
         self.loaded.pop((formula, dtype), None)
+
+    def set_formula_cluster(self, formula: str, dtype: int, capability: int, state: int, ranks: int = 0) -> None:
+        self.cluster.append((state, ranks))
 
 
 class Compiler:
@@ -290,6 +305,34 @@ def test_verified_before_first_use_and_kept(loading: tuple[Extension, Compiler],
     cuda_build.prepare_on(formula, torch.float32, 90, device)
     assert compiler.calls == 2 and len(checked) == 4
     assert store.clear() > 0 and not list(store.cache_directory().iterdir())
+
+
+@pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the compiled extension")
+def test_clusters_are_verified_when_they_are_asked_for(
+    loading: tuple[Extension, Compiler], monkeypatch: pytest.MonkeyPatch, setting: Any
+) -> None:
+    """In a block alone and, where the device has clusters, in two; before that and after a difference they do not serve."""
+    extension, _ = loading
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(cuda_build, "_verified", set())
+    monkeypatch.setattr(verify, "check_kernels", lambda *args: None)
+    cuda_build.prepare_on(ops.remember(cells.Rnn()), torch.float32, 90, device)
+    assert extension.cluster == []
+    setting("FUSED_RNN_PLAN", "cheapest")
+    for _ in range(2):
+        cuda_build.prepare_on(ops.remember(cells.Rnn()), torch.float32, 90, device)
+    assert extension.cluster == [(1, 1), (1, 2), (2, 0)]
+
+    def differs(*args: Any) -> None:
+        raise RuntimeError("disagree with step")
+
+    extension.cluster.clear()
+    setting("FUSED_RNN_PLAN", "cluster")
+    monkeypatch.setattr(cuda_build, "_verified", set())
+    monkeypatch.setattr(verify, "check_kernels", differs)
+    with pytest.raises(RuntimeError, match="disagree with step"):
+        cuda_build.prepare_on(ops.remember(cells.Rnn()), torch.float32, 90, device)
+    assert extension.cluster == [(1, 1), (0, 0)]
 
 
 @pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the compiled extension")
@@ -350,6 +393,57 @@ def test_explained_for_a_gpu_that_is_not_there() -> None:
     assert 1.3 * launches < (forward.us_per_step or 0) < 20 * launches
 
 
+PLANNED = [  # cell, H, forward and backward us/step that an H100 is to stay below, clusters
+    (fused_rnn.zoo.SLSTM(heads=6), 6 * 128, 3.14, 8.81, "12 clusters of "),
+    (fused_rnn.zoo.BlockGRU(heads=8), 512, 5.0, 10.0, "2 clusters of "),
+]
+
+
+@pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the compiled extension")
+@pytest.mark.parametrize(("cell", "hidden", "forward_us", "both_us", "clusters"), PLANNED, ids=lambda value: str(value)[:12])
+def test_explained_family(
+    cell: fused_rnn.Cell, hidden: int, forward_us: float, both_us: float, clusters: str, setting: Any
+) -> None:
+    """Both families with the planner's times; cluster serves where it is asked for, and says why it does not elsewhere."""
+    layer = Layer(cell, 64, hidden, dtype=torch.bfloat16)
+    x = torch.empty(100, 16, 64, device="meta", dtype=torch.bfloat16)
+
+    def explained(device: str) -> tuple[PassPlan, PassPlan]:
+        (found,) = fused_rnn.explain(layer, x, device=device, show=False).layers
+        assert found.backward is not None
+        return found.forward, found.backward
+
+    for plan in explained("H100"):
+        assert plan.family == "step" and plan.cheapest == "cluster"
+        assert {r.name: r.reason for r in plan.rejected}["cluster"].startswith("never run on a GPU yet, so it is taken only")
+    for choice in ("cluster", "cheapest"):
+        setting("FUSED_RNN_PLAN", choice)
+        forward, backward = explained("H100")
+        assert forward.family == backward.family == "cluster" and forward.launches == backward.launches == 1
+        assert (forward.us_per_step or 99) < forward_us
+        assert (forward.us_per_step or 99) + (backward.us_per_step or 99) < both_us
+        assert clusters in forward.text and not forward.workspace_bytes
+        assert {c.family for c in forward.candidates} == {"step", "cluster"}
+    setting("FUSED_RNN_PLAN", "grid")
+    (forward, _) = explained("H100")
+    assert forward.family == "step"
+    assert {r.name: r.reason for r in forward.rejected}["grid"] == "formulas have no kernels of this family"
+
+
+@pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the compiled extension")
+def test_what_does_not_fit_a_cluster(setting: Any) -> None:
+    """`step` serves it, and the reason has the bytes."""
+    setting("FUSED_RNN_PLAN", "cluster")
+    layer = Layer(fused_rnn.zoo.LSTM(), 64, 1024)
+    found = fused_rnn.explain(layer, torch.empty(100, 16, 64, device="meta"), device="A100", show=False).layers[0].forward
+    assert found.family == "step"
+    reason = {r.name: r.reason for r in found.rejected}["cluster"]
+    assert re.match(
+        r"weights and states of a block need at least \d{8} bytes of shared memory, and a block has 166912; ", reason
+    )
+    assert "no clusters" in reason
+
+
 def test_why_not_on_a_gpu() -> None:
     formula = ops.remember(cells.Rnn())
     if not _backend.has_cuda_kernels():
@@ -362,8 +456,10 @@ def test_why_not_on_a_gpu() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available() or not _backend.has_cuda_kernels(), reason="needs a GPU and CUDA kernels")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", [*cells.CELLS, cells.Mgu(), cells.NormLstm()], ids=lambda cell: type(cell).__name__)
-def test_on_a_gpu(cell: fused_rnn.Cell, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("family", ["", "cluster"], ids=["default", "cluster"])
+def test_on_a_gpu(cell: fused_rnn.Cell, dtype: torch.dtype, family: str, setting: Any) -> None:
     """Compiled, and verified: has_kernels raises where a tensor differs."""
+    setting("FUSED_RNN_PLAN", family)
     with fused_rnn.use_backend("cuda"):
         layer = Layer(cell, 8, 4 * 5 * cell.declaration.heads, 2, bidirectional=True, device="cuda", dtype=dtype)
         x = torch.randn(6, 4, 8, device="cuda", dtype=dtype, requires_grad=True)

@@ -1,5 +1,5 @@
-// The one launch of a formula's layer, family `cluster`: how many blocks a cluster has, what lies where in shared memory, and
-// what a step is expected to take. A pure function of the problem and the device.
+// The one launch of a formula's layer, family `cluster`: how many blocks a cluster has, what lies where in shared memory,
+// and what a step is expected to take. A pure function of the problem and the device.
 #pragma once
 #include <string>
 
@@ -17,8 +17,8 @@ struct FormulaClusterPlan {
   double us_once;             // the launch, and the weights' way into shared memory
 };
 
-// ranks: blocks of a cluster, 0: those that take least. Throws std::invalid_argument with the reason if the device cannot run
-// it.
+// ranks: blocks of a cluster, 0: those that take least. Throws std::invalid_argument with the reason if the device cannot
+// run it.
 FormulaClusterPlan plan_formula_cluster(const FormulaStepProblem& problem, const DeviceInfo& device, int ranks = 0);
 
 // For people.

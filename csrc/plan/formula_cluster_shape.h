@@ -26,8 +26,8 @@ struct FormulaClusterShape {
   int barriers, table, constants, staged, arrays, moments, sums;
   int weights[kMostFormulaPhases + 1];  // of the recurrent product, and of each phase
   int own_vector;                       // recurrent_local: what the recurrent product reads
-  // Vectors and norms of exchanges: those of even number at the begin, those of odd number at the end. Each holds whole vectors
-  // or moments of all blocks, so that a block's own part never lies where another block's part lay.
+  // Vectors and norms of exchanges: those of even number at the begin, those of odd number at the end. Each holds whole
+  // vectors, or moments of all blocks, so that a block's own part never lies where another block's part lay.
   int vectors, vectors_bytes, norms, norms_bytes;
   int smem_bytes;
 };

@@ -71,7 +71,7 @@ FormulaPlan plan_of(const cuda::FormulaModule& module, const FormulaStepProblem&
   FamilyChoice choice = family_setting();
   const Cluster cluster = module.cluster();
   if (cluster == Cluster::kForced) choice = FamilyChoice{Family::kCluster};
-  if (cluster == Cluster::kUnverified) choice.excluded |= 1u << static_cast<int>(Family::kCluster);
+  if (cluster == Cluster::kUnverified && (choice.cheapest || choice.forced == Family::kCluster)) choice = FamilyChoice{};
   return plan_formula(problem, device, choice, module.ranks());
 }
 

@@ -1,4 +1,4 @@
-"""A cell as CUDA kernels, families ``step`` and ``cluster``: what is compiled, by nvcc or NVRTC, and what the host must know of it.
+"""A cell as CUDA kernels, families ``step`` and ``cluster``: what is compiled, and what the host must know of it.
 
 The text is the cell's struct, the same as for a CPU, and a line for each kernel; csrc/cuda/formula has the kernels.
 """
@@ -19,7 +19,13 @@ MATHS = {torch.float64: "kFp64", torch.float32: "kFp32", torch.float16: "kFp16",
 
 
 FILE_VERSION = 3  # csrc/cuda/formula/module.cpp
-ROLES = ("forward", "backward", "initial", "cluster_forward", "cluster_backward")  # csrc/cuda/formula/formula_params.h's FormulaRole
+ROLES = (
+    "forward",
+    "backward",
+    "initial",
+    "cluster_forward",
+    "cluster_backward",
+)  # csrc/cuda/formula/formula_params.h's FormulaRole
 TILES = ("kSmall", "kMedium")  # csrc/plan/step_geometry.h's TileSize
 
 

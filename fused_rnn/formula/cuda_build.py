@@ -121,6 +121,7 @@ def _prepare_steps(formula: str, dtype: torch.dtype, capability: int, device: to
     assert extension is not None
     if extension.has_formula_on_device(formula, ops.dtype_number(dtype), capability):
         return
+    _verified.discard((formula, ops.dtype_number(dtype), capability))
     if not (build.headers_directory() / "cuda" / "formula" / "formula_kernels.cuh").exists():
         raise build.BuildError(f"the headers of the kernels are missing ({build.headers_directory()})")
     cell, compiler = ops.cell_of(formula), find_compiler()

@@ -50,7 +50,8 @@ def explain_formula(
         reason="no backend before it serves the call" if backend == "reference" else "it is compiled from the formula",
         rejected=tuple(rejected),
         instruction_set=_backend.build_info()["cpu_instruction_set"] if backend == "cpu" else None,
-        forced_family=(_settings.value("FUSED_RNN_PLAN") or None) if backend == "cuda" else None, layers=layers, forward_overlap=None, backward_overlap=None,
+        forced_family=(_settings.value("FUSED_RNN_PLAN") or None) if backend == "cuda" else None, layers=layers,
+        forward_overlap=None, backward_overlap=None,
     )  # fmt: skip
 
 

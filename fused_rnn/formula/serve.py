@@ -41,7 +41,11 @@ def why_not(
 
 def _why_not_now(formula: str, device_type: str, dtype: torch.dtype) -> _backend.Reason | None:
     """Kernels that have not been verified cannot be while a CUDA graph is captured."""
-    if device_type == "cuda" and (formula, dtype, _setting_of(device_type)) not in _ready and torch.cuda.is_current_stream_capturing():
+    if (
+        device_type == "cuda"
+        and (formula, dtype, _setting_of(device_type)) not in _ready
+        and torch.cuda.is_current_stream_capturing()
+    ):
         name = type(ops.cell_of(formula)).__name__
         return _backend.Reason(
             f"formula:{formula}:capture",
@@ -84,7 +88,7 @@ has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _setting_of(device_type: str) -> str:
-    """Of the setting that says which kernels serve: the instruction set of a CPU; of a GPU whether its family cluster may."""
+    """What a setting says of the kernels that serve: a CPU's instruction set; of a GPU whether family cluster may."""
     if device_type == "cpu":
         return _settings.value("FUSED_RNN_CPU")
     return f"{device_type}, all families" if cuda_build.asks_for_cluster() else device_type

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import shutil
 from collections.abc import Sequence
 from ctypes import c_bool, c_char_p, c_int, c_int64, c_void_p
@@ -165,6 +166,12 @@ class Kernels:
             **{name: (c_int * PHASES)(*facts.pop(name)) for name in ("phase_kinds", "forward_levels", "backward_levels")},
         }
         self.traits = Traits(**facts, **{name: ctypes.addressof(value) for name, value in self.lists.items()})
+
+
+@functools.cache
+def kernels_of_cell(cell: type[Cell], dtype: torch.dtype) -> Kernels:
+    """Those of a cell with its default arguments, compiled once."""
+    return Kernels(cell(), dtype)
 
 
 def _copy_with(folder: Path, name: str, old: str, new: str) -> Path:
@@ -441,9 +448,7 @@ def plan_text(kernels: Kernels, case: Case, device: DeviceInfo = H100, backward:
     p.T, p.B, p.N = case.T, case.B, case.T * case.B
     lib = kernels.sim.lib
     traits = ctypes.byref(kernels.traits)
-    lib.simt_formula_workspace(
-        ctypes.byref(p), traits, DTYPES[kernels.dtype], backward, ctypes.byref(device), case.ranks
-    )
+    lib.simt_formula_workspace(ctypes.byref(p), traits, DTYPES[kernels.dtype], backward, ctypes.byref(device), case.ranks)
     text: bytes = lib.simt_formula_text()
     return text.decode()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import formulas
 import pytest
 import torch
 from formulas import Case, Everything, Kernels, Levels, NoRecurrentProduct, compare
+from formulas import kernels_of_cell as kernels
 from simulator import H100, TINY, Fault
 
 from fused_rnn import zoo
@@ -41,11 +41,6 @@ LONG += [
 LONG += [(cell, dtype, RAGGED) for cell in ZOO for dtype in (F64, F32)]
 LONG += [(zoo.DreamerGRU, F16, ALIGNED), (zoo.LayerNormLSTM, F16, RAGGED), (Levels, F64, ALIGNED)]
 LONG += [(zoo.GRU, F32, RAGGED), (zoo.GRU, F32, ALIGNED)]
-
-
-@functools.cache
-def kernels(cell: type[Cell], dtype: torch.dtype) -> Kernels:
-    return Kernels(cell(), dtype)
 
 
 def id_of(value: Any) -> str:

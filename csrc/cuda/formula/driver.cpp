@@ -25,9 +25,11 @@ struct LaunchConfig {
   LaunchAttribute* attributes;
   unsigned attribute_count;
 };
-constexpr int kClusterDimension = 4, kProgrammaticStreamSerialization = 6;  // CUlaunchAttributeID
-constexpr int kMaxDynamicSmem = 8, kNonPortableCluster = 14;                // CUfunction_attribute
-constexpr int kMaxSmemPerBlockOptin = 97;                                   // CUdevice_attribute
+constexpr int kClusterDimension = 4;                 // CUlaunchAttributeID
+constexpr int kProgrammaticStreamSerialization = 6;  // CUlaunchAttributeID
+constexpr int kMaxDynamicSmem = 8;                   // CUfunction_attribute
+constexpr int kNonPortableCluster = 14;              // CUfunction_attribute
+constexpr int kMaxSmemPerBlockOptin = 97;            // CUdevice_attribute
 static_assert(sizeof(LaunchAttribute) == 72 && sizeof(LaunchConfig) == 56);
 
 struct Driver {

@@ -1,215 +1,18 @@
-// Family `cluster` of a formula: one launch makes all steps of a layer. What forward and backward have in common. Who owns
-// which units: plan/formula_cluster_shape.h.
-//   blockIdx.x  [tiles of batch rows][blocks of the cluster];  blockIdx.y  group of units;  blockIdx.z  direction
-//
-// A block holds its rows of all weights, the states of its elements (unit, row) and what a step leaves between its parts in
-// shared memory. A thread owns the same elements throughout. What a product reads, a vector of all units of the group for
-// each row, every block pushes its own part of into the others' shared memory. A norm reads moments of all blocks.
-//   vector   [K chunk][row][kChunkBytes], a matrix [K chunk][weight row][kChunkBytes], pieces permuted (fragments.cuh)
-//   element  [atom][row][unit of the atom]; sums of products the same, [product, gate and atom][part of K][row][unit]
-// Exchanges are numbered through all steps. Number i counts its bytes at barrier i % 2 and lies at the begin or the end of the
-// memory for exchanges, where number i - 2 lay: all blocks have read that, since each of them sends number i - 1 after it.
+// Family `cluster` of a formula: the products and norms of a block (formula_cluster_memory.cuh).
 #pragma once
-#include "core/formula_math.h"
-#include "cuda/formula/formula_norm.cuh"
-#include "plan/formula_cluster_shape.h"
+#include "cuda/formula/formula_cluster_memory.cuh"
 
 namespace fused_rnn::cuda {
 
-// An element of a thread.
-struct FormulaClusterElement {
-  int at;     // in arrays of the block
-  int b;      // row of the tile
-  int local;  // unit of the block, with padding
-  int unit;   // of the layer
-  bool real;  // no padding, and the row exists
-};
-
 template <class C, MathKind kMath, bool kBackward>
-struct FormulaClusterBlock {
-  using Storage = typename StorageOf<kMath>::type;
-  using Acc = std::conditional_t<kMath == MathKind::kFp64, double, float>;
-  using Fragments = typename FragmentsOf<kMath, /*kUnitMajor=*/false, 0, simt::arch()>::type;
-  using Moments = FormulaMoments<Acc>;
-  static constexpr int kRows = kFormulaClusterRows, kThreads = kFormulaClusterThreads, kAtom = kFormulaClusterAtom;
-  static constexpr int kWarps = kThreads / simt::kWarpSize;
-  static constexpr int kChunk = chunk_size(kMath), kSize = static_cast<int>(sizeof(Storage));
-  static constexpr int kAtomElements = kAtom * kRows;
-  static constexpr bool kRecurs = C::kRecurrentGates > 0;
-  static constexpr int kLevels = kBackward ? C::kBackwardLevels : C::kForwardLevels;
-  // What the recurrent product reads: a state, or of each gate the gradient of its product.
-  static constexpr int kRecurrentVectors = kBackward ? C::kRecurrentGates : 1;
-  static constexpr int kParameters = C::kParameters > 0 ? C::kParameters : 1;
-  static constexpr int kValues = C::kValues > 0 ? C::kValues : 1;
-  static constexpr int kPhases = C::kPhases > 0 ? C::kPhases : 1;
-  static constexpr int kRing = 4;  // steps whose rows are noted
-
-  static constexpr __device__ int level_of(int k) { return kBackward ? C::backward_level(k) : C::forward_level(k); }
-  static constexpr __device__ bool is_product(int k) {
-    return static_cast<FormulaPhase>(C::phase_kind(k)) == FormulaPhase::kProduct;
-  }
-  static constexpr __device__ bool is_centred(int k) {
-    return static_cast<FormulaPhase>(C::phase_kind(k)) == FormulaPhase::kLayerNorm;
-  }
-  // Place of phase k among the products or norms of its level; with k = kPhases, how many the level has.
-  static constexpr __device__ int place_of(int level, int k, bool product) {
-    int count = 0;
-    for (int i = 0; i < C::kPhases && i < k; ++i) count += level_of(i) == level && is_product(i) == product;
-    return count;
-  }
-
-  const FormulaLayer& p;
-  const FormulaClusterShape& s;
-  const FormulaDirection& weights;
-  unsigned char* const smem;
-  const int rank, group, dir;
-  const int64_t first_row;
-  const int head_units;  // without padding
-  const int first_unit;  // of the group, in the layer
-  uint32_t exchange;     // number of the next one
-
-  __device__ __forceinline__ FormulaClusterBlock(const FormulaLayer& layer, const FormulaClusterShape& shape)
-      : p(layer),
-        s(shape),
-        weights(simt::block_z() ? layer.weights[1] : layer.weights[0]),
-        smem(simt::dynamic_smem()),
-        rank(simt::block_x() % shape.ranks),
-        group(simt::block_y()),
-        dir(simt::block_z()),
-        first_row(static_cast<int64_t>(simt::block_x() / shape.ranks) * kRows),
-        head_units(static_cast<int>(layer.H / layer.heads)),
-        first_unit(group * shape.heads * head_units),
-        exchange(0) {}
-
-  // ------------------------------------------------------------------------------------------------------------ places
-
-  template <class T>
-  __device__ __forceinline__ T* at(int offset) const {
-    return reinterpret_cast<T*>(smem + offset);
-  }
-  __device__ __forceinline__ int elements() const { return s.slice * kRows; }
-  __device__ __forceinline__ int atoms() const { return s.slice / kAtom; }
-  __device__ __forceinline__ int vector_bytes() const { return s.units * kRows * kSize; }
-  __device__ __forceinline__ Acc& array(int number, int element) const {
-    return at<Acc>(s.arrays)[number * elements() + element];
-  }
-  __device__ __forceinline__ Storage& staged(int number, int element) const {
-    return at<Storage>(s.staged)[number * elements() + element];
-  }
-  __device__ __forceinline__ Acc constant(int number, int unit) const {
-    return simt::to_float(at<Storage>(s.constants)[number * s.slice + unit]);
-  }
-  __device__ __forceinline__ RowInfo* table(int64_t step) const {
-    return at<RowInfo>(s.table) + static_cast<int>(step & (kRing - 1)) * kRows;
-  }
-
-  // Whether padded unit `unit` of the group is one, and which of the layer.
-  __device__ __forceinline__ bool unit_of(int unit, int& of_layer) const {
-    const int head = s.heads == 1 ? 0 : unit / s.head, within = unit - head * s.head;
-    of_layer = first_unit + head * head_units + within;
-    return unit < s.units && within < head_units;
-  }
-  // Units without padding among the first `padded` ones.
-  __device__ __forceinline__ int count_before(int padded) const {
-    const int head = padded / s.head, within = padded % s.head;
-    if (head >= s.heads) return s.heads * head_units;
-    return head * head_units + (within < head_units ? within : head_units);
-  }
-  __device__ __forceinline__ int count_of(int of_rank) const {
-    return count_before((of_rank + 1) * s.slice) - count_before(of_rank * s.slice);
-  }
-  // Padded units of a block that are units of the group.
-  __device__ __forceinline__ int units_of(int of_rank) const {
-    const int left = s.units - of_rank * s.slice;
-    return left < 0 ? 0 : left < s.slice ? left : s.slice;
-  }
-
-  __device__ __forceinline__ FormulaClusterElement element(int i) const {
-    FormulaClusterElement e;
-    e.at = i;
-    e.b = i / kAtom % kRows;
-    e.local = i / kAtomElements * kAtom + i % kAtom;
-    e.real = unit_of(rank * s.slice + e.local, e.unit) && first_row + e.b < p.seq.B;
-    return e;
-  }
-  template <class F>
-  __device__ __forceinline__ void for_elements(F&& f) const {
-#pragma unroll 1
-    for (int i = simt::thread_x(); i < elements(); i += kThreads) f(element(i));
-  }
-
-  // Indices of [D, B, H], of [D, N, blocks, H] and of [N, D * H].
-  __device__ __forceinline__ int64_t state_index(const FormulaClusterElement& e) const {
-    return (dir * p.seq.B + first_row + e.b) * p.H + e.unit;
-  }
-  __device__ __forceinline__ int64_t kept_index(const FormulaClusterElement& e, int64_t row, int64_t blocks) const {
-    return (dir * p.seq.N + row) * blocks * p.H + e.unit;
-  }
-  __device__ __forceinline__ int64_t output_index(const FormulaClusterElement& e, int64_t row) const {
-    return (row * p.D + dir) * p.H + e.unit;
-  }
-
-  // ---------------------------------------------------------------------------------------------------------- exchange
-
-  // Where so many vectors, or moments of so many norms, of exchange `number` lie.
-  __device__ __forceinline__ unsigned char* vectors_of(uint32_t number, int vectors) const {
-    return smem + s.vectors + (number & 1 ? s.vectors_bytes - vectors * vector_bytes() : 0);
-  }
-  __device__ __forceinline__ unsigned char* norms_of(uint32_t number, int norms) const {
-    return smem + s.norms + (number & 1 ? s.norms_bytes - norms * s.ranks * kRows * static_cast<int>(sizeof(Moments)) : 0);
-  }
-  // Of a level's exchange, which is the next one.
-  __device__ __forceinline__ unsigned char* vectors_of_level(int level) const {
-    return vectors_of(exchange, place_of(level, C::kPhases, true));
-  }
-  __device__ __forceinline__ unsigned char* norms_of_level(int level) const {
-    return norms_of(exchange, place_of(level, C::kPhases, false));
-  }
-  // What the recurrent product of the step with that number of exchange reads.
-  __device__ __forceinline__ unsigned char* recurrent_vectors(uint32_t number) const {
-    return s.recurrent_local ? smem + s.own_vector : vectors_of(number, kRecurrentVectors);
-  }
-  // The block's value in a vector.
-  __device__ __forceinline__ void put(unsigned char* vector, const FormulaClusterElement& e, Acc value) const {
-    const int unit = rank * s.slice + e.local;
-    if (unit >= s.units) return;
-    unsigned char* const to = vector + unit / kChunk * (kRows * kChunkBytes) + k_major_offset(e.b, unit % kChunk * kSize);
-    *reinterpret_cast<Storage*>(to) = simt::from_float<Storage>(value);
-  }
-  __device__ __forceinline__ simt::MBarrier* barrier(uint32_t number) const {
-    return at<simt::MBarrier>(s.barriers) + static_cast<int>(number & 1);
-  }
-
-  // Pushes the block's part of vectors that lie one behind the other, after a barrier of the block. A thread takes pieces of 16
-  // bytes, each to one other block.
-  __device__ __forceinline__ void push_vectors(unsigned char* first, int vectors) const {
-    if (s.ranks == 1) return;
-    constexpr int kUnits = 16 / kSize;  // of a piece
-    const int pieces = units_of(rank) / kUnits * kRows;
-    for (int i = simt::thread_x(); i < pieces * vectors * s.ranks; i += kThreads) {
-      const int number = i / s.ranks, piece = number % pieces;
-      const int b = piece % kRows, unit = rank * s.slice + piece / kRows * kUnits;
-      push(first + number / pieces * vector_bytes() + unit / kChunk * (kRows * kChunkBytes) +
-               k_major_offset(b, unit % kChunk * kSize),
-           i % s.ranks);
-    }
-  }
-  // 16 bytes to the same place of another block; to the block itself: nothing.
-  __device__ __forceinline__ void push(unsigned char* place, int to) const {
-    if (to == rank) return;
-    const auto piece = simt::load_vec<4>(reinterpret_cast<const uint32_t*>(place));
-    simt::store_async(simt::map_to_rank(place, to), piece.v, simt::map_to_rank(barrier(exchange), to));
-  }
-  // Awaits the exchange, after which its number is the next one's.
-  __device__ __forceinline__ void await(int vectors, int norms, bool sent = true) {
-    if (s.ranks > 1) {
-      const int others = s.units - units_of(rank);
-      const int bytes = vectors * others * kRows * kSize + norms * (s.ranks - 1) * kRows * static_cast<int>(sizeof(Moments));
-      if (simt::thread_x() == 0) simt::mbarrier_expect(barrier(exchange), sent ? bytes : 0);
-      simt::mbarrier_wait(barrier(exchange), static_cast<int>(exchange >> 1 & 1));
-    }
-    ++exchange;
-  }
+struct FormulaClusterBlock : FormulaClusterMemory<C, kMath, kBackward> {
+  using Memory = FormulaClusterMemory<C, kMath, kBackward>;
+  using Memory::atoms, Memory::vector_bytes, Memory::unit_of, Memory::count_of, Memory::push;
+  using Memory::is_product, Memory::is_centred, Memory::level_of, Memory::place_of;
+  using Memory::kRows, Memory::kWarps, Memory::kThreads, Memory::kAtom, Memory::kAtomElements, Memory::kChunk;
+  using Memory::Memory;
+  using Memory::s, Memory::p, Memory::smem, Memory::rank;
+  using typename Memory::Acc, typename Memory::Fragments, typename Memory::Moments;
 
   // ----------------------------------------------------------------------------------------------------------- products
 
@@ -233,7 +36,7 @@ struct FormulaClusterBlock {
           Fragments::multiply(sums[k / Fragments::kStep % 2], Fragments::load_a(a, row, k), Fragments::load_b(b, 0, k));
         }
       }
-      Acc* const to = at<Acc>(s.sums) + work * kAtomElements;
+      Acc* const to = this->template at<Acc>(s.sums) + work * kAtomElements;
 #pragma unroll
       for (int i = 0; i < 4; ++i) to[Fragments::batch(i) * kAtom + Fragments::unit(i)] = sums[0][i] + sums[1][i];
     }
@@ -257,20 +60,26 @@ struct FormulaClusterBlock {
     };
     multiply(gates * atoms(), s.splits[0], (kBackward ? C::kRecurrentGates : 1) * chunks, gates * s.slice, find, chunk);
   }
-  // Those of the phases of a level, all at once.
+  // Where the matrix of a product of a level lies.
+  template <int kLevel>
+  __device__ __forceinline__ int matrix_of(int product) const {
+    int offset = 0;
+    formula_for_phases<C>([&](auto phase) {
+      constexpr int k = decltype(phase)::value;
+      if constexpr (Memory::is_product(k) && Memory::level_of(k) == kLevel) {
+        if (Memory::place_of(kLevel, k, true) == product) offset = this->s.weights[k + 1];
+      }
+    });
+    return offset;
+  }
+  // The products of a level, all at once.
   template <int kLevel>
   __device__ __forceinline__ void multiply_level(const unsigned char* vectors) const {
     constexpr int kProducts = place_of(kLevel, C::kPhases, true);
     if constexpr (kProducts > 0) {
       const auto find = [&](int task, const unsigned char*& matrix, int& row, const unsigned char*& vector) {
         const int product = task / atoms();
-        matrix = smem;
-        formula_for_phases<C>([&](auto phase) {
-          constexpr int k = decltype(phase)::value;
-          if constexpr (is_product(k) && level_of(k) == kLevel) {
-            if (place_of(kLevel, k, true) == product) matrix = smem + s.weights[k + 1];
-          }
-        });
+        matrix = smem + matrix_of<kLevel>(product);
         row = task % atoms() * kAtom;
         vector = vectors + product * vector_bytes();
       };
@@ -280,7 +89,7 @@ struct FormulaClusterBlock {
   // Of an element: product or gate `number` of those made last.
   __device__ __forceinline__ Acc sum(int number, int splits, const FormulaClusterElement& e) const {
     const int atom = e.at / kAtomElements, within = e.at % kAtomElements;
-    const Acc* const parts = at<Acc>(s.sums) + (number * atoms() + atom) * splits * kAtomElements + within;
+    const Acc* const parts = this->template at<Acc>(s.sums) + (number * atoms() + atom) * splits * kAtomElements + within;
     Acc result = parts[0];
     for (int i = 1; i < splits; ++i) result += parts[i * kAtomElements];
     return result;
@@ -292,7 +101,7 @@ struct FormulaClusterBlock {
     return reinterpret_cast<Moments*>(norms) + (norm * s.ranks + of_rank) * kRows;
   }
   __device__ __forceinline__ Moments& final_moments(int phase, int b) const {
-    return at<Moments>(s.moments)[phase * kRows + b];
+    return this->template at<Moments>(s.moments)[phase * kRows + b];
   }
 
   // The sum of f(element) over the block's units of row b, in every lane of the warp.
@@ -306,9 +115,9 @@ struct FormulaClusterBlock {
     }
     return sum_of_warp(sum);
   }
-  // Moments of the block's units: mean, and the sum of squares about it in place of the scale. v(element, unit): what the norm
-  // takes; d(element, unit): of backward, the gradient of what it gave times its weight. A warp takes a row. Then all blocks
-  // have them.
+  // Moments of the block's units: mean, and the sum of squares about it in place of the scale. v(element, unit): what the
+  // norm takes; d(element, unit): of backward, the gradient of what it gave times its weight. A warp takes a row. Then all
+  // blocks have them.
   template <class V, class D>
   __device__ __forceinline__ void send_moments(unsigned char* norms, int norm, bool centred, int b, V&& v, D&& d) const {
     const int count = count_of(rank);
@@ -358,134 +167,15 @@ struct FormulaClusterBlock {
   __device__ __forceinline__ void combine_level(unsigned char* norms) const {
     formula_for_phases<C>([&](auto phase) {
       constexpr int k = decltype(phase)::value;
-      if constexpr (!is_product(k) && level_of(k) == kLevel) {
-        constexpr int kNorm = place_of(kLevel, k, false), kFirst = kNorm * kRows % kThreads;
-        const int b = simt::thread_x() - kFirst;
-        if (b >= 0 && b < kRows) final_moments(k, b) = combined(norms, kNorm, is_centred(k), b);
+      if constexpr (!Memory::is_product(k) && Memory::level_of(k) == kLevel) {
+        constexpr int kNorm = Memory::place_of(kLevel, k, false);
+        const int b = simt::thread_x() - kNorm * Memory::kRows;
+        if (b >= 0 && b < Memory::kRows) {
+          this->final_moments(k, b) = this->combined(norms, kNorm, Memory::is_centred(k), b);
+        }
       }
     });
     simt::sync_block();
-  }
-
-  // -------------------------------------------------------------------------------------------------------------- begin
-
-  // A matrix of shared memory: `rows` rows of `chunks` chunks of K. load(row, k): an element, zero outside. across: the
-  // elements of neighbouring rows, and not those of neighbouring k, lie side by side in global memory.
-  template <class Load>
-  __device__ __forceinline__ void fill_matrix(int offset, int rows, int chunks, bool across, Load&& load) const {
-    const int K = chunks * kChunk, inner = across ? rows : K;
-#pragma unroll 4
-    for (int i = simt::thread_x(); i < rows * K; i += kThreads) {
-      const int row = across ? i % inner : i / inner, k = across ? i / inner : i % inner;
-      unsigned char* const to = smem + offset + k / kChunk * rows * kChunkBytes + k_major_offset(row, k % kChunk * kSize);
-      *reinterpret_cast<Storage*>(to) = load(row, k);
-    }
-  }
-  // The same with pieces of 16 bytes along k. find(row, k): where the piece lies, or null: zeros.
-  template <class Find>
-  __device__ __forceinline__ void copy_matrix(int offset, int rows, int chunks, Find&& find) const {
-    constexpr int kUnits = 16 / kSize;
-    const int pieces = chunks * kChunk / kUnits;
-#pragma unroll 4
-    for (int i = simt::thread_x(); i < rows * pieces; i += kThreads) {
-      const int row = i / pieces, k = i % pieces * kUnits;
-      unsigned char* const to = smem + offset + k / kChunk * rows * kChunkBytes + k_major_offset(row, k % kChunk * kSize);
-      const Storage* const from = find(row, k);
-      simt::cp_async<16>(to, from ? from : weights_base(), from ? 16 : 0);
-    }
-  }
-  __device__ __forceinline__ const Storage* weights_base() const {
-    return static_cast<const Storage*>(kRecurs ? weights.w_hh : weights.weight[0]);
-  }
-
-  // W_hh: of a head [gates][units][units]; null: padding. unit: padded, of the block; k: of its head.
-  __device__ __forceinline__ const Storage* recurrent_weight(int gate, int unit, int k) const {
-    int of_layer;
-    if (!unit_of(rank * s.slice + unit, of_layer) || k >= head_units) return nullptr;
-    const int head = of_layer / head_units, within = of_layer % head_units;
-    const int to = kBackward ? k : within, from = kBackward ? within : k;
-    return static_cast<const Storage*>(weights.w_hh) +
-           ((static_cast<int64_t>(head) * C::kRecurrentGates + gate) * head_units + to) * head_units + from;
-  }
-  // Phase k's [H][H]; unit and column are padded ones, of the block and of the group.
-  __device__ __forceinline__ const Storage* phase_weight(int phase, int unit, int column) const {
-    int u, v;
-    if (!unit_of(rank * s.slice + unit, u) || !unit_of(column, v)) return nullptr;
-    const int to = kBackward ? v : u, from = kBackward ? u : v;
-    return static_cast<const Storage*>(weights.weight[phase]) + static_cast<int64_t>(to) * p.H + from;
-  }
-  // find(row, k), as above: by pieces where the rows allow it. Backward holds transposed matrices.
-  template <class Find>
-  __device__ __forceinline__ void load_matrix(int offset, int rows, int chunks, Find&& find) const {
-    if (!kBackward && s.copy_vectors) return copy_matrix(offset, rows, chunks, find);
-    fill_matrix(offset, rows, chunks, kBackward, [&](int row, int k) {
-      const Storage* const from = find(row, k);
-      return from ? *from : simt::from_float<Storage>(Acc(0));
-    });
-  }
-  __device__ __forceinline__ void load_weights() const {
-    if constexpr (kRecurs) {
-      const int chunks = s.head / kChunk, gates = kBackward ? 1 : C::kRecurrentGates;
-      load_matrix(s.weights[0], gates * s.slice, (kBackward ? C::kRecurrentGates : 1) * chunks, [&](int row, int k) {
-        return kBackward ? recurrent_weight(k / s.head, row, k % s.head) : recurrent_weight(row / s.slice, row % s.slice, k);
-      });
-    }
-    formula_for_phases<C>([&](auto phase) {
-      constexpr int k = decltype(phase)::value;
-      if constexpr (is_product(k)) {
-        load_matrix(s.weights[k + 1], s.slice, s.units / kChunk,
-                    [&](int row, int column) { return phase_weight(k, row, column); });
-      }
-    });
-    simt::cp_async_commit();
-  }
-
-  // Constants of a unit: biases of the recurrent products, parameters, then weight and bias of each phase, of norms alone.
-  static constexpr int kBiases = C::kRecurrentGates, kNormWeights = kBiases + C::kParameters;
-  static constexpr int kConstants = kNormWeights + 2 * C::kPhases;
-  __device__ __forceinline__ void load_constants() const {
-    for (int i = simt::thread_x(); i < kConstants * s.slice; i += kThreads) {
-      const int number = i / s.slice;
-      int unit;
-      const bool real = unit_of(rank * s.slice + i % s.slice, unit);
-      const void* from = weights.b_hh;
-      int64_t index = static_cast<int64_t>(number) * p.H + unit;
-      if (number >= kNormWeights) {
-        const int phase = (number - kNormWeights) / 2;
-        from = is_product(phase) ? nullptr : (number - kNormWeights) % 2 ? weights.bias[phase] : weights.weight[phase];
-        index = unit;
-      } else if (number >= kBiases) {
-        from = weights.parameters;
-        index -= static_cast<int64_t>(kBiases) * p.H;
-      }
-      at<Storage>(s.constants)[i] =
-          real && from ? static_cast<const Storage*>(from)[index] : simt::from_float<Storage>(Acc(0));
-    }
-  }
-
-  // Weights, constants and barriers are there, and zeros in all that is exchanged.
-  __device__ __forceinline__ void start() const {
-    load_weights();
-    load_constants();
-    const simt::Vec<uint32_t, 4> zeros{};
-    const auto clear = [&](int offset, int bytes) {
-      for (int i = simt::thread_x(); i < bytes / 16; i += kThreads) {
-        simt::store_vec(at<uint32_t>(offset) + 4 * i, zeros);
-      }
-    };
-    clear(s.vectors, s.vectors_bytes);
-    if (s.recurrent_local) clear(s.own_vector, kRecurrentVectors * vector_bytes());
-    if (s.ranks > 1 && simt::thread_x() < 2) simt::mbarrier_init(barrier(simt::thread_x()));
-    simt::cp_async_wait<0>();
-    simt::sync_block();
-  }
-  // No block pushes before all of them have started.
-  __device__ __forceinline__ void meet() const {
-    if (s.ranks > 1) {
-      simt::sync_cluster();
-    } else {
-      simt::sync_block();
-    }
   }
 };
 

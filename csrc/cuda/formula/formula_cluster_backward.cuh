@@ -1,13 +1,13 @@
 // Family `cluster`, backward, and the gradients of the initial states (formula_cluster.cuh). C: the cell's struct.
 //
-// A step, in the reverse order of the scan: await the gradients of the recurrent products of the next step, their product with
-// W_hh, then a pass over the elements; for each level of phases the exchange of their results' gradients, products and norms,
-// and a pass. The last pass makes the gradients of the recurrent products, which are pushed. While that is under way the
-// inputs of the step before are loaded. A barrier of the block stands between any two of these. Shared memory:
+// A step, in the reverse order of the scan: await the gradients of the recurrent products of the next step, their product
+// with W_hh, then a pass over the elements; for each level of phases the exchange of their results' gradients, products and
+// norms, and a pass. The last pass makes the gradients of the recurrent products, which are pushed. While that is under way
+// the inputs of the step before are loaded. A barrier of the block stands between any two of these. Shared memory:
 //   arrays   Acc: gradients of the states | of what phases took, of what norms gave
 //   staged   dtype: saved values, states before and after the step, dy, what phases took
-// A row whose next step, in the order of the scan, is active has the product with W_hh added to the gradient of its recurrent
-// state, whether it takes part in this step or begins with the next.
+// A row whose next step, in the order of the scan, is active has the product with W_hh added to the gradient of its
+// recurrent state, whether it takes part in this step or begins with the next.
 #pragma once
 #include "cuda/formula/formula_cluster.cuh"
 
@@ -298,14 +298,13 @@ struct FormulaClusterBackwardScan : FormulaClusterBlock<C, kMath, /*kBackward=*/
     if (p.seq.T > 0) multiply_gradients(true);
     this->for_elements([&](const Element& e) {
       if (!e.real) return;
-      // Rows that begin later have had the product of their first step added already.
-      const int flags = p.seq.T > 0 ? this->table(0)[e.b].flags : 0;
-      const bool first = flags & kActive && !(flags & kReset);
+      // The product of rows that begin later has been added already: they have sent zeros since.
+      const bool adds = p.seq.T > 0 && !(this->table(0)[e.b].flags & kReset);
 #pragma unroll
       for (int i = 0; i < C::kStates; ++i) {
         if (!f.d_initial[i]) continue;
         Acc d = this->array(i, e.at);
-        if (kRecurs && i == C::kRecurrent && first) d += this->sum(0, s.splits[0], e);
+        if (kRecurs && i == C::kRecurrent && adds) d += this->sum(0, s.splits[0], e);
         formula_store<Storage>(f.d_initial[i], this->state_index(e), d);
       }
     });

@@ -1,8 +1,8 @@
 // The kernels of a formula, by name. What is compiled (fused_rnn/formula/cuda.py) is the cell's struct and a line
 //   FUSED_RNN_FORMULA_FORWARD(cell, math, segment, tile) or FUSED_RNN_FORMULA_BACKWARD(cell, math, segment, tile)
 // of every segment with the small tile and, where it makes a product, with the medium one, and
-// FUSED_RNN_FORMULA_INITIAL(cell, math, tile), and the two of family `cluster`, FUSED_RNN_FORMULA_CLUSTER_FORWARD(cell, math)
-// and FUSED_RNN_FORMULA_CLUSTER_BACKWARD(cell, math).
+// FUSED_RNN_FORMULA_INITIAL(cell, math, tile), and the two of family `cluster`,
+// FUSED_RNN_FORMULA_CLUSTER_FORWARD(cell, math) and FUSED_RNN_FORMULA_CLUSTER_BACKWARD(cell, math).
 #pragma once
 #include "cuda/formula/formula_backward.cuh"
 #include "cuda/formula/formula_cluster_backward.cuh"

@@ -413,7 +413,8 @@ def simulator_library() -> ctypes.CDLL:
 
 
 @pytest.mark.parametrize("ragged", ["", "lengths", "packed"])
-def test_a_formula(ragged: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["step", "cluster"])
+def test_a_formula(ragged: str, family: str, monkeypatch: pytest.MonkeyPatch, setting: Setting) -> None:
     """A layer of a formula from the module to the kernels and back, with all gradients, and without any."""
     from formulas import Everything
 
@@ -421,6 +422,8 @@ def test_a_formula(ragged: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     layer = Layer(Everything(), 4, 18, num_layers=2, bidirectional=True)
     EXTENSION.register_formula_on_device(layer.formula, str(build.formula_source().with_suffix(".kernels")))
+    setting("FUSED_RNN_PLAN", family)
+    EXTENSION.set_formula_cluster(layer.formula, 1, 90, 2)
     exact = Layer(Everything(), 4, 18, num_layers=2, bidirectional=True, dtype=torch.float64)
     exact.load_state_dict(layer.state_dict())
     x = torch.randn(5, 4, 4)
@@ -449,7 +452,11 @@ def test_a_formula(ragged: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = library.torch_host_formula_launches()
     results = run(layer, torch.float32)
     # 2 layers, 2 forwards of 5 steps and a backward with the gradients of the initial states, 4 launches a step.
-    assert library.torch_host_formula_launches() - before == 2 * (3 * 5 * 4 + 1)
+    launches = 2 * (3 * 5 * 4 + 1) if family == "step" else 2 * 3
+    assert library.torch_host_formula_launches() - before == launches
     for index, (actual, want) in enumerate(zip(results, expected, strict=True)):
         assert_near(f"tensor {index}", actual, want, 1e-5 * max(1.0, want.abs().max().item()))
+    text = EXTENSION.formula_plan_on_device(layer.formula, 1, -1, 5, 4, 18, 2, 2, False)
+    assert ("4 launches a step" if family == "step" else "1 launch for all steps") in text
+    EXTENSION.set_formula_cluster(layer.formula, 1, 90, 0)  # not before it is verified
     assert "4 launches a step" in EXTENSION.formula_plan_on_device(layer.formula, 1, -1, 5, 4, 18, 2, 2, False)
