@@ -4,12 +4,14 @@ python benchmarks/zoo_ptxas.py --cells LiGRU SLSTM                     # a table
 python benchmarks/zoo_ptxas.py --markdown results/zoo_ptxas.md         # of all cells, for benchmarks/results
 
 Of each cell, dtype and architecture: kernels, the most registers of a thread, spilled bytes. Beside it the launches of a
-step, forward and backward. An argument --plans adds the planner's microseconds of a step on an H100.
+step, forward and backward. --cluster: of the two kernels of family cluster alone. --plans adds the planner's microseconds of
+a step on an H100, by both families.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,7 @@ from pathlib import Path
 import torch
 
 import fused_rnn
+from fused_rnn import _settings
 from fused_rnn.formula import cuda, cuda_compiler
 from fused_rnn.formula.plan import Plan, make_plan
 
@@ -35,34 +38,58 @@ PLANNED = (
 )
 
 
-def compiled(plan: Plan, dtype: torch.dtype, arch: str) -> str:
-    """ "kernels: most registers, spilled bytes"."""
+def compiled(plan: Plan, dtype: torch.dtype, arch: str, cluster: bool) -> str:
+    """ "kernels: most registers, spilled bytes"; cluster: of family cluster alone."""
     nvcc, includes = find_nvcc()
     folders = [part for folder in cuda_compiler.include_directories(rtc=False) for part in ("-I", str(folder))]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "cell.cu"
-        source.write_text(cuda.translation_unit(plan, dtype))
+        text = cuda.translation_unit(plan, dtype)
+        kernels = [kernel for kernel in cuda.kernels_of(plan) if not cluster or kernel.name.startswith("cluster")]
+        if cluster:
+            text = "\n".join(line for line in text.split("\n") if "_FORMULA_" not in line or "_CLUSTER_" in line)
+        source.write_text(text)
         command = [nvcc, "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-Xptxas", "-v", *includes, *folders, str(source)]
         done = subprocess.run([*command, "-o", f"{folder}/cell.cubin"], capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(done.stderr[-3000:])
     rows = parse(done.stdout + done.stderr)
-    assert sorted(row[0] for row in rows) == sorted(kernel.name for kernel in cuda.kernels_of(plan))
+    assert sorted(row[0] for row in rows) == sorted(kernel.name for kernel in kernels)
     return f"{len(rows)}: {max(row[1] for row in rows)}, {sum(row[-1] for row in rows)}"
 
 
 def planned() -> list[str]:
-    """Microseconds of a step on an H100 by the planner."""
-    lines = ["| cell | dtype | H | B | forward us/step | backward us/step | launches |", "|---|---|---|---|---|---|---|"]
+    """Microseconds of a step on an H100 by the planner, of family step and of family cluster."""
+    heads = (
+        "cell",
+        "dtype",
+        "H",
+        "B",
+        "step: us/step",
+        "launches",
+        "cluster: us/step",
+        "blocks of a cluster",
+        "shared memory",
+    )
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for cell, hidden, batch, dtype in PLANNED:
         layer = fused_rnn.Layer(cell, hidden, hidden, dtype=dtype)
         x = torch.empty(100, batch, hidden, device="meta", dtype=dtype)
-        found = fused_rnn.explain(layer, x, device="H100", show=False).layers[0]
-        assert found.backward is not None
-        launches = f"{(found.forward.launches or 0) // 100} + {(found.backward.launches or 0) // 100}"
-        what = f"{type(cell).__name__}, {cell.declaration.heads} heads | {str(dtype).removeprefix('torch.')}"
-        took = f"{found.forward.us_per_step:.2f} | {found.backward.us_per_step:.2f}"
-        lines.append(f"| {what} | {hidden} | {batch} | {took} | {launches} |")
+        columns = [f"{type(cell).__name__}, {cell.declaration.heads} heads", str(dtype).removeprefix("torch.")]
+        columns += [str(hidden), str(batch)]
+        for family in ("step", "cluster"):
+            with _settings.use("FUSED_RNN_PLAN", family):
+                found = fused_rnn.explain(layer, x, device="H100", show=False).layers[0]
+            passes = [found.forward, found.backward]
+            took = [plan.us_per_step for plan in passes if plan is not None and plan.family == family]
+            columns.append(" + ".join(f"{us:.2f}" for us in took if us is not None) or "does not fit")
+            texts = [plan.text for plan in passes if plan is not None]
+            if family == "step":
+                columns.append(" + ".join(str((plan.launches or 0) // 100) for plan in passes if plan is not None))
+            else:
+                columns += [" + ".join(re.findall(what, text)[0] for text in texts if re.search(what, text))
+                            for what in (r"of (\d+) blocks? of", r"(\d+) bytes of shared")]  # fmt: skip
+        lines.append(f"| {' | '.join(columns)} |")
     return lines
 
 
@@ -72,6 +99,7 @@ def main() -> None:
     parser.add_argument("--arch", nargs="*", default=["sm_80", "sm_90a"])
     parser.add_argument("--dtypes", nargs="*", default=["fp16", "fp32"], choices=DTYPES)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--cluster", action="store_true", help="the kernels of family cluster alone")
     parser.add_argument("--plans", action="store_true", help="also the planner's microseconds of a step")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     options = parser.parse_args()
@@ -93,12 +121,14 @@ def main() -> None:
                 continue
             plan = make_plan(cell)
             launches = [max(levels, default=-1) + 2 for levels in (plan.forward_levels, plan.backward_levels)]
-            texts = pool.map(lambda column, plan=plan: compiled(plan, DTYPES[column[1]], column[0]), columns)
+            texts = pool.map(
+                lambda column, plan=plan: compiled(plan, DTYPES[column[1]], column[0], options.cluster), columns
+            )
             lines.append(f"| {name} | {launches[0]} + {launches[1]} | {' | '.join(texts)} |")
             print(lines[-1], flush=True)
     if options.plans:
         lines += ["", "## Planned for an H100", "", *planned()]
-        print("\n".join(lines[-6:]))
+        print("\n".join(lines[-2 - len(PLANNED) :]))
     if options.markdown:
         options.markdown.write_text("\n".join(lines) + "\n")
 

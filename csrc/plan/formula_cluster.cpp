@@ -59,8 +59,8 @@ class Layout {
 
   int atoms() const { return shape_.units / kAtom; }
 
-  // With blocks of so many atoms.
-  FormulaClusterShape of(int atoms_of_block) const {
+  // With blocks of so many atoms, whose products are split into at most so many parts.
+  FormulaClusterShape of(int atoms_of_block, int most_splits) const {
     FormulaClusterShape s = shape_;
     const bool backward = problem_.backward, recurs = cell_.recurrent_gates > 0;
     const int size = cuda::storage_bytes(math_), wide = cuda::accumulator_bytes(math_);
@@ -79,10 +79,9 @@ class Layout {
     s.table = take(4 * kRows * int64_t{sizeof(cuda::RowInfo)});
     s.constants = take(int64_t{size} * s.slice * (cell_.recurrent_gates + cell_.parameters + 2 * phases));
     s.staged = take(int64_t{size} * elements * (backward ? cell_.saved + 2 * states + 1 + phases : cell_.input_gates));
-    const int slots = phases > 0 ? cell_.gradients : 0;
-    s.arrays = take(int64_t{wide} * elements * (states + (backward ? 2 * phases : slots + 2 * phases)));
+    s.arrays = take(int64_t{wide} * elements * (states + arrays_of_phases()));
     s.moments = take(int64_t{4} * wide * kRows * phases);
-    s.sums = take(sums_and_splits(s) * wide);
+    s.sums = take(sums_and_splits(s, most_splits) * wide);
     const int64_t head_rows = int64_t{s.slice} * s.head * size;
     s.weights[0] = take(recurs ? cell_.recurrent_gates * head_rows : 0);
     for (int k = 0; k < phases; ++k) {
@@ -100,7 +99,27 @@ class Layout {
 
   int levels() const { return levels_; }
 
+  // With as many parts as there is room for.
+  FormulaClusterShape fitting(int atoms_of_block, const DeviceInfo& device) const {
+    for (int most_splits = kMostSplits; most_splits > 1; most_splits /= 2) {
+      const FormulaClusterShape shape = of(atoms_of_block, most_splits);
+      if (shape.smem_bytes <= device.smem_per_block) return shape;
+    }
+    return of(atoms_of_block, 1);
+  }
+
  private:
+  // Accumulators, what norms took (backward: the gradients of what they gave), and results (backward: gradients of what was
+  // taken) of phases before the last level.
+  int arrays_of_phases() const {
+    const int* const levels = problem_.backward ? cell_.backward_levels : cell_.forward_levels;
+    int count = cell_.phases > 0 && !problem_.backward ? cell_.gradients : 0;
+    for (int k = 0; k < cell_.phases; ++k) {
+      count += static_cast<FormulaPhase>(cell_.phase_kinds[k]) != FormulaPhase::kProduct;
+      count += levels[k] + 1 < levels_;
+    }
+    return count;
+  }
   // Exchanges that follow each other, also from a step to the next, do not overlap.
   void lay_out_exchanges(FormulaClusterShape& s, int recurrent_vectors) const {
     const int64_t vector = int64_t{s.units} * kRows * cuda::storage_bytes(math_);
@@ -119,13 +138,13 @@ class Layout {
   }
 
   // Numbers that the parts of sums take; fills in the splits.
-  int64_t sums_and_splits(FormulaClusterShape& s) const {
+  int64_t sums_and_splits(FormulaClusterShape& s, int most_splits) const {
     const int of_block = s.slice / kAtom, head_chunks = s.head / chunk_;
     int64_t most = 0;
     const auto choose = [&](int tasks, int chunks) {
       int best = 1;
       double least = 0;
-      for (int splits = 1; splits <= std::min(kMostSplits, chunks); ++splits) {
+      for (int splits = 1; splits <= std::min(most_splits, chunks); ++splits) {
         const double time = double(ceil_div(tasks * splits, kWarps)) * ceil_div(chunks, splits) + 0.25 * splits;
         if (splits == 1 || time < least) best = splits, least = time;
       }
@@ -207,7 +226,7 @@ FormulaClusterPlan plan_formula_cluster(const FormulaStepProblem& problem, const
   double least = 0;
   int64_t least_bytes = 0;
   for (int blocks = 1; blocks <= std::min(std::max(most, 1), layout.atoms()); ++blocks) {
-    const FormulaClusterShape shape = layout.of(static_cast<int>(ceil_div(layout.atoms(), blocks)));
+    const FormulaClusterShape shape = layout.fitting(static_cast<int>(ceil_div(layout.atoms(), blocks)), device);
     if (shape.ranks != blocks || (ranks > 0 && ranks != blocks)) continue;
     least_bytes = least_bytes ? std::min<int64_t>(least_bytes, shape.smem_bytes) : shape.smem_bytes;
     if (shape.smem_bytes > device.smem_per_block) continue;

@@ -4,7 +4,7 @@
 // with W_hh, then a pass over the elements; for each level of phases the exchange of their results' gradients, products and
 // norms, and a pass. The last pass makes the gradients of the recurrent products, which are pushed. While that is under way
 // the inputs of the step before are loaded. A barrier of the block stands between any two of these. Shared memory:
-//   arrays   Acc: gradients of the states | of what phases took, of what norms gave
+//   arrays   Acc: gradients of the states | of what phases before the last level took, of what norms gave
 //   staged   dtype: saved values, states before and after the step, dy, what phases took
 // A row whose next step, in the order of the scan, is active has the product with W_hh added to the gradient of its
 // recurrent state, whether it takes part in this step or begins with the next.
@@ -20,7 +20,7 @@ struct FormulaClusterBackwardScan : FormulaClusterBlock<C, kMath, /*kBackward=*/
   using typename Base::Acc, typename Base::Moments, typename Base::Storage;
   using Element = FormulaClusterElement;
   static constexpr int kBlocks = C::kSlots + C::kParameters + C::kPhases;  // of a row of d
-  static constexpr int kTakenAt = C::kStates, kResultsAt = kTakenAt + C::kPhases;
+  static constexpr int kTakenAt = C::kStates, kResultsAt = kTakenAt + Base::kept_place(C::kPhases);
   static constexpr int kBeforeAt = C::kSaved, kAfterAt = kBeforeAt + C::kStates, kDyAt = kAfterAt + C::kStates;
   static constexpr int kPhasesAt = kDyAt + 1;
   static constexpr int kNextReset = 64;  // with RowFlags: the next step began from zeros
@@ -104,11 +104,12 @@ struct FormulaClusterBackwardScan : FormulaClusterBlock<C, kMath, /*kBackward=*/
       result = this->sum(Base::place_of(Base::level_of(k), k, true), s.splits[Base::level_of(k) + 1], e);
     } else {
       const Moments m = this->final_moments(k, e.b);
-      const Acc weighted = this->array(kResultsAt + k, e.at) * this->constant(Base::kNormWeights + 2 * k, e.local);
+      const Acc weighted =
+          this->array(kResultsAt + Base::norm_place(k), e.at) * this->constant(Base::kNormWeights + 2 * k, e.local);
       const Acc normal = (loaded(kPhasesAt + k, e) - m.mean) * m.scale;
       result = (weighted - m.mean_d - normal * m.along) * m.scale;
     }
-    if constexpr (Base::level_of(k) + 1 < kLevels) this->array(kTakenAt + k, e.at) = result;
+    if constexpr (Base::level_of(k) + 1 < kLevels) this->array(kTakenAt + Base::kept_place(k), e.at) = result;
     return result;
   }
   // kLevel: of the phases that were made last; -1: none.
@@ -134,7 +135,7 @@ struct FormulaClusterBackwardScan : FormulaClusterBlock<C, kMath, /*kBackward=*/
       if constexpr (Base::level_of(k) == kLevel) {
         in.dv[k] = make_gradient<k>(e);
       } else if constexpr (Base::level_of(k) < kLevel) {
-        in.dv[k] = this->array(kTakenAt + k, e.at);
+        in.dv[k] = this->array(kTakenAt + Base::kept_place(k), e.at);
       }
     });
   }
@@ -156,7 +157,7 @@ struct FormulaClusterBackwardScan : FormulaClusterBlock<C, kMath, /*kBackward=*/
       unsigned char* const vectors = this->vectors_of_level(Base::level_of(k));
       this->put(vectors + Base::place_of(Base::level_of(k), k, true) * this->vector_bytes(), e, d);
     } else {
-      this->array(kResultsAt + k, e.at) = d;
+      this->array(kResultsAt + Base::norm_place(k), e.at) = d;
     }
   }
 
@@ -228,7 +229,7 @@ struct FormulaClusterBackwardScan : FormulaClusterBlock<C, kMath, /*kBackward=*/
   __device__ __forceinline__ void send_norm(unsigned char* norms) const {
     const auto v = [&](int at, int) -> Acc { return simt::to_float(this->staged(kPhasesAt + k, at)); };
     const auto d = [&](int at, int u) -> Acc {
-      return this->array(kResultsAt + k, at) * this->constant(Base::kNormWeights + 2 * k, u);
+      return this->array(kResultsAt + Base::norm_place(k), at) * this->constant(Base::kNormWeights + 2 * k, u);
     };
     for (int b = simt::warp_id(); b < kRows; b += Base::kWarps) {
       this->send_moments(norms, Base::place_of(Base::level_of(k), k, false), Base::is_centred(k), b, v, d);

@@ -4,7 +4,7 @@
 // exchange of what they take, products and norms, and a pass. The last pass makes the states, of which the recurrent one is
 // pushed. While that is under way the inputs of the next step are loaded. A barrier of the block stands between any two of
 // these. Shared memory:
-//   arrays   Acc: the states | with phases: accumulators, what norms took, results of phases
+//   arrays   Acc: the states | with phases: accumulators, what norms took, results of phases before the last level
 //   staged   dtype: the input products of the step
 #pragma once
 #include "cuda/formula/formula_cluster.cuh"
@@ -17,7 +17,8 @@ struct FormulaClusterForwardScan : FormulaClusterBlock<C, kMath, /*kBackward=*/f
   using Base::s, Base::p, Base::exchange, Base::dir, Base::kLevels, Base::kRecurs, Base::kRows;
   using typename Base::Acc, typename Base::Moments, typename Base::Storage;
   using Element = FormulaClusterElement;
-  static constexpr int kSlotsAt = C::kStates, kTakenAt = kSlotsAt + C::kSlots, kResultsAt = kTakenAt + C::kPhases;
+  static constexpr int kSlotsAt = C::kStates, kTakenAt = kSlotsAt + C::kSlots,
+                       kResultsAt = kTakenAt + Base::norm_place(C::kPhases);
 
   const FormulaForward& f;
 
@@ -99,10 +100,10 @@ struct FormulaClusterForwardScan : FormulaClusterBlock<C, kMath, /*kBackward=*/f
     } else {
       const Moments m = this->final_moments(k, e.b);
       const Acc weight = this->constant(Base::kNormWeights + 2 * k, e.local);
-      result = (this->array(kTakenAt + k, e.at) - m.mean) * m.scale * weight;
+      result = (this->array(kTakenAt + Base::norm_place(k), e.at) - m.mean) * m.scale * weight;
       if constexpr (Base::is_centred(k)) result += this->constant(Base::kNormWeights + 2 * k + 1, e.local);
     }
-    if constexpr (Base::level_of(k) + 1 < kLevels) this->array(kResultsAt + k, e.at) = result;
+    if constexpr (Base::level_of(k) + 1 < kLevels) this->array(kResultsAt + Base::kept_place(k), e.at) = result;
     return result;
   }
   // kLevel: of the phases that were made last; -1: none.
@@ -127,7 +128,7 @@ struct FormulaClusterForwardScan : FormulaClusterBlock<C, kMath, /*kBackward=*/f
       if constexpr (Base::level_of(k) == kLevel) {
         in.ph[k] = make_result<k>(e);
       } else if constexpr (Base::level_of(k) < kLevel) {
-        in.ph[k] = this->array(kResultsAt + k, e.at);
+        in.ph[k] = this->array(kResultsAt + Base::kept_place(k), e.at);
       }
     });
   }
@@ -148,7 +149,7 @@ struct FormulaClusterForwardScan : FormulaClusterBlock<C, kMath, /*kBackward=*/f
       unsigned char* const vectors = this->vectors_of_level(Base::level_of(k));
       this->put(vectors + Base::place_of(Base::level_of(k), k, true) * this->vector_bytes(), e, v);
     } else {
-      this->array(kTakenAt + k, e.at) = v;
+      this->array(kTakenAt + Base::norm_place(k), e.at) = v;
     }
   }
 
@@ -219,7 +220,7 @@ struct FormulaClusterForwardScan : FormulaClusterBlock<C, kMath, /*kBackward=*/f
 
   template <int k>
   __device__ __forceinline__ void send_norm(unsigned char* norms) const {
-    const auto v = [&](int at, int) { return this->array(kTakenAt + k, at); };
+    const auto v = [&](int at, int) { return this->array(kTakenAt + Base::norm_place(k), at); };
     for (int b = simt::warp_id(); b < kRows; b += Base::kWarps) {
       this->send_moments(norms, Base::place_of(Base::level_of(k), k, false), Base::is_centred(k), b, v,
                          [](int, int) { return Acc(0); });

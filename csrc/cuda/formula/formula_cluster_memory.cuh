@@ -58,6 +58,18 @@ struct FormulaClusterMemory {
     for (int i = 0; i < C::kPhases && i < k; ++i) count += level_of(i) == level && is_product(i) == product;
     return count;
   }
+  // Arrays of phase k: what concerns norms alone, and what passes after the one behind the phase read. With k = kPhases: how
+  // many there are.
+  static constexpr __device__ int norm_place(int k) {
+    int count = 0;
+    for (int i = 0; i < C::kPhases && i < k; ++i) count += !is_product(i);
+    return count;
+  }
+  static constexpr __device__ int kept_place(int k) {
+    int count = 0;
+    for (int i = 0; i < C::kPhases && i < k; ++i) count += level_of(i) + 1 < kLevels;
+    return count;
+  }
 
   const FormulaLayer& p;
   const FormulaClusterShape& s;
