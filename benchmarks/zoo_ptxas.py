@@ -35,6 +35,8 @@ DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64, "
 PLANNED = (
     (fused_rnn.zoo.SLSTM(heads=6), 6 * 128, 16, torch.bfloat16),
     (fused_rnn.zoo.BlockGRU(heads=8), 512, 16, torch.bfloat16),
+    (fused_rnn.zoo.DreamerGRU(heads=8), 512, 16, torch.bfloat16),
+    (fused_rnn.zoo.LayerNormLSTM(), 512, 16, torch.bfloat16),
 )
 
 
