@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ROLES = ("forward", "forward_input", "project", "backward", "state_grad")
+ROLES = ("forward", "forward_input", "project", "backward", "state_grad", "forward_modified", "backward_modified")
 # By number; without the package, which imports torch. The kernels of the three RNNs are one, compiled as the first of them.
 KINDS = runpy.run_path(str(ROOT / "fused_rnn" / "_kinds.py"))["KINDS"]
 CELLS = tuple("rnn" if kind.name == "rnn_tanh" else kind.name for kind in KINDS)

@@ -22,18 +22,22 @@ struct Zoneout {
 struct Modifier {
   const bool* resets;  // [N] or null; true: h and c are replaced before this row's step, in the order of the scan
   ResetState h, c;     // by [P] and [H]; null without resets
-  // The rest has kernels on a CPU alone. Zoneout comes after the step; h of an LSTM is made of its c before zoneout.
+  // Zoneout comes after the step; h of an LSTM is made of its c before zoneout.
   Zoneout zoneout_h, zoneout_c;
   double clip;            // the new c, or the new h of a cell without c, is cut to [-clip, clip]; 0: it is not
   const void* product;    // [D, B, P] in the layer's dtype or null: factors of the h that is multiplied with W_hh
   const void* candidate;  // [D, B, H] in the layer's dtype or null: factors of the candidate (LSTM's g, GRU's n)
 };
 
+FUSED_RNN_HD bool is_zoneout(const Zoneout& z) { return z.keep || z.share != 0; }
+
 // Whether steps are more than the cell's, resets aside. The kernels then save a slot of cells that save none.
 FUSED_RNN_HD bool modifies_steps(const Modifier& m) {
-  return m.zoneout_h.keep || m.zoneout_c.keep || m.zoneout_h.share != 0 || m.zoneout_c.share != 0 || m.clip != 0 ||
-         m.product || m.candidate;
+  return is_zoneout(m.zoneout_h) || is_zoneout(m.zoneout_c) || m.clip != 0 || m.product || m.candidate;
 }
+
+// Whether resets put anything but zeros.
+FUSED_RNN_HD bool puts_states(const Modifier& m) { return m.h.data || m.c.data; }
 
 FUSED_RNN_HD bool is_reset(const Modifier& m, int64_t row) { return m.resets && m.resets[row]; }
 

@@ -120,7 +120,7 @@ struct ForwardParams {
   void* c_n;    // [D, B, H], in float where wide_c; LSTM only
   void* gates;  // [D, N, S, H]: activated gates for backward, 0 at inactive rows when training. CUDA: holds the projection
                 // on entry, unless the family makes it itself (reads_x). CPU: null unless training.
-  void* cs;     // [D, N, H]: c after each step, in dtype, 0 at inactive rows; LSTM only; null unless training, or (on a CPU)
+  void* cs;     // [D, N, H]: c after each step, in dtype, 0 at inactive rows; LSTM only; null unless training, or on a CPU
                 // where every c is asked for
   // Of ids in place of one-hot rows (CPU): [D, N, G, H], columns_stride elements from row to row: the columns of W_ih that
   // are the input product, without biases. Null where x is there. It may be the memory of gates, whose rows are read first.
@@ -154,7 +154,7 @@ struct BackwardParams {
   const void* dh_n;   // [D, B, P] or null (zeros)
   const void* dc_n;   // [D, B, H] or null (zeros); LSTM only
   const void* d_cs;   // [D, N, H] or null (zeros): gradient of c after each step beside what passes through the steps; LSTM
-                      // only; CPU only
+                      // only
   void* d_gates;      // [D, N, S, H] out; 0 at inactive rows
   // [D, N, P] out: total gradient of every h, 0 at inactive rows. Null without a projection, or (on a CPU) where nobody asks
   // for it and nothing but resets modifies steps.
@@ -162,7 +162,7 @@ struct BackwardParams {
   void* d_h0;  // [D, B, P] out, or null where nobody asks for it
   void* d_c0;  // [D, B, H] out; LSTM only
   // Out at rows that are reset: the gradients of the state that their step begins from, of h less what passes through W_hh.
-  // Null where nobody asks. CPU only.
+  // Null where nobody asks.
   void* d_reset_h;  // [D, N, P]; of cells that read h outside of the product
   void* d_reset_c;  // [D, N, H]; LSTM only
   void* workspace;  // as in forward

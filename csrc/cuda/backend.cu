@@ -60,12 +60,15 @@ const DeviceInfo& device_info(int device) {
 bool conditional_graphs_take_cooperative_launches() { return simt::driver_version() >= 12060; }
 
 Problem problem_of(const ForwardParams& p) {
+  const bool modified = modifies_steps(p.modifier) || puts_states(p.modifier);
   return {p.cell,     p.dtype, p.allow_tf32, p.seq.T, p.seq.B, p.I, p.H, p.P, p.D, p.seq.lengths || p.seq.offsets,
-          p.training, false};
+          p.training, false,   modified};
 }
 
 Problem problem_of(const BackwardParams& p) {
-  return {p.cell, p.dtype, p.allow_tf32, p.seq.T, p.seq.B, 0, p.H, p.P, p.D, p.seq.lengths || p.seq.offsets, true, true};
+  const bool modified = modifies_steps(p.modifier) || puts_states(p.modifier) || p.d_cs;
+  return {p.cell, p.dtype, p.allow_tf32, p.seq.T, p.seq.B, 0, p.H, p.P, p.D, p.seq.lengths || p.seq.offsets,
+          true,   true,    modified};
 }
 
 const Plan& plan_for(const Problem& problem, int device, const FamilyChoice& choice) {

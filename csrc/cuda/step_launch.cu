@@ -72,12 +72,14 @@ void step_forward(const ForwardParams& p, const Plan& plan, const StepRange&, vo
   if (layout.carry_bytes) step.c = workspace + layout.carry;
   if (projected) step.hidden = workspace + layout.hidden;
   const Weights &w0 = p.weights[0], &w1 = p.weights[p.D - 1];
-  step.copy_state = copy_width({w0.w_hh.data, w1.w_hh.data, p.y, p.h0}, p.P * bytes, bytes);
+  const ResetState& put = p.modifier.h;
+  step.copy_state = copy_width({w0.w_hh.data, w1.w_hh.data, p.y, p.h0, put.data, p.modifier.product},
+                               (p.P * bytes) | put.step | put.direction | put.row, bytes);
   if (input) step.copy_input = copy_width({w0.w_ih.data, w1.w_ih.data, p.x}, p.I * bytes, bytes);
   ForwardStep project_step = step;
   project_step.copy_state = copy_width({w0.w_hr.data, w1.w_hr.data, step.hidden}, p.H * bytes, bytes);
 
-  auto launch = forward_kernel_of(plan, input ? KernelRole::kForwardInput : KernelRole::kForward, p.cell);
+  auto launch = forward_kernel_of(plan, forward_role(input, problem_of(p).modified), p.cell);
   std::optional<StepKernel<ForwardStep>> project;
   if (projected) project = forward_kernel_of(plan, KernelRole::kProject, p.cell);
   for (int64_t s = 0; s < p.seq.T; ++s) {
@@ -93,9 +95,15 @@ void step_backward(const BackwardParams& p, const Plan& plan, const StepRange&, 
   const int bytes = static_cast<int>(dtype_size(p.dtype));
   const WorkspaceLayout layout = workspace_layout(problem_of(p));
 
-  BackwardStep step{p, 0, 0, 0, nullptr};
+  BackwardStep step{p, 0, 0, 0, nullptr, nullptr};
   if (!projected) step.p.d_h = nullptr;
-  if (layout.carry_bytes) step.carry = static_cast<unsigned char*>(p.workspace) + layout.carry;
+  auto* workspace = static_cast<unsigned char*>(p.workspace);
+  if (layout.carry_bytes) step.carry = workspace + layout.carry;
+  if (traits_of(p.cell).reads_h) {
+    step.carry_h = step.carry;
+  } else if (layout.carry_h_bytes && is_zoneout(p.modifier.zoneout_h)) {
+    step.carry_h = workspace + layout.carry_h;
+  }
   // A product with W_hh copies rows of W_hh and of d_gates; one with W_hr rows of W_hr and of d_h.
   const Weights &w0 = p.weights[0], &w1 = p.weights[p.D - 1];
   const int recurrent_width = copy_width({w0.w_hh.data, w1.w_hh.data, p.d_gates}, (p.P | p.H) * bytes, bytes);
@@ -104,7 +112,7 @@ void step_backward(const BackwardParams& p, const Plan& plan, const StepRange&, 
   step.copy_bytes =
       projected ? copy_width({w0.w_hr.data, w1.w_hr.data, p.d_h}, (p.P | p.H) * bytes, bytes) : recurrent_width;
 
-  auto launch = backward_kernel_of(plan, KernelRole::kBackward, p.cell);
+  auto launch = backward_kernel_of(plan, backward_role(problem_of(p).modified), p.cell);
   auto state_grad = backward_kernel_of(plan, KernelRole::kStateGrad, p.cell);
   bool first = true;
   for (int64_t s = p.seq.T - 1; s >= 0; --s) {

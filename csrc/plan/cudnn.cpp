@@ -51,6 +51,7 @@ Algorithm algorithm_of(const Problem& p, const DeviceInfo& device) {
 
 std::string cudnn_obstacle(const Problem& problem, const DeviceInfo&) {
   if (cudnn_mode(problem.cell) < 0) return std::string("has no cell ") + traits_of(problem.cell).name;
+  if (problem.modified) return kNoModifiedKernels;
   if (problem.T > kMostSteps) return "makes " + std::to_string(kMostSteps) + " steps at most";
   return "";
 }

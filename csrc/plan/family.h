@@ -9,6 +9,10 @@ namespace fused_rnn {
 
 struct Plan;  // plan.h
 
+// The obstacle of families without kernels for a problem that is `modified`.
+constexpr const char* kNoModifiedKernels =
+    "has no kernels with zoneout, recurrent dropout, clipped states, reset states or gradients of every c";
+
 // Every family, once, in the order in which plans prefer them. The enum, the names and the planner's loop are made of this
 // list.
 //   X(kind, name, persistent, reads_x, automatic, stacks, obstacle, plan)

@@ -30,10 +30,12 @@ Product product_of(const Problem& problem, KernelRole role) {
   const bool projected = problem.P != problem.H;
   const int64_t gates = gate_count(problem.cell);
   switch (role) {
-    case KernelRole::kForward: return {problem.H, {problem.P, 0}};
+    case KernelRole::kForward:
+    case KernelRole::kForwardModified: return {problem.H, {problem.P, 0}};
     case KernelRole::kForwardInput: return {problem.H, {problem.P, problem.I}};
     case KernelRole::kProject: return {problem.P, {problem.H, 0}};
-    case KernelRole::kBackward: return {problem.H, {projected ? problem.P : gates * problem.H, 0}};
+    case KernelRole::kBackward:
+    case KernelRole::kBackwardModified: return {problem.H, {projected ? problem.P : gates * problem.H, 0}};
     case KernelRole::kStateGrad: return {problem.P, {gates * problem.H, 0}};
   }
   return {};
@@ -90,8 +92,8 @@ KernelPlan plan_kernel(const Problem& problem, const DeviceInfo& device, MathKin
 }
 
 std::vector<KernelRole> roles_of(const Problem& problem, Family family) {
-  if (problem.backward) return {KernelRole::kStateGrad, KernelRole::kBackward};
-  std::vector<KernelRole> roles{traits_of(family).reads_x ? KernelRole::kForwardInput : KernelRole::kForward};
+  if (problem.backward) return {KernelRole::kStateGrad, cuda::backward_role(problem.modified)};
+  std::vector<KernelRole> roles{cuda::forward_role(traits_of(family).reads_x, problem.modified)};
   if (problem.P != problem.H) roles.push_back(KernelRole::kProject);
   return roles;
 }
@@ -99,6 +101,7 @@ std::vector<KernelRole> roles_of(const Problem& problem, Family family) {
 }  // namespace
 
 std::string single_obstacle(const Problem& problem, const DeviceInfo&) {
+  if (problem.modified) return kNoModifiedKernels;
   return problem.T == 1 ? "" : "serves one time step, not " + std::to_string(problem.T);
 }
 
@@ -123,7 +126,9 @@ WorkspaceLayout workspace_layout(const Problem& p) {
   if (cell.has_c || (cell.reads_h && p.backward)) {
     layout.carry_bytes = units * (p.dtype == DType::kFloat64 ? 8 : 4);
   }
-  layout.hidden = aligned(layout.carry_bytes);
+  layout.carry_h = aligned(layout.carry_bytes);
+  if (p.modified && p.backward && !cell.reads_h) layout.carry_h_bytes = units * (p.dtype == DType::kFloat64 ? 8 : 4);
+  layout.hidden = layout.carry_h + aligned(layout.carry_h_bytes);
   if (p.P != p.H && !p.backward) layout.hidden_bytes = units * dtype_size(p.dtype);
   layout.bytes = layout.hidden + aligned(layout.hidden_bytes);
   return layout;

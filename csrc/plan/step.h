@@ -8,7 +8,9 @@ namespace fused_rnn {
 struct WorkspaceLayout {
   int64_t carry, carry_bytes;  // [D, B, H] in the arithmetic type: running c (LSTM forward), running dc (LSTM backward), the
                                // part of dh that bypasses the weights (GRU backward)
-  int64_t hidden, hidden_bytes;  // [D, B, H] in dtype: h before the projection (forward, P != H)
+  int64_t carry_h, carry_h_bytes;  // [D, B, H] in the arithmetic type: of a modified backward, the part of dh that zoneout
+                                   // passes by the weights (cells whose `carry` is not that part)
+  int64_t hidden, hidden_bytes;    // [D, B, H] in dtype: h before the projection (forward, P != H)
   int64_t bytes;
 };
 WorkspaceLayout workspace_layout(const Problem& problem);

@@ -13,7 +13,17 @@ namespace fused_rnn::cuda {
 // kForward: recurrent product, bias, gates. kForwardInput: the same with the input product. kProject: the product of a
 // projection, W_hr. kBackward: product with W_hh (or W_hr) and the cell's derivative. kStateGrad: total gradient of a state
 // h.
-enum class KernelRole : int { kForward, kForwardInput, kProject, kBackward, kStateGrad };
+// kForwardModified, kBackwardModified: kForward and kBackward with what Modifier has beside resets to zeros
+// (core/modifier.h), and the gradients of every c.
+enum class KernelRole : int {
+  kForward,
+  kForwardInput,
+  kProject,
+  kBackward,
+  kStateGrad,
+  kForwardModified,
+  kBackwardModified
+};
 enum class TileSize : int { kSmall, kMedium, kLarge };
 
 constexpr const char* to_string(KernelRole role) {
@@ -23,6 +33,8 @@ constexpr const char* to_string(KernelRole role) {
     case KernelRole::kProject: return "project";
     case KernelRole::kBackward: return "backward";
     case KernelRole::kStateGrad: return "state_grad";
+    case KernelRole::kForwardModified: return "forward_modified";
+    case KernelRole::kBackwardModified: return "backward_modified";
   }
   return "?";
 }
@@ -35,9 +47,23 @@ constexpr const char* to_string(TileSize size) {
   return "?";
 }
 
-constexpr bool is_gated(KernelRole role) { return role == KernelRole::kForward || role == KernelRole::kForwardInput; }
+constexpr bool is_modified(KernelRole role) {
+  return role == KernelRole::kForwardModified || role == KernelRole::kBackwardModified;
+}
+constexpr KernelRole forward_role(bool reads_x, bool modified) {
+  return modified ? KernelRole::kForwardModified : reads_x ? KernelRole::kForwardInput : KernelRole::kForward;
+}
+constexpr KernelRole backward_role(bool modified) {
+  return modified ? KernelRole::kBackwardModified : KernelRole::kBackward;
+}
+
+constexpr bool is_gated(KernelRole role) {
+  return role == KernelRole::kForward || role == KernelRole::kForwardInput || role == KernelRole::kForwardModified;
+}
 // Whether the weight operand is stored [units][K] (K contiguous) or [K][units].
-constexpr bool is_unit_major(KernelRole role) { return role == KernelRole::kBackward || role == KernelRole::kStateGrad; }
+constexpr bool is_unit_major(KernelRole role) {
+  return role == KernelRole::kBackward || role == KernelRole::kStateGrad || role == KernelRole::kBackwardModified;
+}
 
 // The largest tile is compiled for tensor cores only.
 constexpr bool has_tile(MathKind math, TileSize size) { return size != TileSize::kLarge || traits_of(math).tensor_cores; }
@@ -109,7 +135,8 @@ constexpr int sum_bytes(int slots, MathKind math, const TileShape& tile) {
 
 // What a block notes of one batch row at one step, in shared memory.
 struct RowInfo {
-  const void* source[2];  // the row of the state that each phase multiplies; null: zeros
+  const void* source[2];  // the row of the state that each phase multiplies; null: zeros. kForwardModified: the second is
+                          // the row of factors of the first, or null
   int64_t row;            // row in memory, of this step
   int64_t other;          // row of the previous active step
   int flags;

@@ -131,6 +131,7 @@ Problem problem_of(Keywords& k) {
   problem.ragged = k.take<bool>("ragged", false);
   problem.training = k.take<bool>("training", false);
   problem.backward = k.take<bool>("backward", false);
+  problem.modified = k.take<bool>("modified", false);
   return problem;
 }
 

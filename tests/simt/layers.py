@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import itertools
 import re
+from collections.abc import Callable
 from ctypes import c_bool, c_double, c_int, c_int64, c_void_p
 from typing import Any
 
@@ -158,6 +159,11 @@ class LayerRun:
         here = [ctypes.sizeof(t) for t in (ForwardParams, BackwardParams, Problem, DeviceInfo)]
         assert list(sizes) == here, "the structures here differ from those of csrc"
 
+    @property
+    def saves_gates(self) -> bool:
+        """Whether forward keeps slots for backward."""
+        return self.layer.slots > 1
+
     def plan(self, problem: Any) -> int:
         plan = self.sim.lib.simt_make_plan(ctypes.byref(problem), ctypes.byref(self.device), self.family)
         self.plan_text = self.sim.lib.simt_plan_text().decode()
@@ -203,9 +209,13 @@ class LayerRun:
             put("lengths", data.lengths),
             put("offsets", self.layer.offsets),
         )
-        params.modifier = Modifier(put("resets", data.resets))
+        params.modifier = self.modifier()
         params.h0, params.c0 = put("h0", data.h0), put("c0", data.c0)
         self._weights(params)
+
+    def modifier(self) -> Any:
+        """Of steps and their rows (csrc/core/modifier.h), in device memory."""
+        return Modifier(self.sim.put("resets", self.layer.data.resets))
 
     def _finish(self, call: str, params: Any, problem: Any) -> None:
         plan, case, lib = self.plan(problem), self.layer.case, self.sim.lib
@@ -278,12 +288,12 @@ class LayerRun:
         reads_x = sim.lib.simt_plan_reads_x(plan)
         sim.lib.simt_free_plan(plan)
         gates = (d, n, layer.slots, h)
-        if not reads_x or (self.training and layer.slots > 1):
+        if not reads_x or (self.training and self.saves_gates):
             buffer = torch.full(gates, float("nan"), dtype=case.dtype)
             if not reads_x and projected:
                 buffer[:, :, : layer.gates] = self.projection(layer.data.input)
             places["gates"] = sim.inout("gates", buffer)
-            if self.training and layer.slots > 1:
+            if self.training and self.saves_gates:
                 shapes["gates"] = gates
         for name, address in places.items():
             setattr(params, name, address)
@@ -330,7 +340,7 @@ class LayerRun:
         params.gates, params.cs = sim.put("gates", saved.get("gates")), sim.put("cs", saved.get("cs"))
         if self.given_gradients:
             params.dy, params.dh_n = sim.put("dy", data.dy), sim.put("dh_n", data.dh_n)
-        shapes = {"d_gates": (d, n, layer.slots, h)}
+        shapes = {"d_gates": (d, n, layer.slots, h), **self.more_gradients(params)}
         if self.wants_d_h0:
             shapes["d_h0"] = (d, case.batch, case.output)
         if case.cell == "LSTM":
@@ -346,6 +356,10 @@ class LayerRun:
         self.outputs = {name: (places[name], shape) for name, shape in shapes.items()}
         return params, problem
 
+    def more_gradients(self, params: Any) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what backward writes beside; puts into params what it reads beside."""
+        return {}
+
     def input_gradient(self, d_gates: Tensor) -> Tensor:
         """d_gates [D, N, S, H] times W_ih, [N, I], rounded once."""
         case, layer = self.layer.case, self.layer
@@ -357,7 +371,22 @@ class LayerRun:
         return torch.stack(parts).sum(0).to(case.dtype)
 
 
-def gradients(layer: Layer, saved: dict[str, Tensor], grads: dict[str, Tensor]) -> list[Tensor]:
+def previous_h(layer: Layer, saved: dict[str, Tensor], d: int) -> Tensor:
+    """[N, P]: what each row's step multiplies with W_hh, in float64."""
+    case, data = layer.case, layer.data
+    before = layer.row_before(d)
+    y = saved["y"].double()[:, d * case.output : (d + 1) * case.output]
+    h0 = torch.zeros(case.batch, case.output, dtype=torch.float64) if data.h0 is None else data.h0[d].double()
+    h = torch.where((before >= 0)[:, None], y[before.clamp(min=0)], h0[layer.batch_of_row])
+    return h if data.resets is None else h.masked_fill(data.resets.reshape(-1, 1), 0)
+
+
+def gradients(
+    layer: Layer,
+    saved: dict[str, Tensor],
+    grads: dict[str, Tensor],
+    previous: Callable[[Layer, dict[str, Tensor], int], Tensor] = previous_h,
+) -> list[Tensor]:
     """The matrix products that the caller of backward makes, in float64: gradients of (x, h0, c0, *weights)."""
     case, data = layer.case, layer.data
     x = data.input.double().reshape(layer.rows, -1).masked_fill(~layer.active[:, None], 0)
@@ -369,12 +398,7 @@ def gradients(layer: Layer, saved: dict[str, Tensor], grads: dict[str, Tensor]) 
         input_slots = [1, 2, 0] if case.cell == "GRU" else list(range(layer.slots))
         d_in = d_gates[:, input_slots].reshape(layer.rows, -1)
         d_rec = d_gates[:, layer.slots - layer.gates :].reshape(layer.rows, -1)
-        before = layer.row_before(d)
-        y = saved["y"].double()[:, d * case.output : (d + 1) * case.output]
-        h0 = torch.zeros(case.batch, case.output, dtype=torch.float64) if data.h0 is None else data.h0[d].double()
-        h = torch.where((before >= 0)[:, None], y[before.clamp(min=0)], h0[layer.batch_of_row])
-        if data.resets is not None:
-            h = h.masked_fill(data.resets.reshape(-1, 1), 0)
+        h = previous(layer, saved, d)
         weights = layer.direction(d)
         dx += d_in @ weights[0].double()
         weight_grads += [d_in.T @ x, d_rec.T @ h]

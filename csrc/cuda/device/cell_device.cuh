@@ -39,6 +39,10 @@ __device__ __forceinline__ DeviceFloat sigmoid(DeviceFloat x) {
 }
 __device__ __forceinline__ DeviceFloat tanh(DeviceFloat x) { return DeviceFloat(math::tanh(x.v)); }
 
+FUSED_RNN_HD float number_of(DeviceFloat x) { return x.v; }
+FUSED_RNN_HD float number_of(float x) { return x; }
+FUSED_RNN_HD double number_of(double x) { return x; }
+
 // Calls f with the array's values as DeviceFloats, and copies back what f leaves in them.
 template <int kCount, class F>
 __device__ __forceinline__ void as_device_floats(float (&a)[kCount], F&& f) {
@@ -50,53 +54,58 @@ __device__ __forceinline__ void as_device_floats(float (&a)[kCount], F&& f) {
   for (int i = 0; i < kCount; ++i) a[i] = values[i].v;
 }
 
+// m: cells.h's modifier of the step.
 template <CellKind kCell>
 struct DeviceCell : Cell<kCell> {
+  template <class M = Unmodified>
   static __device__ __forceinline__ void forward(CellKind cell, float (&a)[Cell<kCell>::kSlots], float h_prev, float c_prev,
-                                                 float& h, float& c) {
+                                                 float& h, float& c, const M& m = M()) {
     sigmoids(a);
-    forward_of_sigmoids(cell, a, h_prev, c_prev, h, c);
+    forward_of_sigmoids(cell, a, h_prev, c_prev, h, c, m);
   }
   // The two parts of forward. With a fence between them the sigmoids run side by side. Without it the compiler begins one of
   // the sigmoids only after the tanh of the new c, which does not depend on it.
   static __device__ __forceinline__ void sigmoids(float (&a)[Cell<kCell>::kSlots]) {
     as_device_floats(a, [](DeviceFloat(&slots)[Cell<kCell>::kSlots]) { Cell<kCell>::sigmoids(slots); });
   }
+  template <class M = Unmodified>
   static __device__ __forceinline__ void forward_of_sigmoids(CellKind, float (&a)[Cell<kCell>::kSlots], float h_prev,
-                                                             float c_prev, float& h, float& c) {
+                                                             float c_prev, float& h, float& c, const M& m = M()) {
     DeviceFloat new_h, new_c;
     as_device_floats(a, [&](DeviceFloat(&slots)[Cell<kCell>::kSlots]) {
-      Cell<kCell>::forward_of_sigmoids(slots, DeviceFloat(h_prev), DeviceFloat(c_prev), new_h, new_c);
+      Cell<kCell>::forward_of_sigmoids(slots, DeviceFloat(h_prev), DeviceFloat(c_prev), new_h, new_c, m);
     });
     h = new_h.v;
     if constexpr (Cell<kCell>::kHasC) c = new_c.v;
   }
+  template <class M = Unmodified>
   static FUSED_RNN_HD void forward(CellKind, double (&a)[Cell<kCell>::kSlots], double h_prev, double c_prev, double& h,
-                                   double& c) {
-    Cell<kCell>::forward(a, h_prev, c_prev, h, c);
+                                   double& c, const M& m = M()) {
+    Cell<kCell>::forward(a, h_prev, c_prev, h, c, m);
   }
-  template <class V>
+  template <class V, class M = Unmodified>
   static FUSED_RNN_HD V backward(CellKind, const V (&a)[Cell<kCell>::kSlots], const V& h_prev, const V& c_prev, const V& c,
-                                 const V& h, const V& dh, V& dc, V (&d)[Cell<kCell>::kSlots]) {
-    return Cell<kCell>::backward(a, h_prev, c_prev, c, h, dh, dc, d);
+                                 const V& h, const V& dh, V& dc, V (&d)[Cell<kCell>::kSlots], const M& m = M()) {
+    return Cell<kCell>::backward(a, h_prev, c_prev, c, h, dh, dc, d, m);
   }
 };
 
 template <>
 struct DeviceCell<CellKind::kRnnTanh> : Cell<CellKind::kRnnTanh> {
-  template <class V>
-  static FUSED_RNN_HD void forward(CellKind kind, V (&a)[1], const V& h_prev, const V& c_prev, V& h, V& c) {
-    with_rnn(kind, [&](auto tag) { Cell<decltype(tag)::value>::forward(a, h_prev, c_prev, h, c); });
+  template <class V, class M = Unmodified>
+  static FUSED_RNN_HD void forward(CellKind kind, V (&a)[1], const V& h_prev, const V& c_prev, V& h, V& c,
+                                   const M& m = M()) {
+    with_rnn(kind, [&](auto tag) { Cell<decltype(tag)::value>::forward(a, h_prev, c_prev, h, c, m); });
   }
   static __device__ __forceinline__ void sigmoids(float (&)[1]) {}
   static __device__ __forceinline__ void forward_of_sigmoids(CellKind kind, float (&a)[1], float h_prev, float c_prev,
                                                              float& h, float& c) {
     forward(kind, a, h_prev, c_prev, h, c);
   }
-  template <class V>
+  template <class V, class M = Unmodified>
   static FUSED_RNN_HD V backward(CellKind kind, const V (&a)[1], const V& h_prev, const V& c_prev, const V& c, const V& h,
-                                 const V& dh, V& dc, V (&d)[1]) {
-    with_rnn(kind, [&](auto tag) { Cell<decltype(tag)::value>::backward(a, h_prev, c_prev, c, h, dh, dc, d); });
+                                 const V& dh, V& dc, V (&d)[1], const M& m = M()) {
+    with_rnn(kind, [&](auto tag) { Cell<decltype(tag)::value>::backward(a, h_prev, c_prev, c, h, dh, dc, d, m); });
     return V(0);  // of every RNN
   }
 

@@ -1,6 +1,8 @@
 // One backward step of one layer. With "next" and "previous" in scan order, row b active at t has
 //   dh[t] = dy[t] + d_rg[next] W_hh + carry     (d_rg: the recurrent slots of d_gates; carry: GRU's part that bypasses W_hh)
 // where the last two terms are 0 if the state was reset before `next`, and dh_n stands for them if the row ends at t.
+// kBackwardModified is kBackward with the options of steps (modified.cuh), the gradients of every c, and those of what
+// resets put into a state, which it stores in place of carrying them on.
 //   backward_kernel    dh (without projection) or d_h W_hr (with), then the cell's derivative: d_gates[t], carry, d_c0
 //   state_grad_kernel  dh of a projected LSTM, to d_h[t]; and d_h0, which is the same sum at "step -1"
 // A block owns kUnits units of kBatch batch rows in one direction (blockIdx.z). A thread finishes kElements (unit, row)
@@ -10,6 +12,7 @@
 #include "cuda/step/forward.cuh"
 #include "cuda/step/kernels.h"
 #include "cuda/step/matmul.cuh"
+#include "cuda/step/modified.cuh"
 
 namespace fused_rnn::cuda {
 
@@ -29,6 +32,7 @@ struct BackwardElements {
   using Acc = typename G::Acc;
   using C = DeviceCell<G::kCell>;
   static constexpr bool kHasCarry = C::kHasC || C::kReadsH;
+  static constexpr int kSaved = G::kModified ? C::kSlots : C::kSaved;
   // Operands of an element that do not depend on the preceding launch.
   struct Element {
     Acc a[C::kSlots];
@@ -64,12 +68,15 @@ struct BackwardElements {
     Element x{};
     if (!exists(e) || !(table[batch_of(e)].flags & kActive)) return x;
     const RowInfo& info = table[batch_of(e)];
-    if constexpr (C::kSaved > 0) {
+    if (kSaved > 0 && reads_gates()) {
       const auto* gates = static_cast<const Storage*>(s.p.gates) + gate_index(e, info.row);
 #pragma unroll
-      for (int slot = 0; slot < C::kSaved; ++slot) x.a[slot] = simt::to_float(gates[slot * s.p.H]);
+      for (int slot = 0; slot < kSaved; ++slot) x.a[slot] = simt::to_float(gates[slot * s.p.H]);
     } else {
       x.h = output(s.p.y, info.row, e);
+    }
+    if constexpr (G::kModified) {
+      if (info.flags & kReset) load_reset_state(e, x);
     }
     const bool start_is_zero = info.flags & kReset;
     if constexpr (C::kReadsH) {
@@ -88,6 +95,58 @@ struct BackwardElements {
       if (!(info.flags & kHasNext)) x.dh += state(s.p.dh_n, e);
     }
     return x;
+  }
+
+  // Whether forward has saved slots: of an RNN where steps are more than the cell's.
+  __device__ __forceinline__ bool reads_gates() const {
+    if constexpr (C::kSaved > 0) return true;
+    return modifies_steps(s.p.modifier);
+  }
+
+  // The state that a reset has put before the step, where the cell's derivative reads it.
+  __device__ __forceinline__ void load_reset_state(int e, Element& x) const {
+    const int64_t t = time_of_step(s.p.seq, s.step, dir), b = first_row + batch_of(e), unit = first_unit + unit_of(e);
+    if constexpr (C::kReadsH) {
+      const auto* row = static_cast<const Storage*>(reset_row(s.p.modifier.h, t, dir, b));
+      if (row) x.h_prev = simt::to_float(row[unit]);
+    }
+    if constexpr (C::kHasC) {
+      const auto* row = static_cast<const Storage*>(reset_row(s.p.modifier.c, t, dir, b));
+      if (row) x.c_prev = simt::to_float(row[unit]);
+    }
+  }
+
+  // The derivative of a modified step, as C::backward's. row_index: of this row in [D, N, H].
+  __device__ __forceinline__ Acc modified_backward(int e, const Element& x, int64_t row_index, Acc dh, Acc& dc,
+                                                   Acc (&d)[C::kSlots]) const {
+    const Modifier& options = s.p.modifier;
+    StepModifier<Acc> m = step_modifier<Storage, Acc>(options, state_index(e));
+    Acc c = x.c, h = x.h;
+    if (modifies_steps(options)) {  // y and cs hold what zoneout has made of them
+      h = m.raw = C::unclipped(x.a, x.h_prev, x.c_prev, m);
+      c = m.clipped(m.raw);
+    }
+    const ZoneoutUnit<Acc> zoneout_h = zoneout_unit<Acc>(options.zoneout_h, row_index);
+    const ZoneoutUnit<Acc> zoneout_c = zoneout_unit<Acc>(options.zoneout_c, row_index);
+    if (C::kHasC && s.p.d_cs) dc += simt::to_float(static_cast<const Storage*>(s.p.d_cs)[row_index]);
+    const Acc dc_kept = zoneout_c.to_before(dc);
+    dc = zoneout_c.to_after(dc);
+    const Acc bypass = C::backward(s.p.cell, x.a, x.h_prev, x.c_prev, c, h, zoneout_h.to_after(dh), dc, d, m);
+    dc += dc_kept;
+    return bypass + zoneout_h.to_before(dh);
+  }
+
+  // What passes by the weights goes to the step before, or to the state that a reset has put there.
+  __device__ __forceinline__ void hand_on(int e, const RowInfo& info, int64_t row_index, Acc bypass, Acc dc) const {
+    const bool reset = info.flags & kReset;
+    if (reset && s.p.d_reset_h) static_cast<Storage*>(s.p.d_reset_h)[row_index] = simt::from_float<Storage>(bypass);
+    if (reset && s.p.d_reset_c) static_cast<Storage*>(s.p.d_reset_c)[row_index] = simt::from_float<Storage>(dc);
+    if (reset) bypass = dc = Acc(0);
+    if (s.carry_h) static_cast<Acc*>(s.carry_h)[state_index(e)] = bypass;
+    if constexpr (C::kHasC) {
+      static_cast<Acc*>(s.carry)[state_index(e)] = dc;
+      if (!(info.flags & kHasPrevious)) store_d_c0(e, dc);
+    }
   }
 
   // The gradient that the next step left, for LSTM's c or for GRU's h.
@@ -109,18 +168,35 @@ struct BackwardElements {
     if (!(info.flags & kActive) && s.p.seq.offsets) return;
     Acc d[C::kSlots] = {};
     if (info.flags & kActive) {
-      Acc dh = x.dh + Matmul<G>::sum(0, unit_of(e), batch_of(e)), dc = carry;
+      Acc sum = Matmul<G>::sum(0, unit_of(e), batch_of(e));
+      if constexpr (G::kModified) {
+        if (!s.p.d_h) sum *= factor_of_product(e);
+        if (!C::kReadsH && s.carry_h && info.flags & kHasNext) sum += static_cast<const Acc*>(s.carry_h)[state_index(e)];
+      }
+      Acc dh = x.dh + sum, dc = carry;
       if constexpr (!C::kHasC) dh += carry;
-      const Acc bypass = C::backward(s.p.cell, x.a, x.h_prev, x.c_prev, x.c, x.h, dh, dc, d);
-      if constexpr (kHasCarry) {
-        const Acc out = info.flags & kReset ? Acc(0) : C::kHasC ? dc : bypass;
-        static_cast<Acc*>(s.carry)[state_index(e)] = out;
-        if (C::kHasC && !(info.flags & kHasPrevious)) store_d_c0(e, out);
+      if constexpr (G::kModified) {
+        const int64_t row_index = (dir * s.p.seq.N + info.row) * s.p.H + first_unit + unit_of(e);
+        const Acc bypass = modified_backward(e, x, row_index, dh, dc, d);
+        hand_on(e, info, row_index, bypass, dc);
+      } else {
+        const Acc bypass = C::backward(s.p.cell, x.a, x.h_prev, x.c_prev, x.c, x.h, dh, dc, d);
+        if constexpr (kHasCarry) {
+          const Acc out = info.flags & kReset ? Acc(0) : C::kHasC ? dc : bypass;
+          static_cast<Acc*>(s.carry)[state_index(e)] = out;
+          if (C::kHasC && !(info.flags & kHasPrevious)) store_d_c0(e, out);
+        }
       }
     }
     auto* d_gates = static_cast<Storage*>(s.p.d_gates) + gate_index(e, info.row);
 #pragma unroll
     for (int slot = 0; slot < C::kSlots; ++slot) d_gates[slot * s.p.H] = simt::from_float<Storage>(d[slot]);
+  }
+
+  // Of the h that the next step multiplies with the recurrent weights.
+  __device__ __forceinline__ Acc factor_of_product(int e) const {
+    const auto* factors = static_cast<const Storage*>(s.p.modifier.product);  // [D, B, P], P == H
+    return factors ? Acc(simt::to_float(factors[state_index(e)])) : Acc(1);
   }
 
   __device__ __forceinline__ void store_d_c0(int e, Acc value) const {
@@ -225,10 +301,11 @@ __global__ void __launch_bounds__(G::kThreads, 1) state_grad_kernel(const Backwa
     const RowInfo& info = table[batch];
     const int64_t state = (dir * s.p.seq.B + first_row + batch) * s.p.P + first_unit + unit;
     Acc dh = matmul.sum(0, unit, batch);
+    if (s.p.modifier.product) dh *= simt::to_float(static_cast<const Storage*>(s.p.modifier.product)[state]);
     if (!(info.flags & kHasNext)) {
       if (s.p.dh_n) dh += simt::to_float(static_cast<const Storage*>(s.p.dh_n)[state]);
-    } else if (traits_of(s.p.cell).reads_h) {
-      dh += static_cast<const Acc*>(s.carry)[state];
+    } else if (s.carry_h) {
+      dh += static_cast<const Acc*>(s.carry_h)[state];
     }
     if (s.step < 0) {
       static_cast<Storage*>(s.p.d_h0)[state] = simt::from_float<Storage>(dh);

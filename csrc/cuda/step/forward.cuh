@@ -4,18 +4,26 @@
 // finishes kElements (unit, row) pairs. Per step: the product (matmul.cuh), the pointwise part, stores. Everything that does
 // not depend on the preceding step is requested before pdl_wait: weights, projection, biases, lengths and resets.
 // kForward reads the projection x W_ih^T + b_ih from `gates`; kForwardInput makes it, as the first phase of the product.
+// kForwardModified is kForward with reset states and the options of steps (modified.cuh).
 // A cell with a projection leaves h in `hidden` (rounded to dtype), and project_kernel multiplies it by W_hr.
 #pragma once
 #include "cuda/device/cell_device.cuh"
 #include "cuda/step/kernels.h"
 #include "cuda/step/matmul.cuh"
+#include "cuda/step/modified.cuh"
 #include "cuda/step/rows.cuh"
 
 namespace fused_rnn::cuda {
 
 // The recurrent state's row that an active row starts from; null: zeros.
-template <class Storage>
-__device__ __forceinline__ const Storage* previous_state(const ForwardParams& p, int dir, int64_t b, const RowInfo& info) {
+template <class Storage, bool kModified>
+__device__ __forceinline__ const Storage* previous_state(const ForwardParams& p, int64_t step, int dir, int64_t b,
+                                                         const RowInfo& info) {
+  if constexpr (kModified) {
+    if (info.flags & kReset) {
+      return static_cast<const Storage*>(reset_row(p.modifier.h, time_of_step(p.seq, step, dir), dir, b));
+    }
+  }
   if (info.flags & kReset) return nullptr;
   if (info.flags & kHasPrevious) return static_cast<const Storage*>(p.y) + (info.other * p.D + dir) * p.P;
   return p.h0 ? static_cast<const Storage*>(p.h0) + (dir * p.seq.B + b) * p.P : nullptr;
@@ -44,6 +52,7 @@ struct ForwardElements {
   using Acc = typename G::Acc;
   using C = DeviceCell<G::kCell>;
   static constexpr bool kInput = G::kRole == KernelRole::kForwardInput;
+  static constexpr int kSaved = G::kModified ? C::kSlots : C::kSaved;
   static_assert(G::kUnits * G::kBatch % G::kThreads == 0, "no element of a thread is outside the tile");
 
   const ForwardStep& s;
@@ -96,11 +105,15 @@ struct ForwardElements {
       h_prev[e] = c_prev[e] = Acc(0);
       if (!exists(e)) continue;
       const RowInfo& info = table[batch_of(e)];
-      if constexpr (C::kReadsH) {
+      // Zoneout does not come with a projection, whose rows of h are shorter.
+      if (C::kReadsH || (G::kModified && is_zoneout(s.p.modifier.zoneout_h))) {
         const auto* state = static_cast<const Storage*>(info.source[G::kPhases - 1]);
         if (state) h_prev[e] = simt::to_float(state[first_unit + unit_of(e)]);
       }
       if constexpr (C::kHasC) {
+        if constexpr (G::kModified) {
+          if (info.flags & kReset) c_prev[e] = reset_c(e);
+        }
         if (info.flags & kReset) continue;
         if (info.flags & kHasPrevious) {
           c_prev[e] = static_cast<const Acc*>(s.c)[state_index(e)];
@@ -123,24 +136,51 @@ struct ForwardElements {
         a[e][kInput ? slot : C::recurrent_slot(slot)] += Matmul<G>::sum(slot, unit, batch);
       }
       Acc h, c;
-      C::forward(s.p.cell, a[e], h_prev[e], c_prev[e], h, c);
+      if constexpr (G::kModified) {
+        modified_cell(e, info, h, c);
+      } else {
+        C::forward(s.p.cell, a[e], h_prev[e], c_prev[e], h, c);
+      }
       if (s.hidden) {
         static_cast<Storage*>(s.hidden)[state_index(e)] = simt::from_float<Storage>(h);
       } else {
         store_output<Storage>(s.p, dir, first_row + batch, first_unit + unit, info, h);
       }
       if constexpr (C::kHasC) store_c(e, info, c);
-      if constexpr (C::kSaved > 0) {
-        if (s.p.training && (info.flags & kActive || !s.p.seq.offsets)) {
+      if constexpr (kSaved > 0) {
+        if (s.p.training && saves() && (info.flags & kActive || !s.p.seq.offsets)) {
           auto* gates = static_cast<Storage*>(s.p.gates) + gate_index(e, info.row);
           const bool active = info.flags & kActive;
 #pragma unroll
-          for (int slot = 0; slot < C::kSaved; ++slot) {
+          for (int slot = 0; slot < kSaved; ++slot) {
             gates[slot * s.p.H] = simt::from_float<Storage>(active ? a[e][slot] : Acc(0));
           }
         }
       }
     }
+  }
+
+  // Whether slots are kept for backward: of an RNN those of steps that are more than the cell's.
+  __device__ __forceinline__ bool saves() const {
+    if constexpr (C::kSaved > 0) return true;
+    return modifies_steps(s.p.modifier);
+  }
+
+  // What a reset puts into c before the step.
+  __device__ __forceinline__ Acc reset_c(int e) const {
+    const int64_t t = time_of_step(s.p.seq, s.step, dir);
+    const auto* row = static_cast<const Storage*>(reset_row(s.p.modifier.c, t, dir, first_row + batch_of(e)));
+    return row ? Acc(simt::to_float(row[first_unit + unit_of(e)])) : Acc(0);
+  }
+
+  // The cell with the options of steps; the flags of rows that take no part may lie outside of memory.
+  __device__ __forceinline__ void modified_cell(int e, const RowInfo& info, Acc& h, Acc& c) {
+    const Modifier& m = s.p.modifier;
+    C::forward(s.p.cell, a[e], h_prev[e], c_prev[e], h, c, step_modifier<Storage, Acc>(m, state_index(e)));
+    if (!(info.flags & kActive)) return;
+    const int64_t flags = (dir * s.p.seq.N + info.row) * s.p.H + first_unit + unit_of(e);
+    h = zoneout_unit<Acc>(m.zoneout_h, flags).after(h_prev[e], h);
+    if constexpr (C::kHasC) c = zoneout_unit<Acc>(m.zoneout_c, flags).after(c_prev[e], c);
   }
 
   __device__ __forceinline__ void store_c(int e, const RowInfo& info, Acc c) const {
@@ -174,6 +214,9 @@ __global__ void __launch_bounds__(G::kThreads, 1) forward_kernel(const ForwardSt
                               s.p.P, s.copy_state};
   Matmul<G> matmul(operands, first_unit, s.stages);
   matmul.prefetch_weights();
+  if constexpr (G::kModified) {
+    if (s.p.modifier.product) matmul.multiply_states();
+  }
 
   RowInfo* table = matmul.table();
   bool nonzero = false;
@@ -181,7 +224,12 @@ __global__ void __launch_bounds__(G::kThreads, 1) forward_kernel(const ForwardSt
     const int64_t b = first_row + simt::thread_x();
     RowInfo info = forward_row(s.p.seq, s.p.modifier, s.step, dir, b);
     if (info.flags & kActive) {
-      info.source[G::kPhases - 1] = previous_state<Storage>(s.p, dir, b, info);
+      info.source[G::kPhases - 1] = previous_state<Storage, G::kModified>(s.p, s.step, dir, b, info);
+      if constexpr (G::kModified) {
+        if (s.p.modifier.product) {
+          info.source[1] = static_cast<const Storage*>(s.p.modifier.product) + (dir * s.p.seq.B + b) * s.p.P;
+        }
+      }
       if constexpr (kInput) info.source[0] = static_cast<const Storage*>(s.p.x) + info.row * s.p.I;
     }
     nonzero = info.source[0] || info.source[G::kPhases - 1];

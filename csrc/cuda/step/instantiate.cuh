@@ -35,8 +35,11 @@ ForwardKernel Kernels<kMath>::forward(KernelRole role, CellKind cell, TileSize s
       switch (role) {
         case KernelRole::kForward: return &forward_kernel<Geometry<KernelRole::kForward, kCell, kMath, kSize>>;
         case KernelRole::kForwardInput: return &forward_kernel<Geometry<KernelRole::kForwardInput, kCell, kMath, kSize>>;
+        case KernelRole::kForwardModified:
+          return &forward_kernel<Geometry<KernelRole::kForwardModified, kCell, kMath, kSize>>;
         case KernelRole::kProject: return &project_kernel<Geometry<KernelRole::kProject, kAnyCell, kMath, kSize>>;
         case KernelRole::kBackward:
+        case KernelRole::kBackwardModified:
         case KernelRole::kStateGrad: break;
       }
       throw std::invalid_argument("not a kernel of forward");
@@ -52,9 +55,12 @@ BackwardKernel Kernels<kMath>::backward(KernelRole role, CellKind cell, TileSize
       switch (role) {
         case KernelRole::kBackward:
           return &backward_kernel<Geometry<KernelRole::kBackward, decltype(kind)::value, kMath, kSize>>;
+        case KernelRole::kBackwardModified:
+          return &backward_kernel<Geometry<KernelRole::kBackwardModified, decltype(kind)::value, kMath, kSize>>;
         case KernelRole::kStateGrad: return &state_grad_kernel<Geometry<KernelRole::kStateGrad, kAnyCell, kMath, kSize>>;
         case KernelRole::kForward:
         case KernelRole::kForwardInput:
+        case KernelRole::kForwardModified:
         case KernelRole::kProject: break;
       }
       throw std::invalid_argument("not a kernel of backward");

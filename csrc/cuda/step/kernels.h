@@ -6,7 +6,7 @@
 
 namespace fused_rnn::cuda {
 
-// Arguments of kForward, kForwardInput and kProject at one step.
+// Arguments of kForward, kForwardInput, kForwardModified and kProject at one step.
 struct ForwardStep {
   ForwardParams p;
   int64_t step;    // in scan order
@@ -17,13 +17,14 @@ struct ForwardStep {
   void* hidden;    // [D, B, H] h before the projection, in dtype; null without projection
 };
 
-// Arguments of kBackward and kStateGrad at one step. step == -1 asks kStateGrad for d_h0.
+// Arguments of kBackward, kBackwardModified and kStateGrad at one step. step == -1 asks kStateGrad for d_h0.
 struct BackwardStep {
   BackwardParams p;
   int64_t step;
   int stages;
   int copy_bytes;  // from the weight operand and from d_gates (or d_h) rows
   void* carry;  // [D, B, H] in the arithmetic type: LSTM running dc; GRU the part of dh that bypasses the weights; else null
+  void* carry_h;  // the part of dh that bypasses the weights: GRU `carry`; else [D, B, H] with zoneout of h, or null
 };
 
 using ForwardKernel = void (*)(ForwardStep);

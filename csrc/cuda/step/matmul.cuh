@@ -32,6 +32,7 @@ struct Geometry {
   static constexpr int kGroups = weight_groups(kRole, kCell);
   static constexpr int kSlots = accumulator_slots(kRole, kCell);
   static constexpr int kPhases = phase_count(kRole);
+  static constexpr bool kModified = is_modified(kRole);
   static constexpr int kPitch = unit_pitch_bytes(kTile, kMath);
   static constexpr int kWeightBytes = weight_stage_bytes(kRole, kCell, kMath, kTile);
   static constexpr int kStageBytes = stage_bytes(kRole, kCell, kMath, kTile);
@@ -59,6 +60,16 @@ struct Operand {
   int64_t units, k;
   int copy_bytes;  // alignment of every row of both: 16, 4, or one element
 };
+
+// The elements of a piece, each times its factor.
+template <class Storage, class Bytes>
+__device__ __forceinline__ Bytes multiplied(Bytes piece, const Bytes& factors) {
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(Bytes) / sizeof(Storage)); ++i) {
+    piece.v[i] = simt::from_float<Storage>(simt::to_float(piece.v[i]) * simt::to_float(factors.v[i]));
+  }
+  return piece;
+}
 
 // Copies kPieces pieces of kBytes per thread into shared memory. piece(i, source, target) sets source and target of piece i.
 // If it returns false, its source is invalid and zeros are written. Where the copy is not asynchronous, a batch is loaded
@@ -137,6 +148,9 @@ class Matmul {
     chunks_ = static_cast<int>((chunks - team_ + G::kTeams - 1) / G::kTeams);
     ring_ = simt::dynamic_smem() + G::kTableBytes + team_ * stages * G::kStageBytes;
   }
+
+  // From now on states are multiplied by the factors of their rows (RowInfo::source). Of kForwardModified.
+  __device__ __forceinline__ void multiply_states() { multiplies_ = true; }
 
   static __device__ __forceinline__ RowInfo* table() { return reinterpret_cast<RowInfo*>(simt::dynamic_smem()); }
 
@@ -323,6 +337,9 @@ class Matmul {
       static_assert(G::kBatch % kStep == 0);
       const int row = team_thread_ / kPerRow, byte = team_thread_ % kPerRow * kBytes;
       const int64_t k = k0 + byte / kSize;
+      if constexpr (G::kModified && !G::kUnitMajor) {
+        if (multiplies_) return fill_multiplied<kBytes, kStep>(k, row, byte, operand, tile);
+      }
       copy_pieces<Storage, kBytes, G::kBatch / kStep>([&](int n, const Storage*& source, unsigned char*& target) {
         target = tile + piece_offset<kStep>(row, n * kStep, byte);
         const auto* state = static_cast<const Storage*>(table()[row + n * kStep].source[phase]);
@@ -331,6 +348,25 @@ class Matmul {
         return valid;
       });
     });
+  }
+
+  // The states of a stage times their factors. The thread waits for what it loads: copies past the registers could not
+  // multiply.
+  template <int kBytes, int kStep>
+  __device__ __forceinline__ void fill_multiplied(int64_t k, int row, int byte, const Operand<Storage>& operand,
+                                                  unsigned char* tile) {
+    using Bytes = simt::Vec<Storage, kBytes / static_cast<int>(sizeof(Storage))>;
+#pragma unroll 1
+    for (int n = 0; n < G::kBatch / kStep; ++n) {
+      const RowInfo& info = table()[row + n * kStep];
+      Bytes value{};
+      if (info.source[0] != nullptr && k < operand.k) {
+        const auto* state = static_cast<const Storage*>(info.source[0]) + k;
+        const auto* factors = static_cast<const Storage*>(info.source[1]) + k;
+        value = multiplied<Storage>(*reinterpret_cast<const Bytes*>(state), *reinterpret_cast<const Bytes*>(factors));
+      }
+      *reinterpret_cast<Bytes*>(tile + piece_offset<kStep>(row, n * kStep, byte)) = value;
+    }
   }
 
   template <int kPhase>
@@ -358,6 +394,7 @@ class Matmul {
   Operand<Storage> operands_[G::kPhases];
   int64_t first_unit_;
   int stages_, team_, team_thread_;
+  bool multiplies_ = false;
   int chunks_;            // of this team
   int last_phase_chunk_;  // first chunk of the last phase, over all teams
   unsigned char* ring_;
