@@ -124,18 +124,16 @@ def why_not_native(device_type: str) -> str | None:
 
 
 class Features(NamedTuple):
-    """What a call may ask for that not every backend has."""
+    """What a call may ask for that not every backend has. Of cells written as formulas; for others all have everything."""
 
     reset_state: bool = False  # resets that put a state of their own
     all_c: bool = False  # the states beside h after every step
-    step_options: bool = False  # zoneout, recurrent_dropout or state_clip
 
 
 _PLAIN = Features()
 _NOT_ON_CUDA = {
-    "reset_state": "no CUDA kernel replaces a state by reset_state, only by zeros",
-    "step_options": "no CUDA kernel has zoneout, recurrent_dropout or state_clip",
-    "all_c": "no CUDA kernel gives the states beside h of every step, as return_all_states asks",
+    "reset_state": "no CUDA kernel of a formula replaces a state by reset_state, only by zeros",
+    "all_c": "no CUDA kernel of a formula gives the states beside h of every step, as return_all_states asks",
 }
 
 
@@ -197,14 +195,12 @@ def uses_ops(
     device_type: str,
     dtype: torch.dtype,
     device: torch.device | None = None,
-    features: Features = _PLAIN,
     has_tangents: bool = False,
 ) -> bool:
     """True if the compiled ops serve this device type and dtype now, False if the reference does; then it warns, once.
 
     Args:
         device: the input's; None: none has to be there.
-        features: what the call asks for beside.
         has_tangents: the ops have the tangents of such a call.
 
     Raises:
@@ -213,7 +209,7 @@ def uses_ops(
     transformed = not has_tangents and forward_mode()
     if device_type == "cuda" and device is not None and _gpus_without_code is None and _native.get("cuda", False):
         _find_gpus_without_code()
-    lacking = device_type == "cuda" and (bool(_gpus_without_code) or any(features))
+    lacking = device_type == "cuda" and bool(_gpus_without_code)
     if forced is None and not transformed and not dtype.is_complex and not lacking and _native.get(device_type, False):
         return True
     if forced == "reference":
@@ -221,7 +217,7 @@ def uses_ops(
     gpu = None
     if lacking and device is not None:
         gpu = torch.cuda.current_device() if device.index is None else device.index
-    reason = why_not(forced or device_type, Demand(device_type, dtype, gpu, transformed, features))
+    reason = why_not(forced or device_type, Demand(device_type, dtype, gpu, transformed))
     if reason is None:
         return True
     text = f"{reason.text}; {reason.mend}" if reason.mend else reason.text

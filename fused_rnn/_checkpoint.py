@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.compiler import is_exporting
 
 from fused_rnn import _derivatives, _onnx, _ops, functional, reference
-from fused_rnn._backend import Features, extension, uses_ops
+from fused_rnn._backend import extension, uses_ops
 from fused_rnn._recipe import Recipe, Rows, rows_of, unpacked
 
 _ALL_ROWS = Rows()
@@ -67,13 +67,8 @@ def run_rnn(
     """functional.run_rnn with states kept every so many steps, where there will be a backward."""
     kept = torch.is_grad_enabled() and any(t.requires_grad for t in (input, *states, *weights, *rows.reset_states))
     dtype = weights[0].dtype if input.dtype is torch.int64 else input.dtype
-    features = Features(bool(rows.reset_states), recipe.all_states and recipe.kind.has_c, rows.options.any())
     device_type = input.device.type
-    if (
-        not (every and kept)
-        or (is_exporting() and _onnx.exporting())
-        or not uses_ops(device_type, dtype, input.device, features)
-    ):
+    if not (every and kept) or (is_exporting() and _onnx.exporting()) or not uses_ops(device_type, dtype, input.device):
         return functional.run_rnn(recipe, input, states, weights, batch_sizes, rows)
     if batch_sizes is not None:
         rows = rows._replace(offsets=torch.cat([batch_sizes.new_zeros(1), batch_sizes.cumsum(0)]))
@@ -185,8 +180,9 @@ def _layer_backward_on_gpu(
     mask: list[bool],
 ) -> Any:
     """Makes again what forward would have saved, of all steps."""
-    y, _, saved = torch.ops.fused_rnn.layer(x, states, params, rows, call[0], True)
-    return torch.ops.fused_rnn.layer_backward(dy, dlast, x, states, params, rows, [*saved, y], call[0], mask)
+    y, last, saved = torch.ops.fused_rnn.layer(x, states, params, rows, call[0], True)
+    every_c = last[unpacked(call[0]).kind.states :]  # a result, where it is asked for
+    return torch.ops.fused_rnn.layer_backward(dy, dlast, x, states, params, rows, [*saved, *every_c, y], call[0], mask)
 
 
 if extension is not None:

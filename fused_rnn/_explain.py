@@ -105,18 +105,18 @@ def explain(
         training = torch.is_grad_enabled() and (data.requires_grad or any(p.requires_grad for p in module.parameters()))
     where = device if isinstance(device, str) else str(data.device) if device is None else "the given device"
     options: Regularisation | None = module.__dict__.get("_regularisation")
-    features = _backend.Features(step_options=options is not None and options.modifies_steps(module.training))
-    backend, reason, rejected = _backend_for(device_type, dtype, where, described is not None, features)
+    modified = options is not None and options.modifies_steps(module.training)
+    backend, reason, rejected = _backend_for(device_type, dtype, where, described is not None)
     gpu = None  # the number of one that is there
     if backend == "cuda" and described is None:
         gpu = _number_of(data.device)
         described = planner().cuda_device(gpu)
     call = _Call(
         kind=KINDS[_kind(module)], backend=backend, dtype=dtype, device=described, packed=isinstance(input, PackedSequence),
-        training=training, forced=_forced(module),
+        training=training, forced=_forced(module), modified=modified,
     )  # fmt: skip
     family = record = None
-    if backend == "cuda" and not _settings.value("FUSED_RNN_PLAN") and sizes[0]["B"]:
+    if backend == "cuda" and not _settings.value("FUSED_RNN_PLAN") and sizes[0]["B"] and not modified:
         family, record = _recorded(module, gpu, call, sizes) if gpu is not None else _unverified(module, call, sizes)
         call = dataclasses.replace(call, preferred=family if family in planner().families else None)
     layers = tuple(_layer(call, size, rows) for size in sizes)
@@ -166,6 +166,7 @@ class _Call:
     training: bool
     forced: str | None
     preferred: str | None = None  # the family that serves where it can
+    modified: bool = False  # steps are more than the cell's
 
     @property
     def dtype_name(self) -> str:
@@ -176,7 +177,7 @@ class _Call:
         return {
             "cell": self.kind.name, "dtype": self.dtype_name, **sizes, "device": dict(self.device or {}),
             "allow_tf32": _tf32(self.dtype), "ragged": self.packed, "training": self.training, "forced": self.forced,
-            "preferred": self.preferred,
+            "preferred": self.preferred, "modified": self.modified,
         }  # fmt: skip
 
 
@@ -296,16 +297,16 @@ def _described_device(device: str | Mapping[str, Any] | None) -> Mapping[str, An
 
 
 def _backend_for(
-    device_type: str, dtype: torch.dtype, where: str, described: bool, features: _backend.Features
+    device_type: str, dtype: torch.dtype, where: str, described: bool
 ) -> tuple[str, str, tuple[Rejection, ...]]:
     """(backend, why it, the backends before it with their reasons), with the errors of a call."""
     forced = _backend.forced_backend()
-    planned = described and not dtype.is_complex and forced in (None, "cuda") and not any(features)
+    planned = described and not dtype.is_complex and forced in (None, "cuda")
     if forced is not None and not planned:
-        _backend.uses_ops(device_type, dtype, None, features)  # raises where it cannot serve
+        _backend.uses_ops(device_type, dtype, None)  # raises where it cannot serve
     if planned:
         planner()
-    demand = _backend.Demand(device_type, dtype, features=features)
+    demand = _backend.Demand(device_type, dtype)
     rejected: list[Rejection] = []
     for backend in _backend.BACKENDS:
         if planned and backend == "cuda":
@@ -417,7 +418,9 @@ def _tf32(dtype: torch.dtype) -> bool:
 def _overlaps(module: nn.Module, call: _Call, layers: Sequence[LayerPlan]) -> tuple[Overlap | None, Overlap | None]:
     """(forward's, backward's); None for a cell and where nothing is planned, backward's also where forward's is in turn."""
     last = layers[-1]
-    if call.backend != "cuda" or not isinstance(module, nn.RNNBase) or last.B == 0 or last.forward.family == "cudnn":
+    if call.backend != "cuda" or call.modified or not isinstance(module, nn.RNNBase):
+        return None, None
+    if last.B == 0 or last.forward.family == "cudnn":
         return None, None
     chunks = _settings.value("FUSED_RNN_OVERLAP")
     stack = {

@@ -21,10 +21,10 @@ def check_places(x: Tensor, **others: Sequence[Tensor | None]) -> None:
         for index, tensor in enumerate(tensors):
             if tensor is None:
                 continue
-            if tensor.device != x.device:
+            number = name == "rows" and tensor.dim() == 0  # of StepOptions, and the host's
+            if tensor.device != x.device and not number:
                 raise RuntimeError(f"{name}[{index}]: expected device {x.device} (input's), got {tensor.device}")
             wide = name in ("states", "dlast") and index == 1 and tensor.dtype == torch.float32 and x.dtype.itemsize == 2
-            number = name == "rows" and tensor.dim() == 0  # of StepOptions
             if tensor.dtype.is_floating_point and tensor.dtype != x.dtype and not wide and not number:
                 raise RuntimeError(f"{name}[{index}]: expected dtype {x.dtype} (input's), got {tensor.dtype}")
 

@@ -69,9 +69,12 @@ def unpacked(number: int) -> Recipe:
     return Recipe(cell, num_layers, *flags)._replace(all_states=bool(number >> _ALL_STATES_SHIFT & 1), family=family)
 
 
+_HOST = torch.device("cpu")  # whatever the default device is: kernels take numbers as arguments
+
+
 class StepOptions(NamedTuple):
     """What modifies the steps of a call, beside the cell: see csrc/core/modifier.h. Flags and factors are tensors of the
-    call's groups L*D, numbers are floats, or as the ops have them, float64 tensors without dimensions."""
+    call's groups L*D, numbers are floats, or as the ops have them, float64 tensors of the host without dimensions."""
 
     zoneout_h: Tensor | float | None = None  # bool [L*D, N, H]: where true the unit keeps its value; or the share of it
     zoneout_c: Tensor | float | None = None
@@ -82,11 +85,11 @@ class StepOptions(NamedTuple):
     def any(self) -> bool:
         return not (self[0] is self[1] is self[2] is self[3] is self[4] is None)
 
-    def given(self, device: torch.device) -> list[Tensor]:
+    def given(self) -> list[Tensor]:
         """Those that are there, as the ops take them."""
         present = [value for value in self if value is not None]
         return [
-            value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)
+            value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=_HOST)
             for value in present
         ]
 
@@ -124,10 +127,10 @@ class Rows(NamedTuple):
     reset_states: tuple[Tensor, ...] = ()
     options: StepOptions = _NO_OPTIONS
 
-    def given(self, device: torch.device | None = None) -> list[Tensor]:
-        """The ops' argument ``rows``: [] for all rows in every step. device: the input's, where there are options."""
+    def given(self) -> list[Tensor]:
+        """The ops' argument ``rows``: [] for all rows in every step."""
         masks = [tensor for tensor in self[:3] if tensor is not None]
-        options = self.options.given(device or torch.device("cpu")) if self.options is not _NO_OPTIONS else []
+        options = self.options.given() if self.options is not _NO_OPTIONS else []
         return [*masks, *options, *self.reset_states]
 
     @property

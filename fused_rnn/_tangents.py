@@ -34,10 +34,10 @@ class Call(NamedTuple):
     v_params: list[Maybe]
 
 
-DEVICE = "cpu"  # whose kernels give second derivatives
+DEVICES = ("cpu", "cuda")  # whose kernels give c after every step
 CELLS = (RNN_TANH, RNN_RELU, RNN_IDENTITY, LSTM, GRU)  # those whose derivatives are below
 SERVED = (
-    "expected an RNN, LSTM or GRU in float32 or float64 on a CPU, no lengths, packed rows, projection, reset states, all "
+    "expected an RNN, LSTM or GRU in float32 or float64 on a CPU or a GPU, no lengths, packed rows, projection, reset states, all "
     "states, nor zoneout, recurrent_dropout or state_clip"
 )
 
@@ -47,7 +47,7 @@ def serves(x: Tensor, per_direction: int, rows: Rows, recipe: Recipe) -> bool:
     projected = per_direction > 2 * (1 + recipe.has_biases)
     plain = rows.lengths is None and rows.offsets is None and not rows.reset_states and not rows.options.any()
     plain = plain and not (projected or recipe.all_states) and recipe.cell in CELLS
-    return plain and x.device.type == DEVICE and x.dtype in (torch.float32, torch.float64) and x.numel() > 0
+    return plain and x.device.type in DEVICES and x.dtype in (torch.float32, torch.float64) and x.numel() > 0
 
 
 def tangents(call: Call, y: Tensor) -> list[Tensor]:

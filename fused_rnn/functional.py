@@ -18,7 +18,7 @@ from torch.compiler import is_exporting
 from torch.nn import Parameter
 
 from fused_rnn import _checks, _dtensor, _extras, _ids, _onnx, _ops, _tangents, reference
-from fused_rnn._backend import Features, forward_mode, uses_ops
+from fused_rnn._backend import forward_mode, uses_ops
 from fused_rnn._extras import Extras
 from fused_rnn._kinds import GRU, LSTM
 from fused_rnn._recipe import Recipe, Rows, StepOptions
@@ -217,18 +217,15 @@ def run_rnn(
     if type(input) is not Tensor or type(weights[0]) not in _PLAIN:
         _dtensor.prepare()
     for_onnx = is_exporting() and _onnx.exporting()
-    features = Features(
-        bool(rows.reset_states), recipe.all_states and recipe.kind.has_c, rows.options is not _ALL_ROWS.options
-    )
     dual = forward_mode() and _tangents.serves(input, len(weights) // recipe.num_layers // recipe.directions, rows, recipe)
-    if not for_onnx and uses_ops(device_type, dtype, device, features, dual):
+    if not for_onnx and uses_ops(device_type, dtype, device, dual):
         # Modes see the op's call, and so do subclasses, wherever in it they are.
         seen = torch.compiler.is_compiling() or _has_torch_function_variadic(
             input, *states, *rows[:3], *rows.reset_states, *weights
         )
         op = _ops.rnn if seen else _ops.eager_rnn
         result: tuple[Tensor, list[Tensor]] = op(
-            input, states, weights, rows.given(device), recipe.packed | rows.bits, recipe.dropout
+            input, states, weights, rows.given(), recipe.packed | rows.bits, recipe.dropout
         )
         return result
     input, states, weights = autocast(device_type, input, states, weights)

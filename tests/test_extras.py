@@ -18,7 +18,7 @@ from fused_rnn import _backend, functional, use_backend
 from fused_rnn._backend import Demand, Features, extension
 from fused_rnn._kinds import KINDS, NUMBER_OF_MODE
 from fused_rnn._recipe import Recipe, Rows
-from fused_rnn.formula import Layer, Step
+from fused_rnn.formula import Layer, Step, ops, serve
 
 hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis")
 st = hypothesis.strategies
@@ -56,12 +56,12 @@ Stepper = Callable[[Tensor, list[Tensor], Sequence[Tensor]], list[Tensor]]
 class Call:
     """A stack and its arguments, padded: input [T, B, I], hx and reset states [L*D, B, .], resets [T, B]."""
 
-    def __init__(self, config: dict[str, Any], dtype: torch.dtype = torch.float64) -> None:
+    def __init__(self, config: dict[str, Any], dtype: torch.dtype = torch.float64, device: str = "cpu") -> None:
         self.config = config
         g = torch.Generator().manual_seed(config["seed"])
 
         def randn(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+            return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).to(device).requires_grad_()
 
         cell, hidden = config["cell"], config["hidden"]
         self.out = config["proj"] or hidden
@@ -78,7 +78,8 @@ class Call:
             self.weights += [(randn(*shape).detach() * scale).requires_grad_() for shape in shapes]
         self.input = randn(steps, batch, config["inputs"])
         self.hx = [randn(self.groups, batch, size) for size in sizes] if config["states"] else []
-        self.resets = torch.rand(steps, batch, generator=g) < config["density"] if config["resets"] else None
+        resets = torch.rand(steps, batch, generator=g) < config["density"]
+        self.resets = resets.to(device) if config["resets"] else None
         kind = config["reset_state"] if config["resets"] else "zeros"
         shape = {"shared": (self.groups, 1), "rows": (self.groups, batch), "steps": (steps, self.groups, batch)}.get(kind)
         self.reset_state = [randn(*shape, size) for size in sizes] if shape else []
@@ -229,7 +230,7 @@ def by_module(call: Call) -> list[Tensor]:
 def gradients(results: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
     """Of a random combination of the results."""
     g = torch.Generator().manual_seed(3)
-    weights = [torch.randn(r.shape, generator=g, dtype=torch.float64).to(r.dtype) for r in results]
+    weights = [torch.randn(r.shape, generator=g, dtype=torch.float64).to(r) for r in results]
     # Results of rows without a step depend on nothing in a loop.
     pairs = [(r, w) for r, w in zip(results, weights, strict=True) if r.requires_grad]
     if not pairs:
@@ -289,9 +290,7 @@ def configs(draw: Any) -> dict[str, Any]:
 @hypothesis.settings(SETTINGS, max_examples=25)
 @hypothesis.given(config=configs(), module=st.booleans())
 def test_any_configuration(backend: str, config: dict[str, Any], module: bool) -> None:
-    if backend == "cuda":
-        pytest.skip("no CUDA kernels of these features")
-    call = Call(config)
+    call = Call(config, device=DEVICE[backend])
     with use_backend(backend):
         ours = (by_module if module else by_function)(call)
     theirs = call.by_hand()
@@ -303,11 +302,9 @@ def test_any_configuration(backend: str, config: dict[str, Any], module: bool) -
 @pytest.mark.parametrize("cell", CELLS)
 def test_dtypes(cell: str, dtype: torch.dtype, backend: str) -> None:
     """Against float64 from the same numbers."""
-    if backend == "cuda":
-        pytest.skip("no CUDA kernels of these features")
     for form, kind in itertools.product(("lengths", "packed"), ("rows", "steps")):
         config = CONFIG | {"cell": cell, "form": form, "reset_state": kind, "bidirectional": True, "hidden": 9}
-        call, exact = Call(config, dtype), Call(config)
+        call, exact = Call(config, dtype, DEVICE[backend]), Call(config, device=DEVICE[backend])
         for mine, theirs in zip(call.leaves(), exact.leaves(), strict=True):
             theirs.data = mine.detach().double()
         with use_backend(backend):
@@ -341,9 +338,8 @@ def test_threads_of_a_team(cell: str) -> None:
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
 @pytest.mark.parametrize("kind", ["zeros", "shared", "steps"])
 def test_equal_to_a_loop_over_cells(name: str, kind: str, backend: str) -> None:
-    if backend == "cuda":
-        pytest.skip("no CUDA kernels of these features")
-    call = Call(CONFIG | {"cell": "RNN_TANH" if name == "RNN" else name, "reset_state": kind})
+    config = CONFIG | {"cell": "RNN_TANH" if name == "RNN" else name, "reset_state": kind}
+    call = Call(config, device=DEVICE[backend])
     cell = getattr(fused_rnn, name + "Cell")(3, 4, dtype=torch.float64)
     cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh = map(nn.Parameter, call.weights)
     weights = [cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh]
@@ -381,10 +377,8 @@ def test_cells_without_batch_and_without_states() -> None:
 
 def test_nothing_passes_the_cut(backend: str) -> None:
     """A replaced state may be NaN; unused reset states get zeros."""
-    if backend == "cuda":
-        pytest.skip("no CUDA kernels of these features")
     for cell in CELLS:
-        call = Call(CONFIG | {"cell": cell, "reset_state": "rows", "density": 0.0})
+        call = Call(CONFIG | {"cell": cell, "reset_state": "rows", "density": 0.0}, device=DEVICE[backend])
         assert call.resets is not None
         call.resets[0] = True
         call.resets[:, 2] = False
@@ -408,13 +402,11 @@ def test_nothing_passes_the_cut(backend: str) -> None:
 @pytest.mark.parametrize("config", [{"cell": "LSTM", "proj": 2}, {"cell": "GRU"}, {"cell": "RNN_TANH"}], ids=str)
 @pytest.mark.parametrize("kind", ["shared", "steps"])
 def test_gradcheck(config: dict[str, Any], kind: str, backend: str) -> None:
-    if backend == "cuda":
-        pytest.skip("no CUDA kernels of these features")
     small = {"steps": 2, "batch": 2, "inputs": 1, "hidden": 3, "form": "lengths", "bidirectional": True, "density": 0.6}
-    call = Call(CONFIG | config | small | {"reset_state": kind})
+    call = Call(CONFIG | config | small | {"reset_state": kind}, device=DEVICE[backend])
 
     def run(*leaves: Tensor) -> tuple[Tensor, ...]:
-        again = Call(call.config)
+        again = Call(call.config, device=DEVICE[backend])
         count = len(again.weights)
         again.input, again.weights = leaves[0], list(leaves[1 : 1 + count])
         again.hx = list(leaves[1 + count : 1 + count + len(again.sizes)])
@@ -429,11 +421,9 @@ def test_gradcheck(config: dict[str, Any], kind: str, backend: str) -> None:
 @pytest.mark.parametrize("layers", [1, 2])
 def test_writing_into_results(layers: int, backend: str) -> None:
     """Of what a caller writes into a result, no other result and no gradient is made: it is right or an error."""
-    if backend == "cuda":
-        pytest.skip("no CUDA kernels of these features")
     with use_backend(backend):
         for place in range(5):
-            call = Call(CONFIG | {"layers": layers})
+            call = Call(CONFIG | {"layers": layers}, device=DEVICE[backend])
             expected = [result.detach().clone() for result in by_function(call)]
             wanted = gradients([r for i, r in enumerate(by_function(call)) if i != place], call.leaves())
             results = by_function(call)
@@ -543,7 +533,7 @@ OWN = (cells.Lstm, cells.RecurrentOnly, cells.OutputLast, cells.Everything, cell
 def test_own_cells(own: Any, backend: str) -> None:
     """Against ``Step`` in a loop, row by row."""
     if backend == "cuda":
-        pytest.skip("no CUDA kernels of these features")
+        pytest.skip("no CUDA kernels of formulas have reset states")
     cell = own()
     hidden, states = 6, cell.declaration.states
     forms = (("lengths", "rows", 2), ("packed", "steps", 1), ("dense", "shared", 1), ("unbatched", "steps", 1))
@@ -700,16 +690,19 @@ def test_opcheck(cell: str, form: str) -> None:
     ("name", "message"), [("reset_state", "by reset_state"), ("all_c", "states beside h of every step")]
 )
 def test_cuda_says_why_not(name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of cells written as formulas: of the others CUDA has all of it."""
     features = Features(**{name: True})
     monkeypatch.setattr(_backend, "_native", {"cpu": True, "cuda": True})
     monkeypatch.setattr(_backend, "_gpus_without_code", {})
     monkeypatch.setattr(_backend, "_warned", set())
     monkeypatch.setattr(_backend, "forced", None)
     reason = _backend.why_not("cuda", Demand("cuda", torch.float32, features=features))
-    assert reason is not None and message in reason.text
+    assert reason is not None and message in reason.text and "of a formula" in reason.text
     assert _backend.why_not("cpu", Demand("cpu", torch.float32, features=features)) is None or extension is None
+    assert _backend.uses_ops("cuda", torch.float32)
+    asked = (ops.remember(cells.Lstm()), "cuda", torch.float32, *features)
     with pytest.warns(RuntimeWarning, match=message):
-        assert not _backend.uses_ops("cuda", torch.float32, None, features)
+        assert not serve.has_kernels(*asked)
     monkeypatch.setattr(_backend, "forced", "cuda")
     with pytest.raises(RuntimeError, match=f"backend 'cuda' is forced but .*{message}"):
-        _backend.uses_ops("cuda", torch.float32, None, features)
+        serve.has_kernels(*asked)

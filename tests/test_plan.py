@@ -54,6 +54,26 @@ def test_family() -> None:
     assert "step" in plan(T=1)["rejected"]
 
 
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("steps", [1, 10])
+def test_modified_steps(steps: int, backward: bool) -> None:
+    """The family step alone has kernels of them; with zoneout of h an LSTM's backward carries two gradients."""
+    result, plain = (plan(T=steps, backward=backward, modified=modified, preferred="cluster") for modified in (True, False))
+    assert result["family"] == "step"
+    names = ["state_grad", "backward_modified"] if backward else ["forward_modified"]
+    assert [k["name"] for k in result["kernels"]] == names
+    for family in ("single", "grid", "cluster"):
+        assert result["rejected"][family].startswith("has no kernels with zoneout")
+        assert not plain["rejected"].get(family, "").startswith("has no kernels with zoneout")
+    if backward:
+        carry = 4 * 8 * 64
+        assert result["workspace_bytes"] == 2 * carry
+    with pytest.raises(
+        ValueError, match="kernel family cluster cannot serve this layer: cluster has no kernels with zoneout"
+    ):
+        plan(T=steps, backward=backward, modified=True, forced="cluster")
+
+
 def test_forced_family() -> None:
     assert plan(T=1, forced="step")["family"] == "step"
     assert plan(T=1, forced="step")["rejected"] == dict.fromkeys(["single", "grid", "cluster", "block"], "step is forced")

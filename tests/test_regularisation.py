@@ -18,8 +18,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
-from fused_rnn import _backend, _settings, use_backend
-from fused_rnn._backend import Demand, Features, extension
+from fused_rnn import _settings, use_backend
+from fused_rnn._backend import extension
 from fused_rnn._kinds import KINDS, NUMBER_OF_MODE
 from fused_rnn._recipe import StepOptions
 from fused_rnn._regularisation import Regularisation, Sizes
@@ -75,7 +75,7 @@ def step_by_hand(
 class Case:
     """A layer with options and the arguments of a call of it, padded: input [T, B, I], hx [L*D, B, .], resets [T, B]."""
 
-    def __init__(self, dtype: torch.dtype = torch.float64, seed: int = 0, **config: Any) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float64, seed: int = 0, device: str = "cpu", **config: Any) -> None:
         defaults = {
             "cell": "LSTM", "steps": 4, "batch": 3, "inputs": 2, "hidden": 5, "layers": 1, "bidirectional": False,
             "bias": True, "batch_first": False, "proj": 0, "form": "dense", "resets": "none", "hx": True,
@@ -86,7 +86,8 @@ class Case:
         g = torch.Generator().manual_seed(seed)
 
         def randn(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(shape, generator=g, dtype=torch.float64) * scale).to(dtype).requires_grad_()
+            values = torch.randn(shape, generator=g, dtype=torch.float64) * scale
+            return values.to(dtype).to(device).requires_grad_()
 
         self.cell, self.directions = config["cell"], 1 + config["bidirectional"]
         self.groups = config["layers"] * self.directions
@@ -94,7 +95,8 @@ class Case:
         proj = {"proj_size": config["proj"]} if config["proj"] else {}
         self.layer = layer_of(
             self.cell, config["inputs"], hidden, config["layers"], bidirectional=config["bidirectional"],
-            bias=config["bias"], batch_first=config["batch_first"], dtype=dtype, **proj, **config["options"],
+            bias=config["bias"], batch_first=config["batch_first"], dtype=dtype, device=device,
+            **proj, **config["options"],
         )  # fmt: skip
         self.layer.train(config["training"])
         with torch.no_grad():
@@ -109,7 +111,8 @@ class Case:
             lengths, _ = lengths.sort(descending=True)
             lengths[0] = steps
         self.lengths = lengths if config["form"] in ("lengths", "packed") else None
-        self.resets = torch.rand(steps, batch, generator=g) < 0.3 if config["resets"] != "none" else None
+        resets = torch.rand(steps, batch, generator=g) < 0.3
+        self.resets = resets.to(device) if config["resets"] != "none" else None
         self.reset_state = [randn(self.groups, batch, size) for size in self.sizes] if config["resets"] == "state" else []
         self.call_sizes = Sizes(
             self.groups, steps * batch if self.lengths is None or config["form"] == "lengths" else int(lengths.sum()), batch,
@@ -202,7 +205,7 @@ class Case:
                 of_group = [None if f is None else f[group] for f in options[3:]]
                 of_step = StepOptions(flags(options[0]), flags(options[1]), options.clip, *of_group)
                 after = step_by_hand(self.cell, layer_input[t], before, w, config["bias"], of_step)
-                active = (t < lengths).unsqueeze(-1)
+                active = (t < lengths).unsqueeze(-1).to(self.input.device)
                 states = [torch.where(active, new, old) for new, old in zip(after, states, strict=True)]
                 series[t] = [torch.where(active, new, 0) for new in after]
             last.append(states)
@@ -216,7 +219,7 @@ class Case:
 
     def results_and_gradients(self, results: list[Tensor]) -> list[Tensor]:
         g = torch.Generator().manual_seed(self.seed + 1)
-        grads = [torch.randn(r.shape, generator=g, dtype=torch.float64).to(r.dtype) for r in results]
+        grads = [torch.randn(r.shape, generator=g, dtype=torch.float64).to(r) for r in results]
         found = torch.autograd.grad(results, self.leaves(), grads, allow_unused=True, materialize_grads=True)
         return [*(r.detach() for r in results), *found]
 
@@ -248,17 +251,12 @@ def fits(cell: str, option: str) -> bool:
 PAIRS = [(cell, option) for cell, option in itertools.product(CELLS, OPTIONS) if fits(cell, option)]
 
 
-def skip_without_kernels(backend: str) -> None:
-    if backend == "cuda":
-        pytest.skip("no CUDA kernels of these options")
-
-
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize(("cell", "option"), PAIRS)
 def test_values_and_gradients(backend: str, cell: str, option: str, training: bool) -> None:
-    skip_without_kernels(backend)
     with use_backend(backend):
-        Case(cell=cell, options=OPTIONS[option], training=training, all_states=True, hidden=9, batch=2).check()
+        config = {"training": training, "all_states": True, "hidden": 9, "batch": 2}
+        Case(cell=cell, options=OPTIONS[option], device=DEVICE[backend], **config).check()
 
 
 @pytest.mark.skipif(extension is None, reason="needs the compiled extension")
@@ -327,7 +325,6 @@ CONFIGS = st.fixed_dictionaries(
 )
 @hypothesis.given(config=CONFIGS, seed=st.integers(0, 99))
 def test_combinations(backend: str, config: dict[str, Any], seed: int) -> None:
-    skip_without_kernels(backend)
     config = dict(config)
     cell = config["cell"]
     zoneout, variant = config.pop("zoneout")[: states_of(cell)], config.pop("variant")
@@ -341,13 +338,12 @@ def test_combinations(backend: str, config: dict[str, Any], seed: int) -> None:
         "state_clip": config.pop("clip"),
     }
     with use_backend(backend):
-        Case(**config, options=options, seed=seed).check()
+        Case(**config, options=options, seed=seed, device=DEVICE[backend]).check()
 
 
 @pytest.mark.parametrize(("cell", "option"), [pair for pair in PAIRS if pair[0] in ("LSTM", "GRU", "RNN_TANH")])
 def test_gradcheck(device: str, cell: str, option: str) -> None:
-    skip_without_kernels(device)
-    case = Case(cell=cell, options=OPTIONS[option], steps=2, batch=2, hidden=2, inputs=1)
+    case = Case(cell=cell, options=OPTIONS[option], steps=2, batch=2, hidden=2, inputs=1, device=device)
 
     def run(*leaves: Tensor) -> tuple[Tensor, ...]:
         return tuple(case.run())
@@ -357,8 +353,7 @@ def test_gradcheck(device: str, cell: str, option: str) -> None:
 
 
 def test_second_derivatives(backend: str) -> None:
-    skip_without_kernels(backend)
-    case = Case(cell="GRU", options=OPTIONS["all"], steps=3)
+    case = Case(cell="GRU", options=OPTIONS["all"], steps=3, device=DEVICE[backend])
 
     def second(results: list[Tensor]) -> tuple[Tensor, ...]:
         (first,) = torch.autograd.grad(results[0].square().sum(), case.input, create_graph=True)
@@ -538,8 +533,11 @@ def test_explain() -> None:
     x, options = torch.randn(5, 3, 4), {"recurrent_dropout": 0.5}
     assert fused_rnn.explain(fused_rnn.LSTM(4, 6, **options), x, show=False).backend == "cpu"
     planned = fused_rnn.explain(fused_rnn.LSTM(4, 6, **options), x, device="H100", show=False)
-    assert planned.backend == "reference" and "no CUDA kernel has zoneout" in planned.reason
-    assert fused_rnn.explain(fused_rnn.LSTM(4, 6, **options).eval(), x, device="H100", show=False).backend == "cuda"
+    forward = planned.layers[0].forward
+    assert planned.backend == "cuda" and forward.family == "step" and forward.kernels[0].name == "forward_modified"
+    assert any(r.name == "grid" and "no kernels with zoneout" in r.reason for r in forward.rejected)
+    plain = fused_rnn.explain(fused_rnn.LSTM(4, 6, **options).eval(), x, device="H100", show=False)
+    assert plain.backend == "cuda" and plain.family == "cudnn"
 
 
 @pytest.mark.parametrize("option", ["zoneout", "clip", "all"])
@@ -559,11 +557,11 @@ def test_transforms_take_the_reference(option: str) -> None:
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN_TANH"])
 def test_cells(backend: str, cell: str, options: dict[str, Any], training: bool) -> None:
     """A cell is a layer of one step."""
-    skip_without_kernels(backend)
-    layer = layer_of(cell, 4, 6, dtype=torch.float64, **options).train(training)
-    made = CELL_CLASSES.get(cell, fused_rnn.RNNCell)(4, 6, dtype=torch.float64, **options).train(training)
+    where = {"dtype": torch.float64, "device": DEVICE[backend]}
+    layer = layer_of(cell, 4, 6, **where, **options).train(training)
+    made = CELL_CLASSES.get(cell, fused_rnn.RNNCell)(4, 6, **where, **options).train(training)
     made.load_state_dict({name.removesuffix("_l0"): value for name, value in layer.state_dict().items()})
-    x, states = torch.randn(3, 4).double(), [torch.randn(3, 6).double() for _ in range(states_of(cell))]
+    x, states = torch.randn(3, 4, **where), [torch.randn(3, 6, **where) for _ in range(states_of(cell))]
     with use_backend(backend):
         torch.manual_seed(0)
         after = made(x, states[0] if len(states) == 1 else tuple(states))
@@ -695,18 +693,7 @@ def test_convert_leaves_subclasses_with_attributes_of_these_names() -> None:
     assert model.weight_dropout == "theirs"
 
 
-def test_backends_without_these_options() -> None:
-    features = Features(step_options=True)
-    reason = _backend.why_not("cuda", Demand("cuda", torch.float32, features=features))
-    assert reason is not None and reason.text == "no CUDA kernel has zoneout, recurrent_dropout or state_clip"
-    assert _backend.why_not("cpu", Demand("cpu", torch.float32, features=features)) is None or extension is None
-    with use_backend("cuda"), pytest.raises(RuntimeError, match="forced but no CUDA kernel has zoneout"):
-        _backend.uses_ops("cuda", torch.float32, None, features)
-
-
-def test_ops_check_their_options(device: str) -> None:
-    if device == "cuda":
-        pytest.skip("no CUDA kernels of these options")
+def test_ops_check_their_options() -> None:
     from fused_rnn._recipe import Recipe, Rows
 
     lstm, rnn = NUMBER_OF_MODE["LSTM"], NUMBER_OF_MODE["RNN_TANH"]

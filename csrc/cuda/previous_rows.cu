@@ -47,7 +47,9 @@ void previous_rows(const PreviousParams& p, void* stream) {
   const auto launch = [&](void (*kernel)(PreviousRows)) {
     simt::launch(kernel, {"previous_rows", static_cast<int>(blocks), 1, 1, kThreads, 0, 1, false, false}, stream, rows);
   };
-  switch (copy_width({p.y, p.h0, p.out}, p.row_bytes | p.y_stride, 2)) {
+  const ResetState& put = p.modifier.h;
+  const int64_t distances = p.row_bytes | p.y_stride | put.step | put.direction | put.row;
+  switch (copy_width({p.y, p.h0, p.out, put.data}, distances, 2)) {
     case 16: return launch(previous_rows_kernel<16>);
     case 4: return launch(previous_rows_kernel<4>);
     default: return launch(previous_rows_kernel<2>);

@@ -82,11 +82,17 @@ void check_weights(const Call& call, const LayerShapes& s) {
 
 constexpr std::array<int64_t, 5> kOptionBits = {kHasZoneoutH, kHasZoneoutC, kHasClip, kHasProduct, kHasCandidate};
 
+// A number, which the host reads.
+void check_number(const char* name, const Tensor& t) {
+  TORCH_CHECK(t.is_cpu(), name, ": expected a number on the host, got one on ", t.device());
+  check_tensor(name, t, {}, t, at::kDouble);
+}
+
 // Flags, or a share of 0 to 1.
 void check_zoneout(const char* name, const OptionalTensor& t, at::IntArrayRef shape, const Call& call) {
   if (!t) return;
   if (t->dim() > 0) return check_tensor(name, *t, shape, call.x, at::kBool);
-  check_tensor(name, *t, {}, call.x, at::kDouble);
+  check_number(name, *t);
   const double share = *t->const_data_ptr<double>();
   TORCH_CHECK_VALUE(share >= 0 && share <= 1, name, ": expected a share of 0 to 1, got ", share);
 }
@@ -270,7 +276,7 @@ void check_options(const Call& call, const LayerShapes& s) {
   check_optional("product", o.product, {s.D, s.B, s.P}, call.x, call.like().scalar_type());
   check_optional("candidate", o.candidate, {s.D, s.B, s.H}, call.x, call.like().scalar_type());
   if (!o.clip) return;
-  check_tensor("clip", *o.clip, {}, call.x, at::kDouble);
+  check_number("clip", *o.clip);
   const double clip = *o.clip->const_data_ptr<double>();
   TORCH_CHECK_VALUE(clip > 0, "clip: expected more than 0, got ", clip);
 }
@@ -290,7 +296,7 @@ LayerShapes check_layer(const Call& call) {
   check_rows(call, s);
   check_reset_states(call, s, at::IntArrayRef(std::array<int64_t, 2>{s.P, s.H}.data(), states));
   check_weights(call, s);
-  if (x.is_cpu()) check_options(call, s);
+  check_options(call, s);
   return s;
 }
 

@@ -9,7 +9,7 @@ namespace fused_rnn {
 
 using States = c10::SmallVector<Tensor, 2>;  // h, and c of a cell that has one
 
-// What modifies the steps of rows (core/modifier.h), on a CPU. None of it has a gradient.
+// What modifies the steps of rows (core/modifier.h). None of it has a gradient. Numbers are tensors of the host's.
 struct StepOptions {
   OptionalTensor zoneout_h, zoneout_c;  // each the flags [L * D, N, H], bool, or a share [], double
   OptionalTensor clip;                  // [] double, more than 0

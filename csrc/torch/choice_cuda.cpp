@@ -93,13 +93,15 @@ int64_t next_power(int64_t number) {
   return power;
 }
 
-// Sizes of a call whose layout is not checked yet: false where they are no call's.
+// Sizes of a call whose layout is not checked yet: false where they are no call's, or where there is nothing to choose, as
+// one family alone has kernels of modified steps.
 bool measure(const Call& s, Question& q) {
   Problem& p = q.problem;
   const bool packed = s.rows.offsets.has_value();
   const int64_t groups = s.recipe.num_layers * s.recipe.directions();
   if (s.params.size() < 2 || static_cast<int64_t>(s.params.size()) % groups || s.x.dim() != (packed || s.one_step ? 2 : 3) ||
-      s.params[0].dim() != 2 || s.params[1].dim() != 2 || !s.x.is_floating_point()) {
+      s.params[0].dim() != 2 || s.params[1].dim() != 2 || !s.x.is_floating_point() || s.rows.options.any() ||
+      !s.rows.reset_states.empty()) {
     return false;
   }
   p = {};

@@ -153,7 +153,7 @@ Modifier modifier_of(const Call& call, Copies& copies);
 // t: a layer's reset state.
 ResetState reset_state_of(const Tensor& t, Copies& copies);
 
-// Rows of a layer, and whose they are. On a CPU.
+// Rows of a layer, and whose they are.
 struct RowPlaces {
   Tensor rows, t, b;  // [n] int64
 
@@ -161,7 +161,7 @@ struct RowPlaces {
   static RowPlaces of_resets(const Call& call, const LayerShapes& s);  // where resets put a state
 };
 // Adds the gradients [n, size] of what the resets of direction d put into a state to `sums`, which is like the reset state
-// but contiguous, and wider where that has 16 bits.
+// but contiguous, and wider where that has 16 bits. On a CPU.
 void add_reset_gradients(const RowPlaces& resets, const Tensor& gradients, int64_t d, const Tensor& sums);
 
 }  // namespace fused_rnn

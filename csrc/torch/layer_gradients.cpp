@@ -85,6 +85,7 @@ Tensor previous_states(const Call& call, const LayerShapes& s, const Tensor& y, 
 #ifdef FUSED_RNN_WITH_CUDA
   if (is_on_device(y)) {
     previous_rows_on_device(p);
+    if (call.rows.options.product) h_prev.mul_(factors_of_product(call, s, d));
     return h_prev;
   }
 #endif
@@ -180,6 +181,41 @@ std::vector<Tensor> state_gradients(const Call& call, const BackwardCall& made, 
   return gradients;
 }
 
+#ifdef FUSED_RNN_WITH_CUDA
+// Adds to `sums` what add_reset_gradients does, without the host's knowledge of where resets are. gradients [N, size]: of
+// every row, of which those at resets count, and others may be NaN. Sums are in the order of the rows.
+void add_reset_gradients_on_device(const Call& call, const LayerShapes& s, const Tensor& gradients, int64_t d,
+                                   const Tensor& sums) {
+  Tensor mask = call.rows.resets->reshape({s.N});
+  if (call.rows.lengths) mask = at::logical_and(mask, active_rows(call, s).view({s.N}));
+  Tensor of_rows = at::where(mask.unsqueeze(1), gradients.to(sums.scalar_type()), 0);
+  if (call.rows.offsets) {
+    const RowPlaces all(call, s, at::arange(s.N, call.x.options().dtype(at::kLong)));
+    of_rows = at::zeros({s.T * s.B, of_rows.size(1)}, of_rows.options())
+                  .index_copy_(0, at::add(at::mul(all.t, s.B), all.b), of_rows);
+  }
+  of_rows = of_rows.view({s.T, s.B, sums.size(-1)});
+  const int64_t dim = sums.dim() - 3;  // of the direction
+  if (dim == 0) of_rows = at::sum(of_rows, sums.size(1) == 1 ? at::IntArrayRef{0, 1} : at::IntArrayRef{0});
+  sums.select(dim, d).add_(of_rows);
+}
+
+// As reset_state_gradients, of all rows.
+void reset_state_gradients_on_device(const Call& call, const BackwardCall& made, const std::vector<Tensor>& sums) {
+  const LayerShapes& s = made.shapes;
+  const int64_t S = slot_count(call.recipe.cell), G = gate_count(call.recipe.cell);
+  for (int d = 0; d < s.D; ++d) {
+    Tensor dh = empty_like(call.like(), {s.N, s.P});
+    multiply_into(dh, part(gate_gradients(made, S * s.H, d), 1, (S - G) * s.H, S * s.H), /*transposed=*/false,
+                  call.params_of_direction(d)[1], /*add=*/false);
+    if (call.rows.options.product) dh.mul_(factors_of_product(call, s, d));
+    if (made.d_reset_h.defined()) dh = at::add(dh, made.d_reset_h.select(0, d));
+    add_reset_gradients_on_device(call, s, dh, d, sums[0]);
+    if (made.d_reset_c.defined()) add_reset_gradients_on_device(call, s, made.d_reset_c.select(0, d), d, sums[1]);
+  }
+}
+#endif
+
 }  // namespace
 
 void reset_state_gradients(const Call& call, const BackwardCall& made, bool wanted, std::vector<Tensor>& gradients) {
@@ -190,11 +226,20 @@ void reset_state_gradients(const Call& call, const BackwardCall& made, bool want
     return;
   }
   const LayerShapes& s = made.shapes;
+  std::vector<Tensor> sums;
+  for (const Tensor& t : given) sums.push_back(at::zeros(t.sizes(), t.options().dtype(at::toOpMathType(t.scalar_type()))));
+  const auto append = [&] {
+    for (size_t i = 0; i < given.size(); ++i) gradients.push_back(sums[i].to(given[i].scalar_type()));
+  };
+#ifdef FUSED_RNN_WITH_CUDA
+  if (is_on_device(call.x)) {
+    reset_state_gradients_on_device(call, made, sums);
+    return append();
+  }
+#endif
   const int64_t S = slot_count(call.recipe.cell), G = gate_count(call.recipe.cell);
   const RowPlaces resets = RowPlaces::of_resets(call, s);
   const int64_t n = resets.rows.size(0);
-  std::vector<Tensor> sums;
-  for (const Tensor& t : given) sums.push_back(at::zeros(t.sizes(), t.options().dtype(at::toOpMathType(t.scalar_type()))));
   for (int d = 0; n > 0 && d < s.D; ++d) {
     const Tensor d_rg = part(gate_gradients(made, S * s.H, d), 1, (S - G) * s.H, S * s.H).index_select(0, resets.rows);
     Tensor dh = empty_like(call.like(), {n, s.P});
@@ -206,7 +251,7 @@ void reset_state_gradients(const Call& call, const BackwardCall& made, bool want
       add_reset_gradients(resets, made.d_reset_c.select(0, d).index_select(0, resets.rows), d, sums[1]);
     }
   }
-  for (size_t i = 0; i < given.size(); ++i) gradients.push_back(sums[i].to(given[i].scalar_type()));
+  append();
 }
 
 RowPlaces RowPlaces::of_resets(const Call& call, const LayerShapes& s) {

@@ -66,32 +66,23 @@ Tensor workspace_of(const Plan& plan, const Tensor& x) {
 
 namespace {
 
-// fused_rnn._backend.why_not says the same of calls of the public functions.
-void check_features(const Call& call) {
-  TORCH_CHECK_NOT_IMPLEMENTED(call.rows.reset_states.empty(),
-                              "reset_state: no CUDA kernel replaces a state by anything but "
-                              "zeros");
-  TORCH_CHECK_NOT_IMPLEMENTED(!call.rows.options.any(), "rows: no CUDA kernel has zoneout, recurrent_dropout or state_clip");
-  TORCH_CHECK_NOT_IMPLEMENTED(!(call.recipe.all_states && traits_of(call.recipe.cell).has_c),
-                              "recipe: no CUDA kernel gives the c of every step");
-}
-
 LayerOutputs layer_cuda(const Tensor& x, at::TensorList states, at::TensorList params, at::TensorList rows, int64_t recipe,
                         bool save) {
   const c10::cuda::CUDAGuard device_guard(x.device());
   const Rows given = rows_of(rows, recipe);
   const Call call{x, states, params, given, layer_recipe_of(recipe)};
-  check_features(call);
   const LayerChoice chosen = chosen_for_layer(call, save);
   if (chosen.results) return {chosen.results->y, {chosen.results->last.begin(), chosen.results->last.end()}, {}};
   ForwardCall made = prepare_forward(call, save);
   ForwardParams& p = made.params;
+  if (made.gives_cs) p.training = true;  // kernels give every c where they save it, with the gates
   if (p.seq.B > 0) {
     p.allow_tf32 = allows_tf32(call.like());
     const MatmulPrecision precision(p.allow_tf32);
     const auto run = [&](const Plan& plan) {
-      if (!traits_of(plan.family).reads_x) {
-        allocate_gates(made);
+      const bool reads_x = traits_of(plan.family).reads_x;
+      if (!reads_x || made.gives_cs) allocate_gates(made);
+      if (!reads_x) {
         const Tensor all = call.has_ids() ? ids_of_rows(call, p.seq, params[0].size(1)) : x.reshape({p.seq.N, p.I});
         for (int d = 0; d < p.D; ++d) project_rows(call, made, all, d, 0, p.seq.N);
       }
@@ -109,7 +100,6 @@ struct OnCuda {
   static auto run_backward(const Call& call, const ResultGradients& given, GradientMask wanted, const F& f) {
     const Tensor& x = call.x;
     const c10::cuda::CUDAGuard device_guard(x.device());
-    check_features(call);
     BackwardCall made = prepare_backward(call, given, wanted);
     BackwardParams& p = made.params;
     p.allow_tf32 = allows_tf32(call.like());

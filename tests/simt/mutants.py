@@ -10,7 +10,7 @@ from pathlib import Path
 from builder import CACHE, ROOT
 
 CUDA = ROOT / "csrc" / "cuda"
-FILES = ("matmul.cuh", "rows.cuh", "forward.cuh", "backward.cuh", "fragments.cuh")  # names are unique in csrc
+FILES = ("matmul.cuh", "rows.cuh", "forward.cuh", "backward.cuh", "modified.cuh", "fragments.cuh")  # unique in csrc
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,41 @@ SYNCHRONISATION = [
     (r"(?<!void )\bsimt::cp_async_commit\(\);", ";", "no cp_async_commit"),
     (r"(?<!void )\bwait_pending\(stages_ - 2\);", ";", "no wait_pending"),
     (r"(?<!void )\bsimt::pdl_wait\(\);", ";", "no pdl_wait"),
+]
+
+# Of modified steps: what is done to states and gradients, each left out in turn.
+MODIFIED = [
+    (r"return v \* V\(mask\);", "return v;"),
+    (r"x > clip \? clip : ", ""),
+    (r"x < -clip \? -clip : ", ""),
+    (r"raw > clip \|\| raw < -clip \? V\(0\) : d", "d"),
+    (r"share \* before \+ \(Acc\(1\) - share\) \* after;", "after;"),
+    (r"share == Acc\(0\) \? Acc\(0\) : share == Acc\(1\) \? d : share \* d;", "Acc(0);"),
+    (r"share == Acc\(1\) \? Acc\(0\) : \(Acc\(1\) - share\) \* d;", "d;"),
+    (r"zoneout\.keep \? Acc\(.*?\) : Acc\(zoneout\.share\)", "Acc(zoneout.share)"),
+    (r"m\.candidate \? (Acc\(.*\)) : Acc\(1\)", r"\1"),
+    (r"m\.clip != 0 \? Acc\(m\.clip\) : ", ""),
+    (r"return static_cast<const Storage\*>\(reset_row\(p\.modifier\.h, .*", "return nullptr;"),
+    (r"if \(info\.flags & kReset\) c_prev\[e\] = reset_c\(e\);", ""),
+    (r"if \(!\(info\.flags & kActive\)\) return;", ""),
+    (r"info\.source\[0\] != nullptr && k < operand\.k", "k < operand.k"),
+    (r"info\.source\[0\] != nullptr && k < operand\.k", "info.source[0] != nullptr"),
+    (r"if \(s\.p\.modifier\.product\) matmul\.multiply_states\(\);", ""),
+    (r"h = zoneout_unit<Acc>\(m\.zoneout_h, flags\)\.after\(h_prev\[e\], h\);", ""),
+    (r"if constexpr \(C::kHasC\) c = zoneout_unit<Acc>\(m\.zoneout_c, flags\)\.after\(c_prev\[e\], c\);", ""),
+    (r"if \(info\.flags & kReset\) load_reset_state\(e, x\);", ""),
+    (r"if \(row\) x\.([hc])_prev", r"x.\1_prev"),
+    (r"if \(!s\.p\.d_h\) sum \*= factor_of_product\(e\);", ""),
+    (r"s\.carry_h && info\.flags & kHasNext", "s.carry_h"),
+    (r"!C::kReadsH && s\.carry_h", "false"),
+    (r"if \(C::kHasC && s\.p\.d_cs\) dc \+= .*", ""),
+    (r"if \(modifies_steps\(options\)\) \{", "if (false) {"),
+    (r"bypass \+ zoneout_h\.to_before\(dh\)", "bypass"),
+    (r"dc \+= dc_kept;", ""),
+    (r"if \(reset\) bypass = dc = Acc\(0\);", ""),
+    (r"if \(reset && s\.p\.d_reset_[hc]\) static_cast.*", ""),
+    (r"if \(s\.p\.modifier\.product\) dh \*= .*", ""),
+    (r"\} else if \(s\.carry_h\) \{", "} else if (false) {"),
 ]
 
 # Masks: conditions that keep a thread from what it must not touch or add. Every occurrence is a mutant of its own.
@@ -101,6 +136,7 @@ MASKS = [
     (r"if \(info\.flags & kNever\)", "if (true)"),
     (r"if \(s\.p\.training && ", "if ("),
     (r"if \(!s\.p\.d_h\) \{", "{"),
+    *MODIFIED,
     (r"if \(piece\(first \+ i, source, targets\[i\]\)\) ", "piece(first + i, source, targets[i]); "),
 ]
 
@@ -163,6 +199,11 @@ ForwardKernel Kernels<MathKind::kFp16>::forward(KernelRole role, CellKind cell, 
            : kind == kLstm ? &forward_kernel<G<KernelRole::kForward, kLstm, kSmall>>
                            : &forward_kernel<G<KernelRole::kForward, kRnn, kSmall>>;
   }
+  if (role == KernelRole::kForwardModified && small) {
+    return kind == kGru ? &forward_kernel<G<KernelRole::kForwardModified, kGru, kSmall>>
+           : kind == kLstm ? &forward_kernel<G<KernelRole::kForwardModified, kLstm, kSmall>>
+                           : &forward_kernel<G<KernelRole::kForwardModified, kRnn, kSmall>>;
+  }
   if (role == KernelRole::kForward && kind == kLstm) return &forward_kernel<G<KernelRole::kForward, kLstm, kLarge>>;
   throw std::invalid_argument("this kernel is not among the mutants");
 }
@@ -176,6 +217,11 @@ BackwardKernel Kernels<MathKind::kFp16>::backward(KernelRole role, CellKind cell
   if (role == KernelRole::kStateGrad) {
     return small ? &state_grad_kernel<G<KernelRole::kStateGrad, kLstm, kSmall>>
                  : &state_grad_kernel<G<KernelRole::kStateGrad, kLstm, kLarge>>;
+  }
+  if (role == KernelRole::kBackwardModified && small) {
+    return kind == kGru ? &backward_kernel<G<KernelRole::kBackwardModified, kGru, kSmall>>
+           : kind == kLstm ? &backward_kernel<G<KernelRole::kBackwardModified, kLstm, kSmall>>
+                           : &backward_kernel<G<KernelRole::kBackwardModified, kRnn, kSmall>>;
   }
   if (small) {
     return kind == kGru ? &backward_kernel<G<KernelRole::kBackward, kGru, kSmall>>

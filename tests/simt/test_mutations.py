@@ -13,6 +13,8 @@ from mutants import all_mutants, replacement
 from mutation_survey import check, outcome, survey
 from simulator import Simulator
 from test_kernels import Simulated, run, run_wild_lengths, run_without_gradients
+from test_options import Optional
+from test_options import run as run_optional
 
 F16 = torch.float16
 SMALL, LARGE = (0, 3), (2, 2)
@@ -31,6 +33,17 @@ CASES = [
     Simulated(Case("LSTM", 2, 3, 5, 9, ragged="lengths", states=False, dtype=F16), 1, "step", tile=(0, 2)),
 ]
 
+MODIFIED = [
+    Optional(Case("LSTM", 3, 11, 5, 37, ragged="packed", **BOTH), ("steps", "masks", "candidate", "every_c"), 2, tile=SMALL),
+    Optional(Case("GRU", 3, 11, 5, 37, ragged="lengths", **BOTH), ("rows", "shares", "product", "candidate"), 2, tile=SMALL),
+    Optional(Case("RNN_TANH", 3, 11, 5, 37, ragged="packed", **BOTH), ("one", "masks", "product"), 2, tile=SMALL),
+    Optional(Case("RNN_TANH", 3, 3, 5, 37, dtype=F16), ("shares",), 1, tile=SMALL),
+    Optional(Case("LSTM", 3, 3, 5, 9, resets=True, dtype=F16), ("shares",), 1, tile=SMALL),
+    Optional(Case("LSTM", 3, 11, 5, 37, proj=18, ragged="lengths", dtype=F16), ("product", "every_c"), 1, tile=SMALL),
+    Optional(Case("LSTM", 2, 3, 5, 9, dtype=F16), ("clip",), 1, tile=SMALL, exact=True),
+    Optional(Case("GRU", 2, 3, 5, 9, resets=True, dtype=F16), ("clip",), 1, tile=SMALL, exact=True),
+]
+
 # Mutants that no test can catch, because the program means the same without the line, and why.
 _LAST = "saves stores: every active step writes the final state, and the last one is right"
 EQUIVALENT: dict[str, str] = {
@@ -45,6 +58,8 @@ EQUIVALENT: dict[str, str] = {
 def work(sim: Simulator) -> None:
     for case in CASES:
         run(sim, case)
+    for optional in MODIFIED:
+        run_optional(sim, optional)
     run_without_gradients(sim, CASES[0])
     run_wild_lengths(sim, CASES[0])
 

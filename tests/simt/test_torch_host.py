@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent / "torch_host"
-CHECKS = [str(FOLDER / name) for name in ("checks.py", "cudnn_checks.py", "tuning_checks.py")]
+CHECKS = [str(FOLDER / name) for name in ("checks.py", "cudnn_checks.py", "options_checks.py", "tuning_checks.py")]
 
 
 def run(*options: str) -> int:

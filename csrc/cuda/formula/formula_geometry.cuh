@@ -28,6 +28,7 @@ struct FormulaGeometry {
   static constexpr int kGroups = kGroupsValue > 0 ? kGroupsValue : 1;
   static constexpr int kSlots = kGroups;
   static constexpr int kPhases = 1;
+  static constexpr bool kModified = false;
   static constexpr int kPitch = unit_pitch_bytes(kTile, kMath);
   static constexpr int kWeightBytes = weight_stage_bytes(kRole, kGroups, kMath, kTile);
   static constexpr int kStageBytes = stage_bytes(kRole, kGroups, kMath, kTile);

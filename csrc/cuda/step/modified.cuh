@@ -16,6 +16,7 @@ namespace fused_rnn::cuda {
 // cells.h's modifier of a unit.
 template <class Acc>
 struct StepModifier {
+  static constexpr Acc kNoClip = std::numeric_limits<Acc>::infinity();
   Acc mask, clip, raw;  // raw: of backward, what was cut to [-clip, clip]
 
   template <class V>
@@ -58,9 +59,8 @@ __device__ __forceinline__ ZoneoutUnit<Acc> zoneout_unit(const Zoneout& zoneout,
 // state: index of [D, B, H].
 template <class Storage, class Acc>
 __device__ __forceinline__ StepModifier<Acc> step_modifier(const Modifier& m, int64_t state) {
-  constexpr Acc kNone = std::numeric_limits<Acc>::infinity();
   const Acc mask = m.candidate ? Acc(simt::to_float(static_cast<const Storage*>(m.candidate)[state])) : Acc(1);
-  return {mask, m.clip != 0 ? Acc(m.clip) : kNone, Acc(0)};
+  return {mask, m.clip != 0 ? Acc(m.clip) : StepModifier<Acc>::kNoClip, Acc(0)};
 }
 
 // The time of a step in the order of a direction's scan.
