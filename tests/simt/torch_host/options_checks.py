@@ -9,7 +9,6 @@ import types
 import warnings
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -22,23 +21,25 @@ import test_regularisation
 from cases import CELLS, GRADIENT_TOLERANCE, OUTPUT_TOLERANCE
 from settings import Setting
 from settings import setting as setting
+from test_regularisation import OPTIONS, PAIRS
+
+import fused_rnn
+from fused_rnn import _checkpoint, use_backend
 
 
 class _NoCells(types.ModuleType):
-    """In place of formula_cells, whose table of functions is made of calls of torch's that end a process of the simulator."""
+    """In place of formula_cells, which calls functions of torch's that end a process of the simulator."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
 
 
-with mock.patch.dict(sys.modules, formula_cells=_NoCells("formula_cells")):
-    import test_extras
-    from test_extras import CONFIG, Call, by_function, by_module, flat
-from test_regularisation import OPTIONS, PAIRS
+sys.modules["formula_cells"] = _NoCells("formula_cells")
+import test_extras  # noqa: E402
+from test_extras import CONFIG, Call, by_function, by_module, flat  # noqa: E402
 
-import fused_rnn
-from fused_rnn import _checkpoint, use_backend
+del sys.modules["formula_cells"]
 
 F16 = torch.float16
 EXACT, EXACT_GRADIENTS = 1e-12, 1e-11
@@ -116,10 +117,14 @@ def test_every_c_by_every_family(family: str, dtype: torch.dtype, setting: Setti
     exact = fused_rnn.LSTM(4, 20, dtype=torch.float64)
     exact.load_state_dict(lstm.state_dict())
     with torch.no_grad():
-        found = flat(lstm(x, lengths=lengths, return_all_states=True))
-        with use_backend("reference"):
-            expected = flat(exact(x.double(), lengths=lengths, return_all_states=True))
-    test_extras.assert_close(found, expected, OUTPUT_TOLERANCE[dtype], "results")
+        inferred = flat(lstm(x, lengths=lengths, return_all_states=True))
+    found = flat(lstm(x, lengths=lengths, return_all_states=True))
+    with use_backend("reference"):
+        expected = flat(exact(x.double(), lengths=lengths, return_all_states=True))
+    for results in (inferred, found):
+        test_extras.assert_close(results, expected, OUTPUT_TOLERANCE[dtype], "results")
+    pairs = (test_extras.gradients(r, list(m.parameters())) for r, m in ((found, lstm), (expected, exact)))
+    test_extras.assert_close(*pairs, GRADIENT_TOLERANCE[dtype], "gradients")
 
 
 @pytest.mark.parametrize("option", ["all", "none"])
