@@ -54,6 +54,13 @@ __device__ __forceinline__ void as_device_floats(float (&a)[kCount], F&& f) {
   for (int i = 0; i < kCount; ++i) a[i] = values[i].v;
 }
 
+// A cell whose step has a modifier.
+template <class M>
+struct ModifiedKind {
+  CellKind kind;
+  const M& m;
+};
+
 // m: cells.h's modifier of the step.
 template <CellKind kCell>
 struct DeviceCell : Cell<kCell> {
@@ -83,10 +90,15 @@ struct DeviceCell : Cell<kCell> {
                                    double& c, const M& m = M()) {
     Cell<kCell>::forward(a, h_prev, c_prev, h, c, m);
   }
-  template <class V, class M = Unmodified>
+  template <class V>
   static FUSED_RNN_HD V backward(CellKind, const V (&a)[Cell<kCell>::kSlots], const V& h_prev, const V& c_prev, const V& c,
-                                 const V& h, const V& dh, V& dc, V (&d)[Cell<kCell>::kSlots], const M& m = M()) {
-    return Cell<kCell>::backward(a, h_prev, c_prev, c, h, dh, dc, d, m);
+                                 const V& h, const V& dh, V& dc, V (&d)[Cell<kCell>::kSlots]) {
+    return Cell<kCell>::backward(a, h_prev, c_prev, c, h, dh, dc, d);
+  }
+  template <class V, class M>
+  static FUSED_RNN_HD V backward(const ModifiedKind<M>& of, const V (&a)[Cell<kCell>::kSlots], const V& h_prev,
+                                 const V& c_prev, const V& c, const V& h, const V& dh, V& dc, V (&d)[Cell<kCell>::kSlots]) {
+    return Cell<kCell>::backward(a, h_prev, c_prev, c, h, dh, dc, d, of.m);
   }
 };
 
@@ -102,11 +114,17 @@ struct DeviceCell<CellKind::kRnnTanh> : Cell<CellKind::kRnnTanh> {
                                                              float& h, float& c) {
     forward(kind, a, h_prev, c_prev, h, c);
   }
-  template <class V, class M = Unmodified>
+  template <class V>
   static FUSED_RNN_HD V backward(CellKind kind, const V (&a)[1], const V& h_prev, const V& c_prev, const V& c, const V& h,
-                                 const V& dh, V& dc, V (&d)[1], const M& m = M()) {
-    with_rnn(kind, [&](auto tag) { Cell<decltype(tag)::value>::backward(a, h_prev, c_prev, c, h, dh, dc, d, m); });
+                                 const V& dh, V& dc, V (&d)[1]) {
+    with_rnn(kind, [&](auto tag) { Cell<decltype(tag)::value>::backward(a, h_prev, c_prev, c, h, dh, dc, d); });
     return V(0);  // of every RNN
+  }
+  template <class V, class M>
+  static FUSED_RNN_HD V backward(const ModifiedKind<M>& of, const V (&a)[1], const V& h_prev, const V& c_prev, const V& c,
+                                 const V& h, const V& dh, V& dc, V (&d)[1]) {
+    with_rnn(of.kind, [&](auto tag) { Cell<decltype(tag)::value>::backward(a, h_prev, c_prev, c, h, dh, dc, d, of.m); });
+    return V(0);
   }
 
  private:

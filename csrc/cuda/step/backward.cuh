@@ -131,7 +131,8 @@ struct BackwardElements {
     if (C::kHasC && s.p.d_cs) dc += simt::to_float(static_cast<const Storage*>(s.p.d_cs)[row_index]);
     const Acc dc_kept = zoneout_c.to_before(dc);
     dc = zoneout_c.to_after(dc);
-    const Acc bypass = C::backward(s.p.cell, x.a, x.h_prev, x.c_prev, c, h, zoneout_h.to_after(dh), dc, d, m);
+    const ModifiedKind<StepModifier<Acc>> cell{s.p.cell, m};
+    const Acc bypass = C::backward(cell, x.a, x.h_prev, x.c_prev, c, h, zoneout_h.to_after(dh), dc, d);
     dc += dc_kept;
     return bypass + zoneout_h.to_before(dh);
   }
