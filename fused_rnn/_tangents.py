@@ -37,8 +37,8 @@ class Call(NamedTuple):
 DEVICES = ("cpu", "cuda")  # whose kernels give c after every step
 CELLS = (RNN_TANH, RNN_RELU, RNN_IDENTITY, LSTM, GRU)  # those whose derivatives are below
 SERVED = (
-    "expected an RNN, LSTM or GRU in float32 or float64 on a CPU or a GPU, no lengths, packed rows, projection, reset states, all "
-    "states, nor zoneout, recurrent_dropout or state_clip"
+    "expected an RNN, LSTM or GRU in float32 or float64 on a CPU or a GPU, no lengths, packed rows, projection, reset "
+    "states, all states, nor zoneout, recurrent_dropout or state_clip"
 )
 
 

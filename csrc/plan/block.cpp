@@ -54,7 +54,7 @@ Fit fit(const Problem& problem, const DeviceInfo& device) {
                               std::to_string(device.smem_per_block)};
   }
   PersistentPlan plan{};
-  const int warps = cuda::block_warps(shape, problem.H), chunks = cuda::block_chunks(shape, problem.H);
+  const int warps = cuda::block_warps(problem.H), chunks = cuda::block_chunks(shape, problem.H);
   const int bytes = warps * cuda::block_tiles(shape) * cuda::kFragmentWords * 4;  // of a chunk
   plan.math = shape.math;
   plan.slices = plan.row_tiles = plan.launches = 1;

@@ -33,10 +33,10 @@ constexpr FUSED_RNN_HD int block_tiles(BlockShape s) { return s.backward ? 1 : g
 // Warps of the largest block. With 16 warps a thread has 128 registers, with 8 it has 255.
 constexpr FUSED_RNN_HD int max_block_warps(BlockShape s) { return gate_count(s.cell) > 1 ? 8 : 16; }
 constexpr FUSED_RNN_HD int max_block_units(BlockShape s) { return max_block_warps(s) * kWarpUnits; }
-constexpr FUSED_RNN_HD int block_warps(BlockShape s, int64_t H) { return static_cast<int>(ceil_div(H, kWarpUnits)); }
+constexpr FUSED_RNN_HD int block_warps(int64_t H) { return static_cast<int>(ceil_div(H, kWarpUnits)); }
 // Chunks of K of one gate, and of all; units of warps beyond H are zeros.
 constexpr FUSED_RNN_HD int chunks_of_gate(BlockShape s, int64_t H) {
-  return ceil_div(block_warps(s, H) * kWarpUnits, block_chunk_step(s.math));
+  return ceil_div(block_warps(H) * kWarpUnits, block_chunk_step(s.math));
 }
 constexpr FUSED_RNN_HD int block_chunks(BlockShape s, int64_t H) {
   return (s.backward ? gate_count(s.cell) : 1) * chunks_of_gate(s, H);
@@ -77,7 +77,7 @@ constexpr FUSED_RNN_HD BlockSmem block_smem(BlockShape s, int64_t H) {
   m.states = at;
   at += 2 * padded_chunks(s, H) * block_chunk_words(s) * 4;
   m.weights = at;
-  at += block_warps(s, H) * block_smem_chunks(s, H) * block_tiles(s) * kFragmentWords * 4;
+  at += block_warps(H) * block_smem_chunks(s, H) * block_tiles(s) * kFragmentWords * 4;
   m.total = at;
   return m;
 }

@@ -27,8 +27,6 @@ constexpr double kNormUs = 0.18, kPassUs = 0.2, kElementUs = 0.08;
 // Of an exchange, beside kClusterHandOffUs: the barrier between the own part and its pushes; bytes that reach a block.
 constexpr double kGatherUs = 0.1, kClusterBytesPerClock = 32;
 
-int aligned(int bytes) { return ceil_div(bytes, 128) * 128; }
-
 // The phases of a level: products and norms.
 struct Level {
   int products, norms;
