@@ -36,9 +36,12 @@ from fused_rnn.tuning.record import Choice, Record, Scope, Verdict
 from fused_rnn.tuning.verification import State, Verifier
 
 SCOPE = Scope("simulated", "1", "a")
-OURS = ("step", "grid", "cluster")
+OURS = ("step", "grid", "cluster")  # of an odd number of units: family block takes even ones
 # Microseconds of a call's forward and backward.
-US = {"cudnn": (10.0, 20.0), "single": (70.0, 90.0), "step": (40.0, 50.0), "grid": (8.0, 15.0), "cluster": (6.0, 12.0)}
+US = {
+    "cudnn": (10.0, 20.0), "single": (70.0, 90.0), "step": (40.0, 50.0), "grid": (8.0, 15.0), "cluster": (6.0, 12.0),
+    "block": (4.0, 8.0),
+}  # fmt: skip
 Fault = Callable[[str, Sequence[Tensor], bool], Sequence[Tensor]]  # family, tensors, whether they are gradients
 
 
@@ -177,7 +180,7 @@ def counted(call: Callable[[], object]) -> tuple[int, int]:
 @pytest.mark.parametrize("module", [fused_rnn.LSTM])
 def test_fastest_family(bench: Bench, module: type) -> None:
     """On a user's own calls, all of which are right; afterwards nothing is asked, timed or run twice."""
-    rnn, x = module(4, 20, num_layers=2), torch.randn(5, 3, 4, requires_grad=True)
+    rnn, x = module(4, 21, num_layers=2), torch.randn(5, 3, 4, requires_grad=True)
     with use_backend("reference"):
         expected = step_of(rnn, x)
 
@@ -197,15 +200,30 @@ def test_fastest_family(bench: Bench, module: type) -> None:
     assert bench.asked == before + 1
 
 
+def test_family_block_has_its_turns(bench: Bench) -> None:
+    rnn, x = fused_rnn.GRU(4, 20), torch.randn(5, 3, 4, requires_grad=True)
+    with use_backend("reference"):
+        expected = step_of(rnn, x)
+
+    def call() -> None:
+        for actual, want in zip(step_of(rnn, x), expected, strict=True):
+            assert_near("tensor", actual, want, GRADIENT_TOLERANCE[torch.float32])
+
+    bench.settle(call)
+    (choice,) = [entry for entry in bench.record.entries() if isinstance(entry, Choice)]
+    assert choice.family == "block" and set(choice.us) == {"cudnn", "block", *OURS}
+    assert counted(call) == (0, 2)
+
+
 def test_cudnn_serves_until_a_family_is_verified(bench: Bench) -> None:
     bench.verifier.states.update(dict.fromkeys(OURS, State.RUNNING))
-    rnn, x = fused_rnn.GRU(4, 20), torch.randn(5, 3, 4, requires_grad=True)
+    rnn, x = fused_rnn.GRU(4, 21), torch.randn(5, 3, 4, requires_grad=True)
     for _ in range(10):
         assert counted(lambda: step_of(rnn, x)) == (2, 0)
     bench.verifier.states.update(grid=State.VERIFIED, step=State.EXCLUDED, cluster=State.IMPOSSIBLE)
     bench.settle(lambda: step_of(rnn, x))
     assert counted(lambda: step_of(rnn, x)) == (0, 2)
-    choice = bench.record.choice("gru float32 T8 B3 I4 H20 P20 L1 D1 dense training")
+    choice = bench.record.choice("gru float32 T8 B3 I4 H21 P21 L1 D1 dense training")
     assert choice is not None and choice.family == "grid" and set(choice.us) == {"cudnn", "grid"}
 
 
@@ -216,7 +234,7 @@ def test_wrong_for_one_size(bench: Bench, backward: bool) -> None:
         return [t if t is None else t + 0.01 * t.abs().max() for t in tensors] if wrong else tensors
 
     bench.fault = fault
-    for hidden, family in ((20, "cluster"), (33, "grid")):
+    for hidden, family in ((21, "cluster"), (33, "grid")):
         rnn, x = fused_rnn.LSTM(4, hidden), torch.randn(5, 3, 4, requires_grad=True)
         with use_backend("reference"):
             expected = step_of(rnn, x)
@@ -236,7 +254,7 @@ def test_wrong_for_one_size(bench: Bench, backward: bool) -> None:
 
 def test_slower_in_backward_only(bench: Bench) -> None:
     bench.clock.us_of["cluster"] = (1.0, 500.0)
-    rnn, x = fused_rnn.LSTM(4, 20), torch.randn(5, 3, 4, requires_grad=True)
+    rnn, x = fused_rnn.LSTM(4, 21), torch.randn(5, 3, 4, requires_grad=True)
     bench.settle(lambda: step_of(rnn, x))
     with torch.no_grad():
         bench.settle(lambda: rnn(x))
@@ -246,7 +264,7 @@ def test_slower_in_backward_only(bench: Bench) -> None:
 
 def test_forward_and_backward_of_one_family(bench: Bench) -> None:
     """Backward runs long after forward, when another family serves."""
-    rnn, x = fused_rnn.LSTM(4, 20), torch.randn(5, 3, 4, requires_grad=True)
+    rnn, x = fused_rnn.LSTM(4, 21), torch.randn(5, 3, 4, requires_grad=True)
     bench.settle(lambda: step_of(rnn, x))
     y = rnn(x)[0]
     before = cudnn_calls()
@@ -268,7 +286,7 @@ def test_watched_calls(bench: Bench, module: type, packed: bool, dropout: float)
     """Calls that are timed or compared are like others: masks from the seed, graphs used twice, second derivatives, results
     written in place, gradients in batches."""
     bench.clock.us_of = dict.fromkeys(US, (10.0, 20.0))
-    rnn = module(4, 20, num_layers=2, dropout=dropout)
+    rnn = module(4, 21, num_layers=2, dropout=dropout)
     data = torch.randn(3, 3, 4, requires_grad=True)
 
     def outputs() -> list[Tensor]:
@@ -300,7 +318,7 @@ def test_watched_calls(bench: Bench, module: type, packed: bool, dropout: float)
 
 
 def test_weights_written_in_place(bench: Bench) -> None:
-    rnn = fused_rnn.GRU(4, 20)
+    rnn = fused_rnn.GRU(4, 21)
     for _ in range(12):  # compared, timed, decided
         y = rnn(torch.randn(7, 3, 4))[0]
         with torch.no_grad():
@@ -314,10 +332,10 @@ def test_weights_written_in_place(bench: Bench) -> None:
 def test_what_cudnn_lacks(bench: Bench, what: str) -> None:
     """Compared with float64, which serves meanwhile; then by the fastest of ours."""
     dtype = torch.float16 if what == "wide c" else torch.float32
-    rnn = fused_rnn.LSTMCell(4, 20, dtype=dtype) if what == "cell" else fused_rnn.LSTM(4, 20, dtype=dtype)
+    rnn = fused_rnn.LSTMCell(4, 21, dtype=dtype) if what == "cell" else fused_rnn.LSTM(4, 21, dtype=dtype)
     weights = list(rnn.parameters())
     x = torch.randn((3, 4) if what == "cell" else (5, 3, 4), dtype=dtype)
-    state = torch.zeros(1, 3, 20, dtype=dtype), torch.randn(1, 3, 20)
+    state = torch.zeros(1, 3, 21, dtype=dtype), torch.randn(1, 3, 21)
     functional = fused_rnn.functional.lstm
 
     def call() -> list[Tensor]:
@@ -353,7 +371,7 @@ def test_all_of_ours_failed(bench: Bench) -> None:
         with pytest.warns(RuntimeWarning, match=f"{family} is excluded on this device: hangs: no answer within 0.5 s"):
             assert hanging.verify(family) is State.EXCLUDED
     bench.verifier = hanging  # type: ignore[assignment]
-    x, rnn = torch.randn(5, 3, 4), fused_rnn.GRU(4, 20)
+    x, rnn = torch.randn(5, 3, 4), fused_rnn.GRU(4, 21)
     weights = [p.detach() for p in rnn.parameters()]
     lengths = torch.tensor([5, 3, 1])
     with use_backend("reference"):
@@ -373,7 +391,7 @@ def test_all_of_ours_failed(bench: Bench) -> None:
 
 def test_capture(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is recorded, else cuDNN; nothing is timed or compared."""
-    rnn, x = fused_rnn.LSTM(4, 20), torch.randn(5, 3, 4, requires_grad=True)
+    rnn, x = fused_rnn.LSTM(4, 21), torch.randn(5, 3, 4, requires_grad=True)
     monkeypatch.setenv("TORCH_HOST_CAPTURES", "1")
     for _ in range(5):
         assert counted(lambda: step_of(rnn, x)) == (2, 0)
@@ -388,7 +406,7 @@ def test_capture(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_deterministic(bench: Bench) -> None:
     """Neither cuDNN nor timing: a verified family, else step, for the whole process."""
-    rnn, x = fused_rnn.LSTM(4, 20), torch.randn(5, 3, 4, requires_grad=True)
+    rnn, x = fused_rnn.LSTM(4, 21), torch.randn(5, 3, 4, requires_grad=True)
     bench.verifier.states.update(dict.fromkeys(OURS, State.UNKNOWN))
     torch.use_deterministic_algorithms(True)
     try:
@@ -404,7 +422,7 @@ def test_deterministic(bench: Bench) -> None:
 
 
 def test_off_and_use(bench: Bench, setting: Setting) -> None:
-    rnn, x = fused_rnn.LSTM(4, 20), torch.randn(5, 3, 4, requires_grad=True)
+    rnn, x = fused_rnn.LSTM(4, 21), torch.randn(5, 3, 4, requires_grad=True)
     setting("FUSED_RNN_TUNE", "use")
     assert counted(lambda: step_of(rnn, x)) == (2, 0)
     setting("FUSED_RNN_TUNE", "first")
@@ -422,7 +440,7 @@ def test_off_and_use(bench: Bench, setting: Setting) -> None:
 
 def test_damaged_file(bench: Bench) -> None:
     bench.path.write_bytes(b'{"device": "simulated", "driver": 7}\n\xff\x00garbage\n')
-    rnn, x = fused_rnn.LSTM(4, 20), torch.randn(5, 3, 4, requires_grad=True)
+    rnn, x = fused_rnn.LSTM(4, 21), torch.randn(5, 3, 4, requires_grad=True)
     with pytest.warns(RuntimeWarning, match="2 damaged lines are ignored"):
         bench.settle(lambda: step_of(rnn, x))
     assert [e.family for e in bench.record.entries() if isinstance(e, Choice)] == ["cluster"]
@@ -431,7 +449,7 @@ def test_damaged_file(bench: Bench) -> None:
 def test_file_that_cannot_be_written(bench: Bench) -> None:
     bench.path.mkdir()  # not a file: for root too
     (bench.path / "x").write_text("")
-    rnn, x = fused_rnn.LSTM(4, 20), torch.randn(5, 3, 4, requires_grad=True)
+    rnn, x = fused_rnn.LSTM(4, 21), torch.randn(5, 3, 4, requires_grad=True)
     with pytest.warns(RuntimeWarning) as caught:
         bench.settle(lambda: step_of(rnn, x))
     assert len(caught) == 2 and {"cannot be read", "cannot be written"} == {
@@ -443,9 +461,9 @@ def test_file_that_cannot_be_written(bench: Bench) -> None:
 
 def test_two_processes(bench: Bench) -> None:
     """One begins, another one decides: the first takes that over when it begins a problem."""
-    problem = "gru float32 T8 B3 I4 H20 P20 L1 D1 dense training"
+    problem = "gru float32 T8 B3 I4 H21 P21 L1 D1 dense training"
     bench.record.add(Verdict("grid", True), Choice(problem, "grid", {"grid": 4.0}))
-    rnn, x = fused_rnn.GRU(4, 20), torch.randn(5, 3, 4, requires_grad=True)
+    rnn, x = fused_rnn.GRU(4, 21), torch.randn(5, 3, 4, requires_grad=True)
     bench.settle(lambda: step_of(rnn, x))
     choice = bench.record.choice(problem)
     assert choice is not None and choice.family == "cluster" and choice.us["grid"] == 4.0
@@ -460,7 +478,7 @@ def test_cudnn_that_refuses(bench: Bench) -> None:
     """An error of cuDNN's own is no user's: the planner's family serves such calls, with one warning."""
     library = ctypes.CDLL(EXTENSION.__file__)
     library.torch_host_cudnn_refuses(1)
-    rnn, x = fused_rnn.LSTM(4, 20), torch.randn(5, 3, 4, requires_grad=True)
+    rnn, x = fused_rnn.LSTM(4, 21), torch.randn(5, 3, 4, requires_grad=True)
     try:
         with pytest.warns(RuntimeWarning, match="cuDNN refuses calls like lstm"):
             step_of(rnn, x)
@@ -479,7 +497,7 @@ def test_cudnn_that_refuses(bench: Bench) -> None:
 
 def test_compiled_calls_are_answered_once(bench: Bench) -> None:
     """A layer's op alone, as a compiled graph calls it: one family for forward and backward, asked for once."""
-    rnn = fused_rnn.LSTM(4, 20)
+    rnn = fused_rnn.LSTM(4, 21)
     x = torch.randn(5, 3, 4, requires_grad=True)
     recipe = fused_rnn._recipe.Recipe(fused_rnn._kinds.NUMBER_OF_MODE["LSTM"]).packed
     bench.verifier.states.update(step=State.EXCLUDED)
@@ -492,7 +510,7 @@ def test_compiled_calls_are_answered_once(bench: Bench) -> None:
 
 def test_compiled_training_waits_for_a_verified_family(bench: Bench) -> None:
     """A graph cannot know the size of what cuDNN keeps: a layer's op that trains is served by a family of ours alone."""
-    rnn, x = fused_rnn.LSTM(4, 20), torch.randn(5, 3, 4, requires_grad=True)
+    rnn, x = fused_rnn.LSTM(4, 21), torch.randn(5, 3, 4, requires_grad=True)
     recipe = fused_rnn._recipe.Recipe(fused_rnn._kinds.NUMBER_OF_MODE["LSTM"]).packed
     bench.verifier.states.update(dict.fromkeys(OURS, State.UNKNOWN))
     bench.verifier.outcomes.update(step=State.EXCLUDED)
@@ -505,7 +523,7 @@ def test_compiled_training_waits_for_a_verified_family(bench: Bench) -> None:
 @pytest.mark.parametrize("module", [fused_rnn.LSTM, fused_rnn.GRU, fused_rnn.RNN])
 def test_compiled_inference_by_cudnn(bench: Bench, module: type) -> None:
     """A layer's op that keeps nothing for backward: by cuDNN until families are verified."""
-    rnn, x = module(4, 20), torch.randn(5, 3, 4)
+    rnn, x = module(4, 21), torch.randn(5, 3, 4)
     number = fused_rnn._kinds.NUMBER_OF_MODE[{"RNN": "RNN_TANH"}.get(module.__name__, module.__name__)]
     recipe = fused_rnn._recipe.Recipe(number).packed
     bench.verifier.states.update(dict.fromkeys(OURS, State.RUNNING))
@@ -545,7 +563,7 @@ def test_compiled_inference_by_cudnn(bench: Bench, module: type) -> None:
 
 def test_explained(bench: Bench, setting: Setting) -> None:
     """What explain says of a GPU that is there is what a call does."""
-    rnn, x = fused_rnn.LSTM(4, 20), torch.randn(5, 3, 4, requires_grad=True)
+    rnn, x = fused_rnn.LSTM(4, 21), torch.randn(5, 3, 4, requires_grad=True)
     kind = KINDS[fused_rnn._kinds.NUMBER_OF_MODE["LSTM"]]
     call = _explain._Call(kind, "cuda", torch.float32, _explain.DEVICES["H100"], packed=False, training=True, forced=None)
     sizes = _explain._sizes(rnn, x)[0]
@@ -553,7 +571,7 @@ def test_explained(bench: Bench, setting: Setting) -> None:
     def explained() -> tuple[str | None, str | None]:
         return _explain._recorded(rnn, -1, call, sizes)
 
-    problem = "lstm float32 T8 B3 I4 H20 P20 L1 D1 dense training"
+    problem = "lstm float32 T8 B3 I4 H21 P21 L1 D1 dense training"
     assert explained() == ("cudnn", f"nothing is recorded of {problem} (the first calls try the verified families)")
     assert bench.asked == 0
     bench.settle(lambda: step_of(rnn, x))
