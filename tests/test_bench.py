@@ -286,7 +286,7 @@ def test_table_of_plans() -> None:
     rows = [line for line in text.splitlines() if line.startswith("| RNN fp16")]
     assert len(rows) == 2 * len(GPU_SIZES)
     assert all("no: needs compute capability 9.0" in row for row in rows[len(GPU_SIZES) :])
-    assert all(row.split(" | ")[-1] in ("cluster |", "grid |", "step |") for row in rows)
+    assert all(row.split(" | ")[-1] in ("block |", "cluster |", "grid |", "step |") for row in rows)
 
 
 def test_the_script_is_the_command() -> None:
@@ -349,7 +349,7 @@ def test_the_gpu_path_with_a_stand_in_for_cuda(
         assert not lines and out.count("plan single is left out: kernel family single cannot serve this layer") == 2
         return
     families = [line["plan"]["forward"]["family"] for line in lines]
-    assert set(families) == {"auto": {"cudnn"}, "cheapest": {"cluster"}}.get(plan, {plan})
+    assert set(families) == {"auto": {"cudnn"}, "cheapest": {"block"}}.get(plan, {plan})
     for line, family in zip(lines, families, strict=True):
         assert tuple(line)[: len(bench.FIELDS)] == bench.FIELDS and json.loads(json.dumps(line)) == line
         assert line["baseline"] in ("torch.nn", "step") and (line["baseline"] != "step" or family != "step")

@@ -1,10 +1,11 @@
 // The chooser of kernel families that Python sets (choice_cuda.h); without CUDA kernels nobody is asked.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include "plan/family.h"
 #ifdef FUSED_RNN_WITH_CUDA
+#include <torch/csrc/autograd/python_variable.h>
+
 #include "torch/choice_cuda.h"
 #include "torch/families_cuda.h"
 #endif
