@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_rnn._backend import extension
 from fused_rnn._recipe import OPTIONS, Rows, rows_of, unpacked
 
 Dim = int | None
@@ -61,7 +62,7 @@ def _second_last(dims: int) -> int:
 
 
 def _of_saved(dims: int) -> int:
-    """gates [D, N, S, H], c after each step [D, N, H], y [T, B, D*P] or [N, D*P]."""
+    """gates [D, N, S, H], c after each step [D, N, H], y [T, B, D*P] or [N, D*P]; likewise what a formula saves."""
     return 1 if dims == 4 else dims - 2
 
 
@@ -118,26 +119,30 @@ def _pairs(pairs: Sequence[tuple[Tensor, Dim]]) -> tuple[list[Tensor], list[Dim]
     return [tensor for tensor, _ in pairs], [dim for _, dim in pairs]
 
 
-def layer(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-    """fused_rnn::layer(x, states, params, rows, recipe, save)."""
-    x, states, params, rows, recipe, save = args
+def _forward(op: Any, count: int, in_dims: Sequence[Any], args: Sequence[Any], flags: int) -> tuple[Any, Any]:
+    """The rule of an op (x, states, params, rows, two more) -> (y, last, saved). flags: a recipe's bits of the rows."""
+    x, states, params, rows = args[:4]
     x_dim, state_dims, param_dims, row_dims = in_dims[:4]
-    if _is_looped(x, param_dims, row_dims, recipe):
-        return _looped(torch.ops.fused_rnn.layer.default, info.batch_size, in_dims, args)
-    fold = _Fold(info.batch_size)
+    if _is_looped(x, param_dims, row_dims, flags):
+        return _looped(op, count, in_dims, args)
+    fold = _Fold(count)
     batch = _batch_of(x, x_dim, states, state_dims)
-    y, last, saved = torch.ops.fused_rnn.layer(
+    y, last, saved = op(
         *fold.each([x], [x_dim], _second_last),
         fold.each(states, state_dims, _second_last),
         params,
-        _folded_rows(fold, rows, row_dims, recipe, batch),
-        recipe,
-        save,
+        _folded_rows(fold, rows, row_dims, flags, batch),
+        *args[4:],
     )
-    y, y_dim = fold.unfolded(y, y.dim() - 2)
-    last, last_dims = _pairs([fold.unfolded(t, 1) for t in last])
-    saved, saved_dims = _pairs([fold.unfolded(t, 1) for t in saved])
+    y, y_dim = fold.unfolded(y, _second_last(y.dim()))
+    last, last_dims = _pairs([fold.unfolded(t, _second_last(t.dim())) for t in last])
+    saved, saved_dims = _pairs([fold.unfolded(t, _of_saved(t.dim())) for t in saved])
     return (y, last, saved), (y_dim, last_dims, saved_dims)
+
+
+def layer(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    """fused_rnn::layer(x, states, params, rows, recipe, save)."""
+    return _forward(torch.ops.fused_rnn.layer.default, info.batch_size, in_dims, args, args[4])
 
 
 def layer_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -265,34 +270,15 @@ def layer_second_order(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple
 
 def formula(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     """fused_rnn::formula(x, states, params, rows, cell, flags), whose flags have a recipe's bits of the rows."""
-    x, states, params, rows, cell, flags = args
-    x_dim, state_dims, param_dims, row_dims = in_dims[:4]
-    if _is_looped(x, param_dims, row_dims, flags):
-        return _looped(torch.ops.fused_rnn.formula.default, info.batch_size, in_dims, args)
-    fold = _Fold(info.batch_size)
-    batch = _batch_of(x, x_dim, states, state_dims)
-    y, last, saved = torch.ops.fused_rnn.formula(
-        *fold.each([x], [x_dim], _second_last),
-        fold.each(states, state_dims, _second_last),
-        params,
-        _folded_rows(fold, rows, row_dims, flags, batch),
-        cell,
-        flags,
-    )
-    y, y_dim = fold.unfolded(y, y.dim() - 2)
-    last, last_dims = _pairs([fold.unfolded(t, t.dim() - 2) for t in last])
-    saved, saved_dims = _pairs([fold.unfolded(t, _of_saved(t.dim())) for t in saved])
-    return (y, last, saved), (y_dim, last_dims, saved_dims)
-
-
-_FORMULA_GRAD_PARAMS = 1 << 5  # of csrc/torch/formula_ops.h
+    return _forward(torch.ops.fused_rnn.formula.default, info.batch_size, in_dims, args, args[5])
 
 
 def formula_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     """fused_rnn::formula_backward; where the parameters have a gradient, a call for each sample."""
     cell, flags = args[7:]
     op = torch.ops.fused_rnn.formula_backward.default
-    if flags & _FORMULA_GRAD_PARAMS or _is_looped(args[2], in_dims[4], in_dims[5], flags):
+    assert extension is not None
+    if flags & extension.formula_constants()["GRAD_PARAMS"] or _is_looped(args[2], in_dims[4], in_dims[5], flags):
         return _looped(op, info.batch_size, in_dims, args)
     fold = _Fold(info.batch_size)
     given = (*args[:7], flags)

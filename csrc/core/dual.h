@@ -41,7 +41,7 @@ FUSED_RNN_HD Dual<V> relu_mask(const Dual<V>& y, const Dual<V>& d) {
   return {relu_mask(y.value, d.value), relu_mask(y.value, d.tangent)};
 }
 
-// Of sigmoid, tanh and relu at results y that are known: the tangent of y in place of that of the argument, which y has.
+// y: the result of sigmoid, tanh or relu with the tangent of its argument in, with its own tangent out.
 template <class V>
 FUSED_RNN_HD void tangent_of_sigmoid(Dual<V>& y) {
   y.tangent = y.value * (V(1) - y.value) * y.tangent;

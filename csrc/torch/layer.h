@@ -115,6 +115,8 @@ void sample_weight_gradients(const Call& call, const ResultGradients& given, con
 Tensor active_rows(const Call& call, const LayerShapes& s);
 // Of every row the h that its step multiplies with W_hh [N, P]; y [N, P]: outputs of direction d.
 Tensor previous_states(const Call& call, const LayerShapes& s, const Tensor& y, int d);
+// The h of an LSTM's direction before its projection, o tanh(c): [N, H].
+Tensor unprojected(const Saved& saved, int64_t d);
 // Outputs of direction d [N, P].
 Tensor output_of_direction(const Tensor& y, const LayerShapes& s, int d);
 

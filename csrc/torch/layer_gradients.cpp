@@ -69,6 +69,10 @@ Tensor factors_of_product(const Call& call, const LayerShapes& s, int d) {
 
 }  // namespace
 
+Tensor unprojected(const Saved& saved, int64_t d) {
+  return at::mul(saved.gates.select(0, d).select(1, 3), at::tanh(saved.cs.select(0, d)));
+}
+
 Tensor previous_states(const Call& call, const LayerShapes& s, const Tensor& y, int d) {
   Copies copies;
   const Tensor rows = y.stride(1) == 1 ? y : y.contiguous();
@@ -166,10 +170,9 @@ void weight_gradients(const Call& call, const ResultGradients& given, const Back
     gradients.push_back(db_hh);
   }
   if (s.projection) {
-    const Tensor o = rows.of(given.saved.gates.select(0, d).select(1, 3)), c = rows.of(given.saved.cs.select(0, d));
     gradients.push_back(empty_like(call.like(), {s.P, H}));
-    multiply_into(gradients.back(), rows.of(made.d_h.select(0, d)), /*transposed=*/true, at::mul(o, at::tanh(c)),
-                  /*add=*/false);
+    multiply_into(gradients.back(), rows.of(made.d_h.select(0, d)), /*transposed=*/true,
+                  rows.of(unprojected(given.saved, d)), /*add=*/false);
   }
 }
 

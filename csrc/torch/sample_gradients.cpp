@@ -50,8 +50,7 @@ void sample_weight_gradients(const Call& call, const ResultGradients& given, con
     gradients.push_back(S > G ? sums(d_rg, samples) : gradients.back().clone());
   }
   if (s.projection) {
-    const Tensor o = given.saved.gates.select(0, d).select(1, 3), c = given.saved.cs.select(0, d);
-    gradients.push_back(products(made.d_h.select(0, d), at::mul(o, at::tanh(c)), samples));
+    gradients.push_back(products(made.d_h.select(0, d), unprojected(given.saved, d), samples));
   }
 }
 

@@ -49,10 +49,7 @@ struct Parameters {
   }
 };
 
-// o tanh(c) of one direction [N, H], and with tangents their tangent.
-Tensor unprojected(const Saved& saved, int64_t d) {
-  return at::mul(saved.gates.select(0, d).select(1, 3), at::tanh(saved.cs.select(0, d)));
-}
+// The tangent of unprojected(saved, d).
 Tensor unprojected_tangent(const Saved& saved, const Saved& tangent, int64_t d) {
   const Tensor o = saved.gates.select(0, d).select(1, 3), y = at::tanh(saved.cs.select(0, d));
   const Tensor slope = 1 - y * y;

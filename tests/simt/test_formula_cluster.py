@@ -122,7 +122,6 @@ def test_what_does_not_fit_is_refused() -> None:
 
 # What takes away a wait, a barrier, a mask or a copy, each with a case that shows it.
 COMMON, MEMORY, FORWARD, BACKWARD = (f"formula_cluster{name}.cuh" for name in ("", "_memory", "_forward", "_backward"))
-BARRIER_OF_NORMS = "    if constexpr (kNorms > 0) simt::sync_block();\n"
 MUTANTS = [
     (MEMORY, "      simt::sync_cluster();\n", "      simt::sync_block();\n", Everything, RAGGED),
     (MEMORY, "simt::mbarrier_wait(barrier(exchange), static_cast<int>(exchange >> 1 & 1));", "", Everything, RAGGED),
@@ -136,7 +135,7 @@ MUTANTS = [
     (FORWARD, "        this->multiply_recurrent(vector);\n        simt::sync_block();\n",
      "        this->multiply_recurrent(vector);\n", zoo.LSTM, PLAIN),
     (FORWARD, "    });\n    simt::sync_block();\n", "    });\n", zoo.LSTM, PLAIN),
-    (FORWARD, BARRIER_OF_NORMS, "", Everything, ALONE),
+    (COMMON, "    if constexpr (kNorms > 0) simt::sync_block();\n", "", Everything, ALONE),
     (FORWARD, "const bool reset = info.flags & kReset;", "const bool reset = false;", zoo.LSTM, RAGGED),
     (FORWARD, "exchanged && step + 1 < p.seq.T", "exchanged", zoo.LSTM, PLAIN),
     (FORWARD, "if (p.seq.offsets) return;", "", zoo.LSTM, PACKED),
@@ -144,7 +143,6 @@ MUTANTS = [
     (BACKWARD, "if (e.real && info.flags & kHasNext", "if (active && info.flags & kHasNext", zoo.LSTM, RAGGED),
     (BACKWARD, "info.flags & kReset ? Acc(0) : in.d_states[i]", "in.d_states[i]", zoo.LSTM, RAGGED),
     (BACKWARD, "    });\n    simt::sync_block();\n", "    });\n", zoo.LSTM, PLAIN),
-    (BACKWARD, BARRIER_OF_NORMS, "", Everything, ALONE),
     (BACKWARD, "p.seq.T > 0 && !(this->table(0)[e.b].flags & kReset)", "true", zoo.LSTM, RESETS),
 ]  # fmt: skip
 

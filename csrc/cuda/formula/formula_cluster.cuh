@@ -177,6 +177,34 @@ struct FormulaClusterBlock : FormulaClusterMemory<C, kMath, kBackward> {
     });
     simt::sync_block();
   }
+
+  // ------------------------------------------------------------------------------------------------------------- levels
+
+  // The phases of a level, between two passes of `scan`, a class of this one, which sends its norms.
+  template <int kLevel, class Scan>
+  __device__ __forceinline__ void make_level(Scan& scan) {
+    constexpr int kProducts = place_of(kLevel, C::kPhases, true), kNorms = place_of(kLevel, C::kPhases, false);
+    unsigned char* const vectors = this->vectors_of_level(kLevel);
+    unsigned char* const norms = this->norms_of_level(kLevel);
+    if constexpr (kProducts > 0) this->push_vectors(vectors, kProducts);
+    formula_for_phases<C>([&](auto phase) {
+      constexpr int k = decltype(phase)::value;
+      if constexpr (!Memory::is_product(k) && Memory::level_of(k) == kLevel) scan.template send_norm<k>(norms);
+    });
+    if constexpr (kNorms > 0) simt::sync_block();
+    this->await(kProducts, kNorms);
+    multiply_level<kLevel>(vectors);
+    if constexpr (kNorms > 0) {
+      combine_level<kLevel>(norms);
+    } else {
+      simt::sync_block();
+    }
+  }
+  // Each level, and the pass after it.
+  template <class Scan, int... kLevel>
+  __device__ __forceinline__ void make_levels(Scan& scan, int64_t step, std::integer_sequence<int, kLevel...>) {
+    ((make_level<kLevel>(scan), scan.template pass<kLevel>(step)), ...);
+  }
 };
 
 }  // namespace fused_rnn::cuda

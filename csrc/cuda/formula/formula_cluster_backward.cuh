@@ -235,31 +235,6 @@ struct FormulaClusterBackwardScan : FormulaClusterBlock<C, kMath, /*kBackward=*/
       this->send_moments(norms, Base::place_of(Base::level_of(k), k, false), Base::is_centred(k), b, v, d);
     }
   }
-  // The phases of a level, between two passes.
-  template <int kLevel>
-  __device__ __forceinline__ void make_level() {
-    constexpr int kProducts = Base::place_of(kLevel, C::kPhases, true), kNorms = Base::place_of(kLevel, C::kPhases, false);
-    unsigned char* const vectors = this->vectors_of_level(kLevel);
-    unsigned char* const norms = this->norms_of_level(kLevel);
-    if constexpr (kProducts > 0) this->push_vectors(vectors, kProducts);
-    formula_for_phases<C>([&](auto phase) {
-      constexpr int k = decltype(phase)::value;
-      if constexpr (!Base::is_product(k) && Base::level_of(k) == kLevel) this->template send_norm<k>(norms);
-    });
-    if constexpr (kNorms > 0) simt::sync_block();
-    this->await(kProducts, kNorms);
-    this->template multiply_level<kLevel>(vectors);
-    if constexpr (kNorms > 0) {
-      this->template combine_level<kLevel>(norms);
-    } else {
-      simt::sync_block();
-    }
-  }
-  template <int... kLevel>
-  __device__ __forceinline__ void make_levels(int64_t step, std::integer_sequence<int, kLevel...>) {
-    ((make_level<kLevel>(), pass<kLevel>(step)), ...);
-  }
-
   // ---------------------------------------------------------------------------------------------------------------- scan
 
   // The product of the next step's gradients with W_hh. sent: they have been pushed.
@@ -286,7 +261,7 @@ struct FormulaClusterBackwardScan : FormulaClusterBlock<C, kMath, /*kBackward=*/
     for (int64_t step = last; step >= 0; --step) {
       multiply_gradients(step < last);
       pass<-1>(step);
-      make_levels(step, std::make_integer_sequence<int, kLevels>{});
+      this->make_levels(*this, step, std::make_integer_sequence<int, kLevels>{});
       if constexpr (kRecurs) {
         if (!s.recurrent_local && (step > 0 || asked)) {
           this->push_vectors(this->recurrent_vectors(exchange), Base::kRecurrentVectors);

@@ -347,6 +347,26 @@ with _settings.use("FUSED_RNN_OVERLAP", {overlap!r}), _settings.use("FUSED_RNN_P
 """, hidden=20 if "block" in refused else 21)  # fmt: skip
 
 
+def test_block_takes_memory_that_is_aligned_to_pairs(setting: Setting) -> None:
+    """What forward saved may come back to the op as any tensor: an error says so, before the kernel."""
+    setting("FUSED_RNN_PLAN", "block")
+    rnn, x, dy = fused_rnn.LSTM(4, 20).half(), torch.randn(3, 2, 4).half(), torch.randn(3, 2, 20).half()
+    recipe = fused_rnn._recipe.Recipe(fused_rnn._kinds.NUMBER_OF_MODE["LSTM"]).packed
+    params = [p.detach() for p in rnn.parameters()]
+    with torch.no_grad():
+        y, _, saved = torch.ops.fused_rnn.layer(x, [], params, [], recipe, True)
+        arguments = (dy, [], x, [], params, [])
+        expected = torch.ops.fused_rnn.layer_backward(*arguments, [*saved, y], recipe, [True] * 3)
+        for place in range(2):
+            moved = torch.empty(saved[place].numel() + 1).half()[1:].view_as(saved[place]).copy_(saved[place])
+            with pytest.raises(RuntimeError, match=f"{('gates', 'cs')[place]}: family block takes memory that is aligned"):
+                given = [*saved[:place], moved, *saved[place + 1 :], y]
+                torch.ops.fused_rnn.layer_backward(*arguments, given, recipe, [True] * 3)
+        moved = torch.empty(dy.numel() + 1).half()[1:].view_as(dy).copy_(dy)  # the caller's may begin anywhere
+        found = torch.ops.fused_rnn.layer_backward(moved, *arguments[1:], [*saved, y], recipe, [True] * 3)
+    assert torch.equal(found[0], expected[0])
+
+
 def test_refused_launch_of_a_forced_family() -> None:
     in_process_of_its_own("""
 library.torch_host_device(1 << 2, False)
