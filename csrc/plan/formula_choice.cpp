@@ -44,7 +44,8 @@ FormulaPlan plan_formula(const FormulaStepProblem& problem, const DeviceInfo& de
                 : choice.forced == Family::kCluster ? Family::kCluster
                 : choice.cheapest                   ? plan.cheapest
                                                     : Family::kStep;
-  for (Family family : {Family::kSingle, Family::kGrid}) {
+  for (Family family : kFamilies) {
+    if (family == Family::kStep || family == Family::kCluster) continue;
     plan.rejected.push_back({family, "formulas have no kernels of this family"});
   }
   if (plan.family == Family::kStep && cluster) {

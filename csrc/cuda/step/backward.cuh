@@ -13,6 +13,7 @@
 #include "cuda/step/kernels.h"
 #include "cuda/step/matmul.cuh"
 #include "cuda/step/modified.cuh"
+#include "cuda/step/rows.cuh"
 
 namespace fused_rnn::cuda {
 

@@ -63,9 +63,4 @@ __device__ __forceinline__ StepModifier<Acc> step_modifier(const Modifier& m, in
   return {mask, m.clip != 0 ? Acc(m.clip) : StepModifier<Acc>::kNoClip, Acc(0)};
 }
 
-// The time of a step in the order of a direction's scan.
-__device__ __forceinline__ int64_t time_of_step(const Sequence& seq, int64_t step, int dir) {
-  return dir ? seq.T - 1 - step : step;
-}
-
 }  // namespace fused_rnn::cuda

@@ -13,16 +13,21 @@ enum RowFlags : int {
   kActive = 2,       // takes part in this step
   kHasPrevious = 4,  // was active at the previous step in scan order
   kHasNext = 8,      // will be active at the next
-  kReset = 16,       // its state is replaced by zeros before this step
+  kReset = 16,       // its state is replaced before this step
   kNever = 32,       // takes part in no step
 };
+
+// The time of a step in the order of a direction's scan.
+__device__ __forceinline__ int64_t time_of_step(const Sequence& seq, int64_t step, int dir) {
+  return dir ? seq.T - 1 - step : step;
+}
 
 // Of row b at a step of forward, but for source[], which is the caller's. other: row of the previous step.
 __device__ __forceinline__ RowInfo forward_row(const Sequence& seq, const Modifier& modifier, int64_t step, int dir,
                                                int64_t b) {
   RowInfo info{};
   if (b >= seq.B) return info;
-  const int64_t t = dir ? seq.T - 1 - step : step, previous = dir ? t + 1 : t - 1, next = dir ? t - 1 : t + 1;
+  const int64_t t = time_of_step(seq, step, dir), previous = dir ? t + 1 : t - 1, next = dir ? t - 1 : t + 1;
   info.flags = kExists;
   if (!is_active(seq, 0, b)) info.flags |= kNever;
   info.row = row_of(seq, t, b);
@@ -47,7 +52,7 @@ __device__ __forceinline__ RowInfo backward_row(const Sequence& seq, const Modif
   next_reset = false;
   if (b >= seq.B) return info;
   info.flags = kExists;
-  int64_t t = dir ? seq.T - 1 - step : step, next = dir ? t - 1 : t + 1;
+  int64_t t = time_of_step(seq, step, dir), next = dir ? t - 1 : t + 1;
   if (step < 0) {
     t = -1;
     next = dir ? active_steps(seq, b) - 1 : 0;
