@@ -1,6 +1,7 @@
 """Tables and plots from result lines: ``python benchmarks/compare.py benchmarks/results/FILE.jsonl [--plots FOLDER]``.
 
-For every device, thread count, mode and baseline a table in Markdown (ratio > 1: fused_rnn is faster), then what is below 1.
+For every device, thread count, mode and baseline a table in Markdown (ratio > 1: fused_rnn is faster; on a CPU also the time
+over the least possible and the products' share of the machine's peak), then what is below 1.
 With --plots (needs matplotlib) pictures for each device and thread count: the ratio of every case to torch.nn; microseconds
 per step against H, with the floor where there is one; and, of cases that differ in B and H alone (the presets cells and
 steps), a map of their ratios over both. Of a case that was measured more than once the last counts.
@@ -77,10 +78,7 @@ def tables(lines: list[Line]) -> str:
         parts.append("| T x B x I x H | " + " | ".join(cells) + " |")
         parts.append("|---" * (len(cells) + 1) + "|")
         for name, by_cell in rows.items():
-            texts = [
-                f"{line['ratio']:.2f} ({line['ratio_p25']:.2f}-{line['ratio_p75']:.2f})" if line else ""
-                for line in (by_cell.get(cell) for cell in cells)
-            ]
+            texts = [figures_of(line) if line else "" for line in (by_cell.get(cell) for cell in cells)]
             parts.append(f"| {name} | " + " | ".join(texts) + " |")
         for dtype in dict.fromkeys(line["dtype"] for line in group):
             ratios = [[line["ratio"] for line in group if (line["cell"], line["dtype"]) == (c, dtype)] for c in cells]
@@ -91,10 +89,26 @@ def tables(lines: list[Line]) -> str:
         if memory:
             worst = max(memory)
             parts.append(f"Memory, share of the baseline's: median {statistics.median(memory):.0%}, most {worst:.0%}.\n")
+        over = [(times_floor(line), f"{line['cell']} {name_of(line)}") for line in group if line["floor_us_per_step"]]
+        if over:
+            most, name = max(over)
+            parts.append(f"Times the floor: median {statistics.median(t for t, _ in over):.2f}, most {most:.2f} ({name}).\n")
         below = sorted((line["ratio"], f"{line['cell']} {name_of(line)}") for line in group if line["ratio"] < 1)
         if below:
             parts.append("Below 1: " + ", ".join(f"{name} {ratio:.2f}" for ratio, name in below) + ".\n")
     return "\n".join(parts)
+
+
+def figures_of(line: Line) -> str:
+    """The ratio with its quartiles; of a CPU's line also the time over the floor, and the products' share of the peak."""
+    text = f"{line['ratio']:.2f} ({line['ratio_p25']:.2f}-{line['ratio_p75']:.2f})"
+    if line.get("peak_gflops"):
+        text += f", {times_floor(line):.2f} floors, {line['gflops'] / line['peak_gflops']:.0%} of peak"
+    return text
+
+
+def times_floor(line: Line) -> float:
+    return line["us_per_step"] / line["floor_us_per_step"]
 
 
 def plots(lines: list[Line], folder: Path, stem: str) -> list[Path]:

@@ -23,6 +23,7 @@ from fused_rnn import _backend, _settings, bench
 from fused_rnn.__main__ import main, parser
 from fused_rnn.bench import timing
 from fused_rnn.bench.cases import CELLS, CPU_SHAPES, GPU_SIZES, MODES, BenchCase, cpu_cases, gpu_cases
+from fused_rnn.bench.cpu_floor import CpuRates, cpu_floor_us_per_step
 from fused_rnn.bench.floor import TABLE, floor_us_per_step, table_us
 from fused_rnn.bench.memory import Prober
 from fused_rnn.bench.sides import (
@@ -106,6 +107,84 @@ def test_floor_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     assert floor_us_per_step(lstm, 80, True) is None
     with pytest.warns(RuntimeWarning, match=r"csrc/plan/machine\.h.*extension, which is missing: it was not built"):
         assert floor_us_per_step(lstm, 90, True) is None
+
+
+class MadeUpRates(CpuRates):
+    """Products at 1e9, reading at 1e6, a unit's pointwise half in 1, 2 or 3 microseconds; nothing is measured."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+        self.product = self._answer(lambda dtype: 1e9)
+        self.read = self._answer(lambda size: 1e6)
+        times = {"inference": 1e-6, "training": 2e-6, "backward": 3e-6}
+        self.pointwise = self._answer(lambda kind, dtype, pass_: times[pass_])
+
+    def _answer(self, function: Any) -> Any:
+        def answer(*args: Any) -> float:
+            self.asked.append(args)
+            return function(*args)
+
+        return answer
+
+
+def test_cpu_floor_is_the_sum_of_its_parts() -> None:
+    rates = MadeUpRates()
+    # A step of 100 rows: products of 2 * 4 * 8 * (5 + 8) each; reading 1 KiB takes longer than the 51.2 us of its product.
+    lstm = BenchCase("LSTM", "fp32", "inference", 11, 100, 5, 8)
+    product, recurrent, reading, pointwise = 11 * 100 * 320 / 1e9, 10 * 100 * 512 / 1e9, 10 * 1024 / 1e6, 1100 * 8e-6
+    assert reading > recurrent
+    expected = 1e6 * (product + reading + pointwise) / 11
+    assert cpu_floor_us_per_step(lstm, rates) == pytest.approx(expected)
+    assert rates.asked == [("fp32",), (1024,), ("lstm", "fp32", "inference")]
+    training = dataclasses.replace(lstm, mode="training")
+    expected = 1e6 * (3 * product + 2 * reading + recurrent + 5 * pointwise) / 11
+    assert cpu_floor_us_per_step(training, rates) == pytest.approx(expected)
+    # More rows hide the reading.
+    large = dataclasses.replace(lstm, B=10000)
+    expected = 1e6 * (100 * product + 100 * recurrent + 100 * pointwise) / 11
+    assert cpu_floor_us_per_step(large, rates) == pytest.approx(expected)
+    # Two directions read twice as much; the second layer's input has both directions' outputs.
+    stack = dataclasses.replace(lstm, layers=2, bidirectional=True)
+    second = 11 * 100 * 2 * 32 * 16 / 1e9
+    expected = 1e6 * 2 * (product + second + 2 * reading + 2 * pointwise) / 22
+    assert cpu_floor_us_per_step(stack, rates) == pytest.approx(expected)
+    assert (2048,) in rates.asked
+    # Padding counts nowhere. A packed batch has no gradient of the input.
+    ragged = dataclasses.replace(training, lengths="ragged")
+    share = ragged.rows / 1100
+    assert 0.3 < share < 0.8
+    rows_after_first = (ragged.rows - 100) * 512 / 1e9
+    expected = 1e6 * (2 * share * product + 2 * reading + rows_after_first + share * 5 * pointwise) / 11
+    assert cpu_floor_us_per_step(ragged, rates) == pytest.approx(expected)
+    # The first step alone multiplies no state.
+    one = dataclasses.replace(lstm, T=1)
+    assert cpu_floor_us_per_step(one, rates) == pytest.approx(1e6 * (product + pointwise) / 11)
+
+
+@pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the CPU kernels")
+def test_cpu_rates() -> None:
+    """They are measured: doubles take longer than floats, a cache is no slower than half of what is beyond it."""
+    rates = CpuRates(1)
+    assert 1e8 < rates.product("fp64") < rates.product("fp32") < 1e13
+    assert rates.product("bf16") > 0.5 * rates.product("fp32")
+    assert 1e8 < rates.read(1 << 26) < 2 * rates.read(1 << 15) < 1e13
+    for kind in ("lstm", "gru", "rnn_tanh"):
+        for pass_ in ("inference", "training", "backward"):
+            assert 1e-11 < rates.pointwise(kind, "fp32", pass_) < 1e-6
+    assert rates.product("fp32") is rates.product("fp32")
+    for wrong in ({"cell": "elman"}, {"dtype": "int8"}, {"pass_": "sideways"}, {"rows": 0}):
+        with pytest.raises(ValueError):
+            given = {"cell": "lstm", "dtype": "float32", "pass_": "inference", "rows": 1, "H": 8}
+            _backend.extension.cpu_pointwise_seconds(**given | wrong)
+    with pytest.raises(ValueError, match="bytes: expected a positive number"):
+        _backend.extension.cpu_read_rate(0)
+
+
+def test_cpu_rates_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "extension", None)
+    monkeypatch.setattr(_backend, "import_error", "it was not built")
+    with pytest.raises(RuntimeError, match="the compiled extension is missing: it was not built"):
+        CpuRates(1)
 
 
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
@@ -229,13 +308,18 @@ def test_result_lines(few_cases: list[BenchCase], tmp_path: Path, capsys: pytest
     for line, case in zip(lines, few_cases * 2, strict=True):
         assert tuple(line)[: len(bench.FIELDS)] == bench.FIELDS
         assert {name: line[name] for name in dataclasses.asdict(case)} == dataclasses.asdict(case)
-        assert line["baseline"] == "torch.nn" and line["floor_us_per_step"] is None
+        assert line["baseline"] == "torch.nn"
+        if _backend.has_cpu_kernels():
+            assert 0 < line["floor_us_per_step"] < line["us_per_step"] and line["gflops"] < line["peak_gflops"]
+        else:
+            assert line["floor_us_per_step"] is None and line["peak_gflops"] is None
         assert line["ms_p25"] <= line["ms"] <= line["ms_p75"] and line["baseline_ms"] > 0
         assert line["us_per_step"] == pytest.approx(line["ms"] * 1e3 / (case.T * case.layers))
         assert line["ratio_p25"] <= line["ratio"] <= line["ratio_p75"]
         expected = {"backend", "forward"} | ({"backward"} if case.mode == "training" else set())
         assert set(line["plan"]) == (expected if _backend.has_cpu_kernels() else {"backend"})
-    assert "geometric mean" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "geometric mean" in out and "/floor  peak" in out
     main([*arguments, "--cell", "LSTM"])
     assert len(output.read_text().splitlines()) == 7
 
@@ -400,7 +484,9 @@ def results(tmp_path: Path) -> Path:
         made_up_line(H=256, I=256, layers=2, bidirectional=True, lengths="ragged", ratio=1.0),
         made_up_line(dtype="bf16", ratio=9.0),
         made_up_line(baseline="step", ratio=2.0),
-        made_up_line(device="CPU Y", threads=2, mode="inference", floor_us_per_step=None, T=1, baseline_peak_bytes=None),
+        made_up_line(
+            device="CPU Y", threads=2, mode="inference", T=1, baseline_peak_bytes=None, gflops=30.0, peak_gflops=60.0
+        ),
     ]
     path = tmp_path / "made_up.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
@@ -417,6 +503,8 @@ def test_tables(results: Path) -> None:
     assert "| **geometric mean bf16** | **9.00** |  |" in text
     assert "Below 1: GRU 256x16x768x768 fp16 0.50." in text
     assert "Memory, share of the baseline's: median 30%, most 30%." in text
+    assert "Times the floor: median 1.95, most 1.95 (LSTM 256x16x768x768 fp16)." in text
+    assert "| 1x16x768x768 fp16 | 4.00 (3.50-4.50), 1.95 floors, 50% of peak |" in text
     assert "### training against step: GPU X" in text and "### inference against torch.nn: CPU Y, 2 thread(s)" in text
 
 
@@ -449,7 +537,8 @@ def test_flops_and_roofline() -> None:
     assert lstm.flops == 5 * 3 * 2 * 4 * 11 * (7 + 11)
     stack = BenchCase("GRU", "fp32", "training", 5, 3, 7, 11, layers=2, bidirectional=True)
     assert stack.flops == 3 * 5 * 3 * 2 * 3 * 11 * 2 * ((7 + 11) + (22 + 11))
-    assert BenchCase("RNN", "fp32", "inference", 5, 3, 7, 11, lengths="ragged").flops is None
+    ragged = BenchCase("RNN", "fp32", "inference", 5, 3, 7, 11, lengths="ragged")
+    assert ragged.flops == ragged.rows * 2 * 11 * (7 + 11) and 7 <= ragged.rows < 15
     assert bench.sgemm_gflops(size=64, rounds=2) > 0
 
 

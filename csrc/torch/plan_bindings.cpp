@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/cpu.h"
+#include "cpu/rates.h"
 #include "plan/formula_choice.h"
 #include "plan/machine.h"
 #include "plan/overlap.h"
@@ -339,6 +340,33 @@ py::dict cpu_plan(const py::kwargs& given) {
   return result;
 }
 
+// Several threads may measure at the same time, as the threads of a call run.
+double cpu_product_rate(const std::string& dtype) {
+  const DType parsed = parse<DType>("dtype", dtype, kDTypes);
+  const py::gil_scoped_release others_may_run;
+  return cpu::product_rate(parsed);
+}
+
+double cpu_read_rate(int64_t bytes) {
+  if (bytes < 1) throw std::invalid_argument("cpu_read_rate: bytes: expected a positive number");
+  const py::gil_scoped_release others_may_run;
+  return cpu::read_rate(bytes);
+}
+
+double cpu_pointwise_seconds(const py::kwargs& given) {
+  constexpr const char* kPasses[] = {"inference", "training", "backward"};
+  Keywords k("cpu_pointwise_seconds", given);
+  const CellKind cell = parse_cell(k.take<std::string>("cell"));
+  const DType dtype = parse<DType>("dtype", k.take<std::string>("dtype"), kDTypes);
+  const auto pass = parse<cpu::Pointwise>("pass", k.take<std::string>("pass_"), kPasses);
+  const int rows = k.take<int>("rows");
+  const int64_t H = k.take<int64_t>("H");
+  k.end();
+  if (rows < 1 || H < 1) throw std::invalid_argument("cpu_pointwise_seconds: rows and H: expected positive numbers");
+  const py::gil_scoped_release others_may_run;
+  return cpu::pointwise_seconds(cell, dtype, pass, rows, H);
+}
+
 }  // namespace
 
 void bind_plan(py::module_& module) {
@@ -369,6 +397,15 @@ void bind_plan(py::module_& module) {
   module.def("cpu_plan", &cpu_plan,
              "cpu_plan(*, cell, dtype, T, B, I, H, P=H, D=1, training=False, backward=False): how the threads of a call on "
              "this machine's CPU, made now, would divide the work of one layer.");
+  module.def("cpu_product_rate", &cpu_product_rate, py::arg("dtype"),
+             "Floating-point operations a second of this thread and instruction set: a product whose operands are in the "
+             "nearest cache, measured now.");
+  module.def("cpu_read_rate", &cpu_read_rate, py::arg("bytes"),
+             "Bytes a second that a product with one row reads of so many bytes of weights in float32, by this thread, "
+             "measured now.");
+  module.def("cpu_pointwise_seconds", &cpu_pointwise_seconds,
+             "cpu_pointwise_seconds(*, cell, dtype, pass_, rows, H): seconds of the pointwise half of one step by this "
+             "thread, measured now on arrays in its cache; pass_: inference, training (forward) or backward.");
 }
 
 }  // namespace fused_rnn

@@ -8,10 +8,10 @@ median over rounds, with the quartiles; one line of JSON for each case and basel
 
 and beside these: ratio, ratio_p25, ratio_p75 (baseline over ours, round by round), baseline_ms_p25, baseline_ms_p75, rounds,
 peak_bytes and baseline_peak_bytes (of one call, beside weights and input: device memory on a GPU, resident memory for
-training on a CPU), gflops (of the matrix products), sgemm_gflops (of torch.mm, float32, measured at the start: a CPU's
-roofline but for its matrix unit), tf32, matmul_tf32 (torch's switches for recurrent layers and for matrix products),
-threads, instruction_set. us_per_step is for one step of one layer, both directions; floor_us_per_step is the bound of
-floor.py.
+training on a CPU), gflops (of the matrix products), peak_gflops (of a CPU's products at best, by the case's dtype and the
+instruction set in use), sgemm_gflops (of torch.mm, float32, measured at the start), tf32, matmul_tf32 (torch's switches for
+recurrent layers and for matrix products), threads, instruction_set. us_per_step is for one step of one layer, both
+directions; floor_us_per_step is the bound of floor.py, on a CPU of cpu_floor.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ from typing import Any
 import torch
 
 import fused_rnn
+from fused_rnn._backend import has_cpu_kernels
 from fused_rnn.bench.cases import CELLS, DTYPES, LOOPED, MODES, PRESETS, BenchCase, cpu_cases, gpu_cases, thinned
+from fused_rnn.bench.cpu_floor import CpuRates, cpu_floor_us_per_step
 from fused_rnn.bench.floor import floor_us_per_step
 from fused_rnn.bench.memory import Prober
 from fused_rnn.bench.sides import BASELINES, FAMILIES, CannotServe, explained, make_sides, missing
@@ -129,6 +131,14 @@ def figures_of(plan: PassPlan) -> dict[str, Any]:
     return {**figures, "smem_bytes": kernel.smem_bytes}
 
 
+def floor_of(case: BenchCase, device: str, tf32: bool, rates: CpuRates | None) -> float | None:
+    """Microseconds of a step and layer, at least; None where they are not known."""
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        return floor_us_per_step(case, 10 * major + minor, tf32)
+    return None if rates is None else cpu_floor_us_per_step(case, rates)
+
+
 def result_lines(
     case: BenchCase,
     about: dict[str, Any],
@@ -137,6 +147,7 @@ def result_lines(
     seconds: float,
     prober: Prober | None,
     asked_for: str,
+    rates: CpuRates | None,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """(a result line for each baseline that can run the case, the reason for each one that cannot)."""
     start = time.monotonic()
@@ -157,16 +168,16 @@ def result_lines(
         peaks = prober.peaks(case)
     timings = measure(sides, device, seconds - (time.monotonic() - start))
     ours = timings[0]
-    capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
+    floor = floor_of(case, device, bool(about["tf32"]), rates)
+    peak = None if rates is None else round(rates.product(case.dtype) * 1e-9, 1)
     lines = []
     for side, timing in zip(sides[1:], timings[1:], strict=True):
         line = about | dataclasses.asdict(case) | {"plan": plan} | summary(ours, "") | {"baseline": side.name}
         line |= summary(timing, "baseline_")
         line |= dict(zip(("ratio_p25", "ratio", "ratio_p75"), timing.ratios(ours), strict=True))
         line["us_per_step"] = line["ms"] * 1e3 / (case.T * case.layers)
-        line["floor_us_per_step"] = floor_us_per_step(case, 10 * capability[0] + capability[1], bool(about["tf32"]))
-        flops = case.flops
-        line |= {"rounds": len(ours.samples), "gflops": None if flops is None else round(flops / line["ms"] * 1e-6, 2)}
+        line["floor_us_per_step"] = floor
+        line |= {"rounds": len(ours.samples), "gflops": round(case.flops / line["ms"] * 1e-6, 2), "peak_gflops": peak}
         line |= {"peak_bytes": peaks.get(sides[0].name), "baseline_peak_bytes": peaks.get(side.name)}
         lines.append({key: line[key] for key in (*FIELDS, *sorted(line.keys() - set(FIELDS)))})
     return lines, refused
@@ -262,6 +273,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
             prober = Prober(threads) if args.device == "cpu" and not args.no_memory else None
             if prober is not None:
                 stack.callback(prober.close)
+            rates = CpuRates(threads) if args.device == "cpu" and has_cpu_kernels() else None
             _print_head(about)
             for index, (_, case) in group:
                 if index < args.first:
@@ -275,7 +287,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
                     continue
                 try:
                     lines, refused = result_lines(
-                        case, about, args.device, wanted, left / (len(work) - index), prober, args.plan
+                        case, about, args.device, wanted, left / (len(work) - index), prober, args.plan, rates
                     )
                 except RuntimeError as error:  # the cases after it are measured nevertheless
                     failed.append(str(case))
@@ -304,7 +316,8 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _print_head(about: dict[str, Any]) -> None:
     print("\n" + ", ".join(f"{key} {value}" for key, value in about.items() if value is not None))
-    print(f"{'case':58} {'ms':>10} {'baseline':>11} {'ms':>10} {'ratio':>6} {'quartiles':>13} {'memory':>7}")
+    titles = f"{'case':58} {'ms':>10} {'baseline':>11} {'ms':>10} {'ratio':>6} {'quartiles':>13} {'memory':>7}"
+    print(f"{titles} {'/floor':>6} {'peak':>5}")
 
 
 def _print_case(case: BenchCase, lines: list[dict[str, Any]], refused: dict[str, str]) -> None:
@@ -314,12 +327,21 @@ def _print_case(case: BenchCase, lines: list[dict[str, Any]], refused: dict[str,
         ours, theirs = line["peak_bytes"], line["baseline_peak_bytes"]
         memory = f"{ours / theirs:.0%}" if ours is not None and theirs else ""
         figures = f"{line['ms']:10.4f} {line['baseline']:>11} {line['baseline_ms']:10.4f} {line['ratio']:6.2f}"
-        print(f"{name:58} {figures} {quartiles:>13} {memory:>7}", flush=True)
+        bounds = f"{_times(line['us_per_step'], line['floor_us_per_step'])} {_share(line['gflops'], line['peak_gflops'])}"
+        print(f"{name:58} {figures} {quartiles:>13} {memory:>7} {bounds}", flush=True)
         name = ""
     for baseline, reason in refused.items():
         if reason.startswith(("only ", "it is our own")):  # of the baseline's nature, for many cases alike
             continue
         print(f"{name:58} {baseline} is left out: {reason}", flush=True)
+
+
+def _times(value: float, floor: float | None) -> str:
+    return f"{value / floor:6.2f}" if floor else " " * 6
+
+
+def _share(value: float, peak: float | None) -> str:
+    return f"{value / peak:5.0%}" if peak else " " * 5
 
 
 def _print_means(results: list[dict[str, Any]]) -> None:

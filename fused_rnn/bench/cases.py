@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import fused_rnn
 from fused_rnn._kinds import KINDS, NUMBER_OF_MODE, RNN_TANH
@@ -68,15 +69,24 @@ class BenchCase:
         return 1 + self.bidirectional
 
     @property
-    def flops(self) -> int | None:
-        """Of the matrix products of one call, a multiply-add as two; None for ragged lengths."""
-        if self.lengths == "ragged":
-            return None
+    def rows(self) -> int:
+        """Steps of all rows of the batch, without padding."""
+        return self.T * self.B if self.lengths == "dense" else int(self.row_lengths().sum())
+
+    def row_lengths(self) -> Tensor:
+        """Steps of each row where they are ragged: int64 (B,), the first T, the others uniform in 1 to T."""
+        lengths = torch.randint(1, self.T + 1, (self.B,), generator=torch.Generator().manual_seed(2))
+        lengths[0] = self.T
+        return lengths
+
+    @property
+    def flops(self) -> int:
+        """Of the matrix products of one call without those of padding, a multiply-add as two."""
         per_row = 0
         for layer in range(self.layers):
             inputs = self.I if layer == 0 else self.directions * self.H
             per_row += 2 * GATES[self.cell] * self.H * (inputs + self.H) * self.directions
-        return self.T * self.B * per_row * (3 if self.mode == "training" else 1)
+        return self.rows * per_row * (3 if self.mode == "training" else 1)
 
     def modules(self, device: str) -> tuple[torch.nn.Module, torch.nn.Module]:
         """(fused_rnn's, torch.nn's) with the same weights; torch.nn's contiguous in memory, as cuDNN likes them best."""
@@ -98,8 +108,7 @@ class BenchCase:
         bytes_each = self.T * self.B * self.I * DTYPES[self.dtype].itemsize
         count = 1 if device == "cpu" else max(1, min(8, -(-ROTATED_BYTES // max(1, bytes_each))))
         generator = torch.Generator(device).manual_seed(1)
-        lengths = torch.randint(1, self.T + 1, (self.B,), generator=torch.Generator().manual_seed(2))
-        lengths[0] = self.T
+        lengths = self.row_lengths()
         made: list[Any] = []
         for _ in range(count):
             x = torch.randn(self.T, self.B, self.I, generator=generator, device=device).to(DTYPES[self.dtype])
