@@ -31,7 +31,7 @@ struct Modifier {
 
 FUSED_RNN_HD bool is_zoneout(const Zoneout& z) { return z.keep || z.share != 0; }
 
-// Whether steps are more than the cell's, resets aside. The kernels then save a slot of cells that save none.
+// Whether options change steps; resets do not count. A cell without saved slots then saves one.
 FUSED_RNN_HD bool modifies_steps(const Modifier& m) {
   return is_zoneout(m.zoneout_h) || is_zoneout(m.zoneout_c) || m.clip != 0 || m.product || m.candidate;
 }

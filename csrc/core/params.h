@@ -95,7 +95,7 @@ struct Weights {
 struct Primal {
   const void *h0, *c0, *y, *gates, *cs;
   Modifier modifier;
-  // What the tangents have beside x W_ih^T and h W_hh^T with x, h tangents and W the layer's own weights.
+  // Terms that are added to the tangents, beside those of x and h through the layer's own weights.
   const void* source;    // [D, N, S, H] of the accumulators, or null
   const void* source_y;  // [D, N, P] of the projected output, or null
 };
@@ -113,24 +113,24 @@ struct ForwardParams {
   Modifier modifier;
   const void* x;   // [N, I]; null where columns are there, and then I is 0
   const void* h0;  // [D, B, P] or null (zeros)
-  const void* c0;  // [D, B, H] or null (zeros), in float where wide_c; LSTM only
+  const void* c0;  // [D, B, H] or null (zeros), in float where wide_c; of cells that have c
   Weights weights[2];
   void* y;      // [N, D * P]; inactive rows of a dense batch are written with 0
   void* h_n;    // [D, B, P]: state after each row's last active step (its initial state if it has none)
-  void* c_n;    // [D, B, H], in float where wide_c; LSTM only
+  void* c_n;    // [D, B, H], in float where wide_c; of cells that have c
   void* gates;  // [D, N, S, H]: activated gates for backward, 0 at inactive rows when training. CUDA: holds the projection
                 // on entry, unless the family makes it itself (reads_x). CPU: null unless training.
-  void* cs;     // [D, N, H]: c after each step, in dtype, 0 at inactive rows; LSTM only; null unless training, or on a CPU
-                // where every c is asked for
+  void* cs;     // [D, N, H]: c after each step, in dtype, 0 at inactive rows; of cells that have c; null unless training,
+                // or on a CPU where every c is asked for
   // Of ids in place of one-hot rows (CPU): [D, N, G, H], columns_stride elements from row to row: the columns of W_ih that
   // are the input product, without biases. Null where x is there. It may be the memory of gates, whose rows are read first.
   const void* columns;
   int64_t columns_stride;
   bool wide_c;      // 16-bit dtypes: c0 and c_n are float, so that c is not rounded between calls
-  bool training;    // gates and cs are kept for backward (RNN cells keep neither: their derivative needs y alone)
+  bool training;    // gates (of cells that save slots, and of modified steps) and cs (of cells that have c) are written
   void* workspace;  // CUDA: Plan::workspace_bytes, 256-byte aligned; CPU: set by the call
-  // CPU, float32 and float64: the results are the tangents of this forward's, as x, h0, c0 and the modifier's states are
-  // those of its arguments. training is true. Else null.
+  // If set, the call computes tangents: x, h0, c0 and the modifier's states hold tangents of this forward's arguments, the
+  // results are tangents of its results, and training is true. CPU, float32 and float64 only.
   const Primal* primal;
 };
 
@@ -148,30 +148,30 @@ struct BackwardParams {
   const void* c0;  // as in forward
   Weights weights[2];
   const void* y;      // [N, D * P]: forward's output
-  const void* gates;  // [D, N, S, H]: forward's, activated; null for RNN cells
-  const void* cs;     // [D, N, H]; LSTM only
+  const void* gates;  // [D, N, S, H]: forward's, activated; null where forward wrote none
+  const void* cs;     // [D, N, H]; of cells that have c
   const void* dy;     // [N, D * P] or null (zeros)
   const void* dh_n;   // [D, B, P] or null (zeros)
-  const void* dc_n;   // [D, B, H] or null (zeros); LSTM only
-  const void* d_cs;   // [D, N, H] or null (zeros): gradient of c after each step beside what passes through the steps; LSTM
-                      // only
+  const void* dc_n;   // [D, B, H] or null (zeros); of cells that have c
+  const void* d_cs;   // [D, N, H] or null (zeros): gradient of c after each step beside what passes through the steps; of
+                      // cells that have c
   void* d_gates;      // [D, N, S, H] out; 0 at inactive rows
   // [D, N, P] out: total gradient of every h, 0 at inactive rows. Null without a projection, or (on a CPU) where nobody asks
   // for it and nothing but resets modifies steps.
   void* d_h;
   void* d_h0;  // [D, B, P] out, or null where nobody asks for it
-  void* d_c0;  // [D, B, H] out; LSTM only
+  void* d_c0;  // [D, B, H] out; of cells that have c
   // Out at rows that are reset: the gradients of the state that their step begins from, of h less what passes through W_hh.
   // Null where nobody asks.
   void* d_reset_h;  // [D, N, P]; of cells that read h outside of the product
-  void* d_reset_c;  // [D, N, H]; LSTM only
+  void* d_reset_c;  // [D, N, H]; of cells that have c
   void* workspace;  // as in forward
 };
 
-// Backward on dual numbers: `tangent` has the tangents of what `value` has, of the gradients and of the weights too, whose
-// w_hh and w_hr may be null (zeros). CPU, float32 and float64, without what modifies steps but resets. Of the values d_gates
-// and, with a projection, d_h are made, of the tangents all that is not null. Without a projection the values' d_h may be
-// what another backward has made: then there is no product for it.
+// Backward on dual numbers: `tangent` has the tangents of all that `value` has, gradients and weights included; its w_hh and
+// w_hr may be null (zeros). CPU, float32 and float64 only; of modifiers, resets only.
+// Writes the values' d_gates (and d_h with a projection) and every output of the tangents that is not null. Without a
+// projection, a value.d_h that is given is read, and its product is skipped.
 struct DualBackwardParams {
   BackwardParams value, tangent;
   DType dtype;

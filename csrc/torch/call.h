@@ -29,7 +29,7 @@ struct Rows {
   StepOptions options{};
 
   bool ragged() const { return lengths || offsets; }
-  bool all() const { return !lengths && !offsets && !resets; }  // in every step, none from zero
+  bool all() const { return !lengths && !offsets && !resets; }  // take part in every step, and none is reset
   bool plain() const { return all() && !options.any(); }
 };
 // As schemas have them: the tensors that are given, in this order, and the bits of a packed recipe that say which they are.

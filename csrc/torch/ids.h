@@ -9,7 +9,7 @@ namespace fused_rnn {
 // one of the others is no column's; on a GPU, where looking would wait for the device, an id beyond the ends is the first or
 // the last column's.
 Tensor ids_of_rows(const Call& call, const LayerShapes& s);
-// The same from the parts of a call that every layer has: what_columns is I.
+// The same for a layer whose sequence and number of columns (I) are known.
 Tensor ids_of_rows(const Call& call, const Sequence& seq, int64_t columns);
 
 // Writes the columns w[:, ids] of w [C, I] to the rows of out [N, C]; rows that take no part are left as they are.

@@ -88,7 +88,7 @@ class LayerNode final : public torch::autograd::Node {
     const bool any = std::any_of(grads.begin(), grads.end(), [](const Tensor& t) { return t.defined(); });
     const GradientMask mask = wanted();
     if (!any || !(mask.x || mask.states || mask.weights)) return result;
-    // All of them also where gradients are to be differentiated, and to make y again.
+    // Unpacks every argument if gradients will be differentiated or y must be recomputed.
     const Arguments a = at::GradMode::is_enabled() || written() ? all_arguments() : arguments(mask);
     const Rows rows{optional_of(lengths_), optional_of(offsets_.unpack()), optional_of(resets_),
                     std::nullopt,          unpacked(reset_states_),        options()};
@@ -98,7 +98,8 @@ class LayerNode final : public torch::autograd::Node {
     States dlast(grads.begin() + 1, grads.begin() + 1 + last_count(recipe_));
     if (std::none_of(dlast.begin(), dlast.end(), [](const Tensor& t) { return t.defined(); })) dlast.clear();
     for (Tensor& t : dlast) {
-      // By the dispatcher: fake among fake ones. Not of x_ again: hooks (checkpointing) allow one unpack in a backward.
+      // at::empty goes through the dispatcher, which gives a fake tensor under fake tensors. Its options are the call's:
+      // hooks of checkpointing allow x_ one unpack in a backward.
       if (!t.defined()) t = at::empty({0}, call.like().options());
     }
     // Called outside of a backward pass (grad_fn(...) from Python), nobody would run the other node.
@@ -149,8 +150,8 @@ class LayerNode final : public torch::autograd::Node {
     return mask;
   }
 
-  // None, or a variable for each, undefined where there is no tensor. By saved variables, so that checkpointing, which makes
-  // saved again, makes these again too.
+  // Empty without options; else one variable for each option, undefined where the option is not given. Saved variables,
+  // because checkpointing recomputes those.
   static std::vector<SavedVariable> saved_options(StepOptions options) {
     std::vector<Tensor> tensors;
     if (!options.any()) return {};

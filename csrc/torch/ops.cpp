@@ -1,6 +1,6 @@
 // The ops of the library: schemas, and the composites (stack, cell) above the layer. The layer is registered in ops_cpu.cpp
-// and ops_cuda.cpp, autograd in layer_autograd.cpp, autocast in ops_autocast.cpp, fake kernels and the differentiable form
-// of backward in fused_rnn/_ops.py.
+// and ops_cuda.cpp, autograd in layer_autograd.cpp, autocast in ops_autocast.cpp; fake kernels are in
+// fused_rnn/_ops.py, the differentiable form of backward in fused_rnn/_derivatives.py.
 #include "torch/ops.h"
 
 #include <ATen/ops/cat.h>

@@ -84,9 +84,9 @@ class BackwardScan final : public Scan<A> {
   const BackwardPart part_;
   int64_t first_ = 0, end_;  // the steps that threads do now; between their runs the workspace keeps what it holds
   SavedRows saved_;          // of gates and cs
-  const int copies_;  // of what a thread works with: one for each direction where it goes from one to the other and back
-  const bool multiplies_;                  // by W_hh: not where the only step is the last one, and nobody asks for d_h0
-  const bool moves_resets_;                // somebody asks for gradients of what resets put into a state
+  const int copies_;         // of a thread's state: 2 where it alternates between directions, else 1
+  const bool multiplies_;    // by W_hh: not where the only step is the last one, and nobody asks for d_h0
+  const bool moves_resets_;  // somebody asks for gradients of what resets put into a state
   std::atomic<bool> infinite_[2][2] = {};  // Matrix::infinite
   // Workspace.
   struct {

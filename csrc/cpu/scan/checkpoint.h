@@ -1,5 +1,5 @@
-// A layer that keeps its states before every k-th step alone: its backward runs the steps between them again, range by range
-// from the last one on, with the bits that a layer has that keeps everything.
+// Keeps the states before every k-th step only. Backward recomputes each range of k steps, the last range first, bit for bit
+// as in a layer that keeps the states of all steps.
 //
 // Steps are counted in the order of a direction's scan: step s is t = s of direction 0, t = T - 1 - s of direction 1. Range
 // j is steps [j * k, (j + 1) * k). There are K = (T - 1) / k kept states, before step (j + 1) * k for j = 0 .. K - 1.
@@ -18,15 +18,16 @@ struct SavedRows {
   int64_t at(int d, int64_t row) const { return d * count + row - first[d]; }
 };
 
-// What forward does beside, or instead.
+// Which steps forward runs, and where it keeps states for checkpointing.
 struct ForwardPart {
   int64_t every = 0;  // k
-  void* c = nullptr;  // [D, K, B, H] of the arithmetic type: kept by a first run, read by another; of cells that have c
-  // Another run: steps [first, end) alone. The h before them is in y (put_outputs).
+  void* c =
+      nullptr;  // [D, K, B, H] of the arithmetic type: the first run writes it, a later one reads it; of cells that have c
+  // A later run: steps [first, end) only. The h before them is in y (put_outputs).
   bool again = false;
   int64_t first = 0, end = 0;
   SavedRows saved{};         // of params.gates and cs
-  void* c_before = nullptr;  // [D, B, H], in dtype: the c before the first step, of rows that have done one
+  void* c_before = nullptr;  // [D, B, H], in dtype: c before step `first`, of rows that have done a step by then
 };
 void forward_part(ForwardParams& p, const ForwardPart& part, const Allocate& allocate);
 

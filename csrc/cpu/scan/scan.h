@@ -197,7 +197,7 @@ class Scan {
   char* threads_ = nullptr;
 };
 
-// The states that forward's step t of a row began from, as it left them or was given them.
+// h and c before step t of a row: what an earlier step stored, or the initial state.
 struct StatesBefore {
   const void *h, *c;  // [P], [H] in the layer's dtype
 };
