@@ -14,6 +14,7 @@ os.chdir(ROOT)
 sys.path.insert(0, str(ROOT / "build_support"))
 from cuda_env import cuda_plan  # noqa: E402
 from torch_env import import_torch  # noqa: E402
+from unity import united  # noqa: E402
 
 
 def sources(*patterns):
@@ -94,6 +95,17 @@ def build_options(torch):
             super().finalize_options()
             self.force = True
             self.build_temp = str(ROOT / "build" / f"temp.{sys.implementation.cache_tag}-torch{torch.__version__}")
+
+        def build_extensions(self):
+            """Unites the files of csrc/torch. Not in `extension`: what is generated would be in the source distribution."""
+            for one in self.extensions:
+                alone = [name for name in one.sources if not (name.startswith("csrc/torch/") and name.endswith(".cpp"))]
+                of_torch = [name for name in one.sources if name not in alone]
+                kernels = [name for name in alone if name.endswith(".cu")]  # they take longest
+                others = [name for name in alone if name not in kernels]
+                folder = Path(os.path.relpath(self.build_temp, ROOT)) / "united"
+                one.sources = kernels + united(of_torch, folder) + others
+            super().build_extensions()
 
         def run(self):
             super().run()

@@ -62,6 +62,7 @@ constexpr int kCellCount = 0 FUSED_RNN_CELLS(FUSED_RNN_CELL);
 #undef FUSED_RNN_CELL
 
 enum class DType : int { kFloat64 = 0, kFloat32 = 1, kFloat16 = 2, kBFloat16 = 3 };
+constexpr const char* kDTypeNames[] = {"float64", "float32", "float16", "bfloat16"};  // torch's
 
 constexpr FUSED_RNN_HD int gate_count(CellKind cell) { return traits_of(cell).gates; }
 constexpr FUSED_RNN_HD int slot_count(CellKind cell) { return traits_of(cell).slots; }

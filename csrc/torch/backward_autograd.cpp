@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
+#include "torch/layer.h"
 #include "torch/ops.h"
 #include "torch/tangents.h"
 #include "torch/weight_node.h"
@@ -43,8 +44,8 @@ class LayerBackwardNode final : public torch::autograd::Node {
         params_(saved_variables(a.params)),
         rows_(saved_variables(a.rows)),
         numbers_(a.numbers) {
-    const CellTraits traits = traits_of(layer_recipe_of(a.numbers.recipe).cell);
-    const size_t before_y = (traits.saved > 0 || (a.numbers.recipe & kHasStepOptions)) + traits.has_c;
+    const CellKind cell = layer_recipe_of(a.numbers.recipe).cell;
+    const size_t before_y = saved_count(cell, (a.numbers.recipe & kHasStepOptions) != 0);
     saved_ = saved_variables(a.saved.slice(0, std::min(before_y, a.saved.size())));
     if (a.saved.size() <= before_y) return;
     // An alias that autograd does not check: if forward's output was written in between, the op makes it again.

@@ -82,7 +82,7 @@ BackwardCall run_in_parts(const Call& call, at::TensorList kept, int64_t every, 
   if (here[0].numel() > 0) cpu::put_outputs(f, every, here[0].const_data_ptr());
   const int64_t most = std::min(every, p.seq.T) * p.seq.B;  // rows of a range
   Tensor gates, cs, before;
-  if (saves_gates(f.cell, call.rows)) gates = empty_inside(call.like(), {f.D, most, slot_count(f.cell), f.H});
+  if (saves_gates(f.cell, call.rows.options.any())) gates = empty_inside(call.like(), {f.D, most, slot_count(f.cell), f.H});
   if (traits.has_c) cs = empty_inside(call.like(), {f.D, most, f.H}), before = empty_like(call.like(), {f.D, p.seq.B, f.H});
   f.gates = data_or_null(gates), f.cs = data_or_null(cs);
   f.training = true;

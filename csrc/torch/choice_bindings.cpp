@@ -17,8 +17,6 @@ namespace py = pybind11;
 
 #ifdef FUSED_RNN_WITH_CUDA
 
-constexpr const char* kDTypes[] = {"float64", "float32", "float16", "bfloat16"};
-
 py::object wrap(const Tensor& t) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(t)); }
 
 py::list list_of(at::TensorList tensors) {
@@ -32,7 +30,7 @@ py::dict to_dict(const Question& q) {
   std::vector<std::string> ours;
   for (Family family : q.ours) ours.emplace_back(to_string(family));
   using py::arg;
-  return py::dict(arg("cell") = traits_of(p.cell).name, arg("dtype") = kDTypes[static_cast<int>(p.dtype)],
+  return py::dict(arg("cell") = traits_of(p.cell).name, arg("dtype") = kDTypeNames[static_cast<int>(p.dtype)],
                   arg("tf32") = p.allow_tf32, arg("T") = p.T, arg("B") = p.B, arg("I") = p.I, arg("H") = p.H, arg("P") = p.P,
                   arg("layers") = q.layers, arg("directions") = p.D, arg("training") = q.training, arg("rows") = q.rows,
                   arg("device") = q.device, arg("cudnn") = q.cudnn, arg("ours") = ours, arg("may_time") = q.may_time,

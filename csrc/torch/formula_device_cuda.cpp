@@ -14,12 +14,12 @@
 namespace fused_rnn {
 namespace {
 
-using Key = std::tuple<std::string, int, int>;  // formula, dtype, capability
+using LibraryKey = std::tuple<std::string, int, int>;  // formula, dtype, capability
 
 // Modules stay in memory for good, those that were forgotten too, since calls may be running.
 std::mutex modules_mutex;
-std::map<Key, cuda::FormulaModule*>& modules() {
-  static auto* const all = new std::map<Key, cuda::FormulaModule*>;
+std::map<LibraryKey, cuda::FormulaModule*>& modules() {
+  static auto* const all = new std::map<LibraryKey, cuda::FormulaModule*>;
   return *all;
 }
 

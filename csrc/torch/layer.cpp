@@ -62,17 +62,21 @@ bool backward_reads_output(CellKind cell, int64_t steps, bool weight_gradients) 
   return traits.saved == 0 || (steps > 1 && (traits.reads_h || weight_gradients));
 }
 
-bool saves_gates(CellKind cell, const Rows& rows) { return traits_of(cell).saved > 0 || rows.options.any(); }
+bool saves_gates(CellKind cell, bool has_options) { return traits_of(cell).saved > 0 || has_options; }
+
+size_t saved_count(CellKind cell, bool has_options) {
+  return static_cast<size_t>(saves_gates(cell, has_options)) + static_cast<size_t>(traits_of(cell).has_c);
+}
 
 Saved saved_of(CellKind cell, const Rows& rows, at::TensorList list) {
-  const CellTraits traits = traits_of(cell);
-  const size_t fixed = saves_gates(cell, rows) + traits.has_c;
+  const bool has_options = rows.options.any();
+  const size_t fixed = saved_count(cell, has_options);
   TORCH_CHECK_VALUE(list.size() == fixed || list.size() == fixed + 1, "saved: expected ", fixed,
                     " tensors of forward, and its output where backward reads it, got ", list.size());
   Saved saved;
   size_t i = 0;
-  if (saves_gates(cell, rows)) saved.gates = list[i++];
-  if (traits.has_c) saved.cs = list[i++];
+  if (saves_gates(cell, has_options)) saved.gates = list[i++];
+  if (traits_of(cell).has_c) saved.cs = list[i++];
   if (i < list.size()) saved.y = list[i];
   return saved;
 }
@@ -118,7 +122,7 @@ ForwardCall prepare_forward(const Call& call, bool save) {
   p.c_n = data_or_null(made.c_n);
   p.cs = data_or_null(made.cs);
   p.training = save;
-  made.saves_gates = save && saves_gates(cell, call.rows);
+  made.saves_gates = save && saves_gates(cell, call.rows.options.any());
   if (made.saves_gates) allocate_gates(made);
   return made;
 }
@@ -152,7 +156,7 @@ BackwardCall prepare_backward(const Call& call, const ResultGradients& given, Gr
   check_optional("dh_n", dh_n, {s.D, s.B, s.P}, x, dtype);
   check_optional("dc_n", dc_n, {s.D, s.B, s.H}, x, call.has_wide_c() ? at::kFloat : dtype);
   check_optional("dcs", given.d_cs(), {s.D, s.N, s.H}, x, dtype);
-  const bool has_gates = saves_gates(cell, call.rows);
+  const bool has_gates = saves_gates(cell, call.rows.options.any());
   const OptionalTensor gates = has_gates ? optional_of(given.saved.gates) : std::nullopt, cs = optional_of(given.saved.cs);
   check_optional("gates", gates, {s.D, s.N, S, s.H}, x, dtype);
   check_optional("cs", cs, {s.D, s.N, s.H}, x, dtype);

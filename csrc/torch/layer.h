@@ -47,7 +47,9 @@ struct Saved {
 };
 Saved saved_of(CellKind cell, const Rows& rows, at::TensorList list);
 // Of every cell that keeps slots, and of a modified step.
-bool saves_gates(CellKind cell, const Rows& rows);
+bool saves_gates(CellKind cell, bool has_options);
+// How many tensors of that list come before y.
+size_t saved_count(CellKind cell, bool has_options);
 
 // Gradients of a layer's results, and what forward saved. of_last: none, or of each state, then what recipe.all_states adds.
 struct ResultGradients {

@@ -25,8 +25,6 @@ namespace {
 
 namespace py = pybind11;
 
-constexpr const char* kDTypes[] = {"float64", "float32", "float16", "bfloat16"};
-
 template <class Enum, size_t kCount>
 Enum parse(const char* what, const std::string& name, const char* const (&names)[kCount]) {
   for (size_t i = 0; i < kCount; ++i) {
@@ -121,7 +119,7 @@ class Keywords {
 Problem problem_of(Keywords& k) {
   Problem problem{};
   problem.cell = parse_cell(k.take<std::string>("cell"));
-  problem.dtype = parse<DType>("dtype", k.take<std::string>("dtype"), kDTypes);
+  problem.dtype = parse<DType>("dtype", k.take<std::string>("dtype"), kDTypeNames);
   problem.allow_tf32 = k.take<bool>("allow_tf32", false);
   problem.T = k.take<int64_t>("T");
   problem.B = k.take<int64_t>("B");
@@ -204,24 +202,49 @@ py::dict plan(const py::kwargs& given) {
   return result;
 }
 
-// traits: the numbers of FormulaTraits in its order, lists at their places.
+// A formula's traits by name. Lists live as long as this.
+struct NamedTraits {
+  std::vector<int> phase_kinds, forward_levels, backward_levels;
+  FormulaTraits traits{};
+
+  explicit NamedTraits(const py::kwargs& given) {
+    Keywords k("traits", given);
+    traits.states = k.take<int>("states");
+    traits.output = k.take<int>("output");
+    traits.recurrent = k.take<int>("recurrent");
+    traits.input_gates = k.take<int>("input_gates");
+    traits.recurrent_gates = k.take<int>("recurrent_gates");
+    traits.gradients = k.take<int>("gradients");
+    traits.saved = k.take<int>("saved");
+    traits.parameters = k.take<int>("parameters");
+    traits.phases = k.take<int>("phases");
+    traits.phase_kinds = list(k, "phase_kinds", phase_kinds);
+    traits.forward_levels = list(k, "forward_levels", forward_levels);
+    traits.backward_levels = list(k, "backward_levels", backward_levels);
+    k.take<std::vector<int>>("input_gradients");  // of no use to a plan
+    k.take<std::vector<int>>("reads_series");
+    k.end();
+  }
+
+ private:
+  // One number for each phase.
+  const int* list(Keywords& k, const char* name, std::vector<int>& numbers) {
+    numbers = k.take<std::vector<int>>(name);
+    if (traits.phases < 0 || traits.phases > kMostFormulaPhases || static_cast<int>(numbers.size()) != traits.phases) {
+      throw std::invalid_argument(std::string("traits: ") + name + ": expected " + std::to_string(traits.phases) +
+                                  " numbers of at most " + std::to_string(kMostFormulaPhases) + " phases, got " +
+                                  std::to_string(numbers.size()));
+    }
+    return numbers.data();
+  }
+};
+
 py::dict formula_plan(const py::kwargs& given) {
   Keywords k("formula_plan", given);
-  const auto numbers = k.take<std::vector<int>>("traits");
-  FormulaTraits cell{};
-  int* const fields[] = {&cell.states,    &cell.output, &cell.recurrent,  &cell.input_gates, &cell.recurrent_gates,
-                         &cell.gradients, &cell.saved,  &cell.parameters, &cell.phases};
-  if (numbers.size() < 9) throw std::invalid_argument("traits: expected those of core/formula.h");
-  for (size_t i = 0; i < 9; ++i) *fields[i] = numbers[i];
-  if (cell.phases < 0 || cell.phases > kMostFormulaPhases || numbers.size() < 9u + 3u * cell.phases) {
-    throw std::invalid_argument("traits: expected those of core/formula.h");
-  }
-  cell.backward_levels = numbers.data() + numbers.size() - cell.phases;
-  cell.forward_levels = cell.backward_levels - cell.phases;
-  cell.phase_kinds = cell.forward_levels - cell.phases;
+  const NamedTraits cell(k.take<py::kwargs>("traits"));
   FormulaStepProblem problem{};
-  problem.cell = &cell;
-  problem.dtype = parse<DType>("dtype", k.take<std::string>("dtype"), kDTypes);
+  problem.cell = &cell.traits;
+  problem.dtype = parse<DType>("dtype", k.take<std::string>("dtype"), kDTypeNames);
   problem.T = k.take<int64_t>("T");
   problem.B = k.take<int64_t>("B");
   problem.H = k.take<int64_t>("H");
@@ -342,7 +365,7 @@ py::dict cpu_plan(const py::kwargs& given) {
 
 // Several threads may measure at the same time, as the threads of a call run.
 double cpu_product_rate(const std::string& dtype) {
-  const DType parsed = parse<DType>("dtype", dtype, kDTypes);
+  const DType parsed = parse<DType>("dtype", dtype, kDTypeNames);
   const py::gil_scoped_release others_may_run;
   return cpu::product_rate(parsed);
 }
@@ -357,7 +380,7 @@ double cpu_pointwise_seconds(const py::kwargs& given) {
   constexpr const char* kPasses[] = {"inference", "training", "backward"};
   Keywords k("cpu_pointwise_seconds", given);
   const CellKind cell = parse_cell(k.take<std::string>("cell"));
-  const DType dtype = parse<DType>("dtype", k.take<std::string>("dtype"), kDTypes);
+  const DType dtype = parse<DType>("dtype", k.take<std::string>("dtype"), kDTypeNames);
   const auto pass = parse<cpu::Pointwise>("pass", k.take<std::string>("pass_"), kPasses);
   const int rows = k.take<int>("rows");
   const int64_t H = k.take<int64_t>("H");

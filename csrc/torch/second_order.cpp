@@ -276,7 +276,7 @@ std::vector<Tensor> layer_second_order(at::TensorList grads, const OptionalTenso
   TORCH_CHECK_VALUE(!given_rows.options.any(), "rows: expected no options of steps");
   TORCH_CHECK_VALUE(grads.size() == 1 + states.size() + given_rows.reset_states.size() + params.size(),
                     "grads: expected one for each result of backward, got ", grads.size());
-  const size_t before_dh = saves_gates(call.recipe.cell, given_rows) + traits_of(call.recipe.cell).has_c + 1;
+  const size_t before_dh = saved_count(call.recipe.cell, given_rows.options.any()) + 1;
   const Tensor dh = saved.size() > before_dh ? saved[before_dh] : Tensor();
   ResultGradients given{dy, gradients_of_last(call.recipe, dlast),
                         saved_of(call.recipe.cell, given_rows, saved.slice(0, std::min(saved.size(), before_dh)))};

@@ -72,11 +72,11 @@ def _on_gpu(
     cell: Cell, dtype: torch.dtype, size: dict[str, int], device: Mapping[str, Any], words: str, backward: bool
 ) -> PassPlan:
     """The pass as the planner of the kernels has it."""
-    from fused_rnn.formula.cuda import flat_traits
+    from fused_rnn.formula.cuda import traits_of
     from fused_rnn.formula.plan import make_plan
 
     made = _backend.extension.formula_plan(  # type: ignore[union-attr]
-        traits=flat_traits(make_plan(cell)), dtype=str(dtype).removeprefix("torch."), T=size["T"], B=size["B"], H=size["H"],
+        traits=traits_of(make_plan(cell)), dtype=str(dtype).removeprefix("torch."), T=size["T"], B=size["B"], H=size["H"],
         D=size["D"], heads=cell.declaration.heads, backward=backward, device=dict(device),
         forced=_settings.value("FUSED_RNN_PLAN") or None,
     )  # fmt: skip

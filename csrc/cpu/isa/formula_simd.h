@@ -1,8 +1,8 @@
 // What formulas need of SIMD vectors beside simd_math.h: comparisons, and the functions of core/formula_math.h. Written on
 // the compiler's own vectors, which the vectors of every instruction set are, and found by argument-dependent lookup.
 //
-// Errors of exp, expm1, log, log1p are a few units in the last place (tests/test_formula_kernels.py); erf, sin and cos are the
-// math library's, lane by lane. NaN stays NaN, infinities and zeros are what torch makes of them.
+// Errors of exp, expm1, log, log1p are a few units in the last place (tests/test_formula_kernels.py); erf, sin and cos are
+// the math library's, lane by lane. NaN stays NaN, infinities and zeros are what torch makes of them.
 #pragma once
 #include <cmath>
 #include <cstdint>

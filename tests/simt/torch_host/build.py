@@ -13,6 +13,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import builder  # noqa: E402
 
+sys.path.insert(0, str(builder.ROOT / "build_support"))
+from unity import united  # noqa: E402
+
 # Files of csrc that have another of their name here: the ops for CUDA tensors are then those for CPU tensors.
 REPLACED = ("torch/device.h", "torch/ops_cpu.cpp", "torch/tf32_cuda.cpp", "cuda/formula/driver.cpp")
 
@@ -51,10 +54,12 @@ def load() -> ModuleType:
     shutil.copytree(HERE / "include", folder / "include", dirs_exist_ok=True, copy_function=_copy_if_changed)
     from torch.utils import cpp_extension
 
-    sources = [*sorted(HERE.glob("*.cpp")), *sorted(copy.rglob("*.cpp"))]
+    sources = [*map(str, sorted(HERE.glob("*.cpp"))), *map(str, sorted(copy.rglob("*.cpp")))]
+    of_torch = [s for s in sources if Path(s).parent == copy / "torch"]
+    sources = [*united(of_torch, folder / "united"), *(s for s in sources if s not in of_torch)]
     flags = ["-O1", "-g0", "-fopenmp", "-fvisibility=hidden", "-w", "-DFUSED_RNN_WITH_CUDA"]
     module = cpp_extension.load(
-        "_C", [str(s) for s in sources], extra_cflags=flags, extra_ldflags=["-ldl"],
+        "_C", sources, extra_cflags=flags, extra_ldflags=["-ldl"],
         extra_include_paths=[str(folder / "include"), str(copy)], build_directory=str(folder),
     )  # fmt: skip
     sys.modules["fused_rnn._C"] = module
