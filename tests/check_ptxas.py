@@ -3,8 +3,9 @@
     python tests/check_ptxas.py [--arch sm_80 sm_90a] [--jobs 2] [--files csrc/cuda/step/kernels_fp16.cu ...] [--table FILE]
 
 Prints a table of each kernel's registers, barriers, static shared memory, stack and spilled bytes for each architecture
-(dynamic shared memory is the plan's: tests/test_plan.py). --table writes it as Markdown; --logs keeps what ptxas said in a
-folder and compiles only what has changed since. --build-log reads instead what a build of the whole extension printed with
+(dynamic shared memory is the plan's: tests/test_plan.py). Host code is left to a build of the extension. --table writes the
+table as Markdown; --logs keeps what ptxas said in a folder and compiles only what has changed since; --cubins keeps the
+device code in a folder for tests/check_sass.py. --build-log reads instead what a build of the whole extension printed with
 NVCC_APPEND_FLAGS="-Xptxas -v" for the one architecture of --arch, and compiles nothing. Families that an architecture lacks
 (grid and block before sm_80, cluster before sm_90) are left out for it. nvcc is $NVCC, or the one on PATH, in $CUDA_HOME,
 or in the nvidia-cuda-nvcc wheel of the running Python.
@@ -96,10 +97,17 @@ def digest(command: list[str]) -> str:
     return hashlib.sha256("\0".join([*options, *(Path(path).read_text() for path in paths)]).encode()).hexdigest()[:16]
 
 
+def cubin_name(source: Path, arch: str) -> str:
+    return f"{source.stem}.{arch}.cubin"
+
+
 def compile_one(
-    nvcc: str, includes: list[str], source: Path, arch: str, logs: Path | None
+    nvcc: str, includes: list[str], source: Path, arch: str, logs: Path | None, cubins: Path | None
 ) -> tuple[Path, str, float, int, str]:
-    """(source, arch, seconds, exit status, what ptxas said); the latter from the folder `logs` if nothing has changed."""
+    """(source, arch, seconds, exit status, what ptxas said); the latter from the folder `logs` if nothing has changed.
+
+    The device code stays in the folder `cubins` if there is one.
+    """
     command = [
         *(nvcc, "-std=c++17", "-O3", f"-arch={arch}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda' / 'device'}"),
         *(*includes, str(source)),
@@ -109,7 +117,8 @@ def compile_one(
     if kept and kept.exists():
         return source, arch, 0.0, 0, kept.read_text()
     with tempfile.TemporaryDirectory() as folder:
-        options = ["-c", "-Xptxas", "-v", "-o", f"{folder}/out.o"]
+        made = (cubins or Path(folder)) / cubin_name(source, arch)
+        options = ["-cubin", "-Xptxas", "-v", "-o", str(made)]
         result = subprocess.run([*command, *options], capture_output=True, text=True)
     log = result.stdout + result.stderr
     if kept and result.returncode == 0:
@@ -203,6 +212,7 @@ def main() -> int:
     parser.add_argument("--files", nargs="+", type=Path, default=sorted((ROOT / "csrc" / "cuda").rglob("*.cu")))
     parser.add_argument("--table", type=Path, help="write the table to this file, in Markdown")
     parser.add_argument("--logs", type=Path, help="folder for what ptxas said, to go on after an interruption")
+    parser.add_argument("--cubins", type=Path, help="folder for the device code")
     parser.add_argument("--build-log", type=Path, help="what a build printed with -Xptxas -v, read in place of compiling")
     args = parser.parse_args()
     failures: list[str] = []
@@ -213,8 +223,15 @@ def main() -> int:
         add_rows(table, failures, parse_build(args.build_log.read_text(errors="replace"), args.arch[0]), args.arch[0])
         return report(table, failures, args.arch)
     nvcc, includes = find_nvcc()
+    if args.cubins:
+        if args.logs:
+            parser.error("--cubins: not with --logs, which leaves out what has been compiled before")
+        args.cubins.mkdir(parents=True, exist_ok=True)
     jobs = [
-        (source, arch, args.logs) for arch in args.arch for source in map(Path.resolve, args.files) if served(source, arch)
+        (source, arch, args.logs, args.cubins)
+        for arch in args.arch
+        for source in map(Path.resolve, args.files)
+        if served(source, arch)
     ]
     with ThreadPoolExecutor(args.jobs) as pool:
         for source, arch, seconds, code, log in pool.map(lambda job: compile_one(nvcc, includes, *job), jobs):

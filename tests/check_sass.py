@@ -1,6 +1,6 @@
 """Reads the machine code of the persistent kernels: do the weights stay on the chip, are tensor cores used?
 
-    python tests/check_sass.py [--arch sm_90a] [--files csrc/cuda/persistent/grid_tf32.cu ...]
+    python tests/check_sass.py [--arch sm_90a] [--cubins FOLDER] [--files csrc/cuda/persistent/grid_tf32.cu ...]
 
 Compiles sources with nvcc, disassembles them with nvdisasm and, for every kernel of the families grid, cluster and block,
 builds the graph of its branches. The loop over time is the largest cycle of that graph that has products in it. Of it is
@@ -31,7 +31,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from check_ptxas import CELLS, MATHS, ROOT, find_nvcc, kernel_name
+from check_ptxas import CELLS, MATHS, ROOT, cubin_name, find_nvcc, kernel_name
 
 # One source of each family; tensor cores with 16 bits and with TF32.
 DEFAULT = (("grid_fp16.cu", "sm_80"), ("grid_tf32.cu", "sm_90a"), ("cluster_bf16.cu", "sm_90a"), ("block_bf16.cu", "sm_80"))
@@ -439,8 +439,11 @@ def check_kernel(kernel: Kernel, parameters: int, probe: dict) -> tuple[str, lis
     return f"{name} ({CELLS[cell]}): {figures}", wrong
 
 
-def disassemble(source: Path, arch: str) -> str:
+def disassemble(source: Path, arch: str, cubins: Path | None = None) -> str:
+    """nvdisasm's listing of a source's device code, taken from the folder `cubins` where it is there."""
     nvcc, includes = find_nvcc()
+    if cubins and (made := cubins / cubin_name(source, arch)).is_file():
+        return subprocess.run([find_nvdisasm(nvcc), "-c", str(made)], check=True, capture_output=True, text=True).stdout
     with tempfile.TemporaryDirectory() as folder:
         cubin = f"{folder}/out.cubin"
         options = [
@@ -470,6 +473,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", help="for all files; default: a source of each family, see DEFAULT")
     parser.add_argument("--files", nargs="+", type=Path)
+    parser.add_argument("--cubins", type=Path, help="folder of device code that tests/check_ptxas.py --cubins has left")
     args = parser.parse_args()
     folder = ROOT / "csrc" / "cuda"
     jobs = [(source, arch) for name, arch in DEFAULT for source in folder.rglob(name)]
@@ -485,7 +489,7 @@ def main() -> int:
         # Where a kernel's arguments begin in constant bank 0.
         number = int(re.sub(r"\D", "", arch))
         parameters = 0x380 if number >= 100 else 0x210 if number >= 90 else 0x160
-        kernels = parse(disassemble(source, arch))
+        kernels = parse(disassemble(source, arch, args.cubins))
         print(f"{source.name} {arch}: {len(kernels)} kernels, {time.monotonic() - start:.1f} s", flush=True)
         for kernel in kernels:
             figures, wrong = check_kernel(kernel, parameters, probe)
