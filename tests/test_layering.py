@@ -77,6 +77,21 @@ def test_ptx_and_the_runtime_have_one_file_each() -> None:
     assert calls == {"launch.cuh"}, calls
 
 
+def test_no_default_hides_a_new_enumerator() -> None:
+    """A `default:` stands only in switches over numbers and over torch's own enums."""
+    others = {
+        "copy_width({p.y, p.h0, p.out, put.data}, distances, 2)", "unit_tiles", "rows", "vectors", "call.n_rows",
+        "call.vectors", "x.scalar_type()",
+    }  # fmt: skip
+    found = set()
+    for path in FILES:
+        text = path.read_text()
+        for default in re.finditer(r"^\s*default:", text, re.MULTILINE):
+            *_, switch = re.finditer(r"switch \((.*)\) \{", text[: default.start()])
+            found.add(switch[1])
+    assert found == others
+
+
 def test_lines_fit() -> None:
     """125 columns, comments included, which clang-format leaves as they are."""
     root = CSRC.parent
