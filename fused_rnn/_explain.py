@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import _backend, _checks, _settings, functional
-from fused_rnn._kinds import KINDS, NUMBER_OF_MODE, NUMBER_OF_NONLINEARITY, Kind
+from fused_rnn._kinds import Kind, kind_of
 from fused_rnn._quick_call import QuickCall
 from fused_rnn._regularisation import Regularisation
 from fused_rnn.explanation import Candidate, Explanation, Kernel, LayerPlan, Overlap, PassPlan, Rejection, Shares
@@ -112,7 +112,7 @@ def explain(
         gpu = _number_of(data.device)
         described = planner().cuda_device(gpu)
     call = _Call(
-        kind=KINDS[_kind(module)], backend=backend, dtype=dtype, device=described, packed=isinstance(input, PackedSequence),
+        kind=kind_of(module), backend=backend, dtype=dtype, device=described, packed=isinstance(input, PackedSequence),
         training=training, forced=_forced(module), modified=modified,
     )  # fmt: skip
     family = record = None
@@ -222,17 +222,6 @@ def _serves(family: str, call: _Call, sizes: Sequence[Mapping[str, int]]) -> boo
     except ValueError:
         return False
     return True
-
-
-def _kind(module: nn.Module) -> int:
-    if isinstance(module, nn.RNNBase):
-        return NUMBER_OF_MODE[module.mode]
-    if isinstance(module, nn.RNNCell):
-        return NUMBER_OF_NONLINEARITY[module.nonlinearity]
-    for cls, mode in ((nn.LSTMCell, "LSTM"), (nn.GRUCell, "GRU")):
-        if isinstance(module, cls):
-            return NUMBER_OF_MODE[mode]
-    raise TypeError(f"module: explain does not know the cell of {type(module).__name__}")
 
 
 def _sizes(module: nn.Module, input: Tensor | PackedSequence) -> tuple[list[dict[str, int]], int]:

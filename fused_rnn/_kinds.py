@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,3 +37,43 @@ NUMBER_OF_MODE = {kind.mode: number for number, kind in enumerate(KINDS)}
 NUMBER_OF_NONLINEARITY = {kind.nonlinearity: number for number, kind in enumerate(KINDS) if kind.nonlinearity is not None}
 RNN_TANH, RNN_RELU, RNN_IDENTITY = (NUMBER_OF_NONLINEARITY[name] for name in ("tanh", "relu", "identity"))
 LSTM, GRU = NUMBER_OF_MODE["LSTM"], NUMBER_OF_MODE["GRU"]
+TORCH_LAYERS = {"LSTM": LSTM, "GRU": GRU, "RNN": RNN_TANH}  # torch.nn's layers, each with the cell that it has by default
+
+
+def number_of_torch_layer(name: str) -> int:
+    """The number of the cell that a layer of torch.nn ("LSTM"), or its cell ("LSTMCell"), has by default.
+
+    Raises:
+        ValueError: torch.nn has no such layer.
+    """
+    number = TORCH_LAYERS.get(name.removesuffix("Cell"))
+    if number is None:
+        raise ValueError(f"cell: expected one of {', '.join(TORCH_LAYERS)}, or its cell, got {name!r}")
+    return number
+
+
+# --- the cell of a module: its class says it, as ``_cell_number``, a number or a property where an instance decides ---
+
+
+def number_of(module: Any) -> int:
+    """The number of the cell of a fused layer or cell.
+
+    Raises:
+        TypeError: its class does not say it.
+    """
+    number = getattr(module, "_cell_number", None)
+    if type(number) is not int or not 0 <= number < len(KINDS):
+        raise TypeError(
+            f"{type(module).__name__}._cell_number: expected the number of a cell, 0 to {len(KINDS) - 1}, got {number!r}"
+        )
+    return number
+
+
+def kind_of(module: Any) -> Kind:
+    """The kind of a fused layer or cell; raises as number_of."""
+    return KINDS[number_of(module)]
+
+
+def name_of_class(module: Any) -> str:
+    """The class that says a module's cell, as errors name it: "LSTM", of a user's subclass of LSTM too."""
+    return next(cls.__name__ for cls in type(module).__mro__ if "_cell_number" in vars(cls))

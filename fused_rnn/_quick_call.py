@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -44,9 +43,11 @@ class QuickCall:
             self.__dict__.pop("__module__", None)
 
 
-def watch(*forwards: tuple[Callable[..., Any], bool, int]) -> None:
-    """Tells the C++ side which forward functions it stands for: (function, whether it is a cell's, its cell or -1 if that is
-    the module's ``mode`` or ``nonlinearity``)."""
+def watch(*classes: Any) -> None:
+    """Tells the C++ side for the forward functions of which classes it stands: (function, whether it is a cell's, the number
+    of its cell, or -1 where the module's ``mode`` or ``nonlinearity`` decides)."""
+    numbers = [cls._cell_number if isinstance(cls._cell_number, int) else -1 for cls in classes]
+    forwards = tuple((cls.forward, issubclass(cls, nn.RNNCellBase), n) for cls, n in zip(classes, numbers, strict=True))
     hooks = [getattr(nn.modules.module, f"_global_{when}_hooks", None) for when in _GLOBAL_HOOKS]
     if _backend.extension is not None and None not in hooks:  # a torch that keeps its hooks elsewhere: no quick calls
         _backend.extension.watch_modules(nn.Module, tuple(hooks), forwards, NUMBER_OF_MODE, NUMBER_OF_NONLINEARITY)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_rnn import _checks, _extras, _ids, _opacus
-from fused_rnn._kinds import GRU, KINDS, LSTM, NUMBER_OF_NONLINEARITY, RNN_TANH
+from fused_rnn._kinds import GRU, LSTM, NUMBER_OF_NONLINEARITY, kind_of, name_of_class
 from fused_rnn._module_checks import check_layout, check_like, check_parameters, type_name
 from fused_rnn._quick_call import QuickCall, watch
 from fused_rnn._recipe import Recipe, Rows
@@ -29,7 +29,9 @@ _WITH_BIASES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 class _Cell(QuickCall, Regularised, nn.RNNCellBase):
-    """What the three cells share: the options, where the weights come from, the checks, and the call."""
+    """What the cells share: the options, where the weights come from, the checks, and the call."""
+
+    _cell_number: int  # of each class, its number in _kinds.KINDS
 
     def __init__(
         self,
@@ -54,8 +56,7 @@ class _Cell(QuickCall, Regularised, nn.RNNCellBase):
         self._set_forget_bias()
 
     def _target_of_options(self) -> Target:
-        number = LSTM if isinstance(self, nn.LSTMCell) else GRU if isinstance(self, nn.GRUCell) else RNN_TANH
-        return Target(type(self).__name__, KINDS[number], bool(self.bias), is_cell=True)
+        return Target(type(self).__name__, kind_of(self), bool(self.bias), is_cell=True)
 
     __prepare_scriptable__ = refuse_scripting
     ft_compute_sample_grad = _opacus.ft_compute_sample_grad
@@ -83,14 +84,14 @@ class _Cell(QuickCall, Regularised, nn.RNNCellBase):
             return states
         if input.dtype is torch.int64:
             input = _ids.stand_in(input, self._weights())
-        names = ("h", "c")[: 2 if isinstance(self, nn.LSTMCell) else 1]
+        names = ("h", "c")[: kind_of(self).states]
         call = names, self.hidden_size, autocast_on(input.device.type)
         shape = (*input.shape[:-1], self.hidden_size)
         with _checks.sizes_known():
             _checks.check_states([f"hx[{name}]" for name in names], states, shape, shape)
         return _extras.begin_of_step(states, resets, reset_state, input, call)
 
-    def _run(self, cell: int, input: Tensor, states: list[Tensor]) -> list[Tensor]:
+    def _run(self, input: Tensor, states: list[Tensor]) -> list[Tensor]:
         """Checks and runs one step of input [B, I] or [I], which has been checked to be one of them: the states after it."""
         if input.layout is not torch.strided or input.is_nested:
             check_layout(input, "input")
@@ -104,7 +105,7 @@ class _Cell(QuickCall, Regularised, nn.RNNCellBase):
         else:
             with _checks.untraced():
                 self._check(shown, states, weights)
-        recipe = Recipe(cell, has_biases=len(weights) == 4)
+        recipe = Recipe(self._cell_number, has_biases=len(weights) == 4)
         if "_regularisation" in self.__dict__:
             last = self._regularised(recipe, input, shown, states, weights)
         else:
@@ -161,22 +162,25 @@ class _Cell(QuickCall, Regularised, nn.RNNCellBase):
             check_layout(state, "hidden")
             check_like(input, state, "hidden", wide=index == 1)
 
-    def _run_single_state(
-        self, cell: int, input: Tensor, hx: Tensor | None, resets: Any = None, reset_state: Any = None
-    ) -> Tensor:
+    def _run_single_state(self, input: Tensor, hx: Tensor | None, resets: Any = None, reset_state: Any = None) -> Tensor:
         input = _ids.lifted(input)
         dim = input.dim()
         if dim != 2 and dim != 1:
-            raise ValueError(f"{self._kind}: Expected input to be 1D or 2D, got {dim}D instead")
+            raise ValueError(f"{name_of_class(self)}: Expected input to be 1D or 2D, got {dim}D instead")
         if hx is not None and hx.dim() not in (1, 2):
-            raise ValueError(f"{self._kind}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
-        return self._run(cell, input, self._begin(input, [] if hx is None else [hx], resets, reset_state))[0]
-
-    _kind = "RNNCell"
+            raise ValueError(f"{name_of_class(self)}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
+        return self._run(input, self._begin(input, [] if hx is None else [hx], resets, reset_state))[0]
 
 
 class RNNCell(_Cell, nn.RNNCell):
     """torch.nn.RNNCell in one kernel, with a third nonlinearity, "identity"; else as torch.nn.RNNCell."""
+
+    @property
+    def _cell_number(self) -> int:  # type: ignore[override]
+        number = NUMBER_OF_NONLINEARITY.get(self.nonlinearity)
+        if number is None:
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return number
 
     def __init__(
         self,
@@ -204,14 +208,13 @@ class RNNCell(_Cell, nn.RNNCell):
 
         resets: bool [B] (or []): where True the step begins from zeros, or from reset_state [1 or B, H] ([H]), not hx.
         """
-        cell = NUMBER_OF_NONLINEARITY.get(self.nonlinearity)
-        if cell is None:
-            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return self._run_single_state(cell, input, hx, resets, reset_state)
+        return self._run_single_state(input, hx, resets, reset_state)
 
 
 class LSTMCell(_Cell, nn.LSTMCell):
     """torch.nn.LSTMCell in one kernel."""
+
+    _cell_number = LSTM
 
     def forward(
         self,
@@ -231,7 +234,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
         if dim != 2 and dim != 1:
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {dim}D instead")
         if hx is None:
-            h, c = self._run(LSTM, input, self._begin(input, [], resets, reset_state))
+            h, c = self._run(input, self._begin(input, [], resets, reset_state))
             return h, c
         for index, value in enumerate(hx):
             if value.dim() not in (1, 2):
@@ -240,14 +243,14 @@ class LSTMCell(_Cell, nn.LSTMCell):
             raise TypeError("lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
         if len(hx) != 2:
             raise RuntimeError("lstm_cell expects two hidden states")
-        h, c = self._run(LSTM, input, self._begin(input, [*hx], resets, reset_state))
+        h, c = self._run(input, self._begin(input, [*hx], resets, reset_state))
         return h, c
 
 
 class GRUCell(_Cell, nn.GRUCell):
     """torch.nn.GRUCell in one kernel."""
 
-    _kind = "GRUCell"
+    _cell_number = GRU
 
     def forward(
         self,
@@ -261,7 +264,7 @@ class GRUCell(_Cell, nn.GRUCell):
 
         resets: bool [B] (or []): where True the step begins from zeros, or from reset_state [1 or B, H] ([H]), not hx.
         """
-        return self._run_single_state(GRU, input, hx, resets, reset_state)
+        return self._run_single_state(input, hx, resets, reset_state)
 
 
-watch((LSTMCell.forward, True, LSTM), (GRUCell.forward, True, GRU), (RNNCell.forward, True, -1))
+watch(LSTMCell, GRUCell, RNNCell)

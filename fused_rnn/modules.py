@@ -58,6 +58,8 @@ def refuse_scripting(module: nn.Module) -> nn.Module:
 class _Layer(QuickCall, Regularised, _checkpoint.Checkpointed, FlatWeights, nn.RNNBase):
     """What RNN, LSTM and GRU share: the options, and the checks before the call."""
 
+    _cell_number: int  # of each class, its number in _kinds.KINDS
+
     def __init__(
         self,
         *args: Any,
@@ -83,8 +85,7 @@ class _Layer(QuickCall, Regularised, _checkpoint.Checkpointed, FlatWeights, nn.R
         self._set_forget_bias()
 
     def _target_of_options(self) -> Target:
-        cell = _kinds.KINDS[_kinds.NUMBER_OF_MODE[self.mode]]
-        return Target(type(self).__name__, cell, self.bias, projects=self.proj_size > 0)
+        return Target(type(self).__name__, _kinds.kind_of(self), self.bias, projects=self.proj_size > 0)
 
     __prepare_scriptable__ = refuse_scripting
     ft_compute_sample_grad = _opacus.ft_compute_sample_grad
@@ -93,7 +94,6 @@ class _Layer(QuickCall, Regularised, _checkpoint.Checkpointed, FlatWeights, nn.R
 
     def _run(
         self,
-        cell: int,
         input: Tensor,
         states: list[Tensor],
         batch_sizes: Tensor | None = None,
@@ -119,7 +119,7 @@ class _Layer(QuickCall, Regularised, _checkpoint.Checkpointed, FlatWeights, nn.R
         if sorted_indices is not None:
             states = [state.index_select(1, sorted_indices) for state in states]
         recipe = Recipe(
-            cell,
+            self._cell_number,
             fields["num_layers"],
             bool(fields["bias"]),
             bool(fields["bidirectional"]),
@@ -246,11 +246,11 @@ class _Layer(QuickCall, Regularised, _checkpoint.Checkpointed, FlatWeights, nn.R
             check_like(input, state, "hidden", wide=index == 1)
 
     def _forward_single_state(
-        self, cell: int, input: Tensor | PackedSequence, hx: Tensor | None, extras: Extras = _NOTHING
+        self, input: Tensor | PackedSequence, hx: Tensor | None, extras: Extras = _NOTHING
     ) -> tuple[Any, ...]:
         """Forward of the cells with one state (RNN, GRU)."""
         if isinstance(input, PackedSequence):
-            return self._forward_packed(cell, input, hx, extras)
+            return self._forward_packed(input, hx, extras)
         input = _ids.lifted(input)
         given = (extras, input) if extras.given() else None
         dim = input.dim()
@@ -261,23 +261,23 @@ class _Layer(QuickCall, Regularised, _checkpoint.Checkpointed, FlatWeights, nn.R
                 hx = hx.unsqueeze(1)
             input = input.unsqueeze(0 if self.batch_first else 1)
         elif dim != 3:
-            noun = "D tensor instead" if cell != _kinds.GRU else "D instead"
-            raise ValueError(f"{'GRU' if cell == _kinds.GRU else 'RNN'}: Expected input to be 2D or 3D, got {dim}{noun}")
+            tensor = " tensor" if _kinds.kind_of(self).nonlinearity else ""  # torch.nn's RNN says it
+            raise ValueError(f"{_kinds.name_of_class(self)}: Expected input to be 2D or 3D, got {dim}D{tensor} instead")
         elif hx is not None and hx.dim() != 3:
             raise RuntimeError(f"For batched 3-D input, hx should also be 3-D but got {hx.dim()}-D tensor")
-        output, (h_n, *every) = self._run(cell, input, [] if hx is None else [hx], extras=given)
+        output, (h_n, *every) = self._run(input, [] if hx is None else [hx], extras=given)
         if dim == 2:
             return output.squeeze(0 if self.batch_first else 1), h_n.squeeze(1), *every
         return output, h_n, *every
 
-    def _forward_packed(self, cell: int, input: PackedSequence, hx: Any, extras: Extras) -> tuple[Any, ...]:
+    def _forward_packed(self, input: PackedSequence, hx: Any, extras: Extras) -> tuple[Any, ...]:
         """Forward of a packed sequence; hx and the returned state are in the caller's order of rows."""
         data, batch_sizes, sorted_indices, unsorted_indices = input
         data = _ids.lifted(data)
-        count = _kinds.KINDS[cell].states
+        count = _kinds.KINDS[self._cell_number].states
         states = [] if hx is None else [*_pair(hx)] if count == 2 else [hx]
         given = (extras, data) if extras.given() else None
-        output, last = self._run(cell, data, states, batch_sizes, sorted_indices, given)
+        output, last = self._run(data, states, batch_sizes, sorted_indices, given)
 
         def packed(rows: Tensor) -> PackedSequence:
             return PackedSequence(rows, batch_sizes, sorted_indices, unsorted_indices)
@@ -321,6 +321,8 @@ class LSTM(_Layer, nn.LSTM):
         TypeError, ValueError: an option is wrong or not to be had with another; the message names it.
     """
 
+    _cell_number = _kinds.LSTM
+
     def forward(self, input, hx=None, *, lengths=None, resets=None, reset_state=None, return_all_states=False):  # type: ignore[no-untyped-def]
         """input [T, B, I] ([B, T, I] with batch_first; [T, I]; PackedSequence), hx (h0 [L*D, B, P], c0 [L*D, B, H]) or None
         -> output [T, B, D*P] in the input's form, (h_n [L*D, B, P], c_n [L*D, B, H]).
@@ -330,7 +332,7 @@ class LSTM(_Layer, nn.LSTM):
         """
         extras = Extras(lengths, resets, reset_state, return_all_states)
         if isinstance(input, PackedSequence):
-            return self._forward_packed(_kinds.LSTM, input, hx, extras)
+            return self._forward_packed(input, hx, extras)
         input = _ids.lifted(input)
         dim = input.dim()
         if dim != 3 and dim != 2:
@@ -348,7 +350,7 @@ class LSTM(_Layer, nn.LSTM):
         if dim == 2:
             input = input.unsqueeze(0 if self.batch_first else 1)
             states = [state.unsqueeze(1) for state in states]
-        output, (h_n, c_n, *every) = self._run(_kinds.LSTM, input, states, extras=given)
+        output, (h_n, c_n, *every) = self._run(input, states, extras=given)
         if dim == 2:
             output, h_n, c_n = output.squeeze(0 if self.batch_first else 1), h_n.squeeze(1), c_n.squeeze(1)
         return (output, (h_n, c_n), tuple(every)) if every else (output, (h_n, c_n))
@@ -361,6 +363,8 @@ class GRU(_Layer, nn.GRU):
     recurrent_dropout is n; state_clip cuts the new h.
     """
 
+    _cell_number = _kinds.GRU
+
     def forward(self, input, hx=None, *, lengths=None, resets=None, reset_state=None, return_all_states=False):  # type: ignore[no-untyped-def]
         """input [T, B, I] ([B, T, I] with batch_first; [T, I]; PackedSequence), hx [L*D, B, H] or None
         -> output [T, B, D*H] in the input's form, h_n [L*D, B, H].
@@ -369,7 +373,7 @@ class GRU(_Layer, nn.GRU):
         are [N] as its data, and the third result is a PackedSequence of [N, L*D, H].
         """
         extras = Extras(lengths, resets, reset_state, return_all_states)
-        return self._forward_single_state(_kinds.GRU, input, hx, extras)
+        return self._forward_single_state(input, hx, extras)
 
 
 class RNN(_Layer, nn.RNN):
@@ -379,9 +383,13 @@ class RNN(_Layer, nn.RNN):
     number; state_clip cuts the new h.
     """
 
+    @property
+    def _cell_number(self) -> int:  # type: ignore[override]
+        return _kinds.NUMBER_OF_MODE[self.mode]
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         nonlinearity = args[3] if len(args) > 3 else kwargs.get("nonlinearity", "tanh")
-        if nonlinearity not in ("tanh", "relu", "identity") and "proj_size" not in kwargs:
+        if nonlinearity not in _kinds.NUMBER_OF_NONLINEARITY and "proj_size" not in kwargs:
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh', 'relu' or 'identity'.")
         if nonlinearity == "identity":  # torch.nn.RNN knows two: build as tanh, which has the same parameters
             if len(args) > 3:
@@ -401,7 +409,7 @@ class RNN(_Layer, nn.RNN):
         are [N] as its data, and the third result is a PackedSequence of [N, L*D, H].
         """
         extras = Extras(lengths, resets, reset_state, return_all_states)
-        return self._forward_single_state(_kinds.NUMBER_OF_MODE[self.mode], input, hx, extras)
+        return self._forward_single_state(input, hx, extras)
 
 
-watch((LSTM.forward, False, _kinds.LSTM), (GRU.forward, False, _kinds.GRU), (RNN.forward, False, -1))
+watch(LSTM, GRU, RNN)

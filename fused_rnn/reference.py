@@ -13,10 +13,15 @@ import torch
 from torch import Tensor
 
 from fused_rnn._ids import input_product
-from fused_rnn._kinds import GRU, LSTM, RNN_RELU, RNN_TANH
+from fused_rnn._kinds import GRU, LSTM
 from fused_rnn._recipe import Recipe, Rows, StepOptions
 
 _NO_OPTIONS = StepOptions()
+_NONLINEARITIES: dict[str | None, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "identity": lambda a: a,
+}
 
 
 def step(
@@ -60,8 +65,10 @@ def step(
         z = (x_z + h_z).sigmoid()
         n = masked((x_n + r * h_n).tanh())
         return [clipped(n + z * (h - n))]
-    a = gi + gh
-    return [clipped(a.tanh() if cell == RNN_TANH else a.relu() if cell == RNN_RELU else a)]
+    nonlinearity = _NONLINEARITIES.get(recipe.kind.nonlinearity)
+    if nonlinearity is None:
+        raise NotImplementedError(f"the reference has no step of the cell {recipe.kind.name}")
+    return [clipped(nonlinearity(gi + gh))]
 
 
 def _zoneout(before: Tensor, after: Tensor, kept: Tensor | float | None) -> Tensor:

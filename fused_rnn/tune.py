@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fused_rnn import _backend
-from fused_rnn._kinds import KINDS, NUMBER_OF_MODE, RNN_TANH
+from fused_rnn._kinds import KINDS, number_of_torch_layer
 from fused_rnn.bench.cases import DTYPES, PRESETS, BenchCase
 from fused_rnn.bench.sides import module_run
 from fused_rnn.tuning import here
@@ -110,7 +110,7 @@ def tuned(call: Callable[[], None], record: Record, key: str, seconds: float) ->
 
 def problem_of(case: BenchCase) -> Problem:
     """What the calls of a case are to the tuner."""
-    kind = KINDS[NUMBER_OF_MODE.get(case.cell, RNN_TANH)]
+    kind = KINDS[number_of_torch_layer(case.cell)]
     switch: str = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
     return Problem(
         cell=kind.name, dtype=str(DTYPES[case.dtype]).removeprefix("torch."), tf32=case.dtype == "fp32" and switch == "tf32",

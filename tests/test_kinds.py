@@ -9,9 +9,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from fused_rnn import _backend
-from fused_rnn._kinds import KINDS
+import fused_rnn
+from fused_rnn import _backend, _kinds, _recipe, cells, modules, reference
+from fused_rnn._kinds import KINDS, Kind
 
 
 @pytest.mark.skipif(_backend.extension is None, reason="needs the compiled extension")
@@ -24,6 +27,45 @@ def test_modes_are_torchs() -> None:
     for kind in KINDS:
         assert kind.mode == kind.name.upper()
         assert kind.mode == ("RNN_" + kind.nonlinearity.upper() if kind.nonlinearity else kind.mode)
+
+
+def test_a_class_says_its_cell() -> None:
+    """Its subclasses have the same; a class that says none is refused, where one of ours was taken for it."""
+    expected = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}
+    for name, kind in expected.items():
+        for cls in (getattr(fused_rnn, name), getattr(fused_rnn, f"{name}Cell")):
+            of_user = type("Theirs", (cls,), {})(3, 4)
+            assert _kinds.kind_of(of_user).name == kind and _kinds.name_of_class(of_user) == cls.__name__
+    for nonlinearity in ("tanh", "relu", "identity"):
+        for cls in (fused_rnn.RNN, fused_rnn.RNNCell):
+            assert _kinds.kind_of(cls(3, 4, nonlinearity=nonlinearity)).nonlinearity == nonlinearity
+
+    class NewCell(cells._Cell):
+        def __init__(self) -> None:
+            super().__init__(3, 4, True, num_chunks=2)
+
+    class NewLayer(modules._Layer):
+        def __init__(self) -> None:
+            super().__init__("RNN_TANH", 3, 4)
+
+    for new in (NewCell, NewLayer):
+        with pytest.raises(TypeError, match=f"{new.__name__}._cell_number: expected the number of a cell, 0 to 4, got None"):
+            new()
+
+
+def test_the_reference_refuses_a_cell_without_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_recipe, "KINDS", (*KINDS, Kind("NEW", "new", 1, 1, 0, False, False, False)))
+    x, h, params = torch.zeros(2, 3), torch.zeros(2, 4), [torch.zeros(4, 3), torch.zeros(4, 4)]
+    with pytest.raises(NotImplementedError, match="the reference has no step of the cell new"):
+        reference.step(x, [h], params, _recipe.Recipe(len(KINDS), has_biases=False))
+
+
+def test_torchs_layers() -> None:
+    for name, number in _kinds.TORCH_LAYERS.items():
+        assert _kinds.number_of_torch_layer(name) == _kinds.number_of_torch_layer(f"{name}Cell") == number
+        assert getattr(nn, name)(3, 4).mode == KINDS[number].mode
+    with pytest.raises(ValueError, match="cell: expected one of LSTM, GRU, RNN, or its cell, got 'SRU'"):
+        _kinds.number_of_torch_layer("SRU")
 
 
 def test_no_switch_names_cells() -> None:

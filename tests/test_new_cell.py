@@ -69,6 +69,11 @@ def test_every_edit_finds_its_place(edited: Path) -> None:
     assert MODE in (edited / "fused_rnn" / "_kinds.py").read_text()
 
 
+def test_classes_know_their_cell(edited: Path) -> None:
+    """Without compiling, on the reference: options, explain and errors are those of the new cell."""
+    done(edited, sys.executable, "tests/new_cell/classes.py")
+
+
 @pytest.mark.slow
 @needs_compiler
 def test_on_a_cpu(edited: Path) -> None:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 import fused_rnn
-from fused_rnn._kinds import KINDS, NUMBER_OF_MODE, RNN_TANH
+from fused_rnn._kinds import KINDS, TORCH_LAYERS, number_of_torch_layer
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-CELLS = ("LSTM", "GRU", "RNN")
+CELLS = tuple(TORCH_LAYERS)
 LOOPED = tuple(f"{cell}Cell" for cell in CELLS)  # modules of one step, called T times in a loop
 MODES = ("inference", "training_forward", "training")
-GATES = {cell: KINDS[NUMBER_OF_MODE.get(cell.removesuffix("Cell"), RNN_TANH)].gates for cell in CELLS + LOOPED}
+GATES = {cell: KINDS[number_of_torch_layer(cell)].gates for cell in CELLS + LOOPED}
 # (T, B, I, H): streaming, forecasting, small training, speech, large models, long single sequences.
 CPU_SHAPES = (
     (1, 1, 128, 128),

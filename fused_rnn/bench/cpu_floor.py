@@ -18,7 +18,7 @@ import functools
 from concurrent.futures import ThreadPoolExecutor
 
 from fused_rnn import _backend
-from fused_rnn._kinds import KINDS, NUMBER_OF_MODE, RNN_TANH
+from fused_rnn._kinds import KINDS, number_of_torch_layer
 from fused_rnn.bench.cases import DTYPES, GATES, BenchCase
 
 
@@ -62,7 +62,7 @@ def _name(dtype: str) -> str:
 def cpu_floor_us_per_step(case: BenchCase, rates: CpuRates) -> float:
     """Microseconds per step and layer, both directions; of the passes that the case's mode has."""
     gates = GATES[case.cell]
-    kind = KINDS[NUMBER_OF_MODE.get(case.cell.removesuffix("Cell"), RNN_TANH)].name
+    kind = KINDS[number_of_torch_layer(case.cell)].name
     weights = gates * case.H * case.H  # of a recurrent product
     weight_bytes = weights * DTYPES[case.dtype].itemsize
     peak, read = rates.product(case.dtype), rates.read(_power_of_two(case.directions * weight_bytes))

@@ -123,7 +123,7 @@ def {NAME}(
     return _with_states(*_checked_rnn(recipe, input, weights, hx, batch_sizes, extras), return_all_states)
 
 
-def {NAME}_cell(
+def {NAME}_cell_number(
     input: Tensor,
     hx: Tensor | None,
     w_ih: Tensor,
@@ -141,9 +141,10 @@ LAYER = f'''
 class UpdateGate(_Layer):
     """A GRU without reset gate, with the arguments of torch.nn.GRU."""
 
+    _cell_number = _kinds.NUMBER_OF_MODE["{MODE}"]
+
     def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, **options: Any) -> None:
         super().__init__("RNN_TANH", input_size, hidden_size, num_layers, **options)
-        self.mode = "{MODE}"
         for name in self._flat_weights_names:
             old = getattr(self, name)
             setattr(self, name, nn.Parameter(old.new_empty(2 * hidden_size, *old.shape[1:])))
@@ -151,7 +152,7 @@ class UpdateGate(_Layer):
 
     def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None) -> tuple[Any, Tensor]:
         """As fused_rnn.GRU."""
-        return self._forward_single_state(_kinds.NUMBER_OF_MODE["{MODE}"], input, hx)
+        return self._forward_single_state(input, hx)
 '''
 
 CELL = f'''
@@ -159,14 +160,14 @@ CELL = f'''
 class UpdateGateCell(_Cell):
     """One step of a GRU without reset gate, with the arguments of torch.nn.GRUCell."""
 
-    _kind = "UpdateGateCell"
+    _cell_number = NUMBER_OF_MODE["{MODE}"]
 
-    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=2, device=device, dtype=dtype)
+    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, **options: Any) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=2, **options)
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, hx: Tensor | None = None, *, resets: Any = None, reset_state: Any = None) -> Tensor:
         """As fused_rnn.GRUCell."""
-        return self._run_single_state(NUMBER_OF_MODE["{MODE}"], input, hx)
+        return self._run_single_state(input, hx, resets, reset_state)
 '''
 
 PARAMS, KINDS, REFERENCE_FILE = "csrc/core/params.h", "fused_rnn/_kinds.py", "fused_rnn/reference.py"
@@ -199,7 +200,7 @@ STEPS: dict[str, tuple[Edit, ...]] = {
         Edit("fused_rnn/functional.py", "from fused_rnn import _checks,", " _kinds,"),
         Edit("fused_rnn/modules.py", "", LAYER),
         Edit("fused_rnn/cells.py", "", CELL),
-        Edit("fused_rnn/cells.py", "from fused_rnn._kinds import GRU, KINDS, LSTM,", " NUMBER_OF_MODE,"),
+        Edit("fused_rnn/cells.py", "from fused_rnn._kinds import GRU, LSTM,", " NUMBER_OF_MODE,"),
     ),
     "5: tests/cases.py": (Edit("tests/cases.py", '"RNN_IDENTITY", "GRU", "LSTM"', f', "{MODE}"'),),
 }
