@@ -90,13 +90,18 @@ def _layer(
     return y, last
 
 
-def _fake_layer(
+def keeps_states(device_type: str) -> bool:
+    """Whether forward keeps states every k steps; a GPU keeps none, and makes all again of the layer's arguments."""
+    return device_type != "cuda"
+
+
+def fake_layer(
     x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], rows: Sequence[Tensor], call: Sequence[int]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Shapes of fused_rnn::layer_checkpointed's results. call: the recipe, and k."""
     recipe, every = call
     y, last, _ = _ops.fake_layer(x, states, params, rows, recipe, save=False)
-    if x.device.type == "cuda":
+    if not keeps_states(x.device.type):
         return y, last, []
     offsets, kind = rows_of(rows, recipe).offsets, unpacked(recipe).kind
     steps = x.shape[0] if offsets is None else offsets.shape[0] - 1
@@ -186,7 +191,7 @@ def _layer_backward_on_gpu(
 
 
 if extension is not None:
-    torch.library.register_fake("fused_rnn::layer_checkpointed", _fake_layer)
+    torch.library.register_fake("fused_rnn::layer_checkpointed", fake_layer)
     torch.library.register_fake("fused_rnn::layer_checkpointed_backward", _fake_layer_backward)
     torch.library.register_autograd("fused_rnn::layer_checkpointed", _backward, setup_context=_set_up)
     _library = torch.library.Library("fused_rnn", "IMPL")

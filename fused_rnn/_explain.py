@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import _backend, _checks, _settings, functional
-from fused_rnn._kinds import Kind, kind_of
+from fused_rnn import _backend, _checkpoint, _checks, _ops, _settings, functional
+from fused_rnn._kinds import KINDS, Kind, number_of
+from fused_rnn._pass_plans import pass_on_cpu, pass_on_cuda
 from fused_rnn._quick_call import QuickCall
+from fused_rnn._recipe import Recipe, Rows, StepOptions
 from fused_rnn._regularisation import Regularisation
-from fused_rnn.explanation import Candidate, Explanation, Kernel, LayerPlan, Overlap, PassPlan, Rejection, Shares
+from fused_rnn.explanation import Explanation, LayerPlan, Overlap, PassPlan, Rejection
 from fused_rnn.formula.explaining import explain_formula, sizes_of
 from fused_rnn.formula.modules import Layer, Step
 
@@ -81,6 +83,8 @@ def explain(
             serve the call (with the reasons).
         RuntimeError: as the call itself would, the forced backend cannot serve the input.
     """
+    if training is None:
+        training = _records(module, input)
     if isinstance(module, (Layer, Step)):
         sizes, rows = sizes_of(module, input)
         data = input.data if isinstance(input, PackedSequence) else input
@@ -90,7 +94,7 @@ def explain(
         elif data.is_cuda and _backend.has_cuda_kernels():
             described = planner().cuda_device(_number_of(data.device))
         dtype = _dtype(module, data, data.device.type if where is None else "cuda")
-        result = explain_formula(module, input, dtype, sizes, rows, described, where)
+        result = explain_formula(module, input, dtype, (sizes, rows, training), described, where)
         if show:
             print(result)
         return result
@@ -101,8 +105,6 @@ def explain(
     if device_type == "meta":
         raise ValueError(f"device: expected one of {', '.join(DEVICES)} for an input on the meta device, got None")
     dtype = _dtype(module, data, device_type)
-    if training is None:
-        training = torch.is_grad_enabled() and (data.requires_grad or any(p.requires_grad for p in module.parameters()))
     where = device if isinstance(device, str) else str(data.device) if device is None else "the given device"
     options: Regularisation | None = module.__dict__.get("_regularisation")
     modified = options is not None and options.modifies_steps(module.training)
@@ -112,8 +114,8 @@ def explain(
         gpu = _number_of(data.device)
         described = planner().cuda_device(gpu)
     call = _Call(
-        kind=kind_of(module), backend=backend, dtype=dtype, device=described, packed=isinstance(input, PackedSequence),
-        training=training, forced=_forced(module), modified=modified,
+        cell=number_of(module), backend=backend, dtype=dtype, device=described, packed=isinstance(input, PackedSequence),
+        training=training, forced=_forced(module), modified=modified, checkpoint=getattr(module, "checkpoint", 0),
     )  # fmt: skip
     family = record = None
     if backend == "cuda" and not _settings.value("FUSED_RNN_PLAN") and sizes[0]["B"] and not modified:
@@ -131,6 +133,13 @@ def explain(
     if show:
         print(result)
     return result
+
+
+def _records(module: nn.Module, input: Any) -> bool:
+    """Whether autograd would record the call."""
+    data = input.data if isinstance(input, PackedSequence) else input
+    asks = isinstance(data, Tensor) and data.requires_grad
+    return torch.is_grad_enabled() and (asks or any(p.requires_grad for p in module.parameters()))
 
 
 def _forced(module: nn.Module) -> str | None:
@@ -158,7 +167,7 @@ def planner() -> Any:
 class _Call:
     """What the plans of all layers have in common."""
 
-    kind: Kind
+    cell: int  # its number
     backend: str
     dtype: torch.dtype
     device: Mapping[str, Any] | None  # fields of csrc/plan/device_info.h; CUDA
@@ -167,6 +176,11 @@ class _Call:
     forced: str | None
     preferred: str | None = None  # the family that serves where it can
     modified: bool = False  # steps are more than the cell's
+    checkpoint: int = 0  # the number of steps between the states that are kept for backward; 0: everything is kept
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.cell]
 
     @property
     def dtype_name(self) -> str:
@@ -317,11 +331,34 @@ def _backend_for(
 
 
 def _layer(call: _Call, sizes: Mapping[str, int], rows: int) -> LayerPlan:
-    saved: int | None = None if call.backend == "reference" else 0
-    if call.training and saved is not None:
-        saved = sizes["D"] * rows * sizes["H"] * (call.kind.saved + call.kind.has_c) * call.dtype.itemsize
+    forward = _pass(call, sizes, backward=False)
     backward = _pass(call, sizes, backward=True) if call.training else None
-    return LayerPlan(N=rows, forward=_pass(call, sizes, backward=False), backward=backward, saved_bytes=saved, **sizes)
+    unknown = call.backend == "reference" or forward.family == "cudnn"
+    saved = None if unknown else _saved_bytes(call, sizes, rows) if call.training else 0
+    return LayerPlan(N=rows, forward=forward, backward=backward, saved_bytes=saved, **sizes)
+
+
+def _saved_bytes(call: _Call, sizes: Mapping[str, int], rows: int) -> int:
+    """What the layer's op returns for backward, by its fake kernel, which tells the shapes of its results."""
+    steps, batch, hidden, out = (sizes[name] for name in "TBHP")
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=call.dtype, device="meta")
+
+    gates, directions = call.kind.gates * hidden, sizes["D"]
+    x = empty(rows, sizes["I"]) if call.packed else empty(steps, batch, sizes["I"])
+    states = [empty(directions, batch, size) for size in (out, hidden)[: call.kind.states]]
+    params = [empty(gates, sizes["I"]), empty(gates, out)] * directions
+    offsets = torch.empty(steps + 1, dtype=torch.int64, device="meta") if call.packed else None
+    some = Rows(offsets=offsets, options=StepOptions(clip=1.0) if call.modified else StepOptions())
+    numbers = Recipe(call.cell, 1, False, directions == 2).packed | some.bits
+    if not call.checkpoint:
+        saved = _ops.fake_layer(x, states, params, some.given(), numbers, save=True)[2]
+    elif _checkpoint.keeps_states(call.backend):
+        saved = _checkpoint.fake_layer(x, states, params, some.given(), [numbers, call.checkpoint])[2]
+    else:
+        saved = []
+    return sum(tensor.nbytes for tensor in saved)
 
 
 def _pass(call: _Call, sizes: Mapping[str, int], backward: bool) -> PassPlan:
@@ -329,73 +366,12 @@ def _pass(call: _Call, sizes: Mapping[str, int], backward: bool) -> PassPlan:
     if call.backend == "reference" or sizes["B"] == 0:
         return PassPlan()
     if call.backend == "cpu":
-        return _pass_on_cpu(
+        return pass_on_cpu(
             planner().cpu_plan(
                 cell=call.kind.name, dtype=call.dtype_name, **sizes, training=call.training, backward=backward
             )
         )
-    return _pass_on_cuda(planner().plan(**call.problem(sizes), backward=backward), sizes, backward)
-
-
-def _pass_on_cpu(plan: Mapping[str, Any]) -> PassPlan:
-    threads, weights = plan["threads"], plan["weights"]
-    shares = Shares(plan["direction_teams"], plan["batch_teams"], plan["split"])
-    divided = (
-        f"{shares.directions} of directions x {shares.batch_rows} of batch rows x {shares.hidden_units} of hidden units"
-    )
-    text = f"{threads} thread{'s' * (threads > 1)}: {divided}; W_hh {weights}"
-    return PassPlan(threads=threads, shares=shares, weights=weights, text=text)
-
-
-def _pass_on_cuda(plan: Mapping[str, Any], sizes: Mapping[str, int], backward: bool) -> PassPlan:
-    kernels = tuple(_kernel(kernel, sizes, backward) for kernel in plan["kernels"])
-    held = plan.get("persistent")
-    if held is not None:
-        kernels += (_persistent_kernel(plan["family"], held),)
-    first, *rest = plan["text"].rstrip("\n").split("\n")
-    if kernels:  # cuDNN's are not known
-        first += f", {max(kernel.blocks for kernel in kernels)} blocks at most in a launch"
-    lines = [first, *rest]
-    if held is not None:
-        lines.append(f"  {kernels[-1].weight_registers} registers of each thread hold weights")
-    return PassPlan(
-        family=plan["family"],
-        reason=plan["reason"],
-        rejected=tuple(Rejection(family, reason) for family, reason in plan["rejected"].items()),
-        candidates=tuple(Candidate(name, one["us"], one["us_per_step"]) for name, one in plan["candidates"].items()),
-        cheapest=plan["cheapest"],
-        kernels=kernels,
-        launches=sum(kernel.launches for kernel in kernels) if kernels else None,
-        overlapped_launches=plan["overlapped_launches"],
-        workspace_bytes=plan["workspace_bytes"],
-        us=plan["us"],
-        us_per_step=plan["us_per_step"],
-        text="\n".join(lines),
-    )
-
-
-def _kernel(kernel: Mapping[str, Any], sizes: Mapping[str, int], backward: bool) -> Kernel:
-    """A kernel that is launched once a step, or for the gradient of h0 alone."""
-    launches = sizes["T"]
-    if kernel["name"] == "state_grad":  # of every step with a projection, and of h0
-        launches = sizes["T"] + 1 if sizes["P"] != sizes["H"] else 1
-    return Kernel(
-        name=kernel["name"], persistent=False, math=kernel["math"], grid=kernel["grid"], threads=kernel["threads"],
-        units=kernel["units"], rows=kernel["batch"], launches=launches, stages=kernel["stages"],
-        smem_bytes=kernel["smem_bytes"],
-        weight_registers=0, weight_bytes_in_registers=0, weight_bytes_in_smem=0, us=kernel["us"],
-    )  # fmt: skip
-
-
-def _persistent_kernel(family: str, held: Mapping[str, Any]) -> Kernel:
-    """The kernel that holds the weights of a layer over all its steps."""
-    return Kernel(
-        name=family, persistent=True, math=held["math"], grid=(held["blocks"], held["groups"], held["directions"]),
-        threads=held["threads"], units=held["units"], rows=held["rows"], launches=held["launches"],
-        stages=None, smem_bytes=held["smem_bytes"], weight_registers=held["weight_registers"],
-        weight_bytes_in_registers=held["weight_bytes_in_registers"], weight_bytes_in_smem=held["weight_bytes_in_smem"],
-        us=None,
-    )  # fmt: skip
+    return pass_on_cuda(planner().plan(**call.problem(sizes), backward=backward), sizes, backward)
 
 
 def _tf32(dtype: torch.dtype) -> bool:

@@ -102,7 +102,9 @@ class LayerPlan:
     D: int
     forward: PassPlan  # empty on the reference and where B is 0
     backward: PassPlan | None  # None without gradients
-    saved_bytes: int | None  # kept for backward, beside the layer's input and output; None on the reference
+    # Of the tensors that forward makes for backward, beside the layer's input, output, weights and masks of its options;
+    # None on the reference, and of cuDNN, which does not say.
+    saved_bytes: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Explanation:
     """How the call of a module would be carried out."""
 
     module: str  # its class
-    cell: str  # "lstm", "gru", "rnn_tanh", "rnn_relu" or "rnn_identity"
+    cell: str  # "lstm", "gru", "rnn_tanh", "rnn_relu" or "rnn_identity", or the class of your own cell
     dtype: str  # in which the call runs: "float32"
     packed: bool  # the input is a PackedSequence
     device: str  # explained for: "cpu", "cuda:0", "H100", "the given device"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from settings import Setting
 from torch.nn.utils.rnn import pack_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_rnn
 from fused_rnn import _backend, _explain, _settings
@@ -185,6 +187,71 @@ def test_saved_bytes_are_those_of_autograd() -> None:
         with torch.no_grad():
             assert explain(module, x).layers[0].saved_bytes == 0
             assert explain(module, x).layers[0].backward is None
+
+
+class SavedBytes(TorchDispatchMode):
+    """Collects, of every call of a layer's op, the bytes of its third result: what forward makes for backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_layers: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        if func in (torch.ops.fused_rnn.layer.default, torch.ops.fused_rnn.layer_checkpointed.default):
+            self.of_layers.append(sum(t.nbytes for t in results[2]))
+        return results
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "zoneout": {"zoneout": 0.1},
+    "recurrent_dropout": {"recurrent_dropout": 0.3},
+    "weight_dropout": {"weight_dropout": 0.3},
+    "state_clip": {"state_clip": 1.5},
+    "projection": {"proj_size": 5},
+}
+CELLS = ("LSTM", "GRU", "tanh", "relu", "identity")
+
+
+def has(cell: str, options: str) -> bool:
+    return options != "projection" or cell == "LSTM"
+
+
+def with_cell(cell: str, suffix: str, *args: Any, **kwargs: Any) -> torch.nn.Module:
+    if cell in ("LSTM", "GRU"):
+        return getattr(fused_rnn, cell + suffix)(*args, **kwargs)
+    return getattr(fused_rnn, "RNN" + suffix)(*args, nonlinearity=cell, **kwargs)
+
+
+@needs_extension
+@pytest.mark.parametrize(("cell", "options"), [pair for pair in itertools.product(CELLS, OPTIONS) if has(*pair)])
+def test_saved_bytes_are_those_of_the_op(cell: str, options: str) -> None:
+    """Of every layer, dense and packed, in training and eval mode, with and without kept states alone; and of cells."""
+    given = OPTIONS[options]
+    ragged = [5, 2, 4]
+    for dtype, every in itertools.product((torch.float64, torch.float32, torch.float16, torch.bfloat16), (0, 2, 5)):
+        made = with_cell(cell, "", 7, 6, num_layers=2, bidirectional=True, checkpoint=every, dtype=dtype, **given)
+        packed = pack_sequence([torch.zeros(n, 7, dtype=dtype) for n in ragged], enforce_sorted=False)
+        calls: list[Any] = [(made, torch.zeros(5, 3, 7, dtype=dtype)), (made, packed)]
+        if not every and options not in ("recurrent_dropout", "projection"):
+            calls.append((with_cell(cell, "Cell", 7, 6, dtype=dtype, **given), torch.zeros(3, 7, dtype=dtype)))
+        for (module, x), training in itertools.product(calls, (True, False)):
+            module.train(training)
+            with SavedBytes() as found:
+                module(x)
+            assert [layer.saved_bytes for layer in explain(module, x).layers] == found.of_layers, (dtype, every, training)
+            assert [layer.saved_bytes for layer in explain(module, x, training=False).layers] == [0] * len(found.of_layers)
+
+
+@needs_extension
+def test_saved_bytes_on_a_gpu(setting: Setting) -> None:
+    """The ops' own, whatever the family; with kept states alone a GPU keeps none; cuDNN does not say."""
+    x = torch.zeros(5, 3, 7)
+    assert explain(fused_rnn.LSTM(7, 6), x, device="H100").layers[0].saved_bytes is None
+    setting("FUSED_RNN_PLAN", "step")
+    for kept, expected in ((fused_rnn.LSTM(7, 6), 15 * 6 * 5 * 4), (fused_rnn.LSTM(7, 6, checkpoint=2), 0)):
+        assert explain(kept, x, device="H100").layers[0].saved_bytes == expected
 
 
 @needs_extension

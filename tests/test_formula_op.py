@@ -125,3 +125,20 @@ def test_saved_bytes_are_those_of_forward() -> None:
         _, _, saved = torch.ops.fused_rnn.formula(x, [], list(layer.parameters()), [], layer.formula, flags)
         told = fused_rnn.explain(layer, x, show=False).layers[0].saved_bytes
         assert told == sum(t.numel() * t.element_size() for t in saved), type(cell)
+
+
+def test_explain_without_training() -> None:
+    """As of the layers and cells with kernels of their own: no backward, and nothing saved."""
+    x = torch.rand(T, B, 4)
+    layer, step = Layer(cells.Gru(), 4, 8), Step(cells.Gru(), 4, 8)
+    calls: tuple[tuple[Any, Tensor, str | None], ...] = ((layer, x, None), (layer, x, "H100"), (step, x[0], None))
+    for module, input, device in calls:
+        made = fused_rnn.explain(module, input, training=False, show=False, device=device).layers[0]
+        assert made.backward is None and made.saved_bytes == 0
+    made = fused_rnn.explain(layer, x, show=False).layers[0]
+    assert made.backward is not None and made.saved_bytes
+    with torch.no_grad():
+        assert fused_rnn.explain(layer, x, show=False).layers[0].backward is None
+    with fused_rnn.use_backend("reference"):
+        made = fused_rnn.explain(layer, x, training=False, show=False).layers[0]
+        assert made.backward is None and made.saved_bytes is None

@@ -17,7 +17,7 @@ import torch
 import fused_rnn
 from fused_rnn import _explain, _settings, tune
 from fused_rnn.__main__ import main
-from fused_rnn._kinds import kind_of
+from fused_rnn._kinds import number_of
 from fused_rnn.bench.cases import DTYPES, PRESETS
 from fused_rnn.tuning import here, record, serve, verification
 from fused_rnn.tuning.cases import cases
@@ -346,7 +346,7 @@ def test_the_tuner_s_problem_of_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
         x = case.inputs("cpu")[0] if case.lengths == "ragged" else torch.empty(case.T, case.B, case.I, device="meta")
         sizes, _ = _explain._sizes(module, x)
         call = _explain._Call(
-            kind=kind_of(module), backend="cuda", dtype=DTYPES[case.dtype], device=_explain.DEVICES["H100"],
+            cell=number_of(module), backend="cuda", dtype=DTYPES[case.dtype], device=_explain.DEVICES["H100"],
             packed=case.lengths == "ragged", training=case.mode != "inference", forced=None,
         )  # fmt: skip
         _explain._recorded(module, 0, call, sizes)

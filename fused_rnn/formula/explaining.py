@@ -20,16 +20,16 @@ def explain_formula(
     module: Layer | Step,
     input: Tensor | PackedSequence,
     dtype: torch.dtype,
-    sizes: list[dict[str, int]],
-    rows: int,
+    call: tuple[list[dict[str, int]], int, bool],
     device: Mapping[str, Any] | None = None,
     where: str | None = None,
 ) -> Explanation:
-    """How ``module(input)`` would be carried out, forward and backward; nothing is compiled.
+    """How ``module(input)`` would be carried out, forward and, for training, backward; nothing is compiled.
 
-    sizes: T, B, I, H, P and D of every layer; rows: in memory; device: of a GPU that is described or there, the fields of
-    csrc/plan/device_info.h; where: its name if it is described.
+    call: T, B, I, H, P and D of every layer; the rows in memory; whether backward is explained. device: of a GPU that is
+    described or there, the fields of csrc/plan/device_info.h; where: its name if it is described.
     """
+    sizes, rows, training = call
     data = input.data if isinstance(input, PackedSequence) else input
     device_type = data.device.type if where is None else "cuda"
     demand = _backend.Demand(device_type, dtype)
@@ -43,7 +43,7 @@ def explain_formula(
             backend = name
             break
         rejected.append(Rejection(name, reason.text))
-    layers = tuple(_layer(module, backend, dtype, size, rows, device) for size in sizes)
+    layers = tuple(_layer(module, backend, dtype, (size, rows, training), device) for size in sizes)
     return Explanation(
         module=type(module).__name__, cell=type(module.cell).__name__, dtype=str(dtype).removeprefix("torch."),
         packed=isinstance(input, PackedSequence), device=where or str(data.device), backend=backend,
@@ -56,16 +56,22 @@ def explain_formula(
 
 
 def _layer(
-    module: Layer | Step, backend: str, dtype: torch.dtype, size: dict[str, int], rows: int, device: Mapping[str, Any] | None
+    module: Layer | Step,
+    backend: str,
+    dtype: torch.dtype,
+    call: tuple[dict[str, int], int, bool],
+    device: Mapping[str, Any] | None,
 ) -> LayerPlan:
+    size, rows, training = call
     if backend == "reference":
-        return LayerPlan(**size, N=rows, forward=PassPlan(), backward=PassPlan(), saved_bytes=None)
+        return LayerPlan(**size, N=rows, forward=PassPlan(), backward=PassPlan() if training else None, saved_bytes=None)
     forward, backward, saved = _passes(module.cell, rows)
     if backend == "cuda":
         forward = _on_gpu(module.cell, dtype, size, device or {}, forward.text, backward=False)
-        backward = _on_gpu(module.cell, dtype, size, device or {}, backward.text, backward=True)
-    saved_bytes = saved * rows * size["H"] * size["D"] * dtype.itemsize
-    return LayerPlan(**size, N=rows, forward=forward, backward=backward, saved_bytes=saved_bytes)
+        if training:
+            backward = _on_gpu(module.cell, dtype, size, device or {}, backward.text, backward=True)
+    saved_bytes = saved * rows * size["H"] * size["D"] * dtype.itemsize * training
+    return LayerPlan(**size, N=rows, forward=forward, backward=backward if training else None, saved_bytes=saved_bytes)
 
 
 def _on_gpu(
