@@ -3,7 +3,8 @@
 What a layer keeps for backward beside its arguments is O(T/k) instead of O(T), and outputs and gradients are those of
 ``checkpoint=0`` bit for bit. Backward has room for the gates of k steps; of all T steps it makes y and the gradients of the
 gates while it runs, one layer at a time, so that products over all rows give the gradients of the weights. An LSTM with a
-projection, and layers on a GPU, make all gates of a layer again, also one layer at a time. The Python reference keeps all.
+projection, and layers on a GPU, make all gates of a layer again, also one layer at a time. The Python reference keeps all,
+and so do calls under forward-mode AD.
 
 The ops are in csrc/torch/checkpoint.cpp; here are their fake kernels, autograd, and a stack of layers on them.
 """
@@ -16,13 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_exporting
 
-from fused_rnn import _derivatives, _onnx, _ops, functional, reference
-from fused_rnn._backend import extension, uses_ops
+from fused_rnn import _derivatives, _ops, reference
+from fused_rnn._backend import extension, forward_mode
 from fused_rnn._recipe import Recipe, Rows, rows_of, unpacked
-
-_ALL_ROWS = Rows()
 
 
 class Checkpointed:
@@ -55,30 +53,18 @@ def check(every: Any) -> None:
         raise ValueError(f"checkpoint: expected a number of steps, or 0 for none, got {every}")
 
 
-def run_rnn(
-    every: int,
-    recipe: Recipe,
-    input: Tensor,
-    states: Sequence[Tensor],
-    weights: list[Tensor],
-    batch_sizes: Tensor | None = None,
-    rows: Rows = _ALL_ROWS,
+def applies(input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], rows: Rows) -> bool:
+    """Whether a call keeps states alone: where there will be a backward, and no forward-mode AD, whose tangents the ops of
+    this file lack."""
+    kept = (input, *states, *weights, *rows.reset_states)
+    return torch.is_grad_enabled() and any(t.requires_grad for t in kept) and not forward_mode()
+
+
+def rnn(
+    every: int, recipe: Recipe, input: Tensor, states: Sequence[Tensor], weights: list[Tensor], rows: Rows
 ) -> tuple[Tensor, list[Tensor]]:
-    """functional.run_rnn with states kept every so many steps, where there will be a backward."""
-    kept = torch.is_grad_enabled() and any(t.requires_grad for t in (input, *states, *weights, *rows.reset_states))
-    dtype = weights[0].dtype if input.dtype is torch.int64 else input.dtype
-    device_type = input.device.type
-    if not (every and kept) or (is_exporting() and _onnx.exporting()) or not uses_ops(device_type, dtype, input.device):
-        return functional.run_rnn(recipe, input, states, weights, batch_sizes, rows)
-    if batch_sizes is not None:
-        rows = rows._replace(offsets=torch.cat([batch_sizes.new_zeros(1), batch_sizes.cumsum(0)]))
-        states = states or functional.zero_states(recipe, input, weights, batch_sizes)
-    input, states, weights = functional.autocast(device_type, input, states, weights)
-    put = tuple(functional.autocast(device_type, input, rows.reset_states, [])[1])
-    rows = rows._replace(reset_states=put, options=functional.autocast_options(device_type, rows.options)).on(input.device)
-    ids = input.dtype is torch.int64
-    layer = functools.partial(_layer, every)
-    return reference.rnn(input.squeeze(-1) if ids else input, states, weights, rows, recipe, layer)
+    """reference.rnn on the ops of this file, with states kept every so many steps."""
+    return reference.rnn(input, states, weights, rows.on(input.device), recipe, functools.partial(_layer, every))
 
 
 def _layer(

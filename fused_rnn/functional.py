@@ -17,7 +17,7 @@ from torch._C import _get_tracing_state, _has_torch_function_variadic
 from torch.compiler import is_exporting
 from torch.nn import Parameter
 
-from fused_rnn import _checks, _dtensor, _extras, _ids, _onnx, _ops, _tangents, reference
+from fused_rnn import _checkpoint, _checks, _dtensor, _extras, _ids, _onnx, _ops, _tangents, reference
 from fused_rnn._backend import forward_mode, uses_ops
 from fused_rnn._extras import Extras
 from fused_rnn._kinds import GRU, LSTM
@@ -25,8 +25,6 @@ from fused_rnn._recipe import Recipe, Rows, StepOptions
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
-_PLAIN = (Parameter, Tensor)
-_DTYPES = _checks.DTYPES
 _ALL_ROWS = Rows()
 _PLAIN = (Parameter, Tensor)
 
@@ -199,10 +197,12 @@ def run_rnn(
     weights: list[Tensor],
     batch_sizes: Tensor | None = None,
     rows: Rows = _ALL_ROWS,
+    checkpoint: int = 0,
 ) -> tuple[Tensor, list[Tensor]]:
     """A stack of layers on the selected backend: (output, last states). Batched or packed input only, or ids [..., 1].
 
-    rows: without offsets, which batch_sizes give.
+    rows: without offsets, which batch_sizes give. checkpoint: the number of steps between the states that are kept for
+    backward, or 0; the reference keeps everything.
     With recipe.all_states the last states are followed by those after every step, [T, L*D, B, .] or packed [N, L*D, .].
     """
     if batch_sizes is not None:
@@ -218,7 +218,9 @@ def run_rnn(
         _dtensor.prepare()
     for_onnx = is_exporting() and _onnx.exporting()
     dual = forward_mode() and _tangents.serves(input, len(weights) // recipe.num_layers // recipe.directions, rows, recipe)
-    if not for_onnx and uses_ops(device_type, dtype, device, dual):
+    by_ops = not for_onnx and uses_ops(device_type, dtype, device, dual)
+    checkpointed = checkpoint and by_ops and _checkpoint.applies(input, states, weights, rows)
+    if by_ops and not checkpointed:
         # Modes see the op's call, and so do subclasses, wherever in it they are.
         seen = torch.compiler.is_compiling() or _has_torch_function_variadic(
             input, *states, *rows[:3], *rows.reset_states, *weights
@@ -229,10 +231,13 @@ def run_rnn(
         )
         return result
     input, states, weights = autocast(device_type, input, states, weights)
+    put = tuple(autocast(device_type, input, rows.reset_states, [])[1])
+    rows = rows._replace(reset_states=put, options=autocast_options(device_type, rows.options))
+    if checkpointed:
+        return _checkpoint.rnn(checkpoint, recipe, input, states, weights, rows)
     # Offsets stay on the host, which reads them.
     lengths, resets = (None if tensor is None else tensor.to(input.device) for tensor in (rows.lengths, rows.resets))
-    options = autocast_options(device_type, rows.options)
-    rows = Rows(lengths, rows.offsets, resets, tuple(autocast(device_type, input, rows.reset_states, [])[1]), options)
+    rows = rows._replace(lengths=lengths, resets=resets)
     if for_onnx:
         return _onnx.rnn(input, states, weights, rows, recipe)
     shown = input

@@ -131,9 +131,7 @@ class _Layer(QuickCall, Regularised, _checkpoint.Checkpointed, FlatWeights, nn.R
         if "_regularisation" in fields:
             weights, rows = self._regularised(recipe, shown, weights, batch_sizes)
         if extras is None:
-            if "checkpoint" in fields:
-                return _checkpoint.run_rnn(self.checkpoint, recipe, input, states, weights, batch_sizes, rows)
-            return run_rnn(recipe, input, states, weights, batch_sizes, rows)
+            return run_rnn(recipe, input, states, weights, batch_sizes, rows, fields.get("checkpoint", 0))
         return self._run_with(extras, recipe, (input, states, weights), batch_sizes, sorted_indices, rows)
 
     def _regularised(
@@ -174,10 +172,7 @@ class _Layer(QuickCall, Regularised, _checkpoint.Checkpointed, FlatWeights, nn.R
         with _checks.sizes_known():
             rows = _extras.rows_of(given, form, sorted_indices)._replace(options=regularised.options)
         recipe = recipe._replace(all_states=given.return_all_states)
-        if self.checkpoint:
-            output, states = _checkpoint.run_rnn(self.checkpoint, recipe, *arguments, batch_sizes, rows)
-        else:
-            output, states = run_rnn(recipe, *arguments, batch_sizes, rows)
+        output, states = run_rnn(recipe, *arguments, batch_sizes, rows, self.checkpoint)
         return output, [*states[:count], *_extras.in_form(states[count:], form)]
 
     def _check(self, input: Tensor, states: list[Tensor], weights: list[Tensor], batch_sizes: Tensor | None) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from module_pairs import device_of
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
-from fused_rnn import use_backend
+from fused_rnn import _backend, use_backend
 from fused_rnn._backend import has_cpu_kernels
 
 needs_kernels = pytest.mark.skipif(not has_cpu_kernels(), reason="needs the compiled extension")
@@ -204,6 +206,35 @@ def test_what_is_kept(kind: str, states: int) -> None:
     assert saved_bytes(layer, x) == states * (steps // every - 1) * 4 * 16 * 4
     if kind != "RNN":  # which keeps its output alone
         assert saved_bytes(getattr(fused_rnn, kind)(8, 16), x) >= 4 * steps * 4 * 16 * 4
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_forward_mode_asks_the_backends_as_without(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels serve a call whose tangents they have, without a warning, and where a backend is forced."""
+    kept, plain = layers(kind, 2)
+    x, v = torch.randn(T, B, I), torch.randn(T, B, I)
+    monkeypatch.setattr(_backend, "_warned", set())
+    for forced in (None, "cpu"):
+        made = []
+        for layer in (kept, plain):
+            with use_backend(forced), warnings.catch_warnings(), forward_ad.dual_level():
+                warnings.simplefilter("error", RuntimeWarning)
+                y = layer(forward_ad.make_dual(x, v))[0]
+                tangent = forward_ad.unpack_dual(y).tangent
+                assert tangent is not None
+                made.append([y, tangent, *torch.autograd.grad(y.sum(), [*layer.parameters()])])
+        assert_same_bits(*made)
+
+
+@needs_kernels
+def test_forward_mode_that_no_kernel_serves() -> None:
+    """As without checkpoint: the reference with its warning, an error where a backend is forced."""
+    for layer in layers("LSTM", 2):
+        with forward_ad.dual_level():
+            x = forward_ad.make_dual(torch.randn(T, B, I), torch.randn(T, B, I))
+            with use_backend("cpu"), pytest.raises(RuntimeError, match="'cpu' is forced but forward-mode AD does not"):
+                layer(x, lengths=torch.tensor([4, 11, 0, 7, 1]))
 
 
 def test_inference_keeps_nothing_and_is_the_same(backend: str) -> None:
