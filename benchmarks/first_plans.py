@@ -18,8 +18,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fused_rnn
+from fused_rnn._settings import FAMILIES
 from fused_rnn.bench.cases import DTYPES, BenchCase, first_cases
-from fused_rnn.bench.sides import FAMILIES, forced_plan
+from fused_rnn.bench.sides import forced_plan
 from fused_rnn.explanation import LayerPlan, PassPlan
 
 

@@ -158,7 +158,9 @@ class Reason(NamedTuple):
 def why_not(backend: str, demand: Demand) -> Reason | None:
     """None if this backend can serve such a call, else the reason. A call takes the first of BACKENDS that can.
 
-    The one place that knows what a backend lacks: a feature that it has not yet is a field of Demand and a line here.
+    What a backend lacks whatever the cell: a feature that it has not yet is a field of Demand and a line here. What one
+    cell lacks is asked elsewhere: tangents of a layer by _tangents.serves, which makes `transformed` False where the ops have
+    them, and kernels of a formula by formula.serve.why_not, which goes on to ask here.
     """
     device_type, dtype, _, transformed, features = demand
     if backend == "reference":

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn._dtensor import whole
-from fused_rnn._kinds import NUMBER_OF_NONLINEARITY, RNN_RELU, Kind
+from fused_rnn._kinds import RNN_RELU, Kind, number_of_nonlinearity
 from fused_rnn._recipe import Recipe
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # those with kernels
@@ -102,10 +102,10 @@ def _check_like_input(name: str, tensor: Any, input: Tensor, autocast: bool) -> 
 
 
 def rnn_kind(nonlinearity: Any) -> int:
-    kind = NUMBER_OF_NONLINEARITY.get(nonlinearity) if isinstance(nonlinearity, str) else None
-    if kind is None:
-        raise ValueError(f"nonlinearity: expected 'tanh', 'relu' or 'identity', got {nonlinearity!r}")
-    return kind
+    try:
+        return number_of_nonlinearity(nonlinearity)
+    except LookupError as names:
+        raise ValueError(f"nonlinearity: expected {names}, got {nonlinearity!r}") from None
 
 
 def check_recipe(recipe: Recipe) -> None:

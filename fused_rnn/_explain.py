@@ -16,7 +16,7 @@ from fused_rnn._kinds import KINDS, Kind, number_of
 from fused_rnn._pass_plans import pass_on_cpu, pass_on_cuda
 from fused_rnn._quick_call import QuickCall
 from fused_rnn._recipe import Recipe, Rows, StepOptions
-from fused_rnn._regularisation import Regularisation
+from fused_rnn._regularisation import options_of
 from fused_rnn.explanation import Explanation, LayerPlan, Overlap, PassPlan, Rejection
 from fused_rnn.formula.explaining import explain_formula, sizes_of
 from fused_rnn.formula.modules import Layer, Step
@@ -106,7 +106,7 @@ def explain(
         raise ValueError(f"device: expected one of {', '.join(DEVICES)} for an input on the meta device, got None")
     dtype = _dtype(module, data, device_type)
     where = device if isinstance(device, str) else str(data.device) if device is None else "the given device"
-    options: Regularisation | None = module.__dict__.get("_regularisation")
+    options = options_of(module)
     modified = options is not None and options.modifies_steps(module.training)
     backend, reason, rejected = _backend_for(device_type, dtype, where, described is not None)
     gpu = None  # the number of one that is there

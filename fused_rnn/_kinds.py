@@ -25,6 +25,16 @@ class Kind:
         """How many states it has: h, or h and c."""
         return 2 if self.has_c else 1
 
+    @property
+    def has_gates(self) -> bool:
+        """Whether it has gates beside its candidate: more than one row block of weights. As in csrc/torch/call.cpp."""
+        return self.gates > 1
+
+    @property
+    def jumps(self) -> bool:
+        """Whether its derivative jumps, so that rounding alone can change a gradient much."""
+        return self.nonlinearity == "relu"
+
 
 KINDS = (
     Kind("RNN_TANH", "rnn_tanh", 1, 1, 0, False, False, False, "tanh"),
@@ -33,11 +43,26 @@ KINDS = (
     Kind("LSTM", "lstm", 4, 4, 4, True, False, True),
     Kind("GRU", "gru", 3, 4, 4, False, True, False),
 )
+KIND_OF_NAME = {kind.name: kind for kind in KINDS}
 NUMBER_OF_MODE = {kind.mode: number for number, kind in enumerate(KINDS)}
 NUMBER_OF_NONLINEARITY = {kind.nonlinearity: number for number, kind in enumerate(KINDS) if kind.nonlinearity is not None}
+TORCH_NONLINEARITIES = ("tanh", "relu")  # of torch.nn's RNN
 RNN_TANH, RNN_RELU, RNN_IDENTITY = (NUMBER_OF_NONLINEARITY[name] for name in ("tanh", "relu", "identity"))
 LSTM, GRU = NUMBER_OF_MODE["LSTM"], NUMBER_OF_MODE["GRU"]
 TORCH_LAYERS = {"LSTM": LSTM, "GRU": GRU, "RNN": RNN_TANH}  # torch.nn's layers, each with the cell that it has by default
+
+
+def number_of_nonlinearity(value: Any) -> int:
+    """The number of the RNN with this nonlinearity.
+
+    Raises:
+        LookupError: there is none; its text has the names of those that there are.
+    """
+    number = NUMBER_OF_NONLINEARITY.get(value) if isinstance(value, str) else None
+    if number is None:
+        *names, last = map(repr, NUMBER_OF_NONLINEARITY)
+        raise LookupError(f"{', '.join(names)} or {last}")
+    return number
 
 
 def number_of_torch_layer(name: str) -> int:

@@ -9,6 +9,15 @@ import torch
 from torch import Tensor
 
 from fused_rnn import _checks
+from fused_rnn._kinds import number_of_nonlinearity
+
+
+def check_nonlinearity(value: Any) -> None:
+    """Raises ValueError, in torch.nn.RNN's words, for a nonlinearity that RNN lacks."""
+    try:
+        number_of_nonlinearity(value)
+    except LookupError as names:
+        raise ValueError(f"Unknown nonlinearity '{value}'. Select from {names}.") from None
 
 
 def type_name(tensor: Tensor) -> str:

@@ -11,7 +11,7 @@ initial_c [D, B, H] -> Y [T, D, B, H], Y_h, Y_c [D, B, H]. Order of gates: LSTM 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,33 @@ from fused_rnn import reference
 from fused_rnn._kinds import GRU, LSTM, RNN_IDENTITY, RNN_RELU, RNN_TANH
 from fused_rnn._recipe import Recipe, Rows
 
-_OPERATOR = {LSTM: "LSTM", GRU: "GRU", RNN_TANH: "RNN", RNN_RELU: "RNN", RNN_IDENTITY: "RNN"}
-_GATES = {LSTM: (0, 3, 1, 2), GRU: (1, 0, 2)}  # ONNX's order, by the index in torch's
-_ACTIVATION = {RNN_TANH: "Tanh", RNN_RELU: "Relu", RNN_IDENTITY: "Affine"}
+
+class Operator(NamedTuple):
+    """What computes a cell in ONNX."""
+
+    name: str
+    gates: tuple[int, ...]  # in ONNX's order, by the index in torch's
+    of_direction: dict[str, Any] = {}  # attributes with a value for each direction
+    of_node: dict[str, Any] = {}  # the other attributes
+
+    def in_order(self, weight: Tensor) -> Tensor:
+        """A weight [G*H, .] or bias [G*H] of torch's with its gates in ONNX's order."""
+        blocks = weight.chunk(len(self.gates))
+        return weight if len(blocks) == 1 else torch.cat([blocks[gate] for gate in self.gates])
+
+    def attributes_of(self, directions: int) -> dict[str, Any]:
+        """The attributes of a node, beside its sizes."""
+        return {**self.of_node, **{name: [value] * directions for name, value in self.of_direction.items()}}
+
+
+# By the number of the cell. Affine is activation_alpha * x + activation_beta.
+OPERATORS = {
+    LSTM: Operator("LSTM", (0, 3, 1, 2)),
+    GRU: Operator("GRU", (1, 0, 2), of_node={"linear_before_reset": 1}),
+    RNN_TANH: Operator("RNN", (0,), {"activations": "Tanh"}),
+    RNN_RELU: Operator("RNN", (0,), {"activations": "Relu"}),
+    RNN_IDENTITY: Operator("RNN", (0,), {"activations": "Affine", "activation_alpha": 1.0, "activation_beta": 0.0}),
+}
 
 
 def exporting() -> bool:
@@ -60,7 +84,7 @@ def rnn(
         raise NotImplementedError("torch.onnx.export: an input of ids has no counterpart in ONNX; export with one-hot rows")
     num_layers, directions = recipe.num_layers, recipe.directions
     per_direction = len(weights) // (num_layers * directions)
-    in_one_node = recipe.cell in _OPERATOR and per_direction % 2 == 0 and rows.resets is None
+    in_one_node = recipe.cell in OPERATORS and per_direction % 2 == 0 and rows.resets is None
     y = input.transpose(0, 1) if recipe.batch_first else input
     if rows.resets is not None and recipe.batch_first:
         rows = rows._replace(resets=rows.resets.transpose(0, 1))
@@ -83,27 +107,18 @@ def _node(
     x: Tensor, states: list[Tensor], groups: list[list[Tensor]], rows: Rows, recipe: Recipe
 ) -> tuple[Tensor, list[Tensor]]:
     """A layer as one node: x [T, B, I] -> y [T, B, D*H], last states [D, B, H]."""
-    cell, lengths, count = recipe.cell, rows.lengths, recipe.kind.states
+    operator, lengths, count = OPERATORS[recipe.cell], rows.lengths, recipe.kind.states
     (steps, batch), directions, hidden = x.shape[:2], len(groups), groups[0][1].shape[1]
-
-    def in_order(weight: Tensor) -> Tensor:
-        order = _GATES.get(cell)
-        return weight if order is None else torch.cat([weight[g * hidden : (g + 1) * hidden] for g in order])
-
+    in_order = operator.in_order
     w, r = (torch.stack([in_order(group[i]) for group in groups]) for i in range(2))
     biases = None
     if len(groups[0]) == 4:
         biases = torch.stack([torch.cat([in_order(group[2]), in_order(group[3])]) for group in groups])
     attributes: dict[str, Any] = {"hidden_size": hidden, "direction": "bidirectional" if directions == 2 else "forward"}
-    if cell == GRU:
-        attributes["linear_before_reset"] = 1
-    elif cell != LSTM:
-        attributes["activations"] = [_ACTIVATION[cell]] * directions
-    if cell == RNN_IDENTITY:  # Affine: alpha * x + beta
-        attributes |= {"activation_alpha": [1.0] * directions, "activation_beta": [0.0] * directions}
+    attributes |= operator.attributes_of(directions)
     state = [directions, batch, hidden]
     outputs = torch.onnx.ops.symbolic_multi_out(
-        _OPERATOR[cell],
+        operator.name,
         [x, w, r, biases, None if lengths is None else lengths.to(torch.int32), *(states if states else [None] * count)],
         attributes,
         dtypes=[x.dtype] * (1 + count),

@@ -18,6 +18,7 @@ from fused_rnn._kinds import Kind
 from fused_rnn._recipe import StepOptions
 
 VARIANTS = ("state", "candidate")
+FIELD = "_regularisation"  # of a module's __dict__, where it has options; csrc/torch/module_call.cpp looks there too
 
 
 class Sizes(NamedTuple):
@@ -103,7 +104,7 @@ class Target(NamedTuple):
     @property
     def has_candidate(self) -> bool:
         """Cells with gates have one, LSTM's g and GRU's n."""
-        return self.cell.gates > 1
+        return self.cell.has_gates
 
     @property
     def has_forget_gate(self) -> bool:
@@ -191,6 +192,12 @@ def checked(options: dict[str, Any], target: Target) -> Regularisation | None:
 # --- in a module ---
 
 
+def options_of(module: Any) -> Regularisation | None:
+    """The options of a module; None where it has none of them, or cannot have any."""
+    options: Regularisation | None = module.__dict__.get(FIELD)
+    return options
+
+
 class _Option:
     """An option of a module as its attribute: reading gives the value, assigning checks it."""
 
@@ -200,19 +207,43 @@ class _Option:
     def __get__(self, module: Any, owner: type | None = None) -> Any:
         if module is None:
             return self
-        value = getattr(module.__dict__.get("_regularisation") or Regularisation(), self.name)
+        value = getattr(options_of(module) or Regularisation(), self.name)
         return (value or 0.0) if self.name == "zoneout" else value
 
     def __set__(self, module: Any, value: Any) -> None:
-        now = module.__dict__.get("_regularisation") or Regularisation()
+        now = options_of(module) or Regularisation()
         module._regularise({**now._asdict(), "zoneout": now.zoneout or 0.0, self.name: value})
 
 
 class Regularised:
-    """A module with the options. Without any it has no ``_regularisation`` in its __dict__: module_call.cpp looks there."""
+    """A module with the options, which its constructor takes by keyword alone."""
 
     zoneout, recurrent_dropout, recurrent_dropout_variant = _Option(), _Option(), _Option()
     weight_dropout, state_clip, forget_bias = _Option(), _Option(), _Option()
+
+    def __init__(
+        self,
+        *args: Any,
+        zoneout: float | tuple[float, ...] = 0.0,
+        recurrent_dropout: float = 0.0,
+        recurrent_dropout_variant: str = "state",
+        weight_dropout: float = 0.0,
+        state_clip: float | None = None,
+        forget_bias: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._regularise(
+            {
+                "zoneout": zoneout,
+                "recurrent_dropout": recurrent_dropout,
+                "recurrent_dropout_variant": recurrent_dropout_variant,
+                "weight_dropout": weight_dropout,
+                "state_clip": state_clip,
+                "forget_bias": forget_bias,
+            }
+        )
+        self._set_forget_bias()
 
     def _target_of_options(self) -> Target:
         raise NotImplementedError
@@ -221,13 +252,13 @@ class Regularised:
         """Checks the options and keeps them."""
         found = checked(options, self._target_of_options())
         if found is None:
-            self.__dict__.pop("_regularisation", None)
+            self.__dict__.pop(FIELD, None)
         else:
-            self.__dict__["_regularisation"] = found
+            self.__dict__[FIELD] = found
 
     def _set_forget_bias(self) -> None:
         """The forget gate's part of b_ih becomes forget_bias, that of b_hh 0, so that their sum is forget_bias."""
-        of: Regularisation | None = self.__dict__.get("_regularisation")
+        of = options_of(self)
         if of is None or of.forget_bias is None:
             return
         hidden = self.__dict__["hidden_size"]
@@ -242,6 +273,6 @@ class Regularised:
         self._set_forget_bias()
 
     def extra_repr(self) -> str:
-        of: Regularisation | None = self.__dict__.get("_regularisation")
+        of = options_of(self)
         shown: str = super().extra_repr()  # type: ignore[misc]
         return shown if of is None else shown + of.shown()

@@ -15,6 +15,9 @@ from fused_rnn._build import load_extension
 # The package works without its extension, on the reference; import_error then says why it is not there.
 extension, import_error = load_extension()
 
+# The GPU's kernel families (csrc/plan/family.h), in the order of their numbers. Without the extension there are none.
+FAMILIES: tuple[str, ...] = () if extension is None else tuple(extension.families)
+
 _NATIVE = ("FUSED_RNN_CPU", "FUSED_RNN_WEIGHT_CACHE", "FUSED_RNN_PLAN", "FUSED_RNN_OVERLAP")
 # Those that only Python reads, with their values; None: any text.
 _PYTHON: dict[str, tuple[str, ...] | None] = {"FUSED_RNN_TUNE": ("", "off", "use", "first"), "FUSED_RNN_TUNE_FILE": None}

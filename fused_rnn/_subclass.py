@@ -17,7 +17,7 @@ from torch import nn
 
 from fused_rnn import cells, modules
 from fused_rnn._quick_call import QuickCall
-from fused_rnn._regularisation import Regularisation, Regularised
+from fused_rnn._regularisation import FIELD, Regularisation, Regularised
 
 FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNN: modules.RNN,
@@ -38,7 +38,7 @@ _OURS = {
     for name in vars(ours)
     if name.startswith("_") and not name.startswith("__")
 } - {"_apply", "_abc_impl"}
-_OURS |= {"_regularisation", *Regularisation._fields}
+_OURS |= {FIELD, *Regularisation._fields}
 _PICKLING = {"__reduce__", "__reduce_ex__"}
 _ORIGINAL = "_fused_rnn_original"  # in a derived class: theirs
 

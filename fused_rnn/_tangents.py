@@ -35,7 +35,6 @@ class Call(NamedTuple):
 
 
 DEVICES = ("cpu", "cuda")  # whose kernels give c after every step
-CELLS = (RNN_TANH, RNN_RELU, RNN_IDENTITY, LSTM, GRU)  # those whose derivatives are below
 SERVED = (
     "expected an RNN, LSTM or GRU in float32 or float64 on a CPU or a GPU, no lengths, packed rows, projection, reset "
     "states, all states, nor zoneout, recurrent_dropout or state_clip"
@@ -46,7 +45,7 @@ def serves(x: Tensor, per_direction: int, rows: Rows, recipe: Recipe) -> bool:
     """Whether this file has the tangents of such a layer. per_direction: number of parameters of one direction."""
     projected = per_direction > 2 * (1 + recipe.has_biases)
     plain = rows.lengths is None and rows.offsets is None and not rows.reset_states and not rows.options.any()
-    plain = plain and not (projected or recipe.all_states) and recipe.cell in CELLS
+    plain = plain and not (projected or recipe.all_states) and recipe.cell in _TANGENTS
     return plain and x.device.type in DEVICES and x.dtype in (torch.float32, torch.float64) and x.numel() > 0
 
 
@@ -128,12 +127,7 @@ class _Direction:
             v_b_ih, v_b_hh = self.v_biases
             of_x = of_x if v_b_ih is None else of_x + v_b_ih
             of_h = of_h if v_b_hh is None else of_h + v_b_hh
-        if self.cell == LSTM:
-            self._lstm_tangents(of_x + of_h)
-        elif self.cell == GRU:
-            self._gru_tangents(of_x, of_h)
-        else:
-            self._rnn_tangents(of_x + of_h)
+        _TANGENTS[self.cell](self, of_x, of_h)
 
     def _steps(self, source: Tensor, step: Callable[[int, Tensor, Tensor], Tensor], h: Tensor) -> Tensor:
         """The tangents of h [T, B, H]; step(t, product [B, G*H], h before) -> h after."""
@@ -144,7 +138,7 @@ class _Direction:
             after.append(h)
         return torch.stack(after)
 
-    def _lstm_tangents(self, source: Tensor) -> None:
+    def lstm_tangents(self, of_x: Tensor, of_h: Tensor) -> None:
         i, f, g, o = self.a
         tanh_c = self.c.tanh()
         # dc / da of i, f, g; dh / da of o
@@ -158,10 +152,10 @@ class _Direction:
             c = torch.addcmul(p_i + p_f + p_g, forget[t], self._kept(c, t))
             return torch.addcmul(p_o, of_c[t], c)
 
-        self.h_dot = self._steps(source, step, self.v_before[0])
+        self.h_dot = self._steps(of_x + of_h, step, self.v_before[0])
         self.last = [self.h_dot[-1], c]
 
-    def _gru_tangents(self, of_x: Tensor, of_h: Tensor) -> None:
+    def gru_tangents(self, of_x: Tensor, of_h: Tensor) -> None:
         r, z, n, hn = self.a
         x_r, x_z, x_n = of_x.chunk(3, -1)
         source = torch.cat([x_r, x_z, torch.zeros_like(x_r)], -1) + of_h
@@ -176,19 +170,30 @@ class _Direction:
         self.h_dot = self._steps(source, step, self.v_before[0])
         self.last = [self.h_dot[-1]]
 
-    def _rnn_tangents(self, source: Tensor) -> None:
-        if self.cell == RNN_TANH:
-            of_a: Maybe = 1 - self.h * self.h
-        else:
-            of_a = (self.h > 0).to(self.h.dtype) if self.cell == RNN_RELU else None
+    def rnn_tangents(self, of_x: Tensor, of_h: Tensor) -> None:
+        of_a = _SLOPES[self.cell](self.h)
         factors = None if of_a is None else of_a.unbind()
         self.h_dot = self._steps(
-            source, lambda t, product, h: product if factors is None else product * factors[t], self.v_before[0]
+            of_x + of_h, lambda t, product, h: product if factors is None else product * factors[t], self.v_before[0]
         )
         self.last = [self.h_dot[-1]]
 
     def y_tangent(self) -> Tensor:
         return self._ordered(self.h_dot)
+
+
+# dh / da of an RNN, by its h; None: 1.
+_SLOPES: dict[int, Callable[[Tensor], Maybe]] = {
+    RNN_TANH: lambda h: 1 - h * h,
+    RNN_RELU: lambda h: (h > 0).to(h.dtype),
+    RNN_IDENTITY: lambda h: None,
+}
+# The cells that have tangents here, and what makes those of their h and c.
+_TANGENTS: dict[int, Callable[[_Direction, Tensor, Tensor], None]] = {
+    LSTM: _Direction.lstm_tangents,
+    GRU: _Direction.gru_tangents,
+    **dict.fromkeys(_SLOPES, _Direction.rnn_tangents),
+}
 
 
 def call_of(given: dict[str, Any], tangents: Sequence[Tensor]) -> Call:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from fused_rnn import _checks, _extras, _ids, _opacus
 from fused_rnn._kinds import GRU, LSTM, NUMBER_OF_NONLINEARITY, kind_of, name_of_class
-from fused_rnn._module_checks import check_layout, check_like, check_parameters, type_name
+from fused_rnn._module_checks import check_layout, check_like, check_nonlinearity, check_parameters, type_name
 from fused_rnn._quick_call import QuickCall, watch
 from fused_rnn._recipe import Recipe, Rows
-from fused_rnn._regularisation import Regularisation, Regularised, Sizes, Target
+from fused_rnn._regularisation import Regularisation, Regularised, Sizes, Target, options_of
 from fused_rnn.functional import autocast_on, run_cell, run_rnn
 from fused_rnn.modules import refuse_scripting
 
@@ -32,28 +32,6 @@ class _Cell(QuickCall, Regularised, nn.RNNCellBase):
     """What the cells share: the options, where the weights come from, the checks, and the call."""
 
     _cell_number: int  # of each class, its number in _kinds.KINDS
-
-    def __init__(
-        self,
-        *args: Any,
-        zoneout: float | tuple[float, ...] = 0.0,
-        recurrent_dropout: float = 0.0,
-        weight_dropout: float = 0.0,
-        state_clip: float | None = None,
-        forget_bias: float | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._regularise(
-            {
-                "zoneout": zoneout,
-                "recurrent_dropout": recurrent_dropout,
-                "weight_dropout": weight_dropout,
-                "state_clip": state_clip,
-                "forget_bias": forget_bias,
-            }
-        )
-        self._set_forget_bias()
 
     def _target_of_options(self) -> Target:
         return Target(type(self).__name__, kind_of(self), bool(self.bias), is_cell=True)
@@ -106,17 +84,23 @@ class _Cell(QuickCall, Regularised, nn.RNNCellBase):
             with _checks.untraced():
                 self._check(shown, states, weights)
         recipe = Recipe(self._cell_number, has_biases=len(weights) == 4)
-        if "_regularisation" in self.__dict__:
-            last = self._regularised(recipe, input, shown, states, weights)
+        options = options_of(self)
+        if options is not None:
+            last = self._regularised(options, recipe, input, shown, states, weights)
         else:
             last = run_cell(recipe, input, states, weights)
         return [state.squeeze(0) for state in last] if unbatched else last
 
     def _regularised(
-        self, recipe: Recipe, input: Tensor, shown: Tensor, states: list[Tensor], weights: list[Tensor]
+        self,
+        of: Regularisation,
+        recipe: Recipe,
+        input: Tensor,
+        shown: Tensor,
+        states: list[Tensor],
+        weights: list[Tensor],
     ) -> list[Tensor]:
         """A step with options: a layer's of one step. shown: what stands for an input of ids."""
-        of: Regularisation = self.__dict__["_regularisation"]
         weights = of.dropped(weights, len(weights), self.training)
         batch, hidden = input.shape[0], self.hidden_size
         options = of.step_options(shown, Sizes(1, batch, batch, hidden, hidden), self.training)
@@ -192,8 +176,7 @@ class RNNCell(_Cell, nn.RNNCell):
         dtype: Any = None,
         **options: Any,
     ) -> None:
-        if nonlinearity not in NUMBER_OF_NONLINEARITY:
-            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh', 'relu' or 'identity'.")
+        check_nonlinearity(nonlinearity)
         super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype, **options)
 
     def forward(

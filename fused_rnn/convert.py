@@ -16,7 +16,9 @@ from torch import nn
 
 from fused_rnn import _opacus, _subclass
 from fused_rnn._checks import DTYPES
+from fused_rnn._kinds import NUMBER_OF_NONLINEARITY, TORCH_NONLINEARITIES
 from fused_rnn._quick_call import QuickCall
+from fused_rnn._regularisation import options_of
 from fused_rnn._subclass import FUSED
 
 __all__ = ["convert", "revert"]
@@ -135,11 +137,12 @@ def _why_not(module: nn.Module, caller: str) -> str | None:
     """Why a module of a class that has a counterpart stays as it is; None if it is to be changed."""
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
-    if getattr(module, "nonlinearity", None) == "identity":
-        return "torch.nn has no nonlinearity 'identity'"
-    if caller == "revert" and "_regularisation" in module.__dict__:
-        options = module.__dict__["_regularisation"].shown().removeprefix(", ")
-        return f"torch.nn has no {options}"
+    nonlinearity = getattr(module, "nonlinearity", None)
+    if nonlinearity in NUMBER_OF_NONLINEARITY and nonlinearity not in TORCH_NONLINEARITIES:
+        return f"torch.nn has no nonlinearity {nonlinearity!r}"
+    options = options_of(module)
+    if caller == "revert" and options is not None:
+        return f"torch.nn has no {options.shown().removeprefix(', ')}"
     dtype = next((p.dtype for p in module.parameters(recurse=False)), None)
     if caller == "convert" and dtype is not None and dtype not in DTYPES:
         return f"no kernels for {dtype}"

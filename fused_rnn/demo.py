@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fused_rnn
+from fused_rnn._kinds import LSTM, TORCH_LAYERS
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CELLS = ("LSTM", "GRU", "RNN")
 HELD_OUT = 0.1  # the last tenth of the text is not trained on
 FIRST_STEPS = 10  # whose losses are compared; later ones drift apart through rounding alone
 PROMPT = "The "
@@ -156,7 +156,7 @@ def generate(model: LanguageModel, characters: str, device: str, length: int, te
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cell", choices=CELLS, type=str.upper, default="LSTM")
+    parser.add_argument("--cell", choices=TORCH_LAYERS, type=str.upper, default="LSTM")
     parser.add_argument("--hidden", type=int, default=256, help="hidden units of a layer (%(default)s)")
     parser.add_argument("--embedding", type=int, default=64, help="size of a character's embedding (%(default)s)")
     parser.add_argument("--layers", type=int, default=2, help="recurrent layers (%(default)s)")
@@ -222,7 +222,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the demo and returns its numbers."""
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.compare = min(options.compare, options.steps)
-    if options.compare and (options.cell, options.device, options.dtype) == ("LSTM", "cpu", "float16"):
+    if options.compare and (TORCH_LAYERS[options.cell], options.device, options.dtype) == (LSTM, "cpu", "float16"):
         print("torch.nn's LSTM cannot train in float16 on a CPU: no comparison")
         options.compare = 0
     corpus = Corpus.from_text(shipped_text(), options.device)

@@ -32,10 +32,10 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_rnn import _checkpoint, _checks, _extras, _ids, _kinds, _onnx, _opacus
 from fused_rnn._extras import Extras
 from fused_rnn._flat_weights import FlatWeights
-from fused_rnn._module_checks import check_layout, check_like, check_parameters
+from fused_rnn._module_checks import check_layout, check_like, check_nonlinearity, check_parameters
 from fused_rnn._quick_call import QuickCall, watch
 from fused_rnn._recipe import Recipe, Rows
-from fused_rnn._regularisation import Regularisation, Regularised, Sizes, Target
+from fused_rnn._regularisation import Regularisation, Regularised, Sizes, Target, options_of
 from fused_rnn.functional import autocast_on, run_rnn
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -59,30 +59,6 @@ class _Layer(QuickCall, Regularised, _checkpoint.Checkpointed, FlatWeights, nn.R
     """What RNN, LSTM and GRU share: the options, and the checks before the call."""
 
     _cell_number: int  # of each class, its number in _kinds.KINDS
-
-    def __init__(
-        self,
-        *args: Any,
-        zoneout: float | tuple[float, ...] = 0.0,
-        recurrent_dropout: float = 0.0,
-        recurrent_dropout_variant: str = "state",
-        weight_dropout: float = 0.0,
-        state_clip: float | None = None,
-        forget_bias: float | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._regularise(
-            {
-                "zoneout": zoneout,
-                "recurrent_dropout": recurrent_dropout,
-                "recurrent_dropout_variant": recurrent_dropout_variant,
-                "weight_dropout": weight_dropout,
-                "state_clip": state_clip,
-                "forget_bias": forget_bias,
-            }
-        )
-        self._set_forget_bias()
 
     def _target_of_options(self) -> Target:
         return Target(type(self).__name__, _kinds.kind_of(self), self.bias, projects=self.proj_size > 0)
@@ -128,17 +104,17 @@ class _Layer(QuickCall, Regularised, _checkpoint.Checkpointed, FlatWeights, nn.R
             fields["dropout"],
         )
         rows = _ALL_ROWS
-        if "_regularisation" in fields:
-            weights, rows = self._regularised(recipe, shown, weights, batch_sizes)
+        options = options_of(self)
+        if options is not None:
+            weights, rows = self._regularised(options, recipe, shown, weights, batch_sizes)
         if extras is None:
             return run_rnn(recipe, input, states, weights, batch_sizes, rows, fields.get("checkpoint", 0))
         return self._run_with(extras, recipe, (input, states, weights), batch_sizes, sorted_indices, rows)
 
     def _regularised(
-        self, recipe: Recipe, input: Tensor, weights: list[Tensor], batch_sizes: Tensor | None
+        self, of: Regularisation, recipe: Recipe, input: Tensor, weights: list[Tensor], batch_sizes: Tensor | None
     ) -> tuple[list[Tensor], Rows]:
         """The weights, and what modifies the steps, of a call with options."""
-        of: Regularisation = self.__dict__["_regularisation"]
         groups = recipe.num_layers * recipe.directions
         if batch_sizes is None:
             steps, batch = input.shape[int(recipe.batch_first)], input.shape[1 - int(recipe.batch_first)]
@@ -318,7 +294,16 @@ class LSTM(_Layer, nn.LSTM):
 
     _cell_number = _kinds.LSTM
 
-    def forward(self, input, hx=None, *, lengths=None, resets=None, reset_state=None, return_all_states=False):  # type: ignore[no-untyped-def]
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Any = None,
+        resets: Tensor | None = None,
+        reset_state: tuple[Tensor, Tensor] | None = None,
+        return_all_states: bool = False,
+    ) -> Any:
         """input [T, B, I] ([B, T, I] with batch_first; [T, I]; PackedSequence), hx (h0 [L*D, B, P], c0 [L*D, B, H]) or None
         -> output [T, B, D*P] in the input's form, (h_n [L*D, B, P], c_n [L*D, B, H]).
 
@@ -360,7 +345,16 @@ class GRU(_Layer, nn.GRU):
 
     _cell_number = _kinds.GRU
 
-    def forward(self, input, hx=None, *, lengths=None, resets=None, reset_state=None, return_all_states=False):  # type: ignore[no-untyped-def]
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Any = None,
+        resets: Tensor | None = None,
+        reset_state: Tensor | None = None,
+        return_all_states: bool = False,
+    ) -> Any:
         """input [T, B, I] ([B, T, I] with batch_first; [T, I]; PackedSequence), hx [L*D, B, H] or None
         -> output [T, B, D*H] in the input's form, h_n [L*D, B, H].
 
@@ -384,19 +378,29 @@ class RNN(_Layer, nn.RNN):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         nonlinearity = args[3] if len(args) > 3 else kwargs.get("nonlinearity", "tanh")
-        if nonlinearity not in _kinds.NUMBER_OF_NONLINEARITY and "proj_size" not in kwargs:
-            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh', 'relu' or 'identity'.")
-        if nonlinearity == "identity":  # torch.nn.RNN knows two: build as tanh, which has the same parameters
+        if "proj_size" not in kwargs:  # of which torch.nn complains first
+            check_nonlinearity(nonlinearity)
+        number = _kinds.NUMBER_OF_NONLINEARITY.get(nonlinearity)
+        mode = None if number is None or nonlinearity in _kinds.TORCH_NONLINEARITIES else _kinds.KINDS[number].mode
+        if mode is not None:  # torch.nn.RNN knows two: build as tanh, which has the same parameters
             if len(args) > 3:
                 args = (*args[:3], "tanh", *args[4:])
             else:
                 kwargs["nonlinearity"] = "tanh"
         super().__init__(*args, **kwargs)
-        if nonlinearity == "identity":
-            self.nonlinearity = nonlinearity
-            self.mode = "RNN_IDENTITY"
+        if mode is not None:
+            self.nonlinearity, self.mode = nonlinearity, mode
 
-    def forward(self, input, hx=None, *, lengths=None, resets=None, reset_state=None, return_all_states=False):  # type: ignore[no-untyped-def]
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Any = None,
+        resets: Tensor | None = None,
+        reset_state: Tensor | None = None,
+        return_all_states: bool = False,
+    ) -> Any:
         """input [T, B, I] ([B, T, I] with batch_first; [T, I]; PackedSequence), hx [L*D, B, H] or None
         -> output [T, B, D*H] in the input's form, h_n [L*D, B, H].
 

@@ -11,6 +11,7 @@ import torch
 
 from fused_rnn import demo
 from fused_rnn.__main__ import main, parser
+from fused_rnn._kinds import TORCH_LAYERS
 
 SMALL = ["--hidden", "24", "--embedding", "8", "--batch", "8", "--window", "16", "--sample", "20", "--device", "cpu"]
 
@@ -43,7 +44,7 @@ def test_windows_reject_a_short_text() -> None:
         next(demo.windows(torch.arange(10), batch=4, steps=5))
 
 
-@pytest.mark.parametrize("cell", demo.CELLS)
+@pytest.mark.parametrize("cell", TORCH_LAYERS)
 def test_cells_train_and_agree_with_torch(cell: str, capsys: pytest.CaptureFixture[str]) -> None:
     results = run(*SMALL, "--cell", cell.lower(), "--steps", "12", "--compare", "12", "--learning-rate", "0.02")
     assert len(results["losses"]) == 12

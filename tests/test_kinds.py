@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -13,14 +14,66 @@ import torch
 from torch import nn
 
 import fused_rnn
-from fused_rnn import _backend, _kinds, _recipe, cells, modules, reference
+from fused_rnn import _backend, _kinds, _onnx, _recipe, _settings, _tangents, cells, modules, reference
 from fused_rnn._kinds import KINDS, Kind
+from fused_rnn.tuning import here
 
 
 @pytest.mark.skipif(_backend.extension is None, reason="needs the compiled extension")
 def test_the_lists_are_equal() -> None:
     ours = [(kind.name, kind.gates, kind.slots, kind.saved, kind.has_c, kind.reads_h, kind.may_project) for kind in KINDS]
     assert ours == _backend.extension.cells()
+
+
+@pytest.mark.skipif(_backend.extension is None, reason="needs the compiled extension")
+def test_what_has_gates() -> None:
+    """The op takes factors of a candidate for the cells for which the constructors do."""
+    for number, kind in enumerate(KINDS):
+        rows = _recipe.Rows(options=_recipe.StepOptions(candidate=torch.ones(1, 2, 4)))
+        params = [torch.zeros(kind.gates * 4, 3), torch.zeros(kind.gates * 4, 4)]
+        packed = recipe_of(number).packed | rows.bits
+        taken = True
+        try:
+            torch.ops.fused_rnn.layer(torch.zeros(5, 2, 3), [], params, rows.given(), packed, False)
+        except ValueError as error:
+            assert "candidate: expected none for a cell without gates" in str(error)
+            taken = False
+        assert taken == kind.has_gates, kind.name
+
+
+def recipe_of(number: int) -> _recipe.Recipe:
+    return _recipe.Recipe(number, has_biases=False)
+
+
+@pytest.mark.skipif(_backend.extension is None, reason="needs the compiled extension")
+def test_families_are_the_planners() -> None:
+    """The names of the GPU's families stand in csrc/plan/family.h alone."""
+    assert list(here.FAMILIES) == list(_settings.FAMILIES) == _backend.extension.families
+
+
+def test_what_has_tangents_and_an_operator_of_onnx() -> None:
+    of_torch = {number for number, kind in enumerate(KINDS) if kind.mode in _kinds.TORCH_LAYERS or kind.nonlinearity}
+    assert set(_onnx.OPERATORS) == of_torch
+    for number, operator in _onnx.OPERATORS.items():
+        assert sorted(operator.gates) == list(range(KINDS[number].gates))
+    x = torch.zeros(5, 2, 3)
+    assert {n for n in range(len(KINDS)) if _tangents.serves(x, 2, _recipe.Rows(), recipe_of(n))} == of_torch
+
+
+def test_no_name_of_a_cell_is_compared() -> None:
+    """Outside of _kinds.py the package asks for a kind's properties, or for the numbers that _kinds.py names."""
+    package = Path(__file__).parent.parent / "fused_rnn"
+    names = {name for kind in KINDS for name in (kind.name, kind.mode, kind.nonlinearity) if name} | {"RNN"}
+    found = [
+        f"{path.relative_to(package)}:{node.lineno}: {part.value}"
+        for path in sorted(package.rglob("*.py"))
+        if path.name not in ("_kinds.py", "_keras_cells.py") and path.parent.name != "zoo"  # activations in general
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Compare)
+        for part in ast.walk(node)
+        if isinstance(part, ast.Constant) and part.value in names
+    ]
+    assert found == []
 
 
 def test_modes_are_torchs() -> None:

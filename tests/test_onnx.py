@@ -137,7 +137,7 @@ def test_projection_is_a_loop_of_any_length(bidirectional: bool, tmp_path: Path)
 
 
 def test_a_cell_that_onnx_lacks_is_a_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(_onnx._OPERATOR, GRU)
+    monkeypatch.delitem(_onnx.OPERATORS, GRU)
     model = fused_rnn.GRU(4, 6)
     session, operators = export(model, (torch.randn(5, 3, 4),), ({0: Dim("T"), 1: Dim("B")},), tmp_path / "m.onnx")
     assert operators["Scan"] == 1 and operators["GRU"] == 0

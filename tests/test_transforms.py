@@ -56,7 +56,8 @@ def call(kind: str, x: Tensor, weights: list[Tensor], hx: Any = None, **options:
 
 def loss_of(kind: str, **options: Any) -> Callable[..., Tensor]:
     def loss(weights: list[Tensor], x: Tensor, hx: Any = None) -> Tensor:
-        return sum((i + 1) * y.tanh().square().sum() for i, y in enumerate(call(kind, x, weights, hx, **options)))  # type: ignore[return-value]
+        results = call(kind, x, weights, hx, **options)
+        return torch.stack([(i + 1) * y.tanh().square().sum() for i, y in enumerate(results)]).sum()
 
     return loss
 
@@ -118,7 +119,8 @@ def test_per_sample_gradients_of_reset_states(kind: str, each: bool) -> None:
     state = states_of(kind, batch=2 if each else 1)
 
     def loss(weights: list[Tensor], state: Any, x: Tensor, resets: Tensor) -> Tensor:
-        return sum(y.tanh().square().sum() for y in call(kind, x, weights, resets=resets, reset_state=state))  # type: ignore[return-value]
+        results = call(kind, x, weights, resets=resets, reset_state=state)
+        return torch.stack([y.tanh().square().sum() for y in results]).sum()
 
     gradient = torch.func.grad(loss, (0, 1))
     found = torch.func.vmap(gradient, (None, None, 0, 0))(weights, state, x, resets)
@@ -425,7 +427,8 @@ def test_penalties_of_many_rows(kind: str, steps: int) -> None:
             y = module(x)[0]
             leaves = [x, *module.parameters()]
             grads = torch.autograd.grad(y.sin().sum(), leaves, create_graph=True)
-            return list(torch.autograd.grad(sum(g.cos().sum() for g in grads) + y.square().sum(), leaves))  # type: ignore[arg-type]
+            loss = torch.stack([g.cos().sum() for g in grads]).sum() + y.square().sum()
+            return list(torch.autograd.grad(loss, leaves))
 
     close(run("cpu"), run("reference"))
 

@@ -272,7 +272,7 @@ void check_options(const Call& call, const LayerShapes& s) {
   check_zoneout("zoneout of c", o.zoneout_c, {s.D, s.N, s.H}, call);
   TORCH_CHECK_VALUE(!(s.projection && (o.zoneout_h || o.zoneout_c)), "zoneout: expected none with a projection");
   TORCH_CHECK_VALUE(traits.has_c || !o.zoneout_c, "zoneout of c: expected none for a cell without c");
-  TORCH_CHECK_VALUE(traits.saved > 0 || !o.candidate, "candidate: expected none for a cell without gates");
+  TORCH_CHECK_VALUE(traits.gates > 1 || !o.candidate, "candidate: expected none for a cell without gates");
   check_optional("product", o.product, {s.D, s.B, s.P}, call.x, call.like().scalar_type());
   check_optional("candidate", o.candidate, {s.D, s.B, s.H}, call.x, call.like().scalar_type());
   if (!o.clip) return;

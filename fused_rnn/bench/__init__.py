@@ -34,11 +34,12 @@ import torch
 
 import fused_rnn
 from fused_rnn._backend import has_cpu_kernels
+from fused_rnn._settings import FAMILIES
 from fused_rnn.bench.cases import CELLS, DTYPES, LOOPED, MODES, PRESETS, BenchCase, cpu_cases, gpu_cases, thinned
 from fused_rnn.bench.cpu_floor import CpuRates, cpu_floor_us_per_step
 from fused_rnn.bench.floor import floor_us_per_step
 from fused_rnn.bench.memory import Prober
-from fused_rnn.bench.sides import BASELINES, FAMILIES, CannotServe, explained, make_sides, missing
+from fused_rnn.bench.sides import BASELINES, CannotServe, explained, make_sides, missing
 from fused_rnn.bench.timing import driver, measure, peak_bytes_cuda, summary
 from fused_rnn.explanation import PassPlan
 

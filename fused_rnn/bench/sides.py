@@ -15,12 +15,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 import fused_rnn
 from fused_rnn import _settings
+from fused_rnn._kinds import LSTM, number_of_torch_layer
+from fused_rnn._onnx import OPERATORS
 from fused_rnn.bench.cases import BenchCase
 from fused_rnn.explanation import Explanation
 
 OURS = "fused_rnn"
 BASELINES = {"cuda": ("torch.nn", "step", "flashrnn"), "cpu": ("torch.nn", "onnxruntime", "openvino")}
-FAMILIES = ("single", "step", "grid", "cluster", "block", "cudnn")
 _NEEDS = {"flashrnn": ("flashrnn",), "onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
 _ONNX_TOLERANCE = 1e-3  # of outputs below 1 in size, fp32: a wrong gate order is off by tenths
 
@@ -147,7 +148,13 @@ def flashrnn_run(
     case: BenchCase, theirs: torch.nn.Module, inputs: list[Any], backend: str = "cuda_fused"
 ) -> Callable[[], None]:
     """An LSTM of flashrnn with torch.nn's weights: the input product by torch.matmul, then its kernel."""
-    if case.cell != "LSTM" or case.layers > 1 or case.bidirectional or case.lengths == "ragged":
+    if (
+        number_of_torch_layer(case.cell) != LSTM
+        or case.loops
+        or case.layers > 1
+        or case.bidirectional
+        or case.lengths == "ragged"
+    ):
         raise CannotServe("only one dense LSTM layer in one direction")
     if (package := missing("flashrnn")) is not None:
         raise CannotServe(f"{package} is not installed")
@@ -180,15 +187,12 @@ def flashrnn_run(
 
 # --- onnxruntime and OpenVINO: inference of an ONNX model on a CPU ---
 
-# torch.nn's gates in ONNX's order (LSTM i o f c, GRU z r h).
-_ONNX_GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
-
 
 def onnx_model(case: BenchCase, module: torch.nn.Module) -> bytes:
     """The module as an ONNX model x [T, B, I] -> y [T, B, D*H], with the standard's own recurrent operators."""
     from onnx import TensorProto, helper, numpy_helper
 
-    order, directions = _ONNX_GATES[case.cell], case.directions
+    operator, directions = OPERATORS[number_of_torch_layer(case.cell)], case.directions
     nodes, weights, name = [], [], "x"
     parameters = dict(module.named_parameters())
     squeeze = numpy_helper.from_array(torch.tensor([0, 0, -1]).numpy(), "merged")
@@ -197,17 +201,16 @@ def onnx_model(case: BenchCase, module: torch.nn.Module) -> bytes:
         stacked: dict[str, list[Tensor]] = {"w": [], "r": [], "b": []}
         for suffix in ("", "_reverse")[:directions]:
             parts = [parameters[f"{kind}_l{layer}{suffix}"].detach() for kind in _KINDS]
-            w, r, b_ih, b_hh = (torch.cat([p.chunk(len(order))[gate] for gate in order]) for p in parts)
+            w, r, b_ih, b_hh = (operator.in_order(p) for p in parts)
             stacked["w"].append(w)
             stacked["r"].append(r)
             stacked["b"].append(torch.cat([b_ih, b_hh]))
         for kind, tensors in stacked.items():
             weights.append(numpy_helper.from_array(torch.stack(tensors).numpy(), f"{kind}{layer}"))
         options: dict[str, Any] = {"hidden_size": case.H, "direction": "bidirectional" if directions == 2 else "forward"}
-        if case.cell == "GRU":
-            options["linear_before_reset"] = 1
+        options |= operator.attributes_of(directions)
         inputs = [name, f"w{layer}", f"r{layer}", f"b{layer}"]
-        nodes.append(helper.make_node(case.cell, inputs, [f"all{layer}"], **options))
+        nodes.append(helper.make_node(operator.name, inputs, [f"all{layer}"], **options))
         # [T, D, B, H] -> [T, B, D*H]
         nodes.append(helper.make_node("Transpose", [f"all{layer}"], [f"turned{layer}"], perm=[0, 2, 1, 3]))
         name = f"y{layer}"

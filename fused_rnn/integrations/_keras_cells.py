@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn import functional
+from fused_rnn._kinds import NUMBER_OF_NONLINEARITY
 from fused_rnn._recipe import Recipe, Rows
 from fused_rnn.zoo.activations import Activation
 
@@ -80,7 +81,7 @@ def simple_rnn(cell: Any, device_type: str) -> Run | None:
     params = {"weight_ih": kernel.t(), "weight_hh": recurrent.t()}
     if bias is not None:
         params |= {"bias_ih": bias, "bias_hh": torch.zeros_like(bias)}
-    if activation in ("tanh", "relu", "identity"):
+    if activation in NUMBER_OF_NONLINEARITY:
         function = functools.partial(functional.rnn, nonlinearity=activation)
         return functools.partial(_on_torchs_cell, function, params)
     return _on_a_formula("RNN", (activation,), params, device_type)

@@ -91,7 +91,7 @@ def error_of(case: Case, device: str) -> float:
 
     rows, scale = case.kind.gates * case.H, case.H**-0.5
     weights = [uniform(rows, width) * scale for width in (case.I, case.H)] + [uniform(rows) * scale for _ in range(2)]
-    if case.kind.nonlinearity == "relu":  # its derivative jumps at 0: biases keep the arguments away from there
+    if case.kind.jumps:  # at 0: biases keep the arguments away from there
         weights = [*(w / 4 for w in weights[:2]), *(2 * b.sign() for b in weights[2:3]), weights[3]]
     tensors = [uniform(case.T, case.B, case.I), *weights]
     tensors += [uniform(1, case.B, case.H) for _ in range(1 + case.kind.has_c)]

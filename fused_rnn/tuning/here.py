@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from fused_rnn import _settings
+from fused_rnn._settings import FAMILIES
 from fused_rnn.tuning.record import Record, Scope, cache_folder, default_path
 from fused_rnn.tuning.verification import Verifier
-
-FAMILIES = ("cudnn", "single", "step", "grid", "cluster", "block")
 
 
 def record_of(index: int) -> Record:

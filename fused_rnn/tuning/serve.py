@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn import _settings, reference
+from fused_rnn._kinds import KIND_OF_NAME
 from fused_rnn._recipe import ROWS, rows_of, unpacked
 from fused_rnn.tuning import here
 from fused_rnn.tuning.choice import EXACT, Circumstances, Offer, Problem, Tuner, Turn
@@ -360,7 +361,7 @@ def _error(actual: Tensor, expected: Tensor, cell: str) -> Tensor:
     wide = torch.float64 if expected.dtype == torch.float64 else torch.float32
     difference = torch.where(finite, actual.to(wide) - expected.to(wide), 0)
     size = torch.where(finite, expected.to(wide), 0)
-    order = 2 if cell == "rnn_relu" else math.inf
+    order = 2 if KIND_OF_NAME[cell].jumps else math.inf
     least = torch.finfo(expected.dtype).tiny
     if expected.numel() == 0:
         return difference.new_zeros((), dtype=torch.float64)
