@@ -197,7 +197,7 @@ STEPS: dict[str, tuple[Edit, ...]] = {
     ),
     "4: functional.py, modules.py, cells.py": (
         Edit("fused_rnn/functional.py", "", FUNCTION),
-        Edit("fused_rnn/functional.py", "from fused_rnn import _checks,", " _kinds,"),
+        Edit("fused_rnn/functional.py", "from fused_rnn import _checkpoint, _checks,", " _kinds,"),
         Edit("fused_rnn/modules.py", "", LAYER),
         Edit("fused_rnn/cells.py", "", CELL),
         Edit("fused_rnn/cells.py", "from fused_rnn._kinds import GRU, LSTM,", " NUMBER_OF_MODE,"),
