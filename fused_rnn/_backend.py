@@ -159,8 +159,8 @@ def why_not(backend: str, demand: Demand) -> Reason | None:
     """None if this backend can serve such a call, else the reason. A call takes the first of BACKENDS that can.
 
     What a backend lacks whatever the cell: a feature that it has not yet is a field of Demand and a line here. What one
-    cell lacks is asked elsewhere: tangents of a layer by _tangents.serves, which makes `transformed` False where the ops have
-    them, and kernels of a formula by formula.serve.why_not, which goes on to ask here.
+    cell lacks is asked elsewhere: tangents of a layer by _tangents.serves, which makes `transformed` False where the ops
+    have them, and kernels of a formula by formula.serve.why_not, which goes on to ask here.
     """
     device_type, dtype, _, transformed, features = demand
     if backend == "reference":
