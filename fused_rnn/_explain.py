@@ -222,10 +222,13 @@ def _unverified(module: nn.Module, call: _Call, sizes: Sequence[Mapping[str, int
 
 
 def _cudnn_serves(module: nn.Module, call: _Call, sizes: Sequence[Mapping[str, int]]) -> bool:
-    """As cudnn_lacks in csrc/torch/cudnn_cuda.cpp has it, of what a module and its input tell."""
-    if not isinstance(module, nn.RNNBase) or torch.are_deterministic_algorithms_enabled():
-        return False
-    return torch.backends.cudnn.enabled and _serves("cudnn", call, sizes)
+    """What csrc/plan/cudnn.h says of what a module and its input tell; the rest of a call is taken to lack nothing."""
+    lacking = planner().cudnn_lacks(
+        cell=call.kind.name, T=sizes[0]["T"], enabled=torch.backends.cudnn.enabled, modified=call.modified,
+        deterministic=torch.are_deterministic_algorithms_enabled(), one_step=not isinstance(module, nn.RNNBase),
+        empty=not sizes[0]["I"],
+    )  # fmt: skip
+    return not lacking and _serves("cudnn", call, sizes)
 
 
 def _serves(family: str, call: _Call, sizes: Sequence[Mapping[str, int]]) -> bool:

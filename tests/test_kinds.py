@@ -124,14 +124,16 @@ def test_torchs_layers() -> None:
 
 
 def test_no_switch_names_cells() -> None:
-    """A switch is made of the list: one that names cells would stop the compiler at each new cell."""
+    """A switch is made of the list: one that names cells would stop the compiler at each new cell. A comparison with one
+    cell is an answer that a new cell gets by chance; what is so of a cell stands in cells.h or in a table of cells."""
     root = Path(__file__).parent.parent / "csrc"
     named = [
         f"{file.relative_to(root)}: {line.strip()}"
         for file in sorted(root.rglob("*"))
         if file.is_file()
         for line in file.read_text().splitlines()
-        if re.search(r"\bcase CellKind::k[A-Z]", line)
+        if re.search(r"\bcase CellKind::k[A-Z]|[=!]= CellKind::k[A-Z]|CellKind::k[A-Z]\w* [=!]=", line)
+        and file != root / "core" / "cells.h"  # the RNNs, which are one class
     ]
     assert named == []
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fused_rnn import _settings
 from fused_rnn._explain import DEVICES
+from fused_rnn._kinds import KINDS, Kind
 
 if _settings.extension is None:
     pytest.skip("needs the extension, which plans", allow_module_level=True)
@@ -16,6 +18,15 @@ if _settings.extension is None:
 def plan(device: str = "H100", **changed: Any) -> dict[str, Any]:
     sizes = {"cell": "lstm", "dtype": "float16", "T": 100, "B": 16, "I": 256, "H": 256, "forced": "cudnn", **changed}
     result: dict[str, Any] = _settings.extension.plan(device=DEVICES[device], **sizes)  # type: ignore[union-attr]
+    return result
+
+
+def lacks(**changed: Any) -> str:
+    call = {
+        "cell": "lstm", "T": 100, "enabled": True, "deterministic": False, "one_step": False, "modified": False,
+        "empty": False, **changed,
+    }  # fmt: skip
+    result: str = _settings.extension.cudnn_lacks(**call)  # type: ignore[union-attr]
     return result
 
 
@@ -59,6 +70,7 @@ def test_algorithm(changed: dict[str, Any], algorithm: str) -> None:
     [
         ({"cell": "rnn_identity"}, "cudnn has no cell rnn_identity"),
         ({"T": 65536}, "cudnn makes 65535 steps at most"),
+        ({"I": 0}, "cudnn takes no empty input"),
     ],
     ids=str,
 )
@@ -66,6 +78,47 @@ def test_what_it_lacks(changed: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=f"kernel family cudnn cannot serve this layer: {reason}"):
         plan(**changed)
     assert plan(forced=None, preferred="cudnn", **changed)["family"] == "step", "where it can"
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.mode)
+def test_cells(kind: Kind) -> None:
+    """Every cell that torch.nn runs by cuDNN, and no other: planned, called and explained alike."""
+    lacking = "" if kind.mode in ("LSTM", "GRU", "RNN_TANH", "RNN_RELU") else f"has no cell {kind.name}"
+    assert lacks(cell=kind.name) == lacking
+    assert plan(forced=None, preferred="cudnn", cell=kind.name)["rejected"].get("cudnn") == (lacking or None)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, ""),
+        ({"T": 65535}, ""),
+        ({"T": 65536}, "makes 65535 steps at most"),
+        ({"enabled": False}, "is not there, or torch.backends.cudnn.enabled is False"),
+        ({"deterministic": True}, "is not bitwise repeatable"),
+        ({"one_step": True}, "makes no single steps"),
+        ({"modified": True}, "has no kernels with zoneout"),
+        ({"empty": True}, "takes no empty input"),
+    ],
+    ids=str,
+)
+def test_what_a_call_may_lack(changed: dict[str, Any], reason: str) -> None:
+    assert lacks(**changed).startswith(reason) and bool(lacks(**changed)) == bool(reason)
+
+
+def test_the_conditions_stand_once() -> None:
+    """csrc/plan/cudnn.cpp has them; what serves calls and what explains them ask there."""
+    root = Path(__file__).parent.parent
+    for file in (
+        "csrc/torch/cudnn_cuda.cpp",
+        "csrc/torch/choice_cuda.cpp",
+        "csrc/torch/stack_cuda.cpp",
+        "fused_rnn/_explain.py",
+    ):
+        text = (root / file).read_text()
+        assert "65535" not in text and "has no cell" not in text and "CellKind::k" not in text, file
+    assert "return cudnn_lacks(call);" in (root / "csrc/torch/cudnn_cuda.cpp").read_text()
+    assert "planner().cudnn_lacks(" in (root / "fused_rnn/_explain.py").read_text()
 
 
 def test_preferred_family() -> None:

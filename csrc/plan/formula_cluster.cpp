@@ -19,14 +19,6 @@ constexpr int kRows = cuda::kFormulaClusterRows, kAtom = cuda::kFormulaClusterAt
 constexpr int kWarps = cuda::kFormulaClusterThreads / 32;
 constexpr int kMostSplits = 8;
 
-// What is not measured, like all of machine.h: clocks of a warp for a chunk of K of 16 weight rows, by the dependent
-// instructions of one product (a load from shared memory, mma.sync or multiply-adds); a norm's sums of a row by shuffles; a
-// further pass over the elements with its barrier; a further element of a thread in a pass.
-constexpr double kTensorChunkClocks = 45, kPlainChunkClocks = 90;
-constexpr double kNormUs = 0.18, kPassUs = 0.2, kElementUs = 0.08;
-// Of an exchange, beside kClusterHandOffUs: the barrier between the own part and its pushes; bytes that reach a block.
-constexpr double kGatherUs = 0.1, kClusterBytesPerClock = 32;
-
 // The phases of a level: products and norms.
 struct Level {
   int products, norms;
@@ -174,7 +166,7 @@ double product_us(int tasks, int splits, int chunks, MathKind math, const Device
   const double adds = double(tasks) * chunks * kAtom * kRows * cuda::chunk_size(math);
   const bool tensor = cuda::traits_of(math).tensor_cores && (math != MathKind::kBf16 || device.compiled_for >= 80);
   const double alone =
-      ceil_div(tasks * splits, kWarps) * ceil_div(chunks, splits) * (tensor ? kTensorChunkClocks : kPlainChunkClocks);
+      ceil_div(tasks * splits, kWarps) * ceil_div(chunks, splits) * (tensor ? kFormulaTensorClocks : kFormulaPlainClocks);
   return std::max({bytes / kSmemBytesPerClock, adds / persistent_math_rate(math, device), alone}) / (kClockGhz * 1e3);
 }
 
@@ -195,11 +187,11 @@ double step_us(const FormulaStepProblem& problem, const DeviceInfo& device, Math
   const FormulaTraits& cell = *problem.cell;
   const int of_block = s.slice / kAtom, chunk = cuda::chunk_size(math), gates = cell.recurrent_gates;
   const bool backward = problem.backward;
-  double us = kStepUs + levels * kPassUs;
-  us += (levels + 1) * kElementUs * double(ceil_div(s.slice * kRows, cuda::kFormulaClusterThreads) - 1);
+  double us = kStepUs + levels * kFormulaPassUs;
+  us += (levels + 1) * kFormulaElementUs * double(ceil_div(s.slice * kRows, cuda::kFormulaClusterThreads) - 1);
   if (s.ranks > 1) {
-    us += s.exchanges * (kClusterHandOffUs + kGatherUs) +
-          exchanged_bytes(problem, math, s, levels) / kClusterBytesPerClock / (kClockGhz * 1e3);
+    us += s.exchanges * (kClusterHandOffUs + kFormulaGatherUs) +
+          exchanged_bytes(problem, math, s, levels) / kFormulaClusterBytesPerClock / (kClockGhz * 1e3);
   }
   if (gates > 0) {
     us += product_us((backward ? 1 : gates) * of_block, s.splits[0], (backward ? gates : 1) * s.head / chunk, math, device);
@@ -207,7 +199,7 @@ double step_us(const FormulaStepProblem& problem, const DeviceInfo& device, Math
   for (int level = 0; level < levels; ++level) {
     const Level found = level_of(cell, backward, level);
     if (found.products > 0) us += product_us(found.products * of_block, s.splits[level + 1], s.units / chunk, math, device);
-    us += found.norms * kNormUs * (backward ? 2 : 1);
+    us += found.norms * kFormulaNormUs * (backward ? 2 : 1);
   }
   return us;
 }

@@ -40,6 +40,23 @@ constexpr double kBlockBackwardInstructions = 100, kBlockBackwardGateInstruction
 constexpr double kBlockForwardClocks = 190, kBlockBackwardClocks = 250;
 constexpr int kSchedulers = 4;  // of an SM: each issues one instruction a clock
 
+// A step of a formula of family `cluster`, by the dependent instructions of one product (a load from shared memory, mma.sync
+// or multiply-adds).
+constexpr double kFormulaTensorClocks = 45, kFormulaPlainClocks = 90;  // of a warp, a chunk of K of 16 weight rows
+constexpr double kFormulaNormUs = 0.18;                                // a norm's sums of a row by shuffles
+constexpr double kFormulaPassUs = 0.2;                                 // a further pass over the elements with its barrier
+constexpr double kFormulaElementUs = 0.08;                             // a further element of a thread in a pass
+// Of an exchange, beside kClusterHandOffUs: the barrier between the own part and its pushes; bytes that reach a block.
+constexpr double kFormulaGatherUs = 0.1, kFormulaClusterBytesPerClock = 32;
+
+// The least that a step of cuDNN's algorithms takes, published for an H100.
+constexpr double kCudnnForwardUs = 7, kCudnnBackwardUs = 10;                          // standard
+constexpr double kCudnnPersistentForwardUs = 1.96, kCudnnPersistentBackwardUs = 3.1;  // persistent
+// Small-H: 0.45 to 2.3 us forward. How it depends on the size is not published; the model takes it to grow with the weights,
+// since these stay on one SM.
+constexpr double kCudnnSmallestUs = 0.45, kCudnnLargestUs = 2.3;
+constexpr double kCudnnSmallBackward = 1.5;  // backward to forward
+
 // Multiply-adds per clock and SM of the step kernels and of matrix products.
 double math_rate(cuda::MathKind math, const DeviceInfo& device);
 // The same of mma.sync with weights in registers, as the persistent kernels issue it.

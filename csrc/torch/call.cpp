@@ -80,6 +80,23 @@ void check_weights(const Call& call, const LayerShapes& s) {
   }
 }
 
+// The sizes of a layer's call, of which x alone is checked.
+LayerShapes check_input(const Call& call) {
+  TORCH_CHECK_VALUE(!call.params.empty(), "params: expected the weights of a layer, got none");
+  dtype_of(call.like());
+  check_memory("input", call.x);
+  return measure(call);
+}
+
+void check_states(const Call& call, at::IntArrayRef h_shape, at::IntArrayRef c_shape) {
+  const size_t states = state_count(call.recipe.cell);
+  TORCH_CHECK_VALUE(call.states.empty() || call.states.size() == states, "states: expected ", states, " (",
+                    states == 2 ? "h0 and c0" : "h0", ") or none, got ", call.states.size());
+  const auto dtype = call.like().scalar_type();
+  if (call.h0()) check_tensor("h0", *call.h0(), h_shape, call.x, dtype);
+  if (call.c0()) check_tensor("c0", *call.c0(), c_shape, call.x, call.has_wide_c() ? at::kFloat : dtype);
+}
+
 constexpr std::array<int64_t, 5> kOptionBits = {kHasZoneoutH, kHasZoneoutC, kHasClip, kHasProduct, kHasCandidate};
 
 // A number, which the host reads.
@@ -282,22 +299,30 @@ void check_options(const Call& call, const LayerShapes& s) {
 }
 
 LayerShapes check_layer(const Call& call) {
-  const Tensor& x = call.x;
-  TORCH_CHECK_VALUE(!call.params.empty(), "params: expected the weights of a layer, got none");
-  dtype_of(call.like());
-  check_memory("input", x);
-  const LayerShapes s = measure(call);
-  const auto dtype = call.like().scalar_type();
-  const size_t states = state_count(call.recipe.cell);
-  TORCH_CHECK_VALUE(call.states.empty() || call.states.size() == states, "states: expected ", states, " (",
-                    states == 2 ? "h0 and c0" : "h0", ") or none, got ", call.states.size());
-  if (call.h0()) check_tensor("h0", *call.h0(), s.state(call, s.P), x, dtype);
-  if (call.c0()) check_tensor("c0", *call.c0(), s.state(call, s.H), x, call.has_wide_c() ? at::kFloat : dtype);
+  const LayerShapes s = check_input(call);
+  check_states(call, s.state(call, s.P), s.state(call, s.H));
   check_rows(call, s);
-  check_reset_states(call, s, at::IntArrayRef(std::array<int64_t, 2>{s.P, s.H}.data(), states));
+  check_reset_states(call, s, at::IntArrayRef(std::array<int64_t, 2>{s.P, s.H}.data(), state_count(call.recipe.cell)));
   check_weights(call, s);
   check_options(call, s);
   return s;
+}
+
+void check_stack(const Call& stack) {
+  const Recipe& recipe = stack.recipe;
+  const int64_t layers = recipe.num_layers, groups = layers * recipe.directions();
+  TORCH_CHECK_VALUE(stack.params.size() % layers == 0, "weights: expected a multiple of num_layers=", layers,
+                    " tensors, got ", stack.params.size());
+  const auto layer = [&](int64_t l) {
+    return Call{stack.x, stack.states, params_of_layer(stack, l), stack.rows, recipe.of_layer()};
+  };
+  LayerShapes s = check_input(layer(0));
+  check_states(stack, {groups, s.B, s.P}, {groups, s.B, s.H});
+  check_rows(stack, s);
+  for (int64_t l = 0; l < layers; ++l) {
+    check_weights(layer(l), s);
+    s.I = s.D * s.P;  // of the layers above
+  }
 }
 
 bool differentiates(const Call& call) {

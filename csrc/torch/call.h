@@ -95,6 +95,8 @@ struct LayerShapes {
 // and memory of every tensor, and the values of offsets on a CPU. On CUDA, where reading them would wait for the device,
 // offsets are cut to [0, N] later; lengths are cut by the kernels.
 LayerShapes check_layer(const Call& call);
+// The same of a whole stack that is [T, B, I] or packed, without reset states and options of steps.
+void check_stack(const Call& stack);
 // Its parts that concern no weights: the number of x's dimensions; T, B and N; lengths, offsets and resets.
 void check_dimensions(const Call& call);
 void measure_rows(const Call& call, LayerShapes& s);

@@ -254,7 +254,7 @@ Results run_chosen(const Call& s, const std::function<Results(const Call&)>& res
   Question q{};
   if (!measure(s, q)) return rest(s);
   q.training = differentiates(s);
-  q.cudnn = !s.one_step && cudnn_lacks(s).empty() && cudnn_fits(s);
+  q.cudnn = cudnn_lacks(s).empty() && cudnn_fits(s);
   q.call = &s;
   Answer answer = ask(s, q);
   if (answer.results) return *std::move(answer.results);

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 
+#include "plan/cudnn.h"
 #include "torch/cudnn_weights_cuda.h"
 #include "torch/device.h"
 #include "torch/version.h"
@@ -20,8 +21,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-constexpr int64_t kMostSteps = 65535;  // of cuDNN's launches
 
 // Rows of each step of a packed input; empty: dense.
 std::vector<int64_t> batch_sizes_of(const Rows& rows) {
@@ -102,33 +101,6 @@ bool fits_packed(const Call& s) {
     rows += sizes[t];
   }
   return rows == s.x.size(0);
-}
-
-// Whether all shapes and dtypes are those of a stack; what does not fit is left to the layers, which say so.
-bool fits(const Call& s) {
-  const bool packed = s.rows.offsets.has_value();
-  const int64_t L = s.recipe.num_layers, D = s.recipe.directions(), groups = L * D;
-  const int64_t per = static_cast<int64_t>(s.params.size()) / groups, plain = s.recipe.has_biases ? 4 : 2;
-  if (s.x.dim() != (packed ? 2 : 3) || static_cast<int64_t>(s.params.size()) != per * groups ||
-      (per != plain && (per != plain + 1 || !traits_of(s.recipe.cell).may_project)) || s.params[1].dim() != 2 ||
-      (packed && !fits_packed(s))) {
-    return false;
-  }
-  const int64_t G = gate_count(s.recipe.cell), H = s.params[1].size(0) / G, P = s.params[1].size(1);
-  if (H < 1 || (per == plain && P != H)) return false;
-  const auto is = [&](const Tensor& t, at::IntArrayRef shape) {
-    return t.sizes() == shape && t.scalar_type() == s.x.scalar_type() && t.device() == s.x.device() && t.has_storage();
-  };
-  for (int64_t group = 0; group < groups; ++group) {
-    const at::TensorList of_group = s.params.slice(group * per, per);
-    if (!is(of_group[0], {G * H, group < D ? s.x.size(-1) : D * P}) || !is(of_group[1], {G * H, P})) return false;
-    for (int64_t i = 2; i < plain; ++i) {
-      if (!is(of_group[i], {G * H})) return false;
-    }
-    if (per > plain && !is(of_group[plain], {P, H})) return false;
-  }
-  const int64_t B = packed ? batch_sizes_of(s.rows)[0] : s.x.size(1);
-  return (!s.h0() || is(*s.h0(), {groups, B, P})) && (!s.c0() || is(*s.c0(), {groups, B, H}));
 }
 
 // The node of a stack. The caller may write into y before backward runs: it is kept as an alias with its version then, and
@@ -242,32 +214,31 @@ Results whole_stack(const Call& s) {
 
 std::string cudnn_lacks(const Call& s) {
   const auto plain = [](const Tensor& t) { return is_on_device(t) && is_plain(t); };
-  if (!has_cudnn()) return "is not there, or torch.backends.cudnn.enabled is False";
-  if (!nothing_intercepts() || !plain(s.x) || !std::all_of(s.states.begin(), s.states.end(), plain) ||
-      !std::all_of(s.params.begin(), s.params.end(), plain)) {
-    return "runs on plain tensors of the device, outside of torch's transforms and modes";
-  }
-  if (at::globalContext().deterministicAlgorithms()) return "is not bitwise repeatable";
-  if (s.recipe.cell == CellKind::kRnnIdentity) return std::string("has no cell ") + traits_of(s.recipe.cell).name;
-  if (s.rows.lengths) return "takes no lengths: ragged input must be packed";
-  if (s.rows.resets) return "has no resets";
   const OptionalTensor& offsets = s.rows.host_offsets;
-  if (s.rows.offsets && !(offsets && offsets->scalar_type() == at::kLong && offsets->is_contiguous() &&
-                          offsets->dim() == 1 && offsets->size(0) >= 2)) {
-    return "needs the offsets of packed rows on the host";
-  }
-  if (s.x.numel() == 0) return "takes no empty input";
-  if (steps_of(s) > kMostSteps) return "makes " + std::to_string(kMostSteps) + " steps at most";
-  for (const Tensor& state : s.states) {
-    if (!state.is_contiguous()) return "needs contiguous states";
-  }
-  if (s.has_wide_c()) return "has no c of another dtype than x";
-  return "";
+  CudnnCall call{s.recipe.cell};
+  call.enabled = has_cudnn();
+  call.plain = nothing_intercepts() && plain(s.x) && std::all_of(s.states.begin(), s.states.end(), plain) &&
+               std::all_of(s.params.begin(), s.params.end(), plain);
+  call.deterministic = at::globalContext().deterministicAlgorithms();
+  call.one_step = s.one_step;
+  call.lengths = s.rows.lengths.has_value();
+  call.resets = s.rows.resets.has_value();
+  call.modified = s.rows.options.any() || !s.rows.reset_states.empty();
+  call.offsets_on_host = !s.rows.offsets || (offsets && offsets->scalar_type() == at::kLong && offsets->is_contiguous() &&
+                                             offsets->dim() == 1 && offsets->size(0) >= 2);
+  if (!call.plain) return cudnn_lacks(call);  // other tensors may not even tell the rest
+  call.empty = s.x.numel() == 0;
+  if (call.offsets_on_host && !call.empty) call.T = steps_of(s);
+  call.contiguous_states =
+      std::all_of(s.states.begin(), s.states.end(), [](const Tensor& state) { return state.is_contiguous(); });
+  call.wide_c = s.has_wide_c();
+  return cudnn_lacks(call);
 }
 
 bool cudnn_fits(const Call& given) {
   const TimeMajor time_major(given);
-  return fits(time_major.call);
+  check_stack(time_major.call);
+  return !given.rows.offsets || fits_packed(given);
 }
 
 Results rnn_by_cudnn(const Call& given) {

@@ -8,7 +8,8 @@ namespace fused_rnn {
 
 // Why cuDNN cannot serve a stack's call, as a clause; empty: it can.
 std::string cudnn_lacks(const Call& stack);
-// Whether all shapes and dtypes of such a call are those of a stack. What does not fit is left to the layers, which say so.
+// Whether the packed rows of such a call lie as cuDNN takes them; else the layers serve it. Raises, as the layers do, unless
+// all shapes, dtypes and memory are those of a stack.
 bool cudnn_fits(const Call& stack);
 
 // fused_rnn::rnn by cuDNN, of a call that it lacks nothing for and that fits. Masks of dropout are drawn as for the other

@@ -12,6 +12,7 @@
 
 #include "cpu/cpu.h"
 #include "cpu/rates.h"
+#include "plan/cudnn.h"
 #include "plan/formula_choice.h"
 #include "plan/machine.h"
 #include "plan/overlap.h"
@@ -301,6 +302,19 @@ py::dict overlap(const py::kwargs& given) {
   return result;
 }
 
+// Of a call whose tensors lack nothing.
+std::string cudnn_lacks_of(const py::kwargs& given) {
+  Keywords k("cudnn_lacks", given);
+  CudnnCall call{parse_cell(k.take<std::string>("cell")), k.take<int64_t>("T")};
+  call.enabled = k.take<bool>("enabled");
+  call.deterministic = k.take<bool>("deterministic");
+  call.one_step = k.take<bool>("one_step");
+  call.modified = k.take<bool>("modified");
+  call.empty = k.take<bool>("empty");
+  k.end();
+  return cudnn_lacks(call);
+}
+
 py::list tasks(int layers, int directions, bool backward, int64_t T, int64_t chunk_steps, int concurrent_layers) {
   py::list result;
   for (const OverlapTask& task : overlap_tasks(layers, directions, backward, T, chunk_steps, concurrent_layers)) {
@@ -402,6 +416,10 @@ void bind_plan(py::module_& module) {
       "formula_plan", &formula_plan,
       "formula_plan(*, traits, dtype, T, B, H, D, heads, backward, device, forced=None): the family, launches and memory "
       "of a formula's layer on a device given by its properties. No GPU is needed.");
+  module.def(
+      "cudnn_lacks", &cudnn_lacks_of,
+      "cudnn_lacks(*, cell, T, enabled, deterministic, one_step, modified, empty): why cuDNN cannot serve the call of "
+      "a stack on a GPU (csrc/plan/cudnn.h), as a clause; '' where it can. No GPU is needed.");
   module.def("overlap", &overlap,
              "overlap(*, layers, first_input, rows=T*B, dropout=0.0, chunks=None, and plan's): how the layers of a stack "
              "would overlap on a device given by its properties; I: of the layers above the first; rows: in memory, if "

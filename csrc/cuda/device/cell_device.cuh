@@ -132,9 +132,9 @@ struct DeviceCell<CellKind::kRnnTanh> : Cell<CellKind::kRnnTanh> {
   template <class F>
   static FUSED_RNN_HD void with_rnn(CellKind kind, F&& f) {
     switch (kind) {
-#define FUSED_RNN_CELL(kind, ...)                                                                  \
-  case CellKind::kind:                                                                             \
-    if constexpr (kernel_cell(CellKind::kind) == CellKind::kRnnTanh) f(CellTag<CellKind::kind>{}); \
+#define FUSED_RNN_CELL(kind, ...)                                                                                 \
+  case CellKind::kind:                                                                                            \
+    if constexpr (std::is_base_of_v<RnnCell<CellKind::kind>, Cell<CellKind::kind>>) f(CellTag<CellKind::kind>{}); \
     break;
       FUSED_RNN_CELLS(FUSED_RNN_CELL)
 #undef FUSED_RNN_CELL

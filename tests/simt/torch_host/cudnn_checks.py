@@ -243,6 +243,16 @@ def test_shapes_that_do_not_fit() -> None:
         fused_rnn.functional.gru(torch.randn(5, 3, 4), [weights[0], weights[1][:, :5], *weights[2:]])
 
 
+@pytest.mark.parametrize("what", ["input", "w_hh", "b_ih"])
+def test_memory_that_was_freed(what: str) -> None:
+    """As FSDP leaves weights between its calls: an error, where cuDNN would read what is not there."""
+    gru, x = fused_rnn.GRU(4, 6, num_layers=2), torch.randn(5, 3, 4)
+    freed = {"input": x, "w_hh": gru.weight_hh_l1, "b_ih": gru.bias_ih_l0}[what]
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f"{what}: expected memory for a tensor"):
+        gru(x)
+
+
 def test_batched_gradients() -> None:
     """Each run of cuDNN's backward writes into what its forward reserved: the layers make gradients of a batch."""
     rnn = fused_rnn.GRU(4, 20, num_layers=2)
