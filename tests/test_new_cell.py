@@ -80,7 +80,7 @@ def test_on_a_cpu(edited: Path) -> None:
     """On every instruction set: against float64 and the formulas; the tests that follow from the cell's name."""
     done(edited, sys.executable, "setup.py", "build_ext", "--inplace")
     done(edited, sys.executable, "tests/new_cell/cpu.py")
-    following = ("layers", "ops", "op_checks", "cpu", "cpu_sizes", "kinds", "plan")
+    following = ("layers", "ops", "op_checks", "cpu", "cpu_sizes", "kinds", "plan", "plan_cudnn")
     pytest_of(edited, *(f"tests/test_{name}.py" for name in following), choice=f"{MODE} or kinds")
 
 

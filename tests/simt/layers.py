@@ -22,7 +22,11 @@ from fused_rnn._recipe import Recipe, Rows
 
 CELL_NUMBER = NUMBER_OF_MODE
 DTYPE_NUMBER = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
-FAMILIES = ("single", "step", "grid", "cluster", "block")  # in the order of csrc/plan/family.h
+# What csrc/plan/family.h says of each family, in its order.
+_LINE = r'^  X\(k\w+, "(\w+)", (true|false), (?:true|false), (?:true|false), (true|false),'
+_LISTED = re.findall(_LINE, (ROOT / "csrc" / "plan" / "family.h").read_text(), re.M)
+FAMILIES = tuple(name for name, _, stacks in _LISTED if stacks == "false")  # those with kernels of ours
+PERSISTENT = tuple(name for name, persistent, _ in _LISTED if persistent == "true")
 assert set(CELLS) == set(CELL_NUMBER)
 
 

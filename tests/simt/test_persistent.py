@@ -36,7 +36,7 @@ def one_group(family: str, hidden: int, units: int) -> str:
 
 F32 = torch.float32
 ARITHMETIC = [(F32, False), (F32, True), (torch.float16, False), (torch.bfloat16, False)]
-FAMILIES = ("grid", "cluster")
+FAMILIES = ("grid", "cluster")  # whose blocks exchange states
 
 
 def many_seeds() -> Iterator[Simulated]:
