@@ -19,7 +19,7 @@ BELOW = {
     "cuda/step": {"core", "plan", "cuda/device"},
     "cuda/persistent": {"core", "plan", "cuda/device"},
     "cuda/block": {"core", "plan", "cuda/device", "cuda/persistent"},
-    "cuda": {"core", "plan", "cuda/device", "cuda/step", "cuda/persistent"},
+    "cuda": {"core", "plan", "cuda/device", "cuda/step", "cuda/persistent", "cuda/block"},
     "cuda/formula": {"core", "plan", "cuda", "cuda/device", "cuda/step"},
     "cuda/formula/rtc": set(),
     "torch": {"core", "plan", "cpu", "cpu/isa", "cpu/gemm", "cpu/scan", "cpu/formula", "cuda", "cuda/formula"},
@@ -90,6 +90,13 @@ def test_no_default_hides_a_new_enumerator() -> None:
             *_, switch = re.finditer(r"switch \((.*)\) \{", text[: default.start()])
             found.add(switch[1])
     assert found == others
+
+
+def test_constants_of_the_cost_model_stand_in_one_file() -> None:
+    """machine.h has them: by their names, times, clocks and rates."""
+    constant = re.compile(r"\bconstexpr [^;(]*\bk\w*(?:Us|Clocks?|Ghz|Instructions)\b", re.S)
+    files = [path for path in FILES if folder_of(path) == "plan" and constant.search(path.read_text())]
+    assert [path.name for path in files] == ["machine.h"]
 
 
 def test_lines_fit() -> None:

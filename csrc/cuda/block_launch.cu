@@ -3,24 +3,12 @@
 #include <stdexcept>
 
 #include "core/ceil_div.h"
+#include "cuda/block/block_sequence.h"
 #include "cuda/family.h"
-#include "cuda/persistent/sequence.h"
+#include "cuda/persistent/sequence_math.h"
 
 namespace fused_rnn::cuda {
 namespace {
-
-// Calls f with the arithmetic as a compile-time constant.
-template <class F>
-auto dispatch_block_math(MathKind math, F&& f) {
-  using Result = decltype(f(std::integral_constant<MathKind, MathKind::kFp32>{}));
-  return dispatch_math(math, [&](auto tag) -> Result {
-    if constexpr (decltype(tag)::value == MathKind::kFp64) {
-      throw std::invalid_argument("family block has no fp64 kernels");
-    } else {
-      return f(tag);
-    }
-  });
-}
 
 // arguments: a ForwardSequence or a BackwardSequence whose `l` is made here.
 template <class Arguments>
@@ -47,7 +35,7 @@ void block_forward(const ForwardParams& params, const Plan& plan, const StepRang
   check_pairs("gates", params.gates, params.dtype);
   check_pairs("cs", params.cs, params.dtype);
   const ForwardSequenceKernel kernel =
-      dispatch_block_math(p.math, [&](auto math) { return BlockKernels<decltype(math)::value>::forward(params.cell); });
+      dispatch_sequence_math(plan, [&](auto math) { return BlockKernels<decltype(math)::value>::forward(params.cell); });
   launch_blocks(kernel, "block_forward", ForwardSequence{params, {}}, p, range, stream);
 }
 
@@ -57,7 +45,7 @@ void block_backward(const BackwardParams& params, const Plan& plan, const StepRa
   check_pairs("gates", params.gates, params.dtype);
   check_pairs("cs", params.cs, params.dtype);
   const BackwardSequenceKernel kernel =
-      dispatch_block_math(p.math, [&](auto math) { return BlockKernels<decltype(math)::value>::backward(params.cell); });
+      dispatch_sequence_math(plan, [&](auto math) { return BlockKernels<decltype(math)::value>::backward(params.cell); });
   launch_blocks(kernel, "block_backward", BackwardSequence{params, {}}, p, range, stream);
 }
 

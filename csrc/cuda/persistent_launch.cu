@@ -3,12 +3,11 @@
 #include <algorithm>
 #include <launch.cuh>
 #include <simt.cuh>
-#include <stdexcept>
-#include <string>
 
 #include "core/ceil_div.h"
 #include "cuda/family.h"
 #include "cuda/persistent/sequence.h"
+#include "cuda/persistent/sequence_math.h"
 
 namespace fused_rnn::cuda {
 namespace {
@@ -25,19 +24,6 @@ void zero_exchange(void* memory, int64_t bytes, void* stream) {
   const int64_t blocks = ceil_div(fill.pieces, kPersistentThreads);
   simt::launch(zero_fill_kernel, {"zero_fill", static_cast<int>(blocks), 1, 1, kPersistentThreads, 0, 1, false, false},
                stream, fill);
-}
-
-// Calls f with the arithmetic as a compile-time constant.
-template <class F>
-auto dispatch_persistent_math(MathKind math, F&& f) {
-  using Result = decltype(f(std::integral_constant<MathKind, MathKind::kFp32>{}));
-  return dispatch_math(math, [&](auto tag) -> Result {
-    if constexpr (decltype(tag)::value == MathKind::kFp64) {
-      throw std::invalid_argument("the persistent families have no fp64 kernels");
-    } else {
-      return f(tag);
-    }
-  });
 }
 
 // All launches of a layer; arguments: a ForwardSequence or a BackwardSequence whose `l` is made here.
@@ -72,26 +58,26 @@ void launch_all(void (*kernel)(Arguments), const char* name, Arguments arguments
 }  // namespace
 
 void grid_forward(const ForwardParams& params, const Plan& plan, const StepRange& range, void* stream) {
-  const ForwardSequenceKernel kernel = dispatch_persistent_math(
-      plan.persistent->math, [&](auto math) { return GridKernels<decltype(math)::value>::forward(params.cell); });
+  const ForwardSequenceKernel kernel =
+      dispatch_sequence_math(plan, [&](auto math) { return GridKernels<decltype(math)::value>::forward(params.cell); });
   launch_all(kernel, "grid_forward", ForwardSequence{params, {}}, plan, range, stream);
 }
 
 void grid_backward(const BackwardParams& params, const Plan& plan, const StepRange& range, void* stream) {
-  const BackwardSequenceKernel kernel = dispatch_persistent_math(
-      plan.persistent->math, [&](auto math) { return GridKernels<decltype(math)::value>::backward(params.cell); });
+  const BackwardSequenceKernel kernel =
+      dispatch_sequence_math(plan, [&](auto math) { return GridKernels<decltype(math)::value>::backward(params.cell); });
   launch_all(kernel, "grid_backward", BackwardSequence{params, {}}, plan, range, stream);
 }
 
 void cluster_forward(const ForwardParams& params, const Plan& plan, const StepRange& range, void* stream) {
-  const ForwardSequenceKernel kernel = dispatch_persistent_math(plan.persistent->math, [&](auto math) {
+  const ForwardSequenceKernel kernel = dispatch_sequence_math(plan, [&](auto math) {
     return ClusterKernels<decltype(math)::value>::forward(params.cell, plan.persistent->unit_tiles);
   });
   launch_all(kernel, "cluster_forward", ForwardSequence{params, {}}, plan, range, stream);
 }
 
 void cluster_backward(const BackwardParams& params, const Plan& plan, const StepRange& range, void* stream) {
-  const BackwardSequenceKernel kernel = dispatch_persistent_math(plan.persistent->math, [&](auto math) {
+  const BackwardSequenceKernel kernel = dispatch_sequence_math(plan, [&](auto math) {
     return ClusterKernels<decltype(math)::value>::backward(params.cell, plan.persistent->unit_tiles);
   });
   launch_all(kernel, "cluster_backward", BackwardSequence{params, {}}, plan, range, stream);

@@ -102,7 +102,7 @@ constexpr int weight_groups(KernelRole role, CellKind cell) { return is_gated(ro
 constexpr int accumulator_slots(KernelRole role, CellKind cell) {
   return role == KernelRole::kForwardInput ? slot_count(cell) : weight_groups(role, cell);
 }
-constexpr int phase_count(KernelRole role) { return role == KernelRole::kForwardInput ? 2 : 1; }
+constexpr int operand_count(KernelRole role) { return role == KernelRole::kForwardInput ? 2 : 1; }
 
 // Row pitch of a unit-major weight stage [chunk][units], padded so that the fragment loads of a warp meet no bank twice.
 constexpr int unit_pitch_bytes(const TileShape& tile, MathKind math) {

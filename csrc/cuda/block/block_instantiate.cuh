@@ -1,6 +1,7 @@
 // BlockKernels<kMath> for one kind of arithmetic: family `block`. Included by block_*.cu only.
 #pragma once
 #include "cuda/block/block_kernels.cuh"
+#include "cuda/block/block_sequence.h"
 
 namespace fused_rnn::cuda {
 

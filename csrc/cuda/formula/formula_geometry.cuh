@@ -1,6 +1,6 @@
 // What the kernels of a formula are compiled for, as step/matmul.cuh wants to have it: a product of kGroups blocks of weight
 // rows. A block of the grid owns kUnits units of one head of kBatch batch rows in one direction.
-//   blockIdx.x  tile of batch rows;  blockIdx.y  [heads][tiles of a head's units];  blockIdx.z  direction
+//   blockIdx.x  row tile;  blockIdx.y  [heads][tiles of a head's units];  blockIdx.z  direction
 #pragma once
 #include <utility>
 
@@ -27,7 +27,7 @@ struct FormulaGeometry {
   static constexpr int kChunk = chunk_size(kMath);
   static constexpr int kGroups = kGroupsValue > 0 ? kGroupsValue : 1;
   static constexpr int kSlots = kGroups;
-  static constexpr int kPhases = 1;
+  static constexpr int kOperands = 1;
   static constexpr bool kModified = false;
   static constexpr int kPitch = unit_pitch_bytes(kTile, kMath);
   static constexpr int kWeightBytes = weight_stage_bytes(kRole, kGroups, kMath, kTile);
@@ -46,9 +46,9 @@ struct FormulaGeometry {
 };
 
 // Calls f(std::integral_constant<int, k>{}) for all phases k of the cell.
-template <class F, int... kPhases>
-__device__ __forceinline__ void formula_for_phases(F&& f, std::integer_sequence<int, kPhases...>) {
-  (f(std::integral_constant<int, kPhases>{}), ...);
+template <class F, int... kIndices>
+__device__ __forceinline__ void formula_for_phases(F&& f, std::integer_sequence<int, kIndices...>) {
+  (f(std::integral_constant<int, kIndices>{}), ...);
 }
 template <class C, class F>
 __device__ __forceinline__ void formula_for_phases(F&& f) {

@@ -1,5 +1,5 @@
-// The arguments of the kernels of families `grid`, `cluster` and `block`, and where to find a kernel. Geometry:
-// plan/persistent_geometry.h and plan/block_geometry.h.
+// The arguments of the kernels of families `grid`, `cluster` and `block`, and where to find a kernel of the first two.
+// Geometry: plan/persistent_geometry.h and plan/block_geometry.h.
 #pragma once
 #include "plan/persistent_geometry.h"
 
@@ -40,12 +40,6 @@ template <MathKind kMath>
 struct ClusterKernels {
   static ForwardSequenceKernel forward(CellKind cell, int unit_tiles);
   static BackwardSequenceKernel backward(CellKind cell, int unit_tiles);
-};
-// In block_*.cu of csrc/cuda/block.
-template <MathKind kMath>
-struct BlockKernels {
-  static ForwardSequenceKernel forward(CellKind cell);
-  static BackwardSequenceKernel backward(CellKind cell);
 };
 
 // Fills memory with zeros before a launch of family `grid`.

@@ -107,7 +107,7 @@ struct ForwardElements {
       const RowInfo& info = table[batch_of(e)];
       // Zoneout does not come with a projection, whose rows of h are shorter.
       if (C::kReadsH || (G::kModified && is_zoneout(s.p.modifier.zoneout_h))) {
-        const auto* state = static_cast<const Storage*>(info.source[G::kPhases - 1]);
+        const auto* state = static_cast<const Storage*>(info.source[G::kOperands - 1]);
         if (state) h_prev[e] = simt::to_float(state[first_unit + unit_of(e)]);
       }
       if constexpr (C::kHasC) {
@@ -205,13 +205,13 @@ __global__ void __launch_bounds__(G::kThreads, 1) forward_kernel(const ForwardSt
   const int64_t first_row = static_cast<int64_t>(simt::block_x()) * G::kBatch;
   const int64_t first_unit = static_cast<int64_t>(simt::block_y()) * G::kUnits;
 
-  Operand<Storage> operands[G::kPhases];
+  Operand<Storage> operands[G::kOperands];
   if constexpr (kInput) {
     operands[0] = {static_cast<const Storage*>(dir ? s.p.weights[1].w_ih.data : s.p.weights[0].w_ih.data), s.p.H, s.p.I,
                    s.copy_input};
   }
-  operands[G::kPhases - 1] = {static_cast<const Storage*>(dir ? s.p.weights[1].w_hh.data : s.p.weights[0].w_hh.data), s.p.H,
-                              s.p.P, s.copy_state};
+  operands[G::kOperands - 1] = {static_cast<const Storage*>(dir ? s.p.weights[1].w_hh.data : s.p.weights[0].w_hh.data),
+                                s.p.H, s.p.P, s.copy_state};
   Matmul<G> matmul(operands, first_unit, s.stages);
   matmul.prefetch_weights();
   if constexpr (G::kModified) {
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(G::kThreads, 1) forward_kernel(const ForwardSt
     const int64_t b = first_row + simt::thread_x();
     RowInfo info = forward_row(s.p.seq, s.p.modifier, s.step, dir, b);
     if (info.flags & kActive) {
-      info.source[G::kPhases - 1] = previous_state<Storage, G::kModified>(s.p, s.step, dir, b, info);
+      info.source[G::kOperands - 1] = previous_state<Storage, G::kModified>(s.p, s.step, dir, b, info);
       if constexpr (G::kModified) {
         if (s.p.modifier.product) {
           info.source[1] = static_cast<const Storage*>(s.p.modifier.product) + (dir * s.p.seq.B + b) * s.p.P;
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(G::kThreads, 1) forward_kernel(const ForwardSt
       }
       if constexpr (kInput) info.source[0] = static_cast<const Storage*>(s.p.x) + info.row * s.p.I;
     }
-    nonzero = info.source[0] || info.source[G::kPhases - 1];
+    nonzero = info.source[0] || info.source[G::kOperands - 1];
     table[simt::thread_x()] = info;
   }
   nonzero = simt::sync_block_or(nonzero);

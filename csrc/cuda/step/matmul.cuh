@@ -31,7 +31,7 @@ struct Geometry {
   static constexpr int kChunk = chunk_size(kMath);
   static constexpr int kGroups = weight_groups(kRole, kCell);
   static constexpr int kSlots = accumulator_slots(kRole, kCell);
-  static constexpr int kPhases = phase_count(kRole);
+  static constexpr int kOperands = operand_count(kRole);
   static constexpr bool kModified = is_modified(kRole);
   static constexpr int kPitch = unit_pitch_bytes(kTile, kMath);
   static constexpr int kWeightBytes = weight_stage_bytes(kRole, kCell, kMath, kTile);
@@ -133,16 +133,16 @@ class Matmul {
   using Acc = typename G::Acc;
   using Fragments = typename FragmentsOf<G::kMath, G::kUnitMajor, G::kPitch, simt::arch()>::type;
 
-  __device__ __forceinline__ Matmul(const Operand<Storage> (&operands)[G::kPhases], int64_t first_unit, int stages)
+  __device__ __forceinline__ Matmul(const Operand<Storage> (&operands)[G::kOperands], int64_t first_unit, int stages)
       : first_unit_(first_unit),
         stages_(stages),
         team_(simt::thread_x() / G::kTeamThreads),
         team_thread_(simt::thread_x() % G::kTeamThreads) {
     int64_t chunks = 0;
 #pragma unroll
-    for (int phase = 0; phase < G::kPhases; ++phase) {
+    for (int phase = 0; phase < G::kOperands; ++phase) {
       operands_[phase] = operands[phase];
-      if (phase == G::kPhases - 1) last_phase_chunk_ = static_cast<int>(chunks);
+      if (phase == G::kOperands - 1) last_phase_chunk_ = static_cast<int>(chunks);
       chunks += (operands[phase].k + G::kChunk - 1) / G::kChunk;
     }
     chunks_ = static_cast<int>((chunks - team_ + G::kTeams - 1) / G::kTeams);
@@ -179,8 +179,8 @@ class Matmul {
         fill_states(next, fill_slot);
       }
       simt::cp_async_commit();
-      if (G::kPhases == 1 || is_last_phase(i)) {
-        multiply_stage<G::kPhases - 1>(slot, acc);
+      if (G::kOperands == 1 || is_last_phase(i)) {
+        multiply_stage<G::kOperands - 1>(slot, acc);
       } else {
         multiply_stage<0>(slot, acc);
       }
@@ -252,14 +252,14 @@ class Matmul {
   // The i-th chunk of this team is chunk i * teams + team of all phases together.
   __device__ __forceinline__ int chunk_of(int i) const { return i * G::kTeams + team_; }
   __device__ __forceinline__ bool is_last_phase(int i) const { return chunk_of(i) >= last_phase_chunk_; }
-  __device__ __forceinline__ int phase_of(int i) const { return G::kPhases == 1 || !is_last_phase(i) ? 0 : 1; }
+  __device__ __forceinline__ int phase_of(int i) const { return G::kOperands == 1 || !is_last_phase(i) ? 0 : 1; }
   __device__ __forceinline__ int64_t first_k(int i) const {
     const int chunk = chunk_of(i);
     return static_cast<int64_t>(phase_of(i) ? chunk - last_phase_chunk_ : chunk) * G::kChunk;
   }
 
   __device__ __forceinline__ Operand<Storage> operand_of(int i) const {
-    if constexpr (G::kPhases == 1) {
+    if constexpr (G::kOperands == 1) {
       return operands_[0];
     } else {
       return phase_of(i) ? operands_[1] : operands_[0];
@@ -391,7 +391,7 @@ class Matmul {
     }
   }
 
-  Operand<Storage> operands_[G::kPhases];
+  Operand<Storage> operands_[G::kOperands];
   int64_t first_unit_;
   int stages_, team_, team_thread_;
   bool multiplies_ = false;
