@@ -41,7 +41,7 @@ struct KernelPlan {
   cuda::KernelRole role;
   cuda::TileSize tile;
   cuda::MathKind math;
-  int64_t grid_x, grid_y, grid_z;  // tiles of batch rows, tiles of units, directions
+  int64_t grid_x, grid_y, grid_z;  // row tiles, tiles of units, directions
   int threads;
   int stages;  // of the shared-memory ring
   int smem_bytes;

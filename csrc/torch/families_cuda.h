@@ -32,7 +32,7 @@ template <class Run>
 void run_planned(const Problem& problem, int device, const Recipe& recipe, const Run& run, bool has_x = true) {
   for (;;) {
     FamilyChoice choice = family_choice(device, recipe);
-    // Of what a forced family has served, gradients of every c are still the family step's.
+    // A forced family without modified kernels may have served forward; the gradients of c then fall to family step.
     if (problem.backward && problem.modified) choice.forced.reset();
     const Plan& plan = cuda::plan_for(problem, device, has_x ? choice : without_x(choice));
     const Family family = plan.family;

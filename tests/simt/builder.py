@@ -90,8 +90,8 @@ def explain(errors: str) -> str:
     )
     for name in dict.fromkeys(names):
         hints.append(
-            f"{name} is a CUDA name: kernels reach the hardware only through csrc/cuda/simt.cuh. Add a named wrapper there "
-            "and its host twin to tests/simt/include/simt.cuh."
+            f"{name} is a CUDA name: kernels reach the hardware only through csrc/cuda/device/simt.cuh. Add a named wrapper "
+            "there and its host twin to tests/simt/include/simt.cuh."
         )
     if "‘__shared__’" in errors:
         hints.append("__shared__: kernels have dynamic shared memory only, which simt::dynamic_smem() gives.")

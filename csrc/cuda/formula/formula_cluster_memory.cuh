@@ -1,10 +1,10 @@
 // Family `cluster` of a formula: one launch makes all steps of a layer. What lies where in a block's memory, the exchange
 // between blocks, and the begin. Who owns which units: plan/formula_cluster_shape.h.
-//   blockIdx.x  [tiles of batch rows][blocks of the cluster];  blockIdx.y  group of units;  blockIdx.z  direction
+//   blockIdx.x  [row tiles][blocks of the cluster];  blockIdx.y  group of units;  blockIdx.z  direction
 //
 // A block holds its rows of all weights, the states of its elements (unit, row) and what a step leaves between its parts in
-// shared memory. A thread owns the same elements throughout. What a product reads, a vector of all units of the group for
-// each row, every block pushes its own part of into the others' shared memory. A norm reads moments of all blocks.
+// shared memory. A thread owns the same elements throughout. A product reads a vector of all the group's units per row;
+// every block pushes its part into the shared memory of the others. A norm reads moments of all blocks.
 //   vector   [K chunk][row][kChunkBytes], a matrix [K chunk][weight row][kChunkBytes], pieces permuted (fragments.cuh)
 //   element  [atom][row][unit of the atom]; sums of products the same, [product, gate and atom][part of K][row][unit]
 // Exchanges are numbered through all steps. Number i counts its bytes at barrier i % 2 and lies at the begin or the end of
@@ -58,8 +58,7 @@ struct FormulaClusterMemory {
     for (int i = 0; i < C::kPhases && i < k; ++i) count += level_of(i) == level && is_product(i) == product;
     return count;
   }
-  // Arrays of phase k: what concerns norms alone, and what passes after the one behind the phase read. With k = kPhases: how
-  // many there are.
+  // Index of phase k among the norms, and among the phases whose results later passes read; k = kPhases: their counts.
   static constexpr __device__ int norm_place(int k) {
     int count = 0;
     for (int i = 0; i < C::kPhases && i < k; ++i) count += !is_product(i);

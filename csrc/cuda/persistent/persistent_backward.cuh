@@ -140,8 +140,8 @@ struct PersistentBackward : BlockElements<G> {
       dh = x.from_zero ? 0.0f : bypass;
       if (x.from_zero) dc_state = 0.0f;
     } else {
-      // Zeros, by a sum that has come: what product_sum has read is used before the thread reaches a barrier, after which
-      // others write there.
+      // Zero, computed from dh so that product_sum's loads finish before the barrier after which others overwrite that
+      // memory.
 #pragma unroll
       for (int slot = 0; slot < C::kSlots; ++slot) d[slot] = dh == dh ? 0.0f : -0.0f;
     }

@@ -264,7 +264,7 @@ __device__ __forceinline__ void run_alternate(PersistentForward<G>& forward, Per
       buffer ^= 1;
     }
   }
-  // A row tile's last turn was the row_tiles - row_tile th before now, and `buffer` is the parity of now.
+  // Counted from the turn that would follow, whose parity is `buffer`, row_tile was finished row_tiles - row_tile turns ago.
   for (int row_tile = 0; row_tile < block.row_tiles; ++row_tile) {
     forward.end(row_tile, buffer + block.row_tiles + row_tile);
   }

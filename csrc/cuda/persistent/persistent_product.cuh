@@ -1,4 +1,4 @@
-// The product of a block's weights and the exchanged states ("gather" in persistent.h).
+// The product of a block's weights and the exchanged states ("gather" in persistent_geometry.h).
 //   registers      weights_: 4 words per chunk and tile of M of the warp; the sums of one row tile; states under way
 //   shared memory  the weights of further chunks; partial sums, two buffers in turn
 //   barriers       none here; the caller's barrier follows store_sums, and it also ends the use of the other buffer

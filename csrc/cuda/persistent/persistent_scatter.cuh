@@ -1,5 +1,5 @@
 // The product of a block's weights and the gradients of its own gates, and the exchange of the partial gradients of the
-// states ("scatter" in persistent.h).
+// states ("scatter" in persistent_geometry.h).
 //   registers      weights_: 4 words per chunk for each of the first tiles of M; the sums of all tiles of M of the warp
 //   shared memory  the weights of further tiles of M; the gradients of the slice's gates, two buffers in turn; what was
 //   received
