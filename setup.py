@@ -16,6 +16,8 @@ from cuda_env import cuda_plan  # noqa: E402
 from torch_env import import_torch  # noqa: E402
 from unity import united  # noqa: E402
 
+WARNINGS = ["-Wall", "-Wextra", "-Werror=switch"]
+
 
 def sources(*patterns):
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
@@ -26,7 +28,7 @@ def extension(torch, cuda):
     time). OpenMP is compiled in but not linked: its symbols come from the library that torch has loaded; so do CUDA's."""
     from torch.utils.cpp_extension import CppExtension, CUDAExtension, include_paths
 
-    cxx = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=switch"]
+    cxx = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", *WARNINGS]
     for folder in include_paths():  # a system header's warnings are not ours
         cxx += ["-isystem", folder]
     files = [name for name in sources("csrc/**/*.cpp") if not name.endswith("_cuda.cpp")]
@@ -47,7 +49,8 @@ def extension(torch, cuda):
         + files,
         include_dirs=include_dirs,
         define_macros=[("FUSED_RNN_WITH_CUDA", None)],
-        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", *undo]},
+        # Of the code for the host; what nvcc writes itself has no warnings either.
+        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-Xcompiler", ",".join(WARNINGS), *undo]},
     )
     result.libraries.remove("cudart")
     return result

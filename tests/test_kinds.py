@@ -167,3 +167,11 @@ def test_slots_of_input_gradients() -> None:
     command = [COMPILER, "-std=c++17", "-fsyntax-only", include, "-x", "c++", "-"]
     run = subprocess.run(command, input=SLOTS, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_both_compilers_refuse_a_switch_that_lacks_a_case() -> None:
+    """g++ and, for the host's part of a .cu, nvcc's own."""
+    text = (Path(__file__).parent.parent / "setup.py").read_text()
+    assert re.search(r'^WARNINGS = \[.*"-Werror=switch"', text, re.M)
+    assert re.search(r"^ +cxx = \[.*\*WARNINGS\]", text, re.M)
+    assert re.search(r'"nvcc": \[.*"-Xcompiler", ",".join\(WARNINGS\)', text)
