@@ -3,6 +3,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "core/formula_call.h"
 #include "core/formula_math.h"
 #include "cpu/isa/formula.h"
 #include "cpu/isa/formula_simd.h"
@@ -114,11 +115,7 @@ struct FormulaStep {
   template <int kPhase>
   static void give_input(const Forward& in, const FormulaForwardRow<A>& row, const FormulaItem& item) {
     V v;
-    if constexpr (C::kParameters > 0) {
-      C::template phase_input<kPhase>(in.a, in.before, in.p, in.ph, v);
-    } else {
-      C::template phase_input<kPhase>(in.a, in.before, in.ph, v);
-    }
+    call_phase_input<C, kPhase>(in, v);
     store_units(v, row.v[kPhase] + item.global_unit, item);
     if (row.v_series[kPhase]) store_stored<V, Storage>(v, row.v_series[kPhase], item.global_unit, item.lanes);
   }
@@ -137,15 +134,7 @@ struct FormulaStep {
     const int64_t unit = item.global_unit;
     Forward in = load_forward(call, row, item, C::kForwardLevels);
     V after[C::kStates];
-    if constexpr (C::kParameters > 0 && C::kPhases > 0) {
-      C::forward(in.a, in.before, after, in.p, in.ph);
-    } else if constexpr (C::kPhases > 0) {
-      C::forward(in.a, in.before, after, in.ph);
-    } else if constexpr (C::kParameters > 0) {
-      C::forward(in.a, in.before, after, in.p);
-    } else {
-      C::forward(in.a, in.before, after);
-    }
+    call_forward<C>(in, after);
     for (int s = 0; s < C::kStates; ++s) {
       if (s == C::kOutput || s == C::kRecurrent) after[s] = rounded<V, Storage>(after[s]);
       store_units(after[s], row.after[s] + unit, item);
@@ -187,11 +176,7 @@ struct FormulaStep {
   static void give_gradient(const Backward& in, const FormulaCall<FormulaBackwardRow<A>>& call,
                             const FormulaBackwardRow<A>& row, const FormulaItem& item) {
     V d;
-    if constexpr (C::kParameters > 0) {
-      C::template phase_gradient<kPhase>(in.a, in.before, in.after, in.p, in.v, in.d_states, in.dv, d);
-    } else {
-      C::template phase_gradient<kPhase>(in.a, in.before, in.after, in.v, in.d_states, in.dv, d);
-    }
+    call_phase_gradient<C, kPhase>(in, d);
     store_units(d, row.d_ph[kPhase] + item.global_unit, item);
     const int64_t block = C::kSlots + C::kParameters + kPhase;
     store_stored<V, Storage>(d, row.d, block * call.H + item.global_unit, item.lanes);
@@ -212,15 +197,7 @@ struct FormulaStep {
     const int64_t units = call.H / call.heads, unit = item.global_unit;
     Backward in = load_backward(call, row, item, C::kBackwardLevels);
     V d[C::kSlots], d_parameters[kParameters];
-    if constexpr (C::kParameters > 0 && C::kPhases > 0) {
-      C::backward(in.a, in.before, in.after, in.p, in.v, in.d_states, in.dv, d, d_parameters);
-    } else if constexpr (C::kPhases > 0) {
-      C::backward(in.a, in.before, in.after, in.v, in.d_states, in.dv, d);
-    } else if constexpr (C::kParameters > 0) {
-      C::backward(in.a, in.before, in.after, in.p, in.d_states, d, d_parameters);
-    } else {
-      C::backward(in.a, in.before, in.after, in.d_states, d);
-    }
+    call_backward<C>(in, d, d_parameters);
     for (int s = 0; s < C::kSlots; ++s) store_stored<V, Storage>(d[s], row.d, s * call.H + unit, item.lanes);
     for (int i = 0; i < C::kParameters; ++i) {
       store_stored<V, Storage>(d_parameters[i], row.d, (C::kSlots + i) * call.H + unit, item.lanes);

@@ -148,11 +148,7 @@ struct FormulaBackwardElements : FormulaGradientElements<C, G> {
   template <int kPhase>
   __device__ __forceinline__ void give(int e, const RowInfo& info, const Values& in) const {
     Acc d;
-    if constexpr (C::kParameters > 0) {
-      C::template phase_gradient<kPhase>(in.a, in.before, in.after, in.p, in.v, in.d_states, in.dv, d);
-    } else {
-      C::template phase_gradient<kPhase>(in.a, in.before, in.after, in.v, in.d_states, in.dv, d);
-    }
+    call_phase_gradient<C, kPhase>(in, d);
     const int64_t block = C::kSlots + C::kParameters + kPhase;
     formula_store<Storage>(s.p.d, this->kept_index(e, info.row, kBlocks) + block * s.p.H, d);
     if constexpr (static_cast<FormulaPhase>(C::phase_kind(kPhase)) != FormulaPhase::kProduct) {
@@ -172,15 +168,7 @@ struct FormulaBackwardElements : FormulaGradientElements<C, G> {
   __device__ __forceinline__ void finish(int e, const RowInfo& info, Values& in) const {
     constexpr int kFirst = C::kSlots - C::kRecurrentGates;
     Acc d[C::kSlots], d_parameters[kParameters];
-    if constexpr (C::kParameters > 0 && C::kPhases > 0) {
-      C::backward(in.a, in.before, in.after, in.p, in.v, in.d_states, in.dv, d, d_parameters);
-    } else if constexpr (C::kPhases > 0) {
-      C::backward(in.a, in.before, in.after, in.v, in.d_states, in.dv, d);
-    } else if constexpr (C::kParameters > 0) {
-      C::backward(in.a, in.before, in.after, in.p, in.d_states, d, d_parameters);
-    } else {
-      C::backward(in.a, in.before, in.after, in.d_states, d);
-    }
+    call_backward<C>(in, d, d_parameters);
     const int64_t at = this->kept_index(e, info.row, kBlocks);
 #pragma unroll
     for (int i = 0; i < C::kSlots; ++i) formula_store<Storage>(s.p.d, at + i * s.p.H, d[i]);
@@ -211,14 +199,7 @@ struct FormulaBackwardElements : FormulaGradientElements<C, G> {
   }
 
   __device__ __forceinline__ void run() const {
-#pragma unroll(G::kElements <= 1 ? 1 : 2)
-    for (int e = 0; e < G::kElements; ++e) {
-      if (!tile.exists(e, table)) continue;
-      const RowInfo& info = table[FormulaTile<G>::batch_of(e)];
-      if (!(info.flags & kActive)) {
-        if constexpr (kLast) skip(e, info);
-        continue;
-      }
+    const auto active = [&](int e, const RowInfo& info) {
       Values in;
       load(e, info, in);
       if constexpr (kLast) {
@@ -226,7 +207,10 @@ struct FormulaBackwardElements : FormulaGradientElements<C, G> {
       } else {
         give_all(e, info, in);
       }
-    }
+    };
+    formula_for_elements(tile, table, active, [&](int e, const RowInfo& info) {
+      if constexpr (kLast) skip(e, info);
+    });
   }
 };
 
@@ -293,32 +277,15 @@ __device__ __forceinline__ void formula_backward_part(const FormulaBackwardStep&
   Operand<Storage> operands[1] = {{static_cast<const Storage*>(weights.weight[kPhase]), s.p.H, s.p.H, s.copy_bytes}};
   if constexpr (Part::kRecurrent) operands[0] = formula_recurrent_operand<C>(s, tile);
   Matmul<G> matmul(operands, Part::kRecurrent ? tile.first_unit : tile.head * tile.units + tile.first_unit, s.stages);
-  if constexpr (!kFirst) simt::sync_block();  // shared memory is the part's before until all have read it
-  if constexpr (Part::kIsProduct) matmul.prefetch_weights();
-
-  RowInfo* table = matmul.table();
-  bool nonzero = false;
-  if (simt::thread_x() < G::kBatch) {
-    const int64_t b = tile.first_row + simt::thread_x();
+  const auto row = [&](int64_t b) {
     FormulaNext next{s.step + 1, 0, false};
     RowInfo info = backward_row(s.p.seq, s.p.modifier, s.step, tile.dir, b, next.row, next.reset);
     if (info.flags & kActive) formula_backward_sources<C, G, kPart>(s, tile, b, next, info);
-    nonzero = info.source[0] != nullptr;
-    table[simt::thread_x()] = info;
-  }
-  nonzero = simt::sync_block_or(nonzero);
-  if constexpr (kFirst) {
-    simt::pdl_wait();
-    simt::pdl_launch_dependents();
-  }
-
-  if constexpr (Part::kIsProduct) {
-    typename G::Accumulators acc;
-    matmul.run(nonzero, acc);
-    matmul.store_sums(acc);
-  } else if constexpr (Part::kIsNorm) {
-    FormulaNorm<G, Part::kCentred>::backward(table, s.p.H, weights.weight[kPhase]);
-  }
+    return info;
+  };
+  const RowInfo* const table = formula_sums<kFirst, Part::kIsProduct>(matmul, tile, row, [&](RowInfo* rows) {
+    if constexpr (Part::kIsNorm) FormulaNorm<G, Part::kCentred>::backward(rows, s.p.H, weights.weight[kPhase]);
+  });
   const FormulaBackwardElements<C, G, kSegment, kPart> elements{{s, tile, table}};
   if constexpr (kFinal) {
     elements.run();
@@ -352,30 +319,16 @@ __device__ __forceinline__ void formula_initial_gradients(const FormulaBackwardS
   const FormulaTile<G> tile(s.p);
   const Operand<Storage> operands[1] = {formula_recurrent_operand<C>(s, tile)};
   Matmul<G> matmul(operands, tile.first_unit, s.stages);
-  if constexpr (kRecurs) matmul.prefetch_weights();
-
-  RowInfo* table = matmul.table();
-  bool nonzero = false;
-  if (simt::thread_x() < G::kBatch) {
-    const int64_t b = tile.first_row + simt::thread_x();
+  const auto row = [&](int64_t b) {
     FormulaNext next{0, 0, false};
     RowInfo info = backward_row(s.p.seq, s.p.modifier, -1, tile.dir, b, next.row, next.reset);
     if (info.flags & kExists) {
       if (tile.dir) next.step = s.p.seq.T - active_steps(s.p.seq, b);  // its first in the order of the scan
       info.source[0] = formula_next_gradient<C>(s, tile, b, info.flags, next);
     }
-    nonzero = info.source[0] != nullptr;
-    table[simt::thread_x()] = info;
-  }
-  nonzero = simt::sync_block_or(nonzero);
-  simt::pdl_wait();
-  simt::pdl_launch_dependents();
-
-  if constexpr (kRecurs) {
-    typename G::Accumulators acc;
-    matmul.run(nonzero, acc);
-    matmul.store_sums(acc);
-  }
+    return info;
+  };
+  const RowInfo* const table = formula_sums</*kFirst=*/true, kRecurs>(matmul, tile, row, [](RowInfo*) {});
   const FormulaGradientElements<C, G> elements{s, tile, table};
 #pragma unroll 1
   for (int e = 0; e < G::kElements; ++e) {

@@ -145,34 +145,17 @@ struct FormulaClusterBackwardScan : FormulaClusterBlock<C, kMath, /*kBackward=*/
   __device__ __forceinline__ void give(const Element& e, const RowInfo& info, bool active, const Values& in) const {
     Acc d = Acc(0);
     if (active) {
-      if constexpr (C::kParameters > 0) {
-        C::template phase_gradient<k>(in.a, in.before, in.after, in.p, in.v, in.d_states, in.dv, d);
-      } else {
-        C::template phase_gradient<k>(in.a, in.before, in.after, in.v, in.d_states, in.dv, d);
-      }
+      call_phase_gradient<C, k>(in, d);
       const int64_t block = C::kSlots + C::kParameters + k;
       formula_store<Storage>(f.d, this->kept_index(e, info.row, kBlocks) + block * p.H, d);
     }
-    if constexpr (Base::is_product(k)) {
-      unsigned char* const vectors = this->vectors_of_level(Base::level_of(k));
-      this->put(vectors + Base::place_of(Base::level_of(k), k, true) * this->vector_bytes(), e, d);
-    } else {
-      this->array(kResultsAt + Base::norm_place(k), e.at) = d;
-    }
+    this->template hand_on<k>(kResultsAt, e, d);
   }
 
   // The gradients of products, parameters and of the states before the step.
   __device__ __forceinline__ void finish(const Element& e, const RowInfo& info, Values& in, Acc (&d)[C::kSlots]) const {
     Acc d_parameters[Base::kParameters];
-    if constexpr (C::kParameters > 0 && C::kPhases > 0) {
-      C::backward(in.a, in.before, in.after, in.p, in.v, in.d_states, in.dv, d, d_parameters);
-    } else if constexpr (C::kPhases > 0) {
-      C::backward(in.a, in.before, in.after, in.v, in.d_states, in.dv, d);
-    } else if constexpr (C::kParameters > 0) {
-      C::backward(in.a, in.before, in.after, in.p, in.d_states, d, d_parameters);
-    } else {
-      C::backward(in.a, in.before, in.after, in.d_states, d);
-    }
+    call_backward<C>(in, d, d_parameters);
     const int64_t at = this->kept_index(e, info.row, kBlocks);
 #pragma unroll
     for (int i = 0; i < C::kSlots; ++i) formula_store<Storage>(f.d, at + i * p.H, d[i]);

@@ -138,32 +138,15 @@ struct FormulaClusterForwardScan : FormulaClusterBlock<C, kMath, /*kBackward=*/f
   __device__ __forceinline__ void take(const Element& e, const RowInfo& info, bool active, const Values& in) const {
     Acc v = Acc(0);
     if (active) {
-      if constexpr (C::kParameters > 0) {
-        C::template phase_input<k>(in.a, in.before, in.p, in.ph, v);
-      } else {
-        C::template phase_input<k>(in.a, in.before, in.ph, v);
-      }
+      call_phase_input<C, k>(in, v);
       if (f.v[k]) formula_store<Storage>(f.v[k], this->kept_index(e, info.row, 1), v);
     }
-    if constexpr (Base::is_product(k)) {
-      unsigned char* const vectors = this->vectors_of_level(Base::level_of(k));
-      this->put(vectors + Base::place_of(Base::level_of(k), k, true) * this->vector_bytes(), e, v);
-    } else {
-      this->array(kTakenAt + Base::norm_place(k), e.at) = v;
-    }
+    this->template hand_on<k>(kTakenAt, e, v);
   }
 
   __device__ __forceinline__ void finish(const Element& e, const RowInfo& info, Values& in) const {
     Acc after[C::kStates];
-    if constexpr (C::kParameters > 0 && C::kPhases > 0) {
-      C::forward(in.a, in.before, after, in.p, in.ph);
-    } else if constexpr (C::kPhases > 0) {
-      C::forward(in.a, in.before, after, in.ph);
-    } else if constexpr (C::kParameters > 0) {
-      C::forward(in.a, in.before, after, in.p);
-    } else {
-      C::forward(in.a, in.before, after);
-    }
+    call_forward<C>(in, after);
     const int64_t output = this->output_index(e, info.row);
 #pragma unroll
     for (int i = 0; i < C::kStates; ++i) {

@@ -188,6 +188,15 @@ struct FormulaClusterMemory {
     unsigned char* const to = vector + unit / kChunk * (kRows * kChunkBytes) + k_major_offset(e.b, unit % kChunk * kSize);
     *reinterpret_cast<Storage*>(to) = simt::from_float<Storage>(value);
   }
+  // What phase k is to read of an element: a product's goes into its vector, a norm's into the arrays from norms_at on.
+  template <int k>
+  __device__ __forceinline__ void hand_on(int norms_at, const FormulaClusterElement& e, Acc value) const {
+    if constexpr (is_product(k)) {
+      put(vectors_of_level(level_of(k)) + place_of(level_of(k), k, true) * vector_bytes(), e, value);
+    } else {
+      array(norms_at + norm_place(k), e.at) = value;
+    }
+  }
   __device__ __forceinline__ simt::MBarrier* barrier(uint32_t number) const {
     return at<simt::MBarrier>(s.barriers) + static_cast<int>(number & 1);
   }

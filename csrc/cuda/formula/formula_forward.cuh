@@ -151,11 +151,7 @@ struct FormulaForwardElements {
   __device__ __forceinline__ void take(int e, const RowInfo& info, const Values& in) const {
     constexpr bool kProduct = static_cast<FormulaPhase>(C::phase_kind(kPhase)) == FormulaPhase::kProduct;
     Acc v;
-    if constexpr (C::kParameters > 0) {
-      C::template phase_input<kPhase>(in.a, in.before, in.p, in.ph, v);
-    } else {
-      C::template phase_input<kPhase>(in.a, in.before, in.ph, v);
-    }
+    call_phase_input<C, kPhase>(in, v);
     formula_store<std::conditional_t<kProduct, Storage, Acc>>(s.p.taken[kPhase], state_index(e), v);
     if (s.p.v[kPhase]) formula_store<Storage>(s.p.v[kPhase], kept_index(e, info.row, 1), v);
   }
@@ -170,15 +166,7 @@ struct FormulaForwardElements {
   // The states after the step, and what backward reads.
   __device__ __forceinline__ void finish(int e, const RowInfo& info, Values& in) const {
     Acc after[C::kStates];
-    if constexpr (C::kParameters > 0 && C::kPhases > 0) {
-      C::forward(in.a, in.before, after, in.p, in.ph);
-    } else if constexpr (C::kPhases > 0) {
-      C::forward(in.a, in.before, after, in.ph);
-    } else if constexpr (C::kParameters > 0) {
-      C::forward(in.a, in.before, after, in.p);
-    } else {
-      C::forward(in.a, in.before, after);
-    }
+    call_forward<C>(in, after);
     store_states(e, info, after, std::make_integer_sequence<int, C::kStates>{});
     if (!s.p.saved) return;
     const int64_t saved = kept_index(e, info.row, C::kSaved);
@@ -228,14 +216,7 @@ struct FormulaForwardElements {
   }
 
   __device__ __forceinline__ void run() const {
-#pragma unroll(G::kElements <= 1 ? 1 : 2)
-    for (int e = 0; e < G::kElements; ++e) {
-      if (!tile.exists(e, table)) continue;
-      const RowInfo& info = table[FormulaTile<G>::batch_of(e)];
-      if (!(info.flags & kActive)) {
-        if constexpr (kLast) skip(e, info);
-        continue;
-      }
+    const auto active = [&](int e, const RowInfo& info) {
       Values in;
       load(e, info, in);
       if constexpr (kLast) {
@@ -243,7 +224,10 @@ struct FormulaForwardElements {
       } else {
         take_all(e, info, in);
       }
-    }
+    };
+    formula_for_elements(tile, table, active, [&](int e, const RowInfo& info) {
+      if constexpr (kLast) skip(e, info);
+    });
   }
 };
 
@@ -291,31 +275,14 @@ __device__ __forceinline__ void formula_forward_part(const FormulaForwardStep& s
   const int64_t first = Part::kRecurrent ? tile.first_unit : tile.head * tile.units + tile.first_unit;
   const Operand<Storage> operands[1] = {{matrix, product_units, product_units, s.copy_bytes}};
   Matmul<G> matmul(operands, first, s.stages);
-  if constexpr (!kFirst) simt::sync_block();  // shared memory is the part's before until all have read it
-  if constexpr (Part::kIsProduct) matmul.prefetch_weights();
-
-  RowInfo* table = matmul.table();
-  bool nonzero = false;
-  if (simt::thread_x() < G::kBatch) {
-    const int64_t b = tile.first_row + simt::thread_x();
+  const auto row = [&](int64_t b) {
     RowInfo info = forward_row(s.p.seq, s.p.modifier, s.step, tile.dir, b);
     if (info.flags & kActive) info.source[0] = formula_forward_source<C, G, kPart>(s, tile, b, info);
-    nonzero = info.source[0] != nullptr;
-    table[simt::thread_x()] = info;
-  }
-  nonzero = simt::sync_block_or(nonzero);
-  if constexpr (kFirst) {
-    simt::pdl_wait();
-    simt::pdl_launch_dependents();
-  }
-
-  if constexpr (Part::kIsProduct) {
-    typename G::Accumulators acc;
-    matmul.run(nonzero, acc);
-    matmul.store_sums(acc);
-  } else if constexpr (Part::kIsNorm) {
-    FormulaNorm<G, Part::kCentred>::forward(table, s.p.H);
-  }
+    return info;
+  };
+  const RowInfo* const table = formula_sums<kFirst, Part::kIsProduct>(matmul, tile, row, [&](RowInfo* rows) {
+    if constexpr (Part::kIsNorm) FormulaNorm<G, Part::kCentred>::forward(rows, s.p.H);
+  });
   const FormulaForwardElements<C, G, kSegment, kPart> elements{s, tile, table};
   if constexpr (kFinal) {
     elements.run();

@@ -4,44 +4,19 @@
 #pragma once
 #include <utility>
 
+#include "core/formula_call.h"
 #include "cuda/formula/formula_params.h"
 #include "cuda/step/matmul.cuh"
 #include "cuda/step/rows.cuh"
 
 namespace fused_rnn::cuda {
 
-// kBackwardValue: the weights are read [K][units].
-template <bool kBackwardValue, int kGroupsValue, MathKind kMathValue, TileSize kSizeValue>
-struct FormulaGeometry {
-  static constexpr KernelRole kRole = kBackwardValue ? KernelRole::kBackward : KernelRole::kForward;
-  static constexpr MathKind kMath = kMathValue;
-  static constexpr TileShape kTile = tile_shape(kRole, kMath, kSizeValue);
-  using Storage = typename StorageOf<kMath>::type;
-  using Acc = std::conditional_t<kMath == MathKind::kFp64, double, float>;
+constexpr KernelRole formula_role(bool backward) { return backward ? KernelRole::kBackward : KernelRole::kForward; }
 
-  static constexpr bool kUnitMajor = is_unit_major(kRole);
-  static constexpr int kUnits = kTile.units, kBatch = kTile.batch;
-  static constexpr int kTeams = kTile.teams;
-  static constexpr int kTeamThreads = 32 * kTile.warps_u * kTile.warps_b;
-  static constexpr int kThreads = tile_threads(kTile);
-  static constexpr int kChunk = chunk_size(kMath);
-  static constexpr int kGroups = kGroupsValue > 0 ? kGroupsValue : 1;
-  static constexpr int kSlots = kGroups;
-  static constexpr int kOperands = 1;
-  static constexpr bool kModified = false;
-  static constexpr int kPitch = unit_pitch_bytes(kTile, kMath);
-  static constexpr int kWeightBytes = weight_stage_bytes(kRole, kGroups, kMath, kTile);
-  static constexpr int kStageBytes = stage_bytes(kRole, kGroups, kMath, kTile);
-  static constexpr int kSumPitch = sum_pitch(kSlots, kTile);
-  static constexpr int kTableBytes = table_bytes(kTile);
-  static constexpr int kAtomsU = kUnits / 16 / kTile.warps_u, kAtomsB = kBatch / 8 / kTile.warps_b;
-  static constexpr int kElements = (kUnits * kBatch + kThreads - 1) / kThreads;
-  using Accumulators = Acc[kSlots][kAtomsU][kAtomsB][4];
-
-  static_assert(kUnits % (16 * kTile.warps_u) == 0 && kBatch % (8 * kTile.warps_b) == 0);
-  static_assert(kBatch <= kThreads, "one thread fills in each row of the table");
-  static_assert(kWeightBytes % 16 == 0 && kStageBytes % 16 == 0 && kTableBytes % 128 == 0);
-
+// kBackward: the weights are read [K][units]. kGroups: 0 where there is no product.
+template <bool kBackward, int kGroups, MathKind kMath, TileSize kSize>
+struct FormulaGeometry
+    : ProductGeometry<formula_role(kBackward), kMath, kSize, (kGroups > 0 ? kGroups : 1), (kGroups > 0 ? kGroups : 1)> {
   static constexpr __device__ int slot(int, int g) { return g; }
 };
 
@@ -89,6 +64,54 @@ struct FormulaTile {
     return batch_of(e) < G::kBatch && first_unit + unit_of(e) < units && table[batch_of(e)].flags & kExists;
   }
 };
+
+// Calls active(e, info) for the thread's elements whose rows take part in the step, and inactive(e, info) for the others.
+template <class G, class Active, class Inactive>
+__device__ __forceinline__ void formula_for_elements(const FormulaTile<G>& tile, const RowInfo* table, Active&& active,
+                                                     Inactive&& inactive) {
+#pragma unroll(G::kElements <= 1 ? 1 : 2)
+  for (int e = 0; e < G::kElements; ++e) {
+    if (!tile.exists(e, table)) continue;
+    const RowInfo& info = table[FormulaTile<G>::batch_of(e)];
+    if (info.flags & kActive) {
+      active(e, info);
+    } else {
+      inactive(e, info);
+    }
+  }
+}
+
+// What a part of a launch does before its elements: fills in the table of rows by row(b), where source 0 is what the row's
+// product or norm reads (null: zeros), makes the product if it has one, else calls norm(table). Returns the table.
+// kFirst: the launch's first part, which awaits the launch before.
+template <bool kFirst, bool kIsProduct, class G, class Row, class Norm>
+__device__ __forceinline__ const RowInfo* formula_sums(Matmul<G>& matmul, const FormulaTile<G>& tile, Row&& row,
+                                                       Norm&& norm) {
+  if constexpr (!kFirst) simt::sync_block();  // shared memory is the part's before until all have read it
+  if constexpr (kIsProduct) matmul.prefetch_weights();
+
+  RowInfo* table = matmul.table();
+  bool nonzero = false;
+  if (simt::thread_x() < G::kBatch) {
+    const RowInfo info = row(tile.first_row + simt::thread_x());
+    nonzero = info.source[0] != nullptr;
+    table[simt::thread_x()] = info;
+  }
+  nonzero = simt::sync_block_or(nonzero);
+  if constexpr (kFirst) {
+    simt::pdl_wait();
+    simt::pdl_launch_dependents();
+  }
+
+  if constexpr (kIsProduct) {
+    typename G::Accumulators acc;
+    matmul.run(nonzero, acc);
+    matmul.store_sums(acc);
+  } else {
+    norm(table);
+  }
+  return table;
+}
 
 // Element `index` of an array of the dtype or of the arithmetic type.
 template <class T>

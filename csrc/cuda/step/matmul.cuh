@@ -14,10 +14,10 @@
 
 namespace fused_rnn::cuda {
 
-template <KernelRole kRoleValue, CellKind kCellValue, MathKind kMathValue, TileSize kSizeValue>
-struct Geometry {
+// What a product is compiled for: kGroups blocks of weight rows, whose sums are added to kSlots accumulators.
+template <KernelRole kRoleValue, MathKind kMathValue, TileSize kSizeValue, int kGroupsValue, int kSlotsValue>
+struct ProductGeometry {
   static constexpr KernelRole kRole = kRoleValue;
-  static constexpr CellKind kCell = kCellValue;
   static constexpr MathKind kMath = kMathValue;
   static constexpr TileShape kTile = tile_shape(kRole, kMath, kSizeValue);
   using Storage = typename StorageOf<kMath>::type;
@@ -29,14 +29,13 @@ struct Geometry {
   static constexpr int kTeamThreads = 32 * kTile.warps_u * kTile.warps_b;
   static constexpr int kThreads = tile_threads(kTile);
   static constexpr int kChunk = chunk_size(kMath);
-  static constexpr int kGroups = weight_groups(kRole, kCell);
-  static constexpr int kSlots = accumulator_slots(kRole, kCell);
+  static constexpr int kGroups = kGroupsValue, kSlots = kSlotsValue;
   static constexpr int kOperands = operand_count(kRole);
   static constexpr bool kModified = is_modified(kRole);
   static constexpr int kPitch = unit_pitch_bytes(kTile, kMath);
-  static constexpr int kWeightBytes = weight_stage_bytes(kRole, kCell, kMath, kTile);
-  static constexpr int kStageBytes = stage_bytes(kRole, kCell, kMath, kTile);
-  static constexpr int kSumPitch = sum_pitch(kRole, kCell, kTile);
+  static constexpr int kWeightBytes = weight_stage_bytes(kRole, kGroups, kMath, kTile);
+  static constexpr int kStageBytes = stage_bytes(kRole, kGroups, kMath, kTile);
+  static constexpr int kSumPitch = sum_pitch(kSlots, kTile);
   static constexpr int kTableBytes = table_bytes(kTile);
   static constexpr int kAtomsU = kUnits / 16 / kTile.warps_u, kAtomsB = kBatch / 8 / kTile.warps_b;
   // Elements (unit, batch row) of the tile that one thread finishes.
@@ -46,10 +45,16 @@ struct Geometry {
   static_assert(kUnits % (16 * kTile.warps_u) == 0 && kBatch % (8 * kTile.warps_b) == 0);
   static_assert(kBatch <= kThreads, "one thread fills in each row of the table");
   static_assert(kWeightBytes % 16 == 0 && kStageBytes % 16 == 0 && kTableBytes % 128 == 0);
+};
+
+template <KernelRole kRoleValue, CellKind kCellValue, MathKind kMathValue, TileSize kSizeValue>
+struct Geometry : ProductGeometry<kRoleValue, kMathValue, kSizeValue, weight_groups(kRoleValue, kCellValue),
+                                  accumulator_slots(kRoleValue, kCellValue)> {
+  static constexpr CellKind kCell = kCellValue;
 
   // The accumulator that gate g of the product of `phase` is added to.
   static constexpr __device__ int slot(int phase, int g) {
-    return kRole == KernelRole::kForwardInput && phase == 1 ? Cell<kCell>::recurrent_slot(g) : g;
+    return kRoleValue == KernelRole::kForwardInput && phase == 1 ? Cell<kCell>::recurrent_slot(g) : g;
   }
 };
 
