@@ -226,7 +226,7 @@ def _cudnn_serves(module: nn.Module, call: _Call, sizes: Sequence[Mapping[str, i
     lacking = planner().cudnn_lacks(
         cell=call.kind.name, T=sizes[0]["T"], enabled=torch.backends.cudnn.enabled, modified=call.modified,
         deterministic=torch.are_deterministic_algorithms_enabled(), one_step=not isinstance(module, nn.RNNBase),
-        empty=not sizes[0]["I"],
+        empty=0 in (sizes[0]["B"], sizes[0]["I"]),
     )  # fmt: skip
     return not lacking and _serves("cudnn", call, sizes)
 
