@@ -175,7 +175,7 @@ LayerGradients backward_autograd(const BackwardArguments& a) {
   const auto node = differentiates(a) ? make_node<LayerBackwardNode>(a) : nullptr;
   LayerGradients made = [&] {
     if (node) {
-      if (auto kept = keeping_backward(a, static_cast<LayerBackwardNode&>(*node))) return *std::move(kept);
+      if (auto gradients = keeping_backward(a, static_cast<LayerBackwardNode&>(*node))) return *std::move(gradients);
     }
     const at::AutoDispatchBelowADInplaceOrView guard;
     const BackwardNumbers& n = a.numbers;

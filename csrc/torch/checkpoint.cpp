@@ -22,12 +22,12 @@ namespace {
 std::vector<Tensor> empty_kept(const Call& call, const ForwardCall& made, int64_t every) {
   const ForwardParams& p = made.params;
   const int64_t count = p.seq.T > 0 ? (p.seq.T - 1) / every : 0;
-  std::vector<Tensor> kept{empty_like(call.like(), {p.D, count, p.seq.B, p.P})};
+  std::vector<Tensor> checkpoints{empty_like(call.like(), {p.D, count, p.seq.B, p.P})};
   if (traits_of(p.cell).has_c) {
     const auto arithmetic = at::toOpMathType(call.like().scalar_type());
-    kept.push_back(at::empty({p.D, count, p.seq.B, p.H}, call.like().options().dtype(arithmetic)));
+    checkpoints.push_back(at::empty({p.D, count, p.seq.B, p.H}, call.like().options().dtype(arithmetic)));
   }
-  return kept;
+  return checkpoints;
 }
 
 // k, of the ops' argument [recipe, k].
@@ -43,22 +43,22 @@ LayerOutputs layer_checkpointed_cpu(const Tensor& x, at::TensorList states, at::
   const Rows given = rows_of(rows, recipe);
   const Call call{x, states, params, given, layer_recipe_of(recipe)};
   ForwardCall made = prepare_forward(call, /*save=*/false);
-  std::vector<Tensor> kept = empty_kept(call, made, every);
+  std::vector<Tensor> checkpoints = empty_kept(call, made, every);
   if (made.params.seq.B > 0) {
     if (call.has_ids()) gather_input_product(call, made);
     cpu::ForwardPart part;
     part.every = every;
-    part.c = kept.size() > 1 ? data_or_null(kept[1]) : nullptr;
+    part.c = checkpoints.size() > 1 ? data_or_null(checkpoints[1]) : nullptr;
     Workspace workspace;
     cpu::forward_part(made.params, part, [&](int64_t bytes) { return workspace.take(bytes); });
-    if (kept[0].numel() > 0) cpu::take_outputs(made.params, every, kept[0].data_ptr());
+    if (checkpoints[0].numel() > 0) cpu::take_outputs(made.params, every, checkpoints[0].data_ptr());
   }
   const States last = made.last();
-  return {made.y, {last.begin(), last.end()}, std::move(kept)};
+  return {made.y, {last.begin(), last.end()}, std::move(checkpoints)};
 }
 
 // Backward of a call by ranges of steps. Leaves forward's y, made again, in given.saved.y.
-BackwardCall run_in_parts(const Call& call, at::TensorList kept, int64_t every, GradientMask wanted,
+BackwardCall run_in_parts(const Call& call, at::TensorList checkpoints, int64_t every, GradientMask wanted,
                           ResultGradients& given) {
   ForwardCall forward = prepare_forward(call, /*save=*/false);
   ForwardParams& f = forward.params;
@@ -66,12 +66,12 @@ BackwardCall run_in_parts(const Call& call, at::TensorList kept, int64_t every, 
   f.y = data_or_null(forward.y);
   const CellTraits traits = traits_of(f.cell);
   const std::vector<Tensor> expected = empty_kept(call, forward, every);
-  TORCH_CHECK_VALUE(kept.size() == expected.size(), "kept: expected ", expected.size(), " tensors of forward, got ",
-                    kept.size());
+  TORCH_CHECK_VALUE(checkpoints.size() == expected.size(), "checkpoints: expected ", expected.size(),
+                    " tensors of forward, got ", checkpoints.size());
   std::vector<Tensor> here;
-  for (size_t i = 0; i < kept.size(); ++i) {
-    check_tensor("kept", kept[i], expected[i].sizes(), call.like(), expected[i].scalar_type());
-    here.push_back(kept[i].contiguous());
+  for (size_t i = 0; i < checkpoints.size(); ++i) {
+    check_tensor("checkpoints", checkpoints[i], expected[i].sizes(), call.like(), expected[i].scalar_type());
+    here.push_back(checkpoints[i].contiguous());
   }
   given.saved.y = forward.y;
   BackwardCall made = prepare_backward(call, given, wanted);
@@ -105,7 +105,7 @@ BackwardCall run_in_parts(const Call& call, at::TensorList kept, int64_t every, 
 
 LayerGradients layer_checkpointed_backward_cpu(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x,
                                                at::TensorList states, at::TensorList params, at::TensorList rows,
-                                               at::TensorList kept, at::IntArrayRef recipe_and_every,
+                                               at::TensorList checkpoints, at::IntArrayRef recipe_and_every,
                                                std::array<bool, 3> mask) {
   const int64_t every = every_of(recipe_and_every), recipe = recipe_and_every[0];
   const Rows given_rows = rows_of(rows, recipe);
@@ -120,7 +120,7 @@ LayerGradients layer_checkpointed_backward_cpu(const OptionalTensor& dy, at::Ten
   }
   ResultGradients given{dy, gradients_of_last(call.recipe, dlast), {}};
   const GradientMask wanted{mask[0], mask[1], mask[2]};
-  const BackwardCall made = run_in_parts(call, kept, every, wanted, given);
+  const BackwardCall made = run_in_parts(call, checkpoints, every, wanted, given);
   return gradients_of_layer(call, given, made, wanted);
 }
 
@@ -130,10 +130,10 @@ LayerGradients layer_checkpointed_backward_cpu(const OptionalTensor& dy, at::Ten
 TORCH_LIBRARY_FRAGMENT(fused_rnn, m) {
   m.def(
       "layer_checkpointed(Tensor x, Tensor[] states, Tensor[] params, Tensor[] rows, int[] recipe_and_every) "
-      "-> (Tensor y, Tensor[] last, Tensor[] kept)");
+      "-> (Tensor y, Tensor[] last, Tensor[] checkpoints)");
   m.def(
       "layer_checkpointed_backward(Tensor? dy, Tensor[] dlast, Tensor x, Tensor[] states, Tensor[] params, Tensor[] rows, "
-      "Tensor[] kept, int[] recipe_and_every, bool[3] mask) -> (Tensor dx, Tensor[] dstates, Tensor[] dparams)");
+      "Tensor[] checkpoints, int[] recipe_and_every, bool[3] mask) -> (Tensor dx, Tensor[] dstates, Tensor[] dparams)");
 }
 
 TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {

@@ -68,8 +68,8 @@ Answer ask_python(const py::object& chooser, const Question& question) {
 
 void set_python_chooser(const py::object& chooser) {
   if (chooser.is_none()) return set_chooser(nullptr);
-  const auto* const kept = new py::object(chooser);  // Python may have ended before the last call
-  set_chooser([kept](const Question& question) { return ask_python(*kept, question); });
+  const auto* const owned = new py::object(chooser);  // Python may have ended before the last call
+  set_chooser([owned](const Question& question) { return ask_python(*owned, question); });
 }
 
 #endif

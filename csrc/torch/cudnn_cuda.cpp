@@ -111,11 +111,11 @@ class CudnnFunction : public torch::autograd::Function<CudnnFunction> {
                                const Call* s) {
     const Arguments a(*s);
     const auto [y, h_n, c_n, reserve] = forward_of(*s, a, /*save=*/true);
-    variable_list kept{x,        tensor_of(s->rows.offsets), tensor_of(s->rows.host_offsets), y.variable_data(), reserve,
-                       a.weights};
-    kept.insert(kept.end(), states.begin(), states.end());
-    kept.insert(kept.end(), params.begin(), params.end());
-    ctx->save_for_backward(std::move(kept));
+    variable_list saved{x,        tensor_of(s->rows.offsets), tensor_of(s->rows.host_offsets), y.variable_data(), reserve,
+                        a.weights};
+    saved.insert(saved.end(), states.begin(), states.end());
+    saved.insert(saved.end(), params.begin(), params.end());
+    ctx->save_for_backward(std::move(saved));
     ctx->saved_data["states"] = static_cast<int64_t>(states.size());
     ctx->saved_data["recipe"] = pack(s->recipe);
     ctx->saved_data["output_version"] = version_of(y);
@@ -130,19 +130,19 @@ class CudnnFunction : public torch::autograd::Function<CudnnFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const variable_list kept = ctx->get_saved_variables();
+    const variable_list saved = ctx->get_saved_variables();
     const auto state_count_given = ctx->saved_data["states"].toInt();
-    const at::TensorList all(kept), states = all.slice(6, state_count_given), params = all.slice(6 + state_count_given);
-    const Rows rows{std::nullopt, optional_of(kept[1]), std::nullopt, optional_of(kept[2])};
-    const Call s{kept[0], states, params, rows, recipe_of(ctx->saved_data["recipe"].toInt(), 0)};
+    const at::TensorList all(saved), states = all.slice(6, state_count_given), params = all.slice(6 + state_count_given);
+    const Rows rows{std::nullopt, optional_of(saved[1]), std::nullopt, optional_of(saved[2])};
+    const Call s{saved[0], states, params, rows, recipe_of(ctx->saved_data["recipe"].toInt(), 0)};
     if (std::none_of(grads.begin(), grads.end(), [](const Tensor& t) { return t.defined(); })) {
       return variable_list(2 + states.size() + params.size());
     }
     // Gradients in a batch (vmap) too: each run of cuDNN's backward writes into what forward reserved.
     if (at::GradMode::is_enabled() || !nothing_intercepts()) return by_layers(s, grads);
 
-    Arguments a(s, kept[5]);
-    Tensor y = kept[3], reserve = kept[4];
+    Arguments a(s, saved[5]);
+    Tensor y = saved[3], reserve = saved[4];
     const bool written =
         ctx->saved_data["output_version"].toTensor()._version() != ctx->saved_data["output_version_then"].toInt();
     if (written) {

@@ -34,7 +34,7 @@ Layout ask_layout(const CudnnStack& n, at::TensorList params) {
 // The latest layouts of the calling thread are kept.
 const Layout& layout_of(const CudnnStack& n, at::TensorList params) {
   using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, bool, int64_t, at::ScalarType, c10::DeviceIndex>;
-  static thread_local Recent<Key, Layout, 16> kept;
+  static thread_local Recent<Key, Layout, 16> recent;
   const Key key{n.mode,
                 n.input_size,
                 n.hidden_size,
@@ -44,7 +44,7 @@ const Layout& layout_of(const CudnnStack& n, at::TensorList params) {
                 n.per_layer,
                 params[0].scalar_type(),
                 params[0].device().index()};
-  return kept.get(key, [&] { return ask_layout(n, params); });
+  return recent.get(key, [&] { return ask_layout(n, params); });
 }
 
 // The parameters' memory as the buffer, if it is one. Not without biases, whose places in the buffer have to be zeros.

@@ -154,10 +154,10 @@ FormulaGradients run_backward(const FormulaLayer& layer, [[maybe_unused]] const 
   const auto dtype = x.scalar_type();
   const bool all_states = call.recipe.all_states;
   const auto has_series = [&](int i) { return all_states ? i != traits.output : layer.keeps(i); };
-  size_t kept = 1 + (traits.saved > 0) + static_cast<size_t>(traits.phases);
-  for (int i = 0; i < traits.states; ++i) kept += has_series(i);
+  size_t expected = 1 + (traits.saved > 0) + static_cast<size_t>(traits.phases);
+  for (int i = 0; i < traits.states; ++i) expected += has_series(i);
   const auto results = static_cast<size_t>(all_states ? 2 * traits.states - 1 : traits.states);
-  TORCH_CHECK_VALUE(saved.size() == kept, "saved: expected ", kept, " tensors of forward, its output last, got ",
+  TORCH_CHECK_VALUE(saved.size() == expected, "saved: expected ", expected, " tensors of forward, its output last, got ",
                     saved.size());
   TORCH_CHECK_VALUE(dlast.empty() || dlast.size() == results, "dlast: expected ", results,
                     " gradients ([0]: none), or no list of them, got ", dlast.size());

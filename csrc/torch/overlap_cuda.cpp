@@ -41,8 +41,8 @@ Schedule make_schedule(const Stack& stack, const Plan& plan, int device, std::op
 
 // The latest schedules of the calling thread are kept.
 const Schedule& schedule_for(const Stack& stack, const Plan& plan, int device, std::optional<int> chunks) {
-  static thread_local Recent<std::tuple<Stack, Family, int, std::optional<int>>, Schedule, 8> kept;
-  return kept.get({stack, plan.family, device, chunks}, [&] { return make_schedule(stack, plan, device, chunks); });
+  static thread_local Recent<std::tuple<Stack, Family, int, std::optional<int>>, Schedule, 8> recent;
+  return recent.get({stack, plan.family, device, chunks}, [&] { return make_schedule(stack, plan, device, chunks); });
 }
 
 // Streams and events of the calling thread on one device, made once. Every thread has its own: a stream that is being
@@ -271,10 +271,10 @@ std::optional<std::vector<LayerGradients>> overlapped_backward(const Call& s, co
   for (int64_t l = s.recipe.num_layers - 1; l >= 0; --l) {
     const auto& [y, last, of_layer] = saved.layers[l];
     const OptionalTensor dy = layers.empty() ? given.dy : OptionalTensor(layers.front().dx);
-    Saved kept = saved_of(s.recipe.cell, s.rows, of_layer);
-    kept.y = y;
+    Saved saved = saved_of(s.recipe.cell, s.rows, of_layer);
+    saved.y = y;
     const Tensor& x = l == 0 ? s.x : dropout > 0 ? saved.inputs[l - 1] : std::get<0>(saved.layers[l - 1]);
-    BackwardLayer& layer = layers.emplace_front(s, x, l, ResultGradients{dy, given.of_last[l], kept});
+    BackwardLayer& layer = layers.emplace_front(s, x, l, ResultGradients{dy, given.of_last[l], saved});
     layer.made = prepare_backward(layer.call, layer.given, mask_of(masks, l));
     BackwardParams& p = layer.made.params;
     p.allow_tf32 = stack->layer.allow_tf32;

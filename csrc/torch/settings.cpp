@@ -62,15 +62,15 @@ void set_setting(const std::string& name, const std::string& value) {
 }
 
 FamilyChoice family_setting() {
-  const int kept = family;
-  if (kept == kByItself) return {};
-  if (kept == kCheapest) return {std::nullopt, true};
-  return {static_cast<Family>(kept), false};
+  const int setting = family;
+  if (setting == kByItself) return {};
+  if (setting == kCheapest) return {std::nullopt, true};
+  return {static_cast<Family>(setting), false};
 }
 
 std::optional<int> chunk_setting() {
-  const int kept = chunks;
-  return kept == kByItself ? std::nullopt : std::optional<int>(kept);
+  const int setting = chunks;
+  return setting == kByItself ? std::nullopt : std::optional<int>(setting);
 }
 
 }  // namespace fused_rnn

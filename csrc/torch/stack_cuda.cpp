@@ -63,17 +63,17 @@ class StackFunction : public torch::autograd::Function<StackFunction> {
     const Tensor last_y = ys.back();
     ys.back() = last_y.variable_data();
     const Rows& rows = stack->rows;
-    Lists kept;
-    kept.add(Tensor(x));
-    kept.add(states);
-    kept.add(weights);
-    kept.add(variable_list{owned(rows.lengths), tensor_of(rows.offsets), tensor_of(rows.host_offsets), owned(rows.resets)});
-    kept.add(ys);
-    for (const LayerOutputs& layer : made->layers) kept.add(std::get<2>(layer));
-    kept.add(made->inputs);
-    kept.add(made->left);
-    ctx->save_for_backward(std::move(kept.tensors));
-    ctx->saved_data["lengths"] = kept.lengths;
+    Lists saved;
+    saved.add(Tensor(x));
+    saved.add(states);
+    saved.add(weights);
+    saved.add(variable_list{owned(rows.lengths), tensor_of(rows.offsets), tensor_of(rows.host_offsets), owned(rows.resets)});
+    saved.add(ys);
+    for (const LayerOutputs& layer : made->layers) saved.add(std::get<2>(layer));
+    saved.add(made->inputs);
+    saved.add(made->left);
+    ctx->save_for_backward(std::move(saved.tensors));
+    ctx->saved_data["lengths"] = saved.lengths;
     ctx->saved_data["output_version"] = version_of(last_y);
     ctx->saved_data["output_version_then"] = static_cast<int64_t>(last_y._version());
     ctx->saved_data["recipe"] = pack(stack->recipe);
@@ -88,16 +88,16 @@ class StackFunction : public torch::autograd::Function<StackFunction> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto tensors = ctx->get_saved_variables();
     const auto lengths = ctx->saved_data["lengths"].toIntVector();
-    ListReader kept(tensors, lengths);
-    const at::TensorList x = kept.next(), states = kept.next(), weights = kept.next(), of_rows = kept.next(),
-                         ys = kept.next();
+    ListReader saved(tensors, lengths);
+    const at::TensorList x = saved.next(), states = saved.next(), weights = saved.next(), of_rows = saved.next(),
+                         ys = saved.next();
     const Rows rows{optional_of(of_rows[0]), optional_of(of_rows[1]), optional_of(of_rows[3]), optional_of(of_rows[2])};
     const Recipe recipe = recipe_of(ctx->saved_data["recipe"].toInt(), ctx->saved_data["dropout"].toDouble());
     const Call stack{x[0], states, weights, rows, recipe};
     StackOutputs outputs;
-    for (const Tensor& y : ys) outputs.layers.emplace_back(y, std::vector<Tensor>(), kept.next().vec());
-    outputs.inputs = kept.next().vec();
-    outputs.left = kept.next().vec();
+    for (const Tensor& y : ys) outputs.layers.emplace_back(y, std::vector<Tensor>(), saved.next().vec());
+    outputs.inputs = saved.next().vec();
+    outputs.left = saved.next().vec();
 
     const int64_t layers = recipe.num_layers, last_states = state_count(recipe.cell);
     std::vector<GradientMask> masks;

@@ -102,9 +102,9 @@ void FormulaBackwardScan<A>::layout_shared(Arena& arena) {
   }
   zeros_size_ = std::max(d_rec_elements(), H_) + kernels_.width;
   zeros_ = arena.take<A>(zeros_size_);
-  const int64_t kept = keeps_rec_ ? 2 * team_rows_ * d_rec_elements() : 0;
+  const int64_t of_recs = keeps_rec_ ? 2 * team_rows_ * d_rec_elements() : 0;
   team_elements_ =
-      round_up(traits_.states * team_rows_ * room_ + this->rec_elements() + kept + 2 * this->phase_elements(), 16);
+      round_up(traits_.states * team_rows_ * room_ + this->rec_elements() + of_recs + 2 * this->phase_elements(), 16);
   team_arrays_ = arena.take<A>(team_elements_ * plan_.threads.direction_teams * plan_.threads.batch_teams);
   Arena thread(nullptr);
   Worker counted;
@@ -185,7 +185,7 @@ void FormulaBackwardScan<A>::gather_states(Worker& w, Row& out, int64_t i, int64
 template <class A>
 void FormulaBackwardScan<A>::gather_row(Worker& w, int64_t i, int64_t t, int64_t active) const {
   const TeamRow& team_row = w.team->rows[i];
-  const int64_t row = row_of(seq_, t, team_row.b), kept = w.d * seq_.N + row;
+  const int64_t row = row_of(seq_, t, team_row.b), place = w.d * seq_.N + row;
   Row& out = w.rows[active];
   const bool reset = is_reset(p_.modifier, row);
   out.reset = reset && !moves_resets_;  // else the cell makes the gradients as of every other step
@@ -193,14 +193,14 @@ void FormulaBackwardScan<A>::gather_row(Worker& w, int64_t i, int64_t t, int64_t
   if (adds_series_) w.places[active] = {i, row};
   gather_states(w, out, i, t);
   for (int k = 0; k < traits_.phases; ++k) {
-    out.v[k] = stored_at(p_.v[k], kept * H_, size_);
+    out.v[k] = stored_at(p_.v[k], place * H_, size_);
     out.d_ph[k] = w.d_ph + (k * team_rows_ + active) * room_;
     out.dv[k] = w.dv + (k * team_rows_ + active) * room_;
   }
-  out.saved = stored_at(p_.saved, kept * traits_.saved * H_, size_);
+  out.saved = stored_at(p_.saved, place * traits_.saved * H_, size_);
   out.dy = p_.dy ? stored_at(p_.dy, (row * D_ + w.d) * H_, size_) : zeros_;
   out.rec = w.rec + active * heads_ * rec_columns_;
-  out.d = stored_at(p_.d, kept * blocks() * H_, size_);
+  out.d = stored_at(p_.d, place * blocks() * H_, size_);
   const int64_t parity = team_row.steps_before(t, w.d) & 1;
   out.d_rec = keeps_rec_ ? w.d_rec + (parity * team_rows_ + i) * d_rec_elements() : nullptr;
   w.active[active] = w.next[i];

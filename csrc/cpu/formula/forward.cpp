@@ -290,7 +290,7 @@ const A* FormulaForwardScan<A>::reset_state(const Worker& w, int s, int64_t t, i
 template <class A>
 void FormulaForwardScan<A>::gather_row(Worker& w, int64_t i, int64_t t, int64_t xg_row, int64_t active) const {
   const TeamRow& team_row = w.team->rows[i];
-  const int64_t row = row_of(seq_, t, team_row.b), kept = w.d * seq_.N + row;
+  const int64_t row = row_of(seq_, t, team_row.b), place = w.d * seq_.N + row;
   const int64_t copy = team_row.steps_before(t, w.d) & 1;
   const bool reset = is_reset(p_.modifier, row);
   Row& out = w.rows[active];
@@ -305,9 +305,9 @@ void FormulaForwardScan<A>::gather_row(Worker& w, int64_t i, int64_t t, int64_t 
   for (int k = 0; k < traits_.phases; ++k) {
     out.v[k] = w.v + (k * team_rows_ + active) * room_;
     out.ph[k] = w.ph + (k * team_rows_ + active) * room_;
-    out.v_series[k] = stored_at(p_.v[k], kept * H_, size_);
+    out.v_series[k] = stored_at(p_.v[k], place * H_, size_);
   }
-  out.saved = stored_at(p_.saved, kept * traits_.saved * H_, size_);
+  out.saved = stored_at(p_.saved, place * traits_.saved * H_, size_);
   w.before[active] = out.before[traits_.recurrent];
 }
 

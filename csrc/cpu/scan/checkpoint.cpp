@@ -6,7 +6,7 @@
 namespace fused_rnn::cpu {
 namespace {
 
-// f(y, kept) for each pair of places; y is null for a row that has done no step.
+// f(y, checkpoints) for each pair of places; y is null for a row that has done no step.
 template <class F>
 void for_kept_outputs(const ForwardParams& p, int64_t every, F&& f) {
   const int64_t count = (p.seq.T - 1) / every, bytes = p.P * dtype_size(p.dtype);
@@ -15,9 +15,9 @@ void for_kept_outputs(const ForwardParams& p, int64_t every, F&& f) {
       const int64_t length = active_steps(p.seq, b);
       for (int64_t j = 0; j < count; ++j) {
         const int64_t done = steps_done(p.seq.T, length, d, (j + 1) * every);
-        const int64_t kept = (d * count + j) * p.seq.B + b;
+        const int64_t place = (d * count + j) * p.seq.B + b;
         const int64_t row = done > 0 ? row_of(p.seq, time_of_last(length, d, done), b) : 0;
-        f(done > 0 ? static_cast<char*>(p.y) + (row * p.D + d) * bytes : nullptr, kept * bytes, bytes);
+        f(done > 0 ? static_cast<char*>(p.y) + (row * p.D + d) * bytes : nullptr, place * bytes, bytes);
       }
     }
   }
@@ -25,16 +25,16 @@ void for_kept_outputs(const ForwardParams& p, int64_t every, F&& f) {
 
 }  // namespace
 
-void take_outputs(const ForwardParams& p, int64_t every, void* kept) {
+void take_outputs(const ForwardParams& p, int64_t every, void* checkpoints) {
   for_kept_outputs(p, every, [&](const char* y, int64_t at, int64_t bytes) {
-    char* const to = static_cast<char*>(kept) + at;
+    char* const to = static_cast<char*>(checkpoints) + at;
     y ? std::memcpy(to, y, bytes) : std::memset(to, 0, bytes);
   });
 }
 
-void put_outputs(const ForwardParams& p, int64_t every, const void* kept) {
+void put_outputs(const ForwardParams& p, int64_t every, const void* checkpoints) {
   for_kept_outputs(p, every, [&](char* y, int64_t at, int64_t bytes) {
-    if (y) std::memcpy(y, static_cast<const char*>(kept) + at, bytes);
+    if (y) std::memcpy(y, static_cast<const char*>(checkpoints) + at, bytes);
   });
 }
 

@@ -41,8 +41,8 @@ void backward_in_parts(BackwardParams& p, const BackwardPart& part, const Alloca
 
 // The outputs before step (j + 1) * k of every row that has done a step by then: from y [N, D * P] to kept [D, K, B, P],
 // zeros for the other rows; and back to their places in y.
-void take_outputs(const ForwardParams& p, int64_t every, void* kept);
-void put_outputs(const ForwardParams& p, int64_t every, const void* kept);
+void take_outputs(const ForwardParams& p, int64_t every, void* checkpoints);
+void put_outputs(const ForwardParams& p, int64_t every, const void* checkpoints);
 
 // The rows in memory of steps [first, end) of all directions, as many as the direction with the most has.
 SavedRows rows_of_steps(const Sequence& seq, int D, int64_t first, int64_t end);

@@ -183,9 +183,9 @@ void ForwardScan<A>::start_again(Worker& w, int64_t i) const {
   const int64_t last = row_of(seq_, time_of_last(row.length, w.d, done), row.b);
   kernels_.load[storage_](stored_at(p_.y, (last * D_ + w.d) * p_.P, size_), w.h[done & 1] + i * p_padded_, p_.P);
   if (!part_.c) return;
-  const int64_t count = (seq_.T - 1) / part_.every, kept = w.d * count + first_ / part_.every - 1;
+  const int64_t count = (seq_.T - 1) / part_.every, checkpoint = w.d * count + first_ / part_.every - 1;
   A* const c = w.c + i * h_padded_;
-  std::copy_n(static_cast<const A*>(part_.c) + (kept * seq_.B + row.b) * p_.H, p_.H, c);
+  std::copy_n(static_cast<const A*>(part_.c) + (checkpoint * seq_.B + row.b) * p_.H, p_.H, c);
   kernels_.save[storage_](c, stored_at(part_.c_before, (w.d * seq_.B + row.b) * p_.H, size_), p_.H);
 }
 
@@ -193,10 +193,10 @@ void ForwardScan<A>::start_again(Worker& w, int64_t i) const {
 template <class A>
 void ForwardScan<A>::keep_c(const Worker& w, int64_t step) const {
   if ((step + 1) % part_.every != 0 || step + 1 == seq_.T) return;
-  const int64_t count = (seq_.T - 1) / part_.every, kept = w.d * count + (step + 1) / part_.every - 1;
+  const int64_t count = (seq_.T - 1) / part_.every, checkpoint = w.d * count + (step + 1) / part_.every - 1;
   const Range units = this->units_of_panels(w.h_panels, w.weights.h.shape);
   for (int64_t i = 0; i < w.n; ++i) {
-    A* const to = static_cast<A*>(part_.c) + (kept * seq_.B + w.team->rows[i].b) * p_.H;
+    A* const to = static_cast<A*>(part_.c) + (checkpoint * seq_.B + w.team->rows[i].b) * p_.H;
     std::copy(w.c + i * h_padded_ + units.first, w.c + i * h_padded_ + units.last, to + units.first);
   }
 }

@@ -38,8 +38,8 @@ struct PersistentBackward : BlockElements<G> {
   __device__ __forceinline__ PersistentBackward(const BackwardSequence& s, const BlockPlace& place, ProductOf<G>& weights)
       : Base(s, place, weights), p(s.p), l(s.l) {}
 
-  __device__ __forceinline__ float carry(const Place& e, int row_tile) const { return Base::kept(0, e, row_tile); }
-  __device__ __forceinline__ float dc(const Place& e, int row_tile) const { return Base::kept(1, e, row_tile); }
+  __device__ __forceinline__ float carry(const Place& e, int row_tile) const { return Base::held(0, e, row_tile); }
+  __device__ __forceinline__ float dc(const Place& e, int row_tile) const { return Base::held(1, e, row_tile); }
   // The gradient of h (which = 0) or c (1) that one launch leaves and the next takes up.
   __device__ __forceinline__ float& carried(int which, const Place& e, int row_tile) const {
     return l.carry[which * p.D * p.seq.B * p.H + state_index(e, row_tile)];

@@ -182,7 +182,7 @@ struct BlockElements {
   __device__ __forceinline__ Storage state(const void* tensor, const Place& e, int row_tile) const {
     return tensor ? static_cast<const Storage*>(tensor)[state_index(e, row_tile)] : Storage{};
   }
-  __device__ __forceinline__ float kept(int which, const Place& e, int row_tile) const {
+  __device__ __forceinline__ float held(int which, const Place& e, int row_tile) const {
     if constexpr (G::kBlock) {
       return first_row_tile[which][e.number];
     } else {

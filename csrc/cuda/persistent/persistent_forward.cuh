@@ -39,8 +39,8 @@ struct PersistentForward : BlockElements<G> {
   __device__ __forceinline__ PersistentForward(const ForwardSequence& s, const BlockPlace& place, ProductOf<G>& weights)
       : Base(s, place, weights), p(s.p), l(s.l) {}
 
-  __device__ __forceinline__ float h(const Place& e, int row_tile) const { return Base::kept(0, e, row_tile); }
-  __device__ __forceinline__ float c(const Place& e, int row_tile) const { return Base::kept(1, e, row_tile); }
+  __device__ __forceinline__ float h(const Place& e, int row_tile) const { return Base::held(0, e, row_tile); }
+  __device__ __forceinline__ float c(const Place& e, int row_tile) const { return Base::held(1, e, row_tile); }
   __device__ __forceinline__ void keep(const Place& e, int row_tile, float h_state, float c_state) {
     Base::keep(0, e, row_tile, h_state);
     if constexpr (C::kHasC) Base::keep(1, e, row_tile, c_state);
