@@ -271,10 +271,10 @@ std::optional<std::vector<LayerGradients>> overlapped_backward(const Call& s, co
   for (int64_t l = s.recipe.num_layers - 1; l >= 0; --l) {
     const auto& [y, last, of_layer] = saved.layers[l];
     const OptionalTensor dy = layers.empty() ? given.dy : OptionalTensor(layers.front().dx);
-    Saved saved = saved_of(s.recipe.cell, s.rows, of_layer);
-    saved.y = y;
+    Saved layer_saved = saved_of(s.recipe.cell, s.rows, of_layer);
+    layer_saved.y = y;
     const Tensor& x = l == 0 ? s.x : dropout > 0 ? saved.inputs[l - 1] : std::get<0>(saved.layers[l - 1]);
-    BackwardLayer& layer = layers.emplace_front(s, x, l, ResultGradients{dy, given.of_last[l], saved});
+    BackwardLayer& layer = layers.emplace_front(s, x, l, ResultGradients{dy, given.of_last[l], layer_saved});
     layer.made = prepare_backward(layer.call, layer.given, mask_of(masks, l));
     BackwardParams& p = layer.made.params;
     p.allow_tf32 = stack->layer.allow_tf32;
