@@ -29,7 +29,6 @@ from test_layers import assert_near
 
 import fused_rnn
 from fused_rnn import _explain, _settings, use_backend
-from fused_rnn._kinds import KINDS
 from fused_rnn.tuning import choice as choice_module
 from fused_rnn.tuning import here, serve
 from fused_rnn.tuning.record import Choice, Record, Scope, Verdict
@@ -564,8 +563,8 @@ def test_compiled_inference_by_cudnn(bench: Bench, module: type) -> None:
 def test_explained(bench: Bench, setting: Setting) -> None:
     """What explain says of a GPU that is there is what a call does."""
     rnn, x = fused_rnn.LSTM(4, 21), torch.randn(5, 3, 4, requires_grad=True)
-    kind = KINDS[fused_rnn._kinds.NUMBER_OF_MODE["LSTM"]]
-    call = _explain._Call(kind, "cuda", torch.float32, _explain.DEVICES["H100"], packed=False, training=True, forced=None)
+    lstm = fused_rnn._kinds.NUMBER_OF_MODE["LSTM"]
+    call = _explain._Call(lstm, "cuda", torch.float32, _explain.DEVICES["H100"], packed=False, training=True, forced=None)
     sizes = _explain._sizes(rnn, x)[0]
 
     def explained() -> tuple[str | None, str | None]:
