@@ -40,7 +40,7 @@ class CpuRates:
         self.pointwise = functools.cache(self._pointwise)
 
     def _best(self, rate: Callable[[], float]) -> float:
-        """The rates of all threads at the same time, added up; the best of some moments, since a shared machine has bad ones."""
+        """The rates of all threads at the same time, added up: the best of some moments, as machines are shared."""
         best = 0.0
         for _ in range(MOMENTS):
             best = max(best, sum(future.result() for future in [self._pool.submit(rate) for _ in range(self.threads)]))
