@@ -1,4 +1,4 @@
-"""Sources that are compiled together: a file of csrc/torch compiles in a second, torch's headers before it in ten."""
+"""Sources that are compiled together: torch's headers take most of the time that a file of csrc/torch takes to compile."""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@
 #include <chrono>
 #include <limits>
 #include <memory>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "cpu/arena.h"
@@ -12,6 +14,14 @@
 
 namespace fused_rnn::cpu {
 namespace {
+
+// Arrays are made of these sizes.
+void check_size(const char* name, int64_t size, int64_t most) {
+  if (size < 1 || size > most) {
+    throw std::invalid_argument(std::string(name) + ": expected 1 to " + std::to_string(most) + ", got " +
+                                std::to_string(size));
+  }
+}
 
 // The least seconds of one call of f, over samples of at least 50 us.
 template <class F>
@@ -163,6 +173,7 @@ double product_rate(DType dtype) {
 }
 
 double read_rate(int64_t bytes) {
+  check_size("bytes", bytes, int64_t{1} << 34);
   constexpr int64_t kDepth = 256;
   const Kernels<float>& kernels = selected_kernels().f32;
   const int vectors = 1, n_panels = max_panels(1);
@@ -195,6 +206,8 @@ double read_rate(int64_t bytes) {
 }
 
 double pointwise_seconds(CellKind cell, DType dtype, Pointwise pass, int rows, int64_t H) {
+  check_size("rows", rows, 256);
+  check_size("H", H, 65536);
   return dispatch_storage(dtype, [&](auto storage) {
     const auto& kernels = kernels_of<Arithmetic<decltype(storage)>>(selected_kernels());
     if (pass == Pointwise::kBackward) return time_backward(kernels, cell, dtype, rows, H);

@@ -19,7 +19,7 @@
 namespace fused_rnn {
 namespace {
 
-std::vector<Tensor> empty_kept(const Call& call, const ForwardCall& made, int64_t every) {
+std::vector<Tensor> empty_checkpoints(const Call& call, const ForwardCall& made, int64_t every) {
   const ForwardParams& p = made.params;
   const int64_t count = p.seq.T > 0 ? (p.seq.T - 1) / every : 0;
   std::vector<Tensor> checkpoints{empty_like(call.like(), {p.D, count, p.seq.B, p.P})};
@@ -43,7 +43,7 @@ LayerOutputs layer_checkpointed_cpu(const Tensor& x, at::TensorList states, at::
   const Rows given = rows_of(rows, recipe);
   const Call call{x, states, params, given, layer_recipe_of(recipe)};
   ForwardCall made = prepare_forward(call, /*save=*/false);
-  std::vector<Tensor> checkpoints = empty_kept(call, made, every);
+  std::vector<Tensor> checkpoints = empty_checkpoints(call, made, every);
   if (made.params.seq.B > 0) {
     if (call.has_ids()) gather_input_product(call, made);
     cpu::ForwardPart part;
@@ -65,7 +65,7 @@ BackwardCall run_in_parts(const Call& call, at::TensorList checkpoints, int64_t 
   forward.y = empty_inside(forward.y, forward.y.sizes());
   f.y = data_or_null(forward.y);
   const CellTraits traits = traits_of(f.cell);
-  const std::vector<Tensor> expected = empty_kept(call, forward, every);
+  const std::vector<Tensor> expected = empty_checkpoints(call, forward, every);
   TORCH_CHECK_VALUE(checkpoints.size() == expected.size(), "checkpoints: expected ", expected.size(),
                     " tensors of forward, got ", checkpoints.size());
   std::vector<Tensor> here;

@@ -6,9 +6,10 @@
 namespace fused_rnn::cpu {
 namespace {
 
-// f(y, checkpoints) for each pair of places; y is null for a row that has done no step.
+// f(y, at, bytes) for each output that is kept: its row of y, null for a row that has done no step, and where it lies among
+// the checkpoints, in bytes.
 template <class F>
-void for_kept_outputs(const ForwardParams& p, int64_t every, F&& f) {
+void for_checkpoints(const ForwardParams& p, int64_t every, F&& f) {
   const int64_t count = (p.seq.T - 1) / every, bytes = p.P * dtype_size(p.dtype);
   for (int d = 0; d < p.D; ++d) {
     for (int64_t b = 0; b < p.seq.B; ++b) {
@@ -26,14 +27,14 @@ void for_kept_outputs(const ForwardParams& p, int64_t every, F&& f) {
 }  // namespace
 
 void take_outputs(const ForwardParams& p, int64_t every, void* checkpoints) {
-  for_kept_outputs(p, every, [&](const char* y, int64_t at, int64_t bytes) {
+  for_checkpoints(p, every, [&](const char* y, int64_t at, int64_t bytes) {
     char* const to = static_cast<char*>(checkpoints) + at;
     y ? std::memcpy(to, y, bytes) : std::memset(to, 0, bytes);
   });
 }
 
 void put_outputs(const ForwardParams& p, int64_t every, const void* checkpoints) {
-  for_kept_outputs(p, every, [&](char* y, int64_t at, int64_t bytes) {
+  for_checkpoints(p, every, [&](char* y, int64_t at, int64_t bytes) {
     if (y) std::memcpy(y, static_cast<const char*>(checkpoints) + at, bytes);
   });
 }

@@ -21,8 +21,8 @@ struct SavedRows {
 // Which steps forward runs, and where it keeps states for checkpointing.
 struct ForwardPart {
   int64_t every = 0;  // k
-  void* c =
-      nullptr;  // [D, K, B, H] of the arithmetic type: the first run writes it, a later one reads it; of cells that have c
+  // [D, K, B, H] of the arithmetic type, of cells that have c: the first run writes it, a later one reads it.
+  void* c = nullptr;
   // A later run: steps [first, end) only. The h before them is in y (put_outputs).
   bool again = false;
   int64_t first = 0, end = 0;
