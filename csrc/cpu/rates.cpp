@@ -176,7 +176,7 @@ double read_rate(int64_t bytes) {
   check_size("bytes", bytes, int64_t{1} << 34);
   constexpr int64_t kDepth = 256;
   const Kernels<float>& kernels = selected_kernels().f32;
-  const int vectors = 1, n_panels = max_panels(1);
+  const int vectors = kMaxTileVectors, n_panels = kernels.max_panels_of(1);
   const int64_t panel = kDepth * vectors * kernels.width;
   const int64_t calls = std::max<int64_t>(bytes / (n_panels * panel * static_cast<int64_t>(sizeof(float))), 1);
   float *row = nullptr, *panels = nullptr, *out = nullptr;

@@ -162,10 +162,12 @@ class TilePipeline {
   void flush() { run(0, 1); }
 
  private:
-  // f on the rows that fall to a round.
+  static constexpr int kInStep = 4;
+  // f on the rows that fall to a round: fours, which the pointwise half takes in step.
   void run(int64_t round, int64_t rounds) {
-    const auto [begin, end] = share_of(finished_.rows, rounds, round);
-    if (begin == end) return;
+    const auto [first, last] = share_of(ceil_div(finished_.rows, kInStep), rounds, round);
+    if (first == last) return;
+    const int64_t begin = first * kInStep, end = std::min<int64_t>(last * kInStep, finished_.rows);
     Tile<float> some = finished_;
     some.row += begin;
     some.rows = static_cast<int>(end - begin);

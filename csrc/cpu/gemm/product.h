@@ -62,7 +62,8 @@ Prefetch prefetch_after(const Product<A>& product, int64_t p, int64_t end, int64
 template <class A, class Place, class Done>
 void for_vector_tiles(const Product<A>& product, int most, const Place& place, const Done& done) {
   const auto& max_rows = product.kernels.max_rows;
-  for_panel_groups(product.matrix.shape, product.n, product.panels, most, [&](int64_t p, int64_t end, int vectors) {
+  const int group = std::min(product.kernels.max_panels_of(product.n), most);
+  for_panel_groups(product.matrix.shape, product.panels, group, [&](int64_t p, int64_t end, int vectors) {
     const int64_t blocks = ceil_div(product.n, max_rows[vectors]);
     int64_t block = 0;
     for_row_blocks(product.n, max_rows[vectors], [&](int64_t row, int rows) {

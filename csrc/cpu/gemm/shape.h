@@ -53,10 +53,9 @@ struct Panels {
   }
 };
 
-// Calls f(begin, end, vectors) for groups of panels that one gemm call on n rows takes together, at most `most`.
+// Calls f(begin, end, vectors) for groups of at most `group` panels that one gemm call takes together.
 template <class F>
-void for_panel_groups(const Shape& shape, int64_t n, const Panels& panels, int most, F&& f) {
-  const int64_t group = n <= 2 ? std::min(max_panels(static_cast<int>(n)), most) : 1;
+void for_panel_groups(const Shape& shape, const Panels& panels, int64_t group, F&& f) {
   const bool narrow = shape.tail && panels.last == shape.panels && panels.last > panels.first;  // the last goes alone
   const int64_t wide_end = panels.last - (narrow ? 1 : 0);
   const auto tail = [&] {

@@ -13,6 +13,7 @@ Kernels<typename V::Scalar> make_kernels() {
   Kernels<typename V::Scalar> table{};
   table.width = V::kWidth;
   for (int v = 0; v <= kMaxTileVectors; ++v) table.max_rows[v] = V::kMaxRows[v];
+  for (int n = 0; n <= 2; ++n) table.max_panels[n] = V::kMaxPanels[n];
   table.gemm = gemm<V>;
   table.hash = content_hash<V>;
   fill_dual<V>(table);

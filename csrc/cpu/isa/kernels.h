@@ -35,7 +35,7 @@ struct GemmCall {
   int64_t depth;         // K
   const A* const* rows;  // [n_rows] pointers to [K]
   int n_rows;            // at most Kernels::max_rows[vectors]
-  int n_panels;          // at most Kernels::max_panels(n_rows)
+  int n_panels;          // at most Kernels::max_panels_of(n_rows)
   int vectors;           // of every panel here
   const A* panels;       // [n_panels][K][vectors][W], or columns of a row-major matrix
   int64_t k_stride;      // from k to k + 1
@@ -184,6 +184,7 @@ template <class A>
 struct Kernels {
   int width;                          // W
   int max_rows[kMaxTileVectors + 1];  // rows of a tile by vectors of its panel
+  int max_panels[3];                  // of one gemm call, by its rows, where there are one or two
   void (*gemm)(const GemmCall<A>&);
   void (*direct[kStorages])(const DirectCall<A>&);
   void (*forward[kCellCount][kStorages])(const ForwardCall<A>&);
@@ -198,10 +199,10 @@ struct Kernels {
   void (*save[kStorages])(const A* from, void* to, int64_t n);  // arithmetic to storage
   const PartsKernels* parts;                                    // products of bfloat16 parts, or null
   uint64_t (*hash)(const HashKeys& keys, const void* data, int64_t bytes, uint64_t before);  // content_hash.h
-};
 
-// The most panels that one gemm call takes. Few rows need several panels at a time, to hide the latency of the FMA.
-constexpr int max_panels(int n_rows) { return n_rows == 1 ? 4 : n_rows == 2 ? 2 : 1; }
+  // The most panels that one gemm call takes. Few rows need several panels at a time, to hide the latency of the FMA.
+  int max_panels_of(int64_t n_rows) const { return n_rows <= 2 ? max_panels[n_rows] : 1; }
+};
 
 struct InstructionSet {
   const char* name;

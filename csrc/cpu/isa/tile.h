@@ -1,6 +1,9 @@
 // The matrix tile: kRows rows times kPanels panels of kVectors vectors, with its sums in registers. Every sum runs over k in
 // order, one multiply-add at a time, in every tile: results do not depend on how rows are grouped.
 //
+// A tile with more sums than registers takes up to twice as long: on AVX2 one row with four panels 1.5 times as long as with
+// two, and two rows with two panels twice as long as with one (LSTM, H=256).
+//
 // Beside the sums a tile keeps in registers what is fewer, the elements of its rows or the vectors of its panel, and takes
 // the others one after the other. 4 rows times 3 vectors (a GRU) with the rows' elements kept need 17 registers of AVX2's
 // 16: one sum then lies in memory, and its chain of load, multiply-add and store takes twice as long as the whole round.
@@ -14,6 +17,7 @@ void gemm_tile(const GemmCall<typename V::Scalar>& call) {
   using A = typename V::Scalar;
   constexpr int kWidth = V::kWidth;
   constexpr int kStep = kVectors * kWidth;
+  static_assert(kRows * kVectors * kPanels <= V::kMostSums, "sums that do not fit the registers");
   V sum[kPanels][kRows][kVectors];
   for (int p = 0; p < kPanels; ++p) {
     for (int r = 0; r < kRows; ++r) {
@@ -89,17 +93,29 @@ void gemm_rows(const GemmCall<typename V::Scalar>& call) {
   }
 }
 
+// One row with up to V::kMaxPanels[1] panels.
+template <class V, int kVectors>
+void gemm_row(const GemmCall<typename V::Scalar>& call) {
+  static_assert(V::kMaxPanels[1] == 2 || V::kMaxPanels[1] == 4);
+  if constexpr (V::kMaxPanels[1] == 4) {
+    if (call.n_panels == 4) return gemm_tile<V, 1, kVectors, 4>(call);
+    if (call.n_panels == 3) return gemm_tile<V, 1, kVectors, 3>(call);
+  }
+  if (call.n_panels == 2) return gemm_tile<V, 1, kVectors, 2>(call);
+  return gemm_tile<V, 1, kVectors, 1>(call);
+}
+
 template <class V, int kVectors>
 void gemm_panels(const GemmCall<typename V::Scalar>& call) {
   constexpr int kMax = V::kMaxRows[kVectors];
   static_assert(kMax >= 3 && kMax <= kMaxTileRows);
   switch (call.n_rows) {
-    case 1:
-      if (call.n_panels == 1) return gemm_tile<V, 1, kVectors, 1>(call);
-      if (call.n_panels == 2) return gemm_tile<V, 1, kVectors, 2>(call);
-      if (call.n_panels == 3) return gemm_tile<V, 1, kVectors, 3>(call);
-      return gemm_tile<V, 1, kVectors, 4>(call);
-    case 2: return call.n_panels == 1 ? gemm_tile<V, 2, kVectors, 1>(call) : gemm_tile<V, 2, kVectors, 2>(call);
+    case 1: return gemm_row<V, kVectors>(call);
+    case 2:
+      if constexpr (V::kMaxPanels[2] > 1) {
+        if (call.n_panels > 1) return gemm_tile<V, 2, kVectors, 2>(call);
+      }
+      return gemm_tile<V, 2, kVectors, 1>(call);
     case 3: return gemm_tile<V, 3, kVectors, 1>(call);
     case 4: return gemm_rows < V, kMax<4 ? 3 : 4, kVectors>(call);
     case 5: return gemm_rows < V, kMax<5 ? 3 : 5, kVectors>(call);

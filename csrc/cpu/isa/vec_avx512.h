@@ -49,6 +49,7 @@ struct VecF : simd::VectorBase {
   static constexpr int kWidth = 16;
   static constexpr int kMostSums = 24;
   static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 8, 8, 6};
+  static constexpr int kMaxPanels[3] = {0, 4, 2};
   static constexpr int kDirectRows = 4;
   static constexpr int kInStep = 4;
   __m512 v;
@@ -145,6 +146,7 @@ struct VecD : simd::VectorBase {
   static constexpr int kWidth = 8;
   static constexpr int kMostSums = 24;
   static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 8, 8, 6};
+  static constexpr int kMaxPanels[3] = {0, 4, 2};
   static constexpr int kDirectRows = 4;
   static constexpr int kInStep = 4;
   __m512d v;
