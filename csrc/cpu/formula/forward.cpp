@@ -48,7 +48,7 @@ class FormulaForwardScan final : public FormulaScan<A> {
     A* states;  // [copies of all states][n][room], of the team
     A* xg;      // [chunk rows][x columns], of the team
     Range x_panels;
-    A* x;              // [chunk rows, I], where x is converted
+    InputRows<A> x;    // [chunk rows, I]
     A *v, *ph;         // [Q][n][room], of the team: what phases take, and their results
     Row* rows;         // [n]
     const A** before;  // [n] the recurrent state
@@ -173,11 +173,11 @@ void FormulaForwardScan<A>::layout_shared(Arena& arena) {
 
 template <class A>
 void FormulaForwardScan<A>::take_arrays(Arena& arena, Worker& w) const {
-  w.x = arena.take<A>(this->converts_ ? chunk_rows() * p_.I : 0);
+  w.x.take(arena, plan_.x, chunk_rows(), p_.I, this->sizes_.dtype);
   w.rows = arena.take<Row>(team_rows_);
   w.reset = arena.take<A>(p_.reset_states[0].data ? traits_.states * team_rows_ * room_ : 0);
   w.before = arena.take<const A*>(team_rows_);
-  Base::take_arrays(arena, chunk_rows(), w);
+  Base::take_arrays(arena, team_rows_, w);
 }
 
 template <class A>
@@ -256,22 +256,15 @@ void FormulaForwardScan<A>::load_columns(Worker& w, int64_t begin, int64_t end) 
 template <class A>
 void FormulaForwardScan<A>::project(Worker& w, int64_t begin, int64_t end) const {
   if (p_.columns) return load_columns(w, begin, end);
-  int64_t count = 0;
+  w.x.clear();
   for (int64_t step = begin; step < end; ++step) {
     const int64_t t = this->time_of(w, step);
     for (const TeamRow& row : w.team->rows) {
-      if (t >= row.length) continue;
-      const void* x = stored_at(p_.x, row_of(seq_, t, row.b) * p_.I, size_);
-      if (this->converts_) {
-        A* converted = w.x + count * p_.I;
-        kernels_.load[storage_](x, converted, p_.I);
-        x = converted;
-      }
-      w.pointers[count++] = static_cast<const A*>(x);
+      if (t < row.length) w.x.add(kernels_, stored_at(p_.x, row_of(seq_, t, row.b) * p_.I, size_));
     }
   }
   const Matrix<A>& m = directions_[w.d].x;
-  multiply<A>({kernels_, m, directions_[w.d].bias_x, w.pointers, count, {w.x_panels.first, w.x_panels.last}}, w.parts,
+  multiply<A>(w.x.product(kernels_, m, directions_[w.d].bias_x, w.x_panels), w.parts,
               {w.xg + m.shape.columns_before(w.x_panels.first), x_columns_, int64_t{m.shape.vectors} * m.shape.width,
                /*rows_first=*/true});
 }

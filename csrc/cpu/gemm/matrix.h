@@ -62,6 +62,9 @@ struct Product {
   const A* const* rows;  // [n] pointers to [K]
   int64_t n;
   Panels panels;
+  // Where the matrix is in parts, the rows may be stored in another type: then here, and not in `rows`.
+  const void* const* stored = nullptr;  // [n] pointers to [K] storage
+  int storage = 0;                      // its storage_index
 };
 
 // A part of a product, the rows [row, row + rows) of the panels [first, last), and where its sums lie.

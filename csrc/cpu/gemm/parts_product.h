@@ -13,6 +13,7 @@ struct PartsScratch {
   int64_t elements = 0;          // of packed
   uint32_t* infinite = nullptr;  // [blocks], of each block of 16 rows a bit for every row that has a value without parts
   int64_t blocks = 0;
+  float* row = nullptr;  // a row of stored elements as float
 };
 
 // A product in parts, in three loops. Rows are packed in blocks of 16, a group of blocks at a time: as many as the scratch
@@ -55,11 +56,15 @@ class PartsProduct {
   void pack_rows(const Group& group) const {
     for (int64_t row = 0, block = 0; row < group.rows; row += kPartsRows, ++block) {
       const int rows = static_cast<int>(std::min<int64_t>(kPartsRows, group.rows - row));
-      const uint32_t infinite = kernels_.pack_rows(product_.rows + group.first + row, rows, m_.shape.depth, m_.parts.rows,
-                                                   scratch_.packed + block * m_.row_block_elements());
+      const void* from[kPartsRows];
+      for (int r = 0; r < rows; ++r) from[r] = row_at(group.first + row + r);
+      const uint32_t infinite = kernels_.pack_rows[product_.storage](from, rows, m_.shape.depth, m_.parts.rows,
+                                                                     scratch_.packed + block * m_.row_block_elements());
       scratch_.infinite[block] = matrix_infinite_ ? ~0u : infinite;
     }
   }
+
+  const void* row_at(int64_t row) const { return product_.stored ? product_.stored[row] : product_.rows[row]; }
 
   void multiply_panel(const Group& group, int64_t panel) {
     const bool pairs = m_.shape.vectors_of(panel) % 2 == 0 && group.rows >= 2 * kPartsRows;
@@ -120,8 +125,10 @@ class PartsProduct {
     if ((scratch_.infinite[block] | second) == 0) return;
     for (int r = 0; r < tile.rows; ++r) {
       if (!(scratch_.infinite[block + r / kPartsRows] >> r % kPartsRows & 1)) continue;
-      multiply_infinite(product_.kernels, m_, product_.init, product_.rows[tile.row + r], tile.first,
-                        tile.sums + r * tile.stride);
+      const float* row = product_.stored ? scratch_.row : product_.rows[tile.row + r];
+      if (product_.stored)
+        product_.kernels.load[product_.storage](product_.stored[tile.row + r], scratch_.row, m_.shape.depth);
+      multiply_infinite(product_.kernels, m_, product_.init, row, tile.first, tile.sums + r * tile.stride);
     }
   }
 
@@ -163,7 +170,8 @@ class TilePipeline {
 
  private:
   static constexpr int kInStep = 4;
-  // f on the rows that fall to a round: fours, which the pointwise half takes in step.
+  // f on the rows that fall to a round: fours, which the pointwise half takes in step (kInStep of AVX-512, whose vectors work
+  // beside every unit that multiplies parts).
   void run(int64_t round, int64_t rounds) {
     const auto [first, last] = share_of(ceil_div(finished_.rows, kInStep), rounds, round);
     if (first == last) return;
@@ -198,17 +206,19 @@ int64_t row_blocks_of_group(const Matrix<A>& m, int64_t rows) {
 
 // The size of a scratch that serves several matrices in turn.
 struct PartsRoom {
-  int64_t blocks = 0, elements = 0;
+  int64_t blocks = 0, elements = 0, depth = 0;
 
   template <class A>
   void include(const Matrix<A>& m, int64_t rows) {
     const int64_t needed = row_blocks_of_group(m, rows);
     blocks = std::max(blocks, needed);
     elements = std::max(elements, needed * m.row_block_elements());
+    if (needed > 0) depth = std::max(depth, m.shape.depth);
   }
   PartsScratch take(Arena& arena) const {
     uint16_t* packed = arena.take<uint16_t>(elements);
-    return {packed, elements, arena.take<uint32_t>(blocks), blocks};
+    uint32_t* infinite = arena.take<uint32_t>(blocks);
+    return {packed, elements, infinite, blocks, arena.take<float>(depth)};
   }
 };
 

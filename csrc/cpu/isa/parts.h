@@ -73,8 +73,9 @@ struct PartsKernels {
   bool gains[3] = {};       // by storage index (kernels.h): whether products in parts are faster than vectors
   bool reads_once = false;  // a call of up to 16 rows reads its panel once
   int rate = 0;             // rows that a pair of parts serves in the time of one multiply-add of vectors
-  // Packs up to 16 rows. Returns a bit for each row that has a value without parts: infinite, NaN, or rounded to infinity.
-  uint32_t (*pack_rows)(const float* const* rows, int n_rows, int64_t depth, int parts, uint16_t* out);
+  // Packs up to 16 rows, by storage index. Returns a bit for each row that has a value without parts: infinite, NaN, or
+  // rounded to infinity.
+  uint32_t (*pack_rows[3])(const void* const* rows, int n_rows, int64_t depth, int parts, uint16_t* out);
   // Pack a vector of columns: each is a row of the source (transposed), or a column of it (straight). By storage index;
   // `stride` elements of `out` from one block of k to the next. They return whether all values have parts.
   bool (*pack_transposed[3])(const PartsSource& source, int parts, uint16_t* out, int64_t stride);

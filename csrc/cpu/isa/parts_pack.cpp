@@ -72,16 +72,18 @@ inline int lanes_left(int64_t size, int64_t at) {
   return left > 16 ? 16 : left < 0 ? 0 : static_cast<int>(left);
 }
 
-uint32_t pack_rows(const float* const* rows, int n_rows, int64_t depth, int parts, uint16_t* out) {
+template <class Storage>
+uint32_t pack_rows(const void* const* rows, int n_rows, int64_t depth, int parts, uint16_t* out) {
   Largest largest[kPartsRows];
   for (int64_t k = 0; k < depth; k += kPartsDepth, out += parts * kPartsTile) {
     const int low = lanes_left(depth, k), high = lanes_left(depth, k + 16);
     for (int r = 0; r < n_rows; ++r) {
-      __m512 a = load16(rows[r] + k, low), b = high > 0 ? load16(rows[r] + k + 16, high) : _mm512_setzero_ps();
+      const Storage* const row = static_cast<const Storage*>(rows[r]) + k;
+      __m512 a = load16(row, low), b = high > 0 ? load16(row + 16, high) : _mm512_setzero_ps();
       largest[r].see(a);
       largest[r].see(b);
       for (int part = 0; part < parts; ++part) {
-        const bool rest = part + 1 < kAllParts<float>;
+        const bool rest = part + 1 < (parts > kAllParts<Storage> ? parts : kAllParts<Storage>);
         const __m512i x = take_part(a, rest), y = take_part(b, rest);
         _mm512_storeu_si512(out + part * kPartsTile + r * kPartsDepth, in_order(x, y));
       }
@@ -239,6 +241,7 @@ namespace {
 
 template <class Storage>
 void add_storage(PartsKernels& kernels, int storage) {
+  kernels.pack_rows[storage] = parts_pack::pack_rows<Storage>;
   kernels.pack_transposed[storage] = parts_pack::pack_transposed<Storage>;
   kernels.pack_straight[storage] = parts_pack::pack_straight<Storage>;
   kernels.pack_block[storage] = parts_pack::pack_block<Storage>;
@@ -249,7 +252,6 @@ void add_storage(PartsKernels& kernels, int storage) {
 
 PartsKernels parts_packing() {
   PartsKernels kernels;
-  kernels.pack_rows = parts_pack::pack_rows;
   add_storage<float>(kernels, 0);
   add_storage<Half>(kernels, 1);
   add_storage<BFloat16>(kernels, 2);

@@ -23,7 +23,7 @@ class ForwardScan final : public Scan<A> {
 
  private:
   using Base = Scan<A>;
-  using Base::cell_, Base::converts_, Base::D_, Base::gates_, Base::h_padded_, Base::kernels_, Base::p_padded_, Base::plan_,
+  using Base::cell_, Base::D_, Base::gates_, Base::h_padded_, Base::kernels_, Base::p_padded_, Base::plan_,
       Base::projects_, Base::seq_, Base::size_, Base::sizes_, Base::slots_, Base::storage_, Base::team_rows_, Base::time_of;
 
   struct Worker : Base::Worker {
@@ -31,7 +31,7 @@ class ForwardScan final : public Scan<A> {
     A* c;                  // [n, H padded]
     A* u;                  // [n, H padded], o tanh(c) before the output projection
     ProductStore<A> xg;    // [chunk rows] input projection, of the thread's panels
-    A* x;                  // [chunk rows, I], where x is converted
+    InputRows<A> x;        // [chunk rows, I]
     ForwardRow<A>* rows;   // [n]
     A *reset_h, *reset_c;  // [n, P padded], [n, H padded]: of rows that are reset to a state of their own; else not there
     TeamOptions<A> options;
@@ -126,14 +126,14 @@ void ForwardScan<A>::take_arrays(Arena& arena, Worker& w) const {
   const bool rows_first = team_rows_ <= 2;
   w.xg = {arena.take<A>(chunk_rows() * max_columns_), rows_first ? max_columns_ : panel,
           rows_first ? panel : chunk_rows() * panel, rows_first};
-  w.x = arena.take<A>(converts_ ? chunk_rows() * p_.I : 0);
+  w.x.take(arena, plan_.x, chunk_rows(), p_.I, p_.dtype);
   w.rows = arena.take<ForwardRow<A>>(team_rows_);
   w.reset_h = arena.take<A>(p_.modifier.h.data ? team_rows_ * p_padded_ : 0);
   w.reset_c = arena.take<A>(p_.modifier.c.data ? team_rows_ * h_padded_ : 0);
   w.options.take(arena, p_.modifier, team_rows_, p_padded_, h_padded_);
   w.primal = arena.take<PrimalRow>(p_.primal ? team_rows_ : 0);
   w.masked = arena.take<A>(p_.modifier.product ? team_rows_ * p_padded_ : 0);
-  Base::take_arrays(arena, chunk_rows(), w);
+  Base::take_arrays(arena, team_rows_, w);
 }
 
 template <class A>
@@ -231,22 +231,14 @@ void ForwardScan<A>::load_columns(Worker& w, int64_t begin, int64_t end) const {
 template <class A>
 void ForwardScan<A>::project(Worker& w, int64_t begin, int64_t end) const {
   if (p_.columns) return load_columns(w, begin, end);
-  int64_t count = 0;
+  w.x.clear();
   for (int64_t step = begin; step < end; ++step) {
     const int64_t t = time_of(w, step);
     for (const TeamRow& row : w.team->rows) {
-      if (t >= row.length) continue;
-      const void* x = stored_at(p_.x, row_of(seq_, t, row.b) * p_.I, size_);
-      if (converts_) {
-        A* converted = w.x + count * p_.I;
-        kernels_.load[storage_](x, converted, p_.I);
-        x = converted;
-      }
-      w.pointers[count++] = static_cast<const A*>(x);
+      if (t < row.length) w.x.add(kernels_, stored_at(p_.x, row_of(seq_, t, row.b) * p_.I, size_));
     }
   }
-  const auto [first, last] = w.h_panels;
-  multiply<A>({kernels_, w.weights.x, w.weights.bias_x, w.pointers, count, {first, last}}, w.parts, w.xg);
+  multiply<A>(w.x.product(kernels_, w.weights.x, w.weights.bias_x, w.h_panels), w.parts, w.xg);
 }
 
 template <class A>

@@ -197,6 +197,49 @@ class Scan {
   char* threads_ = nullptr;
 };
 
+// Rows of x for a product of many: in A, or as they are stored where the matrix is in parts.
+template <class A>
+class InputRows {
+ public:
+  // `most` rows of `depth` elements of a dtype.
+  void take(Arena& arena, const Matrix<A>& m, int64_t most, int64_t depth, DType dtype) {
+    storage_ = storage_index(dtype);
+    depth_ = depth;
+    const bool converts = dtype_size(dtype) != static_cast<int64_t>(sizeof(A)), packs = m.form == Form::kParts;
+    stored_ = arena.take<const void*>(converts && packs ? most : 0);
+    rows_ = arena.take<const A*>(converts && packs ? 0 : most);
+    converted_ = arena.take<A>(converts && !packs ? most * depth : 0);
+    kind_ = !converts ? kAsTheyLie : packs ? kStored : kConverted;
+  }
+  void clear() { count_ = 0; }
+  void add(const Kernels<A>& kernels, const void* x) {
+    if (kind_ == kStored) {
+      stored_[count_++] = x;
+      return;
+    }
+    if (kind_ == kConverted) {
+      A* const converted = converted_ + count_ * depth_;
+      kernels.load[storage_](x, converted, depth_);
+      x = converted;
+    }
+    rows_[count_++] = static_cast<const A*>(x);
+  }
+  Product<A> product(const Kernels<A>& kernels, const Matrix<A>& m, const A* init, const Range& panels) const {
+    Product<A> product{kernels, m, init, rows_, count_, {panels.first, panels.last}};
+    if (kind_ == kStored) product.stored = stored_, product.storage = storage_;
+    return product;
+  }
+
+ private:
+  enum Kind { kAsTheyLie, kStored, kConverted };
+  Kind kind_ = kAsTheyLie;
+  int storage_ = 0;
+  int64_t depth_ = 0, count_ = 0;
+  const void** stored_ = nullptr;
+  const A** rows_ = nullptr;
+  A* converted_ = nullptr;
+};
+
 // h and c before step t of a row: what an earlier step stored, or the initial state.
 struct StatesBefore {
   const void *h, *c;  // [P], [H] in the layer's dtype

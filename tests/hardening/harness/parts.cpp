@@ -98,13 +98,15 @@ bool write_parts(float value, int parts, uint16_t* at) {
   return finite;
 }
 
-uint32_t pack_rows(const float* const* rows, int n_rows, int64_t depth, int parts, uint16_t* out) {
+template <class Storage>
+uint32_t pack_rows(const void* const* rows, int n_rows, int64_t depth, int parts, uint16_t* out) {
   uint32_t infinite = 0;
   for (int64_t block = 0; block < depth_blocks(depth); ++block, out += parts * kPartsTile) {
     for (int r = 0; r < n_rows; ++r) {
       for (int i = 0; i < kPartsDepth; ++i) {
         const int64_t k = block * kPartsDepth + i;
-        const bool finite = write_parts(k < depth ? rows[r][k] : 0.0f, parts, out + r * kPartsDepth + i);
+        const float value = k < depth ? to_arithmetic(static_cast<const Storage*>(rows[r])[k]) : 0.0f;
+        const bool finite = write_parts(value, parts, out + r * kPartsDepth + i);
         if (!finite) infinite |= 1u << r;
       }
     }
@@ -191,6 +193,7 @@ void gemm(const PartsCall& call) {
 template <class Storage>
 void add_storage(PartsKernels& kernels, int storage) {
   kernels.gains[storage] = true;
+  kernels.pack_rows[storage] = pack_rows<Storage>;
   kernels.pack_transposed[storage] = pack_vector<Storage, true>;
   kernels.pack_straight[storage] = pack_vector<Storage, false>;
   kernels.pack_block[storage] = pack_block<Storage>;
@@ -204,7 +207,6 @@ const InstructionSet* parts_kernels() {
     PartsKernels table;
     table.reads_once = true;
     table.rate = 16;
-    table.pack_rows = parts::pack_rows;
     parts::add_storage<float>(table, 0);
     parts::add_storage<Half>(table, 1);
     parts::add_storage<BFloat16>(table, 2);
