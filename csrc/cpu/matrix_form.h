@@ -11,9 +11,10 @@ namespace fused_rnn::cpu {
 constexpr double kL2Bytes = 1.6e6;
 
 enum class Form : int {
-  kDirect,  // as torch stores it
-  kPacked,  // [panels][K][vectors][W] (kernels.h)
-  kParts,   // tiles of bfloat16 parts (parts.h)
+  kDirect,       // as torch stores it
+  kPacked,       // [panels][K][vectors][W] (kernels.h)
+  kParts,        // tiles of bfloat16 parts (parts.h)
+  kDirectParts,  // as torch stores it; products cut it into parts
 };
 // What explain() prints.
 const char* to_string(Form form);
@@ -26,9 +27,10 @@ struct FormInput {
   int64_t all_rows;       // T * B, of the whole call
   bool gains_from_parts;  // the instruction set has PartsKernels that gain for this storage
   Parts parts;
-  bool straight;     // a row-major [depth, columns]: the columns of its panels lie a row apart
-  int vector_bytes;  // of the instruction set
-  int gates;         // that share a panel
+  bool direct_parts;  // and products in parts with weights as they lie
+  bool straight;      // a row-major [depth, columns]: the columns of its panels lie a row apart
+  int vector_bytes;   // of the instruction set
+  int gates;          // that share a panel
 };
 Form choose_form(const FormInput& in);
 

@@ -132,7 +132,8 @@ void pack_parts(const PartsKernels& kernels, const Matrix<float>& m, int64_t fir
 template <class A>
 void pack_panels(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first, int64_t last) {
   switch (m.form) {
-    case Form::kDirect: return;
+    case Form::kDirect:
+    case Form::kDirectParts: return;
     case Form::kPacked:
       return m.straight ? pack_straight(kernels, m, first, last) : pack_transposed(kernels, m, first, last);
     case Form::kParts:

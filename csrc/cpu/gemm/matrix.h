@@ -37,7 +37,7 @@ struct Matrix {
   }
   // For ThreadPlanInput: bytes of an element as products read it, and the pairs of parts that they multiply.
   int64_t element_size() const { return form == Form::kParts ? parts.panels * int64_t{2} : int64_t{sizeof(A)}; }
-  int part_pairs() const { return form == Form::kParts ? pairs_of_parts(parts) : 0; }
+  int part_pairs() const { return form == Form::kParts || form == Form::kDirectParts ? pairs_of_parts(parts) : 0; }
 };
 
 // Fills panels [first, last) of a packed matrix, or of one in parts, from its source. Of a cached matrix only the panels

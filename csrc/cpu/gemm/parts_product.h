@@ -13,8 +13,15 @@ struct PartsScratch {
   int64_t elements = 0;          // of packed
   uint32_t* infinite = nullptr;  // [blocks], of each block of 16 rows a bit for every row that has a value without parts
   int64_t blocks = 0;
-  float* row = nullptr;  // a row of stored elements as float
+  float* rows = nullptr;  // a row as float; of weights as they lie 16 rows, one after the other
 };
+
+// A row of the product; where it is stored in another type, in `room`.
+inline const float* row_as_float(const Product<float>& product, int64_t row, float* room) {
+  if (!product.stored) return product.rows[row];
+  product.kernels.load[product.storage](product.stored[row], room, product.matrix.shape.depth);
+  return room;
+}
 
 // A product in parts, in three loops. Rows are packed in blocks of 16, a group of blocks at a time: as many as the scratch
 // holds. Each panel then meets the whole group, so that it is read from memory once for the group. A call of the kernel
@@ -125,10 +132,8 @@ class PartsProduct {
     if ((scratch_.infinite[block] | second) == 0) return;
     for (int r = 0; r < tile.rows; ++r) {
       if (!(scratch_.infinite[block + r / kPartsRows] >> r % kPartsRows & 1)) continue;
-      const float* row = product_.stored ? scratch_.row : product_.rows[tile.row + r];
-      if (product_.stored)
-        product_.kernels.load[product_.storage](product_.stored[tile.row + r], scratch_.row, m_.shape.depth);
-      multiply_infinite(product_.kernels, m_, product_.init, row, tile.first, tile.sums + r * tile.stride);
+      multiply_infinite(product_.kernels, m_, product_.init, row_as_float(product_, tile.row + r, scratch_.rows), tile.first,
+                        tile.sums + r * tile.stride);
     }
   }
 
@@ -146,6 +151,19 @@ struct StoringSink {
   const Place& place;
   static void done(const Tile<float>&) {}
   static Background background() { return {}; }
+};
+
+// A sink that hands each tile to f, from one place.
+template <class F>
+struct SinkOfTile {
+  const Shape& shape;
+  float* sums;
+  F& f;
+  void place(Tile<float>& tile) const {
+    tile.sums = sums;
+    tile.stride = shape.vectors_of(tile.first) * shape.width;
+  }
+  void done(const Tile<float>& tile) const { f(tile); }
 };
 
 // A sink with two tiles that take turns: f runs on the rows of a finished tile while the matrix unit makes the next one.
@@ -190,6 +208,87 @@ class TilePipeline {
   Tile<float> finished_{};
 };
 
+// ---- weights as they lie ----
+
+// Blocks of rows that meet the weights at a time: the kernel takes 1, 2 or 4.
+constexpr int64_t direct_blocks(int64_t rows) {
+  const int64_t blocks = ceil_div(rows, kPartsRows);
+  return blocks <= 2 ? blocks : kMostRowBlocks;
+}
+
+// A product of rows with a matrix as it lies, cut into parts on the way. Up to 64 rows meet all panels, so that the weights
+// are read from memory once for them.
+template <class Sink>
+class DirectPartsProduct {
+ public:
+  DirectPartsProduct(const Product<float>& product, const PartsScratch& scratch, Sink& sink)
+      : product_(product), m_(product.matrix), kernels_(*product.kernels.parts), scratch_(scratch), sink_(sink) {}
+
+  void run() {
+    constexpr int64_t kMost = kMostRowBlocks * kPartsRows;
+    for (int64_t row = 0; row < product_.n; row += kMost) {
+      const int rows = static_cast<int>(std::min(kMost, product_.n - row));
+      pack_rows(row, rows);
+      for (int64_t panel = product_.panels.first; panel < product_.panels.last; ++panel) multiply_panel(row, rows, panel);
+    }
+  }
+
+ private:
+  void pack_rows(int64_t first, int n) {
+    const int64_t depth = m_.shape.depth;
+    finite_ = true;
+    for (int64_t block = 0; block < direct_blocks(n); ++block) {
+      const int lanes = static_cast<int>(std::clamp<int64_t>(n - block * kPartsRows, 0, kPartsRows));
+      for (int r = 0; r < lanes; ++r) {
+        const float* row = row_as_float(product_, first + block * kPartsRows + r, scratch_.rows + r * depth);
+        if (!product_.stored) std::copy_n(row, depth, scratch_.rows + r * depth);
+      }
+      finite_ &= kernels_.pack_transposed[0]({scratch_.rows, depth, lanes, depth}, m_.parts.rows,
+                                             scratch_.packed + block * m_.row_block_elements(), m_.parts.rows * kPartsTile);
+    }
+  }
+
+  void multiply_panel(int64_t row, int rows, int64_t panel) {
+    const Shape& s = m_.shape;
+    Tile<float> tile{row, rows, panel, panel + 1, nullptr, 0};
+    sink_.place(tile);
+    DirectPartsCall call{};
+    call.depth = s.depth;
+    call.parts = m_.parts;
+    call.rows = scratch_.packed;
+    call.block_elements = m_.row_block_elements();
+    call.blocks = static_cast<int>(direct_blocks(rows));
+    call.n_rows = rows;
+    call.out_stride = tile.stride;
+    const int all = s.vectors_of(panel), most = kMostRowBlocks / call.blocks;
+    bool finite = finite_;
+    for (int first = 0; first < all; first += call.vectors) {
+      call.vectors = std::min(most, all - first);
+      const int64_t start = s.columns_before(panel) + first * s.width;
+      for (int v = 0; v < call.vectors; ++v) {
+        const auto [gate, unit, lanes] = vector_of(s, start / s.width + v);
+        call.weights[v] = stored_at(m_.source.data, (gate * s.units + unit) * s.depth, dtype_size(m_.source.storage));
+        call.lanes[v] = lanes;
+      }
+      call.init = product_.init ? product_.init + start : nullptr;
+      call.out = tile.sums + first * s.width;
+      finite &= kernels_.direct[storage_index(m_.source.storage)](call);
+    }
+    for (int r = 0; r < rows && !finite; ++r) {
+      multiply_infinite(product_.kernels, m_, product_.init, row_as_float(product_, row + r, scratch_.rows), panel,
+                        tile.sums + r * tile.stride);
+    }
+    sink_.done(tile);
+  }
+
+  const Product<float>& product_;
+  const Matrix<float>& m_;
+  const PartsKernels& kernels_;
+  const PartsScratch& scratch_;
+  Sink& sink_;
+  bool finite_ = true;  // all values of the packed rows have parts
+};
+
 // ---- room ----
 
 // How much of a thread's L2 packed rows may take. Up to 256 rows may take more, because each panel is then read once.
@@ -198,7 +297,9 @@ constexpr int64_t kPartsRowsBytes = 768 * 1024, kMostPartsRowsBytes = 1536 * 102
 // Blocks of rows that are packed at a time.
 template <class A>
 int64_t row_blocks_of_group(const Matrix<A>& m, int64_t rows) {
-  if (m.form != Form::kParts || m.shape.panels == 0) return 0;
+  if (m.shape.panels == 0) return 0;
+  if (m.form == Form::kDirectParts) return direct_blocks(std::min(rows, kMostRowBlocks * int64_t{kPartsRows}));
+  if (m.form != Form::kParts) return 0;
   const int64_t bytes = m.row_block_elements() * 2;
   const int64_t most = std::max({kPartsRowsBytes / bytes, std::min(kMostPartsRowsBytes / bytes, kPartsGroup), int64_t{1}});
   return std::min(ceil_div(rows, kPartsRows), most);
@@ -206,19 +307,19 @@ int64_t row_blocks_of_group(const Matrix<A>& m, int64_t rows) {
 
 // The size of a scratch that serves several matrices in turn.
 struct PartsRoom {
-  int64_t blocks = 0, elements = 0, depth = 0;
+  int64_t blocks = 0, elements = 0, floats = 0;
 
   template <class A>
   void include(const Matrix<A>& m, int64_t rows) {
     const int64_t needed = row_blocks_of_group(m, rows);
     blocks = std::max(blocks, needed);
     elements = std::max(elements, needed * m.row_block_elements());
-    if (needed > 0) depth = std::max(depth, m.shape.depth);
+    if (needed > 0) floats = std::max(floats, (m.form == Form::kDirectParts ? kPartsRows : 1) * m.shape.depth);
   }
   PartsScratch take(Arena& arena) const {
     uint16_t* packed = arena.take<uint16_t>(elements);
     uint32_t* infinite = arena.take<uint32_t>(blocks);
-    return {packed, elements, infinite, blocks, arena.take<float>(depth)};
+    return {packed, elements, infinite, blocks, arena.take<float>(floats)};
   }
 };
 

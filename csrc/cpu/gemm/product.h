@@ -78,6 +78,7 @@ void for_vector_tiles(const Product<A>& product, int most, const Place& place, c
 // Room for a tile; a scan has two of them.
 constexpr int64_t kTileBytes = int64_t{kMaxTileRows} * kMaxTilePanels * kMaxTileVectors * kMaxVectorBytes;
 static_assert(kTileBytes >= 2 * kPartsRows * kMaxTileVectors * kMaxVectorBytes);
+static_assert(2 * kTileBytes >= kMostRowBlocks * kPartsRows * kMaxTileVectors * kMaxVectorBytes);
 
 // Cuts the product into tiles and calls f(tile) for each. A tile's sums lie in `tiles` (2 * kTileBytes) until f returns.
 template <class A, class F>
@@ -89,6 +90,11 @@ void for_tiles(const Product<A>& product, A* tiles, const PartsScratch& scratch,
       TilePipeline<F> pipeline(shape, tiles, tiles + kTileBytes / static_cast<int64_t>(sizeof(A)), f);
       PartsProduct<TilePipeline<F>>(product, scratch, pipeline).run();
       pipeline.flush();
+      return;
+    }
+    if (product.matrix.form == Form::kDirectParts) {
+      SinkOfTile<F> sink{shape, tiles, f};
+      DirectPartsProduct<SinkOfTile<F>>(product, scratch, sink).run();
       return;
     }
   }
@@ -122,6 +128,11 @@ void multiply(const Product<A>& product, const PartsScratch& scratch, const Prod
     if (product.matrix.form == Form::kParts) {
       StoringSink<decltype(place)> sink{place};
       PartsProduct<StoringSink<decltype(place)>>(product, scratch, sink).run();
+      return;
+    }
+    if (product.matrix.form == Form::kDirectParts) {
+      StoringSink<decltype(place)> sink{place};
+      DirectPartsProduct<StoringSink<decltype(place)>>(product, scratch, sink).run();
       return;
     }
   }

@@ -8,7 +8,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 in its own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // both: GCC 12 in its own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,amx-tile,amx-bf16")
 
@@ -21,6 +22,8 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 thread_local int configured_rows = 0;
+
+#include "cpu/isa/parts_vectors.h"
 
 // Tiles 0 to 3: sums, 4 to 6: parts of the rows, 7: a panel tile.
 void configure(int n_rows) {
@@ -220,6 +223,140 @@ void gemm(const PartsCall& call) {
   return product_of_vectors<1, 1>(call);
 }
 
+// ---- weights as they lie ----
+
+// How far ahead of its use a line of weights is asked for: the rows of a tile are pages apart, more than the processor's own
+// prefetching keeps track of.
+constexpr int64_t kAheadBytes = 512;
+
+// Cuts 32 k of up to 16 rows of weights into the tiles of their parts.
+template <class Storage>
+void pack_weights(const Storage* from, int64_t stride, int lanes, int64_t depth, int parts, uint16_t* tiles,
+                  Largest& largest) {
+  const int low = lanes_left(depth, 0), high = lanes_left(depth, 16);
+  for (int lane = 0; lane < kPartsRows; ++lane, from += stride) {
+    __m512 a = _mm512_setzero_ps(), b = a;
+    if (lane < lanes) {
+      for (int64_t i = 0; i < kPartsDepth * static_cast<int64_t>(sizeof(Storage)); i += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(from) + kAheadBytes + i, _MM_HINT_T0);
+      a = load16(from, low);
+      if (high > 0) b = load16(from + 16, high);
+    }
+    largest.see(a);
+    largest.see(b);
+    for (int part = 0; part < parts; ++part) {
+      const bool rest = part + 1 < kAllParts<Storage>;
+      const __m512i x = take_part(a, rest), y = take_part(b, rest);
+      _mm512_storeu_si512(tiles + part * kPartsTile + lane * kPartsDepth, in_order(x, y));
+    }
+  }
+}
+
+// Rows of a tile of sums are units: they become columns of `out`.
+inline void store_transposed(const float* sums, const float* init, int rows, float* out, int64_t stride) {
+  __m512i lanes[16];
+  for (int i = 0; i < 16; ++i) lanes[i] = _mm512_load_si512(sums + 16 * i);
+  transpose(lanes);
+  const __m512 start = init ? _mm512_loadu_ps(init) : _mm512_setzero_ps();
+  for (int r = 0; r < rows; ++r) _mm512_storeu_ps(out + r * stride, _mm512_add_ps(start, _mm512_castsi512_ps(lanes[r])));
+}
+
+// Tiles 0 to 3: sums, of a vector's blocks of rows one after the other; 4 to 6: parts of weights; 7: parts of rows.
+#define FUSED_RNN_WEIGHTS(v)                                                                                 \
+  {                                                                                                          \
+    const Storage* const from = static_cast<const Storage*>(call.weights[v]) + k;                            \
+    if (kPanelParts == 1 && kAllParts<Storage> == 1 && call.lanes[v] == kPartsRows && left >= kPartsDepth) { \
+      _tile_loadd(4, from, row_bytes);                                                                       \
+    } else {                                                                                                 \
+      uint16_t* const tiles = packed[(v) % 2];                                                               \
+      pack_weights(from, call.depth, call.lanes[v], left, kPanelParts, tiles, largest);                      \
+      asm volatile("" : : : "memory");                                                                       \
+      _tile_loadd(4, tiles, 64);                                                                             \
+      if constexpr (kPanelParts > 1) _tile_loadd(5, tiles + kPartsTile, 64);                                 \
+      if constexpr (kPanelParts > 2) _tile_loadd(6, tiles + 2 * kPartsTile, 64);                             \
+    }                                                                                                        \
+  }
+#define FUSED_RNN_PART(b, i) _tile_loadd(7, rows + (b) * call.block_elements + (i) * kPartsTile, 64)
+#define FUSED_RNN_MULTIPLY(n)                                           \
+  if constexpr ((n) / kBlocks < kVectors) {                             \
+    if constexpr ((n) % kBlocks == 0) FUSED_RNN_WEIGHTS((n) / kBlocks); \
+    if constexpr (kRowParts > 2) {                                      \
+      FUSED_RNN_PART((n) % kBlocks, 2);                                 \
+      _tile_dpbf16ps(n, 4, 7);                                          \
+    }                                                                   \
+    if constexpr (kRowParts > 1) {                                      \
+      FUSED_RNN_PART((n) % kBlocks, 1);                                 \
+      if constexpr (kRowParts > 2) _tile_dpbf16ps(n, 5, 7);             \
+      _tile_dpbf16ps(n, 4, 7);                                          \
+    }                                                                   \
+    FUSED_RNN_PART((n) % kBlocks, 0);                                   \
+    if constexpr (kPanelParts > 2) _tile_dpbf16ps(n, 6, 7);             \
+    if constexpr (kPanelParts > 1) _tile_dpbf16ps(n, 5, 7);             \
+    _tile_dpbf16ps(n, 4, 7);                                            \
+  }
+#define FUSED_RNN_STORE(n)                                                                                           \
+  if constexpr ((n) / kBlocks < kVectors) {                                                                          \
+    constexpr int kVector = (n) / kBlocks, kBlock = (n) % kBlocks;                                                   \
+    if (const int exist = call.n_rows - kBlock * kPartsRows; exist > 0) {                                            \
+      _tile_stored(n, sums, 64);                                                                                     \
+      asm volatile("" : : : "memory");                                                                               \
+      store_transposed(sums, call.init ? call.init + kVector * kPartsColumns : nullptr, exist < 16 ? exist : 16,     \
+                       call.out + kBlock * kPartsRows * call.out_stride + kVector * kPartsColumns, call.out_stride); \
+    }                                                                                                                \
+  }
+
+template <class Storage, int kRowParts, int kPanelParts, int kBlocks, int kVectors>
+bool direct_product(const DirectPartsCall& call) {
+  alignas(64) uint16_t packed[2][kPanelParts * kPartsTile];
+  alignas(64) float sums[kPartsRows * kPartsColumns];
+  const int64_t row_bytes = call.depth * static_cast<int64_t>(sizeof(Storage));
+  const uint16_t* rows = call.rows;
+  Largest largest;
+  configure(kPartsRows);
+  asm volatile("" : : : "memory");  // the intrinsics do not say that they read memory
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < call.depth; k += kPartsDepth, rows += kRowParts * kPartsTile) {
+    const int64_t left = call.depth - k;
+    FUSED_RNN_MULTIPLY(0);
+    FUSED_RNN_MULTIPLY(1);
+    FUSED_RNN_MULTIPLY(2);
+    FUSED_RNN_MULTIPLY(3);
+  }
+  FUSED_RNN_STORE(0);
+  FUSED_RNN_STORE(1);
+  FUSED_RNN_STORE(2);
+  FUSED_RNN_STORE(3);
+  return largest.has_parts();
+}
+#undef FUSED_RNN_WEIGHTS
+#undef FUSED_RNN_PART
+#undef FUSED_RNN_MULTIPLY
+#undef FUSED_RNN_STORE
+
+template <class Storage, int kRowParts, int kPanelParts>
+bool direct_of_parts(const DirectPartsCall& call) {
+  if (call.blocks == 4) return direct_product<Storage, kRowParts, kPanelParts, 4, 1>(call);
+  if (call.blocks == 2) {
+    return call.vectors == 1 ? direct_product<Storage, kRowParts, kPanelParts, 2, 1>(call)
+                             : direct_product<Storage, kRowParts, kPanelParts, 2, 2>(call);
+  }
+  switch (call.vectors) {
+    case 1: return direct_product<Storage, kRowParts, kPanelParts, 1, 1>(call);
+    case 2: return direct_product<Storage, kRowParts, kPanelParts, 1, 2>(call);
+    case 3: return direct_product<Storage, kRowParts, kPanelParts, 1, 3>(call);
+    default: return direct_product<Storage, kRowParts, kPanelParts, 1, 4>(call);
+  }
+}
+
+bool direct_of_float(const DirectPartsCall& call) { return direct_of_parts<float, 3, 3>(call); }
+bool direct_of_half(const DirectPartsCall& call) { return direct_of_parts<Half, 2, 2>(call); }
+bool direct_of_bfloat16(const DirectPartsCall& call) {
+  return call.parts.rows == 1 ? direct_of_parts<BFloat16, 1, 1>(call) : direct_of_parts<BFloat16, 2, 1>(call);
+}
+
 }  // namespace
 }  // namespace fused_rnn::cpu::amx
 #pragma GCC pop_options
@@ -248,6 +385,9 @@ const InstructionSet* amx_kernels() {
       table.reads_once = true;
       table.rate = 16;
       table.gemm = amx::gemm;
+      table.direct[0] = amx::direct_of_float;
+      table.direct[1] = amx::direct_of_half;
+      table.direct[2] = amx::direct_of_bfloat16;
       table.release = amx::release;
       return table;
     }();

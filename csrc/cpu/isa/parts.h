@@ -61,6 +61,25 @@ struct PartsCall {
   Background background;
 };
 
+// The same product with weights as torch stores them: no panel is packed, and memory is read once. The weights' rows are the
+// rows of tiles, cut into parts on their way; the rows of the product are columns of tiles, as those of a panel.
+//   out[r][v * 16 + u] = init[v * 16 + u] + sum_k rows[r][k] weights[v][u][k]
+constexpr int kMostRowBlocks = 4;  // blocks of 16 rows times vectors of a call: each has a tile of sums
+struct DirectPartsCall {
+  int64_t depth;
+  Parts parts;
+  const uint16_t* rows;                 // [blocks][K / 32][parts][tile], tiles of panels
+  int64_t block_elements;               // from block to block
+  int blocks;                           // of 16 rows: 1, 2 or 4
+  int n_rows;                           // that exist
+  int vectors;                          // at most kMostRowBlocks / blocks
+  const void* weights[kMostRowBlocks];  // of each vector: [lanes][K] storage
+  int lanes[kMostRowBlocks];            // rows of it that exist, at most 16
+  const float* init;                    // [vectors][16] or null (zeros)
+  float* out;
+  int64_t out_stride;  // from row to row
+};
+
 // The source of a vector of 16 columns, or of a tile of 16 rows.
 struct PartsSource {
   const void* from;
@@ -85,6 +104,8 @@ struct PartsKernels {
   bool (*pack_block[3])(const PartsSource& source, int parts, uint16_t* tile, int quarter);
   bool (*pack_columns[3])(const PartsSource& source, int parts, uint16_t* tile, int quarter);
   void (*gemm)(const PartsCall& call);
+  // By the weights' storage index; null where there is none. They return whether all weights have parts.
+  bool (*direct[3])(const DirectPartsCall& call) = {};
   // Hands the registers of the matrix unit back: every thread that called gemm calls this at the end.
   void (*release)();
 };

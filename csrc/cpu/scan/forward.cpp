@@ -23,8 +23,8 @@ class ForwardScan final : public Scan<A> {
 
  private:
   using Base = Scan<A>;
-  using Base::cell_, Base::D_, Base::gates_, Base::h_padded_, Base::kernels_, Base::p_padded_, Base::plan_,
-      Base::projects_, Base::seq_, Base::size_, Base::sizes_, Base::slots_, Base::storage_, Base::team_rows_, Base::time_of;
+  using Base::cell_, Base::D_, Base::gates_, Base::h_padded_, Base::kernels_, Base::p_padded_, Base::plan_, Base::projects_,
+      Base::seq_, Base::size_, Base::sizes_, Base::slots_, Base::storage_, Base::team_rows_, Base::time_of;
 
   struct Worker : Base::Worker {
     A* h[2];               // [n, P padded], of the team

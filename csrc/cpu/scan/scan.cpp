@@ -74,6 +74,7 @@ class Planner {
     in.all_rows = p_.T * p_.B;
     in.gains_from_parts = gains_from_parts(kernels_, storage_index(p_.weights));
     in.parts = m.parts;
+    in.direct_parts = in.gains_from_parts && kernels_.parts->direct[storage_index(p_.weights)] != nullptr;
     in.straight = straight;
     in.gates = shape.gates;
     in.vector_bytes = kernels_.width * static_cast<int>(sizeof(A));

@@ -205,7 +205,8 @@ class InputRows {
   void take(Arena& arena, const Matrix<A>& m, int64_t most, int64_t depth, DType dtype) {
     storage_ = storage_index(dtype);
     depth_ = depth;
-    const bool converts = dtype_size(dtype) != static_cast<int64_t>(sizeof(A)), packs = m.form == Form::kParts;
+    const bool converts = dtype_size(dtype) != static_cast<int64_t>(sizeof(A)),
+               packs = m.form == Form::kParts || m.form == Form::kDirectParts;
     stored_ = arena.take<const void*>(converts && packs ? most : 0);
     rows_ = arena.take<const A*>(converts && packs ? 0 : most);
     converted_ = arena.take<A>(converts && !packs ? most * depth : 0);

@@ -65,6 +65,11 @@ Problem random_problem(uint64_t seed, int64_t most) {
     p.states = random.flip();
     p.biases = random.below(4) != 0;
     p.infinite = random.below(10) == 0;
+    // A step or two of several rows of many features, whose weights are cut into parts as they lie.
+    if (random.below(8) == 0) {
+      p.T = 1 + random.below(2), p.B = random.pick(Dims{2, 10, 16, 17, 32, 33, 48, 64});
+      p.I = random.pick(Dims{256, 259, 515}), p.H = p.P = random.pick(Dims{7, 17, 40});
+    }
     p.seed = random.next();
     if (work_of(p) <= most) return p;
   }

@@ -3,6 +3,7 @@
 // machines that lack the instructions.
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "cpu/gemm/matrix.h"
 #include "cpu/isa/kernel_table.h"
@@ -191,8 +192,43 @@ void gemm(const PartsCall& call) {
 }
 
 template <class Storage>
+bool direct(const DirectPartsCall& call) {
+  bool finite = true;
+  const int64_t padded = depth_blocks(call.depth) * kPartsDepth;
+  std::vector<float> weights(static_cast<size_t>(padded * call.parts.panels));  // [K][parts] of a unit
+  for (int v = 0; v < call.vectors; ++v) {
+    for (int unit = 0; unit < kPartsColumns; ++unit) {
+      std::fill(weights.begin(), weights.end(), 0.0f);
+      for (int64_t k = 0; k < call.depth && unit < call.lanes[v]; ++k) {
+        float value = to_arithmetic(static_cast<const Storage*>(call.weights[v])[unit * call.depth + k]);
+        for (int j = 0; j < call.parts.panels; ++j) {
+          uint16_t bits = 0;
+          finite &= take_part(value, bits);
+          weights[k * call.parts.panels + j] = part_value(bits);
+        }
+      }
+      for (int r = 0; r < call.n_rows; ++r) {
+        float sum = call.init ? call.init[v * kPartsColumns + unit] : 0.0f;
+        const uint16_t* rows = call.rows + r / kPartsRows * call.block_elements + r % kPartsRows * 2;
+        for (int64_t k = 0; k < padded; ++k) {
+          const int64_t tile = k / kPartsDepth * call.parts.rows, at = k % kPartsDepth;
+          for (int i = 0; i < call.parts.rows; ++i) {
+            const float row = part_value(rows[(tile + i) * kPartsTile + at / 2 * 2 * kPartsColumns + at % 2]);
+            for (int j = 0; j < call.parts.panels && i + j < call.parts.rows; ++j)
+              sum += row * weights[k * call.parts.panels + j];
+          }
+        }
+        call.out[r * call.out_stride + v * kPartsColumns + unit] = sum;
+      }
+    }
+  }
+  return finite;
+}
+
+template <class Storage>
 void add_storage(PartsKernels& kernels, int storage) {
   kernels.gains[storage] = true;
+  kernels.direct[storage] = direct<Storage>;
   kernels.pack_rows[storage] = pack_rows<Storage>;
   kernels.pack_transposed[storage] = pack_vector<Storage, true>;
   kernels.pack_straight[storage] = pack_vector<Storage, false>;
