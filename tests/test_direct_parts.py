@@ -77,6 +77,19 @@ def test_values_without_parts(kind: str, dtype: torch.dtype, setting: Setting) -
         target[3, 5] = before
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+def test_other_rows_keep_their_bits(dtype: torch.dtype) -> None:
+    """Whatever one row has."""
+    torch.manual_seed(0)
+    layer, x = fused_rnn.LSTM(512, 528).to(dtype), torch.randn(1, 40, 512).to(dtype)
+    with torch.no_grad():
+        before = layer(x)[0][0]
+        for value in (float("inf"), float("nan"), torch.finfo(dtype).max):
+            x[0, 21, 7] = value
+            after = layer(x)[0][0]
+            assert torch.equal(before[:21], after[:21]) and torch.equal(before[22:], after[22:])
+
+
 def test_weights_may_change_between_calls() -> None:
     """Nothing of them is kept."""
     cell = fused_rnn.LSTMCell(512, 512, dtype=torch.bfloat16)

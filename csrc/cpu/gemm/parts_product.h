@@ -1,6 +1,7 @@
 // Products of rows with a matrix in bfloat16 parts (parts.h).
 #pragma once
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/arena.h"
 #include "cpu/gemm/matrix.h"
@@ -15,6 +16,13 @@ struct PartsScratch {
   int64_t blocks = 0;
   float* rows = nullptr;  // a row as float; of weights as they lie 16 rows, one after the other
 };
+
+// Whether a value has parts: NaN, infinities and what rounds to one of them have none.
+inline bool has_parts(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return (bits & 0x7fffffff) < 0x7f7f8000;
+}
 
 // A row of the product; where it is stored in another type, in `room`.
 inline const float* row_as_float(const Product<float>& product, int64_t row, float* room) {
@@ -236,15 +244,21 @@ class DirectPartsProduct {
  private:
   void pack_rows(int64_t first, int n) {
     const int64_t depth = m_.shape.depth;
-    finite_ = true;
+    infinite_ = 0;
     for (int64_t block = 0; block < direct_blocks(n); ++block) {
       const int lanes = static_cast<int>(std::clamp<int64_t>(n - block * kPartsRows, 0, kPartsRows));
       for (int r = 0; r < lanes; ++r) {
-        const float* row = row_as_float(product_, first + block * kPartsRows + r, scratch_.rows + r * depth);
-        if (!product_.stored) std::copy_n(row, depth, scratch_.rows + r * depth);
+        float* const to = scratch_.rows + r * depth;
+        const float* const row = row_as_float(product_, first + block * kPartsRows + r, to);
+        if (row != to) std::copy_n(row, depth, to);
       }
-      finite_ &= kernels_.pack_transposed[0]({scratch_.rows, depth, lanes, depth}, m_.parts.rows,
-                                             scratch_.packed + block * m_.row_block_elements(), m_.parts.rows * kPartsTile);
+      const PartsSource source{scratch_.rows, depth, lanes, depth};
+      uint16_t* const to = scratch_.packed + block * m_.row_block_elements();
+      if (kernels_.pack_transposed[0](source, m_.parts.rows, to, m_.parts.rows * kPartsTile)) continue;
+      for (int r = 0; r < lanes; ++r) {
+        const float* const row = scratch_.rows + r * depth;
+        if (!std::all_of(row, row + depth, has_parts)) infinite_ |= uint64_t{1} << (block * kPartsRows + r);
+      }
     }
   }
 
@@ -261,7 +275,7 @@ class DirectPartsProduct {
     call.n_rows = rows;
     call.out_stride = tile.stride;
     const int all = s.vectors_of(panel), most = kMostRowBlocks / call.blocks;
-    bool finite = finite_;
+    bool finite = true;  // the panel's weights
     for (int first = 0; first < all; first += call.vectors) {
       call.vectors = std::min(most, all - first);
       const int64_t start = s.columns_before(panel) + first * s.width;
@@ -274,7 +288,8 @@ class DirectPartsProduct {
       call.out = tile.sums + first * s.width;
       finite &= kernels_.direct[storage_index(m_.source.storage)](call);
     }
-    for (int r = 0; r < rows && !finite; ++r) {
+    for (int r = 0; r < rows && (infinite_ || !finite); ++r) {
+      if (finite && !(infinite_ >> r & 1)) continue;
       multiply_infinite(product_.kernels, m_, product_.init, row_as_float(product_, row + r, scratch_.rows), panel,
                         tile.sums + r * tile.stride);
     }
@@ -286,7 +301,7 @@ class DirectPartsProduct {
   const PartsKernels& kernels_;
   const PartsScratch& scratch_;
   Sink& sink_;
-  bool finite_ = true;  // all values of the packed rows have parts
+  uint64_t infinite_ = 0;  // a bit for each packed row that has a value without parts
 };
 
 // ---- room ----
