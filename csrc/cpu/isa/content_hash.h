@@ -3,10 +3,10 @@
 //
 // The hash of a block of kHashBlock bytes is a sum over pairs of its words, of (word + key)(other word + other key), with
 // keys for every place in the block (NH; Black et al., UMAC, 1999). Two blocks that differ have the same sum with a
-// probability of at most 2^-b, with b the bits of a word. Registers sum products of words of 64 bits. AVX-512 sums products
-// of words of 32 bits, and beside them the words themselves: a change of one word goes unseen with a probability of 2^-64,
-// a change of several words whose sum stays the same with at most 2^-32. The sums of the blocks are mixed one after the
-// other.
+// probability of at most 2^-b, with b the bits of a word. Registers sum products of words of 64 bits. AVX2 and AVX-512 sum
+// products of words of 32 bits, and beside them the words themselves: a change of one word goes unseen with a probability of
+// 2^-64, a change of several words whose sum stays the same with at most 2^-32. The sums of the blocks are mixed one after
+// the other.
 //
 // To be included inside the target region, if there is one.
 #pragma once

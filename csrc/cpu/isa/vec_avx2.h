@@ -6,8 +6,56 @@ namespace fused_rnn::cpu::avx2 {
 
 #define FUSED_RNN_INLINE [[gnu::always_inline]] inline
 
+// The state of the hash in content_hash.h: that of AVX-512, in two halves.
+struct VectorHash {
+  static constexpr int kStripe = 64;
+  __m256i mixed[2];
+
+  FUSED_RNN_INLINE VectorHash(const HashKeys& keys, uint64_t before) {
+    for (int half = 0; half < 2; ++half)
+      mixed[half] = _mm256_xor_si256(_mm256_set1_epi64x(static_cast<int64_t>(before)), load(keys.mix + 4 * half));
+  }
+  FUSED_RNN_INLINE void add(const HashKeys& keys, const char* from, int64_t stripes) {
+    __m256i products[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()}, words[2] = {products[0], products[0]};
+#pragma GCC unroll 2
+    for (int64_t s = 0; s < stripes; ++s) {
+      for (int half = 0; half < 2; ++half) {
+        const __m256i word = load(from + s * kStripe + half * 32);
+        const __m256i keyed = _mm256_add_epi32(word, load(keys.words + s * (kStripe / 8) + half * 4));
+        products[half] = _mm256_add_epi64(products[half], _mm256_mul_epu32(keyed, _mm256_srli_epi64(keyed, 32)));
+        words[half] = _mm256_add_epi64(words[half], word);
+      }
+    }
+    for (int half = 0; half < 2; ++half) {
+      mix(mixed[half], products[half], keys.mix[8] | 1);
+      mix(mixed[half], words[half], keys.mix[9] | 1);
+    }
+  }
+  FUSED_RNN_INLINE uint64_t result(const HashKeys& keys) const {
+    uint64_t lanes[8], hash = keys.mix[10];
+    for (int half = 0; half < 2; ++half) _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes + 4 * half), mixed[half]);
+    for (uint64_t lane : lanes) {
+      hash = (hash ^ lane) * (keys.mix[11] | 1);
+      hash ^= hash >> 32;
+    }
+    return hash;
+  }
+
+ private:
+  FUSED_RNN_INLINE static __m256i load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+  // The low half of a product of 64 bits, then a rotation.
+  FUSED_RNN_INLINE static void mix(__m256i& mixed, __m256i sums, uint64_t odd) {
+    const __m256i a = _mm256_xor_si256(mixed, sums), b = _mm256_set1_epi64x(static_cast<int64_t>(odd));
+    const __m256i cross =
+        _mm256_add_epi64(_mm256_mul_epu32(_mm256_srli_epi64(a, 32), b), _mm256_mul_epu32(a, _mm256_srli_epi64(b, 32)));
+    const __m256i product = _mm256_add_epi64(_mm256_mul_epu32(a, b), _mm256_slli_epi64(cross, 32));
+    mixed = _mm256_or_si256(_mm256_slli_epi64(product, 29), _mm256_srli_epi64(product, 35));
+  }
+};
+
 struct VecF : simd::VectorBase {
   using Scalar = float;
+  using Hash = VectorHash;
   static constexpr int kWidth = 8;
   static constexpr int kMostSums = 12;  // of a tile in registers: they leave 4 of 16
   static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 6, 4, 6};
@@ -96,6 +144,7 @@ struct VecF : simd::VectorBase {
 
 struct VecD : simd::VectorBase {
   using Scalar = double;
+  using Hash = VectorHash;
   static constexpr int kWidth = 4;
   static constexpr int kMostSums = 12;
   static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 6, 4, 6};
