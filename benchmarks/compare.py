@@ -45,7 +45,10 @@ def read(paths: list[Path]) -> list[Line]:
 
 def place(line: Line) -> tuple:
     """Where a line was measured: device, threads, versions. What lies at different places is never mixed."""
-    return tuple(line.get(field) for field in ("device", "threads", "driver", "torch", "cuda", "cudnn", "tf32", "commit"))
+    return tuple(
+        line.get(field)
+        for field in ("device", "threads", "instruction_set", "driver", "torch", "cuda", "cudnn", "tf32", "commit")
+    )
 
 
 def name_of(line: Line) -> str:
