@@ -152,12 +152,17 @@ class Rows(NamedTuple):
         return self._replace(reset_states=states, options=self.options.of_layer(layer, directions))
 
 
+_ALL_ROWS = Rows()
+
+
 def rows_of(given: Sequence[Tensor], recipe: int) -> Rows:
     """The rows of an op's arguments ``rows`` and ``recipe``.
 
     Raises:
         ValueError: they do not fit.
     """
+    if not (given or recipe & ROWS):
+        return _ALL_ROWS
     places = [place for place in range(3) if recipe & _HAS_LENGTHS << place]
     options = [place for place in range(_OPTIONS) if recipe & 1 << _OPTIONS_SHIFT + place]
     first, more = len(places), bool(recipe & HAS_RESET_STATES)

@@ -74,6 +74,8 @@ def _batch_of(x: Tensor, x_dim: Dim, states: Sequence[Tensor], state_dims: Seque
 
 def _folded_rows(fold: _Fold, given: Sequence[Tensor], dims: Sequence[Dim], recipe: int, batch: int) -> list[Tensor]:
     """The ops' argument ``rows`` of the folded batch."""
+    if not given:
+        return []
     rows = rows_of(given, recipe)
     of: Any = rows_of(dims, recipe)  # type: ignore[arg-type]  # the same places
     lengths, offsets, resets = rows.lengths, rows.offsets, rows.resets
