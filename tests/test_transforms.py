@@ -6,6 +6,7 @@ Expected is the same function of the reference, which is plain torch, or a loop 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from module_pairs import make_pair
 from torch import Tensor, nn
 
 import fused_rnn
-from fused_rnn import functional, reference, use_backend
+from fused_rnn import _derivatives, functional, reference, use_backend
 from fused_rnn._backend import has_cpu_kernels
 
 pytestmark = pytest.mark.skipif(not has_cpu_kernels(), reason="needs the compiled extension")
@@ -398,19 +399,84 @@ def test_a_penalty_runs_kernels(kind: str) -> None:
     close([p.grad for p in ours.parameters()], [p.grad for p in theirs.parameters()])
 
 
-def test_a_penalty_after_an_edit() -> None:
-    """The output is written in place between backward and the backward of that."""
+def penalties_and_loss(kind: str, of_grads: Callable[[Callable[[], Tensor]], Tensor]) -> list[Tensor]:
+    """Gradients of two penalties of one call, whose first gradients do not depend on y, and a loss on y."""
+    leaves = [t.requires_grad_() for t in (randn(T, B, INPUTS), *weights_of(kind))]
+    y, *last = call(kind, leaves[0], leaves[1:])
+
+    def of_penalties() -> Tensor:
+        (of_y,) = torch.autograd.grad(y.sum(), leaves[0], create_graph=True)
+        of_last = torch.autograd.grad(last[-1].sum(), leaves, create_graph=True)
+        return of_y.cos().sum() + torch.stack([g.sin().sum() for g in of_last]).sum()
+
+    value = of_grads(of_penalties) + y.square().sum() + last[0].sin().sum()
+    return list(torch.autograd.grad(value, leaves))
+
+
+@pytest.fixture
+def double_backwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """An entry for each derivative of a backward that the layer's own node does not make."""
+    calls: list[int] = []
+    run = _derivatives._double_backward
+
+    def counted(*args: Any, **kwargs: Any) -> list[Tensor]:
+        calls.append(1)
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(_derivatives, "_double_backward", counted)
+    return calls
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_makes_the_gradients_of_penalties_with_its_own(kind: str, double_backwards: list[int]) -> None:
+    found = penalties_and_loss(kind, lambda of_penalties: of_penalties())
+    assert not double_backwards
+    with use_backend("reference"):
+        close(found, penalties_and_loss(kind, lambda of_penalties: of_penalties()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_penalties_that_run_after_the_layer(kind: str, double_backwards: list[int]) -> None:
+    """autograd orders nodes by when their thread made them: of a new thread's, the layer's own node runs first."""
+
+    def in_a_thread(of_penalties: Callable[[], Tensor]) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(of_penalties).result()
+
+    for _ in range(1000):  # this thread has made more nodes than the new one will
+        randn(1).requires_grad_().exp()
+    found = penalties_and_loss(kind, in_a_thread)
+    assert len(double_backwards) == 2
+    with use_backend("reference"):
+        close(found, penalties_and_loss(kind, in_a_thread))
+
+
+def test_a_penalty_calls_no_hook_of_an_output_without_a_gradient() -> None:
+    x = randn(T, B, INPUTS).requires_grad_()
+    weights = [w.requires_grad_() for w in weights_of("GRU")]
+    y = call("GRU", x, weights)[0]
+    seen: list[Tensor] = []
+    y.register_hook(seen.append)
+    (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    grad.square().sum().backward()
+    close(seen, [torch.ones_like(y)])
+
+
+@pytest.mark.parametrize("loss", [0, 1])
+def test_a_penalty_after_an_edit(loss: int) -> None:
+    """The output is written in place between backward and the backward of that, with and without a loss on it."""
     for kind in KINDS:
         weights = [w.requires_grad_() for w in weights_of(kind)]
         x = randn(T, B, INPUTS).requires_grad_()
         found = []
         for edited in (False, True):
             y = call(kind, x, weights)[0]
+            of_y = (y * randn(*y.shape, seed=8)).sum()
             (grad,) = torch.autograd.grad((y * randn(*y.shape, seed=7)).sum(), x, create_graph=True)
             if edited:
                 with torch.no_grad():
                     y.mul_(3)
-            found.append(torch.autograd.grad(grad.square().sum(), weights))
+            found.append(torch.autograd.grad(grad.square().sum() + loss * of_y, weights))
         close(found[0], found[1])
 
 

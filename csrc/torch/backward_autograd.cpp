@@ -1,6 +1,8 @@
 // Autograd of the backward ops: inside backward with create_graph, and always under torch.func.grad, gradients must be
 // differentiable themselves. The kernels make them, and a node of the graph keeps what they were made from; only if somebody
-// differentiates them does fused_rnn::layer_double_backward (fused_rnn/_derivatives.py) run.
+// differentiates them does fused_rnn::layer_double_backward (fused_rnn/_derivatives.py) run. Where the same pass
+// differentiates the layer too, as a gradient penalty beside a loss does, the node leaves half of the work to the layer's
+// (second_order.h).
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -8,8 +10,8 @@
 
 #include "torch/layer.h"
 #include "torch/ops.h"
+#include "torch/second_order.h"
 #include "torch/tangents.h"
-#include "torch/weight_node.h"
 
 namespace fused_rnn {
 namespace {
@@ -55,6 +57,9 @@ class LayerBackwardNode final : public torch::autograd::Node {
     has_y_ = true;
   }
 
+  // The layer's own node.
+  void know(const NodePointer& forward) { forward_.emplace(forward); }
+
   variable_list apply(variable_list&& grads) override {
     static const auto op = find_op<DoubleBackwardSignature>("fused_rnn::layer_double_backward");
     std::lock_guard<std::mutex> lock(mutex_);
@@ -72,11 +77,18 @@ class LayerBackwardNode final : public torch::autograd::Node {
       if (!has_y_) saved.push_back(none);
       saved.push_back(dh_);
     }
+    const OptionalTensor dy = optional_of(dy_.unpack());
+    const std::vector<Tensor> dlast = unpacked(dlast_), states = unpacked(states_), rows = unpacked(rows_);
+    const NodePointer kept = forward_ ? forward_->lock() : NodePointer();
+    if (ForwardNode* forward = static_cast<ForwardNode*>(kept.get()); forward && hands_over(*forward, grads)) {
+      BackwardRecord record = record_of(grads, dy, dlast, x, states, params, rows, saved, numbers_.recipe);
+      const Call call = record.call();
+      if (has_second_order(call) && runs_plainly_on_cpu(call)) return handed_over(*forward, std::move(record));
+    }
     std::vector<int64_t> numbers = numbers_.list();
     const size_t first = numbers.size();
     for (size_t i = 0; i < num_outputs(); ++i) numbers.push_back(task_should_compute_output(i));
-    const std::vector<Tensor> made = op.call(grads, optional_of(dy_.unpack()), unpacked(dlast_), x, unpacked(states_),
-                                             params, unpacked(rows_), saved, numbers);
+    const std::vector<Tensor> made = op.call(grads, dy, dlast, x, states, params, rows, saved, numbers);
     TORCH_INTERNAL_ASSERT(made.size() == result.size());
     for (size_t i = 0; i < result.size(); ++i) {
       if (numbers[first + i]) result[i] = made[i];
@@ -112,6 +124,31 @@ class LayerBackwardNode final : public torch::autograd::Node {
     return result;
   }
 
+  // Whether this pass, which nobody differentiates, runs the layer's own node later, and that node leads to all arguments:
+  // requires_grad may have been set since.
+  bool hands_over(ForwardNode& forward, const variable_list& grads) const {
+    const auto leads = [](const torch::autograd::Edge& edge) { return edge.is_valid(); };
+    const torch::autograd::edge_list &edges = next_edges(), &of_forward = forward.next_edges();
+    const auto first = edges.begin() + 1 + dlast_.size();
+    return !at::GradMode::is_enabled() && forward.runs_later() &&
+           std::count_if(first, edges.end(), leads) == std::count_if(of_forward.begin(), of_forward.end(), leads) &&
+           std::all_of(grads.begin(), grads.end(), is_plain_on_cpu);
+  }
+
+  // The gradients of dy and dlast; the layer's own node makes the others.
+  variable_list handed_over(ForwardNode& forward, BackwardRecord record) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    auto second = std::make_unique<SecondOrder>(std::move(record));
+    const std::vector<Tensor> of_results = second->of_results();
+    variable_list result(num_outputs());
+    for (size_t i = 0; i < 1 + dlast_.size(); ++i) {
+      if (task_should_compute_output(i)) result[i] = of_results[i];
+    }
+    forward.add(std::move(second));
+    return result;
+  }
+
+  std::optional<WeakNodePointer> forward_;
   SavedVariable dy_, x_, y_;
   c10::VariableVersion y_version_{c10::VariableVersion::DISABLED};
   uint32_t y_version_then_ = 0;
@@ -171,8 +208,9 @@ std::optional<LayerGradients> keeping_backward(const BackwardArguments& a, Layer
   return made;
 }
 
-LayerGradients backward_autograd(const BackwardArguments& a) {
+LayerGradients backward_autograd(const BackwardArguments& a, const NodePointer& forward = {}) {
   const auto node = differentiates(a) ? make_node<LayerBackwardNode>(a) : nullptr;
+  if (node && forward) static_cast<LayerBackwardNode&>(*node).know(forward);
   LayerGradients made = [&] {
     if (node) {
       if (auto gradients = keeping_backward(a, static_cast<LayerBackwardNode&>(*node))) return *std::move(gradients);
@@ -205,6 +243,14 @@ LayerGradients layer_backward_autograd(const OptionalTensor& dy, at::TensorList 
 }
 
 }  // namespace
+
+LayerGradients layer_backward_of(const NodePointer& forward, const Call& call, const OptionalTensor& dy,
+                                 at::TensorList dlast, at::TensorList saved, GradientMask mask) {
+  const RowList rows = list_of(call.rows);
+  const BackwardNumbers numbers{pack(call.recipe) | rows.bits, {mask.x, mask.states, mask.weights}, /*samples=*/0};
+  return backward_autograd({dy, dlast, call.x, call.states, call.params, rows.tensors, saved, numbers}, forward);
+}
+
 }  // namespace fused_rnn
 
 TORCH_LIBRARY_IMPL(fused_rnn, Autograd, m) {

@@ -4,6 +4,7 @@
 // alias that autograd does not check, together with y's version: if y was written meanwhile, backward makes it again by
 // forward from the arguments. Arguments are unpacked, which raises for one that was written in place, only where a gradient
 // that is asked for depends on their values.
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -11,9 +12,12 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
+#include <memory>
+#include <unordered_map>
+
 #include "torch/ops.h"
+#include "torch/second_order.h"
 #include "torch/tangents.h"
-#include "torch/weight_node.h"
 
 namespace fused_rnn {
 namespace {
@@ -41,7 +45,7 @@ std::vector<Tensor> unpacked(const std::vector<SavedVariable>& saved) {
   return result;
 }
 
-class LayerNode final : public torch::autograd::Node {
+class LayerNode final : public ForwardNode {
  public:
   explicit LayerNode(const Call& call)
       : x_(call.x, false),
@@ -84,43 +88,45 @@ class LayerNode final : public torch::autograd::Node {
 
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
-    variable_list result(1 + states_.size() + params_.size() + reset_states_.size());
+    const Seconds seconds = take_seconds();
+    last_pass_ = torch::autograd::get_current_graph_task_id();
     const bool any = std::any_of(grads.begin(), grads.end(), [](const Tensor& t) { return t.defined(); });
     const GradientMask mask = wanted();
-    if (!any || !(mask.x || mask.states || mask.weights)) return result;
-    // Unpacks every argument if gradients will be differentiated or y must be recomputed.
-    const Arguments a = at::GradMode::is_enabled() || written() ? all_arguments() : arguments(mask);
-    const Rows rows{optional_of(lengths_), optional_of(offsets_.unpack()), optional_of(resets_),
-                    std::nullopt,          unpacked(reset_states_),        options()};
-    const Call call{a.x, a.states, a.params, rows, recipe_};
-    std::vector<Tensor> saved = unpacked(saved_);
-    if (has_y_) saved.push_back(written() ? output_again(call) : output());
-    States dlast(grads.begin() + 1, grads.begin() + 1 + last_count(recipe_));
-    if (std::none_of(dlast.begin(), dlast.end(), [](const Tensor& t) { return t.defined(); })) dlast.clear();
-    for (Tensor& t : dlast) {
-      // at::empty goes through the dispatcher, which gives a fake tensor under fake tensors. Its options are the call's:
-      // hooks of checkpointing allow x_ one unpack in a backward.
-      if (!t.defined()) t = at::empty({0}, call.like().options());
-    }
-    // Called outside of a backward pass (grad_fn(...) from Python), nobody would run the other node.
-    const bool in_pass = torch::autograd::get_current_graph_task_id() >= 0;
-    const bool sums_later = mask.weights && weights_ && in_pass && runs_plainly_on_cpu(call) && are_plain(grads);
-    auto [dx, dstates, dparams] = [&] {
-      if (sums_later) {
-        return step_backward_on_cpu(
-            call, {optional_of(grads[0]), gradients_of_last(recipe_, dlast), saved_of(recipe_.cell, rows, saved)}, mask,
-            *weights_);
+    variable_list result(num_outputs());
+    if (!(mask.x || mask.states || mask.weights)) return result;
+    const bool together = !seconds.empty() && are_plain(grads);  // the first of them makes our gradients too
+    if (any && !together) result = own_gradients(grads, mask);
+    for (const std::unique_ptr<SecondOrder>& second : seconds) {
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      const bool with_ours = together && second == seconds.front();
+      std::vector<OptionalTensor> of_last;
+      for (size_t i = 0; with_ours && i < last_count(recipe_); ++i) of_last.push_back(optional_of(grads[1 + i]));
+      const variable_list more =
+          in_order(second->of_arguments(with_ours ? optional_of(grads[0]) : std::nullopt, std::move(of_last), mask), mask);
+      for (size_t i = 0; i < more.size(); ++i) {
+        if (more[i].defined()) result[i] = result[i].defined() ? result[i] + more[i] : more[i];
       }
-      const RowList list = list_of(rows);
-      return layer_backward_op().call(optional_of(grads[0]), dlast, call.x, call.states, call.params, list.tensors, saved,
-                                      pack(recipe_) | list.bits, {mask.x, mask.states, mask.weights});
-    }();
-    if (mask.x) result[0] = dx;
-    const auto own = dstates.begin() + states_.size();
-    if (mask.states) std::copy(dstates.begin(), own, result.begin() + 1);
-    if (mask.weights && !sums_later) std::copy(dparams.begin(), dparams.end(), result.begin() + 1 + states_.size());
-    if (mask.states) std::copy(own, dstates.end(), result.end() - reset_states_.size());
+    }
     return result;
+  }
+
+  // The engine runs the node created last first, on a thread for all nodes of the CPU: nodes of a layer's backward, and what
+  // is made of their results, run before the layer's own. It may be otherwise where several threads make a graph.
+  bool runs_later() override {
+    const auto* nodes = torch::autograd::get_current_graph_task_nodes_in_graph();
+    if (!nodes || nodes->count(this) == 0) return false;
+    const auto* wanted = torch::autograd::get_current_graph_task_exec_info();
+    if (wanted && !wanted->empty()) {
+      const auto found = wanted->find(this);
+      if (found == wanted->end() || !found->second.needed_) return false;
+    }
+    std::lock_guard<std::mutex> lock(mutex_);
+    return last_pass_ != torch::autograd::get_current_graph_task_id();
+  }
+
+  void add(std::unique_ptr<SecondOrder> second) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    seconds_[torch::autograd::get_current_graph_task_id()].push_back(std::move(second));
   }
 
   void release_variables() override {
@@ -139,6 +145,62 @@ class LayerNode final : public torch::autograd::Node {
     Tensor x;
     std::vector<Tensor> states, params;
   };
+
+  using Seconds = std::vector<std::unique_ptr<SecondOrder>>;
+
+  // Those of this pass.
+  Seconds take_seconds() {
+    const auto found = seconds_.find(torch::autograd::get_current_graph_task_id());
+    if (found == seconds_.end()) return {};
+    Seconds taken = std::move(found->second);
+    seconds_.erase(found);
+    return taken;
+  }
+
+  // The gradients of the layer's arguments from those of its results, without its backward's.
+  variable_list own_gradients(const variable_list& grads, GradientMask mask) {
+    // Unpacks every argument if gradients will be differentiated or y must be recomputed.
+    const Arguments a = at::GradMode::is_enabled() || written() ? all_arguments() : arguments(mask);
+    const Rows rows{optional_of(lengths_), optional_of(offsets_.unpack()), optional_of(resets_),
+                    std::nullopt,          unpacked(reset_states_),        options()};
+    const Call call{a.x, a.states, a.params, rows, recipe_};
+    std::vector<Tensor> saved = unpacked(saved_);
+    if (has_y_) saved.push_back(written() ? output_again(call) : output());
+    States dlast(grads.begin() + 1, grads.begin() + 1 + last_count(recipe_));
+    if (std::none_of(dlast.begin(), dlast.end(), [](const Tensor& t) { return t.defined(); })) dlast.clear();
+    for (Tensor& t : dlast) {
+      // at::empty goes through the dispatcher, which gives a fake tensor under fake tensors. Its options are the call's:
+      // hooks of checkpointing allow x_ one unpack in a backward.
+      if (!t.defined()) t = at::empty({0}, call.like().options());
+    }
+    const OptionalTensor dy = optional_of(grads[0]);
+    const bool plainly = are_plain(grads) && runs_plainly_on_cpu(call);
+    if (plainly && at::GradMode::is_enabled()) {
+      return in_order(layer_backward_of(getptr(), call, dy, dlast, saved, mask), mask);
+    }
+    // Called outside of a backward pass (grad_fn(...) from Python), nobody would run the other node.
+    const bool in_pass = torch::autograd::get_current_graph_task_id() >= 0;
+    if (plainly && mask.weights && weights_ && in_pass) {
+      const ResultGradients given{dy, gradients_of_last(recipe_, dlast), saved_of(recipe_.cell, rows, saved)};
+      return in_order(step_backward_on_cpu(call, given, mask, *weights_), {mask.x, mask.states, /*weights=*/false});
+    }
+    const RowList list = list_of(rows);
+    return in_order(layer_backward_op().call(dy, dlast, call.x, call.states, call.params, list.tensors, saved,
+                                             pack(recipe_) | list.bits, {mask.x, mask.states, mask.weights}),
+                    mask);
+  }
+
+  // As the node's edges are.
+  variable_list in_order(const LayerGradients& gradients, GradientMask mask) const {
+    const auto& [dx, dstates, dparams] = gradients;
+    variable_list result(1 + states_.size() + params_.size() + reset_states_.size());
+    if (mask.x) result[0] = dx;
+    const auto own = dstates.begin() + states_.size();
+    if (mask.states) std::copy(dstates.begin(), own, result.begin() + 1);
+    if (mask.weights) std::copy(dparams.begin(), dparams.end(), result.begin() + 1 + states_.size());
+    if (mask.states) std::copy(own, dstates.end(), result.end() - reset_states_.size());
+    return result;
+  }
 
   // The gradients that this run of backward asks for.
   GradientMask wanted() const {
@@ -183,11 +245,8 @@ class LayerNode final : public torch::autograd::Node {
     return a;
   }
 
-  // Whether the gradients are tensors of this CPU, and not to be differentiated.
   static bool are_plain(const variable_list& grads) {
-    return !at::GradMode::is_enabled() && std::all_of(grads.begin(), grads.end(), [](const Tensor& t) {
-      return !t.defined() || (t.is_cpu() && is_plain(t) && !t.key_set().has(c10::DispatchKey::Batched));
-    });
+    return std::all_of(grads.begin(), grads.end(), [](const Tensor& t) { return !t.defined() || is_plain_on_cpu(t); });
   }
 
   // Whether y was written since forward.
@@ -217,6 +276,8 @@ class LayerNode final : public torch::autograd::Node {
   bool has_y_ = false, one_step_ = false;
   WeightNode* weights_ = nullptr;  // owned by the edges that lead to it, or none
   const Recipe recipe_;
+  std::unordered_map<int, Seconds> seconds_;  // by the pass
+  int last_pass_ = -1;                        // that has run the node
 };
 
 bool has_tangents(const Call& call) {

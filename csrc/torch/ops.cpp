@@ -121,9 +121,14 @@ bool nothing_intercepts() {
 }
 
 bool is_plain(const Tensor& t) {
-  return t.layout() == at::kStrided && !t.unsafeGetTensorImpl()->is_python_dispatch() && !t.is_nested() && !t.is_conj() &&
-         !t.is_neg() && !t._is_zerotensor();
+  // What a transform of torch.func made may outlive it; Batched is torch's first vmap.
+  constexpr c10::DispatchKeySet wrapped{c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched,
+                                        c10::DispatchKey::Batched};
+  return !t.key_set().has_any(wrapped) && t.layout() == at::kStrided && !t.unsafeGetTensorImpl()->is_python_dispatch() &&
+         !t.is_nested() && !t.is_conj() && !t.is_neg() && !t._is_zerotensor();
 }
+
+bool is_plain_on_cpu(const Tensor& t) { return t.is_cpu() && is_plain(t); }
 
 States take_all_states(const Call& layer, Results& made) {
   const int64_t D = layer.recipe.directions();

@@ -121,8 +121,9 @@ Results run_composite(const Call& call);
 
 // Whether neither tracing nor functorch nor a mode has a part in calls.
 bool nothing_intercepts();
-// No subclass, no view that is to be resolved.
+// No subclass, no wrapper of a transform, no view that is to be resolved.
 bool is_plain(const Tensor& t);
+bool is_plain_on_cpu(const Tensor& t);
 
 #ifdef FUSED_RNN_WITH_CUDA
 // fused_rnn::rnn as a wavefront of chunks (plan/overlap.h), or none where the layers are to be called in turn.

@@ -7,6 +7,12 @@
 // which are a scan forward of tangents, a scan backward of dual numbers, and products of all rows:
 //   dx' = d' W_ih + d V_ih    dW_ih' = d'^T x + d^T v_x    dW_hh' = d'^T h + d^T h'    ' marks a tangent
 // d: gradients of the gates; V_ih, V_hh, V_hr, v_x: the part of v for W_ih, W_hh, W_hr, x.
+//
+// d' is linear in what comes to the tangents of y from outside, as the layer's own gradients are in its dy. So where a pass
+// wants both, dy goes to the scan of dual numbers, and d' and the products are those of the sum: 6 products of an RNN's rows
+// and weights instead of 10.
+#include "torch/second_order.h"
+
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/mul.h>
@@ -56,34 +62,38 @@ Tensor unprojected_tangent(const Saved& saved, const Saved& tangent, int64_t d) 
   return tangent.gates.select(0, d).select(1, 3) * y + o * slope * tangent.cs.select(0, d);
 }
 
-class SecondOrder {
- public:
-  // v: of x, states, reset states, params.
-  // dh: total gradients of h [D, N, H] if the backward kept them (backward_keeping).
-  SecondOrder(const Call& call, const ResultGradients& given, const Tensor& dh, at::TensorList v)
-      : call_(call),
-        shapes_(check_layer(call)),
-        given_(given),
-        dh_(dh),
-        v_x_(v[0]),
-        v_params_(v.slice(v.size() - call.params.size())),
-        states_(or_zeros(v.slice(1), call.states)),
-        rows_(call.rows),
-        d_(shapes_.D) {
-    rows_.reset_states = or_zeros(v.slice(1 + call.states.size()), call.rows.reset_states);
-  }
+}  // namespace
 
-  std::vector<Tensor> run(GradientMask wanted) {
+class SecondOrder::Scans {
+ public:
+  explicit Scans(BackwardRecord record)
+      : record_(std::move(record)),
+        call_(record_.call()),
+        shapes_(check_layer(call_)),
+        given_(std::move(record_.given)),
+        dh_(record_.dh),
+        v_x_(record_.v[0]),
+        v_params_(at::TensorList(record_.v).slice(record_.v.size() - call_.params.size())),
+        states_(or_zeros(at::TensorList(record_.v).slice(1), call_.states)),
+        rows_(call_.rows),
+        d_(shapes_.D) {
+    const at::TensorList v = record_.v;
+    rows_.reset_states = or_zeros(v.slice(1 + call_.states.size()), call_.rows.reset_states);
+  }
+  Scans(const Scans&) = delete;
+  Scans& operator=(const Scans&) = delete;
+
+  std::vector<Tensor> of_results() {
     if (!given_.saved.y) make_output();
     tangents();
-    gradients();
     std::vector<Tensor> found{forward_.y};
     for (const Tensor& t : forward_.last()) found.push_back(t);
-    auto [dx, dstates, dparams] = products(wanted);
-    found.push_back(dx);
-    found.insert(found.end(), dstates.begin(), dstates.end());
-    found.insert(found.end(), dparams.begin(), dparams.end());
     return found;
+  }
+  LayerGradients of_arguments(const OptionalTensor& dy, std::vector<OptionalTensor> of_last, GradientMask wanted) {
+    tangent_given_ = {dy, std::move(of_last), {forward_.gates, forward_.cs, forward_.y}};
+    gradients();
+    return products(wanted);
   }
 
  private:
@@ -180,7 +190,6 @@ class SecondOrder {
   void gradients() {
     value_ = prepare_backward(call_, given_, {true, /*states=*/false, true});
     if (dh_.defined()) value_.params.d_h = dh_.data_ptr();
-    tangent_given_.saved = {forward_.gates, forward_.cs, forward_.y};
     tangent_ = prepare_backward(*tangent_call_, tangent_given_, {true, /*states=*/true, true});
     Copies copies;
     for (int64_t d = 0; d < d_; ++d) {
@@ -249,13 +258,15 @@ class SecondOrder {
     for (size_t i = 0; i < more.size(); ++i) dstates[dstates.size() - more.size() + i].add_(more[i]);
   }
 
-  const Call& call_;
+  BackwardRecord record_;
+  const Call call_;  // of record_
   const LayerShapes shapes_;
-  ResultGradients given_, tangent_given_;
+  ResultGradients given_;
+  ResultGradients tangent_given_;  // its dy, dh_n, dc_n: what the layer's own gradients are made of
   const Tensor dh_;
   const Tensor v_x_;
   const at::TensorList v_params_;
-  // The layer whose forward is the scan of tangents.
+  // The layer whose forward is the scan of tangents, and whose backward makes the sums.
   Tensor x_;
   std::vector<Tensor> states_, params_;
   Rows rows_;
@@ -265,28 +276,63 @@ class SecondOrder {
   BackwardCall value_, tangent_;
 };
 
+SecondOrder::SecondOrder(BackwardRecord record) : scans_(std::make_unique<Scans>(std::move(record))) {}
+SecondOrder::~SecondOrder() = default;
+std::vector<Tensor> SecondOrder::of_results() { return scans_->of_results(); }
+LayerGradients SecondOrder::of_arguments(const OptionalTensor& dy, std::vector<OptionalTensor> of_last,
+                                         GradientMask wanted) {
+  return scans_->of_arguments(dy, std::move(of_last), wanted);
+}
+
+bool has_second_order(const Call& call) {
+  const auto type = call.x.scalar_type();
+  return (type == at::kFloat || type == at::kDouble) && call.x.numel() > 0 && !call.rows.options.any();
+}
+
+BackwardRecord record_of(at::TensorList v, const OptionalTensor& dy, at::TensorList dlast, const Tensor& x,
+                         at::TensorList states, at::TensorList params, at::TensorList rows, at::TensorList saved,
+                         int64_t recipe) {
+  const Recipe of_layer = layer_recipe_of(recipe);
+  const Rows given = rows_of(rows, recipe);
+  TORCH_CHECK_VALUE(v.size() == 1 + states.size() + given.reset_states.size() + params.size(),
+                    "grads: expected one for each result of backward, got ", v.size());
+  const size_t before_dh = saved_count(of_layer.cell, given.options.any()) + 1;
+  BackwardRecord record{x,
+                        states.vec(),
+                        params.vec(),
+                        given,
+                        of_layer,
+                        {dy, gradients_of_last(of_layer, dlast),
+                         saved_of(of_layer.cell, given, saved.slice(0, std::min(saved.size(), before_dh)))},
+                        saved.size() > before_dh ? saved[before_dh] : Tensor(),
+                        v.vec()};
+  OptionalTensor& y = record.given.saved.y;
+  if (y && y->dim() == 1) y = std::nullopt;
+  return record;
+}
+
+namespace {
+
 std::vector<Tensor> layer_second_order(at::TensorList grads, const OptionalTensor& dy, at::TensorList dlast, const Tensor& x,
                                        at::TensorList states, at::TensorList params, at::TensorList rows,
                                        at::TensorList saved, at::IntArrayRef wanted) {
   TORCH_CHECK_VALUE(wanted.size() == 4, "wanted: expected a recipe and 3 flags, got ", wanted.size(), " numbers");
-  const Rows given_rows = rows_of(rows, wanted[0]);
-  const Call call{x, states, params, given_rows, layer_recipe_of(wanted[0])};
   const auto dtype = x.scalar_type();
   TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kDouble, "x: expected float32 or float64, got ", dtype);
-  TORCH_CHECK_VALUE(!given_rows.options.any(), "rows: expected no options of steps");
-  TORCH_CHECK_VALUE(grads.size() == 1 + states.size() + given_rows.reset_states.size() + params.size(),
-                    "grads: expected one for each result of backward, got ", grads.size());
-  const size_t before_dh = saved_count(call.recipe.cell, given_rows.options.any()) + 1;
-  const Tensor dh = saved.size() > before_dh ? saved[before_dh] : Tensor();
-  ResultGradients given{dy, gradients_of_last(call.recipe, dlast),
-                        saved_of(call.recipe.cell, given_rows, saved.slice(0, std::min(saved.size(), before_dh)))};
-  if (given.saved.y && given.saved.y->dim() == 1) given.saved.y = std::nullopt;  // [0]: it was written since
-  if (dh.defined()) {
-    const LayerShapes s = check_layer(call);
+  BackwardRecord record = record_of(grads, dy, dlast, x, states, params, rows, saved, wanted[0]);
+  TORCH_CHECK_VALUE(!record.rows.options.any(), "rows: expected no options of steps");
+  if (const Tensor& dh = record.dh; dh.defined()) {
+    const LayerShapes s = check_layer(record.call());
     TORCH_CHECK_VALUE(!s.projection && dh.is_contiguous(), "saved: expected no dh of a layer with a projection");
     check_tensor("dh", dh, {s.D, s.N, s.H}, x, dtype);
   }
-  return SecondOrder(call, given, dh, grads).run({wanted[1] != 0, wanted[2] != 0, wanted[3] != 0});
+  SecondOrder second(std::move(record));
+  std::vector<Tensor> found = second.of_results();
+  auto [dx, dstates, dparams] = second.of_arguments(std::nullopt, {}, {wanted[1] != 0, wanted[2] != 0, wanted[3] != 0});
+  found.push_back(dx);
+  found.insert(found.end(), dstates.begin(), dstates.end());
+  found.insert(found.end(), dparams.begin(), dparams.end());
+  return found;
 }
 
 }  // namespace

@@ -161,13 +161,11 @@ class KnownNodes {
     }
     if (nodes_.size() >= limit_) forget_dead();
     NodePointer node = make_node<SummingNode>(call);
-    nodes_.emplace(key, Weak(node));
+    nodes_.emplace(key, WeakNodePointer(node));
     return node;
   }
 
  private:
-  using Weak = std::conditional_t<std::is_same_v<NodePointer, std::shared_ptr<torch::autograd::Node>>,
-                                  std::weak_ptr<torch::autograd::Node>, c10::weak_intrusive_ptr<torch::autograd::Node>>;
   static constexpr size_t kFewest = 64;
 
   void forget_dead() {
@@ -175,7 +173,7 @@ class KnownNodes {
     limit_ = std::max(kFewest, 2 * nodes_.size());
   }
 
-  std::unordered_map<const void*, Weak> nodes_;  // by W_ih
+  std::unordered_map<const void*, WeakNodePointer> nodes_;  // by W_ih
   size_t limit_ = kFewest;
 };
 

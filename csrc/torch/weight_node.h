@@ -8,6 +8,9 @@ namespace fused_rnn {
 
 // torch 2.11 counts the references of a node by std::shared_ptr, torch 2.13 in the node itself.
 using NodePointer = decltype(torch::autograd::Edge::function);
+using WeakNodePointer =
+    std::conditional_t<std::is_same_v<NodePointer, std::shared_ptr<torch::autograd::Node>>,
+                       std::weak_ptr<torch::autograd::Node>, c10::weak_intrusive_ptr<torch::autograd::Node>>;
 
 template <class T, class... Args>
 NodePointer make_node(const Args&... args) {

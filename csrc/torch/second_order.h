@@ -1,0 +1,60 @@
+// The derivative of a layer's backward, in two halves: what it gives to dy and to the gradients of the last states, and what
+// it gives to the layer's arguments. A pass that also differentiates the layer itself makes the second half together with
+// the layer's own gradients: both are sums over the same recurrence, so that one scan and one set of products serves both.
+#pragma once
+#include <memory>
+
+#include "torch/weight_node.h"
+
+namespace fused_rnn {
+
+// What a layer's backward was made from, and v, the gradients of its results: of x, states, reset states, params. [0]: none.
+struct BackwardRecord {
+  Tensor x;
+  std::vector<Tensor> states, params;
+  Rows rows;
+  Recipe recipe;
+  ResultGradients given;
+  Tensor dh;  // total gradients of h [D, N, H] if the backward kept them (backward_keeping_dh)
+  std::vector<Tensor> v;
+
+  Call call() const { return {x, states, params, rows, recipe}; }
+};
+// From a schema's arguments; saved: of forward, y where backward reads it ([0]: it was written since), dh if it was kept.
+BackwardRecord record_of(at::TensorList v, const OptionalTensor& dy, at::TensorList dlast, const Tensor& x,
+                         at::TensorList states, at::TensorList params, at::TensorList rows, at::TensorList saved,
+                         int64_t recipe);
+
+// Whether kernels have the derivative of such a call.
+bool has_second_order(const Call& call);
+
+// On a CPU, below autograd.
+class SecondOrder {
+ public:
+  explicit SecondOrder(BackwardRecord record);
+  ~SecondOrder();
+
+  // By y, and by each of the last states.
+  std::vector<Tensor> of_results();
+  // By the arguments; after of_results, once. To these gradients it adds those that dy and of_last have by the layer itself.
+  LayerGradients of_arguments(const OptionalTensor& dy, std::vector<OptionalTensor> of_last, GradientMask wanted);
+
+ private:
+  class Scans;
+  std::unique_ptr<Scans> scans_;
+};
+
+// A layer's node, as the node of its backward sees it.
+class ForwardNode : public torch::autograd::Node {
+ public:
+  // Whether the current backward pass is to run this node, and has not done so yet.
+  virtual bool runs_later() = 0;
+  // For such a node: it makes the gradients of the arguments.
+  virtual void add(std::unique_ptr<SecondOrder> second) = 0;
+};
+
+// fused_rnn::layer_backward of a call that runs plainly, whose node is a ForwardNode.
+LayerGradients layer_backward_of(const NodePointer& forward, const Call& call, const OptionalTensor& dy,
+                                 at::TensorList dlast, at::TensorList saved, GradientMask mask);
+
+}  // namespace fused_rnn
