@@ -1,6 +1,7 @@
 // A pool of memory for calls on a CPU: workspaces (workspace.h), what a training forward saves, backward's gradients of the
-// gates, and gradients of weights by sample. New memory is mapped and cleared page by page, which costs a tenth of a training step of LSTM 128x64x256x256
-// (half of it where a virtual machine hands freed pages back to its host), and a sixth of LSTM 64x8x1024x1024.
+// gates, and gradients of weights by sample. New memory is mapped and cleared page by page, which costs a tenth of a
+// training step of LSTM 128x64x256x256 (half of it where a virtual machine hands freed pages back to its host), and a sixth
+// of LSTM 64x8x1024x1024.
 //
 // All threads share the blocks of kLeastShared bytes or more: the pool holds up to kMostShared bytes of them, each for
 // kIdleSeconds. A thread keeps one smaller block for itself, and takes and returns it by an atomic exchange, without a lock.
