@@ -196,8 +196,8 @@ class TilePipeline {
 
  private:
   static constexpr int kInStep = 4;
-  // f on the rows that fall to a round: fours, which the pointwise half takes in step (kInStep of AVX-512, whose vectors work
-  // beside every unit that multiplies parts).
+  // f on the rows that fall to a round: fours, which the pointwise half takes in step (kInStep of AVX-512, whose vectors
+  // work beside every unit that multiplies parts).
   void run(int64_t round, int64_t rounds) {
     const auto [first, last] = share_of(ceil_div(finished_.rows, kInStep), rounds, round);
     if (first == last) return;
