@@ -149,7 +149,8 @@ def build(
     for_runtime = _headers(internal, HERE / "include")
     for_host = _headers(internal, HERE / "include", *below)
     extra = SANITIZE[sanitize]
-    host_flags = [*COMMON, "-O2", *{"asan": ["-fsanitize=address"], "ucontext": ["-DSIMT_UCONTEXT"]}.get(sanitize, [])]
+    host_flags = [*COMMON, "-O2", "-fno-semantic-interposition"]
+    host_flags += {"asan": ["-fsanitize=address"], "ucontext": ["-DSIMT_UCONTEXT"]}.get(sanitize, [])
     # g++ does not combine -fsanitize=thread with address: that variant has no race detection.
     kernel_flags = [f for f in KERNEL if sanitize != "asan" or f != "-fsanitize=thread"]
     kernel_flags = [*COMMON, *kernel_flags, *extra]
@@ -171,7 +172,9 @@ def build(
     units += [Unit(f, tuple(host_flags), for_host) for f in host]
     with ThreadPoolExecutor(jobs) as pool:
         objects = list(pool.map(_compile, units))
-    target = CACHE / f"simt-{_hash(sanitize, *(o.name for o in objects))}.so"
+    # Calls within the library are direct: the checks make one or more at every access.
+    link = [CXX, "-shared", "-Wl,-Bsymbolic"]
+    target = CACHE / f"simt-{_hash(sanitize, *link[1:], *(o.name for o in objects))}.so"
     if not target.exists():
-        _make(target, [CXX, "-shared", *map(str, objects), *extra])
+        _make(target, [*link, *map(str, objects), *extra])
     return target
