@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -252,9 +253,19 @@ NAN_CASES = [
 ]
 
 
+@functools.cache
+def torch_mixes_rows() -> bool:
+    """Whether torch's own product lets NaN of one row into another: bfloat16, odd depth, AMX (2.13.0, oneDNN)."""
+    rows = torch.zeros(19, 63, dtype=torch.bfloat16)
+    rows[2] = float("nan")
+    return bool((rows @ torch.ones(63, 80, dtype=torch.bfloat16)).isnan().any(1).sum() > 1)
+
+
 @pytest.mark.parametrize("case", NAN_CASES, ids=str)
 def test_rows_that_are_not_numbers_reach_no_other_row(case: Case, backend: str) -> None:
     """NaN in one row's input, states and gradients changes no output, final state, dx or state gradient of the others."""
+    if backend == "reference" and case.dtype is torch.bfloat16 and torch_mixes_rows():
+        pytest.skip("torch's own product, which the reference uses, lets NaN of one row into another here")
     data = make_data(case, "cuda" if backend == "cuda" else "cpu")
     row = 2  # has a step in every ragged batch
     kwargs = {"lengths": data.lengths, "batch_sizes": data.batch_sizes, "bidirectional": True}
