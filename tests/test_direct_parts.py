@@ -90,6 +90,20 @@ def test_other_rows_keep_their_bits(dtype: torch.dtype) -> None:
             assert torch.equal(before[:21], after[:21]) and torch.equal(before[22:], after[22:])
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+def test_infinities_of_a_projection(dtype: torch.dtype, setting: Setting) -> None:
+    """Its rows are not rounded to the layer's dtype: in bfloat16 they have two parts, and the weights one."""
+    torch.manual_seed(0)
+    layer, x = fused_rnn.LSTM(64, 256, proj_size=128).to(dtype), torch.randn(1, 16, 64).to(dtype)
+    layer.weight_hr_l0.data[3, 5], layer.weight_hr_l0.data[7, 2] = float("inf"), float("nan")
+    results = []
+    for instruction_set in ("", "portable"):
+        setting("FUSED_RNN_CPU", instruction_set)
+        with torch.no_grad():
+            results.append(layer(x)[0])
+    torch.testing.assert_close(*results, rtol=0.02, atol=OUTPUT_TOLERANCE[dtype], equal_nan=True)
+
+
 def test_weights_may_change_between_calls() -> None:
     """Nothing of them is kept."""
     cell = fused_rnn.LSTMCell(512, 512, dtype=torch.bfloat16)

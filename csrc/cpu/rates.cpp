@@ -174,7 +174,7 @@ double product_rate(DType dtype) {
 
 double read_rate(int64_t bytes) {
   check_size("bytes", bytes, int64_t{1} << 34);
-  constexpr int64_t kDepth = 256;
+  constexpr int64_t kDepth = 64;  // 64 KB a call at most: a call reads what the nearest cache holds, too
   const Kernels<float>& kernels = selected_kernels().f32;
   const int vectors = kMaxTileVectors, n_panels = kernels.max_panels_of(1);
   const int64_t panel = kDepth * vectors * kernels.width;

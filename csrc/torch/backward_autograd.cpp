@@ -81,9 +81,14 @@ class LayerBackwardNode final : public torch::autograd::Node {
     const std::vector<Tensor> dlast = unpacked(dlast_), states = unpacked(states_), rows = unpacked(rows_);
     const NodePointer kept = forward_ ? forward_->lock() : NodePointer();
     if (ForwardNode* forward = static_cast<ForwardNode*>(kept.get()); forward && hands_over(*forward, grads)) {
-      BackwardRecord record = record_of(grads, dy, dlast, x, states, params, rows, saved, numbers_.recipe);
+      const BackwardRecord record = record_of(grads, dy, dlast, x, states, params, rows, saved, numbers_.recipe);
       const Call call = record.call();
-      if (has_second_order(call) && runs_plainly_on_cpu(call)) return handed_over(*forward, std::move(record));
+      if (has_second_order(call) && runs_plainly_on_cpu(call)) {
+        // Without their graph: it may lead to the node that is to keep them.
+        const OptionalTensor dy_alone = dy ? OptionalTensor(dy->variable_data()) : std::nullopt;
+        return handed_over(*forward, record_of(alone(grads), dy_alone, alone(dlast), x.variable_data(), alone(states),
+                                               alone(params), alone(rows), alone(saved), numbers_.recipe));
+      }
     }
     std::vector<int64_t> numbers = numbers_.list();
     const size_t first = numbers.size();
@@ -127,12 +132,32 @@ class LayerBackwardNode final : public torch::autograd::Node {
   // Whether this pass, which nobody differentiates, runs the layer's own node later, and that node leads to all arguments:
   // requires_grad may have been set since.
   bool hands_over(ForwardNode& forward, const variable_list& grads) const {
-    const auto leads = [](const torch::autograd::Edge& edge) { return edge.is_valid(); };
-    const torch::autograd::edge_list &edges = next_edges(), &of_forward = forward.next_edges();
-    const auto first = edges.begin() + 1 + dlast_.size();
-    return !at::GradMode::is_enabled() && forward.runs_later() &&
-           std::count_if(first, edges.end(), leads) == std::count_if(of_forward.begin(), of_forward.end(), leads) &&
+    return !at::GradMode::is_enabled() && forward.runs_later() && leads_where(forward.next_edges()) &&
            std::all_of(grads.begin(), grads.end(), is_plain_on_cpu);
+  }
+
+  // Whether the layer's edges lead on for the same arguments as ours: requires_grad may have been set in between. Ours are of
+  // x, states, reset states, params; the layer's of x, states, params, reset states.
+  bool leads_where(const torch::autograd::edge_list& of_forward) const {
+    const torch::autograd::edge_list& edges = next_edges();
+    const size_t first = 1 + dlast_.size(), before = 1 + states_.size(), params = params_.size();
+    const size_t resets = edges.size() - first - before - params;
+    if (of_forward.size() != before + params + resets) return false;
+    for (size_t i = 0; i < of_forward.size(); ++i) {
+      const size_t place = i < before ? i : i < before + resets ? i + params : i - resets;
+      if (edges[first + i].is_valid() != leads_on(of_forward[place])) return false;
+    }
+    return true;
+  }
+  static bool leads_on(const torch::autograd::Edge& edge) {
+    if (!edge.is_valid()) return false;
+    const auto* weights = dynamic_cast<const WeightNode*>(edge.function.get());
+    return !weights || weights->next_edge(edge.input_nr).is_valid();
+  }
+  static std::vector<Tensor> alone(const std::vector<Tensor>& tensors) {
+    std::vector<Tensor> result;
+    for (const Tensor& t : tensors) result.push_back(t.defined() ? t.variable_data() : t);
+    return result;
   }
 
   // The gradients of dy and dlast; the layer's own node makes the others.
@@ -144,6 +169,8 @@ class LayerBackwardNode final : public torch::autograd::Node {
     for (size_t i = 0; i < 1 + dlast_.size(); ++i) {
       if (task_should_compute_output(i)) result[i] = of_results[i];
     }
+    if (result[0].defined())
+      result[0] = result[0].clone();  // the second half reads it, and a hook may write into a gradient
     forward.add(std::move(second));
     return result;
   }

@@ -89,7 +89,7 @@ class LayerNode final : public ForwardNode {
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
     const Seconds seconds = take_seconds();
-    last_pass_ = torch::autograd::get_current_graph_task_id();
+    passes_.add(torch::autograd::get_current_graph_task_id());
     const bool any = std::any_of(grads.begin(), grads.end(), [](const Tensor& t) { return t.defined(); });
     const GradientMask mask = wanted();
     variable_list result(num_outputs());
@@ -121,7 +121,7 @@ class LayerNode final : public ForwardNode {
       if (found == wanted->end() || !found->second.needed_) return false;
     }
     std::lock_guard<std::mutex> lock(mutex_);
-    return last_pass_ != torch::autograd::get_current_graph_task_id();
+    return passes_.is_new(torch::autograd::get_current_graph_task_id());
   }
 
   void add(std::unique_ptr<SecondOrder> second) override {
@@ -147,6 +147,25 @@ class LayerNode final : public ForwardNode {
   };
 
   using Seconds = std::vector<std::unique_ptr<SecondOrder>>;
+
+  // Numbers of backward passes, which only grow. Of many the oldest are forgotten, and then no pass before them is new.
+  class Passes {
+   public:
+    void add(int pass) {
+      if (last_.size() == kMost) {
+        const auto oldest = std::min_element(last_.begin(), last_.end());
+        forgotten_ = std::max(forgotten_, *oldest);
+        last_.erase(oldest);
+      }
+      last_.push_back(pass);
+    }
+    bool is_new(int pass) const { return pass > forgotten_ && std::find(last_.begin(), last_.end(), pass) == last_.end(); }
+
+   private:
+    static constexpr size_t kMost = 8;
+    c10::SmallVector<int, kMost> last_;
+    int forgotten_ = -1;
+  };
 
   // Those of this pass.
   Seconds take_seconds() {
@@ -277,7 +296,7 @@ class LayerNode final : public ForwardNode {
   WeightNode* weights_ = nullptr;  // owned by the edges that lead to it, or none
   const Recipe recipe_;
   std::unordered_map<int, Seconds> seconds_;  // by the pass
-  int last_pass_ = -1;                        // that has run the node
+  Passes passes_;                             // that have run the node
 };
 
 bool has_tangents(const Call& call) {

@@ -121,7 +121,7 @@ void FormulaBackwardScan<A>::take_arrays(Arena& arena, Worker& w) const {
   w.places = arena.take<RowPlace>(adds_series_ ? team_rows_ : 0);
   w.reset = arena.take<RowPlace>(moves_resets_ ? team_rows_ : 0);
   w.resets = 0;
-  Base::take_arrays(arena, team_rows_, w);
+  Base::take_arrays(arena, w);
 }
 
 template <class A>

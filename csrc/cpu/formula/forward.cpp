@@ -177,7 +177,7 @@ void FormulaForwardScan<A>::take_arrays(Arena& arena, Worker& w) const {
   w.rows = arena.take<Row>(team_rows_);
   w.reset = arena.take<A>(p_.reset_states[0].data ? traits_.states * team_rows_ * room_ : 0);
   w.before = arena.take<const A*>(team_rows_);
-  Base::take_arrays(arena, team_rows_, w);
+  Base::take_arrays(arena, w);
 }
 
 template <class A>

@@ -262,19 +262,22 @@ inline void store_transposed(const float* sums, const float* init, int rows, flo
 }
 
 // Tiles 0 to 3: sums, of a vector's blocks of rows one after the other; 4 to 6: parts of weights; 7: parts of rows.
-#define FUSED_RNN_WEIGHTS(v)                                                                                 \
-  {                                                                                                          \
-    const Storage* const from = static_cast<const Storage*>(call.weights[v]) + k;                            \
-    if (kPanelParts == 1 && kAllParts<Storage> == 1 && call.lanes[v] == kPartsRows && left >= kPartsDepth) { \
-      _tile_loadd(4, from, row_bytes);                                                                       \
-    } else {                                                                                                 \
-      uint16_t* const tiles = packed[(v) % 2];                                                               \
-      pack_weights(from, call.depth, call.lanes[v], left, kPanelParts, tiles, largest);                      \
-      asm volatile("" : : : "memory");                                                                       \
-      _tile_loadd(4, tiles, 64);                                                                             \
-      if constexpr (kPanelParts > 1) _tile_loadd(5, tiles + kPartsTile, 64);                                 \
-      if constexpr (kPanelParts > 2) _tile_loadd(6, tiles + 2 * kPartsTile, 64);                             \
-    }                                                                                                        \
+// With one part on both sides tiles are loaded as the weights lie: infinities then go where vectors bring them.
+#define FUSED_RNN_WEIGHTS(v)                                                                     \
+  {                                                                                              \
+    constexpr bool kWhole = kRowParts == 1 && kAllParts<Storage> == 1;                           \
+    const Storage* const from = static_cast<const Storage*>(call.weights[v]) + k;                \
+    if (kWhole && call.lanes[v] == kPartsRows && left >= kPartsDepth) {                          \
+      _tile_loadd(4, from, row_bytes);                                                           \
+    } else {                                                                                     \
+      uint16_t* const tiles = packed[(v) % 2];                                                   \
+      asm volatile("" : : : "memory"); /* after the loads of the tiles that were there before */ \
+      pack_weights(from, call.depth, call.lanes[v], left, kPanelParts, tiles, largest);          \
+      asm volatile("" : : : "memory");                                                           \
+      _tile_loadd(4, tiles, 64);                                                                 \
+      if constexpr (kPanelParts > 1) _tile_loadd(5, tiles + kPartsTile, 64);                     \
+      if constexpr (kPanelParts > 2) _tile_loadd(6, tiles + 2 * kPartsTile, 64);                 \
+    }                                                                                            \
   }
 #define FUSED_RNN_PART(b, i) _tile_loadd(7, rows + (b) * call.block_elements + (i) * kPartsTile, 64)
 #define FUSED_RNN_MULTIPLY(n)                                           \

@@ -104,9 +104,10 @@ struct PartsKernels {
   bool (*pack_block[3])(const PartsSource& source, int parts, uint16_t* tile, int quarter);
   bool (*pack_columns[3])(const PartsSource& source, int parts, uint16_t* tile, int quarter);
   void (*gemm)(const PartsCall& call);
-  // By the weights' storage index; null where there is none. They return whether all weights have parts.
+  // By the weights' storage index; null where there is none. They return whether all weights have parts, or need none:
+  // products of one part each way are those of vectors, infinities too.
   bool (*direct[3])(const DirectPartsCall& call) = {};
-  // Hands the registers of the matrix unit back: every thread that called gemm calls this at the end.
+  // Hands the registers of the matrix unit back: every thread that called gemm or direct calls this at the end.
   void (*release)();
 };
 // A table with the packing functions of AVX-512 alone.

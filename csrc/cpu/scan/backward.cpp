@@ -133,7 +133,7 @@ void BackwardScan<A>::take_arrays(Arena& arena, Worker& w) const {
   w.reset = arena.take<RowPlace>(moves_resets_ ? team_rows_ : 0);
   w.resets = 0;
   w.options.take(arena, p_.modifier, team_rows_, p_padded_, h_padded_);
-  Base::take_arrays(arena, team_rows_, w);
+  Base::take_arrays(arena, w);
 }
 
 template <class A>

@@ -135,7 +135,7 @@ void DualBackwardScan<A>::take_arrays(Arena& arena, Worker& w) const {
   w.rows = arena.take<DualRow<A>>(team_rows_);
   w.reset = arena.take<ResetPlace>(moves_resets_ ? team_rows_ : 0);
   w.resets = 0;
-  Base::take_arrays(arena, team_rows_, w);
+  Base::take_arrays(arena, w);
 }
 
 template <class A>

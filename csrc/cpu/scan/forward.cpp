@@ -133,7 +133,7 @@ void ForwardScan<A>::take_arrays(Arena& arena, Worker& w) const {
   w.options.take(arena, p_.modifier, team_rows_, p_padded_, h_padded_);
   w.primal = arena.take<PrimalRow>(p_.primal ? team_rows_ : 0);
   w.masked = arena.take<A>(p_.modifier.product ? team_rows_ * p_padded_ : 0);
-  Base::take_arrays(arena, team_rows_, w);
+  Base::take_arrays(arena, w);
 }
 
 template <class A>

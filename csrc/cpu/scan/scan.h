@@ -85,7 +85,7 @@ class Scan {
     Team* team;
     int64_t n;                 // rows of the team
     Range h_panels, r_panels;  // that the thread multiplies with, of plan_.h and plan_.r
-    const A** pointers;        // to the rows of the next product
+    const A** pointers;        // [n] to the rows of the next product
     StoreRow<A>* store_rows;   // [n]
     A* tiles;                  // two
     PartsScratch parts;
@@ -123,9 +123,9 @@ class Scan {
   // All steps of one direction, for the rows and units of one thread.
   virtual void scan(int thread, int d, Teams& teams) const = 0;
 
-  // The arrays of a Worker; `most_pointers`: rows of its largest product.
-  void take_arrays(Arena& arena, int64_t most_pointers, Worker& w) const {
-    w.pointers = arena.take<const A*>(most_pointers);
+  // The arrays of a Worker.
+  void take_arrays(Arena& arena, Worker& w) const {
+    w.pointers = arena.take<const A*>(team_rows_);
     w.store_rows = arena.take<StoreRow<A>>(team_rows_);
     w.tiles = reinterpret_cast<A*>(arena.take<char>(2 * kTileBytes));
     w.parts = parts_room_.take(arena);
