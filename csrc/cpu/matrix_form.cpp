@@ -6,9 +6,9 @@ namespace fused_rnn::cpu {
 namespace {
 
 // Calls of up to this many rows (T * B) read the weights as they lie, by vectors unless a rule below asks for parts.
-// Inference in fp32 on Sapphire Rapids, 2026-11-21: with 12 and 16 rows that takes 0.7 to 0.85 of the time of packed weights
-// from the cache, and 0.4 to 0.8 of the time with packing; with 24 and 32 rows and H=128 it takes 1.1 to 1.5 times as long as
-// packed weights from the cache.
+// Inference in fp32 on Sapphire Rapids, 2026-11-21: with 12 and 16 rows that takes 0.7 to 0.85 of the time of packed
+// weights from the cache, and 0.4 to 0.8 of the time with packing; with 24 and 32 rows and H=128 it takes 1.1 to 1.5 times
+// as long as packed weights from the cache.
 constexpr int64_t kDirectRows = 16;
 // With vectors of 32 bytes (AVX2) the tile of rows that read weights as they lie is as fast as that of packed ones, and a
 // packed matrix costs a hash of all weights beside it. Where a matrix is read a few times only and is so deep that sums of

@@ -129,15 +129,14 @@ class LayerBackwardNode final : public torch::autograd::Node {
     return result;
   }
 
-  // Whether this pass, which nobody differentiates, runs the layer's own node later, and that node leads to all arguments:
-  // requires_grad may have been set since.
+  // Whether this pass, which nobody differentiates, runs the layer's own node later, and that node leads to our arguments.
   bool hands_over(ForwardNode& forward, const variable_list& grads) const {
     return !at::GradMode::is_enabled() && forward.runs_later() && leads_where(forward.next_edges()) &&
            std::all_of(grads.begin(), grads.end(), is_plain_on_cpu);
   }
 
-  // Whether the layer's edges lead on for the same arguments as ours: requires_grad may have been set in between. Ours are of
-  // x, states, reset states, params; the layer's of x, states, params, reset states.
+  // Whether the layer's edges lead on for the same arguments as ours: requires_grad may have been set in between. Ours are
+  // of x, states, reset states, params; the layer's of x, states, params, reset states.
   bool leads_where(const torch::autograd::edge_list& of_forward) const {
     const torch::autograd::edge_list& edges = next_edges();
     const size_t first = 1 + dlast_.size(), before = 1 + states_.size(), params = params_.size();
