@@ -17,11 +17,11 @@ struct PartsScratch {
   float* rows = nullptr;  // a row as float; of weights as they lie 16 rows, one after the other
 };
 
-// Whether a value has parts: NaN, infinities and what rounds to one of them have none.
+// Whether a value has parts.
 inline bool has_parts(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
-  return (bits & 0x7fffffff) < 0x7f7f8000;
+  return (bits & 0x7fffffff) < kLeastWithoutParts;
 }
 
 // A row of the product; where it is stored in another type, in `room`.

@@ -242,13 +242,7 @@ void pack_weights(const Storage* from, int64_t stride, int lanes, int64_t depth,
       a = load16(from, low);
       if (high > 0) b = load16(from + 16, high);
     }
-    largest.see(a);
-    largest.see(b);
-    for (int part = 0; part < parts; ++part) {
-      const bool rest = part + 1 < kAllParts<Storage>;
-      const __m512i x = take_part(a, rest), y = take_part(b, rest);
-      _mm512_storeu_si512(tiles + part * kPartsTile + lane * kPartsDepth, in_order(x, y));
-    }
+    store_parts<Storage>(a, b, parts, tiles + lane * kPartsDepth, largest);
   }
 }
 

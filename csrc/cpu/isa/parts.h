@@ -37,6 +37,9 @@ struct Background {
   void* context = nullptr;
 };
 
+// The magnitude, as bits of a float, from which on values have no parts: they round to an infinity, or are one, or NaN.
+constexpr uint32_t kLeastWithoutParts = 0x7f7f8000;
+
 // How many parts a value has, in the rows and in the panels of a product: (1, 1), (2, 1), (2, 2) or (3, 3). The product
 // leaves out the pairs of parts i and j with i + j >= rows.
 struct Parts {

@@ -24,14 +24,8 @@ uint32_t pack_rows(const void* const* rows, int n_rows, int64_t depth, int parts
     const int low = lanes_left(depth, k), high = lanes_left(depth, k + 16);
     for (int r = 0; r < n_rows; ++r) {
       const Storage* const row = static_cast<const Storage*>(rows[r]) + k;
-      __m512 a = load16(row, low), b = high > 0 ? load16(row + 16, high) : _mm512_setzero_ps();
-      largest[r].see(a);
-      largest[r].see(b);
-      for (int part = 0; part < parts; ++part) {
-        const bool rest = part + 1 < (parts > kAllParts<Storage> ? parts : kAllParts<Storage>);
-        const __m512i x = take_part(a, rest), y = take_part(b, rest);
-        _mm512_storeu_si512(out + part * kPartsTile + r * kPartsDepth, in_order(x, y));
-      }
+      store_parts<Storage>(load16(row, low), high > 0 ? load16(row + 16, high) : _mm512_setzero_ps(), parts,
+                           out + r * kPartsDepth, largest[r]);
     }
   }
   uint32_t infinite = 0;
@@ -100,13 +94,7 @@ bool pack_block(const PartsSource& source, int parts, uint16_t* tile, int quarte
     const Storage* row = from + lane * source.stride;
     __m512 a = lane < source.lanes ? load16(row, low) : _mm512_setzero_ps();
     __m512 b = lane < source.lanes && high > 0 ? load16(row + 16, high) : _mm512_setzero_ps();
-    largest.see(a);
-    largest.see(b);
-    for (int part = 0; part < parts; ++part) {
-      const bool rest = part + 1 < kAllParts<Storage>;
-      const __m512i x = take_part(a, rest), y = take_part(b, rest);
-      _mm512_storeu_si512(tile + part * kPartsTile + lane * kPartsDepth, in_order(x, y));
-    }
+    store_parts<Storage>(a, b, parts, tile + lane * kPartsDepth, largest);
   }
   return largest.has_parts();
 }

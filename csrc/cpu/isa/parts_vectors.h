@@ -47,7 +47,9 @@ class Largest {
   void see(__m512 values) {
     bits_ = _mm512_max_epu32(bits_, _mm512_and_si512(_mm512_castps_si512(values), _mm512_set1_epi32(0x7fffffff)));
   }
-  bool has_parts() const { return _mm512_cmpge_epu32_mask(bits_, _mm512_set1_epi32(0x7f7f8000)) == 0; }
+  bool has_parts() const {
+    return _mm512_cmpge_epu32_mask(bits_, _mm512_set1_epi32(static_cast<int>(kLeastWithoutParts))) == 0;
+  }
 
  private:
   __m512i bits_;
@@ -56,6 +58,18 @@ class Largest {
 inline int lanes_left(int64_t size, int64_t at) {
   const int64_t left = size - at;
   return left > 16 ? 16 : left < 0 ? 0 : static_cast<int>(left);
+}
+
+// Cuts the 32 values of a tile's row into parts, each of which goes to its tile.
+template <class Storage>
+inline void store_parts(__m512 low, __m512 high, int parts, uint16_t* row, Largest& largest) {
+  largest.see(low);
+  largest.see(high);
+  for (int part = 0; part < parts; ++part) {
+    const bool rest = part + 1 < (parts > kAllParts<Storage> ? parts : kAllParts<Storage>);
+    const __m512i a = take_part(low, rest), b = take_part(high, rest);
+    _mm512_storeu_si512(row + part * kPartsTile, in_order(a, b));
+  }
 }
 
 // Swaps lane j of rows[i] with lane i of rows[j].
