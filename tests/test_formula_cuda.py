@@ -64,7 +64,7 @@ def test_nvcc_spills_nothing(cell: fused_rnn.Cell, dtype: torch.dtype, arch: str
 def test_nvrtc_compiles_the_same(capability: int, tmp_path: Path) -> None:
     compiler = nvrtc()
     for cell, dtype in ((cells.NormLstm(), torch.bfloat16), (fused_rnn.zoo.MGU(), torch.float64)):
-        kernels, _ = cuda_build.compile_kernels(cell, dtype, capability, compiler, tmp_path)
+        kernels, _ = cuda_build.compile_kernels(cell, dtype, capability, compiler, tmp_path, cuda.FAMILIES)
         header, _, code = kernels.read_bytes().partition(b"\n")
         assert header + b"\n" == cuda.header_of(make_plan(cell), dtype, capability)
         assert code.startswith(b"\x7fELF")
@@ -133,13 +133,14 @@ int cuLaunchKernelEx(const Config* c, void* f, void** arguments, void**) {
     std::printf(" attribute %d=%d,%d,%d", a.id, a.value[0], a.value[1], a.value[2]);
   }
   std::printf(" argument %d\\n", *(int*)arguments[0]);
-  return 0;
+  return c->grid[0] == 1000 ? 720 : 0;
 }
 }
 """
 CALLER = """
 #include <cstdio>
 #include <stdexcept>
+#include "cuda/device/refused.h"
 #include "cuda/formula/driver.h"
 using namespace fused_rnn::cuda;
 int main(int, char** argv) {
@@ -148,10 +149,15 @@ int main(int, char** argv) {
     std::printf("%d %d %d %d\\n", int(module.dtype()), module.capability(), module.traits().phases, module.traits().saved);
     const FormulaLauncher launch = module.launcher(0, (void*)0x40);
     int argument = 7;
-    launch({FormulaRole::kForward, 1, TileSize::kMedium, 2, 3, 4, 128, 1000, false, 1}, &argument, sizeof argument);
-    launch({FormulaRole::kInitialGradients, 0, TileSize::kSmall, 1, 1, 1, 256, 0, true, 1}, &argument, sizeof argument);
-    launch({FormulaRole::kClusterBackward, 0, TileSize::kSmall, 32, 6, 2, 256, 9, false, 16}, &argument, sizeof argument);
+    launch({FormulaRole::kForward, 1, TileSize::kMedium, 2, 3, 4, 128, 1000, false, 1, false}, &argument, sizeof argument);
+    launch({FormulaRole::kInitialGradients, 0, TileSize::kSmall, 1, 1, 1, 256, 0, true, 1, false}, &argument, sizeof argument);
+    launch({FormulaRole::kClusterBackward, 0, TileSize::kSmall, 32, 6, 2, 256, 9, false, 16, false}, &argument, sizeof argument);
+    launch({FormulaRole::kGridForward, 0, TileSize::kSmall, 40, 1, 1, 256, 9, false, 1, true}, &argument, sizeof argument);
     module.launcher(0, nullptr);  // loaded once
+    const int many = 1000;  // of which the device takes fewer
+    launch({FormulaRole::kGridForward, 0, TileSize::kSmall, many, 1, 1, 256, 9, false, 1, true}, &argument, sizeof argument);
+  } catch (const fused_rnn::LaunchRefused& error) {
+    std::printf("refused: %s\\n", error.what());
   } catch (const std::exception& error) {
     std::printf("error: %s\\n", error.what());
   }
@@ -188,6 +194,9 @@ def test_launches_by_the_driver(caller: Path) -> None:
         "forward_1_kMedium 2,3,4 128,1,1 1000 0x40 argument 7",
         "initial_0_kSmall 1,1,1 256,1,1 0 0x40 attribute 6=1,0,0 argument 7",
         "cluster_backward_0_kSmall 32,6,2 256,1,1 9 0x40 attribute 4=16,1,1 argument 7",
+        "grid_forward_0_kSmall 40,1,1 256,1,1 9 0x40 attribute 2=1,0,0 argument 7",
+        "grid_forward_0_kSmall 1000,1,1 256,1,1 9 0x40 attribute 2=1,0,0 argument 7",
+        "refused: fused_rnn: kernel grid_forward_0_kSmall: made-up error",
     ]
 
 
@@ -203,10 +212,10 @@ def test_what_the_driver_refuses(caller: Path) -> None:
     [
         b"",
         b"no file of ours\ncode",
-        b"2 1 90\ncode",
-        b"3 1 90 9 0 0\ncode",
-        b"3 9 90\n",
-        b"3 1 90 1 0 0 1 1 1 0 0 1 0 0 0 3\n",
+        b"3 1 90\ncode",
+        b"4 1 90 9 0 0\ncode",
+        b"4 9 90\n",
+        b"4 1 90 1 0 0 1 1 1 0 0 1 0 0 0 3\n",
     ],
 )
 def test_files_that_are_not_ours(caller: Path, contents: bytes) -> None:
@@ -225,6 +234,12 @@ def test_the_driver_s_interface(tmp_path: Path) -> None:
     program = tmp_path / "sizes.cpp"
     equal = {
         "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION": numbers["kProgrammaticStreamSerialization"],
+        "CU_LAUNCH_ATTRIBUTE_COOPERATIVE": numbers["kCooperative"],
+        "CUDA_ERROR_NO_BINARY_FOR_GPU": numbers["kNoBinary"],
+        "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES": numbers["kOutOfResources"],
+        "CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE": numbers["kCooperativeTooLarge"],
+        "CUDA_ERROR_NOT_SUPPORTED": numbers["kNotSupported"],
+        "CUDA_ERROR_INVALID_CLUSTER_SIZE": numbers["kInvalidClusterSize"],
         "CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION": numbers["kClusterDimension"],
         "CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED": numbers["kNonPortableCluster"],
         "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES": numbers["kMaxDynamicSmem"],
@@ -247,7 +262,7 @@ class Extension:
 
     def __init__(self) -> None:
         self.loaded: dict[tuple[str, int], str] = {}
-        self.cluster: list[tuple[int, int]] = []  # states of family cluster, each with its blocks
+        self.families: list[tuple[str, int, int]] = []  # of persistent ones: states, each with its blocks
 
     def has_formula_on_device(self, formula: str, dtype: int, capability: int) -> bool:
         return (formula, dtype) in self.loaded
@@ -261,8 +276,8 @@ class Extension:
     def forget_formula_on_device(self, formula: str, dtype: int, capability: int) -> None:
         self.loaded.pop((formula, dtype), None)
 
-    def set_formula_cluster(self, formula: str, dtype: int, capability: int, state: int, ranks: int = 0) -> None:
-        self.cluster.append((state, ranks))
+    def set_formula_family(self, formula: str, dtype: int, capability: int, family: str, state: int, ranks: int = 0) -> None:
+        self.families.append((family, state, ranks))
 
 
 class Compiler:
@@ -270,9 +285,11 @@ class Compiler:
 
     def __init__(self) -> None:
         self.calls = 0
+        self.families: list[str] = []  # persistent ones, of the last call
 
     def compile(self, source: Path, capability: int, code: Path, what: str) -> None:
-        assert "FUSED_RNN_FORMULA_FORWARD" in source.read_text() and "sm_90" in what
+        assert "FUSED_RNN_FORMULA_FORWARD" in source.read_text() and f"sm_{capability}" in what
+        self.families = [family for family in cuda.FAMILIES if f"FORMULA_{family.upper()}_" in source.read_text()]
         self.calls += 1
         code.write_bytes(b"code")
 
@@ -284,6 +301,7 @@ def loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[E
     monkeypatch.setattr(cuda_build, "extension", extension)
     monkeypatch.setattr(cuda_build, "find_compiler", lambda: compiler)
     monkeypatch.setattr(cuda_build, "batches_of", lambda device: (3, 1000))
+    monkeypatch.setattr(cuda_build, "_families", {})
     yield extension, compiler
 
 
@@ -308,31 +326,51 @@ def test_verified_before_first_use_and_kept(loading: tuple[Extension, Compiler],
 
 
 @pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the compiled extension")
-def test_clusters_are_verified_when_they_are_asked_for(
+def test_persistent_families_are_verified_when_they_are_asked_for(
     loading: tuple[Extension, Compiler], monkeypatch: pytest.MonkeyPatch, setting: Any
 ) -> None:
-    """In a block alone and, where the device has clusters, in two; before that and after a difference they do not serve."""
-    extension, _ = loading
-    device = torch.device("cuda", 0)
+    """In a block alone and, where the device has teams, in two; before that and after a difference they do not serve. They
+    are not compiled before either."""
+    extension, compiler = loading
+    formula, device = ops.remember(cells.Rnn()), torch.device("cuda", 0)
     monkeypatch.setattr(cuda_build, "_verified", set())
     monkeypatch.setattr(verify, "check_kernels", lambda *args: None)
-    cuda_build.prepare_on(ops.remember(cells.Rnn()), torch.float32, 90, device)
-    assert extension.cluster == []
-    setting("FUSED_RNN_PLAN", "cheapest")
+    cuda_build.prepare_on(formula, torch.float32, 90, device)
+    assert extension.families == [] and compiler.families == []
+    both = [(family, *state) for family in ("cluster", "grid") for state in ((1, 1), (1, 2), (2, 0))]
+    setting("FUSED_RNN_PLAN", "grid")
     for _ in range(2):
-        cuda_build.prepare_on(ops.remember(cells.Rnn()), torch.float32, 90, device)
-    assert extension.cluster == [(1, 1), (1, 2), (2, 0)]
+        cuda_build.prepare_on(formula, torch.float32, 90, device)
+    assert extension.families == both[3:] and compiler.families == ["grid"]
+    setting("FUSED_RNN_PLAN", "cheapest")
+    cuda_build.prepare_on(formula, torch.float32, 90, device)
+    assert extension.families == [*both[3:], *both] and compiler.families == ["cluster", "grid"]
+    setting("FUSED_RNN_PLAN", "cluster")
+    cuda_build.prepare_on(formula, torch.float32, 90, device)
+    assert compiler.calls == 3 and len(extension.families) == 9
+    setting("FUSED_RNN_PLAN", "cheapest")
+
+    for capability, teams in ((80, ["grid"]), (75, [])):
+        extension.families.clear()
+        cuda_build.prepare_on(formula, torch.float32, capability, device)
+        assert [family for family, state, ranks in extension.families if (state, ranks) == (1, 2)] == teams
+        extension.loaded.clear()
 
     def differs(*args: Any) -> None:
         raise RuntimeError("disagree with step")
 
-    extension.cluster.clear()
-    setting("FUSED_RNN_PLAN", "cluster")
-    monkeypatch.setattr(cuda_build, "_verified", set())
-    monkeypatch.setattr(verify, "check_kernels", differs)
-    with pytest.raises(RuntimeError, match="disagree with step"):
-        cuda_build.prepare_on(ops.remember(cells.Rnn()), torch.float32, 90, device)
-    assert extension.cluster == [(1, 1), (0, 0)]
+    for family in ("cluster", "grid"):
+        extension.families.clear()
+        setting("FUSED_RNN_PLAN", family)
+        monkeypatch.setattr(cuda_build, "_verified", set())
+        cuda_build.prepare_on(formula, torch.float32, 90, device)
+        extension.families.clear()
+        monkeypatch.setattr(cuda_build, "_verified", set())
+        monkeypatch.setattr(verify, "check_kernels", differs)
+        with pytest.raises(RuntimeError, match="disagree with step"):
+            cuda_build.prepare_on(formula, torch.float32, 90, device)
+        assert extension.families == [(family, 1, 1), (family, 0, 0)]
+        monkeypatch.setattr(verify, "check_kernels", lambda *args: None)
 
 
 @pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the compiled extension")
@@ -404,7 +442,7 @@ PLANNED = [  # cell, H, forward and backward us/step that an H100 is to stay bel
 def test_explained_family(
     cell: fused_rnn.Cell, hidden: int, forward_us: float, both_us: float, clusters: str, setting: Any
 ) -> None:
-    """Both families with the planner's times; cluster serves where it is asked for, and says why it does not elsewhere."""
+    """Families with the planner's times; a persistent one serves where it is asked for, and says why it does not elsewhere."""
     layer = Layer(cell, 64, hidden, dtype=torch.bfloat16)
     x = torch.empty(100, 16, 64, device="meta", dtype=torch.bfloat16)
 
@@ -423,12 +461,15 @@ def test_explained_family(
         assert (forward.us_per_step or 99) < forward_us
         assert (forward.us_per_step or 99) + (backward.us_per_step or 99) < both_us
         assert clusters in forward.text and not forward.workspace_bytes
-        assert {c.family for c in forward.candidates} == {"step", "cluster"}
-    setting("FUSED_RNN_PLAN", "grid")
-    (forward, _) = explained("H100")
-    assert forward.family == "step"
-    rejected = {r.name: r.reason for r in forward.rejected}
-    for family in ("single", "grid", "block"):
+        assert {c.family for c in forward.candidates} == {"step", "cluster", "grid"}
+    for device in ("H100", "A100"):  # the latter has no clusters
+        setting("FUSED_RNN_PLAN", "grid")
+        for plan in explained(device):
+            assert plan.family == "grid" and plan.launches == 1 and " team" in plan.text
+            rejected = {r.name: r.reason for r in plan.rejected}
+            assert rejected["step"] == "grid is forced"
+    assert rejected["cluster"].endswith("has no clusters, among which to divide them")
+    for family in ("single", "block"):
         assert rejected[family] == "formulas have no kernels of this family"
 
 
@@ -458,7 +499,7 @@ def test_why_not_on_a_gpu() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available() or not _backend.has_cuda_kernels(), reason="needs a GPU and CUDA kernels")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", [*cells.CELLS, cells.Mgu(), cells.NormLstm()], ids=lambda cell: type(cell).__name__)
-@pytest.mark.parametrize("family", ["", "cluster"], ids=["default", "cluster"])
+@pytest.mark.parametrize("family", ["", "cluster", "grid"], ids=["default", "cluster", "grid"])
 def test_on_a_gpu(cell: fused_rnn.Cell, dtype: torch.dtype, family: str, setting: Any) -> None:
     """Compiled, and verified: has_kernels raises where a tensor differs."""
     setting("FUSED_RNN_PLAN", family)

@@ -6,17 +6,27 @@
 namespace fused_rnn {
 namespace {
 
-// The cluster's plan, or why there is none.
-std::optional<FormulaClusterPlan> plan_cluster(const FormulaStepProblem& problem, const DeviceInfo& device,
-                                               const FamilyChoice& choice, int ranks, std::string& reason) {
-  reason = choice.obstacle(Family::kCluster);
-  if (!reason.empty()) return std::nullopt;
+constexpr Family kPersistent[] = {Family::kCluster, Family::kGrid};
+constexpr bool is_persistent(Family family) { return family == kPersistent[0] || family == kPersistent[1]; }
+
+// A persistent family's plan, or why there is none.
+struct Found {
+  Family family;
+  std::optional<FormulaPersistentPlan> plan;
+  std::string obstacle;
+  double us = 0;  // of all steps
+};
+Found find(const FormulaStepProblem& problem, const DeviceInfo& device, const FamilyChoice& choice, Family family,
+           int ranks) {
+  Found found{family, std::nullopt, choice.obstacle(family)};
+  if (!found.obstacle.empty()) return found;
   try {
-    return plan_formula_cluster(problem, device, ranks);
+    found.plan = plan_formula_persistent(problem, device, family, ranks);
+    found.us = found.plan->us_once + double(problem.T) * found.plan->us_per_step;
   } catch (const std::invalid_argument& error) {
-    reason = error.what();
-    return std::nullopt;
+    found.obstacle = error.what();
   }
+  return found;
 }
 
 std::string compared(double us, Family chosen, double chosen_us) {
@@ -25,62 +35,70 @@ std::string compared(double us, Family chosen, double chosen_us) {
   return text;
 }
 
+std::string unasked(Family family) {
+  return std::string("never run on a GPU yet, so it is taken only when asked for (FUSED_RNN_PLAN=") + to_string(family) +
+         " or cheapest)";
+}
+
 }  // namespace
 
 FormulaPlan plan_formula(const FormulaStepProblem& problem, const DeviceInfo& device, const FamilyChoice& choice,
                          int ranks) {
   const FormulaStepPlan step = plan_formula_step(problem, device);
   const double step_us = double(problem.T) * step.us_per_step;
-  std::string obstacle;
-  const std::optional<FormulaClusterPlan> cluster = plan_cluster(problem, device, choice, ranks, obstacle);
-  const double cluster_us = cluster ? cluster->us_once + double(problem.T) * cluster->us_per_step : 0;
-
   FormulaPlan plan{};
   plan.candidates.push_back({Family::kStep, step.us_per_step, step_us, std::nullopt});
-  if (cluster) plan.candidates.push_back({Family::kCluster, cluster->us_per_step, cluster_us, std::nullopt});
-  plan.cheapest = cluster && cluster_us < step_us ? Family::kCluster : Family::kStep;
-  const bool asked = choice.forced == Family::kCluster || choice.cheapest;
-  plan.family = !cluster                            ? Family::kStep
-                : choice.forced == Family::kCluster ? Family::kCluster
-                : choice.cheapest                   ? plan.cheapest
-                                                    : Family::kStep;
+  plan.family = plan.cheapest = Family::kStep;
+  double cheapest_us = step_us;
+  std::vector<Found> found;
+  for (Family family : kPersistent) {
+    found.push_back(find(problem, device, choice, family, ranks));
+    const Found& one = found.back();
+    if (!one.plan) continue;
+    plan.candidates.push_back({family, one.plan->us_per_step, one.us, std::nullopt});
+    if (one.us < cheapest_us) plan.cheapest = family, cheapest_us = one.us;
+    if (choice.forced == family) plan.family = family;
+  }
+  if (choice.cheapest) plan.family = plan.cheapest;
+
+  const bool forced = choice.forced && plan.family == *choice.forced;
+  plan.reason = forced            ? "it is forced"
+                : choice.cheapest ? "it is the cheapest by the cost model"
+                                  : "it serves every formula";
+  const std::string is_forced = choice.forced ? std::string(to_string(*choice.forced)) + " is forced" : "";
   for (Family family : kFamilies) {
-    if (family == Family::kStep || family == Family::kCluster) continue;
+    if (family == Family::kStep || is_persistent(family)) continue;
     plan.rejected.push_back({family, "formulas have no kernels of this family"});
   }
-  if (plan.family == Family::kStep && cluster) {
-    plan.rejected.push_back({Family::kCluster, choice.forced ? std::string(to_string(*choice.forced)) + " is forced"
-                                               : choice.cheapest
-                                                   ? compared(cluster_us, Family::kStep, step_us)
-                                                   : "never run on a GPU yet, so it is taken only when asked for "
-                                                     "(FUSED_RNN_PLAN=cluster or cheapest)"});
-  } else if (plan.family == Family::kStep) {
-    plan.rejected.push_back({Family::kCluster, obstacle});
-  } else {
-    plan.rejected.push_back(
-        {Family::kStep, choice.forced ? "cluster is forced" : compared(step_us, Family::kCluster, cluster_us)});
+  for (const Found& one : found) {
+    if (one.family == plan.family) continue;
+    plan.rejected.push_back({one.family, !one.plan         ? one.obstacle
+                                         : choice.forced   ? is_forced
+                                         : choice.cheapest ? compared(one.us, plan.family, cheapest_us)
+                                                           : unasked(one.family)});
   }
-  plan.reason = plan.family == Family::kCluster  ? (choice.forced ? "it is forced" : "it is the cheapest by the cost model")
-                : choice.forced == Family::kStep ? "it is forced"
-                : asked && cluster               ? "it is the cheapest by the cost model"
-                                                 : "it serves every formula";
-  if (plan.family == Family::kCluster) {
-    plan.cluster = cluster;
-    plan.launches = 1;
-    plan.us_per_step = cluster->us_per_step, plan.us = cluster_us;
-  } else {
+  if (plan.family == Family::kStep) {
     plan.step = step;
     plan.launches = problem.T * static_cast<int64_t>(step.segments.size()) + problem.backward;
     plan.overlapped = step.pdl;
     plan.workspace_bytes = step.workspace.bytes;
     plan.us_per_step = step.us_per_step, plan.us = step_us;
+    return plan;
+  }
+  plan.rejected.push_back({Family::kStep, forced ? is_forced : compared(step_us, plan.family, cheapest_us)});
+  for (const Found& one : found) {
+    if (one.family != plan.family) continue;
+    plan.persistent = one.plan;
+    plan.launches = one.plan->launches;
+    plan.workspace_bytes = one.plan->exchange_bytes;
+    plan.us_per_step = one.plan->us_per_step, plan.us = one.us;
   }
   return plan;
 }
 
 std::string to_string(const FormulaPlan& plan) {
   std::string text = std::string("family ") + to_string(plan.family) + ", since " + plan.reason + ": " +
-                     (plan.cluster ? to_string(*plan.cluster) : to_string(*plan.step));
+                     (plan.persistent ? to_string(*plan.persistent) : to_string(*plan.step));
   text += "\n  could serve, us per step (for the layer) by the model:";
   char line[100];
   for (const Candidate& c : plan.candidates) {

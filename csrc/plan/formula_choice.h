@@ -1,30 +1,30 @@
-// Which family runs a formula's layer on a GPU: `step` or `cluster`; the other families have no kernels of formulas.
+// Which family runs a formula's layer on a GPU: `step`, `cluster` or `grid`; the others have no kernels of formulas.
 #pragma once
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "plan/formula.h"
-#include "plan/formula_cluster.h"
+#include "plan/formula_persistent.h"
 #include "plan/plan.h"
 
 namespace fused_rnn {
 
 struct FormulaPlan {
-  Family family;                              // kStep or kCluster
-  std::optional<FormulaStepPlan> step;        // of that family alone
-  std::optional<FormulaClusterPlan> cluster;  // of that family alone
+  Family family;
+  std::optional<FormulaStepPlan> step;              // of that family alone
+  std::optional<FormulaPersistentPlan> persistent;  // of the persistent families alone
   int64_t launches;
-  bool overlapped;  // launches may overlap
-  int64_t workspace_bytes;
-  double us_per_step, us;  // us: of all steps
+  bool overlapped;          // launches may overlap
+  int64_t workspace_bytes;  // of a persistent family zeros
+  double us_per_step, us;   // us: of all steps
   std::string reason;
   std::vector<Rejection> rejected;
   std::vector<Candidate> candidates;
   Family cheapest;
 };
 
-// choice: a forced family serves where it has kernels and room, else `step`. ranks: plan_formula_cluster. Throws
+// choice: a forced family serves where it has kernels and room, else `step`. ranks: plan_formula_persistent. Throws
 // std::invalid_argument if the device can launch nothing.
 FormulaPlan plan_formula(const FormulaStepProblem& problem, const DeviceInfo& device, const FamilyChoice& choice,
                          int ranks = 0);

@@ -19,18 +19,20 @@ struct FamilyChoice {
   bool cheapest = false;              // the least time by the cost model, over all families
   unsigned refused = 0;               // a bit for each family whose launch the device has refused, or would refuse now
   unsigned excluded = 0;              // a bit for each family that has failed its verification on the device
+  unsigned unverified = 0;            // of a formula: a bit for each family whose kernels have not been compared yet
   std::optional<Family> preferred{};  // serves where it can and nothing is forced
 
   // Why the family may not serve now; empty: it may.
   const char* obstacle(Family family) const {
     if (excluded >> static_cast<int>(family) & 1) return "it has failed its verification on this device";
+    if (unverified >> static_cast<int>(family) & 1) return "its kernels of this formula have not been verified";
     return refused >> static_cast<int>(family) & 1 ? "the device does not take its launches now" : "";
   }
 };
 
 inline bool operator==(const FamilyChoice& a, const FamilyChoice& b) {
   return a.forced == b.forced && a.cheapest == b.cheapest && a.refused == b.refused && a.excluded == b.excluded &&
-         a.preferred == b.preferred;
+         a.unverified == b.unverified && a.preferred == b.preferred;
 }
 
 // The name of a family, or "cheapest"; throws std::invalid_argument with the list of names otherwise.

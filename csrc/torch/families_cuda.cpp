@@ -22,6 +22,11 @@ constexpr unsigned bit_of(Family family) { return 1u << static_cast<int>(family)
 
 }  // namespace
 
+bool captures_without_cooperative_launches() {
+  return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None &&
+         !cuda::conditional_graphs_take_cooperative_launches();
+}
+
 FamilyChoice family_choice(int device, const Recipe& recipe) {
   FamilyChoice choice = family_setting();
   choice.preferred = family_of(recipe);
@@ -30,11 +35,7 @@ FamilyChoice family_choice(int device, const Recipe& recipe) {
   }
   choice.refused = of_device(refused, device);
   choice.excluded = of_device(excluded, device);
-  // Nothing tells a conditional body from another graph.
-  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None &&
-      !cuda::conditional_graphs_take_cooperative_launches()) {
-    choice.refused |= bit_of(Family::kGrid);
-  }
+  if (captures_without_cooperative_launches()) choice.refused |= bit_of(Family::kGrid);
   return choice;
 }
 

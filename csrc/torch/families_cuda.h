@@ -7,6 +7,10 @@
 
 namespace fused_rnn {
 
+// Whether a graph is being captured that, if it is a conditional body, could not hold a cooperative launch. Nothing tells a
+// conditional body from another graph.
+bool captures_without_cooperative_launches();
+
 // FUSED_RNN_PLAN's choice for a layer, else the family of its recipe where that can serve, without the families that the
 // device has refused or that have failed their verification. While a graph is captured whose conditional body could not hold
 // cooperative launches, they are left out too.

@@ -13,9 +13,10 @@ namespace fused_rnn {
 void register_formula_on_device(const std::string& formula, const std::string& path);
 void forget_formula_on_device(const std::string& formula, int dtype, int capability);
 bool has_formula_on_device(const std::string& formula, int dtype, int capability);
-// Whether the kernels of family `cluster` serve too: state 0: not before they are verified; 1: in clusters of so many blocks
-// wherever they can, for the verification; 2: as FUSED_RNN_PLAN says.
-void set_formula_cluster(const std::string& formula, int dtype, int capability, int state, int ranks);
+// Whether the kernels of family "cluster" or "grid" serve too: state 0: not before they are verified; 1: with so many blocks
+// of a team wherever they can, for the verification; 2: as FUSED_RNN_PLAN says.
+void set_formula_family(const std::string& formula, int dtype, int capability, const std::string& family, int state,
+                        int ranks);
 
 // What the kernels say of the cell; null where there are none. device: a tensor's; -1: any.
 const FormulaTraits* formula_traits_on_device(const std::string& formula, DType dtype, int device);

@@ -8,6 +8,7 @@
 #include "cuda/backend.h"
 #include "cuda/formula/driver.h"
 #include "plan/formula_choice.h"
+#include "torch/families_cuda.h"
 #include "torch/formula_device.h"
 #include "torch/settings.h"
 
@@ -67,30 +68,38 @@ FormulaStepProblem problem_of(const FormulaTraits& traits, const cpu::FormulaPar
 
 // What FUSED_RNN_PLAN says, among the kernels that have been verified.
 FormulaPlan plan_of(const cuda::FormulaModule& module, const FormulaStepProblem& problem, const DeviceInfo& device) {
-  using Cluster = cuda::FormulaModule::Cluster;
-  FamilyChoice choice = family_setting();
-  const Cluster cluster = module.cluster();
-  if (cluster == Cluster::kForced) choice = FamilyChoice{Family::kCluster};
-  if (cluster == Cluster::kUnverified && (choice.cheapest || choice.forced == Family::kCluster)) choice = FamilyChoice{};
-  return plan_formula(problem, device, choice, module.ranks());
+  int ranks = 0;
+  FamilyChoice setting = family_setting();
+  if (captures_without_cooperative_launches()) setting.refused |= 1u << static_cast<int>(Family::kGrid);
+  const FamilyChoice choice = module.choice(setting, ranks);
+  return plan_formula(problem, device, choice, ranks);
 }
 
-// The module, the plan and the working memory of a call.
-struct Prepared {
-  cuda::FormulaModule* module;
-  FormulaPlan plan;
-  at::Tensor workspace;
-  cuda::FormulaLauncher launch;
-
-  Prepared(const std::string& formula, const cpu::FormulaParams& p, const at::Tensor& x, bool backward)
-      : module(find(formula, p.dtype, x.get_device())) {
-    TORCH_CHECK(module, "cell: the formula ", formula, " has no kernels in this process for ", x.scalar_type(), " on ",
-                x.device(), ": make a fused_rnn.Layer of the cell first");
-    plan = plan_of(*module, problem_of(module->traits(), p, backward), info_of(x.get_device()));
-    workspace = at::empty({plan.workspace_bytes}, x.options().dtype(at::kByte));
-    launch = module->launcher(x.get_device(), c10::cuda::getCurrentCUDAStream().stream());
+// run(plan, workspace, launch) with the kernels of a call; where the device refuses the launch, with those of the next
+// family.
+template <class Run>
+void run_planned(const std::string& formula, const cpu::FormulaParams& p, const at::Tensor& x, bool backward,
+                 const Run& run) {
+  const int device = static_cast<int>(x.get_device());
+  cuda::FormulaModule* const module = find(formula, p.dtype, device);
+  TORCH_CHECK(module, "cell: the formula ", formula, " has no kernels in this process for ", x.scalar_type(), " on ",
+              x.device(), ": make a fused_rnn.Layer of the cell first");
+  const FormulaStepProblem problem = problem_of(module->traits(), p, backward);
+  const cuda::FormulaLauncher launch = module->launcher(device, c10::cuda::getCurrentCUDAStream().stream());
+  for (;;) {
+    const FormulaPlan plan = plan_of(*module, problem, info_of(device));
+    const auto bytes = x.options().dtype(at::kByte);
+    const at::Tensor workspace =
+        plan.persistent ? at::zeros({plan.workspace_bytes}, bytes) : at::empty({plan.workspace_bytes}, bytes);
+    try {
+      return run(module->traits(), plan, workspace.data_ptr(), launch);
+    } catch (const LaunchRefused& caught) {
+      if (!plan.persistent || family_setting().forced == plan.family || !module->refuse(plan.family)) throw;
+      TORCH_WARN("fused_rnn: kernel family ", to_string(plan.family), " of ", formula, " does not serve any more, since ",
+                 x.device(), " refused its launch (", caught.what(), "); the next family does");
+    }
   }
-};
+}
 
 }  // namespace
 
@@ -110,12 +119,15 @@ bool has_formula_on_device(const std::string& formula, int dtype, int capability
   return modules().count({formula, dtype, capability}) > 0;
 }
 
-void set_formula_cluster(const std::string& formula, int dtype, int capability, int state, int ranks) {
+void set_formula_family(const std::string& formula, int dtype, int capability, const std::string& family, int state,
+                        int ranks) {
   const std::lock_guard<std::mutex> lock(modules_mutex);
   const auto found = modules().find({formula, dtype, capability});
   TORCH_CHECK_VALUE(found != modules().end(), "formula: expected one with kernels in this process, got ", formula);
+  TORCH_CHECK_VALUE(family == "cluster" || family == "grid", "family: expected cluster or grid, got ", family);
   TORCH_CHECK_VALUE(state >= 0 && state <= 2, "state: expected 0, 1 or 2, got ", state);
-  found->second->set_cluster(static_cast<cuda::FormulaModule::Cluster>(state), ranks);
+  found->second->set_family(family == "grid" ? Family::kGrid : Family::kCluster,
+                            static_cast<cuda::FormulaModule::Serves>(state), ranks);
 }
 
 const FormulaTraits* formula_traits_on_device(const std::string& formula, DType dtype, int device) {
@@ -124,7 +136,6 @@ const FormulaTraits* formula_traits_on_device(const std::string& formula, DType 
 }
 
 void formula_forward_on_device(const std::string& formula, const cpu::FormulaForward& p, const at::Tensor& x) {
-  Prepared prepared(formula, p, x, /*backward=*/false);
   cuda::FormulaForward to{};
   fill(to, p);
   to.x = x.const_data_ptr();
@@ -132,14 +143,15 @@ void formula_forward_on_device(const std::string& formula, const cpu::FormulaFor
   to.saved = p.saved;
   for (int i = 0; i < kMostFormulaStates; ++i) to.last[i] = p.last[i], to.series[i] = p.series[i];
   for (int k = 0; k < kMostFormulaPhases; ++k) to.v[k] = p.v[k];
-  const FormulaTraits& traits = prepared.module->traits();
-  const FormulaPlan& plan = prepared.plan;
-  if (plan.cluster) return run_formula_cluster_forward(to, traits, *plan.cluster, prepared.launch);
-  run_formula_forward(to, traits, *plan.step, prepared.workspace.data_ptr(), prepared.launch);
+  run_planned(
+      formula, p, x, /*backward=*/false,
+      [&](const FormulaTraits& traits, const FormulaPlan& plan, void* workspace, const cuda::FormulaLauncher& launch) {
+        if (plan.persistent) return run_formula_persistent_forward(to, traits, *plan.persistent, workspace, launch);
+        run_formula_forward(to, traits, *plan.step, workspace, launch);
+      });
 }
 
 void formula_backward_on_device(const std::string& formula, const cpu::FormulaBackward& p, const at::Tensor& x) {
-  Prepared prepared(formula, p, x, /*backward=*/true);
   cuda::FormulaBackward to{};
   fill(to, p);
   to.y = p.y;
@@ -150,10 +162,12 @@ void formula_backward_on_device(const std::string& formula, const cpu::FormulaBa
     to.series[i] = p.series[i], to.d_last[i] = p.d_last[i], to.d_initial[i] = p.d_states[i];
   }
   for (int k = 0; k < kMostFormulaPhases; ++k) to.v[k] = p.v[k];
-  const FormulaTraits& traits = prepared.module->traits();
-  const FormulaPlan& plan = prepared.plan;
-  if (plan.cluster) return run_formula_cluster_backward(to, traits, *plan.cluster, prepared.launch);
-  run_formula_backward(to, traits, *plan.step, prepared.workspace.data_ptr(), prepared.launch);
+  run_planned(
+      formula, p, x, /*backward=*/true,
+      [&](const FormulaTraits& traits, const FormulaPlan& plan, void* workspace, const cuda::FormulaLauncher& launch) {
+        if (plan.persistent) return run_formula_persistent_backward(to, traits, *plan.persistent, workspace, launch);
+        run_formula_backward(to, traits, *plan.step, workspace, launch);
+      });
 }
 
 std::string formula_plan_on_device(const std::string& formula, int dtype, int device, int64_t T, int64_t B, int64_t H, int D,

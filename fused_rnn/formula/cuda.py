@@ -1,4 +1,4 @@
-"""A cell as CUDA kernels, families ``step`` and ``cluster``: what is compiled, and what the host must know of it.
+"""A cell as CUDA kernels, families ``step``, ``cluster`` and ``grid``: what is compiled, and what the host must know of it.
 
 The text is the cell's struct, the same as for a CPU, and a line for each kernel; csrc/cuda/formula has the kernels.
 """
@@ -18,14 +18,18 @@ from fused_rnn.formula.writer import PHASE_KINDS, source_of_plan, struct_name
 MATHS = {torch.float64: "kFp64", torch.float32: "kFp32", torch.float16: "kFp16", torch.bfloat16: "kBf16"}
 
 
-FILE_VERSION = 3  # csrc/cuda/formula/module.cpp
+FILE_VERSION = 4  # csrc/cuda/formula/module.cpp
 ROLES = (
     "forward",
     "backward",
     "initial",
     "cluster_forward",
     "cluster_backward",
+    "grid_forward",
+    "grid_backward",
 )  # csrc/cuda/formula/formula_params.h's FormulaRole
+PERSISTENT = ("cluster", "grid")  # families with a kernel for forward and one for backward
+FAMILIES = ("step", *PERSISTENT)
 TILES = ("kSmall", "kMedium")  # csrc/plan/step_geometry.h's TileSize
 
 
@@ -42,9 +46,9 @@ class Kernel:
         return f"{ROLES[self.role]}_{self.segment}_{TILES[self.tile]}"
 
 
-def kernels_of(plan: Plan) -> list[Kernel]:
-    """All kernels of a cell: of family ``step``, where a segment that makes a product has one of each tile, any other one
-    of the small tile; then the two of family ``cluster``."""
+def kernels_of(plan: Plan, families: Sequence[str] = FAMILIES) -> list[Kernel]:
+    """The kernels of a cell: of family ``step``, where a segment that makes a product has one of each tile, any other one
+    of the small tile; then the two of each persistent family among ``families``."""
     recurs = bool(plan.cell.declaration.recurrent_gates)
     products = [phase.kind == "product" for phase in plan.cell.phases]
 
@@ -63,17 +67,17 @@ def kernels_of(plan: Plan) -> list[Kernel]:
         for segment, product in of_role
         for tile in range(1 + product)
     ]
-    return [*steps, *(Kernel(role, 0, 0) for role in (3, 4))]
+    return [*steps, *(Kernel(role, 0, 0) for role, name in enumerate(ROLES) if name.split("_")[0] in families)]
 
 
-def translation_unit(plan: Plan, dtype: torch.dtype) -> str:
+def translation_unit(plan: Plan, dtype: torch.dtype, families: Sequence[str] = FAMILIES) -> str:
     """The CUDA C++ of a planned cell's kernels for a dtype."""
     cell, math = f"fused_rnn::formula::{struct_name(plan.cell)}", MATHS[dtype]
     lines = []
-    for kernel in kernels_of(plan):
+    for kernel in kernels_of(plan, families):
         role = ROLES[kernel.role]
         arguments = [cell, math]
-        if not role.startswith("cluster"):
+        if role.split("_")[0] not in PERSISTENT:
             arguments += [str(kernel.segment)] * (role != "initial") + [TILES[kernel.tile]]
         lines.append(f"FUSED_RNN_FORMULA_{role.upper()}({', '.join(arguments)})")
     return "\n".join(
@@ -120,11 +124,11 @@ def flat_traits(plan: Plan) -> list[int]:
     return numbers
 
 
-def header_of(plan: Plan, dtype: torch.dtype, capability: int) -> bytes:
+def header_of(plan: Plan, dtype: torch.dtype, capability: int, families: Sequence[str] = FAMILIES) -> bytes:
     """The first line of a file of compiled kernels (csrc/cuda/formula/driver.h): integers; behind it comes the code."""
     numbers: list[int] = [FILE_VERSION, dtype_number(dtype), capability]
     numbers += flat_traits(plan)
-    kernels = kernels_of(plan)
+    kernels = kernels_of(plan, families)
     numbers.append(len(kernels))
     for kernel in kernels:
         numbers += [kernel.role, kernel.segment, kernel.tile]

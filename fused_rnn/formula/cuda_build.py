@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ from fused_rnn.formula.cuda_compiler import Nvcc, Nvrtc, find_compiler
 from fused_rnn.formula.language import Cell
 
 SUFFIX = ".kernels"
-_verified: set[tuple[str, int, int]] = set()  # formula, dtype and capability whose kernels of family cluster serve
+_verified: set[tuple[str, int, int, str]] = set()  # formula, dtype, capability and persistent family that serves
+_families: dict[tuple[str, int, int], tuple[str, ...]] = {}  # of which the kernels that are loaded are
 FOLDERS = ("core", "plan", "cuda/device", "cuda/step", "cuda/formula", "cuda/formula/rtc")  # of headers
 
 
@@ -29,14 +31,21 @@ def _headers_digest() -> str:
     return digest.hexdigest()
 
 
-def file_name(cell: Cell, dtype: torch.dtype, capability: int, compiler: Nvcc | Nvrtc) -> str:
+def file_name(
+    cell: Cell, dtype: torch.dtype, capability: int, compiler: Nvcc | Nvrtc, families: Sequence[str] = ("step",)
+) -> str:
     """The kernels' name in the cache: everything that their code depends on is in its hash."""
-    facts = (cell.identity, _headers_digest(), build.generator_digest(), compiler.identity)
+    facts = (cell.identity, _headers_digest(), build.generator_digest(), compiler.identity, *families)
     return build.entry_name(cell, dtype, f"sm_{capability}", repr(facts))
 
 
 def compile_kernels(
-    cell: Cell, dtype: torch.dtype, capability: int, compiler: Nvcc | Nvrtc, folder: Path
+    cell: Cell,
+    dtype: torch.dtype,
+    capability: int,
+    compiler: Nvcc | Nvrtc,
+    folder: Path,
+    families: Sequence[str] = ("step",),
 ) -> tuple[Path, Path]:
     """(file of kernels, source) in the folder.
 
@@ -49,13 +58,13 @@ def compile_kernels(
     source, code, kernels = folder / "cell.cu", folder / "cell.cubin", folder / f"cell{SUFFIX}"
     try:
         plan = make_plan(cell)
-        source.write_text(cuda.translation_unit(plan, dtype))
+        source.write_text(cuda.translation_unit(plan, dtype, families))
     except NotImplementedError as error:
         raise build.BuildError(str(error)) from error
     except OSError as error:
         raise build.BuildError(f"nothing can be written to {folder} ({error})") from error
     compiler.compile(source, capability, code, f"{type(cell).__name__} for {dtype} on sm_{capability}")
-    kernels.write_bytes(cuda.header_of(plan, dtype, capability) + code.read_bytes())
+    kernels.write_bytes(cuda.header_of(plan, dtype, capability, families) + code.read_bytes())
     return kernels, source
 
 
@@ -85,63 +94,72 @@ def prepare(formula: str, dtype: torch.dtype) -> None:
         prepare_on(formula, dtype, capability, torch.device("cuda", device))
 
 
-def asks_for_cluster() -> bool:
-    """Whether FUSED_RNN_PLAN lets family ``cluster`` serve, which has not run on a GPU yet and waits to be asked for."""
-    return _settings.value("FUSED_RNN_PLAN") in ("cluster", "cheapest")
+def families_asked_for() -> tuple[str, ...]:
+    """The persistent families that FUSED_RNN_PLAN lets serve. They have not run on a GPU yet and wait to be asked for."""
+    setting = _settings.value("FUSED_RNN_PLAN")
+    return tuple(family for family in ("cluster", "grid") if setting in (family, "cheapest"))
 
 
 def prepare_on(formula: str, dtype: torch.dtype, capability: int, device: torch.device) -> None:
     """The same on devices of one compute capability; ``device`` is one of them."""
-    _prepare_steps(formula, dtype, capability, device)
-    if asks_for_cluster():
-        _verify_cluster(formula, dtype, capability, device)
+    _prepare_kernels(formula, dtype, capability, device)
+    for family in families_asked_for():
+        _verify_family(formula, dtype, capability, device, family)
 
 
-def _verify_cluster(formula: str, dtype: torch.dtype, capability: int, device: torch.device) -> None:
-    """Compares the kernels of family ``cluster`` with ``step``, in a block alone and in clusters; then they serve."""
+def _verify_family(formula: str, dtype: torch.dtype, capability: int, device: torch.device, family: str) -> None:
+    """Compares the kernels of a persistent family with ``step``, in a block alone and in teams of two; then they serve."""
     from fused_rnn.formula import verify
 
     assert extension is not None
-    key = (formula, ops.dtype_number(dtype), capability)
-    if key in _verified:
+    kernels = (formula, ops.dtype_number(dtype), capability, family)
+    if kernels in _verified:
         return
+    least = {"cluster": 90, "grid": 80}[family]  # of teams
     try:
-        for ranks in (1, 2)[: 1 + (capability >= 90)]:
-            extension.set_formula_cluster(*key, 1, ranks)
+        for ranks in (1, 2)[: 1 + (capability >= least)]:
+            extension.set_formula_family(*kernels, 1, ranks)
             verify.check_kernels(ops.cell_of(formula), formula, dtype, device)
     except BaseException:
-        extension.set_formula_cluster(*key, 0)
+        extension.set_formula_family(*kernels, 0)
         raise
-    extension.set_formula_cluster(*key, 2)
-    _verified.add(key)
+    extension.set_formula_family(*kernels, 2)
+    _verified.add(kernels)
 
 
-def _prepare_steps(formula: str, dtype: torch.dtype, capability: int, device: torch.device) -> None:
-    """Those of family ``step``, which are compiled and kept together with the others."""
+def _prepare_kernels(formula: str, dtype: torch.dtype, capability: int, device: torch.device) -> None:
+    """Those of family ``step``, which are compared here, and of the persistent ones that are asked for, in one file."""
     assert extension is not None
-    if extension.has_formula_on_device(formula, ops.dtype_number(dtype), capability):
+    key = (formula, ops.dtype_number(dtype), capability)
+    there = _families.get(key, ()) if extension.has_formula_on_device(*key) else ()
+    asked = ("step", *families_asked_for())
+    if there and set(asked) <= set(there):
         return
-    _verified.discard((formula, ops.dtype_number(dtype), capability))
+    asked = tuple(dict.fromkeys((*asked, *there)))
+    for family in asked:
+        _verified.discard((*key, family))
     if not (build.headers_directory() / "cuda" / "formula" / "formula_kernels.cuh").exists():
         raise build.BuildError(f"the headers of the kernels are missing ({build.headers_directory()})")
     cell, compiler = ops.cell_of(formula), find_compiler()
-    name = file_name(cell, dtype, capability, compiler)
+    name = file_name(cell, dtype, capability, compiler, asked)
     kept = store.find(name, SUFFIX)
     if kept is not None:
         try:
             extension.register_formula_on_device(formula, str(kept))
+            _families[key] = asked
             return
         except RuntimeError:  # damaged: it is made anew
             store.remove(kept)
     from fused_rnn.formula import verify
 
     with store.work_directory() as folder:
-        kernels, source = compile_kernels(cell, dtype, capability, compiler, Path(folder))
+        kernels, source = compile_kernels(cell, dtype, capability, compiler, Path(folder), asked)
         extension.register_formula_on_device(formula, str(kernels))
         try:
             for batch in batches_of(device):
                 verify.check_kernels(cell, formula, dtype, device, batch)
         except BaseException:
-            extension.forget_formula_on_device(formula, ops.dtype_number(dtype), capability)
+            extension.forget_formula_on_device(*key)
             raise
+        _families[key] = asked
         store.keep(name, kernels, source)

@@ -88,10 +88,10 @@ has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _setting_of(device_type: str) -> str:
-    """What a setting says of the kernels that serve: a CPU's instruction set; of a GPU whether family cluster may."""
+    """What a setting says of the kernels that serve: a CPU's instruction set; of a GPU which families may."""
     if device_type == "cpu":
         return _settings.value("FUSED_RNN_CPU")
-    return f"{device_type}, all families" if cuda_build.asks_for_cluster() else device_type
+    return ", ".join((device_type, *cuda_build.families_asked_for()))
 
 
 def _prepare(formula: str, device_type: str, dtype: torch.dtype) -> None:

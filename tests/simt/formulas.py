@@ -142,7 +142,7 @@ class Kernels:
         self.cell, self.dtype, self.plan = cell, dtype, make_plan(cell)
         source = write_source(self.plan, dtype)
         csrc = builder.ROOT / "csrc"
-        host = [csrc / "plan" / f"{name}.cpp" for name in ("formula", "formula_cluster", "machine")]
+        host = [csrc / "plan" / f"{name}.cpp" for name in ("formula", "formula_persistent", "machine")]
         host.append(csrc / "cuda" / "formula" / "scan.cpp")
         copies = {}
         if replaced is not None and folder is not None:
@@ -152,10 +152,10 @@ class Kernels:
         lib = self.sim.lib
         pointers = (c_void_p, c_void_p, c_int)
         lib.simt_formula_workspace.restype = c_int64
-        lib.simt_formula_workspace.argtypes = [*pointers, c_bool, c_void_p, c_int]
+        lib.simt_formula_workspace.argtypes = [*pointers, c_bool, c_void_p, c_char_p, c_int]
         lib.simt_formula_text.restype = c_char_p
         for name in ("simt_formula_forward", "simt_formula_backward"):
-            getattr(lib, name).argtypes = [*pointers, c_void_p, c_void_p, c_int]
+            getattr(lib, name).argtypes = [*pointers, c_void_p, c_void_p, c_char_p, c_int]
         sizes = (c_int * 3)()
         lib.simt_formula_sizes(sizes)
         assert list(sizes) == [ctypes.sizeof(t) for t in (FormulaForward, FormulaBackward, Traits)]
@@ -200,7 +200,8 @@ class Case:
     batch_sizes: tuple[int, ...] | None = None  # packed rows
     resets: bool = False
     training: bool = True
-    ranks: int = -1  # of family cluster the blocks of a cluster, 0: what the planner takes; -1: family step
+    family: str = "step"
+    ranks: int = 0  # of a persistent family the blocks of a team, 0: what the planner takes
 
     def __str__(self) -> str:
         usual = Case()
@@ -312,10 +313,12 @@ class Run:
     def call(self, name: str, p: FormulaForward | FormulaBackward) -> None:
         lib, dtype, traits = self.sim.lib, DTYPES[self.kernels.dtype], ctypes.byref(self.kernels.traits)
         where, backward = ctypes.byref(self.device), isinstance(p, FormulaBackward)
-        ranks = self.case.ranks
-        bytes_ = lib.simt_formula_workspace(ctypes.byref(p), traits, dtype, backward, where, ranks)
+        family = (self.case.family.encode(), self.case.ranks)
+        bytes_ = lib.simt_formula_workspace(ctypes.byref(p), traits, dtype, backward, where, *family)
         workspace = self.sim.out("workspace", bytes_)
-        self.sim.check(getattr(lib, name)(ctypes.byref(p), traits, dtype, where, workspace, ranks))
+        if self.case.family != "step":
+            workspace = self.sim.inout("exchange", torch.zeros(bytes_, dtype=torch.uint8))
+        self.sim.check(getattr(lib, name)(ctypes.byref(p), traits, dtype, where, workspace, *family))
 
     # --- forward ---
 
@@ -448,7 +451,8 @@ def plan_text(kernels: Kernels, case: Case, device: DeviceInfo = H100, backward:
     p.T, p.B, p.N = case.T, case.B, case.T * case.B
     lib = kernels.sim.lib
     traits = ctypes.byref(kernels.traits)
-    lib.simt_formula_workspace(ctypes.byref(p), traits, DTYPES[kernels.dtype], backward, ctypes.byref(device), case.ranks)
+    family, where = case.family.encode(), ctypes.byref(device)
+    lib.simt_formula_workspace(ctypes.byref(p), traits, DTYPES[kernels.dtype], backward, where, family, case.ranks)
     text: bytes = lib.simt_formula_text()
     return text.decode()
 

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "cuda/device/refused.h"
+
 namespace fused_rnn::cuda {
 namespace {
 
@@ -25,11 +27,18 @@ struct LaunchConfig {
   LaunchAttribute* attributes;
   unsigned attribute_count;
 };
+constexpr int kCooperative = 2;                      // CUlaunchAttributeID
 constexpr int kClusterDimension = 4;                 // CUlaunchAttributeID
 constexpr int kProgrammaticStreamSerialization = 6;  // CUlaunchAttributeID
 constexpr int kMaxDynamicSmem = 8;                   // CUfunction_attribute
 constexpr int kNonPortableCluster = 14;              // CUfunction_attribute
 constexpr int kMaxSmemPerBlockOptin = 97;            // CUdevice_attribute
+// CUresult: the device does not take the launch.
+constexpr int kNoBinary = 209;
+constexpr int kOutOfResources = 701;
+constexpr int kCooperativeTooLarge = 720;
+constexpr int kNotSupported = 801;
+constexpr int kInvalidClusterSize = 912;
 static_assert(sizeof(LaunchAttribute) == 72 && sizeof(LaunchConfig) == 56);
 
 struct Driver {
@@ -69,6 +78,15 @@ struct Driver {
     const char* text = nullptr;
     error_string(status, &text);
     throw std::runtime_error("fused_rnn: " + what + ": " + (text ? text : "error " + std::to_string(status)));
+  }
+  void check_launch(int status, const std::string& what) const {
+    for (int refused : {kNoBinary, kOutOfResources, kCooperativeTooLarge, kNotSupported, kInvalidClusterSize}) {
+      if (status != refused) continue;
+      const char* text = nullptr;
+      error_string(status, &text);
+      throw LaunchRefused("fused_rnn: " + what + ": " + (text ? text : "error " + std::to_string(status)));
+    }
+    check(status, what);
   }
 };
 
@@ -127,12 +145,17 @@ FormulaLauncher FormulaModule::launcher(int device, void* stream) {
       ++place;
     }
     if (place == kernels_.size()) throw std::logic_error("the formula has no such kernel");
-    LaunchAttribute attributes[2]{};
+    LaunchAttribute attributes[3]{};
     LaunchConfig config{};
     config.attributes = attributes;
     if (launch.pdl) {
       LaunchAttribute& attribute = attributes[config.attribute_count++];
       attribute.id = kProgrammaticStreamSerialization;
+      attribute.value.allowed = 1;
+    }
+    if (launch.cooperative) {
+      LaunchAttribute& attribute = attributes[config.attribute_count++];
+      attribute.id = kCooperative;
       attribute.value.allowed = 1;
     }
     if (launch.cluster > 1) {
@@ -146,7 +169,7 @@ FormulaLauncher FormulaModule::launcher(int device, void* stream) {
     config.smem_bytes = launch.smem_bytes;
     config.stream = stream;
     void* parameters[] = {const_cast<void*>(arguments)};
-    driver().check(driver().launch(&config, functions[place], parameters, nullptr), "kernel " + kernels_[place].name);
+    driver().check_launch(driver().launch(&config, functions[place], parameters, nullptr), "kernel " + kernels_[place].name);
   };
 }
 

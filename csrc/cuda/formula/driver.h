@@ -1,13 +1,16 @@
 // The compiled kernels of a formula on the devices of this process, through CUDA's driver, which is loaded at run time: no
 // CUDA header, no library to link. A file of fused_rnn/formula/cuda.py has one line of integers, then the machine code.
 #pragma once
+#include <array>
 #include <atomic>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <string>
 #include <vector>
 
 #include "cuda/formula/scan.h"
+#include "plan/plan.h"
 
 namespace fused_rnn::cuda {
 
@@ -22,19 +25,24 @@ class FormulaModule {
   DType dtype() const { return dtype_; }
   int capability() const { return capability_; }  // 10 * major + minor of the devices that it runs on
 
-  // Launches on a stream of the device. The code is loaded at the first call for a device. Throws std::runtime_error with
-  // the driver's words.
+  // Launches on a stream of the device. The code is loaded at the first call for a device. Throws LaunchRefused where the
+  // device does not take a launch, else std::runtime_error, with the driver's words.
   FormulaLauncher launcher(int device, void* stream);
 
-  // Whether the kernels of family `cluster` serve, as those of `step` do: not before they have been verified. kForced: they
-  // do in clusters of so many blocks where they can, for the verification.
-  enum class Cluster { kUnverified, kForced, kVerified };
-  void set_cluster(Cluster state, int ranks) {
+  // Whether the kernels of a persistent family serve, as those of `step` do: not before they have been verified. kForced:
+  // they do with so many blocks of a team where they can, for the verification.
+  enum class Serves { kUnverified, kForced, kVerified };
+  void set_family(Family family, Serves state, int ranks) {
     ranks_ = ranks;
-    cluster_ = state;
+    serves_.at(static_cast<int>(family)) = state;
   }
-  Cluster cluster() const { return cluster_; }
-  int ranks() const { return cluster_ == Cluster::kForced ? ranks_.load() : 0; }
+  // The device has refused a launch of the family, which does not serve any more. Returns whether it did before.
+  bool refuse(Family family) {
+    const unsigned bit = 1u << static_cast<int>(family);
+    return !(refused_.fetch_or(bit) & bit);
+  }
+  // What a setting means with the families that serve, and the blocks of a team, 0: those that the planner takes.
+  FamilyChoice choice(FamilyChoice setting, int& ranks) const;
 
  private:
   struct Kernel {
@@ -55,7 +63,8 @@ class FormulaModule {
   std::vector<char> reads_series_;  // of bool, whose std::vector has no memory of its own
   std::vector<Kernel> kernels_;
   std::string code_;
-  std::atomic<Cluster> cluster_{Cluster::kUnverified};
+  std::array<std::atomic<Serves>, std::size(kFamilies)> serves_{};  // kUnverified
+  std::atomic<unsigned> refused_{0};                                // a bit for each family
   std::atomic<int> ranks_{0};
   std::mutex mutex_;
   std::map<int, Functions> loaded_;  // by device; entries stay where they are

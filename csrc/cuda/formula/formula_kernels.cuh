@@ -1,13 +1,13 @@
 // The kernels of a formula, by name. What is compiled (fused_rnn/formula/cuda.py) is the cell's struct and a line
 //   FUSED_RNN_FORMULA_FORWARD(cell, math, segment, tile) or FUSED_RNN_FORMULA_BACKWARD(cell, math, segment, tile)
 // of every segment with the small tile and, where it makes a product, with the medium one, and
-// FUSED_RNN_FORMULA_INITIAL(cell, math, tile), and the two of family `cluster`,
-// FUSED_RNN_FORMULA_CLUSTER_FORWARD(cell, math) and FUSED_RNN_FORMULA_CLUSTER_BACKWARD(cell, math).
+// FUSED_RNN_FORMULA_INITIAL(cell, math, tile), and the two of each persistent family,
+// FUSED_RNN_FORMULA_CLUSTER_FORWARD(cell, math), FUSED_RNN_FORMULA_CLUSTER_BACKWARD(cell, math) and the same with GRID.
 #pragma once
 #include "cuda/formula/formula_backward.cuh"
-#include "cuda/formula/formula_cluster_backward.cuh"
-#include "cuda/formula/formula_cluster_forward.cuh"
 #include "cuda/formula/formula_forward.cuh"
+#include "cuda/formula/formula_persistent_backward.cuh"
+#include "cuda/formula/formula_persistent_forward.cuh"
 
 namespace fused_rnn::cuda {
 
@@ -33,15 +33,21 @@ constexpr int formula_threads(bool backward, TileSize size) {
 #define FUSED_RNN_FORMULA_INITIAL(cell, math, tile)                           \
   FUSED_RNN_FORMULA_KERNEL(initial_0_##tile, tile, true, FormulaBackwardStep, \
                            formula_initial_gradients<cell, MathKind::math, TileSize::tile>)
-#define FUSED_RNN_FORMULA_CLUSTER_KERNEL(name, Arguments, ...)                             \
-  extern "C" __global__ void __launch_bounds__(fused_rnn::cuda::kFormulaClusterThreads, 1) \
-      name(const __grid_constant__ fused_rnn::cuda::Arguments arguments) {                 \
-    using namespace fused_rnn::cuda;                                                       \
-    __VA_ARGS__(arguments);                                                                \
+#define FUSED_RNN_FORMULA_PERSISTENT_KERNEL(name, Arguments, ...)                             \
+  extern "C" __global__ void __launch_bounds__(fused_rnn::cuda::kFormulaPersistentThreads, 1) \
+      name(const __grid_constant__ fused_rnn::cuda::Arguments arguments) {                    \
+    using namespace fused_rnn::cuda;                                                          \
+    __VA_ARGS__(arguments);                                                                   \
   }
-#define FUSED_RNN_FORMULA_CLUSTER_FORWARD(cell, math)                               \
-  FUSED_RNN_FORMULA_CLUSTER_KERNEL(cluster_forward_0_kSmall, FormulaClusterForward, \
-                                   formula_cluster_forward<cell, MathKind::math>)
-#define FUSED_RNN_FORMULA_CLUSTER_BACKWARD(cell, math)                                \
-  FUSED_RNN_FORMULA_CLUSTER_KERNEL(cluster_backward_0_kSmall, FormulaClusterBackward, \
-                                   formula_cluster_backward<cell, MathKind::math>)
+#define FUSED_RNN_FORMULA_CLUSTER_FORWARD(cell, math)                                     \
+  FUSED_RNN_FORMULA_PERSISTENT_KERNEL(cluster_forward_0_kSmall, FormulaPersistentForward, \
+                                      formula_persistent_forward<cell, MathKind::math, false>)
+#define FUSED_RNN_FORMULA_CLUSTER_BACKWARD(cell, math)                                      \
+  FUSED_RNN_FORMULA_PERSISTENT_KERNEL(cluster_backward_0_kSmall, FormulaPersistentBackward, \
+                                      formula_persistent_backward<cell, MathKind::math, false>)
+#define FUSED_RNN_FORMULA_GRID_FORWARD(cell, math)                                     \
+  FUSED_RNN_FORMULA_PERSISTENT_KERNEL(grid_forward_0_kSmall, FormulaPersistentForward, \
+                                      formula_persistent_forward<cell, MathKind::math, true>)
+#define FUSED_RNN_FORMULA_GRID_BACKWARD(cell, math)                                      \
+  FUSED_RNN_FORMULA_PERSISTENT_KERNEL(grid_backward_0_kSmall, FormulaPersistentBackward, \
+                                      formula_persistent_backward<cell, MathKind::math, true>)

@@ -15,7 +15,7 @@
 #include "core/active.h"
 #include "core/formula.h"
 #include "core/modifier.h"
-#include "plan/formula_cluster_shape.h"
+#include "plan/formula_persistent_shape.h"
 
 namespace fused_rnn::cuda {
 
@@ -84,17 +84,27 @@ struct FormulaBackwardStep {
   int copy_bytes;
 };
 
-// Those of family `cluster` (formula_cluster.cuh), one launch for all steps.
-struct FormulaClusterForward {
+// Those of the persistent families (formula_persistent.cuh), of which a launch makes all steps.
+struct FormulaPersistentForward {
   FormulaForward p;
-  FormulaClusterShape shape;
+  FormulaPersistentShape shape;
+  FormulaTeams teams;
 };
-struct FormulaClusterBackward {
+struct FormulaPersistentBackward {
   FormulaBackward p;
-  FormulaClusterShape shape;
+  FormulaPersistentShape shape;
+  FormulaTeams teams;
 };
 
-// The kernels of a formula; the last two are those of family `cluster`.
-enum class FormulaRole : int { kForward, kBackward, kInitialGradients, kClusterForward, kClusterBackward };
+// The kernels of a formula: of family `step`, of `cluster` and of `grid`.
+enum class FormulaRole : int {
+  kForward,
+  kBackward,
+  kInitialGradients,
+  kClusterForward,
+  kClusterBackward,
+  kGridForward,
+  kGridBackward
+};
 
 }  // namespace fused_rnn::cuda

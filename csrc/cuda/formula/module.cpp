@@ -7,7 +7,7 @@
 
 namespace fused_rnn::cuda {
 
-constexpr int kFileVersion = 3;  // set anew with the first line of a file, or with formula_params.h
+constexpr int kFileVersion = 4;  // set anew with the first line of a file, or with formula_params.h
 
 FormulaModule::FormulaModule(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
@@ -59,13 +59,28 @@ void FormulaModule::parse(const std::string& line) {
   traits_.phase_kinds = phase_kinds_.data();
   traits_.forward_levels = forward_levels_.data();
   traits_.backward_levels = backward_levels_.data();
-  const char* const roles[] = {"forward", "backward", "initial", "cluster_forward", "cluster_backward"};
+  const char* const roles[] = {"forward",          "backward",     "initial",      "cluster_forward",
+                               "cluster_backward", "grid_forward", "grid_backward"};
   const char* const tiles[] = {"kSmall", "kMedium"};
   for (int left = next(); left > 0; --left) {
-    const int role = up_to(4), segment = up_to(kMostFormulaPhases), tile = up_to(1);
+    const int role = up_to(6), segment = up_to(kMostFormulaPhases), tile = up_to(1);
     kernels_.push_back({static_cast<FormulaRole>(role), segment, static_cast<TileSize>(tile),
                         std::string(roles[role]) + "_" + std::to_string(segment) + "_" + tiles[tile]});
   }
+}
+
+FamilyChoice FormulaModule::choice(FamilyChoice setting, int& ranks) const {
+  ranks = 0;
+  setting.refused |= refused_;
+  for (Family family : kFamilies) {
+    const Serves state = serves_.at(static_cast<int>(family));
+    if (state == Serves::kForced) {
+      ranks = ranks_;
+      return FamilyChoice{family, /*cheapest=*/false, refused_};
+    }
+    if (state == Serves::kUnverified) setting.unverified |= 1u << static_cast<int>(family);
+  }
+  return setting;
 }
 
 }  // namespace fused_rnn::cuda

@@ -17,19 +17,8 @@ FormulaLaunch launch_of(const FormulaKernelPlan& plan, FormulaRole role, int seg
   launch.tile = plan.tile;
   launch.grid_x = static_cast<int>(plan.grid_x), launch.grid_y = static_cast<int>(plan.grid_y), launch.grid_z = D;
   launch.threads = plan.threads, launch.smem_bytes = plan.smem_bytes;
-  launch.cluster = 1;
   return launch;
 }
-FormulaLaunch launch_of(const FormulaClusterPlan& plan, FormulaRole role, int D) {
-  FormulaLaunch launch{};
-  launch.role = role;
-  launch.tile = TileSize::kSmall;
-  launch.grid_x = static_cast<int>(plan.row_tiles * plan.shape.ranks), launch.grid_y = plan.shape.groups, launch.grid_z = D;
-  launch.threads = kFormulaClusterThreads, launch.smem_bytes = plan.shape.smem_bytes;
-  launch.cluster = plan.shape.ranks;
-  return launch;
-}
-
 // Bytes that may be copied at once between rows of a segment's operands: those of the recurrent product, or a phase's.
 // rows: where the rows of the states begin.
 int width_of(const FormulaLayer& p, const FormulaStepPlan& plan, int phase, std::initializer_list<const void*> rows) {
@@ -136,8 +125,8 @@ void run_formula_backward(const FormulaBackward& p, const FormulaTraits& cell, c
 namespace {
 
 // The plan's shape, and whether rows of all weights can be copied by 16 bytes.
-FormulaClusterShape shape_of(const FormulaLayer& p, const FormulaTraits& cell, const FormulaClusterPlan& plan) {
-  FormulaClusterShape shape = plan.shape;
+FormulaPersistentShape shape_of(const FormulaLayer& p, const FormulaTraits& cell, const FormulaPersistentPlan& plan) {
+  FormulaPersistentShape shape = plan.shape;
   const int bytes = storage_bytes(plan.math);
   int width = 16;
   for (int d = 0; d < p.D; ++d) {
@@ -151,18 +140,38 @@ FormulaClusterShape shape_of(const FormulaLayer& p, const FormulaTraits& cell, c
   return shape;
 }
 
-}  // namespace
-
-void run_formula_cluster_forward(const FormulaForward& p, const FormulaTraits& cell, const FormulaClusterPlan& plan,
-                                 const FormulaLauncher& launch) {
-  const FormulaClusterForward arguments{p, shape_of(p, cell, plan)};
-  launch(launch_of(plan, FormulaRole::kClusterForward, p.D), &arguments, sizeof arguments);
+// arguments: FormulaPersistentForward or FormulaPersistentBackward.
+template <class Arguments>
+void launch_teams(Arguments arguments, const FormulaPersistentPlan& plan, FormulaRole role, void* exchange,
+                  const FormulaLauncher& launch) {
+  const bool together = plan.exchange_bytes > 0;
+  const int64_t most = together ? plan.at_once : plan.teams;
+  FormulaLaunch l{};
+  l.role = role;
+  l.tile = TileSize::kSmall;
+  l.grid_y = l.grid_z = 1;
+  l.threads = kFormulaPersistentThreads, l.smem_bytes = plan.shape.smem_bytes;
+  l.cluster = plan.family == Family::kCluster ? plan.shape.ranks : 1;
+  l.cooperative = together;
+  for (int64_t first = 0; first < plan.teams; first += most) {
+    arguments.teams = {plan.row_tiles, static_cast<int>(first), exchange};
+    l.grid_x = static_cast<int>(std::min(most, plan.teams - first) * plan.shape.ranks);
+    launch(l, &arguments, sizeof arguments);
+  }
 }
 
-void run_formula_cluster_backward(const FormulaBackward& p, const FormulaTraits& cell, const FormulaClusterPlan& plan,
-                                  const FormulaLauncher& launch) {
-  const FormulaClusterBackward arguments{p, shape_of(p, cell, plan)};
-  launch(launch_of(plan, FormulaRole::kClusterBackward, p.D), &arguments, sizeof arguments);
+}  // namespace
+
+void run_formula_persistent_forward(const FormulaForward& p, const FormulaTraits& cell, const FormulaPersistentPlan& plan,
+                                    void* exchange, const FormulaLauncher& launch) {
+  const FormulaRole role = plan.family == Family::kGrid ? FormulaRole::kGridForward : FormulaRole::kClusterForward;
+  launch_teams(FormulaPersistentForward{p, shape_of(p, cell, plan), {}}, plan, role, exchange, launch);
+}
+
+void run_formula_persistent_backward(const FormulaBackward& p, const FormulaTraits& cell, const FormulaPersistentPlan& plan,
+                                     void* exchange, const FormulaLauncher& launch) {
+  const FormulaRole role = plan.family == Family::kGrid ? FormulaRole::kGridBackward : FormulaRole::kClusterBackward;
+  launch_teams(FormulaPersistentBackward{p, shape_of(p, cell, plan), {}}, plan, role, exchange, launch);
 }
 
 }  // namespace fused_rnn::cuda

@@ -5,21 +5,22 @@
 
 #include "cuda/formula/formula_params.h"
 #include "plan/formula.h"
-#include "plan/formula_cluster.h"
+#include "plan/formula_persistent.h"
 
 namespace fused_rnn::cuda {
 
-// A kernel of formula_kernels.cuh and how it is launched. grid_z is D.
+// A kernel of formula_kernels.cuh and how it is launched.
 struct FormulaLaunch {
   FormulaRole role;
   int segment;
   TileSize tile;
   int grid_x, grid_y, grid_z;
   int threads, smem_bytes;
-  bool pdl;     // may start before the preceding grid of the stream has ended
-  int cluster;  // blocks of a cluster, neighbours in x; 1: none
+  bool pdl;          // may start before the preceding grid of the stream has ended
+  int cluster;       // blocks of a cluster, neighbours in x; 0 or 1: none
+  bool cooperative;  // all blocks run at the same time, or the launch fails
 };
-// arguments: what the kernel takes (FormulaForwardStep, FormulaClusterForward, ...), of so many bytes, read before the call
+// arguments: what the kernel takes (FormulaForwardStep, FormulaPersistentForward, ...), of so many bytes, read before the call
 // returns.
 using FormulaLauncher = std::function<void(const FormulaLaunch& launch, const void* arguments, size_t bytes)>;
 
@@ -29,10 +30,10 @@ void run_formula_forward(const FormulaForward& p, const FormulaTraits& cell, con
 void run_formula_backward(const FormulaBackward& p, const FormulaTraits& cell, const FormulaStepPlan& plan, void* workspace,
                           const FormulaLauncher& launch);
 
-// The same by family `cluster`, which needs no working memory.
-void run_formula_cluster_forward(const FormulaForward& p, const FormulaTraits& cell, const FormulaClusterPlan& plan,
-                                 const FormulaLauncher& launch);
-void run_formula_cluster_backward(const FormulaBackward& p, const FormulaTraits& cell, const FormulaClusterPlan& plan,
-                                  const FormulaLauncher& launch);
+// The same by a persistent family. exchange: plan.exchange_bytes of zeros, 256-byte aligned.
+void run_formula_persistent_forward(const FormulaForward& p, const FormulaTraits& cell, const FormulaPersistentPlan& plan,
+                                    void* exchange, const FormulaLauncher& launch);
+void run_formula_persistent_backward(const FormulaBackward& p, const FormulaTraits& cell, const FormulaPersistentPlan& plan,
+                                     void* exchange, const FormulaLauncher& launch);
 
 }  // namespace fused_rnn::cuda

@@ -22,7 +22,8 @@ void launch_on_simulator(const FormulaLaunch& l, const char* name, Kernel<Step> 
   if (bytes != sizeof(Step)) throw std::invalid_argument("arguments of another size");
   simt::prepare(kernel, name, l.smem_bytes);
   if (l.cluster > 8) simt::allow_large_clusters(kernel, name);
-  const simt::LaunchConfig config{name, l.grid_x, l.grid_y, l.grid_z, l.threads, l.smem_bytes, l.cluster, l.pdl, false};
+  const simt::LaunchConfig config{
+      name, l.grid_x, l.grid_y, l.grid_z, l.threads, l.smem_bytes, l.cluster > 1 ? l.cluster : 1, l.pdl, l.cooperative};
   simt::launch(kernel, config, nullptr, *static_cast<const Step*>(arguments));
 }
 
@@ -46,22 +47,31 @@ FormulaStepPlan plan_of(const FormulaLayer& p, const FormulaTraits& cell, int dt
   return plan_formula_step(problem_of(p, cell, dtype, backward), device);
 }
 
+bool is_step(const std::string& family) { return family == "step"; }
+FormulaPersistentPlan persistent_plan(const FormulaLayer& p, const FormulaTraits& cell, int dtype, bool backward,
+                                      const DeviceInfo& device, const std::string& family, int ranks) {
+  return plan_formula_persistent(problem_of(p, cell, dtype, backward), device,
+                                 family == "grid" ? Family::kGrid : Family::kCluster, ranks);
+}
+
 }  // namespace
 
 extern "C" void simt_formula_sizes(int* sizes) {
   sizes[0] = sizeof(FormulaForward), sizes[1] = sizeof(FormulaBackward), sizes[2] = sizeof(FormulaTraits);
 }
-// Bytes of working memory; the plan is then simt_formula_text(). ranks, here and below: -1: family step, else the blocks of
-// a cluster, 0: as many as the planner takes.
+// Bytes of working memory, zeros of a persistent family; the plan is then simt_formula_text(). family, here and below:
+// "step", "cluster" or "grid"; ranks: of the latter two the blocks of a team, 0: as many as the planner takes.
 extern "C" int64_t simt_formula_workspace(const FormulaLayer* p, const FormulaTraits* cell, int dtype, bool backward,
-                                          const DeviceInfo* device, int ranks) {
-  if (ranks >= 0) {
+                                          const DeviceInfo* device, const char* family, int ranks) {
+  if (!is_step(family)) {
     try {
-      text = to_string(plan_formula_cluster(problem_of(*p, *cell, dtype, backward), *device, ranks));
+      const FormulaPersistentPlan plan = persistent_plan(*p, *cell, dtype, backward, *device, family, ranks);
+      text = to_string(plan);
+      return plan.exchange_bytes;
     } catch (const std::invalid_argument& error) {
       text = error.what();
+      return 0;
     }
-    return 0;
   }
   const FormulaStepPlan plan = plan_of(*p, *cell, dtype, backward, *device);
   text = to_string(plan);
@@ -69,19 +79,21 @@ extern "C" int64_t simt_formula_workspace(const FormulaLayer* p, const FormulaTr
 }
 extern "C" const char* simt_formula_text() { return text.c_str(); }
 extern "C" int simt_formula_forward(const FormulaForward* p, const FormulaTraits* cell, int dtype, const DeviceInfo* device,
-                                    void* workspace, int ranks) {
+                                    void* workspace, const char* family, int ranks) {
   return simt_host::run_guarded([&] {
-    if (ranks < 0) return run_formula_forward(*p, *cell, plan_of(*p, *cell, dtype, false, *device), workspace, launcher);
-    const FormulaStepProblem problem = problem_of(*p, *cell, dtype, false);
-    run_formula_cluster_forward(*p, *cell, plan_formula_cluster(problem, *device, ranks), launcher);
+    if (is_step(family))
+      return run_formula_forward(*p, *cell, plan_of(*p, *cell, dtype, false, *device), workspace, launcher);
+    run_formula_persistent_forward(*p, *cell, persistent_plan(*p, *cell, dtype, false, *device, family, ranks), workspace,
+                                   launcher);
   });
 }
 extern "C" int simt_formula_backward(const FormulaBackward* p, const FormulaTraits* cell, int dtype,
-                                     const DeviceInfo* device, void* workspace, int ranks) {
+                                     const DeviceInfo* device, void* workspace, const char* family, int ranks) {
   return simt_host::run_guarded([&] {
-    if (ranks < 0) return run_formula_backward(*p, *cell, plan_of(*p, *cell, dtype, true, *device), workspace, launcher);
-    const FormulaStepProblem problem = problem_of(*p, *cell, dtype, true);
-    run_formula_cluster_backward(*p, *cell, plan_formula_cluster(problem, *device, ranks), launcher);
+    if (is_step(family))
+      return run_formula_backward(*p, *cell, plan_of(*p, *cell, dtype, true, *device), workspace, launcher);
+    run_formula_persistent_backward(*p, *cell, persistent_plan(*p, *cell, dtype, true, *device, family, ranks), workspace,
+                                    launcher);
   });
 }
 // One launch, which is over when the call returns.

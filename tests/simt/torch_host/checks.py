@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import math
 import os
@@ -436,7 +437,7 @@ def simulator_library() -> ctypes.CDLL:
 
 
 @pytest.mark.parametrize("ragged", ["", "lengths", "packed"])
-@pytest.mark.parametrize("family", ["step", "cluster"])
+@pytest.mark.parametrize("family", ["step", "cluster", "grid"])
 def test_a_formula(ragged: str, family: str, monkeypatch: pytest.MonkeyPatch, setting: Setting) -> None:
     """A layer of a formula from the module to the kernels and back, with all gradients, and without any."""
     from formulas import Everything
@@ -446,7 +447,8 @@ def test_a_formula(ragged: str, family: str, monkeypatch: pytest.MonkeyPatch, se
     layer = Layer(Everything(), 4, 18, num_layers=2, bidirectional=True)
     EXTENSION.register_formula_on_device(layer.formula, str(build.formula_source().with_suffix(".kernels")))
     setting("FUSED_RNN_PLAN", family)
-    EXTENSION.set_formula_cluster(layer.formula, 1, 90, 2)
+    for verified in ("cluster", "grid"):
+        EXTENSION.set_formula_family(layer.formula, 1, 90, verified, 2)
     exact = Layer(Everything(), 4, 18, num_layers=2, bidirectional=True, dtype=torch.float64)
     exact.load_state_dict(layer.state_dict())
     x = torch.randn(5, 4, 4)
@@ -481,5 +483,41 @@ def test_a_formula(ragged: str, family: str, monkeypatch: pytest.MonkeyPatch, se
         assert_near(f"tensor {index}", actual, want, 1e-5 * max(1.0, want.abs().max().item()))
     text = EXTENSION.formula_plan_on_device(layer.formula, 1, -1, 5, 4, 18, 2, 2, False)
     assert ("4 launches a step" if family == "step" else "1 launch for all steps") in text
-    EXTENSION.set_formula_cluster(layer.formula, 1, 90, 0)  # not before it is verified
+    for verified in ("cluster", "grid"):
+        EXTENSION.set_formula_family(layer.formula, 1, 90, verified, 0)  # not before it is verified
     assert "4 launches a step" in EXTENSION.formula_plan_on_device(layer.formula, 1, -1, 5, 4, 18, 2, 2, False)
+
+
+@pytest.mark.parametrize("family", ["grid", "cheapest"])
+def test_a_formula_whose_launch_is_refused(family: str, monkeypatch: pytest.MonkeyPatch, setting: Setting) -> None:
+    """The next family serves, with one warning, and from then on; a forced family raises."""
+    from formulas import Everything
+
+    from fused_rnn.formula import Layer, serve
+
+    layer = Layer(Everything(), 4, 40)
+    EXTENSION.register_formula_on_device(layer.formula, str(build.formula_source().with_suffix(".kernels")))
+    setting("FUSED_RNN_PLAN", family)
+    EXTENSION.set_formula_family(layer.formula, 1, 90, "grid", 1, 2)  # as its verification does
+    x = torch.randn(3, 2, 4)
+    with use_backend("reference"):
+        expected, _ = layer(x)
+    monkeypatch.setattr(serve, "has_kernels", lambda *_: True)
+    library = ctypes.CDLL(EXTENSION.__file__)
+    plan = functools.partial(EXTENSION.formula_plan_on_device, layer.formula, 1, -1, 3, 2, 80, 1, 2, False)
+    library.torch_host_formula_cooperative(False)
+    try:
+        if family == "grid":
+            assert "family grid" in plan()
+            with pytest.raises(RuntimeError, match="too many blocks in cooperative launch"):
+                layer(x)
+            return
+        with pytest.warns(UserWarning, match="kernel family grid of Everything-.* does not serve any more"):
+            assert_near("y", layer(x)[0], expected, 1e-5)
+    finally:
+        library.torch_host_formula_cooperative(True)
+    EXTENSION.set_formula_family(layer.formula, 1, 90, "grid", 2)
+    assert "not grid: the device does not take its launches now" in plan()
+    before = library.torch_host_formula_launches()
+    assert_near("y", layer(x)[0], expected, 1e-5)
+    assert library.torch_host_formula_launches() - before == 3 * 4  # family step

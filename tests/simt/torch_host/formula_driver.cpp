@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "cuda/device/refused.h"
 #include "cuda/formula/driver.h"
 
 namespace fused_rnn::cuda {
@@ -19,11 +20,13 @@ F* simulator(const char* name) {
 }
 
 int launches = 0;
+bool takes_cooperative = true;
 
 }  // namespace
 
 FormulaLauncher FormulaModule::launcher(int, void*) {
   return [](const FormulaLaunch& launch, const void* arguments, size_t bytes) {
+    if (launch.cooperative && !takes_cooperative) throw LaunchRefused("too many blocks in cooperative launch");
     ++launches;
     const auto run = simulator<int(const FormulaLaunch*, const void*, size_t)>("simt_formula_launch");
     if (run(&launch, arguments, bytes) == 0) return;
@@ -36,3 +39,7 @@ FormulaLauncher FormulaModule::launcher(int, void*) {
 
 // How many kernels of formulas have been launched.
 extern "C" __attribute__((visibility("default"))) int torch_host_formula_launches() { return fused_rnn::cuda::launches; }
+// Whether the device takes their cooperative launches.
+extern "C" __attribute__((visibility("default"))) void torch_host_formula_cooperative(bool takes) {
+  fused_rnn::cuda::takes_cooperative = takes;
+}

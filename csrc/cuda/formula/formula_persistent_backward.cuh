@@ -1,24 +1,24 @@
-// Family `cluster`, backward, and the gradients of the initial states (formula_cluster.cuh). C: the cell's struct.
+// The persistent families, backward, and the gradients of the initial states (formula_persistent.cuh). C: the cell's struct.
 //
 // A step, in the reverse order of the scan: await the gradients of the recurrent products of the next step, their product
 // with W_hh, then a pass over the elements; for each level of phases the exchange of their results' gradients, products and
-// norms, and a pass. The last pass makes the gradients of the recurrent products, which are pushed. While that is under way
+// norms, and a pass. The last pass makes the gradients of the recurrent products, which are sent. While that is under way
 // the inputs of the step before are loaded. A barrier of the block stands between any two of these. Shared memory:
 //   arrays   Acc: gradients of the states | of what phases before the last level took, of what norms gave
 //   staged   dtype: saved values, states before and after the step, dy, what phases took
 // A row whose next step, in the order of the scan, is active has the product with W_hh added to the gradient of its
 // recurrent state, whether it takes part in this step or begins with the next.
 #pragma once
-#include "cuda/formula/formula_cluster.cuh"
+#include "cuda/formula/formula_persistent.cuh"
 
 namespace fused_rnn::cuda {
 
-template <class C, MathKind kMath>
-struct FormulaClusterBackwardScan : FormulaClusterBlock<C, kMath, /*kBackward=*/true> {
-  using Base = FormulaClusterBlock<C, kMath, true>;
+template <class C, MathKind kMath, bool kGrid>
+struct FormulaPersistentBackwardScan : FormulaPersistentBlock<C, kMath, /*kBackward=*/true, kGrid> {
+  using Base = FormulaPersistentBlock<C, kMath, true, kGrid>;
   using Base::s, Base::p, Base::exchange, Base::dir, Base::kLevels, Base::kRecurs, Base::kRows;
   using typename Base::Acc, typename Base::Moments, typename Base::Storage;
-  using Element = FormulaClusterElement;
+  using Element = FormulaPersistentElement;
   static constexpr int kBlocks = C::kSlots + C::kParameters + C::kPhases;  // of a row of d
   static constexpr int kTakenAt = C::kStates, kResultsAt = kTakenAt + Base::kept_place(C::kPhases);
   static constexpr int kBeforeAt = C::kSaved, kAfterAt = kBeforeAt + C::kStates, kDyAt = kAfterAt + C::kStates;
@@ -27,8 +27,8 @@ struct FormulaClusterBackwardScan : FormulaClusterBlock<C, kMath, /*kBackward=*/
 
   const FormulaBackward& f;
 
-  __device__ __forceinline__ FormulaClusterBackwardScan(const FormulaClusterBackward& arguments)
-      : Base(arguments.p, arguments.shape), f(arguments.p) {}
+  __device__ __forceinline__ FormulaPersistentBackwardScan(const FormulaPersistentBackward& arguments)
+      : Base(arguments.p, arguments.shape, arguments.teams), f(arguments.p) {}
 
   // ------------------------------------------------------------------------------------------------- the rows of a step
 
@@ -215,12 +215,12 @@ struct FormulaClusterBackwardScan : FormulaClusterBlock<C, kMath, /*kBackward=*/
       return this->array(kResultsAt + Base::norm_place(k), at) * this->constant(Base::kNormWeights + 2 * k, u);
     };
     for (int b = simt::warp_id(); b < kRows; b += Base::kWarps) {
-      this->send_moments(norms, Base::place_of(Base::level_of(k), k, false), Base::is_centred(k), b, v, d);
+      this->make_moments(norms, Base::place_of(Base::level_of(k), k, false), Base::is_centred(k), b, v, d);
     }
   }
   // ---------------------------------------------------------------------------------------------------------------- scan
 
-  // The product of the next step's gradients with W_hh. sent: they have been pushed.
+  // The product of the next step's gradients with W_hh. sent: they have been sent.
   __device__ __forceinline__ void multiply_gradients(bool sent) {
     if constexpr (kRecurs) {
       const unsigned char* const vectors = this->recurrent_vectors(exchange);
@@ -247,7 +247,7 @@ struct FormulaClusterBackwardScan : FormulaClusterBlock<C, kMath, /*kBackward=*/
       this->make_levels(*this, step, std::make_integer_sequence<int, kLevels>{});
       if constexpr (kRecurs) {
         if (!s.recurrent_local && (step > 0 || asked)) {
-          this->push_vectors(this->recurrent_vectors(exchange), Base::kRecurrentVectors);
+          this->send_vectors(this->recurrent_vectors(exchange), Base::kRecurrentVectors);
         }
       }
       stage(step - 1);
@@ -270,9 +270,9 @@ struct FormulaClusterBackwardScan : FormulaClusterBlock<C, kMath, /*kBackward=*/
   }
 };
 
-template <class C, MathKind kMath>
-__device__ __forceinline__ void formula_cluster_backward(const FormulaClusterBackward& arguments) {
-  FormulaClusterBackwardScan<C, kMath>(arguments).run();
+template <class C, MathKind kMath, bool kGrid>
+__device__ __forceinline__ void formula_persistent_backward(const FormulaPersistentBackward& arguments) {
+  FormulaPersistentBackwardScan<C, kMath, kGrid>(arguments).run();
 }
 
 }  // namespace fused_rnn::cuda

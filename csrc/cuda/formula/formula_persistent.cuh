@@ -1,16 +1,19 @@
-// Family `cluster` of a formula: the products and norms of a block (formula_cluster_memory.cuh).
+// The persistent families of a formula: the products and norms of a block (formula_persistent_memory.cuh).
 #pragma once
-#include "cuda/formula/formula_cluster_memory.cuh"
+#include "cuda/formula/formula_exchange.cuh"
 
 namespace fused_rnn::cuda {
 
-template <class C, MathKind kMath, bool kBackward>
-struct FormulaClusterBlock : FormulaClusterMemory<C, kMath, kBackward> {
-  using Memory = FormulaClusterMemory<C, kMath, kBackward>;
-  using Memory::atoms, Memory::vector_bytes, Memory::unit_of, Memory::count_of, Memory::push;
+template <class C, MathKind kMath, bool kBackward, bool kGrid>
+struct FormulaPersistentBlock
+    : std::conditional_t<kGrid, FormulaGridExchange<C, kMath, kBackward>, FormulaClusterExchange<C, kMath, kBackward>> {
+  using Exchange =
+      std::conditional_t<kGrid, FormulaGridExchange<C, kMath, kBackward>, FormulaClusterExchange<C, kMath, kBackward>>;
+  using Memory = typename Exchange::Memory;
+  using Exchange::Exchange;
+  using Memory::atoms, Memory::vector_bytes, Memory::unit_of, Memory::count_of;
   using Memory::is_product, Memory::is_centred, Memory::level_of, Memory::place_of;
   using Memory::kRows, Memory::kWarps, Memory::kThreads, Memory::kAtom, Memory::kAtomElements, Memory::kChunk;
-  using Memory::Memory;
   using Memory::s, Memory::p, Memory::smem, Memory::rank;
   using typename Memory::Acc, typename Memory::Fragments, typename Memory::Moments;
 
@@ -87,7 +90,7 @@ struct FormulaClusterBlock : FormulaClusterMemory<C, kMath, kBackward> {
     }
   }
   // Of an element: product or gate `number` of those made last.
-  __device__ __forceinline__ Acc sum(int number, int splits, const FormulaClusterElement& e) const {
+  __device__ __forceinline__ Acc sum(int number, int splits, const FormulaPersistentElement& e) const {
     const int atom = e.at / kAtomElements, within = e.at % kAtomElements;
     const Acc* const parts = this->template at<Acc>(s.sums) + (number * atoms() + atom) * splits * kAtomElements + within;
     Acc result = parts[0];
@@ -119,7 +122,7 @@ struct FormulaClusterBlock : FormulaClusterMemory<C, kMath, kBackward> {
   // norm takes; d(element, unit): of backward, the gradient of what it gave times its weight. A warp takes a row. Then all
   // blocks have them.
   template <class V, class D>
-  __device__ __forceinline__ void send_moments(unsigned char* norms, int norm, bool centred, int b, V&& v, D&& d) const {
+  __device__ __forceinline__ void make_moments(unsigned char* norms, int norm, bool centred, int b, V&& v, D&& d) const {
     const int count = count_of(rank);
     Moments own{};
     if (centred && count > 0) own.mean = sum_of_slice(b, v) / static_cast<Acc>(count);
@@ -134,11 +137,7 @@ struct FormulaClusterBlock : FormulaClusterMemory<C, kMath, kBackward> {
     Moments* const place = moments_of(norms, norm, rank) + b;
     if (simt::lane_id() == 0) *place = own;
     simt::sync_warp();
-    if (s.ranks == 1) return;
-    constexpr int kPieces = static_cast<int>(sizeof(Moments)) / 16;
-    for (int i = simt::lane_id(); i < kPieces * s.ranks; i += simt::kWarpSize) {
-      push(reinterpret_cast<unsigned char*>(place) + 16 * (i % kPieces), i / kPieces);
-    }
+    Exchange::send_moments(place);
   }
   // Those of all units, from those of the blocks.
   __device__ __forceinline__ Moments combined(unsigned char* norms, int norm, bool centred, int b) const {
@@ -186,7 +185,7 @@ struct FormulaClusterBlock : FormulaClusterMemory<C, kMath, kBackward> {
     constexpr int kProducts = place_of(kLevel, C::kPhases, true), kNorms = place_of(kLevel, C::kPhases, false);
     unsigned char* const vectors = this->vectors_of_level(kLevel);
     unsigned char* const norms = this->norms_of_level(kLevel);
-    if constexpr (kProducts > 0) this->push_vectors(vectors, kProducts);
+    if constexpr (kProducts > 0) this->send_vectors(vectors, kProducts);
     formula_for_phases<C>([&](auto phase) {
       constexpr int k = decltype(phase)::value;
       if constexpr (!Memory::is_product(k) && Memory::level_of(k) == kLevel) scan.template send_norm<k>(norms);

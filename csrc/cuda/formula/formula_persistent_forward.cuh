@@ -1,29 +1,29 @@
-// Family `cluster`, forward (formula_cluster.cuh). C: the cell's struct (fused_rnn/formula/writer.py).
+// The persistent families, forward (formula_persistent.cuh). C: the cell's struct (fused_rnn/formula/writer.py).
 //
 // A step: await what the recurrent product reads, the product, then a pass over the elements; for each level of phases the
 // exchange of what they take, products and norms, and a pass. The last pass makes the states, of which the recurrent one is
-// pushed. While that is under way the inputs of the next step are loaded. A barrier of the block stands between any two of
+// sent. While that is under way the inputs of the next step are loaded. A barrier of the block stands between any two of
 // these. Shared memory:
 //   arrays   Acc: the states | with phases: accumulators, what norms took, results of phases before the last level
 //   staged   dtype: the input products of the step
 #pragma once
-#include "cuda/formula/formula_cluster.cuh"
+#include "cuda/formula/formula_persistent.cuh"
 
 namespace fused_rnn::cuda {
 
-template <class C, MathKind kMath>
-struct FormulaClusterForwardScan : FormulaClusterBlock<C, kMath, /*kBackward=*/false> {
-  using Base = FormulaClusterBlock<C, kMath, false>;
+template <class C, MathKind kMath, bool kGrid>
+struct FormulaPersistentForwardScan : FormulaPersistentBlock<C, kMath, /*kBackward=*/false, kGrid> {
+  using Base = FormulaPersistentBlock<C, kMath, false, kGrid>;
   using Base::s, Base::p, Base::exchange, Base::dir, Base::kLevels, Base::kRecurs, Base::kRows;
   using typename Base::Acc, typename Base::Moments, typename Base::Storage;
-  using Element = FormulaClusterElement;
+  using Element = FormulaPersistentElement;
   static constexpr int kSlotsAt = C::kStates, kTakenAt = kSlotsAt + C::kSlots,
                        kResultsAt = kTakenAt + Base::norm_place(C::kPhases);
 
   const FormulaForward& f;
 
-  __device__ __forceinline__ FormulaClusterForwardScan(const FormulaClusterForward& arguments)
-      : Base(arguments.p, arguments.shape), f(arguments.p) {}
+  __device__ __forceinline__ FormulaPersistentForwardScan(const FormulaPersistentForward& arguments)
+      : Base(arguments.p, arguments.shape, arguments.teams), f(arguments.p) {}
 
   // ------------------------------------------------------------------------------------------------- the rows of a step
 
@@ -205,7 +205,7 @@ struct FormulaClusterForwardScan : FormulaClusterBlock<C, kMath, /*kBackward=*/f
   __device__ __forceinline__ void send_norm(unsigned char* norms) const {
     const auto v = [&](int at, int) { return this->array(kTakenAt + Base::norm_place(k), at); };
     for (int b = simt::warp_id(); b < kRows; b += Base::kWarps) {
-      this->send_moments(norms, Base::place_of(Base::level_of(k), k, false), Base::is_centred(k), b, v,
+      this->make_moments(norms, Base::place_of(Base::level_of(k), k, false), Base::is_centred(k), b, v,
                          [](int, int) { return Acc(0); });
     }
   }
@@ -229,7 +229,7 @@ struct FormulaClusterForwardScan : FormulaClusterBlock<C, kMath, /*kBackward=*/f
       }
       pass<-1>(step);
       this->make_levels(*this, step, std::make_integer_sequence<int, kLevels>{});
-      if (exchanged && step + 1 < p.seq.T) this->push_vectors(this->recurrent_vectors(exchange), 1);
+      if (exchanged && step + 1 < p.seq.T) this->send_vectors(this->recurrent_vectors(exchange), 1);
       stage(step + 1);
       note_rows(step + 2);
     }
@@ -241,9 +241,9 @@ struct FormulaClusterForwardScan : FormulaClusterBlock<C, kMath, /*kBackward=*/f
   }
 };
 
-template <class C, MathKind kMath>
-__device__ __forceinline__ void formula_cluster_forward(const FormulaClusterForward& arguments) {
-  FormulaClusterForwardScan<C, kMath>(arguments).run();
+template <class C, MathKind kMath, bool kGrid>
+__device__ __forceinline__ void formula_persistent_forward(const FormulaPersistentForward& arguments) {
+  FormulaPersistentForwardScan<C, kMath, kGrid>(arguments).run();
 }
 
 }  // namespace fused_rnn::cuda

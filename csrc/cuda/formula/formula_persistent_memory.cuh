@@ -1,24 +1,36 @@
-// Family `cluster` of a formula: one launch makes all steps of a layer. What lies where in a block's memory, the exchange
-// between blocks, and the begin. Who owns which units: plan/formula_cluster_shape.h.
-//   blockIdx.x  [row tiles][blocks of the cluster];  blockIdx.y  group of units;  blockIdx.z  direction
+// The persistent families of a formula, `cluster` and `grid`: one launch makes all steps of a layer. What lies where in a
+// block's memory, and the begin. Who owns which units: plan/formula_persistent_shape.h. How the blocks of a team hand each
+// other what they made: formula_exchange.cuh.
 //
 // A block holds its rows of all weights, the states of its elements (unit, row) and what a step leaves between its parts in
-// shared memory. A thread owns the same elements throughout. A product reads a vector of all the group's units per row;
-// every block pushes its part into the shared memory of the others. A norm reads moments of all blocks.
+// shared memory. A thread owns the same elements throughout. A product reads a vector of all the group's units per row, of
+// which every block makes a part. A norm reads moments of all blocks.
 //   vector   [K chunk][row][kChunkBytes], a matrix [K chunk][weight row][kChunkBytes], pieces permuted (fragments.cuh)
 //   element  [atom][row][unit of the atom]; sums of products the same, [product, gate and atom][part of K][row][unit]
-// Exchanges are numbered through all steps. Number i counts its bytes at barrier i % 2 and lies at the begin or the end of
-// the memory for exchanges, where number i - 2 lay: all blocks have read that, since each of them sends number i - 1 after
-// it.
+// Exchanges are numbered through all steps. Number i lies at the begin or the end of the memory for exchanges, where number
+// i - 2 lay: all blocks have read that, since each of them sends number i - 1 after it.
 #pragma once
 #include "core/formula_math.h"
 #include "cuda/formula/formula_norm.cuh"
-#include "plan/formula_cluster_shape.h"
+#include "plan/formula_persistent_shape.h"
 
 namespace fused_rnn::cuda {
 
+// The blocks that share the units of a group: which one a block belongs to.
+struct FormulaTeam {
+  int number, row_tile, group, dir;  // number: among all teams of the layer
+};
+__device__ __forceinline__ FormulaTeam formula_team(const FormulaPersistentShape& shape, const FormulaTeams& teams) {
+  FormulaTeam team;
+  team.number = teams.first + simt::block_x() / shape.ranks;
+  team.row_tile = team.number % teams.row_tiles;
+  team.group = team.number / teams.row_tiles % shape.groups;
+  team.dir = team.number / teams.row_tiles / shape.groups;
+  return team;
+}
+
 // An element of a thread.
-struct FormulaClusterElement {
+struct FormulaPersistentElement {
   int at;     // in arrays of the block
   int b;      // row of the tile
   int local;  // unit of the block, with padding
@@ -27,12 +39,12 @@ struct FormulaClusterElement {
 };
 
 template <class C, MathKind kMath, bool kBackward>
-struct FormulaClusterMemory {
+struct FormulaPersistentMemory {
   using Storage = typename StorageOf<kMath>::type;
   using Acc = std::conditional_t<kMath == MathKind::kFp64, double, float>;
   using Fragments = typename FragmentsOf<kMath, /*kUnitMajor=*/false, 0, simt::arch()>::type;
   using Moments = FormulaMoments<Acc>;
-  static constexpr int kRows = kFormulaClusterRows, kThreads = kFormulaClusterThreads, kAtom = kFormulaClusterAtom;
+  static constexpr int kRows = kFormulaPersistentRows, kThreads = kFormulaPersistentThreads, kAtom = kFormulaPersistentAtom;
   static constexpr int kWarps = kThreads / simt::kWarpSize;
   static constexpr int kChunk = chunk_size(kMath), kSize = static_cast<int>(sizeof(Storage));
   static constexpr int kAtomElements = kAtom * kRows;
@@ -71,26 +83,26 @@ struct FormulaClusterMemory {
   }
 
   const FormulaLayer& p;
-  const FormulaClusterShape& s;
+  const FormulaPersistentShape& s;
   const FormulaDirection& weights;
   unsigned char* const smem;
-  const int rank, group, dir;
+  const int rank, dir;
   const int64_t first_row;
   const int head_units;  // without padding
   const int first_unit;  // of the group, in the layer
   uint32_t exchange;     // number of the next one
 
-  __device__ __forceinline__ FormulaClusterMemory(const FormulaLayer& layer, const FormulaClusterShape& shape)
+  __device__ __forceinline__ FormulaPersistentMemory(const FormulaLayer& layer, const FormulaPersistentShape& shape,
+                                                     const FormulaTeam& team)
       : p(layer),
         s(shape),
-        weights(simt::block_z() ? layer.weights[1] : layer.weights[0]),
+        weights(team.dir ? layer.weights[1] : layer.weights[0]),
         smem(simt::dynamic_smem()),
         rank(simt::block_x() % shape.ranks),
-        group(simt::block_y()),
-        dir(simt::block_z()),
-        first_row(static_cast<int64_t>(simt::block_x() / shape.ranks) * kRows),
+        dir(team.dir),
+        first_row(static_cast<int64_t>(team.row_tile) * kRows),
         head_units(static_cast<int>(layer.H / layer.heads)),
-        first_unit(group * shape.heads * head_units),
+        first_unit(team.group * shape.heads * head_units),
         exchange(0) {}
 
   // ------------------------------------------------------------------------------------------------------------ places
@@ -136,8 +148,8 @@ struct FormulaClusterMemory {
     return left < 0 ? 0 : left < s.slice ? left : s.slice;
   }
 
-  __device__ __forceinline__ FormulaClusterElement element(int i) const {
-    FormulaClusterElement e;
+  __device__ __forceinline__ FormulaPersistentElement element(int i) const {
+    FormulaPersistentElement e;
     e.at = i;
     e.b = i / kAtom % kRows;
     e.local = i / kAtomElements * kAtom + i % kAtom;
@@ -151,13 +163,13 @@ struct FormulaClusterMemory {
   }
 
   // Indices of [D, B, H], of [D, N, blocks, H] and of [N, D * H].
-  __device__ __forceinline__ int64_t state_index(const FormulaClusterElement& e) const {
+  __device__ __forceinline__ int64_t state_index(const FormulaPersistentElement& e) const {
     return (dir * p.seq.B + first_row + e.b) * p.H + e.unit;
   }
-  __device__ __forceinline__ int64_t kept_index(const FormulaClusterElement& e, int64_t row, int64_t blocks) const {
+  __device__ __forceinline__ int64_t kept_index(const FormulaPersistentElement& e, int64_t row, int64_t blocks) const {
     return (dir * p.seq.N + row) * blocks * p.H + e.unit;
   }
-  __device__ __forceinline__ int64_t output_index(const FormulaClusterElement& e, int64_t row) const {
+  __device__ __forceinline__ int64_t output_index(const FormulaPersistentElement& e, int64_t row) const {
     return (row * p.D + dir) * p.H + e.unit;
   }
 
@@ -182,7 +194,7 @@ struct FormulaClusterMemory {
     return s.recurrent_local ? smem + s.own_vector : vectors_of(number, kRecurrentVectors);
   }
   // The block's value in a vector.
-  __device__ __forceinline__ void put(unsigned char* vector, const FormulaClusterElement& e, Acc value) const {
+  __device__ __forceinline__ void put(unsigned char* vector, const FormulaPersistentElement& e, Acc value) const {
     const int unit = rank * s.slice + e.local;
     if (unit >= s.units) return;
     unsigned char* const to = vector + unit / kChunk * (kRows * kChunkBytes) + k_major_offset(e.b, unit % kChunk * kSize);
@@ -190,46 +202,19 @@ struct FormulaClusterMemory {
   }
   // What phase k is to read of an element: a product's goes into its vector, a norm's into the arrays from norms_at on.
   template <int k>
-  __device__ __forceinline__ void hand_on(int norms_at, const FormulaClusterElement& e, Acc value) const {
+  __device__ __forceinline__ void hand_on(int norms_at, const FormulaPersistentElement& e, Acc value) const {
     if constexpr (is_product(k)) {
       put(vectors_of_level(level_of(k)) + place_of(level_of(k), k, true) * vector_bytes(), e, value);
     } else {
       array(norms_at + norm_place(k), e.at) = value;
     }
   }
-  __device__ __forceinline__ simt::MBarrier* barrier(uint32_t number) const {
-    return at<simt::MBarrier>(s.barriers) + static_cast<int>(number & 1);
-  }
 
-  // Pushes the block's part of vectors that lie one behind the other, after a barrier of the block. A thread takes pieces of
-  // 16 bytes, each to one other block.
-  __device__ __forceinline__ void push_vectors(unsigned char* first, int vectors) const {
-    if (s.ranks == 1) return;
-    constexpr int kUnits = 16 / kSize;  // of a piece
-    const int pieces = units_of(rank) / kUnits * kRows;
-    for (int i = simt::thread_x(); i < pieces * vectors * s.ranks; i += kThreads) {
-      const int number = i / s.ranks, piece = number % pieces;
-      const int b = piece % kRows, unit = rank * s.slice + piece / kRows * kUnits;
-      push(first + number / pieces * vector_bytes() + unit / kChunk * (kRows * kChunkBytes) +
-               k_major_offset(b, unit % kChunk * kSize),
-           i % s.ranks);
-    }
-  }
-  // 16 bytes to the same place of another block; to the block itself: nothing.
-  __device__ __forceinline__ void push(unsigned char* place, int to) const {
-    if (to == rank) return;
-    const auto piece = simt::load_vec<4>(reinterpret_cast<const uint32_t*>(place));
-    simt::store_async(simt::map_to_rank(place, to), piece.v, simt::map_to_rank(barrier(exchange), to));
-  }
-  // Awaits the exchange, after which its number is the next one's.
-  __device__ __forceinline__ void await(int vectors, int norms, bool sent = true) {
-    if (s.ranks > 1) {
-      const int others = s.units - units_of(rank);
-      const int bytes = vectors * others * kRows * kSize + norms * (s.ranks - 1) * kRows * static_cast<int>(sizeof(Moments));
-      if (simt::thread_x() == 0) simt::mbarrier_expect(barrier(exchange), sent ? bytes : 0);
-      simt::mbarrier_wait(barrier(exchange), static_cast<int>(exchange >> 1 & 1));
-    }
-    ++exchange;
+  // The block's part of a vector in pieces of 16 bytes: how many, and where in the vector one lies.
+  __device__ __forceinline__ int own_pieces() const { return units_of(rank) / (16 / kSize) * kRows; }
+  __device__ __forceinline__ int own_piece(int piece) const {
+    const int unit = rank * s.slice + piece / kRows * (16 / kSize);
+    return unit / kChunk * (kRows * kChunkBytes) + k_major_offset(piece % kRows, unit % kChunk * kSize);
   }
 
   // -------------------------------------------------------------------------------------------------------------- begin
@@ -328,7 +313,7 @@ struct FormulaClusterMemory {
     }
   }
 
-  // Weights, constants and barriers are there, and zeros in all that is exchanged.
+  // Weights and constants are there, and zeros in all that is exchanged.
   __device__ __forceinline__ void start() const {
     load_weights();
     load_constants();
@@ -340,17 +325,8 @@ struct FormulaClusterMemory {
     };
     clear(s.vectors, s.vectors_bytes);
     if (s.recurrent_local) clear(s.own_vector, kRecurrentVectors * vector_bytes());
-    if (s.ranks > 1 && simt::thread_x() < 2) simt::mbarrier_init(barrier(simt::thread_x()));
     simt::cp_async_wait<0>();
     simt::sync_block();
-  }
-  // No block pushes before all of them have started.
-  __device__ __forceinline__ void meet() const {
-    if (s.ranks > 1) {
-      simt::sync_cluster();
-    } else {
-      simt::sync_block();
-    }
   }
 };
 

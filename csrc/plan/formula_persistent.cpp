@@ -1,4 +1,4 @@
-#include "plan/formula_cluster.h"
+#include "plan/formula_persistent.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -10,13 +10,13 @@
 
 namespace fused_rnn {
 
-using cuda::FormulaClusterShape;
+using cuda::FormulaPersistentShape;
 using cuda::MathKind;
 
 namespace {
 
-constexpr int kRows = cuda::kFormulaClusterRows, kAtom = cuda::kFormulaClusterAtom;
-constexpr int kWarps = cuda::kFormulaClusterThreads / 32;
+constexpr int kRows = cuda::kFormulaPersistentRows, kAtom = cuda::kFormulaPersistentAtom;
+constexpr int kWarps = cuda::kFormulaPersistentThreads / 32;
 constexpr int kMostSplits = 8;
 
 // The phases of a level: products and norms.
@@ -39,7 +39,7 @@ class Layout {
   Layout(const FormulaStepProblem& problem, MathKind math)
       : problem_(problem), cell_(*problem.cell), math_(math), chunk_(cuda::chunk_size(math)) {
     const int64_t units = problem.H / problem.heads, padding = std::max(chunk_, kAtom);
-    if (problem.H > (int64_t{1} << 20)) throw std::invalid_argument("more units than a cluster can hold");
+    if (problem.H > (int64_t{1} << 20)) throw std::invalid_argument("more units than its blocks can hold");
     shape_.groups = cell_.phases > 0 ? 1 : problem.heads;
     shape_.heads = problem.heads / shape_.groups;
     shape_.head = static_cast<int>(ceil_div(units, padding) * padding);
@@ -50,8 +50,8 @@ class Layout {
   int atoms() const { return shape_.units / kAtom; }
 
   // With blocks of so many atoms, whose products are split into at most so many parts.
-  FormulaClusterShape of(int atoms_of_block, int most_splits) const {
-    FormulaClusterShape s = shape_;
+  FormulaPersistentShape of(int atoms_of_block, int most_splits) const {
+    FormulaPersistentShape s = shape_;
     const bool backward = problem_.backward, recurs = cell_.recurrent_gates > 0;
     const int size = cuda::storage_bytes(math_), wide = cuda::accumulator_bytes(math_);
     s.slice = atoms_of_block * kAtom;
@@ -90,9 +90,9 @@ class Layout {
   int levels() const { return levels_; }
 
   // With as many parts as there is room for.
-  FormulaClusterShape fitting(int atoms_of_block, const DeviceInfo& device) const {
+  FormulaPersistentShape fitting(int atoms_of_block, const DeviceInfo& device) const {
     for (int most_splits = kMostSplits; most_splits > 1; most_splits /= 2) {
-      const FormulaClusterShape shape = of(atoms_of_block, most_splits);
+      const FormulaPersistentShape shape = of(atoms_of_block, most_splits);
       if (shape.smem_bytes <= device.smem_per_block) return shape;
     }
     return of(atoms_of_block, 1);
@@ -111,7 +111,7 @@ class Layout {
     return count;
   }
   // Exchanges that follow each other, also from a step to the next, do not overlap.
-  void lay_out_exchanges(FormulaClusterShape& s, int recurrent_vectors) const {
+  void lay_out_exchanges(FormulaPersistentShape& s, int recurrent_vectors) const {
     const int64_t vector = int64_t{s.units} * kRows * cuda::storage_bytes(math_);
     const int64_t norm = int64_t{s.ranks} * kRows * 4 * cuda::accumulator_bytes(math_);
     Level exchanges[kMostFormulaPhases + 1], most{};
@@ -128,7 +128,7 @@ class Layout {
   }
 
   // Numbers that the parts of sums take; fills in the splits.
-  int64_t sums_and_splits(FormulaClusterShape& s, int most_splits) const {
+  int64_t sums_and_splits(FormulaPersistentShape& s, int most_splits) const {
     const int of_block = s.slice / kAtom, head_chunks = s.head / chunk_;
     int64_t most = 0;
     const auto choose = [&](int tasks, int chunks) {
@@ -157,7 +157,7 @@ class Layout {
   const FormulaTraits& cell_;
   MathKind math_;
   int chunk_, levels_;
-  FormulaClusterShape shape_{};
+  FormulaPersistentShape shape_{};
 };
 
 // A product of a block in a step.
@@ -171,7 +171,7 @@ double product_us(int tasks, int splits, int chunks, MathKind math, const Device
 }
 
 // What reaches a block in a step.
-double exchanged_bytes(const FormulaStepProblem& problem, MathKind math, const FormulaClusterShape& s, int levels) {
+double exchanged_bytes(const FormulaStepProblem& problem, MathKind math, const FormulaPersistentShape& s, int levels) {
   const FormulaTraits& cell = *problem.cell;
   double vectors = 0, norms = 0;
   if (cell.recurrent_gates > 0 && !s.recurrent_local) vectors += problem.backward ? cell.recurrent_gates : 1;
@@ -182,16 +182,20 @@ double exchanged_bytes(const FormulaStepProblem& problem, MathKind math, const F
   return vectors * s.units * kRows * cuda::storage_bytes(math) + norms * s.ranks * kRows * 4 * cuda::accumulator_bytes(math);
 }
 
-double step_us(const FormulaStepProblem& problem, const DeviceInfo& device, MathKind math, const FormulaClusterShape& s,
-               int levels) {
+double step_us(const FormulaStepProblem& problem, const DeviceInfo& device, const FormulaPersistentPlan& plan, int levels) {
+  const FormulaPersistentShape& s = plan.shape;
+  const MathKind math = plan.math;
   const FormulaTraits& cell = *problem.cell;
   const int of_block = s.slice / kAtom, chunk = cuda::chunk_size(math), gates = cell.recurrent_gates;
   const bool backward = problem.backward;
   double us = kStepUs + levels * kFormulaPassUs;
-  us += (levels + 1) * kFormulaElementUs * double(ceil_div(s.slice * kRows, cuda::kFormulaClusterThreads) - 1);
+  us += (levels + 1) * kFormulaElementUs * double(ceil_div(s.slice * kRows, cuda::kFormulaPersistentThreads) - 1);
   if (s.ranks > 1) {
-    us += s.exchanges * (kClusterHandOffUs + kFormulaGatherUs) +
-          exchanged_bytes(problem, math, s, levels) / kFormulaClusterBytesPerClock / (kClockGhz * 1e3);
+    // In `grid` every word has a tag.
+    const bool grid = plan.family == Family::kGrid;
+    const double clocks = grid ? 2 / kSharedL2BytesPerClock : 1 / kFormulaClusterBytesPerClock;
+    us += s.exchanges * ((grid ? kL2HandOffUs : kClusterHandOffUs) + kFormulaGatherUs) +
+          exchanged_bytes(problem, math, s, levels) * clocks / (kClockGhz * 1e3);
   }
   if (gates > 0) {
     us += product_us((backward ? 1 : gates) * of_block, s.splits[0], (backward ? gates : 1) * s.head / chunk, math, device);
@@ -204,58 +208,79 @@ double step_us(const FormulaStepProblem& problem, const DeviceInfo& device, Math
   return us;
 }
 
+// Blocks of a team at most, and the reason where the family cannot serve at all.
+int most_blocks(const FormulaStepProblem& problem, const DeviceInfo& device, Family family, int exchanges) {
+  if (family == Family::kCluster) {
+    return device.compiled_for < 90 ? 1 : std::min(device.max_cluster, cuda::kMaxClusterBlocks);
+  }
+  if (device.compiled_for < 80) throw std::invalid_argument("needs compute capability 8.0");
+  if (problem.T > (int64_t{1} << 31) / (exchanges + 1)) throw std::invalid_argument("numbers all exchanges with 32 bits");
+  const int resident = device.resident_blocks == 0 ? device.sm_count : device.resident_blocks;
+  if (resident < 1) throw std::invalid_argument("the device runs no block of its kernels");
+  return resident;
+}
+
+// Teams of so many blocks that run at once.
+int64_t teams_at_once(const DeviceInfo& device, Family family, int blocks) {
+  if (family == Family::kGrid) return (device.resident_blocks == 0 ? device.sm_count : device.resident_blocks) / blocks;
+  return blocks == 1 ? device.sm_count : clusters_at_once(device, blocks);
+}
+
 }  // namespace
 
-FormulaClusterPlan plan_formula_cluster(const FormulaStepProblem& problem, const DeviceInfo& device, int ranks) {
-  FormulaClusterPlan plan{};
-  plan.math = cuda::math_kind(problem.dtype, /*allow_tf32=*/false);
-  plan.row_tiles = ceil_div(problem.B, int64_t{kRows});
-  const Layout layout(problem, plan.math);
-  const bool clusters = device.compiled_for >= 90;
-  const int most = clusters ? static_cast<int>(std::min<int64_t>(device.max_cluster, cuda::kMaxClusterBlocks)) : 1;
-  double least = 0;
+FormulaPersistentPlan plan_formula_persistent(const FormulaStepProblem& problem, const DeviceInfo& device, Family family,
+                                              int ranks) {
+  const MathKind math = cuda::math_kind(problem.dtype, /*allow_tf32=*/false);
+  const Layout layout(problem, math);
+  const int most = most_blocks(problem, device, family, layout.levels() + 1);
+  const int64_t row_tiles = ceil_div(problem.B, int64_t{kRows});
+  FormulaPersistentPlan best{};
   int64_t least_bytes = 0;
   for (int blocks = 1; blocks <= std::min(std::max(most, 1), layout.atoms()); ++blocks) {
-    const FormulaClusterShape shape = layout.fitting(static_cast<int>(ceil_div(layout.atoms(), blocks)), device);
-    if (shape.ranks != blocks || (ranks > 0 && ranks != blocks)) continue;
-    least_bytes = least_bytes ? std::min<int64_t>(least_bytes, shape.smem_bytes) : shape.smem_bytes;
-    if (shape.smem_bytes > device.smem_per_block) continue;
-    const int64_t at_once = blocks == 1 ? device.sm_count : clusters_at_once(device, blocks);
-    if (at_once == 0) continue;
-    const int64_t needed = plan.row_tiles * shape.groups * problem.D;
-    const double us = double(ceil_div(std::max<int64_t>(needed, 1), at_once)) *
-                      step_us(problem, device, plan.math, shape, layout.levels());
-    if (plan.shape.ranks > 0 && us >= least) continue;
-    least = us;
-    plan.shape = shape;
-    plan.clusters = needed, plan.at_once = at_once;
+    FormulaPersistentPlan plan{};
+    plan.family = family, plan.math = math;
+    plan.shape = layout.fitting(static_cast<int>(ceil_div(layout.atoms(), blocks)), device);
+    if (plan.shape.ranks != blocks || (ranks > 0 && ranks != blocks)) continue;
+    least_bytes = least_bytes ? std::min<int64_t>(least_bytes, plan.shape.smem_bytes) : plan.shape.smem_bytes;
+    if (plan.shape.smem_bytes > device.smem_per_block) continue;
+    plan.teams = row_tiles * plan.shape.groups * problem.D;
+    plan.at_once = teams_at_once(device, family, blocks);
+    if (plan.at_once == 0) continue;
+    const double turns = double(ceil_div(std::max<int64_t>(plan.teams, 1), plan.at_once));
+    plan.us_per_step = turns * step_us(problem, device, plan, layout.levels());
+    plan.us_once = turns * plan.shape.smem_bytes / (kSharedL2BytesPerClock * kClockGhz * 1e3) + 2 * kL2LatencyUs;
+    const double us = plan.us_once + double(problem.T) * plan.us_per_step;
+    if (best.shape.ranks == 0 || us < best.us_once + double(problem.T) * best.us_per_step) best = plan;
   }
-  if (plan.shape.ranks == 0) {
+  if (best.shape.ranks == 0) {
     std::string reason = least_bytes == 0
-                             ? "no cluster of that size has work for all of its blocks"
+                             ? "no team of so many blocks has work for all of them"
                              : "weights and states of a block need at least " + std::to_string(least_bytes) +
                                    " bytes of shared memory, and a block has " + std::to_string(device.smem_per_block);
     if (most <= 1 && ranks == 0) reason += "; the device or the code for it has no clusters, among which to divide them";
     throw std::invalid_argument(reason);
   }
-  if (plan.row_tiles * plan.shape.ranks > 0x7fffffff || plan.shape.groups > 0xffff) {
-    throw std::invalid_argument("the grid exceeds what CUDA can launch");
-  }
-  plan.us_per_step = least;
-  const double bytes = double(plan.shape.smem_bytes) * double(ceil_div(std::max<int64_t>(plan.clusters, 1), plan.at_once));
-  plan.us_once = kLaunchUs + 2 * kL2LatencyUs + bytes / (kSharedL2BytesPerClock * kClockGhz * 1e3);
-  return plan;
+  const bool exchanges = family == Family::kGrid && best.shape.ranks > 1;
+  best.row_tiles = static_cast<int>(row_tiles);
+  // Clusters that do not run at once wait inside of one launch.
+  best.launches = exchanges ? static_cast<int>(ceil_div(std::max<int64_t>(best.teams, 1), best.at_once)) : 1;
+  best.exchange_bytes = exchanges ? best.teams * 2 * formula_exchange_bytes(best.shape) : 0;
+  best.us_once += (best.launches + exchanges) * kLaunchUs;
+  if (best.teams * best.shape.ranks > 0x7fffffff) throw std::invalid_argument("the launch exceeds what CUDA can launch");
+  return best;
 }
 
-std::string to_string(const FormulaClusterPlan& plan) {
-  const FormulaClusterShape& s = plan.shape;
+std::string to_string(const FormulaPersistentPlan& plan) {
+  const FormulaPersistentShape& s = plan.shape;
+  const std::string launches = plan.launches == 1 ? "1 launch" : std::to_string(plan.launches) + " launches";
   char text[320];
   std::snprintf(text, sizeof text,
-                "1 launch for all steps, about %.1f us a step and %.1f us once (model, not measured), %s arithmetic; %lld "
-                "cluster%s of %d block%s of %d threads, %lld at once, %d units of a block, %d exchanges a step, %d bytes of "
+                "%s for all steps, about %.1f us a step and %.1f us once (model, not measured), %s arithmetic; %lld "
+                "%s%s of %d block%s of %d threads, %lld at once, %d units of a block, %d exchanges a step, %d bytes of "
                 "shared memory",
-                plan.us_per_step, plan.us_once, cuda::to_string(plan.math), static_cast<long long>(plan.clusters),
-                plan.clusters == 1 ? "" : "s", s.ranks, s.ranks == 1 ? "" : "s", cuda::kFormulaClusterThreads,
+                launches.c_str(), plan.us_per_step, plan.us_once, cuda::to_string(plan.math),
+                static_cast<long long>(plan.teams), plan.family == Family::kGrid ? "team" : "cluster",
+                plan.teams == 1 ? "" : "s", s.ranks, s.ranks == 1 ? "" : "s", cuda::kFormulaPersistentThreads,
                 static_cast<long long>(plan.at_once), s.slice, s.ranks > 1 ? s.exchanges : 0, s.smem_bytes);
   return text;
 }
