@@ -4,8 +4,8 @@ python benchmarks/zoo_ptxas.py --cells LiGRU SLSTM                     # a table
 python benchmarks/zoo_ptxas.py --markdown results/zoo_ptxas.md         # of all cells, for benchmarks/results
 
 Of each cell, dtype and architecture: kernels, the most registers of a thread, spilled bytes. Beside it the launches of a
-step, forward and backward. --cluster: of the two kernels of family cluster alone. --plans adds the planner's microseconds of
-a step on an H100, by both families.
+step, forward and backward. --families: of these kernels alone. --plans adds the planner's microseconds of a step on an H100,
+by each family.
 """
 
 from __future__ import annotations
@@ -37,20 +37,19 @@ PLANNED = (
     (fused_rnn.zoo.BlockGRU(heads=8), 512, 16, torch.bfloat16),
     (fused_rnn.zoo.DreamerGRU(heads=8), 512, 16, torch.bfloat16),
     (fused_rnn.zoo.LayerNormLSTM(), 512, 16, torch.bfloat16),
+    (fused_rnn.zoo.LSTM(), 1024, 64, torch.bfloat16),
+    (fused_rnn.zoo.LiGRU(), 1024, 16, torch.float32),
 )
 
 
-def compiled(plan: Plan, dtype: torch.dtype, arch: str, cluster: bool) -> str:
-    """ "kernels: most registers, spilled bytes"; cluster: of family cluster alone."""
+def compiled(plan: Plan, dtype: torch.dtype, arch: str, families: list[str]) -> str:
+    """ "kernels: most registers, spilled bytes"."""
     nvcc, includes = find_nvcc()
     folders = [part for folder in cuda_compiler.include_directories(rtc=False) for part in ("-I", str(folder))]
+    kernels = cuda.kernels_of(plan, families)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "cell.cu"
-        text = cuda.translation_unit(plan, dtype)
-        kernels = [kernel for kernel in cuda.kernels_of(plan) if not cluster or kernel.name.startswith("cluster")]
-        if cluster:
-            text = "\n".join(line for line in text.split("\n") if "_FORMULA_" not in line or "_CLUSTER_" in line)
-        source.write_text(text)
+        source.write_text(cuda.translation_unit(plan, dtype, families))
         command = [nvcc, "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-Xptxas", "-v", *includes, *folders, str(source)]
         done = subprocess.run([*command, "-o", f"{folder}/cell.cubin"], capture_output=True, text=True)
     if done.returncode != 0:
@@ -61,36 +60,26 @@ def compiled(plan: Plan, dtype: torch.dtype, arch: str, cluster: bool) -> str:
 
 
 def planned() -> list[str]:
-    """Microseconds of a step on an H100 by the planner, of family step and of family cluster."""
-    heads = (
-        "cell",
-        "dtype",
-        "H",
-        "B",
-        "step: us/step",
-        "launches",
-        "cluster: us/step",
-        "blocks of a cluster",
-        "shared memory",
-    )
+    """Microseconds of a step on an H100 by the planner, of each family."""
+    heads = ["cell", "dtype", "H", "B", "step: us/step", "launches"]
+    for family in cuda.PERSISTENT:
+        heads += [f"{family}: us/step", "blocks of a team", "shared memory"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for cell, hidden, batch, dtype in PLANNED:
         layer = fused_rnn.Layer(cell, hidden, hidden, dtype=dtype)
         x = torch.empty(100, batch, hidden, device="meta", dtype=dtype)
         columns = [f"{type(cell).__name__}, {cell.declaration.heads} heads", str(dtype).removeprefix("torch.")]
         columns += [str(hidden), str(batch)]
-        for family in ("step", "cluster"):
+        for family in cuda.FAMILIES:
             with _settings.use("FUSED_RNN_PLAN", family):
                 found = fused_rnn.explain(layer, x, device="H100", show=False).layers[0]
-            passes = [found.forward, found.backward]
-            took = [plan.us_per_step for plan in passes if plan is not None and plan.family == family]
-            columns.append(" + ".join(f"{us:.2f}" for us in took if us is not None) or "does not fit")
-            texts = [plan.text for plan in passes if plan is not None]
+            passes = [plan for plan in (found.forward, found.backward) if plan is not None and plan.family == family]
+            columns.append(" + ".join(f"{plan.us_per_step:.2f}" for plan in passes) or "does not fit")
             if family == "step":
-                columns.append(" + ".join(str((plan.launches or 0) // 100) for plan in passes if plan is not None))
-            else:
-                columns += [" + ".join(re.findall(what, text)[0] for text in texts if re.search(what, text))
-                            for what in (r"of (\d+) blocks? of", r"(\d+) bytes of shared")]  # fmt: skip
+                columns.append(" + ".join(str((plan.launches or 0) // 100) for plan in passes))
+                continue
+            for what in (r"of (\d+) blocks? of", r"(\d+) bytes of shared"):
+                columns.append(" + ".join(re.findall(what, plan.text)[0] for plan in passes))
         lines.append(f"| {' | '.join(columns)} |")
     return lines
 
@@ -101,7 +90,7 @@ def main() -> None:
     parser.add_argument("--arch", nargs="*", default=["sm_80", "sm_90a"])
     parser.add_argument("--dtypes", nargs="*", default=["fp16", "fp32"], choices=DTYPES)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--cluster", action="store_true", help="the kernels of family cluster alone")
+    parser.add_argument("--families", nargs="*", default=cuda.FAMILIES, choices=cuda.FAMILIES, help="all by default")
     parser.add_argument("--plans", action="store_true", help="also the planner's microseconds of a step")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     options = parser.parse_args()
@@ -124,7 +113,7 @@ def main() -> None:
             plan = make_plan(cell)
             launches = [max(levels, default=-1) + 2 for levels in (plan.forward_levels, plan.backward_levels)]
             texts = pool.map(
-                lambda column, plan=plan: compiled(plan, DTYPES[column[1]], column[0], options.cluster), columns
+                lambda column, plan=plan: compiled(plan, DTYPES[column[1]], column[0], options.families), columns
             )
             lines.append(f"| {name} | {launches[0]} + {launches[1]} | {' | '.join(texts)} |")
             print(lines[-1], flush=True)

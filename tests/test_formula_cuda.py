@@ -150,12 +150,13 @@ int main(int, char** argv) {
     const FormulaLauncher launch = module.launcher(0, (void*)0x40);
     int argument = 7;
     launch({FormulaRole::kForward, 1, TileSize::kMedium, 2, 3, 4, 128, 1000, false, 1, false}, &argument, sizeof argument);
-    launch({FormulaRole::kInitialGradients, 0, TileSize::kSmall, 1, 1, 1, 256, 0, true, 1, false}, &argument, sizeof argument);
-    launch({FormulaRole::kClusterBackward, 0, TileSize::kSmall, 32, 6, 2, 256, 9, false, 16, false}, &argument, sizeof argument);
-    launch({FormulaRole::kGridForward, 0, TileSize::kSmall, 40, 1, 1, 256, 9, false, 1, true}, &argument, sizeof argument);
+    const FormulaLaunch initial{FormulaRole::kInitialGradients, 0, TileSize::kSmall, 1, 1, 1, 256, 0, true, 1, false};
+    const FormulaLaunch cluster{FormulaRole::kClusterBackward, 0, TileSize::kSmall, 32, 6, 2, 256, 9, false, 16, false};
+    FormulaLaunch grid{FormulaRole::kGridForward, 0, TileSize::kSmall, 40, 1, 1, 256, 9, false, 1, true};
+    for (const FormulaLaunch& one : {initial, cluster, grid}) launch(one, &argument, sizeof argument);
     module.launcher(0, nullptr);  // loaded once
-    const int many = 1000;  // of which the device takes fewer
-    launch({FormulaRole::kGridForward, 0, TileSize::kSmall, many, 1, 1, 256, 9, false, 1, true}, &argument, sizeof argument);
+    grid.grid_x = 1000;  // of which the device takes fewer
+    launch(grid, &argument, sizeof argument);
   } catch (const fused_rnn::LaunchRefused& error) {
     std::printf("refused: %s\\n", error.what());
   } catch (const std::exception& error) {
@@ -442,7 +443,7 @@ PLANNED = [  # cell, H, forward and backward us/step that an H100 is to stay bel
 def test_explained_family(
     cell: fused_rnn.Cell, hidden: int, forward_us: float, both_us: float, clusters: str, setting: Any
 ) -> None:
-    """Families with the planner's times; a persistent one serves where it is asked for, and says why it does not elsewhere."""
+    """Families with the planner's times; a persistent one serves where it is asked for, and says why not elsewhere."""
     layer = Layer(cell, 64, hidden, dtype=torch.bfloat16)
     x = torch.empty(100, 16, 64, device="meta", dtype=torch.bfloat16)
 

@@ -45,10 +45,16 @@ class Kernel:
     def name(self) -> str:
         return f"{ROLES[self.role]}_{self.segment}_{TILES[self.tile]}"
 
+    @property
+    def family(self) -> str:
+        """Which family it belongs to."""
+        first = ROLES[self.role].split("_")[0]
+        return first if first in PERSISTENT else "step"
+
 
 def kernels_of(plan: Plan, families: Sequence[str] = FAMILIES) -> list[Kernel]:
     """The kernels of a cell: of family ``step``, where a segment that makes a product has one of each tile, any other one
-    of the small tile; then the two of each persistent family among ``families``."""
+    of the small tile; and the two of each persistent family."""
     recurs = bool(plan.cell.declaration.recurrent_gates)
     products = [phase.kind == "product" for phase in plan.cell.phases]
 
@@ -61,13 +67,14 @@ def kernels_of(plan: Plan, families: Sequence[str] = FAMILIES) -> list[Kernel]:
         return [*enumerate([recurs, *of_levels])]
 
     segments = segments_of(plan.forward_levels), segments_of(plan.backward_levels), [(0, recurs)]
-    steps = [
+    kernels = [
         Kernel(role, segment, tile)
         for role, of_role in enumerate(segments)
         for segment, product in of_role
         for tile in range(1 + product)
     ]
-    return [*steps, *(Kernel(role, 0, 0) for role, name in enumerate(ROLES) if name.split("_")[0] in families)]
+    kernels += [Kernel(role, 0, 0) for role in range(len(segments), len(ROLES))]
+    return [kernel for kernel in kernels if kernel.family in families]
 
 
 def translation_unit(plan: Plan, dtype: torch.dtype, families: Sequence[str] = FAMILIES) -> str:
@@ -77,7 +84,7 @@ def translation_unit(plan: Plan, dtype: torch.dtype, families: Sequence[str] = F
     for kernel in kernels_of(plan, families):
         role = ROLES[kernel.role]
         arguments = [cell, math]
-        if role.split("_")[0] not in PERSISTENT:
+        if kernel.family == "step":
             arguments += [str(kernel.segment)] * (role != "initial") + [TILES[kernel.tile]]
         lines.append(f"FUSED_RNN_FORMULA_{role.upper()}({', '.join(arguments)})")
     return "\n".join(

@@ -1,5 +1,5 @@
-"""The persistent families of generated kernels, ``cluster`` and ``grid``: one launch a layer, on the simulated device, against
-``step`` in float64."""
+"""The persistent families of generated kernels, ``cluster`` and ``grid``, on the simulated device, against ``step`` in
+float64. One launch makes all steps."""
 
 from __future__ import annotations
 
