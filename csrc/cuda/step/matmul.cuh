@@ -42,6 +42,11 @@ struct ProductGeometry {
   static constexpr int kElements = (kUnits * kBatch + kThreads - 1) / kThreads;
   using Accumulators = Acc[kSlots][kAtomsU][kAtomsB][4];
 
+  // What a product of two phases may have otherwise: fewer groups in one phase, and groups that do not follow each other at
+  // once (Operand::stride).
+  static constexpr __device__ int groups(int) { return kGroups; }
+  static constexpr bool kStrided = false;
+
   static_assert(kUnits % (16 * kTile.warps_u) == 0 && kBatch % (8 * kTile.warps_b) == 0);
   static_assert(kBatch <= kThreads, "one thread fills in each row of the table");
   static_assert(kWeightBytes % 16 == 0 && kStageBytes % 16 == 0 && kTableBytes % 128 == 0);
@@ -63,7 +68,8 @@ template <class Storage>
 struct Operand {
   const Storage* weight;  // [groups, units, k], or [k, units] if unit-major
   int64_t units, k;
-  int copy_bytes;  // alignment of every row of both: 16, 4, or one element
+  int copy_bytes;      // alignment of every row of both: 16, 4, or one element
+  int64_t stride = 0;  // rows from group to group; read where G::kStrided, else `units`
 };
 
 // The elements of a piece, each times its factor.
@@ -283,7 +289,7 @@ class Matmul {
 
   // A thread copies the same columns of the rows first, first + kStep, ... of every group.
   template <int kBytes>
-  __device__ __forceinline__ void fill_k_major(const Operand<Storage>& operand, int64_t k0, unsigned char* tile) {
+  __device__ __forceinline__ void fill_k_major(const Operand<Storage>& operand, int phase, int64_t k0, unsigned char* tile) {
     constexpr int kSize = sizeof(Storage), kPerRow = kChunkBytes / kBytes, kStep = G::kTeamThreads / kPerRow;
     constexpr int kRounds = G::kUnits / kStep;
     static_assert(G::kUnits % kStep == 0);
@@ -291,10 +297,14 @@ class Matmul {
     const int64_t k = k0 + byte / kSize, left = operand.units - first_unit_ - row;
     const int units = k >= operand.k ? 0 : static_cast<int>(left);
     const Storage* base = operand.weight + ((first_unit_ + row) * operand.k + k);
+    const int64_t stride = G::kStrided ? operand.stride : operand.units;
     copy_pieces<Storage, kBytes, G::kGroups * kRounds>([&](int n, const Storage*& source, unsigned char*& target) {
       const int group = n / kRounds, skip = n % kRounds * kStep;
       target = tile + piece_offset<kStep>(row, group * G::kUnits + skip, byte);
-      source = base + (group * operand.units + skip) * operand.k;
+      source = base + (group * stride + skip) * operand.k;
+      if constexpr (G::kOperands > 1 && G::groups(0) != G::groups(1)) {
+        if (group >= G::groups(phase)) return false;
+      }
       return skip < units;
     });
   }
@@ -326,7 +336,7 @@ class Matmul {
       if constexpr (G::kUnitMajor) {
         fill_unit_major<decltype(bytes)::value>(operand, k0, tile);
       } else {
-        fill_k_major<decltype(bytes)::value>(operand, k0, tile);
+        fill_k_major<decltype(bytes)::value>(operand, phase_of(i), k0, tile);
       }
     });
   }
@@ -385,7 +395,7 @@ class Matmul {
 #pragma unroll
       for (int n = 0; n < G::kAtomsB; ++n) b[n] = Fragments::load_b(states, batch_base(warp) + 8 * n, k);
 #pragma unroll
-      for (int g = 0; g < G::kGroups; ++g) {
+      for (int g = 0; g < G::groups(kPhase); ++g) {
 #pragma unroll
         for (int u = 0; u < G::kAtomsU; ++u) {
           const auto a = Fragments::load_a(weights, g * G::kUnits + unit_base(warp) + 16 * u, k);
