@@ -16,6 +16,8 @@ struct FormulaStepProblem {
   int64_t T, B, H;
   int D, heads;
   bool backward;
+  bool reset_states;  // resets put states of their own
+  bool d_series;      // of backward: there are gradients of states after each step
 };
 
 // One kernel; grid.z is D.

@@ -19,6 +19,12 @@ struct Found {
 Found find(const FormulaStepProblem& problem, const DeviceInfo& device, const FamilyChoice& choice, Family family,
            int ranks) {
   Found found{family, std::nullopt, choice.obstacle(family)};
+  if (found.obstacle.empty() && problem.reset_states) {
+    found.obstacle = "its kernels replace a state by zeros alone, not by reset_state";
+  }
+  if (found.obstacle.empty() && problem.d_series) {
+    found.obstacle = "its kernels take no gradients of the states beside the output of every step (return_all_states)";
+  }
   if (!found.obstacle.empty()) return found;
   try {
     found.plan = plan_formula_persistent(problem, device, family, ranks);

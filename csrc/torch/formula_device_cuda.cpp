@@ -48,7 +48,7 @@ void fill(cuda::FormulaLayer& to, const cpu::FormulaParams& from) {
   to.H = from.H, to.D = from.D, to.heads = from.heads;
   to.seq = from.seq;
   to.modifier = from.modifier;
-  for (int i = 0; i < kMostFormulaStates; ++i) to.initial[i] = from.states[i];
+  for (int i = 0; i < kMostFormulaStates; ++i) to.initial[i] = from.states[i], to.reset_states[i] = from.reset_states[i];
   for (int d = 0; d < from.D; ++d) {
     cuda::FormulaDirection& weights = to.weights[d];
     weights.w_hh = from.weights[d].w_hh.data;
@@ -63,7 +63,17 @@ void fill(cuda::FormulaLayer& to, const cpu::FormulaParams& from) {
 }
 
 FormulaStepProblem problem_of(const FormulaTraits& traits, const cpu::FormulaParams& p, bool backward) {
-  return {&traits, p.dtype, p.seq.T, p.seq.B, p.H, p.D, p.heads, backward};
+  FormulaStepProblem problem{&traits, p.dtype, p.seq.T, p.seq.B, p.H, p.D, p.heads, backward};
+  for (const ResetState& put : p.reset_states) problem.reset_states |= put.data != nullptr;
+  return problem;
+}
+FormulaStepProblem problem_of(const FormulaTraits& traits, const cpu::FormulaForward& p) {
+  return problem_of(traits, p, /*backward=*/false);
+}
+FormulaStepProblem problem_of(const FormulaTraits& traits, const cpu::FormulaBackward& p) {
+  FormulaStepProblem problem = problem_of(traits, p, /*backward=*/true);
+  for (const void* d : p.d_series) problem.d_series |= d != nullptr;
+  return problem;
 }
 
 // What FUSED_RNN_PLAN says, among the kernels that have been verified.
@@ -77,14 +87,13 @@ FormulaPlan plan_of(const cuda::FormulaModule& module, const FormulaStepProblem&
 
 // run(plan, workspace, launch) with the kernels of a call; where the device refuses the launch, with those of the next
 // family.
-template <class Run>
-void run_planned(const std::string& formula, const cpu::FormulaParams& p, const at::Tensor& x, bool backward,
-                 const Run& run) {
+template <class Params, class Run>
+void run_planned(const std::string& formula, const Params& p, const at::Tensor& x, const Run& run) {
   const int device = static_cast<int>(x.get_device());
   cuda::FormulaModule* const module = find(formula, p.dtype, device);
   TORCH_CHECK(module, "cell: the formula ", formula, " has no kernels in this process for ", x.scalar_type(), " on ",
               x.device(), ": make a fused_rnn.Layer of the cell first");
-  const FormulaStepProblem problem = problem_of(module->traits(), p, backward);
+  const FormulaStepProblem problem = problem_of(module->traits(), p);
   const cuda::FormulaLauncher launch = module->launcher(device, c10::cuda::getCurrentCUDAStream().stream());
   for (;;) {
     const FormulaPlan plan = plan_of(*module, problem, info_of(device));
@@ -159,7 +168,8 @@ void formula_backward_on_device(const std::string& formula, const cpu::FormulaBa
   to.dy = p.dy;
   to.d = p.d;
   for (int i = 0; i < kMostFormulaStates; ++i) {
-    to.series[i] = p.series[i], to.d_last[i] = p.d_last[i], to.d_initial[i] = p.d_states[i];
+    to.series[i] = p.series[i], to.d_last[i] = p.d_last[i], to.d_series[i] = p.d_series[i];
+    to.d_initial[i] = p.d_states[i], to.d_reset[i] = p.d_reset[i];
   }
   for (int k = 0; k < kMostFormulaPhases; ++k) to.v[k] = p.v[k];
   run_planned(

@@ -7,6 +7,7 @@
 #include <ATen/ops/rms_norm.h>
 #include <ATen/ops/zeros.h>
 
+#include "torch/device.h"
 #include "torch/formula_layer.h"
 #include "torch/ids.h"
 
@@ -71,6 +72,17 @@ Tensor through_recurrent_weights(const FormulaLayer& layer, const Tensor& d_rec,
     }
   }
   return out;
+}
+
+// The gradient of state i of direction k before the rows that `choose` takes of all [N, H]: what d_reset has, and of the
+// recurrent state what passes through weight_hh.
+template <class Choose>
+Tensor reset_state_gradient(const FormulaLayer& layer, const FormulaGradients& made, int i, int k, const Choose& choose) {
+  const cpu::FormulaTraits& traits = layer.traits();
+  const Tensor d = choose(made.d_reset[i].select(0, k));
+  if (!layer.recurs() || i != traits.recurrent) return d;
+  const int64_t G = traits.recurrent_gates;
+  return at::add(d, through_recurrent_weights(layer, choose(made.blocks(k, traits.gradients - G, G)), k));
 }
 
 // Sums over the rows of all blocks of d of a direction that a gradient needs: each block is read once, also where bias_ih
@@ -171,22 +183,32 @@ Tensor input_gradient(const FormulaLayer& layer, const FormulaGradients& made, c
 
 void reset_state_gradients(const FormulaLayer& layer, const FormulaGradients& made, std::vector<Tensor>& gradients) {
   const LayerShapes& s = layer.shapes;
-  const cpu::FormulaTraits& traits = layer.traits();
-  const RowPlaces resets = RowPlaces::of_resets(layer.call, s);
   const std::vector<Tensor>& given = layer.call.rows.reset_states;
-  for (size_t i = 0; i < given.size(); ++i) {
-    const Tensor sums = at::zeros(given[i].sizes(), given[i].options().dtype(at::toOpMathType(given[i].scalar_type())));
-    for (int k = 0; resets.rows.size(0) > 0 && k < s.D; ++k) {
-      Tensor d = made.d_reset[i].select(0, k).index_select(0, resets.rows);
-      if (layer.recurs() && static_cast<int>(i) == traits.recurrent) {
-        const int64_t G = traits.recurrent_gates;
-        const Tensor d_rec = made.blocks(k, traits.gradients - G, G).index_select(0, resets.rows);
-        d = at::add(d, through_recurrent_weights(layer, d_rec, k));
+  std::vector<Tensor> sums;
+  for (const Tensor& t : given) sums.push_back(at::zeros(t.sizes(), t.options().dtype(at::toOpMathType(t.scalar_type()))));
+  const auto append = [&] {
+    for (size_t i = 0; i < given.size(); ++i) gradients.push_back(sums[i].to(given[i].scalar_type()));
+  };
+  const int states = static_cast<int>(given.size());
+#ifdef FUSED_RNN_WITH_CUDA
+  if (is_on_device(layer.call.like())) {
+    const auto all = [](const Tensor& t) { return t; };
+    for (int i = 0; i < states; ++i) {
+      for (int k = 0; k < s.D; ++k) {
+        add_reset_gradients_on_device(layer.call, s, reset_state_gradient(layer, made, i, k, all), k, sums[i]);
       }
-      add_reset_gradients(resets, d, k, sums);
     }
-    gradients.push_back(sums.to(given[i].scalar_type()));
+    return append();
   }
+#endif
+  const RowPlaces resets = RowPlaces::of_resets(layer.call, s);
+  const auto at_resets = [&](const Tensor& t) { return t.index_select(0, resets.rows); };
+  for (int i = 0; resets.rows.size(0) > 0 && i < states; ++i) {
+    for (int k = 0; k < s.D; ++k) {
+      add_reset_gradients(resets, reset_state_gradient(layer, made, i, k, at_resets), k, sums[i]);
+    }
+  }
+  append();
 }
 
 }  // namespace fused_rnn

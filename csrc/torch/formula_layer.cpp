@@ -79,8 +79,6 @@ FormulaLayer check_formula(const Call& call, const std::string& formula) {
   const cpu::FormulaTraits* facts = nullptr;
 #ifdef FUSED_RNN_WITH_CUDA
   if (is_on_device(x)) {
-    TORCH_CHECK_NOT_IMPLEMENTED(call.rows.reset_states.empty() && !call.recipe.all_states,
-                                "no CUDA kernel of a formula has reset states or gives every state of every step");
     facts = formula_traits_on_device(formula, dtype_of(x), x.get_device());
   } else
 #endif

@@ -167,5 +167,11 @@ struct RowPlaces {
 // Adds the gradients [n, size] of what the resets of direction d put into a state to `sums`, which is like the reset state
 // but contiguous, and wider where that has 16 bits. On a CPU.
 void add_reset_gradients(const RowPlaces& resets, const Tensor& gradients, int64_t d, const Tensor& sums);
+#ifdef FUSED_RNN_WITH_CUDA
+// The same on a GPU, without the host's knowledge of where resets are. gradients [N, size]: of every row, of which those at
+// resets count, and others may be NaN. Sums are in the order of the rows.
+void add_reset_gradients_on_device(const Call& call, const LayerShapes& s, const Tensor& gradients, int64_t d,
+                                   const Tensor& sums);
+#endif
 
 }  // namespace fused_rnn

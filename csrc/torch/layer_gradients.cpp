@@ -185,24 +185,6 @@ std::vector<Tensor> state_gradients(const Call& call, const BackwardCall& made, 
 }
 
 #ifdef FUSED_RNN_WITH_CUDA
-// Adds to `sums` what add_reset_gradients does, without the host's knowledge of where resets are. gradients [N, size]: of
-// every row, of which those at resets count, and others may be NaN. Sums are in the order of the rows.
-void add_reset_gradients_on_device(const Call& call, const LayerShapes& s, const Tensor& gradients, int64_t d,
-                                   const Tensor& sums) {
-  Tensor mask = call.rows.resets->reshape({s.N});
-  if (call.rows.lengths) mask = at::logical_and(mask, active_rows(call, s).view({s.N}));
-  Tensor of_rows = at::where(mask.unsqueeze(1), gradients.to(sums.scalar_type()), 0);
-  if (call.rows.offsets) {
-    const RowPlaces all(call, s, at::arange(s.N, call.x.options().dtype(at::kLong)));
-    of_rows = at::zeros({s.T * s.B, of_rows.size(1)}, of_rows.options())
-                  .index_copy_(0, at::add(at::mul(all.t, s.B), all.b), of_rows);
-  }
-  of_rows = of_rows.view({s.T, s.B, sums.size(-1)});
-  const int64_t dim = sums.dim() - 3;  // of the direction
-  if (dim == 0) of_rows = at::sum(of_rows, sums.size(1) == 1 ? at::IntArrayRef{0, 1} : at::IntArrayRef{0});
-  sums.select(dim, d).add_(of_rows);
-}
-
 // As reset_state_gradients, of all rows.
 void reset_state_gradients_on_device(const Call& call, const BackwardCall& made, const std::vector<Tensor>& sums) {
   const LayerShapes& s = made.shapes;
@@ -288,6 +270,24 @@ void add_reset_gradients(const RowPlaces& resets, const Tensor& gradients, int64
     }
   });
 }
+
+#ifdef FUSED_RNN_WITH_CUDA
+void add_reset_gradients_on_device(const Call& call, const LayerShapes& s, const Tensor& gradients, int64_t d,
+                                   const Tensor& sums) {
+  Tensor mask = call.rows.resets->reshape({s.N});
+  if (call.rows.lengths) mask = at::logical_and(mask, active_rows(call, s).view({s.N}));
+  Tensor of_rows = at::where(mask.unsqueeze(1), gradients.to(sums.scalar_type()), 0);
+  if (call.rows.offsets) {
+    const RowPlaces all(call, s, at::arange(s.N, call.x.options().dtype(at::kLong)));
+    of_rows = at::zeros({s.T * s.B, of_rows.size(1)}, of_rows.options())
+                  .index_copy_(0, at::add(at::mul(all.t, s.B), all.b), of_rows);
+  }
+  of_rows = of_rows.view({s.T, s.B, sums.size(-1)});
+  const int64_t dim = sums.dim() - 3;  // of the direction
+  if (dim == 0) of_rows = at::sum(of_rows, sums.size(1) == 1 ? at::IntArrayRef{0, 1} : at::IntArrayRef{0});
+  sums.select(dim, d).add_(of_rows);
+}
+#endif
 
 InputColumns input_columns(CellKind cell, int64_t H, const Tensor& dg) {
   return dispatch_cell(cell, [&](auto tag) -> InputColumns {

@@ -16,7 +16,7 @@ from typing import Any
 
 import builder
 import torch
-from layers import Modifier
+from layers import Modifier, ResetState
 from simulator import H100, DeviceInfo, Simulator
 from torch import Tensor
 
@@ -93,7 +93,7 @@ class Direction(ctypes.Structure):
     ]
 
 
-# Of the modifier behind its resets, in words: all 0, no reset states and no options of steps.
+# Of the modifier behind its resets, in words: all 0, no options of steps.
 REST = (ctypes.sizeof(Modifier) - ctypes.sizeof(c_void_p)) // ctypes.sizeof(c_int64)
 
 
@@ -101,7 +101,7 @@ class FormulaLayer(ctypes.Structure):
     _fields_ = [
         *(("H", c_int64), ("D", c_int), ("heads", c_int), ("T", c_int64), ("B", c_int64), ("N", c_int64)),
         *(("lengths", c_void_p), ("offsets", c_void_p), ("resets", c_void_p), ("rest_of_modifier", c_int64 * REST)),
-        *(("weights", Direction * 2), ("initial", c_void_p * STATES)),
+        *(("reset_states", ResetState * STATES), ("weights", Direction * 2), ("initial", c_void_p * STATES)),
     ]
 
 
@@ -115,7 +115,8 @@ class FormulaForward(FormulaLayer):
 class FormulaBackward(FormulaLayer):
     _fields_ = [
         *(("y", c_void_p), ("series", c_void_p * STATES), ("v", c_void_p * PHASES), ("saved", c_void_p)),
-        *(("dy", c_void_p), ("d_last", c_void_p * STATES), ("d", c_void_p), ("d_initial", c_void_p * STATES)),
+        *(("dy", c_void_p), ("d_last", c_void_p * STATES), ("d_series", c_void_p * STATES)),
+        *(("d", c_void_p), ("d_initial", c_void_p * STATES), ("d_reset", c_void_p * STATES)),
         ("working", c_void_p * (STATES + 2 + 2 * PHASES)),
     ]
 
@@ -199,6 +200,8 @@ class Case:
     lengths: tuple[int, ...] | None = None
     batch_sizes: tuple[int, ...] | None = None  # packed rows
     resets: bool = False
+    reset_state: str = ""  # what resets put: zeros, or "one" state of all rows, one of each of the "rows", or of all "steps"
+    every: bool = False  # the states beside the output after every step are results too
     training: bool = True
     family: str = "step"
     ranks: int = 0  # of a persistent family the blocks of a team, 0: what the planner takes
@@ -219,8 +222,31 @@ class Data:
     params: list[Tensor]  # of all directions
     dy: Tensor
     d_last: list[Tensor]
+    d_series: list[Tensor]  # [N, D * H] of each state but the output; none where they are no results
     H: int
     N: int
+
+    def step_and_batch(self) -> list[tuple[int, int]]:
+        """Of every row in memory."""
+        if self.rows.offsets is None:
+            steps, batch = self.x.shape[:2]
+            return [(t, b) for t in range(steps) for b in range(batch)]
+        sizes = self.rows.offsets.diff().tolist()
+        return [(t, b) for t, size in enumerate(sizes) for b in range(size)]
+
+    def reset_rows(self) -> list[tuple[int, int, int]]:
+        """(row in memory, step, row of the batch) wherever a step that takes place is reset."""
+        if self.rows.resets is None:
+            return []
+        lengths = self.rows.lengths
+        places = [(row, t, b) for row, (t, b) in enumerate(self.step_and_batch()) if self.rows.resets.flatten()[row]]
+        return [(row, t, b) for row, t, b in places if lengths is None or t < lengths[b]]
+
+
+def of_reset(state: Tensor, t: int, direction: int, b: int) -> Tensor:
+    """The view [H] of a reset state, or of its gradient, that is put at a step."""
+    rows = state[t, direction] if state.dim() == 4 else state[direction]
+    return rows[b if len(rows) > 1 else 0]
 
 
 def make_data(cell: Cell, case: Case, dtype: torch.dtype) -> Data:
@@ -235,30 +261,43 @@ def make_data(cell: Cell, case: Case, dtype: torch.dtype) -> Data:
     lengths = None if case.lengths is None else torch.tensor(case.lengths)
     offsets = None if case.batch_sizes is None else torch.tensor([0, *case.batch_sizes]).cumsum(0)
     resets = torch.rand(leading, generator=generator) < 0.3 if case.resets else None
+    if resets is not None and case.reset_state:  # also before the first step of both directions
+        resets[(0,) * len(leading)] = resets[(-1,) + (0,) * (len(leading) - 1)] = True
     count = len(cell.declaration.states)
     x = made(*leading, case.I)
     states = [made(D, case.B, H) if case.states else torch.zeros(D, case.B, H, dtype=dtype) for _ in range(count)]
     params = [made(*spec.shape) for _ in range(D) for spec in specs_of(cell, case.I, H, case.bias)]
     d_last = [made(D, case.B, H) for _ in range(count)]
-    return Data(Rows(lengths, offsets, resets), x, states, params, made(*leading, D * H), d_last, H, N)
+    dy = made(*leading, D * H)
+    d_series = [made(N, D * H) for _ in range(count - 1)] if case.every else []
+    shapes = {"one": (D, 1, H), "rows": (D, case.B, H), "steps": (len(case.batch_sizes or range(case.T)), D, case.B, H)}
+    put = tuple(made(*shapes[case.reset_state]) for _ in range(count)) if case.reset_state else ()
+    return Data(Rows(lengths, offsets, resets, put), x, states, params, dy, d_last, d_series, H, N)
 
 
 def names_of(cell: Cell, case: Case) -> list[str]:
     specs = specs_of(cell, 1, cell.declaration.heads, case.bias)
     states = cell.declaration.states
     params = [spec.name + suffix for suffix in ("", "_reverse")[: 1 + case.bidirectional] for spec in specs]
-    return ["y", *(f"last {s}" for s in states), "d x", *(f"d {s}" for s in states), *(f"d {name}" for name in params)]
+    others = [s for s in states if s != states[cell.declaration.output]]
+    results = ["y", *(f"last {s}" for s in states), *(f"every {s}" for s in others if case.every)]
+    puts = [f"d reset {s}" for s in states if case.reset_state]
+    return [*results, "d x", *(f"d {s}" for s in states), *(f"d {name}" for name in params), *puts]
 
 
 def expected(cell: Cell, case: Case, data: Data) -> list[Tensor]:
     """Outputs and all gradients by ``step`` in float64, in the order of names_of."""
     leaves = [t.double().requires_grad_() for t in (data.x, *data.states, *data.params)]
     count = len(data.states)
-    recipe = Recipe(OWN_KIND, has_biases=case.bias, bidirectional=case.bidirectional)
+    put = [t.double().requires_grad_() for t in data.rows.reset_states]
+    rows = data.rows._replace(reset_states=tuple(outputs_first(cell, put) if put else ()))
+    recipe = Recipe(OWN_KIND, has_biases=case.bias, bidirectional=case.bidirectional, all_states=case.every)
     first = outputs_first(cell, leaves[1 : 1 + count])
-    y, last = reference.layer(leaves[0], first, leaves[1 + count :], data.rows, recipe, step_function(cell))
-    results = [y, *as_declared(cell, last)]
-    grads = torch.autograd.grad(results, leaves, [t.double() for t in (data.dy, *data.d_last)], materialize_grads=True)
+    y, last = reference.layer(leaves[0], first, leaves[1 + count :], rows, recipe, step_function(cell))
+    # [D, N, H] of each state but the output, which is the first in the order of the step's function.
+    results = [y, *as_declared(cell, last[:count]), *(series.transpose(0, 1).flatten(1) for series in last[count:])]
+    outer = [t.double() for t in (data.dy, *data.d_last, *data.d_series)]
+    grads = torch.autograd.grad(results, [*leaves, *put], outer, materialize_grads=True)
     return [t.detach() for t in (*results, *grads)]
 
 
@@ -291,6 +330,11 @@ class Run:
         )
         for i, state in enumerate(self.data.states):
             p.initial[i] = put(f"initial {i}", state) if self.case.states else None
+        for i, state in enumerate(rows.reset_states):
+            dim = state.dim() - 3  # of the direction
+            of_step, of_row = state.stride(0) if dim else 0, state.stride(dim + 1) if state.shape[dim + 1] > 1 else 0
+            strides = [elements * self.size for elements in (of_step, state.stride(dim), of_row)]
+            p.reset_states[i] = ResetState(put(f"reset state {i}", state), *strides)
         for d, params in enumerate(self.params):
             weights = p.weights[d]
             weights.w_hh = put("w_hh", params.get("weight_hh"))
@@ -336,7 +380,7 @@ class Run:
         count = len(self.data.states)
         for i in range(count):
             p.last[i] = self.out(f"last {i}", D, self.B, H)
-            if self.case.training and self.keeps(i):
+            if self.case.training and self.keeps(i) or self.case.every and i != self.cell.declaration.output:
                 p.series[i] = self.out(f"series {i}", N, D * H)
         if self.case.training:
             for k in range(len(self.plan.phases)):
@@ -345,7 +389,9 @@ class Run:
         self.call("simt_formula_forward", p)
         self.kept = p
         self.y = self.get("y", p.y, N, D * H)
-        return [self.y.view(self.data.dy.shape), *(self.get(f"last {i}", p.last[i], D, self.B, H) for i in range(count))]
+        results = [self.y.view(self.data.dy.shape), *(self.get(f"last {i}", p.last[i], D, self.B, H) for i in range(count))]
+        others = [i for i in range(count) if self.case.every and i != self.cell.declaration.output]
+        return [*results, *(self.get(f"series {i}", p.series[i], N, D * H) for i in others)]
 
     # --- backward ---
 
@@ -359,6 +405,11 @@ class Run:
             p.series[i] = kept.series[i]
             p.d_last[i] = self.sim.put(f"d_last {i}", self.data.d_last[i])
             p.d_initial[i] = self.out(f"d_initial {i}", D, self.B, H)
+            if self.case.reset_state:
+                p.d_reset[i] = self.out(f"d_reset {i}", D, N, H)
+        others = [i for i in range(count) if i != self.cell.declaration.output]
+        for i, d_series in zip(others, self.data.d_series, strict=False):
+            p.d_series[i] = self.sim.put(f"d_series {i}", d_series)
         blocks = len(self.plan.gradients) + len(self.plan.parameters) + len(self.plan.phases)
         p.d = self.out("d", D, N, blocks, H)
         self.call("simt_formula_backward", p)
@@ -367,7 +418,31 @@ class Run:
         dx, params = torch.zeros(N, self.case.I, dtype=torch.float64), []
         for direction in range(D):
             params += self.gradients(direction, d[direction], dx)
-        return [dx.view(self.data.x.shape), *d_states, *params]
+        return [dx.view(self.data.x.shape), *d_states, *params, *self.reset_gradients(p, d)]
+
+    def reset_gradients(self, p: FormulaBackward, d: Tensor) -> list[Tensor]:
+        """Of what resets put, from d [D, N, blocks, H] and d_reset, which is there at resets alone."""
+        says, found = self.cell.declaration, []
+        slots, gates = len(self.plan.gradients), len(says.recurrent_gates)
+        for i, state in enumerate(self.data.rows.reset_states):
+            sums = torch.zeros(state.shape, dtype=torch.float64)
+            of_rows = self.sim.get(p.d_reset[i], (self.D, self.N, self.H), self.kernels.dtype).double()
+            for direction in range(self.D):
+                for row, t, b in self.data.reset_rows():
+                    total = of_rows[direction, row]
+                    if gates and i == says.recurrent:
+                        rec = d[direction, row, slots - gates : slots]
+                        total = total + self.through_weights(self.params[direction]["weight_hh"].double(), rec)
+                    of_reset(sums, t, direction, b).add_(total)
+            found.append(sums)
+        return found
+
+    def through_weights(self, weight: Tensor, rec: Tensor) -> Tensor:
+        """d_rec [Gr, H] of a row times weight_hh: [H]."""
+        heads = self.cell.declaration.heads
+        units = self.H // heads
+        of_heads = weight.view(heads, len(rec), units, units)
+        return torch.einsum("gku,kguj->kj", rec.unflatten(1, (heads, units)), of_heads).flatten()
 
     def gradients(self, direction: int, d: Tensor, dx: Tensor) -> list[Tensor]:
         """Of a direction's parameters, from d [N, blocks, H]; adds the input's to dx."""
@@ -402,7 +477,13 @@ class Run:
 
     def before(self, direction: int) -> Tensor:
         """The recurrent state before every row's step [N, H]; zeros where the row takes no part."""
-        says, rows, H = self.cell.declaration, self.data.rows, self.H
+        says, H = self.cell.declaration, self.H
+        put = self.data.rows.reset_states
+        zeros = torch.zeros(H, dtype=torch.float64)
+        resets = {
+            row: of_reset(put[says.recurrent], t, direction, b).double() if put else zeros
+            for row, t, b in self.data.reset_rows()
+        }
         address = self.kept.y if says.recurrent == says.output else self.kept.series[says.recurrent]
         series = self.get("series", address, self.N, self.D, H)[:, direction].double()
         result = torch.zeros(self.N, H, dtype=torch.float64)
@@ -416,8 +497,7 @@ class Run:
             state = self.data.states[says.recurrent][direction, b].double()
             for t in range(steps) if direction == 0 else reversed(range(steps)):
                 row = row_of(t)
-                reset = rows.resets is not None and bool(rows.resets.flatten()[row])
-                result[row] = 0 if reset else state
+                result[row] = resets.get(row, state)
                 state = series[row]
         return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,29 @@ from fused_rnn.formula import Cell
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
 
+class SmallHeads(zoo.SLSTM):
+    """sLSTM with four states and three heads."""
+
+    def __init__(self) -> None:
+        super().__init__(heads=3)
+
+
 USUAL = Case()
 RAGGED = Case(bidirectional=True, lengths=(4, 0, 2), resets=True)
 PACKED = Case(batch_sizes=(3, 2, 2, 1), bidirectional=True, resets=True)
 TILES = Case(B=9, units=18, bias=False, states=False)  # two tiles of rows and of units
 EVERY = (USUAL, RAGGED, PACKED, TILES, Case(T=1), Case(training=False, bidirectional=True))
 ALIGNED = Case(T=3, B=5, units=32)  # rows of which 16 bytes are copied at once
+# Resets that put states of their own, and states of every step, with the gradients of both.
+ONE = dataclasses.replace(RAGGED, reset_state="one", every=True)
+OF_ROWS = dataclasses.replace(PACKED, reset_state="rows")
+OF_STEPS = dataclasses.replace(RAGGED, reset_state="steps", every=True)
+PACKED_STEPS = dataclasses.replace(PACKED, reset_state="steps", every=True)
+PUT_TILES = dataclasses.replace(TILES, resets=True, reset_state="steps", every=True)
+PUT_ALIGNED = dataclasses.replace(ALIGNED, resets=True, reset_state="rows", every=True)
+FIRST_STEP = Case(T=1, resets=True, reset_state="one", every=True)
+PUT = (ONE, OF_ROWS, OF_STEPS, PACKED_STEPS, PUT_TILES, PUT_ALIGNED, FIRST_STEP)
+PUT += (dataclasses.replace(OF_STEPS, training=False), dataclasses.replace(USUAL, every=True))
 
 SHORT = [  # each cell and dtype takes its time to compile
     (zoo.LSTM, F16, RAGGED),
@@ -32,6 +50,12 @@ SHORT = [  # each cell and dtype takes its time to compile
     (Everything, F32, RAGGED),
     (Everything, F32, TILES),
     (Levels, F32, RAGGED),
+    (zoo.LSTM, F16, ONE),
+    (zoo.LSTM, F16, PUT_ALIGNED),
+    (zoo.MGU, F64, PACKED_STEPS),
+    (Everything, F32, OF_STEPS),
+    (Everything, F32, PUT_TILES),
+    (Levels, F32, OF_ROWS),
 ]
 ZOO = [value for name in zoo.__all__ if isinstance(value := getattr(zoo, name), type) and issubclass(value, Cell)]
 LONG = [*((cell, F64, case) for cell in (Everything, NoRecurrentProduct) for case in EVERY)]
@@ -41,6 +65,10 @@ LONG += [
 LONG += [(cell, dtype, RAGGED) for cell in ZOO for dtype in (F64, F32)]
 LONG += [(zoo.DreamerGRU, F16, ALIGNED), (zoo.LayerNormLSTM, F16, RAGGED), (Levels, F64, ALIGNED)]
 LONG += [(zoo.GRU, F32, RAGGED), (zoo.GRU, F32, ALIGNED)]
+LONG += [(cell, F64, case) for cell in (Everything, NoRecurrentProduct) for case in PUT]
+LONG += [(cell, dtype, case) for cell in (zoo.LSTM, SmallHeads) for dtype in (F64, F32, F16) for case in PUT]
+LONG += [(cell, F32, case) for cell in (zoo.DreamerGRU, zoo.LayerNormLSTM, zoo.IndRNN) for case in PUT]
+LONG += [(cell, F32, OF_STEPS) for cell in ZOO]
 
 
 def id_of(value: Any) -> str:
@@ -76,24 +104,49 @@ def test_launches_of_a_step() -> None:
 
 
 # What takes away a wait, a mask or a copy, each with a case that shows it.
+FORWARD, BACKWARD, GEOMETRY, NORM = (f"formula_{name}.cuh" for name in ("forward", "backward", "geometry", "norm"))
 MUTANTS = [
-    ("formula_forward.cuh", "  simt::pdl_wait();\n", "", Everything, RAGGED),
-    ("formula_backward.cuh", "  simt::pdl_wait();\n", "", Everything, RAGGED),
-    ("formula_norm.cuh", "    simt::sync_block();\n", "", Everything, USUAL),
-    ("formula_forward.cuh", "if constexpr (!kFirst) simt::sync_block();", "", Levels, TILES),
-    ("formula_backward.cuh", "if constexpr (!kFirst) simt::sync_block();", "", Levels, TILES),
-    ("formula_forward.cuh", "    elements.store_results();\n", "", Levels, USUAL),
-    ("formula_backward.cuh", "    elements.store_results();\n", "", Levels, USUAL),
-    ("formula_geometry.cuh", "first_unit + unit_of(e) < units && ", "", Everything, USUAL),
-    ("formula_forward.cuh", "if (info.flags & kReset) return Acc(0);", "", Everything, RAGGED),
-    ("formula_forward.cuh", "if (info.flags & kReset) return nullptr;", "", Everything, RAGGED),
-    ("formula_forward.cuh", "(step & 1) * s.p.D", "0 * s.p.D", Everything, TILES),
-    ("formula_backward.cuh", "(s.step & 1) * s.p.D", "0 * s.p.D", Everything, TILES),
-    ("formula_backward.cuh", "info.flags & kReset ? Acc(0) : in.d_states[i]", "in.d_states[i]", Everything, RAGGED),
-    ("formula_backward.cuh", "!(flags & kHasNext) || next.reset", "!(flags & kHasNext)", Everything, RAGGED),
-    ("formula_backward.cuh", "if (s.p.seq.offsets) return;", "", Everything, PACKED),
-    ("formula_backward.cuh", "if (tile.dir) next.step", "if (false) next.step", Everything, RAGGED),
-]
+    (FORWARD, "  simt::pdl_wait();\n", "", Everything, RAGGED),
+    (BACKWARD, "  simt::pdl_wait();\n", "", Everything, RAGGED),
+    (NORM, "    simt::sync_block();\n", "", Everything, USUAL),
+    (FORWARD, "if constexpr (!kFirst) simt::sync_block();", "", Levels, TILES),
+    (BACKWARD, "if constexpr (!kFirst) simt::sync_block();", "", Levels, TILES),
+    (FORWARD, "    elements.store_results();\n", "", Levels, USUAL),
+    (BACKWARD, "    elements.store_results();\n", "", Levels, USUAL),
+    (GEOMETRY, "first_unit + unit_of(e) < units && ", "", Everything, USUAL),
+    (FORWARD, "if (info.flags & kReset) return formula_reset_state", "if (false) return formula_reset_state",
+     Everything, RAGGED),
+    (FORWARD, "if (info.flags & kReset) {\n      const auto* put", "if (false) {\n      const auto* put",
+     Everything, RAGGED),
+    (FORWARD, "(step & 1) * s.p.D", "0 * s.p.D", Everything, TILES),
+    (BACKWARD, "(s.step & 1) * s.p.D", "0 * s.p.D", Everything, TILES),
+    (BACKWARD, "info.flags & kReset ? Acc(0) : in.d_states[i]", "in.d_states[i]", Everything, RAGGED),
+    (BACKWARD, "!(flags & kHasNext) || next.reset", "!(flags & kHasNext)", Everything, RAGGED),
+    (BACKWARD, "if (s.p.seq.offsets) return;", "", Everything, PACKED),
+    (BACKWARD, "if (tile.dir) next.step", "if (false) next.step", Everything, RAGGED),
+    # Of what resets put: zeros, another state's, that of another row, step or head; in backward zeros, the states before, no
+    # gradient of it; of states after each step no gradient, or the output's.
+    (FORWARD, "return formula_reset_state<Storage>(s.p, tile, kState, s.step, e)", "return Acc(0)", Everything,
+     ONE),
+    (FORWARD, "(s.p, tile, kState, s.step, e)", "(s.p, tile, 0, s.step, e)", Everything, ONE),
+    (FORWARD, "return put ? put + of_head : nullptr", "return nullptr", Everything, ONE),
+    (FORWARD, "return put ? put + of_head : nullptr", "return put", Everything, ONE),
+    (FORWARD, "(s.p, tile, C::kRecurrent, s.step, b)", "(s.p, tile, C::kOutput, s.step, b)", Everything, ONE),
+    (GEOMETRY, "time_of_step(p.seq, step, tile.dir), tile.dir, b", "step, tile.dir, b", Everything, OF_STEPS),
+    (GEOMETRY, "time_of_step(p.seq, step, tile.dir), tile.dir, b", "time_of_step(p.seq, step, tile.dir), 0, b",
+     Everything, ONE),
+    (GEOMETRY, "tile.first_row + FormulaTile<G>::batch_of(e));", "tile.first_row);", Everything, OF_STEPS),
+    (BACKWARD, "= formula_reset_state<Storage>(s.p, tile, kState, s.step, e)", "= Acc(0)", Everything, ONE),
+    (BACKWARD, "if (info.flags & kReset) {\n        in.before", "if (false) {\n        in.before", Everything,
+     ONE),
+    (BACKWARD, "info.flags & kReset && s.p.d_reset[i]", "false", Everything, ONE),
+    (BACKWARD, "kept_index(e, info.row, 1), in.d_states[i]", "kept_index(e, info.row, 1), in.d_states[0]",
+     Everything, ONE),
+    (BACKWARD, "s.p.d_reset[i], this->kept_index", "s.p.d_reset[0], this->kept_index", Everything, ONE),
+    (BACKWARD, "kState == C::kOutput ? s.p.dy : s.p.d_series[kState]", "kState == C::kOutput ? s.p.dy : nullptr",
+     Everything, ONE),
+    (BACKWARD, "if (d_after) in.d_states[kState] += ", "if (d_after) in.d_states[kState] = ", Everything, ONE),
+]  # fmt: skip
 
 
 @pytest.mark.slow

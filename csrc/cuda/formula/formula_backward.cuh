@@ -3,7 +3,8 @@
 //
 // With "next" in the order of the scan, the gradient of state s of an active row after the step is what the next step left
 // in d_states[s], or d_last[s] where the row ends; the output's has dy added, the recurrent one's the product d_rec[next]
-// W_hh, which is 0 where the next step began from zeros. Blocks, threads and memory as in formula_forward.cuh.
+// W_hh, which is 0 where the next step was reset. What a step that is reset makes for the states before it goes to d_reset in
+// place of the steps before. Blocks, threads and memory as in formula_forward.cuh.
 #pragma once
 #include "core/formula_math.h"
 #include "cuda/formula/formula_norm.cuh"
@@ -105,17 +106,17 @@ struct FormulaBackwardElements : FormulaGradientElements<C, G> {
     if constexpr (C::reads_state(kState)) {
       const void* const series = kState == C::kOutput ? s.p.y : s.p.series[kState];
       in.after[kState] = formula_load<Storage>(series, this->output_index(e, info.row));
-      if (!(info.flags & kReset)) {
-        if (info.flags & kHasPrevious) {
-          in.before[kState] = formula_load<Storage>(series, this->output_index(e, info.other));
-        } else if (s.p.initial[kState]) {
-          in.before[kState] = formula_load<Storage>(s.p.initial[kState], this->state_index(e));
-        }
+      if (info.flags & kReset) {
+        in.before[kState] = formula_reset_state<Storage>(s.p, tile, kState, s.step, e);
+      } else if (info.flags & kHasPrevious) {
+        in.before[kState] = formula_load<Storage>(series, this->output_index(e, info.other));
+      } else if (s.p.initial[kState]) {
+        in.before[kState] = formula_load<Storage>(s.p.initial[kState], this->state_index(e));
       }
     }
     in.d_states[kState] = this->d_state(e, info, kState);
-    if (kState == C::kOutput && s.p.dy)
-      in.d_states[kState] += formula_load<Storage>(s.p.dy, this->output_index(e, info.row));
+    const void* const d_after = kState == C::kOutput ? s.p.dy : s.p.d_series[kState];
+    if (d_after) in.d_states[kState] += formula_load<Storage>(d_after, this->output_index(e, info.row));
     if constexpr (kRecurs && kState == C::kRecurrent) in.d_states[kState] += recurrent_gradient(e);
   }
   template <int... kStates>
@@ -187,6 +188,9 @@ struct FormulaBackwardElements : FormulaGradientElements<C, G> {
     }
 #pragma unroll
     for (int i = 0; i < C::kStates; ++i) {
+      if (info.flags & kReset && s.p.d_reset[i]) {
+        formula_store<Storage>(s.p.d_reset[i], this->kept_index(e, info.row, 1), in.d_states[i]);
+      }
       formula_store<Acc>(s.p.d_states[i], this->state_index(e), info.flags & kReset ? Acc(0) : in.d_states[i]);
     }
   }

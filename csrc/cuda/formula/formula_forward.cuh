@@ -57,7 +57,7 @@ struct FormulaForwardElements {
   // State `state` of an active row before the step.
   template <int kState>
   __device__ __forceinline__ Acc before(int e, const RowInfo& info) const {
-    if (info.flags & kReset) return Acc(0);
+    if (info.flags & kReset) return formula_reset_state<Storage>(s.p, tile, kState, s.step, e);
     if (!(info.flags & kHasPrevious)) {
       return s.p.initial[kState] ? Acc(formula_load<Storage>(s.p.initial[kState], state_index(e))) : Acc(0);
     }
@@ -245,7 +245,10 @@ __device__ __forceinline__ const void* formula_forward_source(const FormulaForwa
     }
   } else if constexpr (C::kRecurrentGates > 0) {
     const int64_t of_head = tile.head * tile.units;
-    if (info.flags & kReset) return nullptr;
+    if (info.flags & kReset) {
+      const auto* put = formula_reset_row<Storage>(s.p, tile, C::kRecurrent, s.step, b);
+      return put ? put + of_head : nullptr;
+    }
     if (!(info.flags & kHasPrevious)) {
       const auto* initial = static_cast<const Storage*>(s.p.initial[C::kRecurrent]);
       return initial ? initial + row + of_head : nullptr;

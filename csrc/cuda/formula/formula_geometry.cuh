@@ -123,4 +123,19 @@ __device__ __forceinline__ void formula_store(void* array, int64_t index, V valu
   static_cast<T*>(array)[index] = simt::from_float<T>(value);
 }
 
+// The row [H] that a reset of batch row b puts into a state before the step; null: zeros.
+template <class T, class G>
+__device__ __forceinline__ const T* formula_reset_row(const FormulaLayer& p, const FormulaTile<G>& tile, int state,
+                                                      int64_t step, int64_t b) {
+  return static_cast<const T*>(reset_row(p.reset_states[state], time_of_step(p.seq, step, tile.dir), tile.dir, b));
+}
+// Its unit of element e.
+template <class T, class G>
+__device__ __forceinline__ auto formula_reset_state(const FormulaLayer& p, const FormulaTile<G>& tile, int state,
+                                                    int64_t step, int e) {
+  using Value = decltype(formula_load<T>(nullptr, 0));
+  const T* const row = formula_reset_row<T>(p, tile, state, step, tile.first_row + FormulaTile<G>::batch_of(e));
+  return row ? formula_load<T>(row, tile.unit(e)) : Value(0);
+}
+
 }  // namespace fused_rnn::cuda

@@ -32,7 +32,8 @@ struct FormulaLayer {
   int64_t H;
   int D, heads;
   Sequence seq;
-  Modifier modifier;
+  Modifier modifier;                            // without its states
+  ResetState reset_states[kMostFormulaStates];  // what resets put there
   FormulaDirection weights[2];
   const void* initial[kMostFormulaStates];  // [D, B, H] in dtype, or null (zeros)
 };
@@ -60,8 +61,13 @@ struct FormulaBackward : FormulaLayer {
   const void* saved;
   const void* dy;                          // [N, D * H] or null (zeros)
   const void* d_last[kMostFormulaStates];  // [D, B, H] or null (zeros)
-  void* d;                                 // [D, N, S + U + Q, H] out; 0 at inactive rows of a dense batch
-  void* d_initial[kMostFormulaStates];     // [D, B, H] out, or null where nobody asks
+  // [N, D * H] or null (zeros): gradients of states after each step beside what passes through the steps; of the output: dy.
+  const void* d_series[kMostFormulaStates];
+  void* d;                              // [D, N, S + U + Q, H] out; 0 at inactive rows of a dense batch
+  void* d_initial[kMostFormulaStates];  // [D, B, H] out, or null where nobody asks
+  // [D, N, H] out at rows that are reset, or null where nobody asks: gradients of the states that their step begins from, of
+  // the recurrent one less what passes through weight_hh.
+  void* d_reset[kMostFormulaStates];
   // Working memory.
   void* d_states[kMostFormulaStates];   // A [D, B, H] gradients of the states before the step done last
   void* d_rec;                          // dtype [2][D, B, Gr, H], head by head; null with one head: d has it

@@ -20,15 +20,16 @@ FormulaLaunch launch_of(const FormulaKernelPlan& plan, FormulaRole role, int seg
   return launch;
 }
 // Bytes that may be copied at once between rows of a segment's operands: those of the recurrent product, or a phase's.
-// rows: where the rows of the states begin.
-int width_of(const FormulaLayer& p, const FormulaStepPlan& plan, int phase, std::initializer_list<const void*> rows) {
+// rows: where the rows of the states begin; distances: the bitwise or of bytes between them that no size says.
+int width_of(const FormulaLayer& p, const FormulaStepPlan& plan, int phase, std::initializer_list<const void*> rows,
+             int64_t distances = 0) {
   const int bytes = storage_bytes(plan.math);
   const FormulaDirection &w0 = p.weights[0], &w1 = p.weights[p.D - 1];
   const int64_t units = phase < 0 ? p.H / p.heads : p.H | p.H / p.heads;
   const auto* const matrix0 = phase < 0 ? w0.w_hh : w0.weight[phase];
   const auto* const matrix1 = phase < 0 ? w1.w_hh : w1.weight[phase];
   const int of_weights = copy_width({matrix0, matrix1}, units * bytes, bytes);
-  const int of_rows = copy_width(rows, units * bytes, bytes);
+  const int of_rows = copy_width(rows, units * bytes | distances, bytes);
   return of_weights < of_rows ? of_weights : of_rows;
 }
 
@@ -74,10 +75,11 @@ void run_formula_forward(const FormulaForward& p, const FormulaTraits& cell, con
   }
   std::vector<Segment<FormulaForwardStep>> segments;
   const void* const state = step.p.recurrent ? step.p.recurrent : p.y;
+  const ResetState& put = p.reset_states[cell.recurrent];
   for (size_t i = 0; i < plan.segments.size(); ++i) {
     const int segment = static_cast<int>(i);
     const int width =
-        i == 0 ? width_of(p, plan, -1, {state, p.initial[cell.recurrent]})
+        i == 0 ? width_of(p, plan, -1, {state, p.initial[cell.recurrent], put.data}, put.step | put.direction | put.row)
                : width_of_level(p, cell, plan, cell.forward_levels, segment - 1, [&](int k) { return step.p.taken[k]; });
     segments.push_back({launch_of(plan.segments[i], FormulaRole::kForward, segment, p.D), plan.segments[i].stages, width});
   }
