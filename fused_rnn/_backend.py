@@ -123,20 +123,6 @@ def why_not_native(device_type: str) -> str | None:
     return f"fused_rnn has no kernels for {device_type!r} tensors"
 
 
-class Features(NamedTuple):
-    """What a call may ask for that not every backend has. Of cells written as formulas; for others all have everything."""
-
-    reset_state: bool = False  # resets that put a state of their own
-    all_c: bool = False  # the states beside h after every step
-
-
-_PLAIN = Features()
-_NOT_ON_CUDA = {
-    "reset_state": "no CUDA kernel of a formula replaces a state by reset_state, only by zeros",
-    "all_c": "no CUDA kernel of a formula gives the states beside h of every step, as return_all_states asks",
-}
-
-
 class Demand(NamedTuple):
     """What a call asks of a backend."""
 
@@ -144,7 +130,6 @@ class Demand(NamedTuple):
     dtype: torch.dtype
     gpu: int | None = None  # the number of the GPU; None: none is there
     transformed: bool = False  # by forward-mode AD
-    features: Features = _PLAIN
 
 
 class Reason(NamedTuple):
@@ -162,7 +147,7 @@ def why_not(backend: str, demand: Demand) -> Reason | None:
     cell lacks is asked elsewhere: tangents of a layer by _tangents.serves, which makes `transformed` False where the ops
     have them, and kernels of a formula by formula.serve.why_not, which goes on to ask here.
     """
-    device_type, dtype, _, transformed, features = demand
+    device_type, dtype, _, transformed = demand
     if backend == "reference":
         return None
     if backend != device_type:
@@ -171,9 +156,6 @@ def why_not(backend: str, demand: Demand) -> Reason | None:
         return Reason("complex", f"there are no kernels for {dtype}")
     if transformed:
         return Reason("torch.func", "forward-mode AD does not reach the compiled kernels of such a call")
-    for name, asked in zip(Features._fields, features, strict=True):
-        if asked and backend == "cuda":
-            return Reason(f"cuda:{name}", _NOT_ON_CUDA[name])
     missing = why_not_native(device_type)
     lacking = None if missing or demand.gpu is None else (_gpus_without_code or {}).get(demand.gpu)
     if lacking:

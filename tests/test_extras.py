@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fused_rnn
-from fused_rnn import _backend, functional, use_backend
-from fused_rnn._backend import Demand, Features, extension
+from fused_rnn import functional, use_backend
+from fused_rnn._backend import extension
 from fused_rnn._kinds import KINDS, NUMBER_OF_MODE
 from fused_rnn._recipe import Recipe, Rows
-from fused_rnn.formula import Layer, Step, ops, serve
+from fused_rnn.formula import Layer, Step
 
 hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis")
 st = hypothesis.strategies
@@ -532,13 +532,11 @@ OWN = (cells.Lstm, cells.RecurrentOnly, cells.OutputLast, cells.Everything, cell
 @pytest.mark.parametrize("own", OWN, ids=lambda own: own.__name__)
 def test_own_cells(own: Any, backend: str) -> None:
     """Against ``Step`` in a loop, row by row."""
-    if backend == "cuda":
-        pytest.skip("no CUDA kernels of formulas have reset states")
     cell = own()
     hidden, states = 6, cell.declaration.states
     forms = (("lengths", "rows", 2), ("packed", "steps", 1), ("dense", "shared", 1), ("unbatched", "steps", 1))
     for form, kind, layers in forms:
-        layer = Layer(cell, 3, hidden, layers, bidirectional=True, dtype=torch.float64)
+        layer = Layer(cell, 3, hidden, layers, bidirectional=True, dtype=torch.float64, device=DEVICE[backend])
         batch = 1 if form == "unbatched" else 3
         config = CONFIG | {"form": form, "reset_state": kind, "layers": layers, "bidirectional": True, "batch": batch}
         call = OwnCall(config | {"hidden": hidden}, layer, len(states))
@@ -575,11 +573,13 @@ class OwnCall(Call):
     """The same of a Layer: every state has H units; by_hand's first state is the output."""
 
     def __init__(self, config: dict[str, Any], layer: Layer, states: int) -> None:
-        super().__init__(config)
+        device = next(layer.parameters()).device
+        super().__init__(config, device=str(device))
         g = torch.Generator().manual_seed(5)
 
         def like(shape: Sequence[int]) -> list[Tensor]:
-            return [torch.rand(*shape, generator=g, dtype=torch.float64).requires_grad_() for _ in range(states)]
+            made = (torch.rand(*shape, generator=g, dtype=torch.float64) for _ in range(states))
+            return [state.to(device).requires_grad_() for state in made]
 
         self.sizes = [config["hidden"]] * states
         self.hx, self.reset_state = like(self.hx[0].shape), like(self.reset_state[0].shape)
@@ -589,7 +589,7 @@ class OwnCall(Call):
         self.layer, self.names = layer, [spec.name for spec in Step(layer.cell, 3, config["hidden"])._specs()]
 
     def step(self, x: Tensor, states: list[Tensor], w: Sequence[Tensor]) -> list[Tensor]:
-        module = Step(self.layer.cell, x.shape[0], states[0].shape[0], dtype=torch.float64)
+        module = Step(self.layer.cell, x.shape[0], states[0].shape[0], dtype=torch.float64, device=x.device)
         after = torch.func.functional_call(module, dict(zip(self.names, w, strict=True)), (x, as_state(states)))
         return flat(after)
 
@@ -684,25 +684,3 @@ def test_opcheck(cell: str, form: str) -> None:
     for save in (False, True):
         torch.library.opcheck(torch.ops.fused_rnn.layer.default, (x, call.hx, call.weights, rows.given(), recipe, save))
     torch.library.opcheck(torch.ops.fused_rnn.rnn.default, (x, call.hx, call.weights, rows.given(), recipe, 0.0))
-
-
-@pytest.mark.parametrize(
-    ("name", "message"), [("reset_state", "by reset_state"), ("all_c", "states beside h of every step")]
-)
-def test_cuda_says_why_not(name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of cells written as formulas: of the others CUDA has all of it."""
-    features = Features(**{name: True})
-    monkeypatch.setattr(_backend, "_native", {"cpu": True, "cuda": True})
-    monkeypatch.setattr(_backend, "_gpus_without_code", {})
-    monkeypatch.setattr(_backend, "_warned", set())
-    monkeypatch.setattr(_backend, "forced", None)
-    reason = _backend.why_not("cuda", Demand("cuda", torch.float32, features=features))
-    assert reason is not None and message in reason.text and "of a formula" in reason.text
-    assert _backend.why_not("cpu", Demand("cpu", torch.float32, features=features)) is None or extension is None
-    assert _backend.uses_ops("cuda", torch.float32)
-    asked = (ops.remember(cells.Lstm()), "cuda", torch.float32, *features)
-    with pytest.warns(RuntimeWarning, match=message):
-        assert not serve.has_kernels(*asked)
-    monkeypatch.setattr(_backend, "forced", "cuda")
-    with pytest.raises(RuntimeError, match=f"backend 'cuda' is forced but .*{message}"):
-        serve.has_kernels(*asked)

@@ -488,6 +488,26 @@ def test_what_does_not_fit_a_cluster(setting: Any) -> None:
     assert "no clusters" in reason
 
 
+@pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the compiled extension")
+@pytest.mark.parametrize("forced", ["cluster", "cheapest"])
+def test_what_family_cluster_leaves_to_step(forced: str) -> None:
+    """Reset states, and gradients of states of every step."""
+
+    def planned(**more: bool) -> tuple[str, str]:
+        made = _backend.extension.formula_plan(  # type: ignore[union-attr]
+            traits=cuda.traits_of(make_plan(fused_rnn.zoo.LSTM())), dtype="float16", T=100, B=16, H=128, D=1, heads=1,
+            device=DEVICES["H100"], forced=forced, **more,
+        )  # fmt: skip
+        return made["family"], made["rejected"].get("cluster", "")
+
+    for backward in (False, True):
+        assert planned(backward=backward) == ("cluster", "")
+        family, reason = planned(backward=backward, reset_states=True)
+        assert family == "step" and reason == "its kernels replace a state by zeros alone, not by reset_state"
+    family, reason = planned(backward=True, d_series=True)
+    assert family == "step" and "gradients of the states beside the output of every step" in reason
+
+
 def test_why_not_on_a_gpu() -> None:
     formula = ops.remember(cells.Rnn())
     if not _backend.has_cuda_kernels():

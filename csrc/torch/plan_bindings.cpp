@@ -252,6 +252,8 @@ py::dict formula_plan(const py::kwargs& given) {
   problem.D = k.take<int>("D");
   problem.heads = k.take<int>("heads");
   problem.backward = k.take<bool>("backward");
+  problem.reset_states = k.take<bool>("reset_states", false);
+  problem.d_series = k.take<bool>("d_series", false);
   const DeviceInfo device = device_of(k.take<py::dict>("device"));
   const FamilyChoice choice = choice_of(k);
   k.end();
@@ -412,8 +414,10 @@ void bind_plan(py::module_& module) {
       "its properties; preferred: the family that serves where it can. No GPU is needed.");
   module.def(
       "formula_plan", &formula_plan,
-      "formula_plan(*, traits, dtype, T, B, H, D, heads, backward, device, forced=None): the family, launches and memory "
-      "of a formula's layer on a device given by its properties. No GPU is needed.");
+      "formula_plan(*, traits, dtype, T, B, H, D, heads, backward, device, reset_states=False, d_series=False, "
+      "forced=None): the family, launches and memory of a formula's layer on a device given by its properties. "
+      "reset_states: resets put states of their own; d_series: there are gradients of states after each step. No GPU is "
+      "needed.");
   module.def(
       "cudnn_lacks", &cudnn_lacks_of,
       "cudnn_lacks(*, cell, T, enabled, deterministic, one_step, modified, empty): why cuDNN cannot serve the call of "

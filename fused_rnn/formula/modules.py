@@ -262,8 +262,7 @@ class Layer(_Formula):
         like = input
         if input.dtype is torch.int64:
             input, like = input.squeeze(-1), weights[0]
-        every_state = recipe.all_states and len(self.cell.declaration.states) > 1
-        compiled = serve.has_kernels(self._formula, device_type, like.dtype, bool(rows.reset_states), every_state)
+        compiled = serve.has_kernels(self._formula, device_type, like.dtype)
         if not states and (not compiled or rows.offsets is not None):  # packed rows do not say the batch size
             shape = (self.num_layers * recipe.directions, batch, self.hidden_size)
             states = [like.new_zeros(shape) for _ in self.cell.declaration.states]

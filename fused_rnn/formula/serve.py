@@ -12,15 +12,12 @@ from fused_rnn.formula import build, cuda_build, ops
 
 MOST_STATES, MOST_PHASES = 8, 12  # csrc/core/formula.h's kMostFormulaStates, kMostFormulaPhases
 
-_PLAIN = _backend.Features()
 _lock = threading.RLock()  # one compiler at a time in this process
 _ready: set[tuple[str, torch.dtype, str]] = set()  # by formula, dtype and _setting_of its device
 _reasons: dict[tuple[str, torch.dtype, str], _backend.Reason] = {}  # why a cell has none, found by trying
 
 
-def why_not(
-    formula: str, device_type: str, dtype: torch.dtype, features: _backend.Features = _PLAIN
-) -> _backend.Reason | None:
+def why_not(formula: str, device_type: str, dtype: torch.dtype) -> _backend.Reason | None:
     """None if compiled kernels could serve such a call of the cell now, else the reason; compiles nothing."""
     cell = ops.cell_of(formula)
     name = type(cell).__name__
@@ -28,7 +25,7 @@ def why_not(
         return _backend.Reason("forced", "backend 'reference' is forced")
     if device_type not in ("cpu", "cuda"):
         return _backend.Reason("formula:device", f"cells written as formulas have no kernels for {device_type!r} tensors")
-    demand = _backend.Demand(device_type, dtype, transformed=_backend.forward_mode(), features=features)
+    demand = _backend.Demand(device_type, dtype, transformed=_backend.forward_mode())
     reason = _backend.why_not(_backend.forced or device_type, demand)
     if reason is not None:
         return reason
@@ -55,20 +52,17 @@ def _why_not_now(formula: str, device_type: str, dtype: torch.dtype) -> _backend
     return None
 
 
-def has_kernels(
-    formula: str, device_type: str, dtype: torch.dtype, reset_state: bool = False, every_state: bool = False
-) -> bool:
+def has_kernels(formula: str, device_type: str, dtype: torch.dtype) -> bool:
     """Whether compiled kernels serve the call; they are made if need be. Else ``step`` does, and a warning says why, once.
 
-    formula: the cell's name (ops.remember). reset_state, every_state: what the call asks for, as in _backend.Features, which
-    Dynamo would not take for a constant.
+    formula: the cell's name (ops.remember).
 
     Raises:
         RuntimeError: a backend was forced that cannot serve the call; or the kernels disagree with ``step``.
     """
     if _backend.forced == "reference":
         return False
-    reason = why_not(formula, device_type, dtype, _backend.Features(reset_state, every_state))
+    reason = why_not(formula, device_type, dtype)
     if reason is None:
         try:
             _prepare(formula, device_type, dtype)

@@ -84,6 +84,10 @@ class Simulator:
         self.lib.simt_device((c_int * 7)(*limits, d.max_cluster))
         self.inputs, self.outputs = [], []
 
+    def unmap_stacks(self) -> None:
+        """Gives the memory of idle threads' stacks back: a process has room for those of about twenty libraries."""
+        self.lib.simt_unmap_stacks()
+
     def _alloc(self, name: str, bytes_: int, contents: int | None) -> int:
         address = self.lib.simt_alloc(max(bytes_, 1), name.encode(), contents if bytes_ else None)
         if not address:

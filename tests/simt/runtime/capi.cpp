@@ -54,6 +54,7 @@ void simt_reset() {
   forget_prepared();
   global_free_all();
 }
+void simt_unmap_stacks() { unmap_free_stacks(); }
 void simt_set_loader(Loader loader) { set_loader(loader); }
 void simt_seed(uint64_t seed) { set_seed(seed); }
 void simt_device(const int* fields) { std::memcpy(&limits, fields, sizeof limits); }

@@ -51,6 +51,13 @@ void release_stack(void* stack) {
   free_stacks.push_back(stack);
 }
 
+void unmap_free_stacks() {
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  for (void* stack : free_stacks) munmap(static_cast<char*>(stack) - page, kStackBytes + page);
+  stacks -= static_cast<int>(free_stacks.size());
+  free_stacks.clear();
+}
+
 #if !defined(SIMT_UCONTEXT)
 extern "C" void simt_host_switch(void** save, void* load);
 // Callee-saved registers and the floating-point control words; everything else is the caller's by the System V ABI.

@@ -26,6 +26,8 @@ struct Fiber {
 // A stack with a guard page below it, taken from a pool.
 void* acquire_stack(size_t* bytes);
 void release_stack(void* stack);
+// Gives the pool's memory back.
+void unmap_free_stacks();
 
 // Makes `fiber` start entry() at its first switch. entry never returns: its last act is a switch with `last`.
 void prepare_fiber(Fiber& fiber, void (*entry)());

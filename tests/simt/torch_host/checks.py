@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -436,10 +437,20 @@ def simulator_library() -> ctypes.CDLL:
     return library
 
 
+def data_of(tensor: Tensor | PackedSequence) -> Tensor:
+    return tensor.data if isinstance(tensor, PackedSequence) else tensor
+
+
 @pytest.mark.parametrize("ragged", ["", "lengths", "packed"])
-@pytest.mark.parametrize("family", ["step", "cluster", "grid"])
-def test_a_formula(ragged: str, family: str, monkeypatch: pytest.MonkeyPatch, setting: Setting) -> None:
-    """A layer of a formula from the module to the kernels and back, with all gradients, and without any."""
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [("step", ""), ("cluster", ""), ("grid", ""), ("step", "one"), ("step", "steps"), ("cluster", "one"), ("grid", "every")],
+)
+def test_a_formula(ragged: str, family: str, more: str, monkeypatch: pytest.MonkeyPatch, setting: Setting) -> None:
+    """A layer of a formula from the module to the kernels and back, with all gradients, and without any.
+
+    more: the states of every step are results too, and resets put one state of all rows, or one of each row at all steps.
+    """
     from formulas import Everything
 
     from fused_rnn.formula import Layer, serve
@@ -454,21 +465,31 @@ def test_a_formula(ragged: str, family: str, monkeypatch: pytest.MonkeyPatch, se
     x = torch.randn(5, 4, 4)
     states = [torch.randn(4, 4, 18) for _ in range(3)]
     lengths = torch.tensor([5, 3, 3, 1])
-    options = {"lengths": lengths, "resets": torch.rand(5, 4) < 0.3} if ragged == "lengths" else {}
+    options: dict[str, Any] = {"lengths": lengths} if ragged == "lengths" else {}
+    puts = []
+    if ragged == "lengths" or more in ("one", "steps"):
+        options["resets"] = torch.rand(5, 4) < 0.3
+        options["resets"][[0, -1], 0] = True
+    if more in ("one", "steps"):
+        puts = [torch.randn(*((5, 4, 4) if more == "steps" else (4, 1)), 18) for _ in range(3)]
 
     def run(layer: Layer, dtype: torch.dtype) -> list[Tensor]:
-        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, *states)]
-        given = leaves[0]
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, *states, *puts)]
+        given, keywords = leaves[0], dict(options)
+        if puts:
+            keywords["reset_state"] = tuple(leaves[4:])
         if ragged == "packed":
             given = torch.nn.utils.rnn.pack_padded_sequence(given, lengths)
-        y, last = layer(given, tuple(leaves[1:]), **options)
-        results = [y.data if isinstance(y, PackedSequence) else y, *last]
+        if more:
+            keywords["return_all_states"] = True
+        y, last, *every = layer(given, tuple(leaves[1:4]), **keywords)
+        results = [data_of(y), *last, *(data_of(state) for states in every for state in states)]
         generator = torch.Generator().manual_seed(0)
         weights = [torch.rand(t.shape, generator=generator, dtype=torch.float64).to(dtype) for t in results]
         grads = torch.autograd.grad(results, [*leaves, *layer.parameters()], weights)
         with torch.no_grad():
-            again = layer(given, tuple(leaves[1:]), **options)[0]
-        return [*results, *grads, again.data if isinstance(again, PackedSequence) else again]
+            again = layer(given, tuple(leaves[1:4]), **keywords)
+        return [*results, *grads, data_of(again[0]), *(data_of(state) for states in again[2:] for state in states)]
 
     with use_backend("reference"):
         expected = run(exact, torch.float64)
@@ -477,10 +498,16 @@ def test_a_formula(ragged: str, family: str, monkeypatch: pytest.MonkeyPatch, se
     before = library.torch_host_formula_launches()
     results = run(layer, torch.float32)
     # 2 layers, 2 forwards of 5 steps and a backward with the gradients of the initial states, 4 launches a step.
-    launches = 2 * (3 * 5 * 4 + 1) if family == "step" else 2 * 3
+    # Family cluster leaves to it what has reset states, and backward with gradients of states of every step.
+    step, cluster = 5 * 4, 1
+    forward = cluster if family == "cluster" and not puts else step
+    backward = cluster if family == "cluster" and not more else step + 1
+    launches = 2 * (2 * forward + backward)
     assert library.torch_host_formula_launches() - before == launches
     for index, (actual, want) in enumerate(zip(results, expected, strict=True)):
         assert_near(f"tensor {index}", actual, want, 1e-5 * max(1.0, want.abs().max().item()))
+    # The same bits again: no sum depends on an order that may change.
+    assert all(torch.equal(*pair) for pair in zip(results, run(layer, torch.float32), strict=True))
     text = EXTENSION.formula_plan_on_device(layer.formula, 1, -1, 5, 4, 18, 2, 2, False)
     assert ("4 launches a step" if family == "step" else "1 launch for all steps") in text
     for verified in ("cluster", "grid"):
