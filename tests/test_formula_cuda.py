@@ -213,10 +213,10 @@ def test_what_the_driver_refuses(caller: Path) -> None:
     [
         b"",
         b"no file of ours\ncode",
-        b"3 1 90\ncode",
-        b"4 1 90 9 0 0\ncode",
-        b"4 9 90\n",
-        b"4 1 90 1 0 0 1 1 1 0 0 1 0 0 0 3\n",
+        b"4 1 90\ncode",
+        b"5 1 90 9 0 0\ncode",
+        b"5 9 90\n",
+        b"5 1 90 1 0 0 1 1 1 0 0 1 0 0 0 3\n",
     ],
 )
 def test_files_that_are_not_ours(caller: Path, contents: bytes) -> None:

@@ -1,5 +1,6 @@
 #include "plan/formula.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <stdexcept>
 
@@ -26,6 +27,14 @@ struct Work {
   int groups;
   int64_t K;
   int products, reads;
+  int slots;        // accumulators of a unit
+  int64_t input_K;  // columns of the input product that is added; 0: none
+
+  int64_t columns() const { return K + input_K; }
+  int64_t chunks(MathKind math) const {
+    const int64_t chunk = cuda::chunk_size(math);
+    return ceil_div(K, chunk) + ceil_div(input_K, chunk);
+  }
 };
 int reads_of_norm(const FormulaTraits& cell, int phase, bool backward) {
   return (static_cast<FormulaPhase>(cell.phase_kinds[phase]) == FormulaPhase::kLayerNorm ? 2 : 1) * (backward ? 2 : 1);
@@ -34,9 +43,9 @@ int reads_of_norm(const FormulaTraits& cell, int phase, bool backward) {
 // A warp takes a row of a norm after the other.
 double work_us(const FormulaStepProblem& problem, const DeviceInfo& device, MathKind math, const Work& work,
                const TileShape& tile, const FormulaKernelPlan& plan) {
-  const int64_t blocks = plan.grid_x * plan.grid_y * problem.D, chunks = ceil_div(work.K, cuda::chunk_size(math));
-  const double weight_bytes = double(problem.D) * work.groups * double(problem.H * work.K) * cuda::storage_bytes(math);
-  const double product = product_us({math, tile, work.groups, work.K, chunks, blocks, plan.stages, weight_bytes}, device);
+  const int64_t blocks = plan.grid_x * plan.grid_y * problem.D, k = work.columns(), chunks = work.chunks(math);
+  const double weight_bytes = double(problem.D) * work.groups * double(problem.H * k) * cuda::storage_bytes(math);
+  const double product = product_us({math, tile, work.groups, k, chunks, blocks, plan.stages, weight_bytes}, device);
   const int64_t rows_of_warp = ceil_div(tile.batch, cuda::tile_threads(tile) / 32);
   return work.products * product + double(work.reads * rows_of_warp) * kL2LatencyUs;
 }
@@ -44,16 +53,18 @@ double work_us(const FormulaStepProblem& problem, const DeviceInfo& device, Math
 // The kernel of a segment with one tile; stages is 0 where it does not fit.
 FormulaKernelPlan kernel_of(const FormulaStepProblem& problem, const DeviceInfo& device, MathKind math, const Work& work,
                             TileSize size) {
-  const KernelRole role = problem.backward ? KernelRole::kBackward : KernelRole::kForward;
+  const KernelRole role = problem.backward   ? KernelRole::kBackward
+                          : work.input_K > 0 ? KernelRole::kForwardInput
+                                             : KernelRole::kForward;
   const TileShape tile = cuda::tile_shape(role, math, size);
-  const int slots = work.groups > 0 ? work.groups : 1;  // room for the moments of a norm
-  const auto bytes = [&](int stages) { return cuda::smem_bytes(role, slots, slots, math, tile, stages); };
+  const int groups = std::max(work.groups, 1), slots = std::max(work.slots, 1);  // also for the moments of a norm
+  const auto bytes = [&](int stages) { return cuda::smem_bytes(role, groups, slots, math, tile, stages); };
   FormulaKernelPlan plan{};
   plan.tile = size;
   plan.grid_x = ceil_div(problem.B, tile.batch);
   plan.grid_y = problem.heads * ceil_div(problem.H / problem.heads, tile.units);
   plan.threads = cuda::tile_threads(tile);
-  plan.stages = choose_stages(device, tile, ceil_div(work.K, cuda::chunk_size(math)), bytes);
+  plan.stages = choose_stages(device, tile, work.chunks(math), bytes);
   plan.smem_bytes = bytes(plan.stages);
   plan.us = step_launch_us(device) + work_us(problem, device, math, work, tile, plan);
   return plan;
@@ -105,18 +116,23 @@ FormulaWorkspace lay_out(const FormulaStepProblem& problem, MathKind math) {
 
 }  // namespace
 
-FormulaStepPlan plan_formula_step(const FormulaStepProblem& problem, const DeviceInfo& device) {
+FormulaStepPlan plan_formula_step(const FormulaStepProblem& problem, const DeviceInfo& device, Family family) {
   const FormulaTraits& cell = *problem.cell;
   FormulaStepPlan plan{};
+  plan.family = family;
   plan.math = cuda::math_kind(problem.dtype, /*allow_tf32=*/false);
   plan.pdl = device.compiled_for >= 90;
   const int64_t units = problem.H / problem.heads;
   const int gates = cell.recurrent_gates, recurs = gates > 0;
-  const Work recurrent = problem.backward ? Work{recurs, gates * units, recurs, 0} : Work{gates, units, recurs, 0};
+  Work recurrent =
+      problem.backward ? Work{recurs, gates * units, recurs, 0, recurs, 0} : Work{gates, units, recurs, 0, gates, 0};
+  if (family == Family::kSingle) {
+    recurrent = {std::max(gates, cell.input_gates), recurs ? units : 0, 1, 0, cell.gradients, problem.I};
+  }
   const int* const levels = problem.backward ? cell.backward_levels : cell.forward_levels;
   plan.segments.push_back(plan_kernel(problem, device, plan.math, recurrent));
   for (int level = 0; level < level_count(levels, cell.phases); ++level) {
-    Work work{0, problem.H, 0, 0};
+    Work work{0, problem.H, 0, 0, 0, 0};
     for (int k = 0; k < cell.phases; ++k) {
       if (levels[k] != level) continue;
       if (is_product(cell, k)) {
@@ -125,7 +141,7 @@ FormulaStepPlan plan_formula_step(const FormulaStepProblem& problem, const Devic
         work.reads += reads_of_norm(cell, k, problem.backward);
       }
     }
-    work.groups = work.products > 0;
+    work.groups = work.slots = work.products > 0;
     plan.segments.push_back(plan_kernel(problem, device, plan.math, work));
   }
   for (const FormulaKernelPlan& segment : plan.segments) plan.us_per_step += segment.us;

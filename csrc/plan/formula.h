@@ -1,4 +1,4 @@
-// The launches of a formula's layer on a GPU, family `step`: which tile, how much shared and working memory. A pure function
+// The launches of a formula's layer on a GPU, families `step` and `single`: which tile, how much shared and working memory. A pure function
 // of the problem and the device. Segments: cuda/formula/formula_params.h.
 #pragma once
 #include <string>
@@ -6,6 +6,7 @@
 
 #include "core/formula.h"
 #include "plan/device_info.h"
+#include "plan/family.h"
 #include "plan/step_geometry.h"
 
 namespace fused_rnn {
@@ -18,6 +19,7 @@ struct FormulaStepProblem {
   bool backward;
   bool reset_states;  // resets put states of their own
   bool d_series;      // of backward: there are gradients of states after each step
+  int64_t I;          // of forward: columns of the input's rows; 0: there are none to read (ids)
 };
 
 // One kernel; grid.z is D.
@@ -39,6 +41,7 @@ struct FormulaWorkspace {
 };
 
 struct FormulaStepPlan {
+  Family family;
   cuda::MathKind math;
   bool pdl;                                 // launches may overlap
   std::vector<FormulaKernelPlan> segments;  // [levels of phases + 1]
@@ -47,8 +50,10 @@ struct FormulaStepPlan {
   double us_per_step;
 };
 
-// Throws std::invalid_argument if the device cannot launch it.
-FormulaStepPlan plan_formula_step(const FormulaStepProblem& problem, const DeviceInfo& device);
+// family: kStep, or kSingle, whose first segment makes the input products of one time step too. Throws std::invalid_argument
+// if the device cannot launch it.
+FormulaStepPlan plan_formula_step(const FormulaStepProblem& problem, const DeviceInfo& device,
+                                  Family family = Family::kStep);
 
 // Launches of a step, tiles, shared and working memory, for people.
 std::string to_string(const FormulaStepPlan& plan);

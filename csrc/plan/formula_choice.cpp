@@ -46,15 +46,33 @@ std::string unasked(Family family) {
          " or cheapest)";
 }
 
+// Why family `single` cannot serve in the place of `step`; empty: it can, as far as the problem goes.
+std::string single_obstacle(const FormulaStepProblem& problem, const FamilyChoice& choice) {
+  if (problem.backward) return "its backward is that of step";
+  if (problem.T != 1) return "serves one time step, not " + std::to_string(problem.T);
+  if (problem.I == 0) return "there are no rows of the input to read";
+  if (choice.forced && *choice.forced != Family::kSingle) return std::string(to_string(*choice.forced)) + " is forced";
+  return choice.obstacle(Family::kSingle);
+}
+
 }  // namespace
 
 FormulaPlan plan_formula(const FormulaStepProblem& problem, const DeviceInfo& device, const FamilyChoice& choice,
                          int ranks) {
-  const FormulaStepPlan step = plan_formula_step(problem, device);
-  const double step_us = double(problem.T) * step.us_per_step;
   FormulaPlan plan{};
-  plan.candidates.push_back({Family::kStep, step.us_per_step, step_us, std::nullopt});
-  plan.family = plan.cheapest = Family::kStep;
+  // The family that serves every formula.
+  FormulaStepPlan step = plan_formula_step(problem, device);
+  std::string no_single = single_obstacle(problem, choice);
+  if (no_single.empty()) {
+    try {
+      step = plan_formula_step(problem, device, Family::kSingle);
+    } catch (const std::invalid_argument& error) {
+      no_single = error.what();
+    }
+  }
+  const double step_us = double(problem.T) * step.us_per_step;
+  plan.candidates.push_back({step.family, step.us_per_step, step_us, std::nullopt});
+  plan.family = plan.cheapest = step.family;
   double cheapest_us = step_us;
   std::vector<Found> found;
   for (Family family : kPersistent) {
@@ -68,12 +86,13 @@ FormulaPlan plan_formula(const FormulaStepProblem& problem, const DeviceInfo& de
   if (choice.cheapest) plan.family = plan.cheapest;
 
   const bool forced = choice.forced && plan.family == *choice.forced;
-  plan.reason = forced            ? "it is forced"
-                : choice.cheapest ? "it is the cheapest by the cost model"
-                                  : "it serves every formula";
+  plan.reason = forced                           ? "it is forced"
+                : choice.cheapest                ? "it is the cheapest by the cost model"
+                : plan.family == Family::kSingle ? "it makes the input products of the one step too"
+                                                 : "it serves every formula";
   const std::string is_forced = choice.forced ? std::string(to_string(*choice.forced)) + " is forced" : "";
   for (Family family : kFamilies) {
-    if (family == Family::kStep || is_persistent(family)) continue;
+    if (family == Family::kStep || family == Family::kSingle || is_persistent(family)) continue;
     plan.rejected.push_back({family, "formulas have no kernels of this family"});
   }
   for (const Found& one : found) {
@@ -83,7 +102,11 @@ FormulaPlan plan_formula(const FormulaStepProblem& problem, const DeviceInfo& de
                                          : choice.cheapest ? compared(one.us, plan.family, cheapest_us)
                                                            : unasked(one.family)});
   }
-  if (plan.family == Family::kStep) {
+  if (!no_single.empty()) plan.rejected.push_back({Family::kSingle, no_single});
+  if (step.family == Family::kSingle) {
+    plan.rejected.push_back({Family::kStep, "single makes the input products of the one step too"});
+  }
+  if (plan.family == step.family) {
     plan.step = step;
     plan.launches = problem.T * static_cast<int64_t>(step.segments.size()) + problem.backward;
     plan.overlapped = step.pdl;
@@ -91,7 +114,7 @@ FormulaPlan plan_formula(const FormulaStepProblem& problem, const DeviceInfo& de
     plan.us_per_step = step.us_per_step, plan.us = step_us;
     return plan;
   }
-  plan.rejected.push_back({Family::kStep, forced ? is_forced : compared(step_us, plan.family, cheapest_us)});
+  plan.rejected.push_back({step.family, forced ? is_forced : compared(step_us, plan.family, cheapest_us)});
   for (const Found& one : found) {
     if (one.family != plan.family) continue;
     plan.persistent = one.plan;

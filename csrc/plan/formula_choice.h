@@ -1,4 +1,4 @@
-// Which family runs a formula's layer on a GPU: `step`, `cluster` or `grid`; the others have no kernels of formulas.
+// Which family runs a formula's layer on a GPU: `single`, `step`, `cluster` or `grid`; the others have no kernels of formulas.
 #pragma once
 #include <optional>
 #include <string>
@@ -12,7 +12,7 @@ namespace fused_rnn {
 
 struct FormulaPlan {
   Family family;
-  std::optional<FormulaStepPlan> step;              // of that family alone
+  std::optional<FormulaStepPlan> step;              // of the families `step` and `single` alone
   std::optional<FormulaPersistentPlan> persistent;  // of the persistent families alone
   int64_t launches;
   bool overlapped;          // launches may overlap

@@ -239,7 +239,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         pybind11::arg("capability"), "Whether CUDA kernels serve the formula on devices of this compute capability.");
   m.def("set_formula_family", &fused_rnn::set_formula_family, pybind11::arg("formula"), pybind11::arg("dtype"),
         pybind11::arg("capability"), pybind11::arg("family"), pybind11::arg("state"), pybind11::arg("ranks") = 0,
-        "Whether the formula's kernels of family cluster or grid serve: 0: not yet, 1: wherever they can, with so many "
+        "Whether the formula's kernels of family single, cluster or grid serve: 0: not yet, 1: wherever they can, with so "
+        "many "
         "blocks of a team, 2: as FUSED_RNN_PLAN says (csrc/torch/formula_device.h).");
   m.def("formula_plan_on_device", &fused_rnn::formula_plan_on_device, pybind11::arg("formula"), pybind11::arg("dtype"),
         pybind11::arg("device"), pybind11::arg("T"), pybind11::arg("B"), pybind11::arg("H"), pybind11::arg("D"),

@@ -3,6 +3,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <string>
 
 #include "cpu/formula/formula.h"
@@ -13,7 +14,7 @@ namespace fused_rnn {
 void register_formula_on_device(const std::string& formula, const std::string& path);
 void forget_formula_on_device(const std::string& formula, int dtype, int capability);
 bool has_formula_on_device(const std::string& formula, int dtype, int capability);
-// Whether the kernels of family "cluster" or "grid" serve too: state 0: not before they are verified; 1: with so many blocks
+// Whether the kernels of family "single", "cluster" or "grid" serve too: state 0: not before they are verified; 1: with so many blocks
 // of a team wherever they can, for the verification; 2: as FUSED_RNN_PLAN says.
 void set_formula_family(const std::string& formula, int dtype, int capability, const std::string& family, int state,
                         int ranks);
@@ -21,9 +22,10 @@ void set_formula_family(const std::string& formula, int dtype, int capability, c
 // What the kernels say of the cell; null where there are none. device: a tensor's; -1: any.
 const FormulaTraits* formula_traits_on_device(const std::string& formula, DType dtype, int device);
 
-// The scans. What is set in p are pointers to the device's memory, as csrc/cpu/formula has them; x: input products
-// [D, N, Gi, H] with their biases.
-void formula_forward_on_device(const std::string& formula, const cpu::FormulaForward& p, const at::Tensor& x);
+// The scans. What is set in p are pointers to the device's memory, as csrc/cpu/formula has them; p.x may be null. x: the
+// input, or like it. input_products: makes them with their biases [D, N, Gi, H]; not called where the kernels do.
+void formula_forward_on_device(const std::string& formula, const cpu::FormulaForward& p, const at::Tensor& x,
+                               const std::function<at::Tensor()>& input_products);
 void formula_backward_on_device(const std::string& formula, const cpu::FormulaBackward& p, const at::Tensor& x);
 // What the planner says of a layer on this device: family, launches, tiles, memory.
 std::string formula_plan_on_device(const std::string& formula, int dtype, int device, int64_t T, int64_t B, int64_t H, int D,

@@ -51,6 +51,7 @@ void fill(cuda::FormulaLayer& to, const cpu::FormulaParams& from) {
   for (int i = 0; i < kMostFormulaStates; ++i) to.initial[i] = from.states[i], to.reset_states[i] = from.reset_states[i];
   for (int d = 0; d < from.D; ++d) {
     cuda::FormulaDirection& weights = to.weights[d];
+    weights.w_ih = from.weights[d].w_ih.data, weights.b_ih = from.weights[d].b_ih;
     weights.w_hh = from.weights[d].w_hh.data;
     weights.b_hh = from.weights[d].b_hh;
     weights.parameters = from.weights[d].parameters;
@@ -68,7 +69,9 @@ FormulaStepProblem problem_of(const FormulaTraits& traits, const cpu::FormulaPar
   return problem;
 }
 FormulaStepProblem problem_of(const FormulaTraits& traits, const cpu::FormulaForward& p) {
-  return problem_of(traits, p, /*backward=*/false);
+  FormulaStepProblem problem = problem_of(traits, p, /*backward=*/false);
+  problem.I = p.x ? p.I : 0;
+  return problem;
 }
 FormulaStepProblem problem_of(const FormulaTraits& traits, const cpu::FormulaBackward& p) {
   FormulaStepProblem problem = problem_of(traits, p, /*backward=*/true);
@@ -133,10 +136,12 @@ void set_formula_family(const std::string& formula, int dtype, int capability, c
   const std::lock_guard<std::mutex> lock(modules_mutex);
   const auto found = modules().find({formula, dtype, capability});
   TORCH_CHECK_VALUE(found != modules().end(), "formula: expected one with kernels in this process, got ", formula);
-  TORCH_CHECK_VALUE(family == "cluster" || family == "grid", "family: expected cluster or grid, got ", family);
   TORCH_CHECK_VALUE(state >= 0 && state <= 2, "state: expected 0, 1 or 2, got ", state);
-  found->second->set_family(family == "grid" ? Family::kGrid : Family::kCluster,
-                            static_cast<cuda::FormulaModule::Serves>(state), ranks);
+  for (Family one : {Family::kSingle, Family::kCluster, Family::kGrid}) {
+    if (family != to_string(one)) continue;
+    return found->second->set_family(one, static_cast<cuda::FormulaModule::Serves>(state), ranks);
+  }
+  TORCH_CHECK_VALUE(false, "family: expected single, cluster or grid, got ", family);
 }
 
 const FormulaTraits* formula_traits_on_device(const std::string& formula, DType dtype, int device) {
@@ -144,17 +149,25 @@ const FormulaTraits* formula_traits_on_device(const std::string& formula, DType 
   return module ? &module->traits() : nullptr;
 }
 
-void formula_forward_on_device(const std::string& formula, const cpu::FormulaForward& p, const at::Tensor& x) {
+void formula_forward_on_device(const std::string& formula, const cpu::FormulaForward& p, const at::Tensor& x,
+                               const std::function<at::Tensor()>& input_products) {
   cuda::FormulaForward to{};
   fill(to, p);
-  to.x = x.const_data_ptr();
+  to.input = p.x, to.I = p.I;
   to.y = p.y;
   to.saved = p.saved;
   for (int i = 0; i < kMostFormulaStates; ++i) to.last[i] = p.last[i], to.series[i] = p.series[i];
   for (int k = 0; k < kMostFormulaPhases; ++k) to.v[k] = p.v[k];
+  at::Tensor products;
   run_planned(
-      formula, p, x, /*backward=*/false,
+      formula, p, x,
       [&](const FormulaTraits& traits, const FormulaPlan& plan, void* workspace, const cuda::FormulaLauncher& launch) {
+        if (plan.family != Family::kSingle) {
+          if (!products.defined()) products = input_products();
+        } else if (traits.phases > 0) {
+          products = at::empty({p.D, p.seq.N, traits.input_gates, p.H}, x.options().requires_grad(false));
+        }
+        to.x = products.defined() ? products.data_ptr() : nullptr;
         if (plan.persistent) return run_formula_persistent_forward(to, traits, *plan.persistent, workspace, launch);
         run_formula_forward(to, traits, *plan.step, workspace, launch);
       });
@@ -184,7 +197,8 @@ std::string formula_plan_on_device(const std::string& formula, int dtype, int de
                                    int heads, bool backward) {
   const cuda::FormulaModule* const module = find(formula, static_cast<DType>(dtype), device);
   TORCH_CHECK_VALUE(module, "formula: expected one with kernels for device ", device, " in this process, got ", formula);
-  const FormulaStepProblem problem{&module->traits(), static_cast<DType>(dtype), T, B, H, D, heads, backward};
+  FormulaStepProblem problem{&module->traits(), static_cast<DType>(dtype), T, B, H, D, heads, backward};
+  problem.I = backward ? 0 : 1;  // any number of columns
   return to_string(plan_of(*module, problem, info_of(device)));
 }
 

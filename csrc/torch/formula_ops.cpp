@@ -120,7 +120,7 @@ LayerOutputs formula_on(const Tensor& input, at::TensorList states, at::TensorLi
   if (s.B == 0) return {std::move(y), std::move(last), std::move(saved)};
 #ifdef FUSED_RNN_WITH_CUDA
   if (is_on_device(x)) {
-    formula_forward_on_device(std::string(cell), p, input_products(layer));
+    formula_forward_on_device(std::string(cell), p, x, [&] { return input_products(layer); });
     return {std::move(y), std::move(last), std::move(saved)};
   }
 #endif

@@ -254,6 +254,7 @@ py::dict formula_plan(const py::kwargs& given) {
   problem.backward = k.take<bool>("backward");
   problem.reset_states = k.take<bool>("reset_states", false);
   problem.d_series = k.take<bool>("d_series", false);
+  problem.I = k.take<int64_t>("I", 0);
   const DeviceInfo device = device_of(k.take<py::dict>("device"));
   const FamilyChoice choice = choice_of(k);
   k.end();
@@ -415,9 +416,9 @@ void bind_plan(py::module_& module) {
   module.def(
       "formula_plan", &formula_plan,
       "formula_plan(*, traits, dtype, T, B, H, D, heads, backward, device, reset_states=False, d_series=False, "
-      "forced=None): the family, launches and memory of a formula's layer on a device given by its properties. "
-      "reset_states: resets put states of their own; d_series: there are gradients of states after each step. No GPU is "
-      "needed.");
+      "I=0, forced=None): the family, launches and memory of a formula's layer on a device given by its properties. "
+      "reset_states: resets put states of their own; d_series: there are gradients of states after each step; I: columns of "
+      "the input that forward can read. No GPU is needed.");
   module.def(
       "cudnn_lacks", &cudnn_lacks_of,
       "cudnn_lacks(*, cell, T, enabled, deterministic, one_step, modified, empty): why cuDNN cannot serve the call of "

@@ -1,4 +1,4 @@
-"""A cell as CUDA kernels, families ``step``, ``cluster`` and ``grid``: what is compiled, and what the host must know of it.
+"""A cell as CUDA kernels, families ``single``, ``step``, ``cluster`` and ``grid``: what is compiled, and what the host must know of it.
 
 The text is the cell's struct, the same as for a CPU, and a line for each kernel; csrc/cuda/formula has the kernels.
 """
@@ -18,7 +18,7 @@ from fused_rnn.formula.writer import PHASE_KINDS, source_of_plan, struct_name
 MATHS = {torch.float64: "kFp64", torch.float32: "kFp32", torch.float16: "kFp16", torch.bfloat16: "kBf16"}
 
 
-FILE_VERSION = 4  # csrc/cuda/formula/module.cpp
+FILE_VERSION = 5  # csrc/cuda/formula/module.cpp
 ROLES = (
     "forward",
     "backward",
@@ -27,9 +27,10 @@ ROLES = (
     "cluster_backward",
     "grid_forward",
     "grid_backward",
+    "single_forward",
 )  # csrc/cuda/formula/formula_params.h's FormulaRole
 PERSISTENT = ("cluster", "grid")  # families with a kernel for forward and one for backward
-FAMILIES = ("step", *PERSISTENT)
+FAMILIES = ("step", "single", *PERSISTENT)
 TILES = ("kSmall", "kMedium")  # csrc/plan/step_geometry.h's TileSize
 
 
@@ -49,12 +50,12 @@ class Kernel:
     def family(self) -> str:
         """Which family it belongs to."""
         first = ROLES[self.role].split("_")[0]
-        return first if first in PERSISTENT else "step"
+        return first if first in FAMILIES else "step"
 
 
 def kernels_of(plan: Plan, families: Sequence[str] = FAMILIES) -> list[Kernel]:
     """The kernels of a cell: of family ``step``, where a segment that makes a product has one of each tile, any other one
-    of the small tile; and the two of each persistent family."""
+    of the small tile; the two of each persistent family; and of family ``single`` one of each tile."""
     recurs = bool(plan.cell.declaration.recurrent_gates)
     products = [phase.kind == "product" for phase in plan.cell.phases]
 
@@ -73,7 +74,8 @@ def kernels_of(plan: Plan, families: Sequence[str] = FAMILIES) -> list[Kernel]:
         for segment, product in of_role
         for tile in range(1 + product)
     ]
-    kernels += [Kernel(role, 0, 0) for role in range(len(segments), len(ROLES))]
+    kernels += [Kernel(role, 0, 0) for role, name in enumerate(ROLES) if name.split("_")[0] in PERSISTENT]
+    kernels += [Kernel(ROLES.index("single_forward"), 0, tile) for tile in range(2)]
     return [kernel for kernel in kernels if kernel.family in families]
 
 
@@ -84,8 +86,8 @@ def translation_unit(plan: Plan, dtype: torch.dtype, families: Sequence[str] = F
     for kernel in kernels_of(plan, families):
         role = ROLES[kernel.role]
         arguments = [cell, math]
-        if kernel.family == "step":
-            arguments += [str(kernel.segment)] * (role != "initial") + [TILES[kernel.tile]]
+        if kernel.family not in PERSISTENT:
+            arguments += [str(kernel.segment)] * (role in ("forward", "backward")) + [TILES[kernel.tile]]
         lines.append(f"FUSED_RNN_FORMULA_{role.upper()}({', '.join(arguments)})")
     return "\n".join(
         [

@@ -95,9 +95,11 @@ def prepare(formula: str, dtype: torch.dtype) -> None:
 
 
 def families_asked_for() -> tuple[str, ...]:
-    """The persistent families that FUSED_RNN_PLAN lets serve. They have not run on a GPU yet and wait to be asked for."""
+    """The families beside ``step`` that may serve: ``single`` unless FUSED_RNN_PLAN forces another one, and the persistent
+    ones that it names. These have not run on a GPU yet and wait to be asked for."""
     setting = _settings.value("FUSED_RNN_PLAN")
-    return tuple(family for family in ("cluster", "grid") if setting in (family, "cheapest"))
+    persistent = tuple(family for family in ("cluster", "grid") if setting in (family, "cheapest"))
+    return ("single",) * (setting in ("", "single", "cheapest")) + persistent
 
 
 def prepare_on(formula: str, dtype: torch.dtype, capability: int, device: torch.device) -> None:
@@ -108,18 +110,25 @@ def prepare_on(formula: str, dtype: torch.dtype, capability: int, device: torch.
 
 
 def _verify_family(formula: str, dtype: torch.dtype, capability: int, device: torch.device, family: str) -> None:
-    """Compares the kernels of a persistent family with ``step``, in a block alone and in teams of two; then they serve."""
+    """Compares the kernels of a family with ``step``; then they serve. ``single``: one time step by both tiles; a persistent
+    family: in a block alone and in teams of two."""
     from fused_rnn.formula import verify
 
     assert extension is not None
     kernels = (formula, ops.dtype_number(dtype), capability, family)
     if kernels in _verified:
         return
-    least = {"cluster": 90, "grid": 80}[family]  # of teams
+    cell = ops.cell_of(formula)
     try:
-        for ranks in (1, 2)[: 1 + (capability >= least)]:
-            extension.set_formula_family(*kernels, 1, ranks)
-            verify.check_kernels(ops.cell_of(formula), formula, dtype, device)
+        if family == "single":
+            extension.set_formula_family(*kernels, 1)
+            for batch in batches_of(device):
+                verify.check_kernels(cell, formula, dtype, device, batch, steps=1)
+        else:
+            least = {"cluster": 90, "grid": 80}[family]  # of teams
+            for ranks in (1, 2)[: 1 + (capability >= least)]:
+                extension.set_formula_family(*kernels, 1, ranks)
+                verify.check_kernels(cell, formula, dtype, device)
     except BaseException:
         extension.set_formula_family(*kernels, 0)
         raise

@@ -83,7 +83,7 @@ def _on_gpu(
 
     made = _backend.extension.formula_plan(  # type: ignore[union-attr]
         traits=traits_of(make_plan(cell)), dtype=str(dtype).removeprefix("torch."), T=size["T"], B=size["B"], H=size["H"],
-        D=size["D"], heads=cell.declaration.heads, backward=backward, device=dict(device),
+        D=size["D"], heads=cell.declaration.heads, backward=backward, I=0 if backward else size["I"], device=dict(device),
         forced=_settings.value("FUSED_RNN_PLAN") or None,
     )  # fmt: skip
     return PassPlan(

@@ -20,7 +20,14 @@ _LEAST = 1 / 16
 _T, _B, _I = 4, 3, 5
 
 
-def check_kernels(cell: Cell, formula: str, dtype: torch.dtype, device: torch.device | None = None, batch: int = _B) -> None:
+def check_kernels(
+    cell: Cell,
+    formula: str,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    batch: int = _B,
+    steps: int = _T,
+) -> None:
     """Compares outputs and all gradients of one layer of both directions, on a CPU or the device.
 
     Raises:
@@ -35,8 +42,8 @@ def check_kernels(cell: Cell, formula: str, dtype: torch.dtype, device: torch.de
     with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         specs = specs_of(cell, _I, hidden, bias=True)
         states = [made(2, batch, hidden) for _ in cell.declaration.states]
-        inputs = [made(_T, batch, _I), *states, *(made(*spec.shape) for _ in range(2) for spec in specs)]
-        weights = [made(_T, batch, 2 * hidden), *(made(2, batch, hidden) for _ in states)]
+        inputs = [made(steps, batch, _I), *states, *(made(*spec.shape) for _ in range(2) for spec in specs)]
+        weights = [made(steps, batch, 2 * hidden), *(made(2, batch, hidden) for _ in states)]
         names = ["input", *cell.declaration.states, *(spec.name + suffix for suffix in ("", "_reverse") for spec in specs)]
         recipe = Recipe(OWN_KIND, bidirectional=True)
         count = len(states)

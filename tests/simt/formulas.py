@@ -87,7 +87,7 @@ class Direction(ctypes.Structure):
     """csrc/cuda/formula/formula_params.h's FormulaDirection."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("w_hh", "b_hh", "parameters")),
+        *((name, c_void_p) for name in ("w_ih", "b_ih", "w_hh", "b_hh", "parameters")),
         ("weight", c_void_p * PHASES),
         ("bias", c_void_p * PHASES),
     ]
@@ -107,7 +107,8 @@ class FormulaLayer(ctypes.Structure):
 
 class FormulaForward(FormulaLayer):
     _fields_ = [
-        *(("x", c_void_p), ("y", c_void_p), ("last", c_void_p * STATES), ("series", c_void_p * STATES)),
+        *(("x", c_void_p), ("input", c_void_p), ("I", c_int64)),
+        *(("y", c_void_p), ("last", c_void_p * STATES), ("series", c_void_p * STATES)),
         *(("v", c_void_p * PHASES), ("saved", c_void_p), ("working", c_void_p * (STATES + 2 + 2 * PHASES))),
     ]
 
@@ -340,6 +341,9 @@ class Run:
             p.reset_states[i] = ResetState(put(f"reset state {i}", state), *strides)
         for d, params in enumerate(self.params):
             weights = p.weights[d]
+            if self.case.family == "single":
+                weights.w_ih = put("w_ih", params["weight_ih"])
+                weights.b_ih = put("b_ih", params.get("bias_ih"))
             weights.w_hh = put("w_hh", params.get("weight_hh"))
             weights.b_hh = put("b_hh", params.get("bias_hh"))
             own = [params[name].expand(self.H) for name in self.plan.parameters]
@@ -363,7 +367,7 @@ class Run:
         family = (self.case.family.encode(), self.case.ranks)
         bytes_ = lib.simt_formula_workspace(ctypes.byref(p), traits, dtype, backward, where, *family)
         workspace = self.sim.out("workspace", bytes_)
-        if self.case.family != "step":
+        if self.case.family in ("cluster", "grid"):
             workspace = self.sim.inout("exchange", torch.zeros(bytes_, dtype=torch.uint8))
         self.sim.check(getattr(lib, name)(ctypes.byref(p), traits, dtype, where, workspace, *family))
 
@@ -378,7 +382,12 @@ class Run:
         self.fill(p)
         x = self.data.x.reshape(N, -1).double()
         products = [x @ params["weight_ih"].double().T + params.get("bias_ih", torch.zeros(1)) for params in self.params]
-        p.x = self.sim.put("x", torch.stack(products).to(self.kernels.dtype))
+        if self.case.family == "single":
+            p.input, p.I = self.sim.put("input", self.data.x), self.case.I
+            if self.plan.phases:
+                p.x = self.out("x", D, N, len(self.cell.declaration.input_gates), H)
+        else:
+            p.x = self.sim.put("x", torch.stack(products).to(self.kernels.dtype))
         p.y = self.out("y", N, D * H)
         count = len(self.data.states)
         for i in range(count):

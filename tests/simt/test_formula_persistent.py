@@ -74,7 +74,8 @@ UNEVEN = Case(
 LONG += [(cell, F32, UNEVEN) for cell in (zoo.LSTM, zoo.DreamerGRU, zoo.LayerNormLSTM)]
 HEADS = Case(B=9, units=16, bidirectional=True, family="cluster")
 LONG += [(Heads, BF16, dataclasses.replace(HEADS, ranks=ranks)) for ranks in (1, 2, 4, 8)]
-LONG += [(SmallHeads, BF16, dataclasses.replace(case, units=48)) for case in (RAGGED, ALONE, WIDE)]
+# From zeros: random numbers in place of the normaliser, a sum of positive ones, may lie next to zero, and it is divided by.
+LONG += [(SmallHeads, BF16, dataclasses.replace(case, units=48, states=False)) for case in (RAGGED, ALONE, WIDE)]
 LONG += [(cell, dtype, case) for cell in ZOO for dtype, case in ((F32, RAGGED), (F16, ALONE))]
 
 

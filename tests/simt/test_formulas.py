@@ -43,6 +43,15 @@ FIRST_STEP = Case(T=1, resets=True, reset_state="one", every=True)
 PUT = (ONE, OF_ROWS, OF_STEPS, PACKED_STEPS, PUT_TILES, PUT_ALIGNED, FIRST_STEP)
 PUT += (dataclasses.replace(OF_STEPS, training=False), dataclasses.replace(USUAL, every=True))
 
+# Family `single`: one time step, of which the kernels make the input products too.
+SINGLE = Case(T=1, family="single")
+SINGLE_RAGGED = dataclasses.replace(SINGLE, bidirectional=True, lengths=(1, 0, 1), resets=True)
+SINGLE_PACKED = dataclasses.replace(SINGLE, batch_sizes=(3,), bidirectional=True)
+SINGLE_TILES = dataclasses.replace(SINGLE, B=9, units=18, I=37, bias=False, states=False)
+SINGLE_ALIGNED = dataclasses.replace(SINGLE, B=5, units=32, I=64)
+SINGLE_PUT = dataclasses.replace(SINGLE, resets=True, reset_state="one", every=True)
+OF_SINGLE = (SINGLE, SINGLE_RAGGED, SINGLE_PACKED, SINGLE_TILES, SINGLE_ALIGNED, SINGLE_PUT)
+
 SHORT = [  # each cell and dtype takes its time to compile
     (zoo.LSTM, F16, RAGGED),
     (zoo.LSTM, F16, ALIGNED),
@@ -56,6 +65,11 @@ SHORT = [  # each cell and dtype takes its time to compile
     (Everything, F32, OF_STEPS),
     (Everything, F32, PUT_TILES),
     (Levels, F32, OF_ROWS),
+    (zoo.LSTM, F16, SINGLE_RAGGED),
+    (zoo.LSTM, F16, SINGLE_ALIGNED),
+    (Everything, F32, SINGLE_RAGGED),
+    (Everything, F32, SINGLE_TILES),
+    (Levels, F32, SINGLE_PUT),
 ]
 ZOO = [value for name in zoo.__all__ if isinstance(value := getattr(zoo, name), type) and issubclass(value, Cell)]
 LONG = [*((cell, F64, case) for cell in (Everything, NoRecurrentProduct) for case in EVERY)]
@@ -69,6 +83,9 @@ LONG += [(cell, F64, case) for cell in (Everything, NoRecurrentProduct) for case
 LONG += [(cell, dtype, case) for cell in (zoo.LSTM, SmallHeads) for dtype in (F64, F32, F16) for case in PUT]
 LONG += [(cell, F32, case) for cell in (zoo.DreamerGRU, zoo.LayerNormLSTM, zoo.IndRNN) for case in PUT]
 LONG += [(cell, F32, OF_STEPS) for cell in ZOO]
+LONG += [(cell, F64, case) for cell in (Everything, NoRecurrentProduct, zoo.GRU) for case in OF_SINGLE]
+LONG += [(cell, dtype, SINGLE_RAGGED) for cell in ZOO for dtype in (F64, F32)]
+LONG += [(zoo.GRU, F32, SINGLE_ALIGNED), (zoo.DreamerGRU, F16, SINGLE_ALIGNED), (zoo.SLSTM, F16, SINGLE)]
 
 
 def id_of(value: Any) -> str:
@@ -93,6 +110,9 @@ def test_the_medium_tile(cell: type[Cell]) -> None:
     case = Case(T=2, B=35, units=18, bidirectional=True)
     assert "medium tile" in formulas.plan_text(found, case, TINY) and "medium" not in formulas.plan_text(found, case, H100)
     compare(found, case, seeds=(0,), device=TINY)
+    single = dataclasses.replace(case, T=1, family="single")
+    assert "medium tile" in formulas.plan_text(found, single, TINY)
+    compare(found, single, seeds=(0,), device=TINY)
 
 
 def test_launches_of_a_step() -> None:
@@ -107,6 +127,12 @@ ODD = Case(bidirectional=True, lengths=(4, 1, 3))  # a row that begins backwards
 # What takes away a wait, a mask or a copy, each with a case that shows it.
 FORWARD, BACKWARD, GEOMETRY, NORM = (f"formula_{name}.cuh" for name in ("forward", "backward", "geometry", "norm"))
 MUTANTS = [
+    (FORWARD, "    {w_ih, tile.units, s.p.I, s.input_copy_bytes, s.p.H}", "    {w_ih, tile.units, s.p.I, s.input_copy_bytes, tile.units}",
+     Everything, SINGLE),
+    (FORWARD, " = a[slot] - stored[slot];", " = a[slot];", zoo.MGU, SINGLE),
+    (FORWARD, "(weights.w_ih) + head * s.p.I", "(weights.w_ih)", Everything, SINGLE),
+    (FORWARD, "      if (weights.b_ih) a[C::input_slot(g)]", "      if (false) a[C::input_slot(g)]", Everything, SINGLE),
+    (GEOMETRY, "return phase == 0 ? C::kInputGates : C::kRecurrentGates;", "return 2;", Levels, SINGLE),
     (GEOMETRY, "    simt::pdl_wait();\n", "", Everything, RAGGED),
     (NORM, "    simt::sync_block();\n", "", Everything, USUAL),
     (GEOMETRY, "if constexpr (!kFirst) simt::sync_block();", "", Levels, TILES),

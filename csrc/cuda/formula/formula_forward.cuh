@@ -33,6 +33,7 @@ struct FormulaForwardElements {
   static constexpr int kValues = C::kValues > 0 ? C::kValues : 1;
   static constexpr int kPhases = C::kPhases > 0 ? C::kPhases : 1;
   static constexpr bool kRecurs = C::kRecurrentGates > 0;
+  static constexpr bool kInput = G::kOperands > 1;  // the part has made the input products too
   static constexpr bool kOwnRecurrent = kRecurs && C::kRecurrent != C::kOutput;
 
   const FormulaForwardStep& s;
@@ -96,6 +97,36 @@ struct FormulaForwardElements {
       return static_cast<const Acc*>(s.p.rec)[index];
     }
   }
+  // The accumulators of an active row after both products. Further segments find their sums where those of family `step`
+  // leave them.
+  __device__ __forceinline__ void make_accumulators(int e, const RowInfo& info, Acc (&a)[kValues]) const {
+    const FormulaDirection& weights = tile.dir ? s.p.weights[1] : s.p.weights[0];
+    const int64_t unit = tile.unit(e);
+#pragma unroll
+    for (int i = 0; i < C::kSlots; ++i) a[i] = Matmul<G>::sum(i, FormulaTile<G>::unit_of(e), FormulaTile<G>::batch_of(e));
+#pragma unroll
+    for (int g = 0; g < C::kInputGates; ++g) {
+      if (weights.b_ih) a[C::input_slot(g)] += formula_load<Storage>(weights.b_ih, g * s.p.H + unit);
+    }
+#pragma unroll
+    for (int g = 0; g < C::kRecurrentGates; ++g) {
+      if (weights.b_hh) a[C::recurrent_slot(g)] += formula_load<Storage>(weights.b_hh, g * s.p.H + unit);
+    }
+    if constexpr (!kLast) {
+      Acc stored[kValues] = {};
+#pragma unroll
+      for (int g = 0; g < C::kInputGates; ++g) {
+        const Storage product = simt::from_float<Storage>(a[C::input_slot(g)]);
+        static_cast<Storage*>(s.p.x)[kept_index(e, info.row, C::kInputGates) + g * s.p.H] = product;
+        stored[C::input_slot(g)] = simt::to_float(product);
+      }
+#pragma unroll
+      for (int g = 0; g < C::kRecurrentGates; ++g) {  // what the rounding has left over counts as the recurrent product's
+        const int slot = C::recurrent_slot(g);
+        static_cast<Acc*>(s.p.rec)[(row_of_batch(e) * C::kRecurrentGates + g) * s.p.H + unit] = a[slot] - stored[slot];
+      }
+    }
+  }
   // The result of phase kPart.
   __device__ __forceinline__ Acc phase_result(int e) const {
     static_assert(!Part::kRecurrent);
@@ -122,15 +153,19 @@ struct FormulaForwardElements {
     Acc a[kValues], before[C::kStates], p[kParameters], ph[kPhases];
   };
   __device__ __forceinline__ void load(int e, const RowInfo& info, Values& in) const {
-    const int64_t x = kept_index(e, info.row, C::kInputGates);
 #pragma unroll
     for (int i = 0; i < kValues; ++i) in.a[i] = Acc(0);
+    if constexpr (kInput) {
+      make_accumulators(e, info, in.a);
+    } else {
+      const int64_t x = kept_index(e, info.row, C::kInputGates);
 #pragma unroll
-    for (int g = 0; g < C::kInputGates; ++g) in.a[C::input_slot(g)] = formula_load<Storage>(s.p.x, x + g * s.p.H);
+      for (int g = 0; g < C::kInputGates; ++g) in.a[C::input_slot(g)] = formula_load<Storage>(s.p.x, x + g * s.p.H);
 #pragma unroll
-    for (int g = 0; g < C::kRecurrentGates; ++g) {
-      const Acc sum = recurrent_sum(e, g);
-      in.a[C::recurrent_slot(g)] = adds(g) ? in.a[C::recurrent_slot(g)] + sum : sum;
+      for (int g = 0; g < C::kRecurrentGates; ++g) {
+        const Acc sum = recurrent_sum(e, g);
+        in.a[C::recurrent_slot(g)] = adds(g) ? in.a[C::recurrent_slot(g)] + sum : sum;
+      }
     }
     load_states(e, info, in.before, std::make_integer_sequence<int, C::kStates>{});
     const void* const parameters = tile.dir ? s.p.weights[1].parameters : s.p.weights[0].parameters;
@@ -260,6 +295,33 @@ __device__ __forceinline__ const void* formula_forward_source(const FormulaForwa
     }
   }
   return nullptr;
+}
+
+// Segment 0 of family `single`.
+template <class C, MathKind kMath, TileSize kSize>
+__device__ __forceinline__ void formula_single_forward(const FormulaForwardStep& s) {
+  using G = FormulaSingleGeometry<C, kMath, kSize>;
+  using Storage = typename G::Storage;
+  const FormulaTile<G> tile(s.p);
+  const FormulaDirection& weights = tile.dir ? s.p.weights[1] : s.p.weights[0];
+  const int64_t head = tile.head * tile.units;
+  const auto* const w_ih = static_cast<const Storage*>(weights.w_ih) + head * s.p.I;
+  const auto* w_hh = w_ih;  // of no columns where there is no recurrent product
+  if (C::kRecurrentGates > 0) w_hh = static_cast<const Storage*>(weights.w_hh) + head * C::kRecurrentGates * tile.units;
+  const Operand<Storage> operands[2] = {
+      {w_ih, tile.units, s.p.I, s.input_copy_bytes, s.p.H},
+      {w_hh, tile.units, C::kRecurrentGates > 0 ? tile.units : 0, s.copy_bytes, tile.units}};
+  Matmul<G> matmul(operands, tile.first_unit, s.stages);
+  const auto row = [&](int64_t b) {
+    RowInfo info = forward_row(s.p.seq, s.p.modifier, s.step, tile.dir, b);
+    if (info.flags & kActive) {
+      info.source[0] = static_cast<const Storage*>(s.p.input) + info.row * s.p.I;
+      info.source[1] = formula_forward_source<C, G, -1>(s, tile, b, info);
+    }
+    return info;
+  };
+  const RowInfo* const table = formula_sums<true, true>(matmul, tile, row, [](RowInfo*) {});
+  FormulaForwardElements<C, G, 0, -1>{s, tile, table}.run();
 }
 
 // kFirst, kFinal: the part is the segment's first, or last one.

@@ -20,6 +20,17 @@ struct FormulaGeometry
   static constexpr __device__ int slot(int, int g) { return g; }
 };
 
+// The same of family `single`, whose first segment makes the input products too: of its two phases the first multiplies the
+// rows of W_ih. Sums of both go to the cell's accumulators.
+template <class C, MathKind kMath, TileSize kSize>
+struct FormulaSingleGeometry
+    : ProductGeometry<KernelRole::kForwardInput, kMath, kSize,
+                      (C::kInputGates > C::kRecurrentGates ? C::kInputGates : C::kRecurrentGates), C::kSlots> {
+  static constexpr bool kStrided = true;
+  static constexpr __device__ int groups(int phase) { return phase == 0 ? C::kInputGates : C::kRecurrentGates; }
+  static constexpr __device__ int slot(int phase, int g) { return phase == 0 ? C::input_slot(g) : C::recurrent_slot(g); }
+};
+
 // Calls f(std::integral_constant<int, k>{}) for all phases k of the cell.
 template <class F, int... kIndices>
 __device__ __forceinline__ void formula_for_phases(F&& f, std::integer_sequence<int, kIndices...>) {

@@ -11,6 +11,9 @@
 //   backward segment l + 1  the gradients of what the phases of level l took, then those of the results of level l + 1, or
 //                           in the last segment the whole step's
 // A cell without phases has one launch per step, forward and backward.
+//
+// Family `single` serves one time step, forward: its segment 0 makes the input products too. Where there are further
+// segments it leaves them their sums.
 #pragma once
 #include "core/active.h"
 #include "core/formula.h"
@@ -21,6 +24,8 @@ namespace fused_rnn::cuda {
 
 // The parameters of one direction, in the layer's dtype. Everything contiguous.
 struct FormulaDirection {
+  const void* w_ih;                        // [Gi, H, I], of family `single`
+  const void* b_ih;                        // [Gi, H] or null, likewise
   const void* w_hh;                        // [heads][Gr][H / heads][H / heads]; null where Gr is 0
   const void* b_hh;                        // [Gr, H] or null
   const void* parameters;                  // [U, H], numbers repeated; null where U is 0
@@ -40,7 +45,11 @@ struct FormulaLayer {
 
 // Working memory is in the arithmetic type (A): double for float64, else float.
 struct FormulaForward : FormulaLayer {
-  const void* x;                     // [D, N, Gi, H] input products with their biases, in dtype
+  // [D, N, Gi, H] input products with their biases, in dtype. In family `single` memory for them, or null where there is no
+  // further segment to read them.
+  void* x;
+  const void* input;                 // [N, I], of family `single`
+  int64_t I;                         // likewise
   void* y;                           // [N, D * H]: the output state; 0 at inactive rows of a dense batch
   void* last[kMostFormulaStates];    // [D, B, H]
   void* series[kMostFormulaStates];  // [N, D * H], or null: not kept. Never the output's, which is y. 0 at inactive rows
@@ -80,8 +89,9 @@ struct FormulaBackward : FormulaLayer {
 struct FormulaForwardStep {
   FormulaForward p;
   int64_t step;
-  int stages;      // of the rings of the product
-  int copy_bytes;  // bytes that may be copied at once between rows of the product's operands
+  int stages;            // of the rings of the product
+  int copy_bytes;        // bytes that may be copied at once between rows of the product's operands
+  int input_copy_bytes;  // the same of the input product's, of family `single`
 };
 struct FormulaBackwardStep {
   FormulaBackward p;
@@ -102,7 +112,8 @@ struct FormulaPersistentBackward {
   FormulaTeams teams;
 };
 
-// The kernels of a formula: of family `step`, of `cluster` and of `grid`.
+// The kernels of a formula: of family `step`, of `cluster` and of `grid`; segment 0 of `single`, whose others are those of
+// `step`.
 enum class FormulaRole : int {
   kForward,
   kBackward,
@@ -110,7 +121,8 @@ enum class FormulaRole : int {
   kClusterForward,
   kClusterBackward,
   kGridForward,
-  kGridBackward
+  kGridBackward,
+  kSingleForward
 };
 
 }  // namespace fused_rnn::cuda

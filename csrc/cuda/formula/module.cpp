@@ -7,7 +7,7 @@
 
 namespace fused_rnn::cuda {
 
-constexpr int kFileVersion = 4;  // set anew with the first line of a file, or with formula_params.h
+constexpr int kFileVersion = 5;  // set anew with the first line of a file, or with formula_params.h
 
 FormulaModule::FormulaModule(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
@@ -59,11 +59,11 @@ void FormulaModule::parse(const std::string& line) {
   traits_.phase_kinds = phase_kinds_.data();
   traits_.forward_levels = forward_levels_.data();
   traits_.backward_levels = backward_levels_.data();
-  const char* const roles[] = {"forward",          "backward",     "initial",      "cluster_forward",
-                               "cluster_backward", "grid_forward", "grid_backward"};
+  const char* const roles[] = {"forward",          "backward",     "initial",       "cluster_forward",
+                               "cluster_backward", "grid_forward", "grid_backward", "single_forward"};
   const char* const tiles[] = {"kSmall", "kMedium"};
   for (int left = next(); left > 0; --left) {
-    const int role = up_to(6), segment = up_to(kMostFormulaPhases), tile = up_to(1);
+    const int role = up_to(7), segment = up_to(kMostFormulaPhases), tile = up_to(1);
     kernels_.push_back({static_cast<FormulaRole>(role), segment, static_cast<TileSize>(tile),
                         std::string(roles[role]) + "_" + std::to_string(segment) + "_" + tiles[tile]});
   }

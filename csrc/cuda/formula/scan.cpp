@@ -64,7 +64,7 @@ void run(Segment<Step>& segment, Step& step, bool pdl, const FormulaLauncher& la
 
 void run_formula_forward(const FormulaForward& p, const FormulaTraits& cell, const FormulaStepPlan& plan, void* workspace,
                          const FormulaLauncher& launch) {
-  FormulaForwardStep step{p, 0, 0, 0};
+  FormulaForwardStep step{p, 0, 0, 0, 0};
   const FormulaWorkspace& layout = plan.workspace;
   for (int i = 0; i < kMostFormulaStates; ++i) step.p.states[i] = at(workspace, layout.states[i]);
   step.p.recurrent = at(workspace, layout.recurrent);
@@ -81,8 +81,12 @@ void run_formula_forward(const FormulaForward& p, const FormulaTraits& cell, con
     const int width =
         i == 0 ? width_of(p, plan, -1, {state, p.initial[cell.recurrent], put.data}, put.step | put.direction | put.row)
                : width_of_level(p, cell, plan, cell.forward_levels, segment - 1, [&](int k) { return step.p.taken[k]; });
-    segments.push_back({launch_of(plan.segments[i], FormulaRole::kForward, segment, p.D), plan.segments[i].stages, width});
+    const bool single = plan.family == Family::kSingle && i == 0;
+    const FormulaRole role = single ? FormulaRole::kSingleForward : FormulaRole::kForward;
+    segments.push_back({launch_of(plan.segments[i], role, segment, p.D), plan.segments[i].stages, width});
   }
+  const int bytes = storage_bytes(plan.math);
+  step.input_copy_bytes = copy_width({p.input, p.weights[0].w_ih, p.weights[p.D - 1].w_ih}, p.I * bytes, bytes);
   for (step.step = 0; step.step < p.seq.T; ++step.step) {
     // The first launch waits for all earlier work of the stream. Later ones may read weights early.
     for (size_t k = 0; k < segments.size(); ++k) run(segments[k], step, plan.pdl && (step.step > 0 || k > 0), launch);

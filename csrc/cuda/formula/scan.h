@@ -24,7 +24,7 @@ struct FormulaLaunch {
 // returns.
 using FormulaLauncher = std::function<void(const FormulaLaunch& launch, const void* arguments, size_t bytes)>;
 
-// p without working memory; workspace: plan.workspace.bytes, 256-byte aligned, contents irrelevant. Nothing is synchronised.
+// p without working memory, but of family `single` with p.x where there are phases; workspace: plan.workspace.bytes, 256-byte aligned, contents irrelevant. Nothing is synchronised.
 void run_formula_forward(const FormulaForward& p, const FormulaTraits& cell, const FormulaStepPlan& plan, void* workspace,
                          const FormulaLauncher& launch);
 void run_formula_backward(const FormulaBackward& p, const FormulaTraits& cell, const FormulaStepPlan& plan, void* workspace,

@@ -42,12 +42,15 @@ std::string text;
 FormulaStepProblem problem_of(const FormulaLayer& p, const FormulaTraits& cell, int dtype, bool backward) {
   return {&cell, static_cast<DType>(dtype), p.seq.T, p.seq.B, p.H, p.D, p.heads, backward};
 }
-FormulaStepPlan plan_of(const FormulaLayer& p, const FormulaTraits& cell, int dtype, bool backward,
-                        const DeviceInfo& device) {
-  return plan_formula_step(problem_of(p, cell, dtype, backward), device);
+bool is_step(const std::string& family) { return family == "step" || family == "single"; }
+// Backward of `single` is that of `step`.
+FormulaStepPlan plan_of(const FormulaLayer& p, const FormulaTraits& cell, int dtype, bool backward, const DeviceInfo& device,
+                        const std::string& family) {
+  FormulaStepProblem problem = problem_of(p, cell, dtype, backward);
+  const bool single = family == "single" && !backward;
+  if (single) problem.I = static_cast<const FormulaForward&>(p).I;
+  return plan_formula_step(problem, device, single ? Family::kSingle : Family::kStep);
 }
-
-bool is_step(const std::string& family) { return family == "step"; }
 FormulaPersistentPlan persistent_plan(const FormulaLayer& p, const FormulaTraits& cell, int dtype, bool backward,
                                       const DeviceInfo& device, const std::string& family, int ranks) {
   return plan_formula_persistent(problem_of(p, cell, dtype, backward), device,
@@ -60,7 +63,7 @@ extern "C" void simt_formula_sizes(int* sizes) {
   sizes[0] = sizeof(FormulaForward), sizes[1] = sizeof(FormulaBackward), sizes[2] = sizeof(FormulaTraits);
 }
 // Bytes of working memory, zeros of a persistent family; the plan is then simt_formula_text(). family, here and below:
-// "step", "cluster" or "grid"; ranks: of the latter two the blocks of a team, 0: as many as the planner takes.
+// "step", "single", "cluster" or "grid"; ranks: of the latter two the blocks of a team, 0: as many as the planner takes.
 extern "C" int64_t simt_formula_workspace(const FormulaLayer* p, const FormulaTraits* cell, int dtype, bool backward,
                                           const DeviceInfo* device, const char* family, int ranks) {
   if (!is_step(family)) {
@@ -73,7 +76,7 @@ extern "C" int64_t simt_formula_workspace(const FormulaLayer* p, const FormulaTr
       return 0;
     }
   }
-  const FormulaStepPlan plan = plan_of(*p, *cell, dtype, backward, *device);
+  const FormulaStepPlan plan = plan_of(*p, *cell, dtype, backward, *device, family);
   text = to_string(plan);
   return plan.workspace.bytes;
 }
@@ -82,7 +85,7 @@ extern "C" int simt_formula_forward(const FormulaForward* p, const FormulaTraits
                                     void* workspace, const char* family, int ranks) {
   return simt_host::run_guarded([&] {
     if (is_step(family))
-      return run_formula_forward(*p, *cell, plan_of(*p, *cell, dtype, false, *device), workspace, launcher);
+      return run_formula_forward(*p, *cell, plan_of(*p, *cell, dtype, false, *device, family), workspace, launcher);
     run_formula_persistent_forward(*p, *cell, persistent_plan(*p, *cell, dtype, false, *device, family, ranks), workspace,
                                    launcher);
   });
@@ -91,7 +94,7 @@ extern "C" int simt_formula_backward(const FormulaBackward* p, const FormulaTrai
                                      const DeviceInfo* device, void* workspace, const char* family, int ranks) {
   return simt_host::run_guarded([&] {
     if (is_step(family))
-      return run_formula_backward(*p, *cell, plan_of(*p, *cell, dtype, true, *device), workspace, launcher);
+      return run_formula_backward(*p, *cell, plan_of(*p, *cell, dtype, true, *device, family), workspace, launcher);
     run_formula_persistent_backward(*p, *cell, persistent_plan(*p, *cell, dtype, true, *device, family, ranks), workspace,
                                     launcher);
   });
