@@ -310,68 +310,67 @@ def test_verified_before_first_use_and_kept(loading: tuple[Extension, Compiler],
     extension, compiler = loading
     formula, device = ops.remember(cells.Rnn()), torch.device("cuda", 0)
     checked: list[Any] = []
-    monkeypatch.setattr(verify, "check_kernels", lambda *args: checked.append(args))
+    monkeypatch.setattr(verify, "check_kernels", lambda *args, **kwargs: checked.append((*args, *kwargs.values())))
     cuda_build.prepare_on(formula, torch.float32, 90, device)
     call = (ops.cell_of(formula), formula, torch.float32, device)
-    assert checked == [(*call, 3), (*call, 1000)] and compiler.calls == 1
+    assert checked == [(*call, 3), (*call, 1000), (*call, 3, 1), (*call, 1000, 1)] and compiler.calls == 1
+    assert extension.families == [("single", 1, 0), ("single", 2, 0)]
     (entry,) = store.entries()
     assert entry.path.suffix == ".kernels" and entry.path.with_suffix(".cu").exists()
     extension.loaded.clear()  # a later process finds it
     cuda_build.prepare_on(formula, torch.float32, 90, device)
     assert compiler.calls == 1 and extension.loaded[formula, 1] == str(entry.path)
+    assert len(checked) == 4 and extension.families[2:] == [("single", 2, 0)]
     entry.path.write_bytes(b"damaged")
     extension.loaded.clear()
     cuda_build.prepare_on(formula, torch.float32, 90, device)
-    assert compiler.calls == 2 and len(checked) == 4
+    assert compiler.calls == 2 and len(checked) == 8
     assert store.clear() > 0 and not list(store.cache_directory().iterdir())
 
 
 @pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the compiled extension")
-def test_persistent_families_are_verified_when_they_are_asked_for(
+def test_families_are_verified_when_they_are_asked_for(
     loading: tuple[Extension, Compiler], monkeypatch: pytest.MonkeyPatch, setting: Any
 ) -> None:
-    """In a block alone and, where the device has teams, in two; before that and after a difference they do not serve. They
-    are not compiled before either."""
+    """`single` with `step`; a persistent family in a block alone and, where the device has teams, in two. Before that and
+    after a difference they do not serve, and are not compiled before either."""
     extension, compiler = loading
     formula, device = ops.remember(cells.Rnn()), torch.device("cuda", 0)
     monkeypatch.setattr(cuda_build, "_verified", set())
-    monkeypatch.setattr(verify, "check_kernels", lambda *args: None)
-    cuda_build.prepare_on(formula, torch.float32, 90, device)
-    assert extension.families == [] and compiler.families == []
-    both = [(family, *state) for family in ("cluster", "grid") for state in ((1, 1), (1, 2), (2, 0))]
-    setting("FUSED_RNN_PLAN", "grid")
-    for _ in range(2):
-        cuda_build.prepare_on(formula, torch.float32, 90, device)
-    assert extension.families == both[3:] and compiler.families == ["grid"]
-    setting("FUSED_RNN_PLAN", "cheapest")
-    cuda_build.prepare_on(formula, torch.float32, 90, device)
-    assert extension.families == [*both[3:], *both] and compiler.families == ["cluster", "grid"]
-    setting("FUSED_RNN_PLAN", "cluster")
-    cuda_build.prepare_on(formula, torch.float32, 90, device)
-    assert compiler.calls == 3 and len(extension.families) == 9
-    setting("FUSED_RNN_PLAN", "cheapest")
+    monkeypatch.setattr(verify, "check_kernels", lambda *args, **kwargs: None)
+    states = {family: [(family, *state) for state in ((1, 1), (1, 2), (2, 0))] for family in ("cluster", "grid")}
+    states["single"] = [("single", 1, 0), ("single", 2, 0)]
 
-    for capability, teams in ((80, ["grid"]), (75, [])):
+    def prepare(plan: str, capability: int = 90) -> list[tuple[str, int, int]]:
+        """What is verified."""
+        setting("FUSED_RNN_PLAN", plan)
         extension.families.clear()
         cuda_build.prepare_on(formula, torch.float32, capability, device)
-        assert [family for family, state, ranks in extension.families if (state, ranks) == (1, 2)] == teams
-        extension.loaded.clear()
+        return list(extension.families)
 
-    def differs(*args: Any) -> None:
+    assert prepare("") == states["single"] and compiler.families == ["single"]
+    assert prepare("grid") == states["single"] + states["grid"] and compiler.families == ["single", "grid"]
+    assert prepare("grid") == prepare("step") == [] and compiler.calls == 2
+    assert prepare("cheapest") == states["single"] + states["cluster"] + states["grid"]
+    assert compiler.families == ["single", "cluster", "grid"]
+    for plan in ("cluster", "grid", "", "step", "cheapest"):
+        assert prepare(plan) == []
+    assert compiler.calls == 3
+    for capability, teams in ((80, ["grid"]), (75, [])):
+        extension.loaded.clear()
+        verified = prepare("cheapest", capability)
+        assert [family for family, state, ranks in verified if (state, ranks) == (1, 2)] == teams
+
+    def differs(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("disagree with step")
 
-    for family in ("cluster", "grid"):
-        extension.families.clear()
-        setting("FUSED_RNN_PLAN", family)
+    for family, first in (("cluster", 1), ("grid", 1)):
+        prepare(family)
         monkeypatch.setattr(cuda_build, "_verified", set())
-        cuda_build.prepare_on(formula, torch.float32, 90, device)
-        extension.families.clear()
-        monkeypatch.setattr(cuda_build, "_verified", set())
-        monkeypatch.setattr(verify, "check_kernels", differs)
-        with pytest.raises(RuntimeError, match="disagree with step"):
-            cuda_build.prepare_on(formula, torch.float32, 90, device)
-        assert extension.families == [(family, 1, 1), (family, 0, 0)]
-        monkeypatch.setattr(verify, "check_kernels", lambda *args: None)
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="disagree with step"):
+            patch.setattr(verify, "check_kernels", differs)
+            prepare(family)
+        assert extension.families == [(family, 1, first), (family, 0, 0)]
 
 
 @pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the compiled extension")
@@ -470,8 +469,8 @@ def test_explained_family(
             rejected = {r.name: r.reason for r in plan.rejected}
             assert rejected["step"] == "grid is forced"
     assert rejected["cluster"].endswith("has no clusters, among which to divide them")
-    for family in ("single", "block"):
-        assert rejected[family] == "formulas have no kernels of this family"
+    assert rejected["block"] == "formulas have no kernels of this family"
+    assert rejected["single"] == "its backward is that of step"
 
 
 @pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the compiled extension")

@@ -35,6 +35,9 @@ FUSED_RNN_HD int level_count(const int* levels, int phases) {
   return count;
 }
 
+// Family `single` has the medium tile for cells of so many accumulators a unit: more would not fit the registers.
+constexpr int kMostMediumSlots = 6;
+
 constexpr double kFormulaNormEpsilon = 1e-5;  // torch.nn.LayerNorm's
 
 }  // namespace fused_rnn

@@ -75,8 +75,9 @@ FormulaKernelPlan kernel_of(const FormulaStepProblem& problem, const DeviceInfo&
 FormulaKernelPlan plan_kernel(const FormulaStepProblem& problem, const DeviceInfo& device, MathKind math, const Work& work) {
   const FormulaKernelPlan small = kernel_of(problem, device, math, work, TileSize::kSmall);
   FormulaKernelPlan medium{};
-  if (work.products > 0) medium = kernel_of(problem, device, math, work, TileSize::kMedium);
-  const bool at_once = work.products == 0 || small.grid_x == 1 || small.grid_x * small.grid_y * problem.D <= device.sm_count;
+  const bool has_medium = work.products > 0 && (work.input_K == 0 || work.slots <= kMostMediumSlots);
+  if (has_medium) medium = kernel_of(problem, device, math, work, TileSize::kMedium);
+  const bool at_once = !has_medium || small.grid_x == 1 || small.grid_x * small.grid_y * problem.D <= device.sm_count;
   const FormulaKernelPlan& chosen = small.stages && (at_once || !medium.stages) ? small : medium;
   if (chosen.stages == 0) {
     throw std::invalid_argument("a product of " + std::to_string(work.groups) +

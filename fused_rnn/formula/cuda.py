@@ -1,4 +1,5 @@
-"""A cell as CUDA kernels, families ``single``, ``step``, ``cluster`` and ``grid``: what is compiled, and what the host must know of it.
+"""A cell as CUDA kernels, families ``single``, ``step``, ``cluster`` and ``grid``: what is compiled, and what the host must
+know of it.
 
 The text is the cell's struct, the same as for a CPU, and a line for each kernel; csrc/cuda/formula has the kernels.
 """
@@ -31,6 +32,7 @@ ROLES = (
 )  # csrc/cuda/formula/formula_params.h's FormulaRole
 PERSISTENT = ("cluster", "grid")  # families with a kernel for forward and one for backward
 FAMILIES = ("step", "single", *PERSISTENT)
+_MOST_MEDIUM_SLOTS = 6  # csrc/core/formula.h's kMostMediumSlots
 TILES = ("kSmall", "kMedium")  # csrc/plan/step_geometry.h's TileSize
 
 
@@ -55,7 +57,7 @@ class Kernel:
 
 def kernels_of(plan: Plan, families: Sequence[str] = FAMILIES) -> list[Kernel]:
     """The kernels of a cell: of family ``step``, where a segment that makes a product has one of each tile, any other one
-    of the small tile; the two of each persistent family; and of family ``single`` one of each tile."""
+    of the small tile; the two of each persistent family; and of family ``single`` one of each tile, or of the small one."""
     recurs = bool(plan.cell.declaration.recurrent_gates)
     products = [phase.kind == "product" for phase in plan.cell.phases]
 
@@ -75,7 +77,8 @@ def kernels_of(plan: Plan, families: Sequence[str] = FAMILIES) -> list[Kernel]:
         for tile in range(1 + product)
     ]
     kernels += [Kernel(role, 0, 0) for role, name in enumerate(ROLES) if name.split("_")[0] in PERSISTENT]
-    kernels += [Kernel(ROLES.index("single_forward"), 0, tile) for tile in range(2)]
+    tiles = 1 + (len(plan.accumulators) <= _MOST_MEDIUM_SLOTS)
+    kernels += [Kernel(ROLES.index("single_forward"), 0, tile) for tile in range(tiles)]
     return [kernel for kernel in kernels if kernel.family in families]
 
 

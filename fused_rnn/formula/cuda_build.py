@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from fused_rnn import _settings
 from fused_rnn._backend import extension
-from fused_rnn.formula import build, ops, store
+from fused_rnn.formula import build, ops, store, verify
 from fused_rnn.formula.cuda_compiler import Nvcc, Nvrtc, find_compiler
 from fused_rnn.formula.language import Cell
 
@@ -98,46 +99,46 @@ def families_asked_for() -> tuple[str, ...]:
     """The families beside ``step`` that may serve: ``single`` unless FUSED_RNN_PLAN forces another one, and the persistent
     ones that it names. These have not run on a GPU yet and wait to be asked for."""
     setting = _settings.value("FUSED_RNN_PLAN")
-    persistent = tuple(family for family in ("cluster", "grid") if setting in (family, "cheapest"))
-    return ("single",) * (setting in ("", "single", "cheapest")) + persistent
+    return ("single",) * (setting in ("", "single", "cheapest")) + _persistent_families()
+
+
+def _persistent_families() -> tuple[str, ...]:
+    setting = _settings.value("FUSED_RNN_PLAN")
+    return tuple(family for family in ("cluster", "grid") if setting in (family, "cheapest"))
 
 
 def prepare_on(formula: str, dtype: torch.dtype, capability: int, device: torch.device) -> None:
     """The same on devices of one compute capability; ``device`` is one of them."""
     _prepare_kernels(formula, dtype, capability, device)
-    for family in families_asked_for():
-        _verify_family(formula, dtype, capability, device, family)
-
-
-def _verify_family(formula: str, dtype: torch.dtype, capability: int, device: torch.device, family: str) -> None:
-    """Compares the kernels of a family with ``step``; then they serve. ``single``: one time step by both tiles; a persistent
-    family: in a block alone and in teams of two."""
-    from fused_rnn.formula import verify
-
-    assert extension is not None
-    kernels = (formula, ops.dtype_number(dtype), capability, family)
-    if kernels in _verified:
-        return
-    cell = ops.cell_of(formula)
-    try:
-        if family == "single":
-            extension.set_formula_family(*kernels, 1)
-            for batch in batches_of(device):
-                verify.check_kernels(cell, formula, dtype, device, batch, steps=1)
-        else:
+    for family in _persistent_families():
+        key = (formula, ops.dtype_number(dtype), capability, family)
+        if key not in _verified:
             least = {"cluster": 90, "grid": 80}[family]  # of teams
-            for ranks in (1, 2)[: 1 + (capability >= least)]:
-                extension.set_formula_family(*kernels, 1, ranks)
-                verify.check_kernels(cell, formula, dtype, device)
+            with _verifying(key) as force:
+                for ranks in (1, 2)[: 1 + (capability >= least)]:  # a block alone, and teams of two
+                    force(ranks)
+                    verify.check_kernels(ops.cell_of(formula), formula, dtype, device)
+            _verified.add(key)
+
+
+@contextlib.contextmanager
+def _verifying(key: tuple[str, int, int, str]) -> Iterator[Callable[[int], None]]:
+    """While a family's kernels are compared with ``step``; then they serve, unless an exception says otherwise.
+
+    Gives a function that lets the family serve wherever it can, with so many blocks of a team.
+    """
+    assert extension is not None
+    try:
+        yield lambda ranks: extension.set_formula_family(*key, 1, ranks)
     except BaseException:
-        extension.set_formula_family(*kernels, 0)
+        extension.set_formula_family(*key, 0)
         raise
-    extension.set_formula_family(*kernels, 2)
-    _verified.add(kernels)
+    extension.set_formula_family(*key, 2)
 
 
 def _prepare_kernels(formula: str, dtype: torch.dtype, capability: int, device: torch.device) -> None:
-    """Those of family ``step``, which are compared here, and of the persistent ones that are asked for, in one file."""
+    """Those of the families that are asked for, in one file. ``step`` and ``single``, which serve by default, are compared
+    before the file is kept."""
     assert extension is not None
     key = (formula, ops.dtype_number(dtype), capability)
     there = _families.get(key, ()) if extension.has_formula_on_device(*key) else ()
@@ -155,18 +156,23 @@ def _prepare_kernels(formula: str, dtype: torch.dtype, capability: int, device: 
     if kept is not None:
         try:
             extension.register_formula_on_device(formula, str(kept))
+            if "single" in asked:
+                extension.set_formula_family(*key, "single", 2)
             _families[key] = asked
             return
         except RuntimeError:  # damaged: it is made anew
             store.remove(kept)
-    from fused_rnn.formula import verify
-
     with store.work_directory() as folder:
         kernels, source = compile_kernels(cell, dtype, capability, compiler, Path(folder), asked)
         extension.register_formula_on_device(formula, str(kernels))
         try:
             for batch in batches_of(device):
                 verify.check_kernels(cell, formula, dtype, device, batch)
+            if "single" in asked:
+                with _verifying((*key, "single")) as force:
+                    force(0)
+                    for batch in batches_of(device):
+                        verify.check_kernels(cell, formula, dtype, device, batch, steps=1)
         except BaseException:
             extension.forget_formula_on_device(*key)
             raise

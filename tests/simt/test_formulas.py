@@ -127,8 +127,7 @@ ODD = Case(bidirectional=True, lengths=(4, 1, 3))  # a row that begins backwards
 # What takes away a wait, a mask or a copy, each with a case that shows it.
 FORWARD, BACKWARD, GEOMETRY, NORM = (f"formula_{name}.cuh" for name in ("forward", "backward", "geometry", "norm"))
 MUTANTS = [
-    (FORWARD, "    {w_ih, tile.units, s.p.I, s.input_copy_bytes, s.p.H}", "    {w_ih, tile.units, s.p.I, s.input_copy_bytes, tile.units}",
-     Everything, SINGLE),
+    (FORWARD, "s.input_copy_bytes, s.p.H}", "s.input_copy_bytes, tile.units}", Everything, SINGLE),
     (FORWARD, " = a[slot] - stored[slot];", " = a[slot];", zoo.MGU, SINGLE),
     (FORWARD, "(weights.w_ih) + head * s.p.I", "(weights.w_ih)", Everything, SINGLE),
     (FORWARD, "      if (weights.b_ih) a[C::input_slot(g)]", "      if (false) a[C::input_slot(g)]", Everything, SINGLE),
