@@ -1,5 +1,5 @@
-// The launches of a formula's layer on a GPU, families `step` and `single`: which tile, how much shared and working memory. A pure function
-// of the problem and the device. Segments: cuda/formula/formula_params.h.
+// The launches of a formula's layer on a GPU, families `step` and `single`: which tile, how much shared and working memory. A
+// pure function of the problem and the device. Segments: cuda/formula/formula_params.h.
 #pragma once
 #include <string>
 #include <vector>

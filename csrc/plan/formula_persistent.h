@@ -1,5 +1,5 @@
-// The launch of a formula's layer by a persistent family, `cluster` or `grid`: how many blocks a team has, what lies where in
-// shared memory, and what a step is expected to take. A pure function of the problem and the device.
+// The launch of a formula's layer by a persistent family, `cluster` or `grid`: how many blocks a team has, what lies where
+// in shared memory, and what a step is expected to take. A pure function of the problem and the device.
 #pragma once
 #include <string>
 

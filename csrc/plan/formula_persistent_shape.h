@@ -1,6 +1,6 @@
 // How the blocks of a persistent family, `cluster` or `grid`, share the units of a formula's layer and what a block's shared
-// memory holds: made by the planner (plan/formula_persistent.cpp), read by the kernels (cuda/formula/formula_persistent.cuh).
-// No CUDA include.
+// memory holds: made by the planner (plan/formula_persistent.cpp), read by the kernels (formula_persistent.cuh in
+// cuda/formula). No CUDA include.
 //
 // A team is the blocks that own kFormulaPersistentRows batch rows of one group of units in one direction: a cluster, or in
 // family `grid` blocks of a launch that run at the same time. A group is all units, or one head where nothing in the step
