@@ -136,13 +136,18 @@ def _asks_for_all_states(first: Any, *others: Any) -> bool:
     return bool((first if isinstance(first, int) else first[0]) & ALL_STATES)
 
 
+def _asks_for_options(first: Any, *others: Any) -> bool:
+    flags = others[0] if isinstance(first, str) else first
+    return isinstance(flags, int) and bool(flags & OPTIONS)
+
+
 @torch.no_grad()
 def _forward(cls: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: Any) -> tuple[Any, list[Any], list[Tensor]]:
     """fused_rnn::layer and formula: (x, states, params, rows, ...) -> (y, last, saved). ``saved`` stays local."""
     x, states, params, rows, *rest = args
     mesh = _of_call(x, states, params)
     for name, is_given in (
-        ("zoneout, recurrent_dropout or state_clip", isinstance(rest[0], int) and bool(rest[0] & OPTIONS)),
+        ("zoneout, recurrent_dropout or state_clip", _asks_for_options(*rest)),
         ("reset_state", any(tensor.is_floating_point() for tensor in rows)),
         ("return_all_states", _asks_for_all_states(*rest)),
     ):

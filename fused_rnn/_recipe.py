@@ -12,7 +12,7 @@ from fused_rnn._kinds import KINDS, Kind
 
 _HAS_LENGTHS = 1 << 12  # offsets, resets and reset states follow
 HAS_RESET_STATES = 1 << 15
-_OPTIONS_SHIFT, _OPTIONS = 17, 5  # where the bits of StepOptions begin, and their number
+_OPTIONS_SHIFT, _OPTIONS = 17, 6  # where the bits of StepOptions begin, and their number
 OPTIONS = (1 << _OPTIONS) - 1 << _OPTIONS_SHIFT
 ROWS = _HAS_LENGTHS * 15 | OPTIONS  # the bits that say which rows there are
 _ALL_STATES_SHIFT, _LAYERS_SHIFT, _FAMILY_SHIFT = 16, 24, 56
@@ -81,9 +81,10 @@ class StepOptions(NamedTuple):
     clip: Tensor | float | None = None
     product: Tensor | None = None  # [L*D, B, P] factors of the h that is multiplied with w_hh
     candidate: Tensor | None = None  # [L*D, B, H] factors of LSTM's g, of GRU's n
+    values: Tensor | None = None  # [L*D, N, K, H] of a cell that is a formula: what its last K input gates are
 
     def any(self) -> bool:
-        return not (self[0] is self[1] is self[2] is self[3] is self[4] is None)
+        return not (self[0] is self[1] is self[2] is self[3] is self[4] is self[5] is None)
 
     def given(self) -> list[Tensor]:
         """Those that are there, as the ops take them."""
@@ -109,9 +110,9 @@ class StepOptions(NamedTuple):
 
     def of_step(self, rows: slice, batch: int) -> StepOptions:
         """Of one direction's: the step of these rows, the first `batch` of the batch."""
-        flags, factors = self._replace(product=None, candidate=None), StepOptions(None, None, None, *self[3:])
-        mine, theirs = flags._each(lambda t: t[rows]), factors._each(lambda t: t[:batch])
-        return StepOptions(*mine[:3], *theirs[3:])
+        of_rows, of_batch = self._replace(product=None, candidate=None), StepOptions(None, None, None, *self[3:5])
+        mine, theirs = of_rows._each(lambda t: t[rows]), of_batch._each(lambda t: t[:batch])
+        return mine._replace(product=theirs.product, candidate=theirs.candidate)
 
 
 _NO_OPTIONS = StepOptions()

@@ -38,8 +38,13 @@ class Regularisation(NamedTuple):
     recurrent_dropout: float = 0.0
     recurrent_dropout_variant: str = "state"
     weight_dropout: float = 0.0
-    state_clip: float | None = None
+    state_clip: float | tuple[float | None, ...] | None = None  # a tuple: of each state
     forget_bias: float | None = None
+
+    def clips(self, states: int) -> tuple[float | None, ...]:
+        """The bound of each of so many states, a number being that of all; () without state_clip."""
+        clip = self.state_clip
+        return () if clip is None else clip if isinstance(clip, tuple) else (clip,) * states
 
     def modifies_steps(self, training: bool) -> bool:
         """Whether a call takes more than other weights."""
@@ -52,30 +57,26 @@ class Regularisation(NamedTuple):
         p = self.weight_dropout
         return [functional.dropout(w, p, True) if i % per_group == 1 else w for i, w in enumerate(weights)]
 
+    def masks(self, input: Tensor, sizes: Sizes) -> tuple[list[Tensor | None], Tensor | None]:
+        """A training call's masks, in the order in which they are drawn: of each state with zoneout, bool [L*D, N, H], where
+        true the unit keeps its value; then the factors of recurrent_dropout [L*D, B, P], on the candidate [L*D, B, H]."""
+        shape = (sizes.groups, sizes.rows, sizes.hidden)
+        kept = [torch.rand(shape, device=input.device, dtype=torch.float32) < p if p else None for p in self.zoneout]
+        if not self.recurrent_dropout:
+            return kept, None
+        size = sizes.out if self.recurrent_dropout_variant == "state" else sizes.hidden
+        dtype = input.dtype.to_real() if input.is_complex() else input.dtype
+        ones = input.new_ones((sizes.groups, sizes.batch, size), dtype=dtype, requires_grad=False)
+        return kept, functional.dropout(ones, self.recurrent_dropout, True)
+
     def step_options(self, input: Tensor, sizes: Sizes, training: bool) -> StepOptions:
         """What kernels and reference take of a call; in training with masks of its own."""
-
-        def zoneout(p: float) -> Tensor | float | None:
-            if not p or not training:
-                return p or None
-            shape = (sizes.groups, sizes.rows, sizes.hidden)
-            return torch.rand(shape, device=input.device, dtype=torch.float32) < p
-
-        def factors(size: int) -> Tensor:
-            dtype = input.dtype.to_real() if input.is_complex() else input.dtype
-            ones = input.new_ones((sizes.groups, sizes.batch, size), dtype=dtype, requires_grad=False)
-            return functional.dropout(ones, self.recurrent_dropout, True)
-
-        kept = [zoneout(p) for p in self.zoneout]
-        product = candidate = None
-        if self.recurrent_dropout and training:
-            if self.recurrent_dropout_variant == "state":
-                product = factors(sizes.out)
-            else:
-                candidate = factors(sizes.hidden)
-        return StepOptions(
-            kept[0] if kept else None, kept[1] if len(kept) > 1 else None, self.state_clip, product, candidate
-        )
+        kept: list[Any]
+        kept, factors = self.masks(input, sizes) if training else ([p or None for p in self.zoneout], None)
+        of_state = self.recurrent_dropout_variant == "state"
+        clip: Any = self.state_clip  # of our own kinds a number
+        h, c = (*kept, None, None)[:2]
+        return StepOptions(h, c, clip, factors if of_state else None, None if of_state else factors)
 
     def shown(self) -> str:
         """What ``repr`` adds: the options that are not the default."""
@@ -92,23 +93,28 @@ class Target(NamedTuple):
     """What of a module decides which options it can have."""
 
     name: str
-    cell: Kind
+    states: tuple[str, ...]
     bias: bool
     is_cell: bool = False
     projects: bool = False
+    clips_each: bool = False  # state_clip may be a tuple
+    # Why it has none; "" where it has one.
+    no_candidate: str = ""
+    no_forget_gate: str = ""
+    no_recurrent_product: str = ""
 
-    @property
-    def states(self) -> tuple[str, ...]:
-        return ("h", "c")[: self.cell.states]
 
-    @property
-    def has_candidate(self) -> bool:
-        """Cells with gates have one, LSTM's g and GRU's n."""
-        return self.cell.has_gates
-
-    @property
-    def has_forget_gate(self) -> bool:
-        return self.cell.has_c
+def target_of_kind(name: str, kind: Kind, bias: bool, is_cell: bool = False, projects: bool = False) -> Target:
+    """Cells with gates have a candidate, LSTM's g and GRU's n."""
+    return Target(
+        name,
+        ("h", "c")[: kind.states],
+        bias,
+        is_cell,
+        projects,
+        no_candidate="" if kind.has_gates else "it has no gates, so no candidate",
+        no_forget_gate="" if kind.has_c else "it has no forget gate",
+    )
 
 
 def _number(name: str, value: Any, expected: str) -> float:
@@ -144,17 +150,49 @@ def _recurrent_dropout(value: Any, variant: Any, target: Target) -> float:
     p = _probability("recurrent_dropout", value)
     if variant not in VARIANTS:
         raise ValueError(f"recurrent_dropout_variant: expected 'state' or 'candidate', got {variant!r}")
-    if variant == "candidate" and not target.has_candidate:
+    if variant == "candidate" and target.no_candidate:
         raise ValueError(
-            f"recurrent_dropout_variant: expected 'state' for {target.name} (it has no gates, so no candidate), "
-            "got 'candidate'"
+            f"recurrent_dropout_variant: expected 'state' for {target.name} ({target.no_candidate}), got 'candidate'"
         )
+    if p and target.no_recurrent_product:
+        raise ValueError(f"recurrent_dropout: expected 0 for {target.name} ({target.no_recurrent_product}), got {value}")
     if p and target.is_cell:
         raise ValueError(
             f"recurrent_dropout: expected 0 for {target.name} (its masks are those of a sequence, of which a cell sees a "
             f"step), got {value}"
         )
     return p
+
+
+def _weight_dropout(value: Any, target: Target) -> float:
+    p = _probability("weight_dropout", value)
+    if p and target.no_recurrent_product:
+        raise ValueError(
+            f"weight_dropout: expected 0 for {target.name} ({target.no_recurrent_product}, so no weight_hh), got {value}"
+        )
+    return p
+
+
+def _bound(name: str, value: Any, expected: str) -> float | None:
+    if value is None:
+        return None
+    clip = _number(name, value, expected)
+    if not 0 < clip < math.inf:
+        raise ValueError(f"{name}: expected a finite number above 0, or None, got {clip}")
+    return clip
+
+
+def _state_clip(value: Any, target: Target) -> float | tuple[float | None, ...] | None:
+    if not target.clips_each:
+        return _bound("state_clip", value, "a number or None")
+    many = f"a number, None, or a tuple of {len(target.states)} of these ({', '.join(target.states)})"
+    if not isinstance(value, (tuple, list)):
+        return _bound("state_clip", value, many)
+    if len(value) != len(target.states):
+        raise ValueError(f"state_clip: expected {many}, got {len(value)}")
+    names = [f"state_clip[{i}] ({name})" for i, name in enumerate(target.states)]
+    found = tuple(_bound(name, clip, "a number or None") for name, clip in zip(names, value, strict=True))
+    return None if found == (None,) * len(found) else found
 
 
 def checked(options: dict[str, Any], target: Target) -> Regularisation | None:
@@ -164,17 +202,13 @@ def checked(options: dict[str, Any], target: Target) -> Regularisation | None:
         TypeError, ValueError: an option is wrong, or this module cannot have it; the message names it.
     """
     given = {**Regularisation()._asdict(), "zoneout": 0.0, **options}
-    clip, forget_bias = given["state_clip"], given["forget_bias"]
-    if clip is not None:
-        clip = _number("state_clip", clip, "a number or None")
-        if not 0 < clip < math.inf:
-            raise ValueError(f"state_clip: expected a finite number above 0, or None, got {clip}")
+    clip, forget_bias = _state_clip(given["state_clip"], target), given["forget_bias"]
     if forget_bias is not None:
         forget_bias = _number("forget_bias", forget_bias, "a number or None")
         if not math.isfinite(forget_bias):
             raise ValueError(f"forget_bias: expected a finite number, or None, got {forget_bias}")
-        if not target.has_forget_gate:
-            raise ValueError(f"forget_bias: expected None for {target.name} (it has no forget gate), got {forget_bias}")
+        if target.no_forget_gate:
+            raise ValueError(f"forget_bias: expected None for {target.name} ({target.no_forget_gate}), got {forget_bias}")
         if not target.bias:
             raise ValueError(f"forget_bias: expected None with bias=False, got {forget_bias}")
     recurrent = _recurrent_dropout(given["recurrent_dropout"], given["recurrent_dropout_variant"], target)
@@ -182,7 +216,7 @@ def checked(options: dict[str, Any], target: Target) -> Regularisation | None:
         _zoneout(given["zoneout"], target),
         recurrent,
         given["recurrent_dropout_variant"] if recurrent else "state",
-        _probability("weight_dropout", given["weight_dropout"]),
+        _weight_dropout(given["weight_dropout"], target),
         clip,
         forget_bias,
     )
@@ -190,6 +224,11 @@ def checked(options: dict[str, Any], target: Target) -> Regularisation | None:
 
 
 # --- in a module ---
+
+
+def taken_from(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The options among a constructor's keywords, which lose them."""
+    return {name: kwargs.pop(name) for name in Regularisation._fields if name in kwargs}
 
 
 def options_of(module: Any) -> Regularisation | None:
@@ -215,11 +254,26 @@ class _Option:
         module._regularise({**now._asdict(), "zoneout": now.zoneout or 0.0, self.name: value})
 
 
-class Regularised:
-    """A module with the options, which its constructor takes by keyword alone."""
+class HasOptions:
+    """A module with the options as its attributes."""
 
     zoneout, recurrent_dropout, recurrent_dropout_variant = _Option(), _Option(), _Option()
     weight_dropout, state_clip, forget_bias = _Option(), _Option(), _Option()
+
+    def _target_of_options(self) -> Target:
+        raise NotImplementedError
+
+    def _regularise(self, options: dict[str, Any]) -> None:
+        """Checks the options and keeps them."""
+        found = checked(options, self._target_of_options())
+        if found is None:
+            self.__dict__.pop(FIELD, None)
+        else:
+            self.__dict__[FIELD] = found
+
+
+class Regularised(HasOptions):
+    """A module with the options, which its constructor takes by keyword alone."""
 
     def __init__(
         self,
@@ -244,17 +298,6 @@ class Regularised:
             }
         )
         self._set_forget_bias()
-
-    def _target_of_options(self) -> Target:
-        raise NotImplementedError
-
-    def _regularise(self, options: dict[str, Any]) -> None:
-        """Checks the options and keeps them."""
-        found = checked(options, self._target_of_options())
-        if found is None:
-            self.__dict__.pop(FIELD, None)
-        else:
-            self.__dict__[FIELD] = found
 
     def _set_forget_bias(self) -> None:
         """The forget gate's part of b_ih becomes forget_bias, that of b_hh 0, so that their sum is forget_bias."""

@@ -19,7 +19,7 @@ from fused_rnn._kinds import GRU, LSTM, NUMBER_OF_NONLINEARITY, kind_of, name_of
 from fused_rnn._module_checks import check_layout, check_like, check_nonlinearity, check_parameters, type_name
 from fused_rnn._quick_call import QuickCall, watch
 from fused_rnn._recipe import Recipe, Rows
-from fused_rnn._regularisation import Regularisation, Regularised, Sizes, Target, options_of
+from fused_rnn._regularisation import Regularisation, Regularised, Sizes, Target, options_of, target_of_kind
 from fused_rnn.functional import autocast_on, run_cell, run_rnn
 from fused_rnn.modules import refuse_scripting
 
@@ -34,7 +34,7 @@ class _Cell(QuickCall, Regularised, nn.RNNCellBase):
     _cell_number: int  # of each class, its number in _kinds.KINDS
 
     def _target_of_options(self) -> Target:
-        return Target(type(self).__name__, kind_of(self), bool(self.bias), is_cell=True)
+        return target_of_kind(type(self).__name__, kind_of(self), bool(self.bias), is_cell=True)
 
     __prepare_scriptable__ = refuse_scripting
     ft_compute_sample_grad = _opacus.ft_compute_sample_grad

@@ -35,7 +35,7 @@ from fused_rnn._flat_weights import FlatWeights
 from fused_rnn._module_checks import check_layout, check_like, check_nonlinearity, check_parameters
 from fused_rnn._quick_call import QuickCall, watch
 from fused_rnn._recipe import Recipe, Rows
-from fused_rnn._regularisation import Regularisation, Regularised, Sizes, Target, options_of
+from fused_rnn._regularisation import Regularisation, Regularised, Sizes, Target, options_of, target_of_kind
 from fused_rnn.functional import autocast_on, run_rnn
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -61,7 +61,7 @@ class _Layer(QuickCall, Regularised, _checkpoint.Checkpointed, FlatWeights, nn.R
     _cell_number: int  # of each class, its number in _kinds.KINDS
 
     def _target_of_options(self) -> Target:
-        return Target(type(self).__name__, _kinds.kind_of(self), self.bias, projects=self.proj_size > 0)
+        return target_of_kind(type(self).__name__, _kinds.kind_of(self), self.bias, projects=self.proj_size > 0)
 
     __prepare_scriptable__ = refuse_scripting
     ft_compute_sample_grad = _opacus.ft_compute_sample_grad

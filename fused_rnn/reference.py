@@ -80,7 +80,7 @@ def _zoneout(before: Tensor, after: Tensor, kept: Tensor | float | None) -> Tens
     return kept * before + (1 - kept) * after
 
 
-StepFunction = Callable[..., list[Tensor]]  # as ``step``; of a cell of one's own without options
+StepFunction = Callable[..., list[Tensor]]  # as ``step``; of a cell of one's own the only options are ``values``
 
 
 def _scan(
@@ -114,7 +114,8 @@ def _scan(
             first = starts[t] if starts else t * batch
             of_step = options.of_step(slice(first, first + batch), batch)
             after = step(xs[t], before, params, recipe, of_step)
-            after = [_zoneout(*pair) for pair in zip(before, after, of_step[: len(after)], strict=True)]
+            kept = (of_step.zoneout_h, of_step.zoneout_c, *[None] * len(after))  # of a formula there is none
+            after = [_zoneout(*state) for state in zip(before, after, kept, strict=False)]
         if rows.lengths is None:
             every.append(after)
         else:

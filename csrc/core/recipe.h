@@ -26,14 +26,14 @@ struct Recipe {
 
 // A recipe without dropout as one number, which a schema takes and a graph keeps: the cell in bits 0 to 7, a bit each for
 // has_biases, bidirectional, batch_first and training, then four that say which tensors a schema's list `rows` has, one for
-// all_states, five that say which tensors of StepOptions (torch/call.h) the list has, the number of layers in bits 24 to 55,
+// all_states, six that say which tensors of StepOptions (torch/call.h) the list has, the number of layers in bits 24 to 55,
 // and the family in bits 56 to 59.
 constexpr int64_t kHasLengths = 1 << 12, kHasOffsets = 1 << 13, kHasResets = 1 << 14, kHasResetStates = 1 << 15;
 constexpr int64_t kHasZoneoutH = 1 << 17, kHasZoneoutC = 1 << 18, kHasClip = 1 << 19, kHasProduct = 1 << 20,
-                  kHasCandidate = 1 << 21;
-constexpr int64_t kHasStepOptions = kHasZoneoutH | kHasZoneoutC | kHasClip | kHasProduct | kHasCandidate;
+                  kHasCandidate = 1 << 21, kHasValues = 1 << 22;
+constexpr int64_t kHasStepOptions = kHasZoneoutH | kHasZoneoutC | kHasClip | kHasProduct | kHasCandidate | kHasValues;
 constexpr int64_t kHasRows = kHasLengths | kHasOffsets | kHasResets | kHasResetStates | kHasStepOptions;
-constexpr int kAllStatesShift = 16, kLastRowsShift = 21, kLayersShift = 24, kFamilyShift = 56, kFamilyBits = 4;
+constexpr int kAllStatesShift = 16, kLastRowsShift = 22, kLayersShift = 24, kFamilyShift = 56, kFamilyBits = 4;
 constexpr int64_t kFree = (int64_t{1} << kLayersShift) - (int64_t{1} << (kLastRowsShift + 1));  // bits that say nothing
 constexpr int64_t kMostLayers = int64_t{1} << 31;
 

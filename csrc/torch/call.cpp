@@ -97,7 +97,8 @@ void check_states(const Call& call, at::IntArrayRef h_shape, at::IntArrayRef c_s
   if (call.c0()) check_tensor("c0", *call.c0(), c_shape, call.x, call.has_wide_c() ? at::kFloat : dtype);
 }
 
-constexpr std::array<int64_t, 5> kOptionBits = {kHasZoneoutH, kHasZoneoutC, kHasClip, kHasProduct, kHasCandidate};
+constexpr std::array<int64_t, 6> kOptionBits = {kHasZoneoutH, kHasZoneoutC,  kHasClip,
+                                                kHasProduct,  kHasCandidate, kHasValues};
 
 // A number, which the host reads.
 void check_number(const char* name, const Tensor& t) {
@@ -284,6 +285,7 @@ void check_reset_states(const Call& call, const LayerShapes& s, at::IntArrayRef 
 void check_options(const Call& call, const LayerShapes& s) {
   const StepOptions& o = call.rows.options;
   if (!o.any()) return;
+  TORCH_CHECK_VALUE(!o.values, "values: expected none but of a cell that is a formula");
   const CellTraits traits = traits_of(call.recipe.cell);
   check_zoneout("zoneout of h", o.zoneout_h, {s.D, s.N, s.H}, call);
   check_zoneout("zoneout of c", o.zoneout_c, {s.D, s.N, s.H}, call);

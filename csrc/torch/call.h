@@ -14,10 +14,11 @@ struct StepOptions {
   OptionalTensor zoneout_h, zoneout_c;  // each the flags [L * D, N, H], bool, or a share [], double
   OptionalTensor clip;                  // [] double, more than 0
   OptionalTensor product, candidate;    // factors [L * D, B, P] and [L * D, B, H] in the layer's dtype
+  OptionalTensor values;  // [L * D, N, K, H] in the layer's dtype: of a formula the values of its last K input gates
 
-  bool any() const { return zoneout_h || zoneout_c || clip || product || candidate; }
+  bool any() const { return zoneout_h || zoneout_c || clip || product || candidate || values; }
   // In the order of schemas.
-  c10::SmallVector<OptionalTensor*, 5> all() { return {&zoneout_h, &zoneout_c, &clip, &product, &candidate}; }
+  c10::SmallVector<OptionalTensor*, 6> all() { return {&zoneout_h, &zoneout_c, &clip, &product, &candidate, &values}; }
 };
 
 // Which rows take part at each step, and which start again (core/active.h, core/modifier.h).

@@ -15,13 +15,13 @@ namespace fused_rnn {
 namespace {
 
 // Gradients of the input products, as runs of blocks that are neighbours in d and in weight_ih: f(first gate, first block,
-// count).
+// count). Gates without weights have none.
 template <class F>
-void for_input_blocks(const cpu::FormulaTraits& traits, F&& f) {
-  const int* const place = traits.input_gradients;
-  for (int gate = 0; gate < traits.input_gates;) {
+void for_input_blocks(const FormulaLayer& layer, F&& f) {
+  const int* const place = layer.traits().input_gradients;
+  for (int gate = 0; gate < layer.input_gates();) {
     int count = 1;
-    while (gate + count < traits.input_gates && place[gate + count] == place[gate] + count) ++count;
+    while (gate + count < layer.input_gates() && place[gate + count] == place[gate] + count) ++count;
     f(gate, place[gate], count);
     gate += count;
   }
@@ -140,11 +140,11 @@ void direction_gradients(const FormulaLayer& layer, const FormulaGradients& made
   const Tensor& x = layer.call.like();
   const LayerShapes& s = layer.shapes;
   const cpu::FormulaTraits& traits = layer.traits();
-  const int64_t in = traits.input_gates * s.H, G = traits.recurrent_gates;
+  const int64_t in = layer.input_gates() * s.H, G = traits.recurrent_gates;
   const Tensor dw_ih = empty_like(x, {in, s.I}), db_ih = empty_like(x, {in});
   const bool biases = layer.call.recipe.has_biases;
   const BlockSums sums(layer, made, k);
-  for_input_blocks(traits, [&](int64_t gate, int64_t block, int64_t count) {
+  for_input_blocks(layer, [&](int64_t gate, int64_t block, int64_t count) {
     const Tensor d = made.blocks(k, block, count);
     const Tensor dw = part(dw_ih, 0, gate * s.H, (gate + count) * s.H);
     if (layer.call.has_ids()) {
@@ -172,7 +172,7 @@ Tensor input_gradient(const FormulaLayer& layer, const FormulaGradients& made, c
   bool add = false;
   for (int k = 0; k < s.D; ++k) {
     const Tensor& w_ih = layer.call.params_of_direction(k)[0];
-    for_input_blocks(layer.traits(), [&](int64_t gate, int64_t block, int64_t count) {
+    for_input_blocks(layer, [&](int64_t gate, int64_t block, int64_t count) {
       multiply_into(dx, made.blocks(k, block, count), /*transposed=*/false, part(w_ih, 0, gate * s.H, (gate + count) * s.H),
                     add);
       add = true;

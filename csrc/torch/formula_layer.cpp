@@ -39,7 +39,7 @@ void check_direction(const FormulaLayer& layer, at::TensorList w) {
   const cpu::FormulaTraits& traits = layer.traits();
   const Tensor& x = layer.call.like();
   const auto dtype = x.scalar_type();
-  const int64_t in = traits.input_gates * s.H, rec = traits.recurrent_gates * s.H;
+  const int64_t in = layer.input_gates() * s.H, rec = traits.recurrent_gates * s.H;
   check_tensor("weight_ih", w[0], {in, s.I}, x, dtype);
   if (layer.recurs()) {
     const auto shape = layer.heads == 1 && w[1].dim() == 2
@@ -70,6 +70,17 @@ Tensor own_parameters(const FormulaLayer& layer, int d) {
   return at::stack(rows);
 }
 
+// Of a call the number of gates whose values are given; their tensor is checked when the sizes are known.
+int given_gates(const Call& call, const cpu::FormulaTraits& traits) {
+  const StepOptions& o = call.rows.options;
+  TORCH_CHECK_VALUE(!(o.zoneout_h || o.zoneout_c || o.clip || o.product || o.candidate),
+                    "rows: expected no options of steps of a cell that is a formula, which contains them");
+  if (!o.values) return 0;
+  TORCH_CHECK(o.values->dim() == 4 && o.values->size(2) < traits.input_gates,
+              "values: expected shape [D, N, K, H] with K less than ", traits.input_gates, ", got ", o.values->sizes());
+  return static_cast<int>(o.values->size(2));
+}
+
 }  // namespace
 
 FormulaLayer check_formula(const Call& call, const std::string& formula) {
@@ -89,7 +100,7 @@ FormulaLayer check_formula(const Call& call, const std::string& formula) {
   }
   TORCH_CHECK(facts, "cell: the formula ", formula, " has no kernels in this process for ", x.scalar_type(), " on ",
               x.device(), ": make a fused_rnn.Layer of the cell first");
-  FormulaLayer layer{cell, *facts, call, {}, 1};
+  FormulaLayer layer{cell, *facts, call, {}, 1, given_gates(call, *facts)};
   LayerShapes& s = layer.shapes;
   const cpu::FormulaTraits& traits = layer.traits();
   s.D = static_cast<int>(call.recipe.directions());
@@ -102,15 +113,16 @@ FormulaLayer check_formula(const Call& call, const std::string& formula) {
               call.x.device());
   check_dimensions(call);
   const Tensor& w_ih = call.params[0];
-  TORCH_CHECK(w_ih.dim() == 2 && w_ih.size(0) > 0 && w_ih.size(0) % traits.input_gates == 0, "weight_ih: expected shape [",
-              traits.input_gates, "*H, I], got ", w_ih.sizes());
+  TORCH_CHECK(w_ih.dim() == 2 && w_ih.size(0) > 0 && w_ih.size(0) % layer.input_gates() == 0,
+              "weight_ih: expected shape [", layer.input_gates(), "*H, I], got ", w_ih.sizes());
   s.I = call.has_ids() ? w_ih.size(1) : x.size(-1);
-  s.H = s.P = w_ih.size(0) / traits.input_gates;
+  s.H = s.P = w_ih.size(0) / layer.input_gates();
   if (layer.recurs() && call.params[1].dim() == 3) layer.heads = static_cast<int>(call.params[1].size(0));
   TORCH_CHECK(layer.heads > 0 && s.H % layer.heads == 0, "weight_hh: expected heads that divide H=", s.H, ", got ",
               layer.heads);
   measure_rows(call, s);
   check_rows(call, s);
+  check_optional("values", call.rows.options.values, {s.D, s.N, layer.given, s.H}, x, x.scalar_type());
   const auto states = static_cast<size_t>(traits.states);
   TORCH_CHECK_VALUE(call.states.empty() || call.states.size() == states, "states: expected ", states, " or none, got ",
                     call.states.size());
@@ -126,6 +138,7 @@ void fill(cpu::FormulaParams& p, const FormulaLayer& layer, Copies& copies) {
   p.cell = layer.cell;
   p.dtype = dtype_of(call.like());
   p.I = call.has_ids() ? 0 : s.I, p.H = s.H, p.D = s.D, p.heads = layer.heads;
+  p.given_gates = layer.given;
   p.seq = sequence_of(call, s, copies);
   p.modifier.resets = modifier_of(call, copies).resets;
   for (size_t i = 0; i < call.rows.reset_states.size(); ++i) {

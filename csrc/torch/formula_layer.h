@@ -3,7 +3,8 @@
 //
 //   params of a direction: weight_ih [Gi*H, I], weight_hh [Gr*H, H] or of n heads [n, Gr*H/n, H/n], bias_ih, bias_hh, the
 //   cell's vectors [H] and numbers [], then of each phase a product's matrix [H, H] or a norm's weight and bias [H]. What a
-//   cell lacks is left out.
+//   cell lacks is left out. The last K input gates may have no weights: their values come with the call (StepOptions.values),
+//   and Gi here is the number of the others.
 #pragma once
 #include <string>
 #include <vector>
@@ -21,8 +22,10 @@ struct FormulaLayer {
   const Call& call;
   LayerShapes shapes;
   int heads;
+  int given;  // K
 
   const cpu::FormulaTraits& traits() const { return facts; }
+  int input_gates() const { return traits().input_gates - given; }  // with weights
   bool recurs() const { return traits().recurrent_gates > 0; }
   // Of a direction's parameters.
   size_t first_bias() const { return 1 + recurs(); }

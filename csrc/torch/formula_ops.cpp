@@ -42,7 +42,7 @@ struct DeviceBlock {
   }
 };
 
-// x W_ih^T + b_ih of all directions [D, N, Gi * H].
+// x W_ih^T + b_ih of all directions [D, N, Gi * H], then the values that are given.
 Tensor input_products(const FormulaLayer& layer) {
   const LayerShapes& s = layer.shapes;
   const Call& call = layer.call;
@@ -50,7 +50,11 @@ Tensor input_products(const FormulaLayer& layer) {
   const Tensor products = empty_inside(call.like(), {s.D, s.N, layer.traits().input_gates * s.H});
   for (int d = 0; d < s.D; ++d) {
     const at::TensorList w = call.params_of_direction(d);
-    Tensor out = products.select(0, d);
+    const int64_t own = layer.input_gates() * s.H;
+    Tensor out = products.select(0, d).slice(1, 0, own);
+    if (const OptionalTensor& values = call.rows.options.values) {
+      products.select(0, d).slice(1, own).copy_(values->select(0, d).flatten(1));
+    }
     if (call.has_ids()) {
       gather_columns_into(out, w[0], x);
       if (call.recipe.has_biases) out.add_(w[layer.first_bias()]);
@@ -70,7 +74,7 @@ Tensor input_products(const FormulaLayer& layer) {
 Tensor gather_input_products(const FormulaLayer& layer, cpu::FormulaForward& p) {
   const LayerShapes& s = layer.shapes;
   const Tensor ids = ids_of_rows(layer.call, s);
-  const Tensor columns = empty_inside(layer.call.like(), {s.D, s.N, layer.traits().input_gates * s.H});
+  const Tensor columns = empty_inside(layer.call.like(), {s.D, s.N, layer.input_gates() * s.H});
   for (int d = 0; d < s.D; ++d) gather_columns_into(columns.select(0, d), layer.call.params_of_direction(d)[0], ids);
   p.columns = columns.const_data_ptr();
   return columns;
@@ -91,6 +95,7 @@ LayerOutputs formula_on(const Tensor& input, at::TensorList states, at::TensorLi
   Copies copies;
   fill(p, layer, copies);
   if (!call.has_ids()) p.x = copies.contiguous(input);
+  if (call.rows.options.values) p.given = copies.contiguous(*call.rows.options.values);
   p.training = flags & kFormulaSave;
   Tensor y = empty_like(x, s.output(call));
   p.y = data_or_null(y);

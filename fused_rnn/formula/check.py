@@ -108,7 +108,7 @@ class _Trial(TorchFunctionMode):
         self.read.update(*sources)
         self.check_value(name, result)
         numbers = [value for value in _leaves([args, kwargs]) if not isinstance(value, Tensor)]
-        self.calls.append((f"{name} with {numbers}" if numbers else name, place_in_step(type(self.cell).step.__code__)))
+        self.calls.append((f"{name} with {numbers}" if numbers else name, place_in_step(self.cell._written_step.__code__)))
         self.kept.append(result)
         self.names.setdefault(id(result), f"%{len(self.kept)}")
         self.text.append(f"{self.names[id(result)]} = {name}({self.shown(args)}, {self.shown(kwargs)})")
@@ -200,7 +200,8 @@ class _Trial(TorchFunctionMode):
             if f"self.{name}" not in self.read:
                 self.refuse(f"parameter {name} is not used", "a declaration without it")
         for index, name in enumerate(says.states):
-            if name not in self.read and index != says.output and not (recurrent and index == says.recurrent):
+            needed = index == says.output or (recurrent and index == says.recurrent) or not self.cell._is_written
+            if name not in self.read and not needed:
                 self.refuse(f"state {name} is not read", "states without it")
 
 

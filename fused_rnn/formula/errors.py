@@ -26,7 +26,7 @@ class FormulaError(ValueError):
             instead: what to write instead.
             place: (file, line).
         """
-        code = type(cell).step.__code__
+        code = cell._written_step.__code__
         file, line = place or place_in_step(code) or (code.co_filename, code.co_firstlineno)
         text = linecache.getline(file, line).strip()
         quoted = f"\n    {text}" if text else ""

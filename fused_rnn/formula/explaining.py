@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import _backend, _settings
 from fused_rnn.explanation import Candidate, Explanation, LayerPlan, PassPlan, Rejection
-from fused_rnn.formula import serve
+from fused_rnn.formula import ops, serve
 from fused_rnn.formula.language import Cell
 from fused_rnn.formula.modules import Layer, Step
 
@@ -65,11 +65,12 @@ def _layer(
     size, rows, training = call
     if backend == "reference":
         return LayerPlan(**size, N=rows, forward=PassPlan(), backward=PassPlan() if training else None, saved_bytes=None)
-    forward, backward, saved = _passes(module.cell, rows)
+    cell = ops.cell_of(module.formula)  # with the module's options
+    forward, backward, saved = _passes(cell, rows)
     if backend == "cuda":
-        forward = _on_gpu(module.cell, dtype, size, device or {}, forward.text, backward=False)
+        forward = _on_gpu(cell, dtype, size, device or {}, forward.text, backward=False)
         if training:
-            backward = _on_gpu(module.cell, dtype, size, device or {}, backward.text, backward=True)
+            backward = _on_gpu(cell, dtype, size, device or {}, backward.text, backward=True)
     saved_bytes = saved * rows * size["H"] * size["D"] * dtype.itemsize * training
     return LayerPlan(**size, N=rows, forward=forward, backward=backward if training else None, saved_bytes=saved_bytes)
 
@@ -106,10 +107,8 @@ def _passes(cell: Cell, rows: int) -> tuple[PassPlan, PassPlan, int]:
     says = cell.declaration
     heads = f", in {says.heads} heads" * (says.heads > 1)
     phases = "".join(f", {phase.kind} {phase.name} inside of the step" for phase in cell.phases)
-    forward = (
-        f"a scan over {rows} rows: {len(says.input_gates)} input products, {len(says.recurrent_gates)} recurrent ones{heads}"
-        f"{phases}; {type(cell).__name__}.step is compiled"
-    )
+    products = f"{len(says.weighted_gates)} input products, {len(says.recurrent_gates)} recurrent ones"
+    forward = f"a scan over {rows} rows: {products}{heads}{phases}; {type(cell).__name__}.step is compiled"
     backward = f"the scan backwards; {plan.saved_per_unit} numbers of a unit are kept of each step, beside the output"
     return PassPlan(text=forward), PassPlan(text=backward), plan.saved_per_unit
 

@@ -37,6 +37,14 @@ class Gate:
 
 
 @dataclasses.dataclass(frozen=True)
+class GivenGate(Gate):
+    """A gate without weights: ``x.<name>`` is what the call gives (StepOptions.values). For cells that options make of
+    others (options.py), behind all other gates."""
+
+    recurrent: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Phase:
     """What a step computes over all units of a row: a product with a matrix [H, H], or a norm. It ends a pointwise phase."""
 
@@ -64,6 +72,15 @@ class Declaration:
     @property
     def input_gates(self) -> tuple[str, ...]:
         return tuple(gate.name for gate in self.gates if gate.input)
+
+    @property
+    def weighted_gates(self) -> tuple[str, ...]:
+        """The input gates with weights, which come before those that are given."""
+        return tuple(gate.name for gate in self.gates if gate.input and not isinstance(gate, GivenGate))
+
+    @property
+    def given_gates(self) -> tuple[str, ...]:
+        return self.input_gates[len(self.weighted_gates) :]
 
     @property
     def recurrent_gates(self) -> tuple[str, ...]:
@@ -121,6 +138,7 @@ class Cell(metaclass=_CellType):
     unit_parameters: Sequence[str] | Mapping[str, Init] = ()
     scalar_parameters: Sequence[str] | Mapping[str, Init] = ()
     heads: int = 1
+    _is_written = True  # by a user, who is told of states that nothing reads
 
     def step(self, x: Any, r: Any, *states: Any) -> Any:
         """One step of one unit.
@@ -146,6 +164,11 @@ class Cell(metaclass=_CellType):
     def rms_norm(self, value: Any, name: str) -> Any:
         """In ``step``: torch.nn.RMSNorm (eps 1e-5) over the units of a row, with the layer's weight_<name>."""
         return self._run_phase(Phase("rms_norm", name), value)
+
+    @property
+    def _written_step(self) -> Any:
+        """The function that the user wrote."""
+        return type(self).step
 
     def _run_phase(self, phase: Phase, value: Any) -> Any:
         run = self.__dict__.get("_run_phases")

@@ -16,14 +16,18 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import _checks, _extras, _ids, functional, reference
 from fused_rnn._extras import Extras
-from fused_rnn._recipe import Recipe, Rows
+from fused_rnn._recipe import Recipe, Rows, StepOptions
+from fused_rnn._regularisation import HasOptions, Sizes, Target, options_of, taken_from
 from fused_rnn.formula import ops, serve
 from fused_rnn.formula.language import Cell
+from fused_rnn.formula.options import Masks, change_of, changed, masks_of, rows_with, target_of
 from fused_rnn.formula.parameters import OWN_KIND, as_declared, empty, outputs_first, specs_of, step_function
 
 
-class _Formula(nn.Module):
-    """What Layer and Step share: the cell, the sizes, the start of the parameters, hx."""
+class _Formula(HasOptions, nn.Module):
+    """What Layer and Step share: the cell, the sizes, the start of the parameters, hx, the options."""
+
+    _is_step = False
 
     def __init__(self, cell: Cell, input_size: int, hidden_size: int, bias: bool) -> None:
         super().__init__()
@@ -40,20 +44,46 @@ class _Formula(nn.Module):
             raise TypeError(f"bias: expected a bool, got {type(bias).__name__}")
         self._names: tuple[str, ...] = ()  # of the parameters, in order
         self.cell = cell
-        self._formula = ops.remember(cell)
+        self._derive()
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.bias = bias
 
     @property
     def formula(self) -> str:
-        """The cell's name among the compiled formulas."""
-        return self._formula
+        """The name among the compiled formulas of the cell that runs now: with the options in its formula."""
+        return self._formulas[self.training]
+
+    def _target_of_options(self) -> Target:
+        return target_of(type(self).__name__, self.cell, self.bias, self._is_step)
+
+    def _regularise(self, options: dict[str, Any]) -> None:
+        super()._regularise(options)
+        self._derive()
+
+    def _derive(self) -> None:
+        """Makes the cells that run, in training and without it, and makes them known in this process."""
+        of, modes = options_of(self), (False, True)
+        self._running = {training: changed(self.cell, change_of(self.cell, of, training)) for training in modes}
+        self._formulas = {training: ops.remember(self._running[training]) for training in modes}
+
+    def _weights(self, groups: int) -> list[Tensor]:
+        """The parameters in order, weight_hh of each of so many groups under this call's mask."""
+        weights, of = [getattr(self, name) for name in self._names], options_of(self)
+        return weights if of is None else of.dropped(weights, len(weights) // groups, self.training)
+
+    def _masks(self, like: Tensor, sizes: Sizes, index: Tensor | None = None) -> Masks:
+        of = options_of(self)
+        return Masks() if of is None or not self.training else masks_of(of, like, sizes, index)
+
+    def _shown_options(self) -> str:
+        of = options_of(self)
+        return "" if of is None else of.shown()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What unpickling and copying do; the cell is made known in this process."""
         super().__setstate__(state)
-        self._formula = ops.remember(self.cell)
+        self._derive()
 
     def _states_of(self, hx: Any) -> list[Tensor]:
         """The states in hx, in the cell's order; none where it is None."""
@@ -101,7 +131,14 @@ class Layer(_Formula):
         batch_first: input and output are [B, T, .].
         dropout: probability of zeroing an element between layers, while training.
         bidirectional: D = 2.
-        factory: device and dtype of the parameters.
+        factory: device and dtype of the parameters, and by keyword:
+            zoneout: probability that a unit keeps the value of its state (Krueger et al. 2016), in training; else the mean
+                of both. Of all states, or a tuple of one for each.
+            recurrent_dropout: probability of zeroing h where the recurrent product reads it, by a mask that is the same in
+                all steps of a sequence (Gal and Ghahramani 2016), in training.
+            weight_dropout: probability of zeroing an element of weight_hh for a call (Merity et al. 2017), in training.
+            state_clip: bound of the states' absolute values, applied where a step makes the state: of all states, or a tuple
+                with a number or None for each.
 
     Parameters, for layer k and, of the reverse direction, with the suffix _reverse (rows: of the gates with such a product):
     weight_ih_l{k} [G*H, I or D*H], weight_hh_l{k} [G*H, H] (of n heads [n, G*H/n, H/n]), bias_ih_l{k}, bias_hh_l{k} [G*H],
@@ -121,6 +158,7 @@ class Layer(_Formula):
         **factory: Any,
     ) -> None:
         super().__init__(cell, input_size, hidden_size, bias)
+        options = taken_from(factory)
         _check_factory("Layer", factory)
         self.num_layers = num_layers
         self.batch_first = batch_first
@@ -137,6 +175,7 @@ class Layer(_Formula):
         for name, spec in specs:
             self.register_parameter(name, empty(spec.shape, factory.get("device"), factory.get("dtype")))
         self.reset_parameters()
+        self._regularise(options)
 
     def _recipe(self, batch_first: bool, all_states: bool = False) -> Recipe:
         stack = self.num_layers, self.bias, self.bidirectional, batch_first, self.training, self.dropout
@@ -254,7 +293,9 @@ class Layer(_Formula):
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Batched or packed input, checked: output, last states, and those of every step, in the cell's order."""
         self._check_states(states, batch)
-        weights = [getattr(self, name) for name in self._names]
+        cell, formula = self._running[self.training], self._formulas[self.training]
+        groups = self.num_layers * recipe.directions
+        weights = self._weights(groups)
         device_type = input.device.type
         rows = rows.on(input.device)
         rows = rows._replace(reset_states=tuple(functional.autocast(device_type, input, rows.reset_states, [])[1]))
@@ -262,24 +303,27 @@ class Layer(_Formula):
         like = input
         if input.dtype is torch.int64:
             input, like = input.squeeze(-1), weights[0]
-        compiled = serve.has_kernels(self._formula, device_type, like.dtype)
+        masks = self._masks(like, *_sizes_of_masks(input, rows, (groups, batch, self.hidden_size)))
+        rows = rows_with(rows, masks, self.cell.declaration.recurrent)
+        own, count = len(self.cell.declaration.states), len(cell.declaration.states)
+        if states and masks.factors is not None:  # what the recurrent product reads is a state too
+            states = [*states, masks.factors * states[self.cell.declaration.recurrent]]
+        compiled = serve.has_kernels(formula, device_type, like.dtype)
         if not states and (not compiled or rows.offsets is not None):  # packed rows do not say the batch size
-            shape = (self.num_layers * recipe.directions, batch, self.hidden_size)
-            states = [like.new_zeros(shape) for _ in self.cell.declaration.states]
-        count = len(self.cell.declaration.states)
+            states = [like.new_zeros(groups, batch, self.hidden_size) for _ in cell.declaration.states]
         if compiled:
-            layer: reference.LayerFunction = functools.partial(ops.layer, self._formula)
+            layer: reference.LayerFunction = functools.partial(ops.layer, formula)
             y, last = reference.rnn(input, states, weights, rows, recipe, layer)
             every = last[count:]
-            return y, last[:count], as_declared(self.cell, every) if every else []
+            return y, last[:own], as_declared(cell, every)[:own] if every else []
         if input.dtype is torch.int64:
             input = _ids.checked(input, self.input_size, rows.lengths, rows.offsets is not None, recipe.batch_first)
-        layer = functools.partial(reference.layer, step=step_function(self.cell))
+        layer = functools.partial(reference.layer, step=step_function(cell))
         if rows.reset_states:
-            rows = rows._replace(reset_states=tuple(outputs_first(self.cell, rows.reset_states)))
-        y, last = reference.rnn(input, outputs_first(self.cell, states), weights, rows, recipe, layer)
+            rows = rows._replace(reset_states=tuple(outputs_first(cell, rows.reset_states)))
+        y, last = reference.rnn(input, outputs_first(cell, states), weights, rows, recipe, layer)
         every = last[count:]
-        return y, as_declared(self.cell, last[:count]), as_declared(self.cell, every) if every else []
+        return y, as_declared(cell, last[:count])[:own], as_declared(cell, every)[:own] if every else []
 
     def extra_repr(self) -> str:
         """As torch.nn's, with the cell."""
@@ -293,7 +337,7 @@ class Layer(_Formula):
         ):
             if getattr(self, name) != usual:
                 parts.append(f"{name}={getattr(self, name)}")
-        return ", ".join(parts)
+        return ", ".join(parts) + self._shown_options()
 
 
 class Step(_Formula):
@@ -305,14 +349,26 @@ class Step(_Formula):
         hidden_size: H.
         bias: whether the products have biases.
         device, dtype: of the parameters.
+        options: by keyword zoneout, weight_dropout and state_clip, as Layer's.
 
     Parameters: as Layer's, without suffix: weight_ih, weight_hh, bias_ih, bias_hh, and the cell's own by their names.
     """
 
+    _is_step = True
+
     def __init__(
-        self, cell: Cell, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
+        self,
+        cell: Cell,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        **options: Any,
     ) -> None:
         super().__init__(cell, input_size, hidden_size, bias)
+        given = taken_from(options)
+        _check_factory("Step", options)
         specs = self._specs()
         self._names = tuple(spec.name for spec in specs)
         for spec in specs:
@@ -320,6 +376,7 @@ class Step(_Formula):
                 raise ValueError(f"cell: its parameter {spec.name} has the name of an attribute of the module")
             self.register_parameter(spec.name, empty(spec.shape, device, dtype))
         self.reset_parameters()
+        self._regularise(given)
 
     def _specs(self) -> list[Any]:
         return specs_of(self.cell, self.input_size, self.hidden_size, self.bias)
@@ -347,6 +404,7 @@ class Step(_Formula):
             TypeError, ValueError: an argument is wrong; the message names it.
         """
         states = self._states_of(hx)
+        cell, formula = self._running[self.training], self._formulas[self.training]
         weights = [getattr(self, name) for name in self._names]
         _checks.check_tensor("input", input)
         input = _ids.lifted(input)
@@ -358,30 +416,48 @@ class Step(_Formula):
         names, casts = self.cell.declaration.states, functional.autocast_on(input.device.type)
         shown = _ids.stand_in(input, weights) if input.dtype is torch.int64 else input
         states = _extras.begin_of_step(states, resets, reset_state, shown, (names, self.hidden_size, casts))
-        input, states, weights = functional.autocast(input.device.type, input, states, list(weights))
+        input, states, weights = functional.autocast(input.device.type, input, states, self._weights(1))
         like = input
         if input.dtype is torch.int64:
             input, like = input.squeeze(-1), weights[0]
         recipe = Recipe(OWN_KIND, has_biases=self.bias)
-        if serve.has_kernels(self._formula, input.device.type, like.dtype):
-            return self._form_of(self._run(input, states, weights, recipe))
+        batch = shape[0] if len(shape) > 1 else 1
+        options = StepOptions(values=self._masks(like, Sizes(1, batch, batch, self.hidden_size, self.hidden_size)).values)
+        if serve.has_kernels(formula, input.device.type, like.dtype):
+            return self._form_of(self._run(input, states, weights, recipe, options))
         states = states or [like.new_zeros(shape) for _ in self.cell.declaration.states]
         if input.dtype is torch.int64:
             input = _ids.checked(input.reshape(1, -1), self.input_size, None, packed=False).reshape(input.shape)
-        after = step_function(self.cell)(input, outputs_first(self.cell, states), weights, recipe)
-        return self._form_of(as_declared(self.cell, after))
+        if options.values is not None:
+            options = StepOptions(values=options.values[0] if len(shape) > 1 else options.values[0, 0])
+        after = step_function(cell)(input, outputs_first(cell, states), weights, recipe, options)
+        return self._form_of(as_declared(cell, after))
 
-    def _run(self, input: Tensor, states: list[Tensor], weights: list[Tensor], recipe: Recipe) -> list[Tensor]:
+    def _run(
+        self, input: Tensor, states: list[Tensor], weights: list[Tensor], recipe: Recipe, options: StepOptions
+    ) -> list[Tensor]:
         """The states after a step on compiled kernels: a layer's call of one step."""
         batched = input.dim() == (1 if input.dtype is torch.int64 else 2)
         x = input.unsqueeze(0) if batched else input[None, None]
         first = [state.unsqueeze(0) if batched else state[None, None] for state in states]
-        _, last = ops.layer(self._formula, x, first, weights, Rows(), recipe)
+        _, last = ops.layer(self.formula, x, first, weights, Rows(options=options), recipe)
         return [state.squeeze(0) if batched else state[0, 0] for state in last]
 
     def extra_repr(self) -> str:
         """As torch.nn's, with the cell."""
-        return f"{self.cell!r}, {self.input_size}, {self.hidden_size}" + ("" if self.bias else ", bias=False")
+        bias = "" if self.bias else ", bias=False"
+        return f"{self.cell!r}, {self.input_size}, {self.hidden_size}{bias}{self._shown_options()}"
+
+
+def _sizes_of_masks(input: Tensor, rows: Rows, sizes: tuple[int, int, int]) -> tuple[Sizes, Tensor | None]:
+    """Of a call of input [., ., I] or packed [N, I], or of ids without the last dimension, and of packed rows the row of the
+    batch of each. sizes: L*D, B and H."""
+    groups, batch, hidden = sizes
+    if rows.offsets is None:
+        return Sizes(groups, input.shape[0] * input.shape[1], batch, hidden, hidden), None
+    count = input.shape[0]
+    starts = torch.repeat_interleave(rows.offsets[:-1], rows.offsets.diff(), output_size=count)
+    return Sizes(groups, count, batch, hidden, hidden), torch.arange(count, device=starts.device) - starts
 
 
 def _check_count(name: str, value: Any) -> None:

@@ -86,7 +86,7 @@ def _fake_formula(
     check_places(x, states=states, params=params, rows=rows)
     says = cell_of(cell).declaration
     saved, phases, reads_series = extension.formula_facts(cell, dtype_number(x.dtype))  # type: ignore[union-attr]
-    directions, hidden = 2 if flags & BIDIRECTIONAL else 1, params[0].shape[0] // len(says.input_gates)
+    directions, hidden = 2 if flags & BIDIRECTIONAL else 1, params[0].shape[0] // len(says.weighted_gates)
     packed = rows_of(rows, flags).offsets is not None
     count = shape[0] if packed else shape[0] * shape[1]
     batch = states[0].shape[1] if packed else shape[1]
@@ -299,7 +299,7 @@ def _differentiable(
 
 
 def _hidden(cell: Cell, params: Sequence[Tensor]) -> int:
-    return params[0].shape[0] // len(cell.declaration.input_gates)
+    return params[0].shape[0] // len(cell.declaration.weighted_gates)
 
 
 if extension is not None:

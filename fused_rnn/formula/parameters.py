@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fused_rnn._ids import input_product
+from fused_rnn._recipe import Recipe, StepOptions
 from fused_rnn.formula.language import Cell, Init, Phase, run_step
-from fused_rnn.reference import Recipe, StepFunction
+from fused_rnn.reference import StepFunction
 
+_NO_OPTIONS = StepOptions()
 OWN_KIND = -1  # a recipe's number of a cell that is no kind of ours
 
 
@@ -38,7 +40,7 @@ class ParameterSpec:
 def specs_of(cell: Cell, inputs: int, hidden: int, bias: bool) -> list[ParameterSpec]:
     """The parameters of one direction in order: torch.nn's, then vectors, numbers, and those of products and norms."""
     says = cell.declaration
-    in_rows, rec_rows = (len(gates) * hidden for gates in (says.input_gates, says.recurrent_gates))
+    in_rows, rec_rows = (len(gates) * hidden for gates in (says.weighted_gates, says.recurrent_gates))
     specs = [ParameterSpec("weight_ih", (in_rows, inputs))]
     if rec_rows:
         n = says.heads
@@ -61,11 +63,15 @@ def step_function(cell: Cell) -> StepFunction:
     order = [says.output, *(index for index in range(len(says.states)) if index != says.output)]
     names = {bias: [spec.name for spec in specs_of(cell, 1, says.heads, bias)] for bias in (True, False)}  # of any sizes
 
-    def step(x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], recipe: Recipe) -> list[Tensor]:
+    def step(
+        x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], recipe: Recipe, options: StepOptions = _NO_OPTIONS
+    ) -> list[Tensor]:
         named = dict(zip(names[recipe.has_biases], params, strict=True))
         before = [states[order.index(index)] for index in range(len(order))]
         gi = input_product(x, named["weight_ih"], named.get("bias_ih"))
-        x_gates = dict(zip(says.input_gates, gi.chunk(len(says.input_gates), dim=-1), strict=True))
+        x_gates = dict(zip(says.weighted_gates, gi.chunk(len(says.weighted_gates), dim=-1), strict=True))
+        if options.values is not None:
+            x_gates.update(zip(says.given_gates, options.values.unbind(-2), strict=True))
         r_gates: dict[str, Tensor] = {}
         if says.recurrent_gates:
             gh = recurrent_product(before[says.recurrent], named["weight_hh"], named.get("bias_hh"))

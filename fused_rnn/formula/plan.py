@@ -100,6 +100,8 @@ def make_plan(cell: Cell) -> Plan:
     """Traces the cell and plans its struct."""
     traced = trace(cell)
     says = cell.declaration
+    for gate in says.given_gates:  # nobody asks for their gradients
+        traced.gradients[f"x.{gate}"] = traced.graph.const(0)
     merged = {gate.name for gate in says.gates if gate.input and gate.recurrent and _is_sum(traced, gate.name)}
     traced = _with_sums(traced, merged)
     accumulators, slots = _accumulators(traced.graph, says, merged)

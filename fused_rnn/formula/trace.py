@@ -91,7 +91,7 @@ def _run_with_locals(cell: Cell, named: Mapping[str, Tensor]) -> tuple[list[Tens
         phases.append(value)
         return named[f"ph.{len(phases) - 1}"]
 
-    code = type(cell).step.__code__
+    code = cell._written_step.__code__
 
     def watch(frame: FrameType, event: str, result: Any) -> None:
         if event == "return" and frame.f_code is code:

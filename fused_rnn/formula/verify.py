@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn import reference
-from fused_rnn._recipe import Recipe, Rows
+from fused_rnn._recipe import Recipe, Rows, StepOptions
 from fused_rnn.formula import ops
 from fused_rnn.formula.language import Cell
 from fused_rnn.formula.parameters import OWN_KIND, as_declared, outputs_first, specs_of, step_function
@@ -42,19 +42,26 @@ def check_kernels(
     with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         specs = specs_of(cell, _I, hidden, bias=True)
         states = [made(2, batch, hidden) for _ in cell.declaration.states]
+        given = made(2, steps * batch, len(cell.declaration.given_gates), hidden)
         inputs = [made(steps, batch, _I), *states, *(made(*spec.shape) for _ in range(2) for spec in specs)]
         weights = [made(steps, batch, 2 * hidden), *(made(2, batch, hidden) for _ in states)]
         names = ["input", *cell.declaration.states, *(spec.name + suffix for suffix in ("", "_reverse") for spec in specs)]
         recipe = Recipe(OWN_KIND, bidirectional=True)
         count = len(states)
 
+        def rows(like: Tensor) -> Rows:
+            """With flags for gates that are given."""
+            flags = (given > 0).to(like.dtype).to(like.device)
+            return Rows(options=StepOptions(values=flags)) if flags.numel() else Rows()
+
         def ours(leaves: Sequence[Tensor]) -> list[Tensor]:
-            y, last = ops.layer(formula, leaves[0], leaves[1 : 1 + count], leaves[1 + count :], Rows(), recipe)
+            y, last = ops.layer(formula, leaves[0], leaves[1 : 1 + count], leaves[1 + count :], rows(leaves[0]), recipe)
             return [y, *last]
 
         def theirs(leaves: Sequence[Tensor]) -> list[Tensor]:
-            given = outputs_first(cell, leaves[1 : 1 + count])
-            y, last = reference.layer(leaves[0], given, leaves[1 + count :], Rows(), recipe, step_function(cell))
+            first = outputs_first(cell, leaves[1 : 1 + count])
+            of_call = rows(leaves[0])
+            y, last = reference.layer(leaves[0], first, leaves[1 + count :], of_call, recipe, step_function(cell))
             return [y, *as_declared(cell, last)]
 
         place = torch.device("cpu") if device is None else device

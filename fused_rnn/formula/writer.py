@@ -96,7 +96,7 @@ class _Writer:
     def _comment(self) -> str:
         plan, says = self.plan, self.plan.cell.declaration
         try:
-            text = textwrap.dedent(inspect.getsource(type(plan.cell).step)).rstrip()
+            text = textwrap.dedent(inspect.getsource(plan.cell._written_step)).rstrip()
         except OSError:  # a cell typed into an interpreter has no file
             text = "(the text of step is not at hand)"
         slots = ", ".join(f"a[{slot}] {_product(value)}" for slot, value in enumerate(plan.accumulators))

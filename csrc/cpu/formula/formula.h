@@ -16,9 +16,9 @@ struct FormulaPhaseWeights {
 
 // The parameters of one direction.
 struct FormulaWeights {
-  WeightMatrix w_ih;       // [Gi, H, I]
+  WeightMatrix w_ih;       // [Gi - K, H, I]
   WeightMatrix w_hh;       // [heads, Gr * H / heads, H / heads]; null where Gr is 0
-  const void* b_ih;        // [Gi, H] or null
+  const void* b_ih;        // [Gi - K, H] or null
   const void* b_hh;        // [Gr, H] or null
   const void* parameters;  // [U, H], numbers repeated; null where U is 0
   FormulaPhaseWeights phases[kMostFormulaPhases];
@@ -29,6 +29,7 @@ struct FormulaParams {
   DType dtype;
   int64_t I, H;
   int D, heads;
+  int given_gates;  // K: input gates without weights
   Sequence seq;
   Modifier modifier;                            // without its states
   ResetState reset_states[kMostFormulaStates];  // what resets put there
@@ -39,8 +40,9 @@ struct FormulaParams {
 
 struct FormulaForward : FormulaParams {
   const void* x;  // [N, I]; null where columns are there, and then I is 0
-  // Of ids in place of one-hot rows: [D, N, Gi, H], the columns of w_ih that are the input products, without biases.
+  // Of ids in place of one-hot rows: [D, N, Gi - K, H], the columns of w_ih that are the input products, without biases.
   const void* columns;
+  const void* given;  // [D, N, K, H]: the values of the last K input gates, which have no weights; null where K is 0
   void* y;                         // [N, D * H]: the output state; 0 at inactive rows of a dense batch
   void* last[kMostFormulaStates];  // [D, B, H]
   // [N, D * H], or null: not kept. Never the output's, which is y. 0 at inactive rows of a dense batch.

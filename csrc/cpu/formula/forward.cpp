@@ -20,7 +20,7 @@ FormulaProblem formula_problem(const FormulaParams& p, bool backward, bool train
   scan.backward = backward;
   scan.N = p.seq.N;
   scan.weights = p.dtype;
-  problem.input_gates = p.cell->traits.input_gates;
+  problem.input_gates = p.cell->traits.input_gates - p.given_gates;
   problem.recurrent_gates = p.cell->traits.recurrent_gates;
   problem.heads = p.heads;
   problem.phases = p.cell->traits.phases;
@@ -78,6 +78,7 @@ class FormulaForwardScan final : public FormulaScan<A> {
   void start(Worker& w) const;
   void project(Worker& w, int64_t begin, int64_t end) const;
   void load_columns(Worker& w, int64_t begin, int64_t end) const;
+  void load_given(Worker& w, int64_t begin, int64_t end) const;
   int64_t gather(Worker& w, int64_t t, int64_t first_xg) const;
   const A* reset_state(const Worker& w, int s, int64_t t, int64_t b, int64_t active) const;
   void gather_row(Worker& w, int64_t i, int64_t t, int64_t xg_row, int64_t active) const;
@@ -88,7 +89,8 @@ class FormulaForwardScan final : public FormulaScan<A> {
   void finish(Worker& w) const;
 
   const FormulaForward& p_;
-  int64_t x_columns_;  // of a row of xg
+  int64_t own_columns_;  // of a row of input products
+  int64_t x_columns_;    // of a row of xg: products, then given values
   int64_t chunk_steps_;
   std::unique_ptr<CacheLease[]> leases_;           // [D][matrices_of_direction]
   std::unique_ptr<std::atomic<bool>[]> infinite_;  // [D][matrices_of_direction]
@@ -103,7 +105,8 @@ template <class A>
 FormulaForwardScan<A>::FormulaForwardScan(const FormulaForward& p, const Kernels<A>& kernels, int max_threads)
     : Base(p, formula_problem(p, /*backward=*/false, p.training), kernels, max_threads), p_(p) {
   // A load of a whole vector may start at any unit of the last gate.
-  x_columns_ = plan_.x.shape.columns() + kernels.width;
+  own_columns_ = (traits_.input_gates - p.given_gates) * H_;
+  x_columns_ = std::max(plan_.x.shape.columns(), traits_.input_gates * H_) + kernels.width;
   const int64_t step_bytes = team_rows_ * x_columns_ * static_cast<int64_t>(sizeof(A));
   const int64_t weight_bytes = plan_.x.shape.elements() * plan_.x.element_size();
   chunk_steps_ = steps_of_chunk(step_bytes, weight_bytes, p.seq.T);
@@ -209,7 +212,7 @@ void FormulaForwardScan<A>::pack_share(int share, int shares) const {
     const auto load = kernels_.load[storage_];
     std::fill_n(direction.bias_x, plan_.x.shape.columns(), A(0));
     std::fill_n(direction.bias_h, heads_ * rec_columns_, A(0));
-    if (weights.b_ih) load(weights.b_ih, direction.bias_x, traits_.input_gates * H_);
+    if (weights.b_ih) load(weights.b_ih, direction.bias_x, own_columns_);
     for (int k = 0; weights.b_hh && k < heads_; ++k) {
       for (int g = 0; g < traits_.recurrent_gates; ++g) {
         load(stored_at(weights.b_hh, g * H_ + k * units_, size_), direction.bias_h + k * rec_columns_ + g * units_, units_);
@@ -236,7 +239,7 @@ void FormulaForwardScan<A>::start(Worker& w) const {
 template <class A>
 void FormulaForwardScan<A>::load_columns(Worker& w, int64_t begin, int64_t end) const {
   const Shape& shape = directions_[w.d].x.shape;
-  const int64_t all = traits_.input_gates * H_, first = std::min(shape.columns_before(w.x_panels.first), all);
+  const int64_t all = own_columns_, first = std::min(shape.columns_before(w.x_panels.first), all);
   const int64_t count = std::min(shape.columns_before(w.x_panels.last), all) - first;
   const A* const bias = directions_[w.d].bias_x + first;
   A* to = w.xg + first;
@@ -247,6 +250,23 @@ void FormulaForwardScan<A>::load_columns(Worker& w, int64_t begin, int64_t end) 
       const int64_t from = (w.d * seq_.N + row_of(seq_, t, row.b)) * all + first;
       kernels_.load[storage_](stored_at(p_.columns, from, size_), to, count);
       for (int64_t c = 0; c < count; ++c) to[c] += bias[c];
+      to += x_columns_;
+    }
+  }
+}
+
+// The values of gates without weights, behind the products. The rank of the last panel copies them, after its products: the
+// padding of that panel may lie where they do.
+template <class A>
+void FormulaForwardScan<A>::load_given(Worker& w, int64_t begin, int64_t end) const {
+  const int64_t count = p_.given_gates * H_;
+  if (count == 0 || w.x_panels.first == w.x_panels.last || w.x_panels.last < plan_.x.shape.panels) return;
+  A* to = w.xg + own_columns_;
+  for (int64_t step = begin; step < end; ++step) {
+    const int64_t t = this->time_of(w, step);
+    for (const TeamRow& row : w.team->rows) {
+      if (t >= row.length) continue;
+      kernels_.load[storage_](stored_at(p_.given, (w.d * seq_.N + row_of(seq_, t, row.b)) * count, size_), to, count);
       to += x_columns_;
     }
   }
@@ -378,6 +398,7 @@ void FormulaForwardScan<A>::scan(int thread, int d, Teams& teams) const {
   for (int64_t begin = 0; begin < seq_.T; begin += chunk_steps_) {
     const int64_t end = std::min(begin + chunk_steps_, seq_.T);
     project(w, begin, end);
+    load_given(w, begin, end);
     w.team->barrier.wait();
     int64_t first_xg = 0;
     for (int64_t s = begin; s < end; ++s) first_xg += step(w, s, first_xg);
