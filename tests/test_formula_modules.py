@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import formula_cells as cells
@@ -13,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 
 from fused_rnn import functional, reference
-from fused_rnn.formula import Layer, Step
+from fused_rnn._backend import extension
+from fused_rnn.formula import Cell, Layer, Step
 
 TORCHS = {"LSTM": cells.Lstm(), "GRU": cells.Gru(), "RNN": cells.Rnn()}
 EVERY = (*cells.CELLS, cells.Mgu(), cells.NormLstm())
@@ -415,3 +418,28 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
 def test_wrong_arguments(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.skipif(extension is None, reason="needs the compiled extension")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_the_first_call_may_be_checkpointed(reentrant: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are made in that call, outside of what checkpointing does to saved tensors."""
+
+    class Checkpointed(Cell):
+        gates = ("a", "b")
+        states = ("h", "c")
+
+        def __init__(self, reentrant: bool) -> None:
+            self.factor = 0.25 if reentrant else 0.75
+
+        def step(self, x: Any, r: Any, h: Any, c: Any) -> Any:
+            c = torch.sigmoid(x.a + r.a) * c + self.factor * torch.tanh(x.b + r.b)
+            return torch.tanh(c), c
+
+    layer, x = Layer(Checkpointed(reentrant), 4, 6), torch.randn(5, 3, 4, requires_grad=True)
+    monkeypatch.setenv("FUSED_RNN_CACHE", str(tmp_path))
+    checkpoint(lambda v: layer(v)[0], x, use_reentrant=reentrant).sum().backward()
+    found = layer.weight_hh_l0.grad.clone()
+    layer.zero_grad()
+    layer(x)[0].sum().backward()
+    assert torch.equal(found, layer.weight_hh_l0.grad)

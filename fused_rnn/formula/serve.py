@@ -92,7 +92,9 @@ def _prepare(formula: str, device_type: str, dtype: torch.dtype) -> None:
     key = (formula, dtype, _setting_of(device_type))
     if key in _ready:
         return
-    if _backend.is_transformed():  # a thread of its own has no transforms, which would reach what traces and compares here
+    # A thread of its own has no transforms and no hooks of saved tensors (activation checkpointing's), which would reach
+    # what traces and compares here.
+    if _backend.is_transformed() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         with ThreadPoolExecutor(1) as thread:
             thread.submit(_prepare, formula, device_type, dtype).result()
     else:

@@ -9,7 +9,7 @@ import ctypes
 import dataclasses
 import functools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_bool, c_char_p, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from layers import Modifier, ResetState
 from simulator import H100, DeviceInfo, Simulator
 from torch import Tensor
 
-from fused_rnn import reference
-from fused_rnn._recipe import Recipe, Rows
+from fused_rnn import reference, zoo
+from fused_rnn._recipe import Recipe, Rows, StepOptions
 from fused_rnn.formula import Cell, Gate
 from fused_rnn.formula.cuda import header_of, kernels_of, traits_of, translation_unit
+from fused_rnn.formula.options import Change, changed
 from fused_rnn.formula.parameters import OWN_KIND, as_declared, outputs_first, specs_of, step_function
 from fused_rnn.formula.plan import Plan, make_plan
 
@@ -70,6 +71,15 @@ class NoRecurrentProduct(Cell):
 
     def step(self, x: Any, r: Any, h: Any) -> Any:
         return torch.tanh(x.a + self.u * h + self.product("v", h))
+
+
+def everything_with_options() -> Cell:
+    """Zoneout of all states but the second, which the recurrent product reads under a mask; a bound for the third."""
+    return changed(Everything(), Change((True, False, True), (), (None, None, 0.2), drops=True))
+
+
+def lstm_with_options() -> Cell:
+    return changed(zoo.LSTM(), Change((True, True), (), (None, 0.2), drops=True))
 
 
 class Traits(ctypes.Structure):
@@ -171,7 +181,7 @@ class Kernels:
 
 
 @functools.cache
-def kernels_of_cell(cell: type[Cell], dtype: torch.dtype) -> Kernels:
+def kernels_of_cell(cell: Callable[[], Cell], dtype: torch.dtype) -> Kernels:
     """Those of a cell with its default arguments, compiled once."""
     return Kernels(cell(), dtype)
 
@@ -274,7 +284,9 @@ def make_data(cell: Cell, case: Case, dtype: torch.dtype) -> Data:
     d_series = [made(N, D * H) for _ in range(count - 1)] if case.every else []
     shapes = {"one": (D, 1, H), "rows": (D, case.B, H), "steps": (len(case.batch_sizes or range(case.T)), D, case.B, H)}
     put = tuple(made(*shapes[case.reset_state]) for _ in range(count)) if case.reset_state else ()
-    return Data(Rows(lengths, offsets, resets, put), x, states, params, dy, d_last, d_series, H, N)
+    given = torch.rand((D, N, len(cell.declaration.given_gates), H), generator=generator, dtype=torch.float64) < 0.5
+    options = StepOptions(values=given.double() if given.numel() else None)
+    return Data(Rows(lengths, offsets, resets, put, options), x, states, params, dy, d_last, d_series, H, N)
 
 
 def names_of(cell: Cell, case: Case) -> list[str]:
@@ -382,12 +394,16 @@ class Run:
         self.fill(p)
         x = self.data.x.reshape(N, -1).double()
         products = [x @ params["weight_ih"].double().T + params.get("bias_ih", torch.zeros(1)) for params in self.params]
+        values = self.data.rows.options.values
+        all_gates = torch.stack(products)
+        if values is not None:
+            all_gates = torch.cat([all_gates, values.flatten(2)], -1)
         if self.case.family == "single":
             p.input, p.I = self.sim.put("input", self.data.x), self.case.I
             if self.plan.phases:
                 p.x = self.out("x", D, N, len(self.cell.declaration.input_gates), H)
         else:
-            p.x = self.sim.put("x", torch.stack(products).to(self.kernels.dtype))
+            p.x = self.sim.put("x", all_gates.to(self.kernels.dtype))
         p.y = self.out("y", N, D * H)
         count = len(self.data.states)
         for i in range(count):
@@ -460,7 +476,7 @@ class Run:
         """Of a direction's parameters, from d [N, blocks, H]; adds the input's to dx."""
         plan, says, params, H = self.plan, self.cell.declaration, self.params[direction], self.H
         x = self.data.x.reshape(self.N, -1).double()
-        of_input = d[:, list(plan.input_gradients)].flatten(1)
+        of_input = d[:, list(plan.input_gradients[: len(says.weighted_gates)])].flatten(1)
         dx += of_input @ params["weight_ih"].double()
         made = {"weight_ih": of_input.T @ x, "bias_ih": of_input.sum(0)}
         slots, gates = len(plan.gradients), len(says.recurrent_gates)

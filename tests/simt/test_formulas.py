@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import formulas
 import pytest
 import torch
-from formulas import Case, Everything, Kernels, Levels, NoRecurrentProduct, compare
+from formulas import (
+    Case,
+    Everything,
+    Kernels,
+    Levels,
+    NoRecurrentProduct,
+    compare,
+    everything_with_options,
+    lstm_with_options,
+)
 from formulas import kernels_of_cell as kernels
 from simulator import H100, TINY, Fault
 
@@ -70,6 +80,7 @@ SHORT = [  # each cell and dtype takes its time to compile
     (Everything, F32, SINGLE_RAGGED),
     (Everything, F32, SINGLE_TILES),
     (Levels, F32, SINGLE_PUT),
+    (everything_with_options, F32, RAGGED),
 ]
 ZOO = [value for name in zoo.__all__ if isinstance(value := getattr(zoo, name), type) and issubclass(value, Cell)]
 LONG = [*((cell, F64, case) for cell in (Everything, NoRecurrentProduct) for case in EVERY)]
@@ -78,6 +89,8 @@ LONG += [
 ]
 LONG += [(cell, dtype, RAGGED) for cell in ZOO for dtype in (F64, F32)]
 LONG += [(zoo.DreamerGRU, F16, ALIGNED), (zoo.LayerNormLSTM, F16, RAGGED), (Levels, F64, ALIGNED)]
+LONG += [(cell, F64, case) for cell in (everything_with_options, lstm_with_options) for case in EVERY]
+LONG += [(lstm_with_options, F16, ALIGNED), (everything_with_options, BF16, RAGGED)]
 LONG += [(zoo.GRU, F32, RAGGED), (zoo.GRU, F32, ALIGNED)]
 LONG += [(cell, F64, case) for cell in (Everything, NoRecurrentProduct) for case in PUT]
 LONG += [(cell, dtype, case) for cell in (zoo.LSTM, SmallHeads) for dtype in (F64, F32, F16) for case in PUT]
@@ -89,17 +102,17 @@ LONG += [(zoo.GRU, F32, SINGLE_ALIGNED), (zoo.DreamerGRU, F16, SINGLE_ALIGNED), 
 
 
 def id_of(value: Any) -> str:
-    return value.__name__ if isinstance(value, type) else str(value).removeprefix("torch.")
+    return value.__name__ if callable(value) else str(value).removeprefix("torch.")
 
 
 @pytest.mark.parametrize(("cell", "dtype", "case"), SHORT, ids=id_of)
-def test_equal_to_step(cell: type[Cell], dtype: torch.dtype, case: Case) -> None:
+def test_equal_to_step(cell: Callable[[], Cell], dtype: torch.dtype, case: Case) -> None:
     compare(kernels(cell, dtype), case, seeds=(0, 1))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("cell", "dtype", "case"), LONG, ids=id_of)
-def test_equal_to_step_everywhere(cell: type[Cell], dtype: torch.dtype, case: Case) -> None:
+def test_equal_to_step_everywhere(cell: Callable[[], Cell], dtype: torch.dtype, case: Case) -> None:
     compare(kernels(cell, dtype), case, seeds=range(3))
 
 
