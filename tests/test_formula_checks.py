@@ -267,7 +267,7 @@ class Random(One):
         return torch.tanh(x.a + r.a) * torch.rand_like(h)
 
 
-@wrong("torch.nn.functional.dropout is no operation", "dropout between layers is Layer(dropout=...)")
+@wrong("torch.nn.functional.dropout is no operation", "dropout is Layer(dropout=..., recurrent_dropout=..., zoneout=...)")
 class Dropout(One):
     def step(self, x: Any, r: Any, h: Any) -> Any:
         return F.dropout(torch.tanh(x.a + r.a), 0.5)

@@ -113,8 +113,8 @@ FormulaLayer check_formula(const Call& call, const std::string& formula) {
               call.x.device());
   check_dimensions(call);
   const Tensor& w_ih = call.params[0];
-  TORCH_CHECK(w_ih.dim() == 2 && w_ih.size(0) > 0 && w_ih.size(0) % layer.input_gates() == 0,
-              "weight_ih: expected shape [", layer.input_gates(), "*H, I], got ", w_ih.sizes());
+  TORCH_CHECK(w_ih.dim() == 2 && w_ih.size(0) > 0 && w_ih.size(0) % layer.input_gates() == 0, "weight_ih: expected shape [",
+              layer.input_gates(), "*H, I], got ", w_ih.sizes());
   s.I = call.has_ids() ? w_ih.size(1) : x.size(-1);
   s.H = s.P = w_ih.size(0) / layer.input_gates();
   if (layer.recurs() && call.params[1].dim() == 3) layer.heads = static_cast<int>(call.params[1].size(0));

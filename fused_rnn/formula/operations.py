@@ -58,7 +58,7 @@ _HINTS = (
     (
         "rand randn randint rand_like randn_like randint_like bernoulli normal dropout alpha_dropout feature_dropout "
         "multinomial poisson randperm rrelu gumbel_softmax",
-        "a formula without random numbers; dropout between layers is Layer(dropout=...)",
+        "a formula without random numbers; dropout is Layer(dropout=..., recurrent_dropout=..., zoneout=...)",
     ),
     (
         "to float double half bfloat16 int long short char byte bool type type_as cfloat cdouble",

@@ -43,7 +43,7 @@ struct FormulaForward : FormulaParams {
   // Of ids in place of one-hot rows: [D, N, Gi - K, H], the columns of w_ih that are the input products, without biases.
   const void* columns;
   const void* given;  // [D, N, K, H]: the values of the last K input gates, which have no weights; null where K is 0
-  void* y;                         // [N, D * H]: the output state; 0 at inactive rows of a dense batch
+  void* y;            // [N, D * H]: the output state; 0 at inactive rows of a dense batch
   void* last[kMostFormulaStates];  // [D, B, H]
   // [N, D * H], or null: not kept. Never the output's, which is y. 0 at inactive rows of a dense batch.
   void* series[kMostFormulaStates];
