@@ -348,7 +348,8 @@ def autocast_options(device_type: str, options: StepOptions) -> StepOptions:
     """The same for the factors among a layer's options."""
     if not autocast_on(device_type):
         return options
-    product, candidate = (f if f is None else autocast(device_type, f, [], [])[0] for f in options[3:])
+    factors = options.product, options.candidate
+    product, candidate = (f if f is None else autocast(device_type, f, [], [])[0] for f in factors)
     return options._replace(product=product, candidate=candidate)
 
 

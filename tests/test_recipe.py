@@ -24,7 +24,7 @@ def test_there_and_back() -> None:
             assert (*rest, recipe.dropout, all_states, family_of_it) == recipe
 
 
-NONE = (-1, 0, 3, 2**24 + len(KINDS), 2**24 + 2**22, 2**24 + 2**23, 2**56, 2**60 + 2**24, (2**31 + 1) << 24)
+NONE = (-1, 0, 3, 2**24 + len(KINDS), 2**24 + 2**23, 2**56, 2**60 + 2**24, (2**31 + 1) << 24)
 NONE += (2**63 - 1, -(2**63))
 
 

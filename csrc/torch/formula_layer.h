@@ -3,8 +3,8 @@
 //
 //   params of a direction: weight_ih [Gi*H, I], weight_hh [Gr*H, H] or of n heads [n, Gr*H/n, H/n], bias_ih, bias_hh, the
 //   cell's vectors [H] and numbers [], then of each phase a product's matrix [H, H] or a norm's weight and bias [H]. What a
-//   cell lacks is left out. The last K input gates may have no weights: their values come with the call (StepOptions.values),
-//   and Gi here is the number of the others.
+//   cell lacks is left out. The last K input gates may have no weights: their values come with the call
+//   (StepOptions.values), and Gi here is the number of the others.
 #pragma once
 #include <string>
 #include <vector>
