@@ -367,11 +367,17 @@ FORMS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form)))
 @pytest.mark.parametrize(("cell", "option"), PAIRS)
-def test_values_and_gradients(backend: str, cell: type[Cell], option: str, form: dict[str, Any], training: bool) -> None:
-    if backend != "reference" and (cell, option) not in COMPILED:
-        pytest.skip("needs no kernels of its own: every cell and every option has some")
-    with use_backend(backend):
-        Case(cell=cell, options=options_of(cell, option), training=training, device=DEVICE[backend], **form).check()
+def test_the_reference(cell: type[Cell], option: str, form: dict[str, Any], training: bool) -> None:
+    with use_backend("reference"):
+        Case(cell=cell, options=options_of(cell, option), training=training, **form).check()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form)))
+@pytest.mark.parametrize(("cell", "option"), COMPILED)
+def test_values_and_gradients(device: str, cell: type[Cell], option: str, form: dict[str, Any], training: bool) -> None:
+    with use_backend(device):
+        Case(cell=cell, options=options_of(cell, option), training=training, device=DEVICE[device], **form).check()
 
 
 CONFIGS = st.fixed_dictionaries(
@@ -708,11 +714,19 @@ def test_the_op_checks_values() -> None:
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("options", [{"zoneout": 0.4}, {"state_clip": 0.2}, {"weight_dropout": 0.4}], ids=str)
-@pytest.mark.parametrize("cell", [Lstm, Heads, Odd])
-def test_a_step_is_a_layer_of_one(backend: str, cell: type[Cell], options: dict[str, Any], training: bool) -> None:
-    if backend != "reference" and cell is not Lstm:
-        pytest.skip("needs no kernels of its own: a step is a layer's call")
-    where: dict[str, Any] = {"dtype": torch.float64, "device": DEVICE[backend]}
+def test_a_step_is_a_layer_of_one(backend: str, options: dict[str, Any], training: bool) -> None:
+    check_step(Lstm, DEVICE[backend], backend, options, training)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("options", [{"zoneout": 0.4, "state_clip": 0.2}, {"weight_dropout": 0.4}], ids=str)
+@pytest.mark.parametrize("cell", [Heads, Odd])
+def test_steps_on_the_reference(cell: type[Cell], options: dict[str, Any], training: bool) -> None:
+    check_step(cell, "cpu", "reference", options, training)
+
+
+def check_step(cell: type[Cell], device: str, backend: str, options: dict[str, Any], training: bool) -> None:
+    where: dict[str, Any] = {"dtype": torch.float64, "device": device}
     layer = Layer(cell(), 4, 6, **where, **options).train(training)
     made = Step(cell(), 4, 6, **where, **options).train(training)
     made.load_state_dict({name.removesuffix("_l0"): value for name, value in layer.state_dict().items()})
