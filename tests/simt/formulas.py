@@ -569,7 +569,7 @@ def plan_text(kernels: Kernels, case: Case, device: DeviceInfo = H100, backward:
 
 
 if __name__ == "__main__":  # for torch_host/build.py, whose process must not import fused_rnn yet
-    everything = make_plan(Everything())
+    everything = make_plan(everything_with_options())
     made = write_source(everything, torch.float32)
     made.with_suffix(".kernels").write_bytes(header_of(everything, torch.float32, 90))
     print(made)

@@ -23,8 +23,8 @@ WITH_TORCH = ("cudnn.cpp", "ops_cpu.cpp", "tf32_cuda.cpp")
 
 
 def formula_source() -> Path:
-    """The kernels of the formula that the library has (tests/simt/formulas.py's Everything); beside it lies what the loader
-    reads, <name>.kernels."""
+    """The kernels of the formula that the library has (tests/simt/formulas.py's everything_with_options); beside it lies
+    what the loader reads, <name>.kernels."""
     path = os.pathsep.join([str(builder.ROOT), str(builder.ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, str(HERE.parent / "formulas.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path})
