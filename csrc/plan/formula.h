@@ -19,7 +19,7 @@ struct FormulaStepProblem {
   bool backward;
   bool reset_states;  // resets put states of their own
   bool d_series;      // of backward: there are gradients of states after each step
-  int64_t I;          // of forward: columns of the input's rows; 0: there are none to read (ids)
+  int64_t I;          // of forward: columns of the input's rows; 0: there are none to read (ids), or not alone (values of gates)
 };
 
 // One kernel; grid.z is D.

@@ -70,7 +70,7 @@ FormulaStepProblem problem_of(const FormulaTraits& traits, const cpu::FormulaPar
 }
 FormulaStepProblem problem_of(const FormulaTraits& traits, const cpu::FormulaForward& p) {
   FormulaStepProblem problem = problem_of(traits, p, /*backward=*/false);
-  problem.I = p.x ? p.I : 0;
+  problem.I = p.x && !p.given ? p.I : 0;
   return problem;
 }
 FormulaStepProblem problem_of(const FormulaTraits& traits, const cpu::FormulaBackward& p) {

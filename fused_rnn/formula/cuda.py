@@ -57,7 +57,8 @@ class Kernel:
 
 def kernels_of(plan: Plan, families: Sequence[str] = FAMILIES) -> list[Kernel]:
     """The kernels of a cell: of family ``step``, where a segment that makes a product has one of each tile, any other one
-    of the small tile; the two of each persistent family; and of family ``single`` one of each tile, or of the small one."""
+    of the small tile; the two of each persistent family; and of family ``single`` one of each tile, or of the small one. Cells with values
+    of gates have none of ``single``."""
     recurs = bool(plan.cell.declaration.recurrent_gates)
     products = [phase.kind == "product" for phase in plan.cell.phases]
 
@@ -77,8 +78,9 @@ def kernels_of(plan: Plan, families: Sequence[str] = FAMILIES) -> list[Kernel]:
         for tile in range(1 + product)
     ]
     kernels += [Kernel(role, 0, 0) for role, name in enumerate(ROLES) if name.split("_")[0] in PERSISTENT]
-    tiles = 1 + (len(plan.accumulators) <= _MOST_MEDIUM_SLOTS)
-    kernels += [Kernel(ROLES.index("single_forward"), 0, tile) for tile in range(tiles)]
+    if not plan.cell.declaration.given_gates:
+        tiles = 1 + (len(plan.accumulators) <= _MOST_MEDIUM_SLOTS)
+        kernels += [Kernel(ROLES.index("single_forward"), 0, tile) for tile in range(tiles)]
     return [kernel for kernel in kernels if kernel.family in families]
 
 

@@ -156,7 +156,7 @@ def _prepare_kernels(formula: str, dtype: torch.dtype, capability: int, device: 
     if kept is not None:
         try:
             extension.register_formula_on_device(formula, str(kept))
-            if "single" in asked:
+            if "single" in asked and not cell.declaration.given_gates:
                 extension.set_formula_family(*key, "single", 2)
             _families[key] = asked
             return
@@ -168,7 +168,7 @@ def _prepare_kernels(formula: str, dtype: torch.dtype, capability: int, device: 
         try:
             for batch in batches_of(device):
                 verify.check_kernels(cell, formula, dtype, device, batch)
-            if "single" in asked:
+            if "single" in asked and not cell.declaration.given_gates:
                 with _verifying((*key, "single")) as force:
                     force(0)
                     for batch in batches_of(device):

@@ -82,9 +82,10 @@ def _on_gpu(
     from fused_rnn.formula.cuda import traits_of
     from fused_rnn.formula.plan import make_plan
 
+    columns = 0 if backward or cell.declaration.given_gates else size["I"]
     made = _backend.extension.formula_plan(  # type: ignore[union-attr]
         traits=traits_of(make_plan(cell)), dtype=str(dtype).removeprefix("torch."), T=size["T"], B=size["B"], H=size["H"],
-        D=size["D"], heads=cell.declaration.heads, backward=backward, I=0 if backward else size["I"], device=dict(device),
+        D=size["D"], heads=cell.declaration.heads, backward=backward, I=columns, device=dict(device),
         forced=_settings.value("FUSED_RNN_PLAN") or None,
     )  # fmt: skip
     return PassPlan(
