@@ -1,5 +1,5 @@
-// The launches of a formula's layer on a GPU, families `step` and `single`: which tile, how much shared and working memory. A
-// pure function of the problem and the device. Segments: cuda/formula/formula_params.h.
+// The launches of a formula's layer on a GPU, families `step` and `single`: which tile, how much shared and working memory.
+// A pure function of the problem and the device. Segments: cuda/formula/formula_params.h.
 #pragma once
 #include <string>
 #include <vector>
@@ -19,7 +19,7 @@ struct FormulaStepProblem {
   bool backward;
   bool reset_states;  // resets put states of their own
   bool d_series;      // of backward: there are gradients of states after each step
-  int64_t I;          // of forward: columns of the input's rows; 0: there are none to read (ids), or not alone (values of gates)
+  int64_t I;  // of forward: columns of the input's rows; 0: there are none to read (ids), or not alone (values of gates)
 };
 
 // One kernel; grid.z is D.

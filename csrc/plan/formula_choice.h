@@ -1,4 +1,4 @@
-// Which family runs a formula's layer on a GPU: `single`, `step`, `cluster` or `grid`. The others have no kernels of formulas.
+// Which family runs a formula's layer on a GPU: `single`, `step`, `cluster` or `grid`. Others have no kernels of formulas.
 #pragma once
 #include <optional>
 #include <string>

@@ -14,8 +14,8 @@ namespace fused_rnn {
 void register_formula_on_device(const std::string& formula, const std::string& path);
 void forget_formula_on_device(const std::string& formula, int dtype, int capability);
 bool has_formula_on_device(const std::string& formula, int dtype, int capability);
-// Whether the kernels of family "single", "cluster" or "grid" serve too: state 0: not before they are verified; 1: with so many blocks
-// of a team wherever they can, for the verification; 2: as FUSED_RNN_PLAN says.
+// Whether the kernels of family "single", "cluster" or "grid" serve too: state 0: not before they are verified; 1: with so
+// many blocks of a team wherever they can, for the verification; 2: as FUSED_RNN_PLAN says.
 void set_formula_family(const std::string& formula, int dtype, int capability, const std::string& family, int state,
                         int ranks);
 

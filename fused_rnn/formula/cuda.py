@@ -56,9 +56,11 @@ class Kernel:
 
 
 def kernels_of(plan: Plan, families: Sequence[str] = FAMILIES) -> list[Kernel]:
-    """The kernels of a cell: of family ``step``, where a segment that makes a product has one of each tile, any other one
-    of the small tile; the two of each persistent family; and of family ``single`` one of each tile, or of the small one. Cells with values
-    of gates have none of ``single``."""
+    """The kernels of a cell among those of ``families``.
+
+    Of family ``step`` a segment that makes a product has one of each tile, any other one of the small tile. A persistent
+    family has two. ``single`` has one of each tile, or of the small one alone; cells with values of gates have none.
+    """
     recurs = bool(plan.cell.declaration.recurrent_gates)
     products = [phase.kind == "product" for phase in plan.cell.phases]
 

@@ -1,8 +1,9 @@
 // The kernels of a formula, by name. What is compiled (fused_rnn/formula/cuda.py) is the cell's struct and a line
 //   FUSED_RNN_FORMULA_FORWARD(cell, math, segment, tile) or FUSED_RNN_FORMULA_BACKWARD(cell, math, segment, tile)
 // of every segment with the small tile and, where it makes a product, with the medium one, and
-// FUSED_RNN_FORMULA_INITIAL(cell, math, tile), of family `single` FUSED_RNN_FORMULA_SINGLE_FORWARD(cell, math, tile), and the two of each persistent family,
-// FUSED_RNN_FORMULA_CLUSTER_FORWARD(cell, math), FUSED_RNN_FORMULA_CLUSTER_BACKWARD(cell, math) and the same with GRID.
+// FUSED_RNN_FORMULA_INITIAL(cell, math, tile), of family `single` FUSED_RNN_FORMULA_SINGLE_FORWARD(cell, math, tile), and
+// the two of each persistent family, FUSED_RNN_FORMULA_CLUSTER_FORWARD(cell, math), FUSED_RNN_FORMULA_CLUSTER_BACKWARD(cell,
+// math) and the same with GRID.
 #pragma once
 #include "cuda/formula/formula_backward.cuh"
 #include "cuda/formula/formula_forward.cuh"

@@ -20,11 +20,12 @@ struct FormulaLaunch {
   int cluster;       // blocks of a cluster, neighbours in x; 0 or 1: none
   bool cooperative;  // all blocks run at the same time, or the launch fails
 };
-// arguments: what the kernel takes (FormulaForwardStep, FormulaPersistentForward, ...), of so many bytes, read before the call
-// returns.
+// arguments: what the kernel takes (FormulaForwardStep, FormulaPersistentForward, ...), of so many bytes, read before the
+// call returns.
 using FormulaLauncher = std::function<void(const FormulaLaunch& launch, const void* arguments, size_t bytes)>;
 
-// p without working memory, but of family `single` with p.x where there are phases; workspace: plan.workspace.bytes, 256-byte aligned, contents irrelevant. Nothing is synchronised.
+// p without working memory, but of family `single` with p.x where there are phases. workspace: plan.workspace.bytes,
+// 256-byte aligned, contents irrelevant. Nothing is synchronised.
 void run_formula_forward(const FormulaForward& p, const FormulaTraits& cell, const FormulaStepPlan& plan, void* workspace,
                          const FormulaLauncher& launch);
 void run_formula_backward(const FormulaBackward& p, const FormulaTraits& cell, const FormulaStepPlan& plan, void* workspace,
