@@ -91,7 +91,7 @@ FormulaPlan plan_of(const cuda::FormulaModule& module, const FormulaStepProblem&
 // run(plan, workspace, launch) with the kernels of a call; where the device refuses the launch, with those of the next
 // family.
 template <class Params, class Run>
-void run_planned(const std::string& formula, const Params& p, const at::Tensor& x, const Run& run) {
+void run_formula_planned(const std::string& formula, const Params& p, const at::Tensor& x, const Run& run) {
   const int device = static_cast<int>(x.get_device());
   cuda::FormulaModule* const module = find(formula, p.dtype, device);
   TORCH_CHECK(module, "cell: the formula ", formula, " has no kernels in this process for ", x.scalar_type(), " on ",
@@ -159,7 +159,7 @@ void formula_forward_on_device(const std::string& formula, const cpu::FormulaFor
   for (int i = 0; i < kMostFormulaStates; ++i) to.last[i] = p.last[i], to.series[i] = p.series[i];
   for (int k = 0; k < kMostFormulaPhases; ++k) to.v[k] = p.v[k];
   at::Tensor products;
-  run_planned(
+  run_formula_planned(
       formula, p, x,
       [&](const FormulaTraits& traits, const FormulaPlan& plan, void* workspace, const cuda::FormulaLauncher& launch) {
         if (plan.family != Family::kSingle) {
@@ -185,8 +185,8 @@ void formula_backward_on_device(const std::string& formula, const cpu::FormulaBa
     to.d_initial[i] = p.d_states[i], to.d_reset[i] = p.d_reset[i];
   }
   for (int k = 0; k < kMostFormulaPhases; ++k) to.v[k] = p.v[k];
-  run_planned(
-      formula, p, x, /*backward=*/true,
+  run_formula_planned(
+      formula, p, x,
       [&](const FormulaTraits& traits, const FormulaPlan& plan, void* workspace, const cuda::FormulaLauncher& launch) {
         if (plan.persistent) return run_formula_persistent_backward(to, traits, *plan.persistent, workspace, launch);
         run_formula_backward(to, traits, *plan.step, workspace, launch);

@@ -9,6 +9,7 @@ import ctypes
 import dataclasses
 import functools
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from ctypes import c_bool, c_char_p, c_int, c_int64, c_void_p
 from pathlib import Path
@@ -569,7 +570,7 @@ def plan_text(kernels: Kernels, case: Case, device: DeviceInfo = H100, backward:
 
 
 if __name__ == "__main__":  # for torch_host/build.py, whose process must not import fused_rnn yet
-    everything = make_plan(everything_with_options())
+    everything = make_plan(Everything() if sys.argv[1:] == ["plain"] else everything_with_options())
     made = write_source(everything, torch.float32)
     made.with_suffix(".kernels").write_bytes(header_of(everything, torch.float32, 90))
     print(made)

@@ -23,10 +23,12 @@ WITH_TORCH = ("cudnn.cpp", "ops_cpu.cpp", "tf32_cuda.cpp")
 
 
 def formula_source() -> Path:
-    """The kernels of the formula that the library has (tests/simt/formulas.py's everything_with_options); beside it lies
-    what the loader reads, <name>.kernels."""
+    """The kernels of the formula that the library has; beside it lies what the loader reads, <name>.kernels.
+
+    tests/simt/formulas.py's everything_with_options, or Everything where TORCH_HOST_FORMULA is "plain".
+    """
     path = os.pathsep.join([str(builder.ROOT), str(builder.ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, str(HERE.parent / "formulas.py")]
+    command = [sys.executable, str(HERE.parent / "formulas.py"), os.environ.get("TORCH_HOST_FORMULA", "with options")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path})
     return Path(done.stdout.strip())
 
