@@ -472,8 +472,9 @@ def test_a_formula(ragged: str, family: str, more: str, monkeypatch: pytest.Monk
     options: dict[str, Any] = {"lengths": lengths} if ragged == "lengths" else {}
     puts = []
     if ragged == "lengths" or more in ("one", "steps"):
-        options["resets"] = torch.rand(5, 4) < 0.3
-        options["resets"][[0, -1], 0] = True
+        flags = torch.rand(5, 4) < 0.3
+        flags[[0, -1], 0] = True
+        options["resets"] = torch.nn.utils.rnn.pack_padded_sequence(flags, lengths).data if ragged == "packed" else flags
     if more in ("one", "steps"):
         puts = [torch.randn(*((5, 4, 4) if more == "steps" else (4, 1)), 18) for _ in range(3)]
 
