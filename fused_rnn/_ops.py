@@ -143,6 +143,11 @@ def _fake_layer_second_order(
     return [y, *last, dx, *dstates, *dparams]
 
 
+def _fake_flags(seed: Tensor, like: Tensor, probability: float) -> Tensor:
+    """Shape of fused_rnn::flags's result."""
+    return torch.empty_like(like, dtype=torch.bool)
+
+
 if extension is not None:
     rnn = torch.ops.fused_rnn.rnn.default
     cell = torch.ops.fused_rnn.cell.default
@@ -155,6 +160,7 @@ if extension is not None:
     torch.library.register_fake("fused_rnn::layer_backward_samples", _fake_layer_backward_samples)
     torch.library.register_fake("fused_rnn::layer_backward_gates", _fake_layer_backward_gates)
     torch.library.register_fake("fused_rnn::layer_second_order", _fake_layer_second_order)
+    torch.library.register_fake("fused_rnn::flags", _fake_flags)
     _library = torch.library.Library("fused_rnn", "IMPL")
     _derivatives.register(_library)
     _transforms.register(_library)

@@ -1,6 +1,7 @@
 """The constructors' options beyond torch.nn's: their checks, and what they make of a call's weights and steps.
 
-Masks come from torch's generator of the input's device, in the order of the functions' statements here.
+Masks come from torch's generator of the input's device, in the order of the functions' statements here. On a CPU each of
+zoneout's takes one number of it, the seed of the mask; where nothing was compiled, a number for each of its elements.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fused_rnn._backend import extension
 from fused_rnn._kinds import Kind
 from fused_rnn._recipe import StepOptions
 
@@ -61,7 +63,7 @@ class Regularisation(NamedTuple):
         """A training call's masks, in the order in which they are drawn: of each state with zoneout, bool [L*D, N, H], where
         true the unit keeps its value; then the factors of recurrent_dropout [L*D, B, P], on the candidate [L*D, B, H]."""
         shape = (sizes.groups, sizes.rows, sizes.hidden)
-        kept = [torch.rand(shape, device=input.device, dtype=torch.float32) < p if p else None for p in self.zoneout]
+        kept = [flags(shape, p, input.device) if p else None for p in self.zoneout]
         if not self.recurrent_dropout:
             return kept, None
         size = sizes.out if self.recurrent_dropout_variant == "state" else sizes.hidden
@@ -84,6 +86,19 @@ class Regularisation(NamedTuple):
         if "zoneout" in given:
             given["zoneout"] = self.zoneout[0] if len(set(self.zoneout)) == 1 else self.zoneout
         return "".join(f", {name}={value!r}" for name, value in given.items())
+
+
+def flags(shape: tuple[int, ...], p: float, device: torch.device) -> Tensor:
+    """Independent bools that are true with probability p, of torch's generator of the device.
+
+    On a CPU the generator gives one number, of which a kernel makes the flags (csrc/cpu/isa/random_flags.h): torch's own
+    makes a number after the other, which takes as long as the forward pass of a small RNN.
+    """
+    if extension is None or device.type != "cpu":
+        return torch.rand(shape, device=device, dtype=torch.float32) < p
+    seed = torch.randint(-(1 << 63), (1 << 63) - 1, (), device=device, dtype=torch.int64)
+    made: Tensor = torch.ops.fused_rnn.flags.default(seed, torch.empty(shape, device=device, dtype=torch.bool), p)
+    return made
 
 
 # --- checks ---

@@ -270,6 +270,16 @@ def layer_second_order(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple
     return found, dims
 
 
+def flags(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    """fused_rnn::flags(seed, like, probability): a seed for each sample, or one for all."""
+    op = torch.ops.fused_rnn.flags.default
+    seed, like, p = args
+    of_sample = like if in_dims[1] is None else like.select(in_dims[1], 0)
+    if in_dims[0] is None:
+        return op(seed, of_sample, p), None
+    return torch.stack([op(one, of_sample, p) for one in seed.movedim(in_dims[0], 0).unbind()]), 0
+
+
 def formula(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     """fused_rnn::formula(x, states, params, rows, cell, flags), whose flags have a recipe's bits of the rows."""
     return _forward(torch.ops.fused_rnn.formula.default, info.batch_size, in_dims, args, args[5])
@@ -343,5 +353,5 @@ def _kernel(op: Any, rule: Callable[..., tuple[Any, Any]]) -> Callable[..., Any]
 def register(library: Any) -> None:
     """Makes torch.func.vmap know the ops; once."""
     own = (layer, layer_backward, layer_backward_samples, layer_backward_gates, layer_second_order)
-    for rule in (*own, formula, formula_backward):
+    for rule in (*own, flags, formula, formula_backward):
         library.impl(rule.__name__, _kernel(getattr(torch.ops.fused_rnn, rule.__name__).default, rule), "FuncTorchBatched")

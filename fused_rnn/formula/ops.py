@@ -69,7 +69,7 @@ def layer(
         call = (formula, flags, len(states), len(params), len(given))
         y, *last = _Transformed.apply(call, x, *states, *params, *given)[: 1 + last_count(formula, flags)]
     else:
-        y, last, _ = torch.ops.fused_rnn.formula(x, list(states), list(params), rows.given(), formula, flags)
+        y, last, _ = torch.ops.fused_rnn.formula.default(x, list(states), list(params), rows.given(), formula, flags)
     if recipe.all_states:
         count = (len(last) + 1) // 2
         last = [*last[:count], *(state.unflatten(-1, (recipe.directions, -1)).transpose(0, 1) for state in last[count:])]
@@ -133,7 +133,8 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor | None, dlast: Sequence[Tensor | None], dsaved: Any) -> tuple[Any, ...]:
+def _backward(ctx: _Context, dy: Tensor | None, dlast: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """Gradients of x, states, params and rows."""
     x, *others = ctx.saved_tensors
     states, params, rows, others = _parts(others, *ctx.counts)
     masks = len(rows) - len(rows_of(rows, ctx.flags).reset_states)
@@ -147,15 +148,13 @@ def _backward(ctx: Any, dy: Tensor | None, dlast: Sequence[Tensor | None], dsave
         dx, *made = _Backward.apply(call, *([] if dy is None else [dy]), *given, x, *states, *params, *rows, *others)
         dstates, dparams, _ = _parts(made, len(made) - len(params), len(params))
     else:
-        op = torch.ops.fused_rnn.formula_backward
+        op = torch.ops.fused_rnn.formula_backward.default
         dx, dstates, dparams = op(dy, given, x, states, params, rows, others, ctx.cell, flags)
     return (
         dx if asked[0] else None,
         dstates[: len(states)] if asked[1] else [None] * len(states),
         dparams if asked[2] else [None] * len(params),
         [*[None] * masks, *dstates[len(states) :]] if asked[1] else [None] * len(rows),
-        None,
-        None,
     )
 
 
@@ -168,8 +167,55 @@ def _parts(tensors: Sequence[Tensor], *counts: int) -> list[list[Tensor]]:
     return [*parts, list(tensors)]
 
 
+def _flat_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    """Backward of the functions whose arguments are (call, x, *states, *params, *rows) and whose results y, last, saved."""
+    needs = ctx.needs_input_grad[1:]
+    flat = _Context(ctx.saved_tensors, ctx.counts, ctx.cell, ctx.flags, (needs[0], *_parts(needs[1:], *ctx.counts)[:3]))
+    dx, dstates, dparams, drows = _backward(flat, grads[0], grads[1 : 1 + ctx.lasts])
+    return (None, dx, *dstates, *dparams, *drows)
+
+
+class _Differentiable(torch.autograd.Function):
+    """fused_rnn::formula for autograd, on one flat list of tensors.
+
+    What torch.library.register_autograd makes of a function on lists flattens and compares general trees in every call and
+    every backward, which takes as long as the kernels of a small layer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        """call: the dispatch keys of the call, cell, flags, numbers of states, params and rows; tensors: x and these."""
+        keys, cell, flags, *counts = call
+        states, params, rows, _ = _parts(tensors[1:], *counts)
+        y, last, saved = _below_autograd(keys, tensors[0], states, params, rows, cell, flags)
+        ctx.lasts = len(last)
+        _set_up(ctx, (tensors[0], states, params, rows, cell, flags), (y, last, saved))
+        return (y, *last, *saved)
+
+    backward = staticmethod(_flat_backward)
+
+
+def _below_autograd(keys: Any, *args: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.fused_rnn.formula.default.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+
+def _formula_autograd(
+    keys: Any, x: Tensor, states: list[Tensor], params: list[Tensor], rows: list[Tensor], cell: str, flags: int
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """fused_rnn::formula where torch's dispatcher comes to autograd. keys: of the call."""
+    tensors = (x, *states, *params, *rows)
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        result: tuple[Tensor, list[Tensor], list[Tensor]] = _below_autograd(keys, x, states, params, rows, cell, flags)
+        return result
+    call = (keys, cell, flags, len(states), len(params), len(rows))
+    y, *others = _Differentiable.apply(call, *tensors)
+    count = last_count(cell, flags)
+    return y, others[:count], others[count:]
+
+
 class _Transformed(torch.autograd.Function):
-    """fused_rnn::formula for torch.func, whose transforms do not take what torch.library.register_autograd makes."""
+    """fused_rnn::formula for torch.func, whose transforms take functions with a context set up apart from forward."""
 
     generate_vmap_rule = True
 
@@ -178,7 +224,7 @@ class _Transformed(torch.autograd.Function):
         """call: cell, flags, numbers of states, params and rows; tensors: x and these. Gives y, last, saved."""
         cell, flags, *counts = call
         states, params, rows, _ = _parts(tensors[1:], *counts)
-        y, last, saved = torch.ops.fused_rnn.formula(tensors[0], states, params, rows, cell, flags)
+        y, last, saved = torch.ops.fused_rnn.formula.default(tensors[0], states, params, rows, cell, flags)
         return (y, *last, *saved)
 
     @staticmethod
@@ -188,12 +234,7 @@ class _Transformed(torch.autograd.Function):
         ctx.lasts = last_count(cell, flags)
         _set_up(ctx, (x, states, params, rows, cell, flags), (output[0], output[1 : 1 + ctx.lasts], output[1 + ctx.lasts :]))
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        needs = ctx.needs_input_grad[1:]
-        flat = _Context(ctx.saved_tensors, ctx.counts, ctx.cell, ctx.flags, (needs[0], *_parts(needs[1:], *ctx.counts)[:3]))
-        dx, dstates, dparams, drows, _, _ = _backward(flat, grads[0], grads[1 : 1 + ctx.lasts], None)
-        return (None, dx, *dstates, *dparams, *drows)
+    backward = staticmethod(_flat_backward)
 
 
 class _Context(NamedTuple):
@@ -233,7 +274,7 @@ class _Backward(torch.autograd.Function):
     def forward(call: _BackwardCall, *tensors: Tensor) -> tuple[Tensor, ...]:
         """tensors: dy where it is there, dlast, x, states, params, rows, saved. Gives dx, dstates, dparams."""
         dy, dlast, x, states, params, rows, saved = _parts(tensors, *call[2:4], 1, *call[4:])
-        op = torch.ops.fused_rnn.formula_backward
+        op = torch.ops.fused_rnn.formula_backward.default
         dx, dstates, dparams = op(dy[0] if dy else None, dlast, x[0], states, params, rows, saved, call.cell, call.flags)
         return (dx, *dstates, *dparams)
 
@@ -305,4 +346,5 @@ def _hidden(cell: Cell, params: Sequence[Tensor]) -> int:
 if extension is not None:
     torch.library.register_fake("fused_rnn::formula", _fake_formula)
     torch.library.register_fake("fused_rnn::formula_backward", _fake_formula_backward)
-    torch.library.register_autograd("fused_rnn::formula", _backward, setup_context=_set_up)
+    _library = torch.library.Library("fused_rnn", "IMPL")
+    _library.impl("formula", _formula_autograd, "Autograd", with_keyset=True)

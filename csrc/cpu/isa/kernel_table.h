@@ -4,6 +4,7 @@
 #include "cpu/isa/pointwise.h"
 #include "cpu/isa/pointwise_dual.h"
 #include "cpu/isa/pointwise_modified.h"
+#include "cpu/isa/random_flags.h"
 #include "cpu/isa/tile.h"
 
 namespace fused_rnn::cpu {
@@ -16,6 +17,7 @@ Kernels<typename V::Scalar> make_kernels() {
   for (int n = 0; n <= 2; ++n) table.max_panels[n] = V::kMaxPanels[n];
   table.gemm = gemm<V>;
   table.hash = content_hash<V>;
+  table.flags = random_flags<V>;
   fill_dual<V>(table);
   if constexpr (sizeof(typename V::Scalar) == 8) {
     fill_storage<V, double>(table, 0);

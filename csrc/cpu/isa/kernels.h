@@ -180,6 +180,14 @@ struct HashKeys {
 };
 const HashKeys& hash_keys();
 
+// Random bools (random_flags.h).
+struct FlagsCall {
+  uint64_t seed;
+  uint32_t bound;  // a flag is true with a probability of bound / 2^32
+  int64_t n;
+  bool* out;  // [n]
+};
+
 template <class A>
 struct Kernels {
   int width;                          // W
@@ -199,6 +207,7 @@ struct Kernels {
   void (*save[kStorages])(const A* from, void* to, int64_t n);  // arithmetic to storage
   const PartsKernels* parts;                                    // products of bfloat16 parts, or null
   uint64_t (*hash)(const HashKeys& keys, const void* data, int64_t bytes, uint64_t before);  // content_hash.h
+  void (*flags)(const FlagsCall&);
 
   // The most panels that one gemm call takes. Few rows need several panels at a time, to hide the latency of the FMA.
   int max_panels_of(int64_t n_rows) const { return n_rows <= 2 ? max_panels[n_rows] : 1; }
