@@ -55,18 +55,18 @@ def _sequence(
     layer: nn.LSTM, weights: list[Tensor], features: Tensor, states: tuple[Tensor, Tensor], episode_starts: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     batch = states[0].shape[1]
+    # Time comes first here already: a layer with batch_first would copy its input for forward and again for backward.
     output, last = functional.lstm(
-        features.reshape(batch, -1, layer.input_size),
+        features.reshape(batch, -1, layer.input_size).transpose(0, 1).contiguous(),
         weights,
         (states[0], states[1]),
         num_layers=layer.num_layers,
         has_biases=layer.bias,
         dropout=layer.dropout,
         training=layer.training,
-        batch_first=True,
-        resets=episode_starts.reshape(batch, -1) != 0,
+        resets=(episode_starts.reshape(batch, -1) != 0).t(),
     )
-    return output.flatten(0, 1), last
+    return output.transpose(0, 1).flatten(0, 1), last
 
 
 _integration = Integration("sb3", "sb3-contrib", ("2.9",), _replacements)
