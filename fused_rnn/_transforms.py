@@ -4,6 +4,8 @@ V: size of the vmapped dimension; the other letters are those of functional.py. 
 folded batch, so that packed rows stay in order, and results of forward that backward reads are unfolded without a copy.
 Weights that are vmapped (an ensemble), packed rows, ids, and options of steps (zoneout and its like) make a call of the
 kernels for each sample.
+
+The plainest calls of the layer and its backward are served by csrc/torch/ops_vmap.cpp, which does as the rules here say.
 """
 
 from __future__ import annotations
@@ -354,4 +356,7 @@ def register(library: Any) -> None:
     """Makes torch.func.vmap know the ops; once."""
     own = (layer, layer_backward, layer_backward_samples, layer_backward_gates, layer_second_order)
     for rule in (*own, flags, formula, formula_backward):
-        library.impl(rule.__name__, _kernel(getattr(torch.ops.fused_rnn, rule.__name__).default, rule), "FuncTorchBatched")
+        op = getattr(torch.ops.fused_rnn, rule.__name__).default
+        # These two begin in csrc/torch/ops_vmap.cpp, which comes here with what it leaves.
+        name = f"{rule.__name__}_vmapped" if rule in (layer, layer_backward) else rule.__name__
+        library.impl(name, _kernel(op, rule), "FuncTorchBatched")

@@ -169,8 +169,12 @@ def test_left_to_the_general_way() -> None:
             module(x)
         assert any(event.key == "fused_rnn::layer" for event in profile.key_averages())
         seen: list[Any] = []
-        torch.func.vmap(lambda row: (seen.append(quick(module, row)), row)[1])(x.unsqueeze(0))
-        assert seen == [None]
+        torch.func.jvp(lambda row: (seen.append(quick(module, row)), row)[1], (x,), (x,))
+        with Mode():
+            torch.func.vmap(lambda row: (seen.append(quick(module, row)), row)[1])(x.unsqueeze(0))
+        for wrong in (x[0], x.double(), x[:, :, :2], x[:0]):
+            torch.func.vmap(lambda row: (seen.append(quick(module, row)), row)[1])(wrong.unsqueeze(0))
+        assert seen == [None] * 6
         torch.jit.trace(lambda row: (seen.append(quick(module, row)), row + 1)[1], x, check_trace=False)
         assert set(seen) == {None}
     pruned = fused_rnn.GRU(3, 4)
@@ -178,6 +182,40 @@ def test_left_to_the_general_way() -> None:
     with torch.no_grad():
         assert quick(pruned, x) is None
         pruned(x)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_under_transforms(kind: str) -> None:
+    """The quick call, and its results and gradients, where forward would be called; a profile shows the layer."""
+    module = getattr(fused_rnn, kind)(3, 4, num_layers=2)
+    weights, x = dict(module.named_parameters()), torch.randn(5, 2, 1, 3)
+
+    def loss(weights: dict[str, Tensor], x: Tensor, call: Any) -> Tensor:
+        named = {f"module.{name}": weight for name, weight in weights.items()}
+        result = torch.func.functional_call(Calling(module, call), named, (x,))
+        return sum(t.square().sum() for t in flat(result))
+
+    found = [
+        torch.func.vmap(torch.func.grad(lambda w, x, call=call: loss(w, x, call), (0, 1)), (None, 1))(weights, x)
+        for call in (quick, lambda module, x: module.forward(x))
+    ]
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    functional = [torch.func.functionalize(call)(x[:, :, 0]) for call in (lambda x: quick(module, x), module.forward)]
+    torch.testing.assert_close(*functional, rtol=0, atol=0)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        torch.func.vmap(module, 1)(x)
+    assert any(event.key == "fused_rnn::layer" for event in profile.key_averages())
+
+
+class Calling(nn.Module):
+    """A module that is called in a certain way."""
+
+    def __init__(self, module: nn.Module, call: Any) -> None:
+        super().__init__()
+        self.module, self.call = module, call
+
+    def forward(self, x: Tensor) -> Any:
+        return self.call(self.module, x)
 
 
 HOOKS = {

@@ -15,8 +15,9 @@ from module_pairs import make_pair
 from torch import Tensor, nn
 
 import fused_rnn
-from fused_rnn import _derivatives, functional, reference, use_backend
+from fused_rnn import _derivatives, _kinds, functional, reference, use_backend
 from fused_rnn._backend import has_cpu_kernels
+from fused_rnn._recipe import Recipe
 
 pytestmark = pytest.mark.skipif(not has_cpu_kernels(), reason="needs the compiled extension")
 KINDS = ("RNN", "GRU", "LSTM")
@@ -188,10 +189,77 @@ def test_many_samples_are_folded_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
     from fused_rnn import _transforms
 
     weights, x = weights_of("GRU"), randn(B, T, 1, INPUTS)
-    gradient = torch.func.vmap(torch.func.grad(loss_of("GRU"), (0, 1)), (None, 0))
+    loss = loss_of("GRU", resets=torch.zeros(T, 1, dtype=torch.bool))  # calls without resets are folded in C++
+    gradient = torch.func.vmap(torch.func.grad(loss, (0, 1)), (None, 0))
     expected = gradient(weights, x)
     monkeypatch.setattr(_transforms, "_ELEMENTS", 2 * T * 4 * H)  # two samples
     close(gradient(weights, x), expected)
+
+
+def test_more_samples_than_are_folded_at_once() -> None:
+    """In C++: 3 samples of 32768 rows, of which the limit allows two at a time."""
+    layer = fused_rnn.GRU(1, 16, dtype=torch.float64)
+    weights, x = {key: value.detach() for key, value in layer.named_parameters()}, randn(3, 256, 128, 1)
+    folded: list[int] = []
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, weights, (x,))[0].square().mean()
+
+    class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if op is torch.ops.fused_rnn.layer_backward_samples.default:
+                folded.append(args[7][-1])
+            return op(*args, **(kwargs or {}))
+
+    with Seen():
+        found = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)
+    assert folded == [2, 1]
+    for index in range(3):
+        close({key: value[index] for key, value in found.items()}, torch.func.grad(loss)(weights, x[index]))
+
+
+@pytest.mark.parametrize("states", ("none", "of each sample", "of all samples"))
+@pytest.mark.parametrize("dim", (None, 0, 1, 2, 3))
+@pytest.mark.parametrize("kind", KINDS)
+def test_rules_in_cpp_are_those_in_python(kind: str, dim: int | None, states: str) -> None:
+    """Forward and backward, bit for bit, whatever is vmapped and whichever gradients are asked for."""
+    if dim is None and states != "of each sample":
+        pytest.skip("nothing is vmapped")
+    ops, weights = torch.ops.fused_rnn, weights_of(kind)
+    recipe = Recipe(_kinds.NUMBER_OF_MODE["RNN_TANH" if kind == "RNN" else kind]).packed
+    x = randn(T, 2, INPUTS) if dim is None else randn(2, T, 2, INPUTS).movedim(0, dim)
+    count = 0 if states == "none" else 2 if kind == "LSTM" else 1
+    given = [randn(*((1, 2, 2, H) if states == "of each sample" else (1, 2, H)), seed=i) for i in range(count)]
+    state_dims = [2 if states == "of each sample" else None] * count
+    dims = [dim, *state_dims]
+
+    def flat(results: Any) -> list[Tensor]:
+        return torch.utils._pytree.tree_leaves(results)
+
+    def forward(op: Any) -> tuple[Tensor, ...]:
+        call = torch.func.vmap(lambda x, *h: tuple(flat(op(x, list(h), weights, [], recipe, True))), tuple(dims))
+        found: tuple[Tensor, ...] = call(x, *given)
+        return found
+
+    made = forward(ops.layer)
+    for a, b in zip(made, forward(ops.layer_vmapped), strict=True):
+        assert torch.equal(a, b)
+    y, last, saved = made[0], made[1 : 2 + (kind == "LSTM")], made[2 + (kind == "LSTM") :]
+    grads = [randn(*t.shape, seed=20 + i) for i, t in enumerate((y, *last))]
+    for mask, with_last in (((True, True, True), True), ((False, False, True), False), ((True, False, False), True)):
+        tensors = [grads[0], y, *saved, *(grads[1:] if with_last else [])]
+
+        def backward(op: Any, mask: Any = mask, tensors: Any = tensors) -> tuple[Tensor, ...]:
+            def of_sample(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+                h, (dy, y, *more) = list(others[:count]), others[count:]
+                kept, dlast = [*more[: len(saved)], y], list(more[len(saved) :])
+                return tuple(flat(op(dy, dlast, x, h, weights, [], kept, recipe, mask)))
+
+            found: tuple[Tensor, ...] = torch.func.vmap(of_sample, (*dims, *[0] * len(tensors)))(x, *given, *tensors)
+            return found
+
+        for a, b in zip(backward(ops.layer_backward), backward(ops.layer_backward_vmapped), strict=True):
+            assert torch.equal(a, b)
 
 
 # --- every transform of whole modules ---

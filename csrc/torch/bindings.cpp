@@ -148,7 +148,11 @@ PyObject* rnn(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const auto dropout = a.take<double>("dropout");
   auto [y, last] = [&] {
     const pybind11::gil_scoped_release no_gil;
-    return op.call(input, states, weights, rows, recipe, dropout);
+    if (!fused_rnn::only_transforms()) return op.call(input, states, weights, rows, recipe, dropout);
+    // Each level of torch.func would take the op apart: this is what it consists of.
+    const fused_rnn::Rows given = fused_rnn::rows_of(rows, recipe);
+    auto made = fused_rnn::run_composite({input, states, weights, given, fused_rnn::recipe_of(recipe, dropout)});
+    return std::tuple(std::move(made.y), std::vector<Tensor>(made.last.begin(), made.last.end()));
   }();
   PyObject* result = PyTuple_New(2);
   PyTuple_SET_ITEM(result, 0, THPVariable_Wrap(std::move(y)));

@@ -1,7 +1,7 @@
-// A module's call as one C++ call, where streaming needs it most: plain CPU tensors, no hooks. A step of a small network
-// takes a few microseconds; nn.Module.__call__, forward and the dispatcher took longer than the step. In every other case,
-// and for arguments that the layer's checks refuse (call.h), the result is None: nn.Module.__call__ then runs forward, and
-// the checks of modules.py and cells.py raise torch.nn's errors.
+// A module's call as one C++ call, where streaming needs it most: plain CPU tensors, or torch.func's wrappers of such, and
+// no hooks. A step of a small network takes a few microseconds; nn.Module.__call__, forward and the dispatcher took longer
+// than the step. In every other case, and for arguments that the layer's checks refuse (call.h), the result is None:
+// nn.Module.__call__ then runs forward, and the checks of modules.py and cells.py raise torch.nn's errors.
 #include "torch/module_call.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -163,11 +163,22 @@ PyObject* wrapped(States states) {
   return states.size() == 2 ? pair_of(h, THPVariable_Wrap(std::move(states[1]))) : h;
 }
 
+// Under torch.func: tensors on a CPU, or a transform's wrappers of such.
+bool runs_transformed_on_cpu(const Call& call) {
+  const auto serves = [](const Tensor& t) {
+    return t.is_cpu() && t.layout() == at::kStrided && !t.unsafeGetTensorImpl()->is_python_dispatch() && !t.is_nested();
+  };
+  return only_transforms() && !call.has_ids() && serves(call.x) &&
+         std::all_of(call.states.begin(), call.states.end(), serves) &&
+         std::all_of(call.params.begin(), call.params.end(), serves);
+}
+
 // False where the call must go through nn.Module.__call__, also for what the layer's checks refuse.
 bool run_call(const Call& call, Results& results) {
-  if (!runs_plainly_on_cpu(call)) return false;
+  const bool plain = runs_plainly_on_cpu(call);
+  if (!plain && !runs_transformed_on_cpu(call)) return false;
   try {
-    results = run(call, run_on_cpu);
+    results = run(call, plain ? run_on_cpu : run_composite);
   } catch (const c10::Error&) {
     return false;
   }
@@ -275,6 +286,7 @@ bool read_states(PyObject* hx, int count, Borrowed& states) {
 
 PyObject* call(PyObject* module, PyObject* input, PyObject* hx) {
   if (!THPVariable_CheckExact(input) || at::impl::torch_function_mode_enabled()) return nullptr;
+  if (!nothing_intercepts() && !only_transforms()) return nullptr;  // before sizes are read, which a mode may not know
   if (THPVariable_Unpack(input).is_complex() || THPVariable_Unpack(input).is_nested()) return nullptr;  // have no kernels
   const auto dict = pybind11::reinterpret_steal<pybind11::object>(PyObject_GenericGetDict(module, nullptr));
   if (!dict || !PyDict_Check(dict.ptr())) return nullptr;

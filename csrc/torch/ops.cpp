@@ -113,11 +113,31 @@ const c10::TypedOperatorHandle<SampleBackwardSignature>& sample_backward_op() {
   return op;
 }
 
-bool nothing_intercepts() {
+namespace {
+
+// The keys that intercept calls beside those that always do; none where something else intercepts them.
+std::optional<c10::DispatchKeySet> intercepting_keys() {
   // Tracing, functorch and modes add keys; autocast is excluded unless it is on; forward-mode AD has a level.
   const auto keys = c10::impl::tls_local_dispatch_key_set();
-  return (keys.included_ - c10::default_included_set).empty() && (c10::default_excluded_set - keys.excluded_).empty() &&
-         !c10::impl::TorchDispatchModeTLS::any_modes_set() && !torch::autograd::ForwardADLevel::try_get_by_idx(0);
+  const bool other = !(c10::default_excluded_set - keys.excluded_).empty() ||
+                     c10::impl::TorchDispatchModeTLS::any_modes_set() ||
+                     torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
+  return other ? std::nullopt : std::optional<c10::DispatchKeySet>(keys.included_ - c10::default_included_set);
+}
+
+}  // namespace
+
+bool nothing_intercepts() {
+  const auto keys = intercepting_keys();
+  return keys && keys->empty();
+}
+
+bool only_transforms() {
+  constexpr c10::DispatchKeySet transforms{c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
+                                           c10::DispatchKey::FuncTorchDynamicLayerBackMode,
+                                           c10::DispatchKey::FuncTorchVmapMode};
+  const auto keys = intercepting_keys();
+  return keys && !keys->empty() && (*keys - transforms).empty();
 }
 
 bool is_plain(const Tensor& t) {

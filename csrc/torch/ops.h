@@ -121,6 +121,8 @@ Results run_composite(const Call& call);
 
 // Whether neither tracing nor functorch nor a mode has a part in calls.
 bool nothing_intercepts();
+// Whether transforms of torch.func (grad, vmap) have a part in calls, and nothing else has.
+bool only_transforms();
 // No subclass, no wrapper of a transform, no view that is to be resolved.
 bool is_plain(const Tensor& t);
 bool is_plain_on_cpu(const Tensor& t);

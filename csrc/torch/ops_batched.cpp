@@ -1,6 +1,6 @@
 // layer_backward on batched gradients: torch.autograd.grad(is_grads_batched=True) and jacobian(vectorize=True), which use
 // torch's first vmap (dispatch key Batched). Each sample is a call of its own: the gradients of weights are sums over the
-// rows of one sample. torch.func.vmap has its rule in fused_rnn/_transforms.py.
+// rows of one sample. torch.func.vmap has its rules in fused_rnn/_transforms.py and torch/ops_vmap.cpp.
 #include <ATen/LegacyBatchedTensorImpl.h>
 #include <ATen/ops/stack.h>
 #include <torch/library.h>
