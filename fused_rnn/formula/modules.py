@@ -67,9 +67,9 @@ class _Formula(HasOptions, nn.Module):
         self._running = {training: changed(self.cell, change_of(self.cell, of, training)) for training in modes}
         self._formulas = {training: ops.remember(self._running[training]) for training in modes}
 
-    def _weights(self, groups: int) -> list[Tensor]:
-        """The parameters in order, weight_hh of each of so many groups under this call's mask."""
-        weights, of = [getattr(self, name) for name in self._names], options_of(self)
+    def _dropped(self, weights: list[Tensor], groups: int) -> list[Tensor]:
+        """The parameters, in order, weight_hh of each of so many groups under this call's mask."""
+        of = options_of(self)
         return weights if of is None else of.dropped(weights, len(weights) // groups, self.training)
 
     def _masks(self, like: Tensor, sizes: Sizes, index: Tensor | None = None) -> Masks:
@@ -238,7 +238,7 @@ class Layer(_Formula):
             return self._forward_packed(input, states, extras)
         _checks.check_tensor("input", input)
         input = _ids.lifted(input)
-        self._check(input, states)
+        weights = self._checked_weights(input, states)
         if input.dim() not in (2, 3):
             raise ValueError(f"input: expected 2-D or 3-D, got {input.dim()}-D")
         unbatched, batch_dim = input.dim() == 2, 0 if self.batch_first else 1
@@ -250,7 +250,7 @@ class Layer(_Formula):
         if steps == 0:
             raise ValueError("input: expected at least 1 time step, got 0")
         rows = _extras.rows_of(extras, form)
-        y, last, every = self._run(input, states, rows, self._recipe(self.batch_first, return_all_states), batch)
+        y, last, every = self._run((input, states, weights), rows, self._recipe(self.batch_first, return_all_states), batch)
         if unbatched:
             y, last = y.squeeze(batch_dim), [state.squeeze(1) for state in last]
         return y, self._form_of(last), *([tuple(_extras.in_form(every, form))] if return_all_states else [])
@@ -267,7 +267,7 @@ class Layer(_Formula):
     def _forward_packed(self, input: PackedSequence, states: list[Tensor], extras: Extras) -> tuple[Any, ...]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         data = _ids.lifted(data)
-        self._check(data, states)
+        weights = self._checked_weights(data, states)
         _checks.check_batch_sizes(batch_sizes, data)
         batch = int(batch_sizes[0])
         rows = _extras.rows_of(extras, self._form(data, False, batch_sizes), sorted_indices)
@@ -275,31 +275,36 @@ class Layer(_Formula):
         if sorted_indices is not None:
             self._check_states(states, batch)
             states = [state.index_select(1, sorted_indices) for state in states]
-        y, last, every = self._run(data, states, rows, self._recipe(False, extras.return_all_states), batch)
+        y, last, every = self._run((data, states, weights), rows, self._recipe(False, extras.return_all_states), batch)
         if unsorted_indices is not None:
             last = [state.index_select(1, unsorted_indices) for state in last]
         output, *others = (PackedSequence(t, batch_sizes, sorted_indices, unsorted_indices) for t in (y, *every))
         return output, self._form_of(last), *([tuple(others)] if others else [])
 
-    def _check(self, input: Tensor, states: list[Tensor]) -> None:
-        self._check_tensors(input, states, [getattr(self, name) for name in self._names], self._names)
+    def _checked_weights(self, input: Tensor, states: list[Tensor]) -> list[Tensor]:
+        """The weights of a call, read once: a parametrization makes them at every look."""
+        weights = [getattr(self, name) for name in self._names]
+        self._check_tensors(input, states, weights, self._names)
+        return weights
 
     def _check_states(self, states: list[Tensor], batch: int) -> None:
         shape = [self.num_layers * (2 if self.bidirectional else 1), batch, self.hidden_size]
         _checks.check_states([self._name_of_state(i) for i in range(len(states))], states, *[shape] * len(states))
 
     def _run(
-        self, input: Tensor, states: list[Tensor], rows: Rows, recipe: Recipe, batch: int
+        self, arguments: tuple[Tensor, list[Tensor], list[Tensor]], rows: Rows, recipe: Recipe, batch: int
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Batched or packed input, checked: output, last states, and those of every step, in the cell's order."""
+        """Batched or packed input, states and weights, checked: output, last states, and those of every step, in the cell's
+        order."""
+        input, states, weights = arguments
         self._check_states(states, batch)
         cell, formula = self._running[self.training], self._formulas[self.training]
         groups = self.num_layers * recipe.directions
-        weights = self._weights(groups)
+        weights = self._dropped(weights, groups)
         device_type = input.device.type
         rows = rows.on(input.device)
         rows = rows._replace(reset_states=tuple(functional.autocast(device_type, input, rows.reset_states, [])[1]))
-        input, states, weights = functional.autocast(device_type, input, states, list(weights))
+        input, states, weights = functional.autocast(device_type, input, states, weights)
         like = input
         if input.dtype is torch.int64:
             input, like = input.squeeze(-1), weights[0]
@@ -416,7 +421,7 @@ class Step(_Formula):
         names, casts = self.cell.declaration.states, functional.autocast_on(input.device.type)
         shown = _ids.stand_in(input, weights) if input.dtype is torch.int64 else input
         states = _extras.begin_of_step(states, resets, reset_state, shown, (names, self.hidden_size, casts))
-        input, states, weights = functional.autocast(input.device.type, input, states, self._weights(1))
+        input, states, weights = functional.autocast(input.device.type, input, states, self._dropped(weights, 1))
         like = input
         if input.dtype is torch.int64:
             input, like = input.squeeze(-1), weights[0]

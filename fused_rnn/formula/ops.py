@@ -64,12 +64,15 @@ def layer(
     differentiates = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *params, *rows.reset_states))
     flags = BIASES * recipe.has_biases | BIDIRECTIONAL * recipe.bidirectional | SAVE * differentiates | rows.bits
     flags |= ALL_STATES * recipe.all_states
+    given = rows.given()
     if differentiates and is_transformed():
-        given = rows.given()
         call = (formula, flags, len(states), len(params), len(given))
         y, *last = _Transformed.apply(call, x, *states, *params, *given)[: 1 + last_count(formula, flags)]
-    else:
-        y, last, _ = torch.ops.fused_rnn.formula.default(x, list(states), list(params), rows.given(), formula, flags)
+    elif differentiates or torch.compiler.is_compiling() or is_transformed():
+        y, last, _ = torch.ops.fused_rnn.formula.default(x, list(states), list(params), given, formula, flags)
+    else:  # past the op's autograd, which is Python and would do nothing
+        with torch._C._AutoDispatchBelowAutograd():
+            y, last, _ = torch.ops.fused_rnn.formula.default(x, list(states), list(params), given, formula, flags)
     if recipe.all_states:
         count = (len(last) + 1) // 2
         last = [*last[:count], *(state.unflatten(-1, (recipe.directions, -1)).transpose(0, 1) for state in last[count:])]
