@@ -249,7 +249,7 @@ LayerGradients formula_backward_on(const OptionalTensor& dy, at::TensorList dlas
     Tensor rows_of_x =
         chosen.of(call.has_ids() ? ids_of_rows(call, layer.shapes) : x.contiguous().view({layer.shapes.N, layer.shapes.I}));
     // The d of padding is 0, but its x may hold anything, and 0 * NaN is not 0.
-    if (given.lengths && chosen.all() && !call.has_ids()) {
+    if (!call.has_ids() && chosen.all() && has_padding(call, layer.shapes)) {
       rows_of_x = at::where(active_rows(call, layer.shapes), rows_of_x, 0);
     }
     for (int k = 0; k < layer.shapes.D; ++k) direction_gradients(layer, made, chosen, rows_of_x, k, d_params);

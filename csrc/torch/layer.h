@@ -115,6 +115,8 @@ void sample_weight_gradients(const Call& call, const ResultGradients& given, con
 // Parts of it, for every scan. States, and outputs of all directions [N, D * P], as forward left them; h0: call.states[0].
 // [N, 1] bool, true at rows that take part; only for dense batches with lengths.
 Tensor active_rows(const Call& call, const LayerShapes& s);
+// Whether lengths leave any row without a part; true where they lie on a GPU, which is not asked.
+bool has_padding(const Call& call, const LayerShapes& s);
 // Of every row the h that its step multiplies with W_hh [N, P]; y [N, P]: outputs of direction d.
 Tensor previous_states(const Call& call, const LayerShapes& s, const Tensor& y, int d);
 // The h of an LSTM's direction before its projection, o tanh(c): [N, H].

@@ -35,6 +35,13 @@ Tensor active_rows(const Call& call, const LayerShapes& s) {
   return (t < call.rows.lengths->unsqueeze(0)).reshape({s.N, 1});
 }
 
+bool has_padding(const Call& call, const LayerShapes& s) {
+  if (!call.rows.lengths || !call.rows.lengths->is_cpu()) return call.rows.lengths.has_value();
+  const Tensor lengths = call.rows.lengths->contiguous();
+  const int64_t* const of = lengths.const_data_ptr<int64_t>();
+  return std::any_of(of, of + s.B, [&](int64_t length) { return length < s.T; });
+}
+
 Tensor RowChoice::of(const Tensor& t, int64_t dim) const { return all() ? t : at::index_select(t, dim, indices_); }
 
 Tensor RowChoice::spread(const Tensor& rows, const LayerShapes& s) const {
@@ -342,7 +349,7 @@ LayerGradients gradients_of_layer(const Call& call, const ResultGradients& given
              : mask.weights ? rows.of(ids_of_rows(call, s))
                             : Tensor();
   // The d_gates of padding are 0, but its x may hold anything, and 0 * NaN is not 0.
-  if (call.rows.lengths && rows.all() && reads_x) x = at::where(active_rows(call, s), x, 0);
+  if (reads_x && rows.all() && has_padding(call, s)) x = at::where(active_rows(call, s), x, 0);
   Tensor dx = empty_like(call.like(), mask.x ? at::DimVector{rows.count(s), s.I} : at::DimVector{0});
   std::vector<Tensor> dparams;
   for (int d = 0; d < s.D; ++d) {

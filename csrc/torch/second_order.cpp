@@ -215,7 +215,7 @@ class SecondOrder::Scans {
     Tensor v_x;
     if (wanted.weights && is_given(v_x_)) {
       v_x = rows.of(v_x_.reshape({s.N, s.I}));
-      if (call_.rows.lengths && rows.all()) v_x = at::where(active_rows(call_, s), v_x, 0);
+      if (rows.all() && has_padding(call_, s)) v_x = at::where(active_rows(call_, s), v_x, 0);
     }
     bool has_hh = false;
     for (int64_t d = 0; d < d_; ++d) {
