@@ -42,7 +42,13 @@ bool has_padding(const Call& call, const LayerShapes& s) {
   return std::any_of(of, of + s.B, [&](int64_t length) { return length < s.T; });
 }
 
-Tensor RowChoice::of(const Tensor& t, int64_t dim) const { return all() ? t : at::index_select(t, dim, indices_); }
+Tensor RowChoice::of(const Tensor& t, int64_t dim) const {
+  if (all()) return t;
+  at::DimVector shape(t.sizes());
+  shape[dim] = indices_.size(0);
+  Tensor out = empty_inside(t, shape);
+  return at::index_select_out(out, t, dim, indices_);
+}
 
 Tensor RowChoice::spread(const Tensor& rows, const LayerShapes& s) const {
   return all() ? rows : at::zeros({s.N, rows.size(1)}, rows.options()).index_copy_(0, indices_, rows);
