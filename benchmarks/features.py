@@ -3,6 +3,7 @@
 python benchmarks/features.py                                # a table of all features, as Markdown
 python benchmarks/features.py --cells LSTM --features zoneout lengths
 python benchmarks/features.py --steps 64 --batch 32 --hidden 256 --rounds 51
+python benchmarks/features.py --samples --steps 32           # only per-sample gradients, by torch.func
 """
 
 from __future__ import annotations
@@ -127,6 +128,34 @@ def row(kind: str, feature: Feature, mode: str, plain: torch.nn.Module, x: Tenso
     return f"| {kind} | {feature.name} | {mode} | {' | '.join(ms)} | {middle:.2f} | {low:.2f} to {high:.2f} | {share} |"
 
 
+def samples_row(kind: str, sizes: Sizes, rounds: int) -> str:
+    """The gradients of the weights for each row of the batch, against those of their sum."""
+    layer = getattr(fused_rnn, kind)(sizes.hidden, sizes.hidden)
+    leaves, x = list(layer.parameters()), torch.randn(*sizes)
+    weights = {name: value.detach() for name, value in layer.named_parameters()}
+    loss = layer(x)[0].sum()
+
+    def loss_of(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        total: Tensor = torch.func.functional_call(layer, weights, (x,))[0].sum()
+        return total
+
+    each = torch.func.vmap(torch.func.grad(loss_of), (None, 1))
+    sides: tuple[Callable[[], object], ...] = (
+        lambda: each(weights, x.unsqueeze(2)),
+        lambda: torch.autograd.grad(layer(x)[0].sum(), leaves),
+        lambda: torch.autograd.grad(loss, leaves, retain_graph=True),
+    )
+    for run in (*sides, *sides):
+        run()
+    times = [[statistics.median(seconds(run) for _ in range(5)) for run in sides] for _ in range(rounds)]
+    texts = [f"{1e3 * statistics.median(side):.2f}" for side in zip(*times, strict=True)]
+    for other in (1, 2):
+        ratios = sorted(of_round[0] / of_round[other] for of_round in times)
+        middle, low, high = statistics.median(ratios), ratios[rounds // 4], ratios[-1 - rounds // 4]
+        texts.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
+    return f"| {kind} | {' | '.join(texts)} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", nargs="*", choices=("LSTM", "GRU", "RNN"), default=["LSTM", "GRU", "RNN"])
@@ -136,12 +165,20 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=128, help="H, and the input's size")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--samples", action="store_true", help="only per-sample gradients, against those of their sum")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     sizes = Sizes(options.steps, options.batch, options.hidden)
     isa = fused_rnn.build_info()["cpu_instruction_set"]
     print(f"T={sizes.steps} B={sizes.batch} I=H={sizes.hidden}, float32, {options.threads} thread(s), {isa},")
     print(f"{platform.machine()}, torch {torch.__version__}, {date.today()}")
+    if options.samples:
+        print("\n| cell | each sample's, ms | forward and backward, ms | backward, ms | each / both | each / backward |")
+        print("|---" * 6 + "|")
+        for kind in options.cells:
+            torch.manual_seed(0)
+            print(samples_row(kind, sizes, options.rounds), flush=True)
+        return
     print("\n| cell | feature | mode | ms | plain, ms | feature / plain | quartiles | by the share that takes part |")
     print("|---" * 8 + "|")
     for kind in options.cells:
