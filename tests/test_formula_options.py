@@ -21,6 +21,7 @@ import fused_rnn
 from fused_rnn import Cell, Gate, Layer, Step, _settings, use_backend, zoo
 from fused_rnn._backend import extension
 from fused_rnn._kinds import NUMBER_OF_MODE
+from fused_rnn._regularisation import flags
 from fused_rnn._recipe import Recipe, Rows, StepOptions
 from fused_rnn.formula import ops
 from fused_rnn.formula.parameters import OWN_KIND, specs_of
@@ -242,7 +243,7 @@ class Case:
         shares: list[Any] = list(zoneout) if isinstance(zoneout, tuple) else [zoneout] * len(self.says.states)
         if training:
             shape, device = (self.groups, sum(self.counts()), hidden), self.input.device
-            shares = [p and torch.rand(shape, device=device) < p for p in shares]
+            shares = [p and flags(shape, p, device) for p in shares]
         factors = None
         if options.get("recurrent_dropout") and training:
             factors = F.dropout(

@@ -284,7 +284,8 @@ def make_data(cell: Cell, case: Case, dtype: torch.dtype) -> Data:
     dy = made(*leading, D * H)
     d_series = [made(N, D * H) for _ in range(count - 1)] if case.every else []
     shapes = {"one": (D, 1, H), "rows": (D, case.B, H), "steps": (len(case.batch_sizes or range(case.T)), D, case.B, H)}
-    put = tuple(made(*shapes[case.reset_state]) for _ in range(count)) if case.reset_state else ()
+    # Above 0: what cells divide by (sLSTM's n) is then no difference of numbers that are almost the same.
+    put = tuple(made(*shapes[case.reset_state]) + 0.5 for _ in range(count)) if case.reset_state else ()
     given = torch.rand((D, N, len(cell.declaration.given_gates), H), generator=generator, dtype=torch.float64) < 0.5
     options = StepOptions(values=given.double() if given.numel() else None)
     return Data(Rows(lengths, offsets, resets, put, options), x, states, params, dy, d_last, d_series, H, N)

@@ -2,9 +2,9 @@
 // struct.
 //
 // With "next" in the order of the scan, the gradient of state s of an active row after the step is what the next step left
-// in d_states[s], or d_last[s] where the row ends; the output's has dy added, the recurrent one's the product d_rec[next]
-// W_hh, which is 0 where the next step was reset, the others d_series. What a step that is reset makes for the states before
-// it goes to d_reset, not to the step before. Blocks, threads and memory as in formula_forward.cuh.
+// in d_states[s], or d_last[s] where the row ends; the output's has dy added, every other's d_series[s], the recurrent one's
+// the product d_rec[next] W_hh, which is 0 where the next step was reset. What a step that is reset makes for the states
+// before it goes to d_reset, not to the step before. Blocks, threads and memory as in formula_forward.cuh.
 #pragma once
 #include "core/formula_math.h"
 #include "cuda/formula/formula_norm.cuh"
