@@ -7,7 +7,7 @@
 namespace fused_rnn {
 namespace {
 
-int products = 0;
+int tf32_products = 0;
 
 at::Tensor rounded(const at::Tensor& t) {
   at::Tensor bits = t.contiguous().clone().view(at::kInt);
@@ -19,7 +19,7 @@ at::Tensor rounded(const at::Tensor& t) {
 bool device_has_tf32() { return true; }
 
 void multiply_tf32(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool add) {
-  ++products;
+  ++tf32_products;
   const at::Tensor product = at::mm(rounded(a), rounded(b));
   add ? out.add_(product) : out.copy_(product);
 }
@@ -27,4 +27,4 @@ void multiply_tf32(const at::Tensor& out, const at::Tensor& a, const at::Tensor&
 }  // namespace fused_rnn
 
 // How many products there have been.
-extern "C" __attribute__((visibility("default"))) int torch_host_tf32_products() { return fused_rnn::products; }
+extern "C" __attribute__((visibility("default"))) int torch_host_tf32_products() { return fused_rnn::tf32_products; }
