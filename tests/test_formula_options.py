@@ -21,8 +21,8 @@ import fused_rnn
 from fused_rnn import Cell, Gate, Layer, Step, _settings, use_backend, zoo
 from fused_rnn._backend import extension
 from fused_rnn._kinds import NUMBER_OF_MODE
-from fused_rnn._regularisation import flags
 from fused_rnn._recipe import Recipe, Rows, StepOptions
+from fused_rnn._regularisation import flags
 from fused_rnn.formula import ops
 from fused_rnn.formula.parameters import OWN_KIND, specs_of
 
