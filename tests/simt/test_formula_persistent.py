@@ -74,8 +74,10 @@ UNEVEN = Case(
 LONG += [(cell, F32, UNEVEN) for cell in (zoo.LSTM, zoo.DreamerGRU, zoo.LayerNormLSTM)]
 HEADS = Case(B=9, units=16, bidirectional=True, family="cluster")
 LONG += [(Heads, BF16, dataclasses.replace(HEADS, ranks=ranks)) for ranks in (1, 2, 4, 8)]
-# From zeros: random numbers in place of the normaliser, a sum of positive ones, may lie next to zero, and it is divided by.
-LONG += [(SmallHeads, BF16, dataclasses.replace(case, units=48, states=False)) for case in (RAGGED, ALONE, WIDE)]
+# sLSTM divides by a state, which random numbers may bring next to zero; there bfloat16 says nothing (torch's own loop in
+# bfloat16 is three times as far off as the kernels), so teams of heads are compared in float64.
+LONG += [(SmallHeads, F64, dataclasses.replace(case, units=48)) for case in (RAGGED, ALONE, WIDE)]
+LONG += [(SmallHeads, BF16, dataclasses.replace(WIDE, units=48))]
 LONG += [(cell, dtype, case) for cell in ZOO for dtype, case in ((F32, RAGGED), (F16, ALONE))]
 
 
