@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from settings import Setting
 from torch import Tensor, nn
 
 import fused_rnn
@@ -82,5 +83,21 @@ def test_cell_unrolled(name: str, training: bool) -> None:
                 state = cell(step, state)
             results = flat(state)
             return [*results, *gradients(results, [x, *cell.parameters()])] if training else results
+
+    check_replay(run, [x])
+
+
+@pytest.mark.parametrize("family", ["", "cluster", "grid"], ids=["default", "cluster", "grid"])
+@pytest.mark.parametrize("steps", [1, 13])
+def test_own_cell(family: str, steps: int, setting: Setting) -> None:
+    """The exchange of family `grid` is made anew at every replay."""
+    setting("FUSED_RNN_PLAN", family)
+    layer = fused_rnn.Layer(fused_rnn.zoo.LSTM(), 24, 64, 2, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(steps, 5, 24, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weights = list(layer.parameters())
+
+    def run() -> list[Tensor]:
+        results = flat(layer(x))
+        return [*results, *gradients(results, [x, *weights])]
 
     check_replay(run, [x])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +263,8 @@ class Extension:
 
     def __init__(self) -> None:
         self.loaded: dict[tuple[str, int], str] = {}
-        self.families: list[tuple[str, int, int]] = []  # of persistent ones: states, each with its blocks
+        self.families: list[tuple[str, int, int]] = []  # states, each with its blocks
+        self.added: list[str] = []
 
     def has_formula_on_device(self, formula: str, dtype: int, capability: int) -> bool:
         return (formula, dtype) in self.loaded
@@ -273,6 +274,14 @@ class Extension:
         if not contents.startswith(b"%d " % cuda.FILE_VERSION):
             raise RuntimeError("not made for this version")
         self.loaded[formula, int(contents.split()[1])] = path
+
+    def add_formula_on_device(self, formula: str, path: str) -> None:
+        self.added.append(path)
+
+    def formula_plan_on_device(self, formula: str, *sizes: int | bool) -> str:
+        """Of one block, of two and of three with an odd number of 16 units."""
+        family, _, ranks = self.families[-1]
+        return f"family {family if ranks in (1, 2, 3) else 'step'}, since it is forced"
 
     def forget_formula_on_device(self, formula: str, dtype: int, capability: int) -> None:
         self.loaded.pop((formula, dtype), None)
@@ -286,12 +295,15 @@ class Compiler:
 
     def __init__(self) -> None:
         self.calls = 0
-        self.families: list[str] = []  # persistent ones, of the last call
+        self.families: list[str] = []  # but `step`, of the last call
+        self.refuses = ""  # a family
 
     def compile(self, source: Path, capability: int, code: Path, what: str) -> None:
-        assert "FUSED_RNN_FORMULA_FORWARD" in source.read_text() and f"sm_{capability}" in what
+        assert f"sm_{capability}" in what
         self.families = [family for family in cuda.FAMILIES if f"FORMULA_{family.upper()}_" in source.read_text()]
         self.calls += 1
+        if self.refuses in self.families:
+            raise build.BuildError("the compiler fails")
         code.write_bytes(b"code")
 
 
@@ -302,7 +314,9 @@ def loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[E
     monkeypatch.setattr(cuda_build, "extension", extension)
     monkeypatch.setattr(cuda_build, "find_compiler", lambda: compiler)
     monkeypatch.setattr(cuda_build, "batches_of", lambda device: (3, 1000))
-    monkeypatch.setattr(cuda_build, "_families", {})
+    for name in ("_persistent", "_loaded"):
+        monkeypatch.setattr(cuda_build, name, set())
+    monkeypatch.setattr(verify, "extension", extension)
     yield extension, compiler
 
 
@@ -328,49 +342,98 @@ def test_verified_before_first_use_and_kept(loading: tuple[Extension, Compiler],
     assert store.clear() > 0 and not list(store.cache_directory().iterdir())
 
 
-@pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the compiled extension")
-def test_families_are_verified_when_they_are_asked_for(
-    loading: tuple[Extension, Compiler], monkeypatch: pytest.MonkeyPatch, setting: Any
-) -> None:
-    """`single` with `step`; a persistent family in a block alone and, where the device has teams, in two. Before that and
-    after a difference they do not serve, and are not compiled before either."""
-    extension, compiler = loading
-    formula, device = ops.remember(cells.Rnn()), torch.device("cuda", 0)
-    monkeypatch.setattr(cuda_build, "_verified", set())
+Prepare = Callable[..., list[tuple[str, int, int]]]
+
+
+@pytest.fixture
+def prepare(loading: tuple[Extension, Compiler], monkeypatch: pytest.MonkeyPatch, setting: Any) -> Prepare:
+    """What is said of families when a formula is prepared under a plan, with comparisons that pass."""
     monkeypatch.setattr(verify, "check_kernels", lambda *args, **kwargs: None)
-    states = {family: [(family, *state) for state in ((1, 1), (1, 2), (2, 0))] for family in ("cluster", "grid")}
-    states["single"] = [("single", 1, 0), ("single", 2, 0)]
 
-    def prepare(plan: str, capability: int = 90) -> list[tuple[str, int, int]]:
-        """What is verified."""
+    def run(plan: str, capability: int = 90) -> list[tuple[str, int, int]]:
         setting("FUSED_RNN_PLAN", plan)
-        extension.families.clear()
-        cuda_build.prepare_on(formula, torch.float32, capability, device)
-        return list(extension.families)
+        loading[0].families.clear()
+        cuda_build.prepare_on(ops.remember(cells.Rnn()), torch.float32, capability, torch.device("cuda", 0))
+        return list(loading[0].families)
 
-    assert prepare("") == states["single"] and compiler.families == ["single"]
-    assert prepare("grid") == states["single"] + states["grid"] and compiler.families == ["single", "grid"]
-    assert prepare("grid") == prepare("step") == [] and compiler.calls == 2
-    assert prepare("cheapest") == states["single"] + states["cluster"] + states["grid"]
-    assert compiler.families == ["single", "cluster", "grid"]
+    return run
+
+
+def verified(family: str, teams: int) -> list[tuple[str, int, int]]:
+    """States of a family while it is compared in a block alone and in teams, of which three sizes can be planned."""
+    return [*((family, 1, ranks) for ranks in range(1, 6)), (family, 2, 0)] if teams else []
+
+
+SINGLE = [("single", 1, 0), ("single", 2, 0)]
+
+
+def test_families_are_verified_when_they_are_asked_for(loading: tuple[Extension, Compiler], prepare: Prepare) -> None:
+    """`single` with `step`; a persistent family in a block alone and in teams of several. Before that they do not serve, and
+    are not compiled either."""
+    extension, compiler = loading
+    assert prepare("") == SINGLE and compiler.families == ["single"]
+    assert prepare("grid") == verified("grid", 3) and compiler.families == ["grid"]
+    for plan in ("", "grid", "step"):
+        assert prepare(plan) == []
+    assert compiler.calls == 2 and len(extension.added) == 1
+    assert prepare("cheapest") == verified("cluster", 3) and compiler.families == ["cluster"]
     for plan in ("cluster", "grid", "", "step", "cheapest"):
         assert prepare(plan) == []
     assert compiler.calls == 3
-    for capability, teams in ((80, ["grid"]), (75, [])):
-        extension.loaded.clear()
-        verified = prepare("cheapest", capability)
-        assert [family for family, state, ranks in verified if (state, ranks) == (1, 2)] == teams
+    extension.loaded.clear()  # a later process
+    assert prepare("grid") == [SINGLE[1], *verified("grid", 3)] and compiler.calls == 3
 
-    def differs(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("disagree with step")
 
-    for family, first in (("cluster", 1), ("grid", 1)):
-        prepare(family)
-        monkeypatch.setattr(cuda_build, "_verified", set())
-        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="disagree with step"):
-            patch.setattr(verify, "check_kernels", differs)
-            prepare(family)
-        assert extension.families == [(family, 1, first), (family, 0, 0)]
+def differs_for(**wanted: Any) -> Callable[..., None]:
+    def check_kernels(*args: Any, **kwargs: Any) -> None:
+        if all(kwargs.get(name) == value for name, value in wanted.items()):
+            raise RuntimeError("disagree with step")
+
+    return check_kernels
+
+
+def test_a_family_that_differs(
+    loading: tuple[Extension, Compiler], prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not serve, with a warning; the others do. A family that is forced raises."""
+    extension, compiler = loading
+    monkeypatch.setattr(verify, "check_kernels", differs_for(units=verify.UNITS_OF_TEAMS))
+    prepare("")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="disagree with step"):
+            prepare("grid")
+        assert extension.families == [("grid", 1, 1), ("grid", 0, 0)] and compiler.calls == 2
+    with pytest.warns(RuntimeWarning, match="kernel family grid of Rnn does not serve: disagree with step"):
+        assert prepare("cheapest") == [(name, *state) for name in ("cluster", "grid") for state in ((1, 1), (0, 0))]
+    assert prepare("cheapest") == [] and compiler.calls == 3
+
+
+def test_a_wrong_single(loading: tuple[Extension, Compiler], prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`step` serves, and the file is not kept, so that a later process compares again."""
+    extension, compiler = loading
+    monkeypatch.setattr(verify, "check_kernels", differs_for(steps=1))
+    with pytest.warns(RuntimeWarning, match="kernel family single of Rnn does not serve: disagree with step"):
+        assert prepare("") == [("single", 1, 0), ("single", 0, 0)]
+    assert prepare("") == [] and compiler.calls == 1 and extension.loaded and not store.entries()
+
+
+def test_a_family_that_does_not_compile(loading: tuple[Extension, Compiler], prepare: Prepare) -> None:
+    extension, compiler = loading
+    compiler.refuses = "grid"
+    with pytest.warns(RuntimeWarning, match="kernel family grid of Rnn does not serve: the compiler fails"):
+        assert prepare("grid") == SINGLE
+    assert prepare("grid") == prepare("") == [] and compiler.calls == 2 and extension.loaded
+
+
+def test_a_family_of_which_no_team_can_be_compared(
+    loading: tuple[Extension, Compiler], prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extension, _ = loading
+    monkeypatch.setattr(Extension, "formula_plan_on_device", lambda self, *_: "family step, since it serves every formula")
+    with pytest.raises(RuntimeError, match="runs no team of several blocks, which could be compared"):
+        prepare("grid")
+    assert extension.families[-1] == ("grid", 0, 0)
+    assert prepare("grid", 75)[-1] == ("grid", 2, 0)  # has none
 
 
 @pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the compiled extension")
@@ -524,8 +587,15 @@ def test_on_a_gpu(cell: fused_rnn.Cell, dtype: torch.dtype, family: str, setting
     """Compiled, and verified: has_kernels raises where a tensor differs."""
     setting("FUSED_RNN_PLAN", family)
     with fused_rnn.use_backend("cuda"):
-        layer = Layer(cell, 8, 4 * 5 * cell.declaration.heads, 2, bidirectional=True, device="cuda", dtype=dtype)
+        hidden = 4 * 5 * cell.declaration.heads
+        layer = Layer(cell, 8, hidden, 2, bidirectional=True, device="cuda", dtype=dtype)
         x = torch.randn(6, 4, 8, device="cuda", dtype=dtype, requires_grad=True)
         y, _ = layer(x, lengths=torch.tensor([6, 2, 0, 5]))
         y.sum().backward()
     assert y.isfinite().all() and x.grad is not None and x.grad.isfinite().all()
+    if family and torch.cuda.get_device_capability()[0] >= 9:
+        for backward in (False, True):
+            text = _backend.extension.formula_plan_on_device(
+                layer.formula, ops.dtype_number(dtype), 0, 6, 4, hidden, 2, cell.declaration.heads, backward
+            )
+            assert text.startswith(f"family {family},")

@@ -3,6 +3,8 @@
 #include <cstdio>
 #include <stdexcept>
 
+#include "plan/machine.h"
+
 namespace fused_rnn {
 namespace {
 
@@ -46,11 +48,18 @@ std::string unasked(Family family) {
          " or cheapest)";
 }
 
+// The input product of forward, which the caller makes. 0 where its rows are not known.
+double input_product_us(const FormulaStepProblem& p, const DeviceInfo& device, cuda::MathKind math) {
+  if (p.backward || p.I == 0) return 0;
+  const double columns = double(p.cell->input_gates) * p.H;
+  return p.D * (kLaunchUs + matrix_product_us(math, double(p.T) * p.B, double(p.I), columns, device));
+}
+
 // Why family `single` cannot serve in the place of `step`; empty: it can, as far as the problem goes.
 std::string single_obstacle(const FormulaStepProblem& problem, const FamilyChoice& choice) {
   if (problem.backward) return "its backward is that of step";
   if (problem.T != 1) return "serves one time step, not " + std::to_string(problem.T);
-  if (problem.I == 0) return "there are no rows of the input to read";
+  if (problem.I == 0) return "it reads rows of the input, and makes gates of nothing else (ids, values that are given)";
   if (choice.forced && *choice.forced != Family::kSingle) return std::string(to_string(*choice.forced)) + " is forced";
   return choice.obstacle(Family::kSingle);
 }
@@ -60,24 +69,34 @@ std::string single_obstacle(const FormulaStepProblem& problem, const FamilyChoic
 FormulaPlan plan_formula(const FormulaStepProblem& problem, const DeviceInfo& device, const FamilyChoice& choice,
                          int ranks) {
   FormulaPlan plan{};
-  // The family that serves every formula.
   FormulaStepPlan step = plan_formula_step(problem, device);
+  const double input_us = input_product_us(problem, device, step.math);
+  double step_us = input_us + double(problem.T) * step.us_per_step;
+  plan.candidates.push_back({Family::kStep, step.us_per_step, step_us, std::nullopt});
+  // One of the two serves every formula.
   std::string no_single = single_obstacle(problem, choice);
   if (no_single.empty()) {
     try {
-      step = plan_formula_step(problem, device, Family::kSingle);
+      const FormulaStepPlan single = plan_formula_step(problem, device, Family::kSingle);
+      plan.candidates.push_back({Family::kSingle, single.us_per_step, single.us_per_step, std::nullopt});
+      if (single.us_per_step < step_us || choice.forced == Family::kSingle) {
+        plan.rejected.push_back(
+            {Family::kStep, choice.forced ? "single is forced" : compared(step_us, Family::kSingle, single.us_per_step)});
+        step = single, step_us = single.us_per_step;
+      } else {
+        no_single = compared(single.us_per_step, Family::kStep, step_us);
+      }
     } catch (const std::invalid_argument& error) {
       no_single = error.what();
     }
   }
-  const double step_us = double(problem.T) * step.us_per_step;
-  plan.candidates.push_back({step.family, step.us_per_step, step_us, std::nullopt});
   plan.family = plan.cheapest = step.family;
   double cheapest_us = step_us;
   std::vector<Found> found;
   for (Family family : kPersistent) {
     found.push_back(find(problem, device, choice, family, ranks));
-    const Found& one = found.back();
+    Found& one = found.back();
+    one.us += input_us;
     if (!one.plan) continue;
     plan.candidates.push_back({family, one.plan->us_per_step, one.us, std::nullopt});
     if (one.us < cheapest_us) plan.cheapest = family, cheapest_us = one.us;
@@ -103,9 +122,6 @@ FormulaPlan plan_formula(const FormulaStepProblem& problem, const DeviceInfo& de
                                                            : unasked(one.family)});
   }
   if (!no_single.empty()) plan.rejected.push_back({Family::kSingle, no_single});
-  if (step.family == Family::kSingle) {
-    plan.rejected.push_back({Family::kStep, "single makes the input products of the one step too"});
-  }
   if (plan.family == step.family) {
     plan.step = step;
     plan.launches = problem.T * static_cast<int64_t>(step.segments.size()) + problem.backward;

@@ -17,7 +17,8 @@ struct FormulaPlan {
   int64_t launches;
   bool overlapped;          // launches may overlap
   int64_t workspace_bytes;  // of a persistent family zeros
-  double us_per_step, us;   // us: of all steps
+  double us_per_step;
+  double us;  // of all steps and, forward, the input product where the caller makes it
   std::string reason;
   std::vector<Rejection> rejected;
   std::vector<Candidate> candidates;

@@ -260,7 +260,7 @@ FormulaPersistentPlan plan_formula_persistent(const FormulaStepProblem& problem,
     if (most <= 1 && ranks == 0) reason += "; the device or the code for it has no clusters, among which to divide them";
     throw std::invalid_argument(reason);
   }
-  const bool exchanges = family == Family::kGrid && best.shape.ranks > 1;
+  const bool exchanges = family == Family::kGrid && best.shape.ranks > 1 && best.shape.exchanges > 0;
   best.row_tiles = static_cast<int>(row_tiles);
   // Clusters that do not run at once wait inside of one launch.
   best.launches = exchanges ? static_cast<int>(ceil_div(std::max<int64_t>(best.teams, 1), best.at_once)) : 1;

@@ -20,7 +20,7 @@ struct FormulaPersistentShape {
   int heads;            // of a group
   int head;             // padded units of a head
   int units;            // padded units of a group
-  int slice;            // padded units of a block, whole atoms; the last blocks may have fewer, or none
+  int slice;            // padded units of a block, whole atoms; the last block may have fewer, but has some
   int recurrent_local;  // every block has whole heads: the recurrent product reads the block's own units alone
   int exchanges;        // of a step between all blocks: of what the recurrent product reads, and one for each level
   int copy_vectors;     // rows of all weights are whole pieces of 16 bytes, aligned

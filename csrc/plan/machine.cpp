@@ -49,6 +49,13 @@ double peak_math_rate(MathKind math) {
   return 0;
 }
 
+double matrix_product_us(MathKind math, double rows, double inputs, double columns, const DeviceInfo& device) {
+  const double bytes = (rows * (columns + inputs) + columns * inputs) * cuda::storage_bytes(math);
+  const double math_us = rows * columns * inputs / (math_rate(math, device) * device.sm_count * kClockGhz * 1e3);
+  const double l2_us = bytes / (kSharedL2BytesPerClock * device.sm_count * kClockGhz * 1e3);
+  return std::max(math_us, l2_us);
+}
+
 double dram_us(double bytes, const DeviceInfo& device) {
   if (device.dram_gb_per_s <= 0 || bytes <= double(device.l2_bytes)) return 0;
   return bytes / (device.dram_gb_per_s * 1e3);

@@ -64,6 +64,9 @@ double persistent_math_rate(cuda::MathKind math, const DeviceInfo& device);
 // The same at the datasheet's rate, for an H100.
 double peak_math_rate(cuda::MathKind math);
 
+// Microseconds of a matrix product [rows, inputs] x [inputs, columns] by a library, beside its launch.
+double matrix_product_us(cuda::MathKind math, double rows, double inputs, double columns, const DeviceInfo& device);
+
 // Microseconds that one read of `bytes` takes which every step reads again, where L2 is smaller than they are: it keeps what
 // was read last, so each step finds nothing of them. 0 where they stay in L2.
 double dram_us(double bytes, const DeviceInfo& device);

@@ -33,11 +33,7 @@ void check_problem(const Problem& p, const DeviceInfo& device) {
 
 // A matrix product [rows, inputs] x [inputs, columns] on all SMs with everything in L2, beside its launch.
 double product_us(const Problem& p, const DeviceInfo& device, double rows, double inputs, double columns) {
-  const double bytes = (rows * (columns + inputs) + columns * inputs) * dtype_size(p.dtype);
-  const double math_us =
-      rows * columns * inputs / (math_rate(math_of(p, device), device) * device.sm_count * kClockGhz * 1e3);
-  const double l2_us = bytes / (kSharedL2BytesPerClock * device.sm_count * kClockGhz * 1e3);
-  return std::max(math_us, l2_us);
+  return matrix_product_us(math_of(p, device), rows, inputs, columns, device);
 }
 
 // The input product of forward, which families that do not read x leave to the caller, and cuDNN makes beside its steps.

@@ -237,6 +237,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #ifdef FUSED_RNN_WITH_CUDA
   m.def("register_formula_on_device", &fused_rnn::register_formula_on_device, pybind11::arg("formula"),
         pybind11::arg("path"), "Lets the CUDA kernels in this file serve the formula (csrc/torch/formula_device.h).");
+  m.def("add_formula_on_device", &fused_rnn::add_formula_on_device, pybind11::arg("formula"), pybind11::arg("path"),
+        "Adds the CUDA kernels in this file, of further families, to those that serve the formula.");
   m.def("forget_formula_on_device", &fused_rnn::forget_formula_on_device, pybind11::arg("formula"), pybind11::arg("dtype"),
         pybind11::arg("capability"), "The formula's CUDA kernels do not serve it any more.");
   m.def("has_formula_on_device", &fused_rnn::has_formula_on_device, pybind11::arg("formula"), pybind11::arg("dtype"),

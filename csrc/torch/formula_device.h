@@ -12,6 +12,8 @@ namespace fused_rnn {
 
 // From now on the kernels in this file serve the formula on devices of the file's compute capability, for its dtype.
 void register_formula_on_device(const std::string& formula, const std::string& path);
+// The kernels of further families, beside those that serve already.
+void add_formula_on_device(const std::string& formula, const std::string& path);
 void forget_formula_on_device(const std::string& formula, int dtype, int capability);
 bool has_formula_on_device(const std::string& formula, int dtype, int capability);
 // Whether the kernels of family "single", "cluster" or "grid" serve too: state 0: not before they are verified; 1: with so

@@ -1,10 +1,12 @@
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <array>
 #include <map>
 #include <mutex>
 #include <tuple>
 
+#include "core/recent.h"
 #include "cuda/backend.h"
 #include "cuda/formula/driver.h"
 #include "plan/formula_choice.h"
@@ -80,12 +82,18 @@ FormulaStepProblem problem_of(const FormulaTraits& traits, const cpu::FormulaBac
 }
 
 // What FUSED_RNN_PLAN says, among the kernels that have been verified.
-FormulaPlan plan_of(const cuda::FormulaModule& module, const FormulaStepProblem& problem, const DeviceInfo& device) {
+const FormulaPlan& plan_of(const cuda::FormulaModule& module, const FormulaStepProblem& problem, int device) {
+  using Key = std::tuple<const void*, int, DType, FamilyChoice, int, std::array<int64_t, 9>>;
+  // A layer's forward and backward ask in turn.
+  static thread_local Recent<Key, FormulaPlan, 16> recent;
   int ranks = 0;
   FamilyChoice setting = family_setting();
   if (captures_without_cooperative_launches()) setting.refused |= 1u << static_cast<int>(Family::kGrid);
-  const FamilyChoice choice = module.choice(setting, ranks);
-  return plan_formula(problem, device, choice, ranks);
+  const FamilyChoice choice = module.choice(setting, device, ranks);
+  const FormulaStepProblem& p = problem;
+  const std::array<int64_t, 9> sizes{p.T, p.B, p.H, p.D, p.heads, p.backward, p.reset_states, p.d_series, p.I};
+  return recent.get({&module, device, p.dtype, choice, ranks, sizes},
+                    [&] { return plan_formula(problem, info_of(device), choice, ranks); });
 }
 
 // run(plan, workspace, launch) with the kernels of a call; where the device refuses the launch, with those of the next
@@ -99,16 +107,17 @@ void run_formula_planned(const std::string& formula, const Params& p, const at::
   const FormulaStepProblem problem = problem_of(module->traits(), p);
   const cuda::FormulaLauncher launch = module->launcher(device, c10::cuda::getCurrentCUDAStream().stream());
   for (;;) {
-    const FormulaPlan plan = plan_of(*module, problem, info_of(device));
+    const FormulaPlan plan = plan_of(*module, problem, device);  // a copy: calls inside of it may ask for others
     const auto bytes = x.options().dtype(at::kByte);
     const at::Tensor workspace =
         plan.persistent ? at::zeros({plan.workspace_bytes}, bytes) : at::empty({plan.workspace_bytes}, bytes);
     try {
       return run(module->traits(), plan, workspace.data_ptr(), launch);
     } catch (const LaunchRefused& caught) {
-      if (!plan.persistent || family_setting().forced == plan.family || !module->refuse(plan.family)) throw;
-      TORCH_WARN("fused_rnn: kernel family ", to_string(plan.family), " of ", formula, " does not serve any more, since ",
-                 x.device(), " refused its launch (", caught.what(), "); the next family does");
+      if (!plan.persistent || family_setting().forced == plan.family) throw;
+      if (!module->refuse(plan.family, device)) continue;  // another thread has warned
+      TORCH_WARN("fused_rnn: kernel family ", to_string(plan.family), " of ", formula, " does not serve on ", x.device(),
+                 " any more, which refused its launch (", caught.what(), "); the next family does");
     }
   }
 }
@@ -119,6 +128,14 @@ void register_formula_on_device(const std::string& formula, const std::string& p
   auto* const module = new cuda::FormulaModule(path);
   const std::lock_guard<std::mutex> lock(modules_mutex);
   modules()[{formula, static_cast<int>(module->dtype()), module->capability()}] = module;
+}
+
+void add_formula_on_device(const std::string& formula, const std::string& path) {
+  auto* const module = new cuda::FormulaModule(path);
+  const std::lock_guard<std::mutex> lock(modules_mutex);
+  const auto found = modules().find({formula, static_cast<int>(module->dtype()), module->capability()});
+  TORCH_CHECK_VALUE(found != modules().end(), "formula: expected one with kernels in this process, got ", formula);
+  found->second->add(module);
 }
 
 void forget_formula_on_device(const std::string& formula, int dtype, int capability) {
@@ -199,7 +216,7 @@ std::string formula_plan_on_device(const std::string& formula, int dtype, int de
   TORCH_CHECK_VALUE(module, "formula: expected one with kernels for device ", device, " in this process, got ", formula);
   FormulaStepProblem problem{&module->traits(), static_cast<DType>(dtype), T, B, H, D, heads, backward};
   problem.I = backward ? 0 : 1;  // any number of columns
-  return to_string(plan_of(*module, problem, info_of(device)));
+  return to_string(plan_of(*module, problem, device));
 }
 
 }  // namespace fused_rnn

@@ -85,7 +85,7 @@ def _setting_of(device_type: str) -> str:
     """What a setting says of the kernels that serve: a CPU's instruction set; of a GPU which families may."""
     if device_type == "cpu":
         return _settings.value("FUSED_RNN_CPU")
-    return ", ".join((device_type, *cuda_build.families_asked_for()))
+    return ", ".join((device_type, *cuda_build.persistent_families()))
 
 
 def _prepare(formula: str, device_type: str, dtype: torch.dtype) -> None:

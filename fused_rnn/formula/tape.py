@@ -39,11 +39,12 @@ class Tape:
         change: Callable[[int, Any], Any],
     ) -> list[Any]:
         """The states after the step. change: of a state's number and its value, the value to go on with, also in the step
-        itself where the state is what a call has made there."""
-        states_at: dict[int, int] = {}
+        itself where the state is what a call has made there; of one value for several states that is the first one's."""
+        states_at: dict[int, list[int]] = {}
         for state, place in enumerate(self.results):
-            states_at.setdefault(place, state)
+            states_at.setdefault(place, []).append(state)
         values = [inputs[name] for name in self.inputs]
+        after: dict[int, Any] = {}  # by the state's number
 
         def there(value: Any) -> Any:
             if isinstance(value, _Ref):
@@ -57,13 +58,10 @@ class Tape:
                 made = run_phase(call, there(args[0]))
             else:
                 made = call(*there(args), **{name: there(value) for name, value in kwargs.items()})
-            at = len(values)
-            values.append(change(states_at[at], made) if at in states_at else made)
-        first = len(self.inputs)
-        return [
-            values[place] if place >= first and states_at[place] == state else change(state, values[place])
-            for state, place in enumerate(self.results)
-        ]
+            states = states_at.get(len(values), ())
+            after |= {state: change(state, made) for state in states}
+            values.append(after[states[0]] if states else made)
+        return [after[state] if state in after else change(state, values[place]) for state, place in enumerate(self.results)]
 
 
 def record(cell: Cell) -> Tape:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn import reference
+from fused_rnn._backend import extension
 from fused_rnn._recipe import Recipe, Rows, StepOptions
 from fused_rnn.formula import ops
 from fused_rnn.formula.language import Cell
@@ -18,6 +19,23 @@ from fused_rnn.formula.parameters import OWN_KIND, as_declared, outputs_first, s
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 5e-5, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}
 _LEAST = 1 / 16
 _T, _B, _I = 4, 3, 5
+UNITS_OF_TEAMS = 33  # of a head: three or four times 16 units with padding, which teams of several blocks divide
+
+
+def _hidden(cell: Cell, units: int | None) -> int:
+    heads = cell.declaration.heads
+    return heads * (units or (19 if heads == 1 else 3))
+
+
+def plans(cell: Cell, formula: str, dtype: torch.dtype, device: torch.device, family: str) -> bool:
+    """Whether check_kernels with UNITS_OF_TEAMS would be served by this family, forward and backward, on a GPU."""
+    assert extension is not None
+    sizes = (_T, _B, _hidden(cell, UNITS_OF_TEAMS), 2, cell.declaration.heads)
+    texts = [
+        extension.formula_plan_on_device(formula, ops.dtype_number(dtype), device.index or 0, *sizes, backward)
+        for backward in (False, True)
+    ]
+    return all(text.startswith(f"family {family},") for text in texts)
 
 
 def check_kernels(
@@ -27,13 +45,14 @@ def check_kernels(
     device: torch.device | None = None,
     batch: int = _B,
     steps: int = _T,
+    units: int | None = None,
 ) -> None:
-    """Compares outputs and all gradients of one layer of both directions, on a CPU or the device.
+    """Compares outputs and all gradients of one layer of both directions, on a CPU or the device. units: of a head.
 
     Raises:
         RuntimeError: a tensor differs; the message has both numbers.
     """
-    hidden = 19 if cell.declaration.heads == 1 else 3 * cell.declaration.heads
+    hidden = _hidden(cell, units)
     generator = torch.Generator().manual_seed(0)
 
     def made(*shape: int) -> Tensor:

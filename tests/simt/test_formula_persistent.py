@@ -122,6 +122,7 @@ def test_grid_equal_to_step(cell: type[Cell], dtype: torch.dtype, case: Case) ->
 @pytest.mark.slow
 @pytest.mark.parametrize(("cell", "dtype", "case"), GRID_LONG, ids=id_of)
 def test_grid_equal_to_step_everywhere(cell: type[Cell], dtype: torch.dtype, case: Case) -> None:
+    assert ranks_of(cell, dtype, in_grid(case)) > 1  # they exchange something
     test_equal_to_step_everywhere(cell, dtype, in_grid(case))
 
 

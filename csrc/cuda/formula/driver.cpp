@@ -135,16 +135,26 @@ const FormulaModule::Functions& FormulaModule::functions_of(int device) {
   return loaded_[device] = std::move(functions);
 }
 
+size_t FormulaModule::place_of(const FormulaLaunch& launch) const {
+  size_t place = 0;
+  while (place < kernels_.size() && (kernels_[place].role != launch.role || kernels_[place].segment != launch.segment ||
+                                     kernels_[place].tile != launch.tile)) {
+    ++place;
+  }
+  return place;
+}
+
 FormulaLauncher FormulaModule::launcher(int device, void* stream) {
   ensure_context(device);
-  const Functions& functions = functions_of(device);
-  return [this, &functions, stream](const FormulaLaunch& launch, const void* arguments, size_t) {
-    size_t place = 0;
-    while (place < kernels_.size() && (kernels_[place].role != launch.role || kernels_[place].segment != launch.segment ||
-                                       kernels_[place].tile != launch.tile)) {
-      ++place;
+  return [this, device, stream](const FormulaLaunch& launch, const void* arguments, size_t) {
+    FormulaModule* of = this;
+    size_t place = of->place_of(launch);
+    while (place == of->kernels_.size()) {
+      of = of->next_;
+      if (!of) throw std::logic_error("the formula has no such kernel");
+      place = of->place_of(launch);
     }
-    if (place == kernels_.size()) throw std::logic_error("the formula has no such kernel");
+    const Functions& functions = of->functions_of(device);
     LaunchAttribute attributes[3]{};
     LaunchConfig config{};
     config.attributes = attributes;
@@ -169,7 +179,8 @@ FormulaLauncher FormulaModule::launcher(int device, void* stream) {
     config.smem_bytes = launch.smem_bytes;
     config.stream = stream;
     void* parameters[] = {const_cast<void*>(arguments)};
-    driver().check_launch(driver().launch(&config, functions[place], parameters, nullptr), "kernel " + kernels_[place].name);
+    driver().check_launch(driver().launch(&config, functions[place], parameters, nullptr),
+                          "kernel " + of->kernels_[place].name);
   };
 }
 

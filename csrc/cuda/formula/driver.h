@@ -25,6 +25,13 @@ class FormulaModule {
   DType dtype() const { return dtype_; }
   int capability() const { return capability_; }  // 10 * major + minor of the devices that it runs on
 
+  // Kernels of the same formula from another file, which is this one's from now on.
+  void add(FormulaModule* other) {
+    FormulaModule* last = this;
+    while (last->next_) last = last->next_;
+    last->next_ = other;
+  }
+
   // Launches on a stream of the device. The code is loaded at the first call for a device. Throws LaunchRefused where the
   // device does not take a launch, else std::runtime_error, with the driver's words.
   FormulaLauncher launcher(int device, void* stream);
@@ -36,13 +43,14 @@ class FormulaModule {
     ranks_ = ranks;
     serves_.at(static_cast<int>(family)) = state;
   }
-  // The device has refused a launch of the family, which does not serve any more. Returns whether it did before.
-  bool refuse(Family family) {
+  // The device has refused a launch of the family, which does not serve there any more. Returns whether it did before.
+  bool refuse(Family family, int device) {
     const unsigned bit = 1u << static_cast<int>(family);
-    return !(refused_.fetch_or(bit) & bit);
+    return !(refused_.at(device < 0 ? 0 : device).fetch_or(bit) & bit);
   }
-  // What a setting means with the families that serve, and the blocks of a team, 0: those that the planner takes.
-  FamilyChoice choice(FamilyChoice setting, int& ranks) const;
+  // What a setting means with the families that serve on the device, and the blocks of a team, 0: those that the planner
+  // takes.
+  FamilyChoice choice(FamilyChoice setting, int device, int& ranks) const;
 
  private:
   struct Kernel {
@@ -55,6 +63,7 @@ class FormulaModule {
 
   void parse(const std::string& line);
   const Functions& functions_of(int device);
+  size_t place_of(const FormulaLaunch& launch) const;  // among kernels_; their number if it is not there
 
   DType dtype_;
   int capability_;
@@ -64,10 +73,11 @@ class FormulaModule {
   std::vector<Kernel> kernels_;
   std::string code_;
   std::array<std::atomic<Serves>, std::size(kFamilies)> serves_{};  // kUnverified
-  std::atomic<unsigned> refused_{0};                                // a bit for each family
+  std::array<std::atomic<unsigned>, 128> refused_{};                // by device, a bit for each family
   std::atomic<int> ranks_{0};
   std::mutex mutex_;
   std::map<int, Functions> loaded_;  // by device; entries stay where they are
+  std::atomic<FormulaModule*> next_{nullptr};
 };
 
 }  // namespace fused_rnn::cuda

@@ -69,14 +69,15 @@ void FormulaModule::parse(const std::string& line) {
   }
 }
 
-FamilyChoice FormulaModule::choice(FamilyChoice setting, int& ranks) const {
+FamilyChoice FormulaModule::choice(FamilyChoice setting, int device, int& ranks) const {
   ranks = 0;
-  setting.refused |= refused_;
+  const unsigned refused = refused_.at(device < 0 ? 0 : device);
+  setting.refused |= refused;
   for (Family family : kFamilies) {
     const Serves state = serves_.at(static_cast<int>(family));
     if (state == Serves::kForced) {
       ranks = ranks_;
-      return FamilyChoice{family, /*cheapest=*/false, refused_};
+      return FamilyChoice{family, /*cheapest=*/false, refused};
     }
     if (state == Serves::kUnverified) setting.unverified |= 1u << static_cast<int>(family);
   }
