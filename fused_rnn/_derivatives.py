@@ -177,7 +177,7 @@ def _double_backward(
         if not _is_differentiated():
             found = call.by_kernels(masks, saved, grads, given)
         else:
-            with _above_transforms():
+            with above_transforms():
                 found = _SecondOrder.apply(call, *masks, *saved, *grads, *given)
     else:
         found = call.derivatives(masks, grads, given, needed)
@@ -197,7 +197,7 @@ def _has_second_order(x: Tensor, rows: Rows) -> bool:
 
 
 @contextlib.contextmanager
-def _above_transforms() -> Iterator[None]:
+def above_transforms() -> Iterator[None]:
     """Inside of an op's kernel calls go past the torch.func transform that called it; in this block, through it again.
 
     torch.autograd.Function.apply wants that where a transform is at work.

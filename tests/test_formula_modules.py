@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
-from fused_rnn import functional, reference
+from fused_rnn import functional, reference, zoo
 from fused_rnn._backend import extension
 from fused_rnn.formula import Cell, Layer, Step
 
@@ -443,3 +443,64 @@ def test_the_first_call_may_be_checkpointed(reentrant: bool, tmp_path: Path, mon
     layer.zero_grad()
     layer(x)[0].sum().backward()
     assert torch.equal(found, layer.weight_hh_l0.grad)
+
+
+@pytest.mark.skipif(extension is None, reason="needs the compiled extension")
+@pytest.mark.parametrize("case", ["frozen", "ensemble", "grad of vmap", "grad of an ensemble"])
+def test_derivatives_from_outside_of_vmap(case: str) -> None:
+    """What vmap wraps says nothing of gradients that autograd, or a transform outside of it, wants."""
+    module = Layer(zoo.GRU(), 3, 4, dtype=torch.float64)
+    xs = torch.randn(3, 2, 1, 3, dtype=torch.float64)
+    weights = {name: weight.detach() for name, weight in module.named_parameters()}
+    module.requires_grad_(False)
+
+    def of_x(x: Tensor) -> Tensor:
+        return module(x)[0].square().sum()
+
+    def of_weights(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(module, weights, (xs[0],))[0].square().sum()
+
+    many = {name: torch.stack([weight, 2 * weight]) for name, weight in weights.items()}
+    one_by_one = [torch.func.grad(of_weights)({name: w[i] for name, w in many.items()}) for i in range(2)]
+    wanted = {name: torch.stack([found[name] for found in one_by_one]) for name in weights}
+    if case == "frozen":
+        leaf = xs.clone().requires_grad_()
+        torch.func.vmap(of_x)(leaf).sum().backward()
+        torch.testing.assert_close(leaf.grad, torch.stack([torch.func.grad(of_x)(x) for x in xs]))
+    elif case == "grad of vmap":
+        found = torch.func.grad(lambda x: torch.func.vmap(of_x)(x).sum())(xs)
+        torch.testing.assert_close(found, torch.stack([torch.func.grad(of_x)(x) for x in xs]))
+    elif case == "ensemble":
+        leaves = {name: weight.requires_grad_() for name, weight in many.items()}
+        torch.func.vmap(of_weights)(leaves).sum().backward()
+        torch.testing.assert_close({name: leaf.grad for name, leaf in leaves.items()}, wanted)
+    else:
+        torch.testing.assert_close(torch.func.grad(lambda w: torch.func.vmap(of_weights)(w).sum())(many), wanted)
+
+
+@pytest.mark.skipif(extension is None, reason="needs the compiled extension")
+@pytest.mark.parametrize("mode", ["make_fx", "flops", "fake"])
+def test_first_call_under_a_mode(mode: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What compiles and compares the kernels is no part of the call that the mode sees."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils.flop_counter import FlopCounterMode
+
+    monkeypatch.setenv("FUSED_RNN_CACHE", str(tmp_path))
+    number = {"make_fx": 0.111, "flops": 0.222, "fake": 0.333}[mode]  # of a formula that is new
+    module, x = Layer(zoo.GRU(), 3, 4, state_clip=number).eval(), torch.randn(5, 2, 3)
+    if mode == "make_fx":
+        graph = make_fx(lambda x: module(x)[0])(x)
+        assert sum("formula" in str(node.target) for node in graph.graph.nodes) == 1
+        assert torch.equal(graph(x), module(x)[0])
+    elif mode == "flops":
+        counts = []
+        for _ in range(2):
+            with FlopCounterMode(display=False) as counter:
+                module(x)
+            counts.append(counter.get_total_flops())
+        assert counts[0] == counts[1]
+    else:
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            y, _ = module(fake.from_tensor(x))
+        assert y.shape == (5, 2, 4)

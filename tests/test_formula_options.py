@@ -8,6 +8,7 @@ import io
 import itertools
 import pickle
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -654,8 +655,10 @@ def test_compile(where: str | None, training: bool) -> None:
 
 
 @pytest.mark.skipif(extension is None, reason="needs the compiled extension")
-def test_exported() -> None:
-    layer = Layer(Lstm(), 4, 6, **options_of(Lstm, "all")).eval()
+def test_exported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also of a formula that nothing has compiled yet."""
+    monkeypatch.setenv("FUSED_RNN_CACHE", str(tmp_path))
+    layer = Layer(Lstm(), 4, 6, zoneout=0.123, state_clip=0.7).eval()
     x, other = torch.randn(5, 3, 4), torch.randn(7, 2, 4)
     sizes = ({0: torch.export.Dim("T"), 1: torch.export.Dim("B")},)
     program = torch.export.export(layer, (x,), dynamic_shapes=sizes)

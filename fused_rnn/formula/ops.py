@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_rnn import _dtensor, reference
 from fused_rnn._backend import extension, is_transformed
-from fused_rnn._derivatives import differentiated
+from fused_rnn._derivatives import above_transforms, differentiated
 from fused_rnn._ops import check_places, fake_gradients
 from fused_rnn._recipe import Recipe, Rows, rows_of
 from fused_rnn.formula.language import Cell
@@ -211,8 +211,13 @@ def _formula_autograd(
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         result: tuple[Tensor, list[Tensor], list[Tensor]] = _below_autograd(keys, x, states, params, rows, cell, flags)
         return result
-    call = (keys, cell, flags, len(states), len(params), len(rows))
-    y, *others = _Differentiable.apply(call, *tensors)
+    # The caller may not have known: of a tensor that a transform has wrapped, autograd outside of it tells nothing.
+    call = (cell, flags | SAVE, len(states), len(params), len(rows))
+    if is_transformed():
+        with above_transforms():
+            y, *others = _Transformed.apply(call, *tensors)
+    else:
+        y, *others = _Differentiable.apply((keys, *call), *tensors)
     count = last_count(cell, flags)
     return y, others[:count], others[count:]
 

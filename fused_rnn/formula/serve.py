@@ -88,13 +88,23 @@ def _setting_of(device_type: str) -> str:
     return ", ".join((device_type, *cuda_build.persistent_families()))
 
 
+def _reaches_other_calls() -> bool:
+    """Whether what the thread has on (transforms, hooks of saved tensors, which activation checkpointing sets, modes and
+    tracers) would reach what traces and compares here. A thread of its own has nothing on."""
+    return (
+        _backend.is_transformed()
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 def _prepare(formula: str, device_type: str, dtype: torch.dtype) -> None:
     key = (formula, dtype, _setting_of(device_type))
     if key in _ready:
         return
-    # A thread of its own has no transforms and no hooks of saved tensors (activation checkpointing's), which would reach
-    # what traces and compares here.
-    if _backend.is_transformed() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if _reaches_other_calls():
         with ThreadPoolExecutor(1) as thread:
             thread.submit(_prepare, formula, device_type, dtype).result()
     else:
