@@ -70,7 +70,7 @@ def planned() -> list[str]:
         x = torch.empty(100, batch, hidden, device="meta", dtype=dtype)
         columns = [f"{type(cell).__name__}, {cell.declaration.heads} heads", str(dtype).removeprefix("torch.")]
         columns += [str(hidden), str(batch)]
-        for family in cuda.FAMILIES:
+        for family in ("step", *cuda.PERSISTENT):
             with _settings.use("FUSED_RNN_PLAN", family):
                 found = fused_rnn.explain(layer, x, device="H100", show=False).layers[0]
             passes = [plan for plan in (found.forward, found.backward) if plan is not None and plan.family == family]
