@@ -15,7 +15,7 @@ from module_pairs import make_pair
 from torch import Tensor, nn
 
 import fused_rnn
-from fused_rnn import _derivatives, _kinds, functional, reference, use_backend
+from fused_rnn import _derivatives, _kinds, _transforms, functional, reference, use_backend
 from fused_rnn._backend import has_cpu_kernels
 from fused_rnn._recipe import Recipe
 
@@ -186,8 +186,6 @@ def test_cells_under_vmap(kind: str) -> None:
 
 
 def test_many_samples_are_folded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fused_rnn import _transforms
-
     weights, x = weights_of("GRU"), randn(B, T, 1, INPUTS)
     loss = loss_of("GRU", resets=torch.zeros(T, 1, dtype=torch.bool))  # calls without resets are folded in C++
     gradient = torch.func.vmap(torch.func.grad(loss, (0, 1)), (None, 0))
@@ -218,10 +216,29 @@ def test_more_samples_than_are_folded_at_once() -> None:
         close({key: value[index] for key, value in found.items()}, torch.func.grad(loss)(weights, x[index]))
 
 
+@pytest.fixture
+def rules_in_python(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the rules that ran in Python."""
+    calls: list[str] = []
+
+    def count(name: str) -> None:
+        run = getattr(_transforms, name)
+
+        def counted(*args: Any) -> Any:
+            calls.append(name)
+            return run(*args)
+
+        monkeypatch.setattr(_transforms, name, counted)
+
+    count("_forward")
+    count("_backward")
+    return calls
+
+
 @pytest.mark.parametrize("states", ("none", "of each sample", "of all samples"))
 @pytest.mark.parametrize("dim", (None, 0, 1, 2, 3))
 @pytest.mark.parametrize("kind", KINDS)
-def test_rules_in_cpp_are_those_in_python(kind: str, dim: int | None, states: str) -> None:
+def test_rules_in_cpp_are_those_in_python(kind: str, dim: int | None, states: str, rules_in_python: list[str]) -> None:
     """Forward and backward, bit for bit, whatever is vmapped and whichever gradients are asked for."""
     if dim is None and states != "of each sample":
         pytest.skip("nothing is vmapped")
@@ -242,8 +259,10 @@ def test_rules_in_cpp_are_those_in_python(kind: str, dim: int | None, states: st
         return found
 
     made = forward(ops.layer)
+    assert not rules_in_python
     for a, b in zip(made, forward(ops.layer_vmapped), strict=True):
         assert torch.equal(a, b)
+    assert rules_in_python == ["_forward"]
     y, last, saved = made[0], made[1 : 2 + (kind == "LSTM")], made[2 + (kind == "LSTM") :]
     grads = [randn(*t.shape, seed=20 + i) for i, t in enumerate((y, *last))]
     for mask, with_last in (((True, True, True), True), ((False, False, True), False), ((True, False, False), True)):
@@ -258,8 +277,12 @@ def test_rules_in_cpp_are_those_in_python(kind: str, dim: int | None, states: st
             found: tuple[Tensor, ...] = torch.func.vmap(of_sample, (*dims, *[0] * len(tensors)))(x, *given, *tensors)
             return found
 
-        for a, b in zip(backward(ops.layer_backward), backward(ops.layer_backward_vmapped), strict=True):
+        rules_in_python.clear()
+        found = backward(ops.layer_backward)
+        assert not rules_in_python
+        for a, b in zip(found, backward(ops.layer_backward_vmapped), strict=True):
             assert torch.equal(a, b)
+        assert rules_in_python == ["_backward"]
 
 
 # --- every transform of whole modules ---
