@@ -145,7 +145,7 @@ def _fake_layer_second_order(
 
 def _fake_flags(seed: Tensor, like: Tensor, probability: float) -> Tensor:
     """Shape of fused_rnn::flags's result."""
-    return torch.empty_like(like, dtype=torch.bool)
+    return like.new_empty(like.shape, dtype=torch.bool)
 
 
 if extension is not None:

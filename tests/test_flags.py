@@ -103,7 +103,8 @@ def test_vmap(randomness: str) -> None:
 
 
 def test_opcheck() -> None:
-    torch.library.opcheck(op, (torch.tensor(7), torch.empty(3, 4), 0.3))
+    for like in (torch.empty(3, 4), torch.empty(3, 4).T):
+        torch.library.opcheck(op, (torch.tensor(7), like, 0.3))
 
 
 def test_wrong_arguments() -> None:
