@@ -618,3 +618,88 @@ def test_penalty_of_per_sample_gradients(kind: str) -> None:
             return list(torch.autograd.grad(sum(g.square().sum() for g in each), weights))
 
     close(run("cpu"), run("reference"))
+
+
+# --- second and third derivatives by torch.func, in part by the reference ---
+
+
+def differentiated_twice(name: str, f: Callable[[Any, Tensor], Tensor], weights: Any, x: Tensor) -> Any:
+    """f(weights, x) -> y under nested transforms; x: a batch, or of samples [V, ...] where the name has vmap."""
+    grad, vmap, jacrev = torch.func.grad, torch.func.vmap, torch.func.jacrev
+
+    def squares(tree: Any) -> Tensor:
+        return torch.stack([t.square().sum() for t in torch.utils._pytree.tree_leaves(tree)]).sum()
+
+    def loss(weights: Any, x: Tensor) -> Tensor:
+        return f(weights, x).sin().sum()
+
+    def penalty(weights: Any, x: Tensor) -> Tensor:
+        return squares(grad(loss, (0, 1))(weights, x))
+
+    def adapted(weights: Any, x: Tensor) -> Tensor:
+        step = grad(loss)(weights, x)
+        return loss({key: value - 0.1 * step[key] for key, value in weights.items()}, x)
+
+    if name == "grad of grad":
+        return grad(penalty, (0, 1))(weights, x)
+    if name == "grad of grad of grad":
+        return grad(lambda w, x: squares(grad(penalty, 1)(w, x)), (0, 1))(weights, x)
+    if name == "grad of jacrev":
+        return grad(lambda w, x: squares(jacrev(f, 1)(w, x)), (0, 1))(weights, x)
+    if name == "jacrev of jacrev":
+        return jacrev(jacrev(loss, 1), 1)(weights, x)
+    if name == "a step of MAML":
+        return grad(adapted)(weights, x)
+    samples = torch.stack([x, 2 * x])
+    if name == "vmap of grad of grad":
+        return vmap(grad(penalty, (0, 1)), (None, 0), randomness="same")(weights, samples)
+    each = vmap(grad(loss, (0, 1)), (None, 0), randomness="same")
+    if name == "grad of vmap of grad":
+        return grad(lambda w, x: squares(each(w, x)), (0, 1))(weights, samples)
+    assert name == "jacrev of vmap of grad"
+    return jacrev(lambda x: each(weights, x)[1])(samples)
+
+
+TWICE = (
+    "grad of grad",
+    "grad of grad of grad",
+    "grad of jacrev",
+    "jacrev of jacrev",
+    "a step of MAML",
+    "vmap of grad of grad",
+    "grad of vmap of grad",
+    "jacrev of vmap of grad",
+)
+
+
+def twice(kind: str, name: str, dtype: torch.dtype, options: dict[str, float]) -> list[Tensor]:
+    torch.manual_seed(0)
+    module = getattr(fused_rnn, kind)(2, 3, **options).to(dtype)
+    weights = {key: value.detach() for key, value in module.named_parameters()}
+
+    def f(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        y: Tensor = torch.func.functional_call(module, weights, (x,))[0]
+        return y
+
+    return list(torch.utils._pytree.tree_leaves(differentiated_twice(name, f, weights, randn(3, 2, 2).to(dtype))))
+
+
+@pytest.mark.parametrize("name", TWICE)
+@pytest.mark.parametrize("option", ("none", "zoneout", "state_clip", "recurrent_dropout"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivatives_by_func(kind: str, option: str, name: str) -> None:
+    options = {} if option == "none" else {option: 0.3}
+    with use_backend("reference"):
+        expected = twice(kind, name, torch.float64, options)
+    close(twice(kind, name, torch.float64, options), expected)
+
+
+@pytest.mark.parametrize("name", ("grad of grad", "grad of vmap of grad"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivatives_by_func_of_16_bits(kind: str, name: str) -> None:
+    """As near to float64 as a handful of roundings of bfloat16 allow."""
+    with use_backend("reference"):
+        expected = twice(kind, name, torch.float64, {})
+    for found, wanted in zip(twice(kind, name, torch.bfloat16, {}), expected, strict=True):
+        assert (found.double() - wanted).norm() < 0.03 * wanted.norm()
