@@ -703,3 +703,40 @@ def test_second_derivatives_by_func_of_16_bits(kind: str, name: str) -> None:
         expected = twice(kind, name, torch.float64, {})
     for found, wanted in zip(twice(kind, name, torch.bfloat16, {}), expected, strict=True):
         assert (found.double() - wanted).norm() < 0.03 * wanted.norm()
+
+
+# --- vmap: autocast, no samples, lengths of each sample ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vmap_under_autocast(kind: str) -> None:
+    """In autocast's dtype, as each sample alone, with its gradients; and so are steps."""
+    layer, cell = getattr(fused_rnn, kind)(INPUTS, H), getattr(fused_rnn, f"{kind}Cell")(INPUTS, H)
+    x = randn(2, T, B, INPUTS).float()
+    weights = {key: value.detach() for key, value in layer.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, weights, (x,))[0].float().square().sum()
+
+    def step(x: Tensor) -> Tensor:
+        found = cell(x)
+        result: Tensor = found[0] if kind == "LSTM" else found
+        return result
+
+    with torch.autocast("cpu", torch.bfloat16):
+        y = torch.func.vmap(lambda x: layer(x)[0])(x)
+        h = torch.func.vmap(step)(x[:, 0])
+        each = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)
+        for index in range(2):
+            alone = layer(x[index])[0]
+            assert y.dtype == alone.dtype == h.dtype == step(x[index, 0]).dtype == torch.bfloat16
+            torch.testing.assert_close(y[index], alone)
+            torch.testing.assert_close(h[index], step(x[index, 0]))
+            of_sample = torch.func.grad(loss)(weights, x[index])
+            for key, gradient in of_sample.items():
+                assert each[key].dtype == gradient.dtype == torch.float32
+                torch.testing.assert_close(each[key][index], gradient, rtol=2e-2, atol=2e-2)
+    wide = torch.func.vmap(lambda x: layer(x)[0])(x)
+    assert wide.dtype == torch.float32 and not torch.equal(y.float(), wide)
+    with torch.autocast("cpu", torch.bfloat16):  # float64 stays as it is, as in torch's ops
+        assert torch.func.vmap(lambda x: layer.double()(x)[0])(x.double()).dtype == torch.float64

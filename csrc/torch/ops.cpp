@@ -29,19 +29,6 @@ OptionalTensor beside(const OptionalTensor& rows, const Tensor& input) {
   return rows->device() == input.device() ? *rows : rows->to(input.device());
 }
 
-std::tuple<Tensor, std::vector<Tensor>> rnn(const Tensor& input, at::TensorList states, at::TensorList weights,
-                                            at::TensorList rows, int64_t recipe, double dropout) {
-  const Rows given = rows_of(rows, recipe);
-  Results made = run_composite({input, states, weights, given, recipe_of(recipe, dropout)});
-  return {std::move(made.y), {made.last.begin(), made.last.end()}};
-}
-
-std::vector<Tensor> cell(const Tensor& input, at::TensorList states, at::TensorList params, int64_t recipe) {
-  const Rows all;
-  const Results made = run_composite({input, states, params, all, layer_recipe_of(recipe), /*one_step=*/true});
-  return {made.last.begin(), made.last.end()};
-}
-
 Results results_of(LayerOutputs outputs) {
   const std::vector<Tensor>& last = std::get<1>(outputs);
   return {std::get<0>(outputs), {last.begin(), last.end()}};
@@ -95,6 +82,19 @@ Results run_composite(const Call& call) {
   if (is_on_device(here.x) && is_plain_call(here)) return run_chosen(here, run_layers);
 #endif
   return run_layers(here);
+}
+
+std::tuple<Tensor, std::vector<Tensor>> rnn_op(const Tensor& input, at::TensorList states, at::TensorList weights,
+                                               at::TensorList rows, int64_t recipe, double dropout) {
+  const Rows given = rows_of(rows, recipe);
+  Results made = run_composite({input, states, weights, given, recipe_of(recipe, dropout)});
+  return {std::move(made.y), {made.last.begin(), made.last.end()}};
+}
+
+std::vector<Tensor> cell_op(const Tensor& input, at::TensorList states, at::TensorList params, int64_t recipe) {
+  const Rows all;
+  const Results made = run_composite({input, states, params, all, layer_recipe_of(recipe), /*one_step=*/true});
+  return {made.last.begin(), made.last.end()};
 }
 
 LayerOutputs call_layer(const Call& call, bool save) {
@@ -239,12 +239,6 @@ TORCH_LIBRARY(fused_rnn, m) {
       "rnn(Tensor input, Tensor[] states, Tensor[] weights, Tensor[] rows, int recipe, float dropout) "
       "-> (Tensor output, Tensor[] last)");
   m.def("cell(Tensor input, Tensor[] states, Tensor[] params, int recipe) -> Tensor[]");
-  m.impl("rnn", c10::DispatchKey::CompositeImplicitAutograd, fused_rnn::rnn);
-  m.impl("cell", c10::DispatchKey::CompositeImplicitAutograd, fused_rnn::cell);
-}
-
-// torch.func.vmap calls the composites as they are: what they consist of has rules (fused_rnn/_transforms.py).
-TORCH_LIBRARY_IMPL(fused_rnn, FuncTorchBatched, m) {
-  m.impl("rnn", fused_rnn::rnn);
-  m.impl("cell", fused_rnn::cell);
+  m.impl("rnn", c10::DispatchKey::CompositeImplicitAutograd, fused_rnn::rnn_op);
+  m.impl("cell", c10::DispatchKey::CompositeImplicitAutograd, fused_rnn::cell_op);
 }

@@ -118,6 +118,10 @@ LayerGradients step_backward_on_cpu(const Call& call, const ResultGradients& giv
 std::pair<LayerGradients, Tensor> backward_keeping_dh(const Call& call, const ResultGradients& given, GradientMask mask);
 // fused_rnn::rnn of a call with the device of its rows' integers as it is; fused_rnn::cell of a step.
 Results run_composite(const Call& call);
+// The ops themselves.
+std::tuple<Tensor, std::vector<Tensor>> rnn_op(const Tensor& input, at::TensorList states, at::TensorList weights,
+                                               at::TensorList rows, int64_t recipe, double dropout);
+std::vector<Tensor> cell_op(const Tensor& input, at::TensorList states, at::TensorList params, int64_t recipe);
 
 // Whether neither tracing nor functorch nor a mode has a part in calls.
 bool nothing_intercepts();

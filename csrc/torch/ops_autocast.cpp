@@ -1,5 +1,8 @@
 // Under autocast a stack or a cell runs in the autocast dtype: all floating-point tensors are cast once, weights through
 // autocast's cache, as for torch's matrix products.
+//
+// torch.func.vmap comes before autocast and calls the composites as they are: what they consist of has rules
+// (fused_rnn/_transforms.py), which know nothing of autocast. So the cast happens here, of the vmapped tensors.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
@@ -39,6 +42,29 @@ struct Autocast {
   }
 };
 
+// Whether autocast is on for input's device; not inside of the functions above.
+template <c10::DeviceType kDevice>
+bool casts(const Tensor& input) {
+  return input.device().type() == kDevice && at::autocast::is_autocast_enabled(kDevice);
+}
+
+std::tuple<Tensor, std::vector<Tensor>> rnn_vmap(const Tensor& input, at::TensorList states, at::TensorList weights,
+                                                 at::TensorList rows, int64_t recipe, double dropout) {
+  if (casts<c10::DeviceType::CPU>(input)) {
+    return Autocast<c10::DeviceType::CPU>::rnn(input, states, weights, rows, recipe, dropout);
+  }
+  if (casts<c10::DeviceType::CUDA>(input)) {
+    return Autocast<c10::DeviceType::CUDA>::rnn(input, states, weights, rows, recipe, dropout);
+  }
+  return rnn_op(input, states, weights, rows, recipe, dropout);
+}
+
+std::vector<Tensor> cell_vmap(const Tensor& input, at::TensorList states, at::TensorList params, int64_t recipe) {
+  if (casts<c10::DeviceType::CPU>(input)) return Autocast<c10::DeviceType::CPU>::cell(input, states, params, recipe);
+  if (casts<c10::DeviceType::CUDA>(input)) return Autocast<c10::DeviceType::CUDA>::cell(input, states, params, recipe);
+  return cell_op(input, states, params, recipe);
+}
+
 }  // namespace
 }  // namespace fused_rnn
 
@@ -50,4 +76,9 @@ TORCH_LIBRARY_IMPL(fused_rnn, AutocastCPU, m) {
 TORCH_LIBRARY_IMPL(fused_rnn, AutocastCUDA, m) {
   m.impl("rnn", fused_rnn::Autocast<c10::DeviceType::CUDA>::rnn);
   m.impl("cell", fused_rnn::Autocast<c10::DeviceType::CUDA>::cell);
+}
+
+TORCH_LIBRARY_IMPL(fused_rnn, FuncTorchBatched, m) {
+  m.impl("rnn", fused_rnn::rnn_vmap);
+  m.impl("cell", fused_rnn::cell_vmap);
 }
