@@ -324,6 +324,24 @@ def _wrapped(result: Any, dim: Any, level: int) -> Any:
     return result if dim is None else torch._C._functorch._add_batch_dim(result, dim, level)
 
 
+def _one_sample(arg: Any, dim: Any) -> Any:
+    """An argument of no samples, with one of zeros in their place."""
+    if isinstance(dim, list):
+        return [_one_sample(part, own) for part, own in zip(arg, dim, strict=True)]
+    if dim is None:
+        return arg
+    shape = list(arg.shape)
+    shape[dim] = 1
+    return torch.cat((arg, arg.new_zeros(shape)), dim)  # what is made of it depends on the argument
+
+
+def _no_samples(result: Any, dim: Any) -> Any:
+    """A result without its samples."""
+    if isinstance(result, (list, tuple)):
+        return type(result)(_no_samples(part, own) for part, own in zip(result, dim, strict=True))
+    return result if dim is None else result.narrow(dim, 0, 0)
+
+
 def _size_of(arg: Any, dim: Any) -> int | None:
     """The size of the vmapped dimension, of any of the argument's tensors that has one."""
     if isinstance(dim, list):
@@ -346,7 +364,11 @@ def _kernel(op: Any, rule: Callable[..., tuple[Any, Any]]) -> Callable[..., Any]
         with torch._C._ExcludeDispatchKeyGuard(below):
             if size is None:
                 return op(*args)
-            result, result_dims = rule(_Info(size), tuple(dims), *given)
+            if size == 0:  # shapes of results follow from a sample
+                result, result_dims = rule(_Info(1), tuple(dims), *_one_sample(given, dims))
+                result = _no_samples(result, result_dims)
+            else:
+                result, result_dims = rule(_Info(size), tuple(dims), *given)
         return _wrapped(result, result_dims, level)
 
     return batched

@@ -740,3 +740,28 @@ def test_vmap_under_autocast(kind: str) -> None:
     assert wide.dtype == torch.float32 and not torch.equal(y.float(), wide)
     with torch.autocast("cpu", torch.bfloat16):  # float64 stays as it is, as in torch's ops
         assert torch.func.vmap(lambda x: layer.double()(x)[0])(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("option", ("none", "zoneout", "state_clip", "lengths"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_vmap_of_no_samples(kind: str, option: str) -> None:
+    module = getattr(fused_rnn, kind)(INPUTS, H, dtype=torch.float64, **({option: 0.3} if option[-1] in "tp" else {}))
+    weights = {key: value.detach() for key, value in module.named_parameters()}
+    options = {"lengths": torch.tensor([4, 1, 3])} if option == "lengths" else {}
+
+    def outputs(weights: dict[str, Tensor], x: Tensor) -> list[Tensor]:
+        results = torch.func.functional_call(module, weights, (x,), options)
+        return list(torch.utils._pytree.tree_leaves(results))
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.stack([t.square().sum() for t in outputs(weights, x)]).sum()
+
+    x = randn(0, T, B, INPUTS)
+    found = torch.func.vmap(outputs, (None, 0), randomness="different")(weights, x)
+    assert [t.shape for t in found] == [(0, T, B, H)] + [(0, 1, B, H)] * (2 if kind == "LSTM" else 1)
+    of_weights, of_x = torch.func.vmap(torch.func.grad(loss, (0, 1)), (None, 0), randomness="different")(weights, x)
+    assert of_x.shape == x.shape
+    assert {key: t.shape for key, t in of_weights.items()} == {key: (0, *t.shape) for key, t in weights.items()}
+    total = torch.func.grad(lambda w: torch.func.vmap(loss, (None, 0), randomness="different")(w, x).sum())(weights)
+    assert {key: t.shape for key, t in total.items()} == {key: t.shape for key, t in weights.items()}
+    assert not any(t.any() for t in total.values())
