@@ -251,14 +251,21 @@ def check_resets(resets: Any) -> None:
         raise ValueError(f"resets: expected dtype torch.bool, got {resets.dtype}")
 
 
+def _without_transforms(tensor: Tensor) -> Tensor:
+    """The tensor with the values of all samples of torch.func.vmap, in any order of its dimensions."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def check_masks(lengths: Tensor | None, resets: Tensor | None, steps: int, batch: int, resets_shape: Sequence[int]) -> None:
     """Shapes of lengths and resets, and the values of lengths where reading them does not wait for a device."""
     if lengths is not None:
         check_shape("lengths", lengths, [batch])
         known = lengths.device.type == "cpu" and not torch.compiler.is_compiling()  # a graph being captured has no values
         if known and batch:
-            values = whole(lengths)
-            if not (0 <= int(values.min()) and int(values.max()) <= steps):
+            values = whole(_without_transforms(lengths))
+            if values.numel() and not (0 <= int(values.min()) and int(values.max()) <= steps):
                 raise ValueError(f"lengths: expected values from 0 to {steps}, got {values.tolist()}")
     if resets is not None:
         check_shape("resets", resets, resets_shape)

@@ -765,3 +765,31 @@ def test_vmap_of_no_samples(kind: str, option: str) -> None:
     total = torch.func.grad(lambda w: torch.func.vmap(loss, (None, 0), randomness="different")(w, x).sum())(weights)
     assert {key: t.shape for key, t in total.items()} == {key: t.shape for key, t in weights.items()}
     assert not any(t.any() for t in total.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lengths_of_each_sample(kind: str) -> None:
+    layer = getattr(fused_rnn, kind)(INPUTS, H, bidirectional=True, dtype=torch.float64)
+    x, lengths = randn(2, T, B, INPUTS), torch.tensor([[4, 1, 3], [2, 4, 0]])
+    weights = {key: value.detach() for key, value in layer.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], x: Tensor, lengths: Tensor) -> Tensor:
+        results = torch.func.functional_call(layer, weights, (x,), {"lengths": lengths})
+        return torch.stack([t.sin().sum() for t in torch.utils._pytree.tree_leaves(results)]).sum()
+
+    gradient = torch.func.grad(loss, (0, 1))
+    for dim in (0, 1):  # of lengths; inside of grad they are wrapped twice
+        given = lengths.movedim(0, dim)
+        y = torch.func.vmap(lambda x, lengths: layer(x, lengths=lengths)[0], (0, dim))(x, given)
+        found = torch.func.vmap(gradient, (None, 0, dim))(weights, x, given)
+        for index in range(2):
+            close(y[index], layer(x[index], lengths=lengths[index])[0])
+            alone = gradient(weights, x[index], lengths[index])
+            close(torch.utils._pytree.tree_map(lambda t, index=index: t[index], found), alone)
+    same = torch.func.vmap(lambda lengths: layer(x[0], lengths=lengths)[0])(lengths)
+    close(same[1], layer(x[0], lengths=lengths[1])[0])
+    for wrong in (-1, T + 1):
+        with pytest.raises(
+            ValueError, match=rf"lengths: expected values from 0 to {T}, got \[\[4, 1, 3\], \[2, {wrong}, 0\]\]"
+        ):
+            torch.func.vmap(lambda x, n: layer(x, lengths=n)[0])(x, torch.tensor([[4, 1, 3], [2, wrong, 0]]))
