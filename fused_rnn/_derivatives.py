@@ -1,7 +1,7 @@
 """Derivatives of the ops that are not kernels by themselves: of backward, once more, and tangents (forward-mode AD).
 
 Composites: they consist of torch's ops and of ours. csrc/torch/second_order.cpp has the second derivatives that kernels
-serve, fused_rnn/_tangents.py the tangents.
+serve and the tangents on a CPU, fused_rnn/_tangents.py those by torch's ops.
 """
 
 from __future__ import annotations
@@ -173,12 +173,12 @@ def _double_backward(
     last = first + 1 + len(states) + len(of_call.reset_states)
     wanted = (needed[first], any(needed[first + 1 : last]), any(needed[last:]))
     call = _BackwardCall(recipe, mask, samples, wanted, dy is not None, *counts)
-    if by_kernels and not samples and _has_second_order(x, of_call):
-        if not _is_differentiated():
-            found = call.by_kernels(masks, saved, grads, given)
-        else:
-            with above_transforms():
-                found = _SecondOrder.apply(call, *masks, *saved, *grads, *given)
+    kernels = by_kernels and not samples and _has_second_order(x, of_call)
+    if by_kernels and (torch._C._functorch.peek_interpreter_stack() is not None or (kernels and _is_differentiated())):
+        with above_transforms():
+            found = _SecondOrder.apply(call, kernels, *masks, *saved, *grads, *given)
+    elif kernels:
+        found = call.by_kernels(masks, saved, grads, given)
     else:
         found = call.derivatives(masks, grads, given, needed)
     return [t if asked else none for t, asked in zip(found, needed, strict=True)]
@@ -251,6 +251,13 @@ class _BackwardCall(NamedTuple):
         asked = [wanted and t.shape != (0,) for wanted, t in zip(needed, given, strict=True)]
         return differentiated(results, given, asked, grads)
 
+    def made(self, given: Sequence[Tensor]) -> list[bool]:
+        """Of which of ``given`` there are gradients: of what is wanted, and of all of dy and dlast that are there."""
+        x, states, params = self.wanted
+        before = len(given) - self.params - self.lasts - 2
+        made = [True] * (1 + self.lasts) + [x] + [states] * before + [params] * self.params
+        return [one and t.shape != (0,) for t, one in zip(given, made, strict=True)]
+
     def by_kernels(
         self, masks: Sequence[Tensor], saved: Sequence[Tensor], grads: Sequence[Tensor], given: Sequence[Tensor]
     ) -> list[Tensor]:
@@ -277,14 +284,21 @@ class _BackwardCall(NamedTuple):
 
 
 class _SecondOrder(torch.autograd.Function):
-    """_BackwardCall.by_kernels, differentiable by the reference."""
+    """_BackwardCall.by_kernels, or the same by the reference; differentiable by the reference.
+
+    Transforms of torch.func call ``forward`` below all of them, where the reference can be differentiated: inside of an op's
+    kernel that a transform calls, no other transform can run.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(call: _BackwardCall, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(call: _BackwardCall, kernels: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         """tensors: masks, saved, gradients of the results, and what these were made from."""
-        return tuple(call.by_kernels(*_SecondOrder._parts(call, tensors)))
+        masks, saved, grads, given = _SecondOrder._parts(call, tensors)
+        if kernels:
+            return tuple(call.by_kernels(masks, saved, grads, given))
+        return tuple(call.derivatives(masks, grads, given, call.made(given)))
 
     @staticmethod
     def _parts(call: _BackwardCall, tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
@@ -297,23 +311,19 @@ class _SecondOrder(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.call = inputs[0]
-        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_backward(*inputs[2:])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         call, tensors = ctx.call, ctx.saved_tensors
         masks, saved, grads, given = _SecondOrder._parts(call, tensors)
-        first = 1 + call.lasts
-        last = len(given) - call.params
-        x, states, params = call.wanted
-        made = [True] * first + [x] + [states] * (last - first - 1) + [params] * call.params
-        known = [one and t.shape != (0,) for t, one in zip(given, made, strict=True)]
+        known = call.made(given)
 
         def run(args: Sequence[Tensor]) -> list[Tensor]:
             found = call.derivatives(masks, args[: call.grads], args[call.grads :], known)
             return [t for t, one in zip(found, known, strict=True) if one]
 
-        inputs, first = [*grads, *given], 1 + len(masks) + len(saved)
+        inputs, first = [*grads, *given], 2 + len(masks) + len(saved)
         of_results = [g for g, one in zip(gradients, known, strict=True) if one]
         asked = [wanted and t.shape != (0,) for wanted, t in zip(ctx.needs_input_grad[first:], inputs, strict=True)]
         found = differentiated(run, inputs, asked, of_results)
@@ -379,15 +389,19 @@ def _layer_tangents(
     states: Sequence[Tensor],
     params: Sequence[Tensor],
     rows: Sequence[Tensor],
+    saved: Sequence[Tensor],
     recipe: int,
 ) -> list[Tensor]:
-    """Tangents of y and of the last states, from those of x, states and params ([0]: none).
+    """Tangents of y and of the last states, from those of x, states, reset states and params ([0]: none).
 
     Raises:
         NotImplementedError: what _tangents does not serve; functions and modules take the reference for it.
     """
     of_call, layer = rows_of(rows, recipe), unpacked(recipe)
-    if not _tangents.serves(x, len(params) // layer.directions, of_call, layer):
+    if _tangents.by_kernels(x, of_call, layer):
+        found: list[Tensor] = torch.ops.fused_rnn.layer_jvp(tangents, x, states, params, rows, [*saved, y], [recipe, 0])
+        return found
+    if not _tangents.by_scan(x, len(params) // layer.directions, of_call, layer):
         raise NotImplementedError(f"fused_rnn::layer has no jvp of such a call: {_tangents.SERVED}")
     given = {"x": x, "states": list(states), "params": list(params), "rows": of_call, "recipe": layer}
     return _tangents.tangents(_tangents.call_of(given, tangents), y)
@@ -458,5 +472,6 @@ def register(library: Any) -> None:
         name = function.__name__.removeprefix("_")
         library.impl(name, function, "CompositeImplicitAutograd")
         library.impl(name, function, "FuncTorchBatched")
-    # torch's first vmap, of autograd.grad(is_grads_batched=True).
+    # torch's first vmap, of autograd.grad(is_grads_batched=True) and jacobian(vectorize=True).
+    library.impl("layer_tangents", _layer_tangents, "Batched")
     library.impl("layer_double_backward", _layer_double_backward_batched, "Batched")

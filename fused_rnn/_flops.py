@@ -1,8 +1,8 @@
 """How many floating point operations the ops take, for torch.utils.flop_counter.FlopCounterMode.
 
 As in torch, matrix products count 2*m*n*k each and element-wise operations nothing. A dispatch mode sees ``layer``,
-``layer_backward`` and its forms, and ``layer_second_order`` alone: ``rnn``, ``cell`` and tangents consist of these or of
-torch's ops. The numbers equal those that torch counts for torch.nn's GRU, RNN and cells, and for torch.nn.LSTM where it
+``layer_backward`` and its forms, ``layer_second_order`` and ``layer_jvp`` alone: ``rnn``, ``cell`` and other tangents consist
+of these or of torch's ops. The numbers equal those that torch counts for torch.nn's GRU, RNN and cells, and for torch.nn.LSTM where it
 runs as separate ops; an LSTM that is one op of a library counts 0 in torch.
 
 Symbols: N rows of input (T*B, or a packed input's), D directions, G gates, I, H, P sizes of input, hidden state and output.
@@ -71,6 +71,17 @@ def _second_order_flops(call: dict[str, Any]) -> int:
     return total
 
 
+def _jvp_flops(call: dict[str, Any]) -> int:
+    """The scan of tangents: forward's products, of x' where it is given, and those of v's part of the weights."""
+    x, params, v, (packed, _) = call["x"], call["params"], call["tangents"], call["call"]
+    per_direction, of_params = len(params) // unpacked(packed).directions, v[len(v) - len(params) :]
+    total = 0
+    for i, (w, tangent) in enumerate(zip(params, of_params, strict=True)):
+        own = v[0].shape != (0,) if i % per_direction == 0 else True
+        total += 2 * _rows(x) * w.numel() * (own + (tangent.shape != (0,))) if w.dim() == 2 else 0
+    return total
+
+
 def _has_ids(x: Tensor) -> bool:
     return not x.is_floating_point()
 
@@ -103,4 +114,5 @@ def register() -> None:
     _register("layer_backward", _backward_flops)
     _register("layer_backward_samples", _sample_backward_flops)
     _register("layer_second_order", _second_order_flops)
+    _register("layer_jvp", _jvp_flops)
     _register("layer_backward_gates", lambda call: _backward_flops({**call, "mask": (False, True, False)}))

@@ -143,6 +143,21 @@ def _fake_layer_second_order(
     return [y, *last, dx, *dstates, *dparams]
 
 
+def _fake_layer_jvp(
+    tangents: Sequence[Tensor],
+    x: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    call: Sequence[int],
+) -> list[Tensor]:
+    """Shapes of fused_rnn::layer_jvp's results."""
+    check_places(x, tangents=tangents, saved=saved)
+    y, last, _ = fake_layer(x, states, params, rows, call[0], False)
+    return [y, *last]
+
+
 def _fake_flags(seed: Tensor, like: Tensor, probability: float) -> Tensor:
     """Shape of fused_rnn::flags's result."""
     return like.new_empty(like.shape, dtype=torch.bool)
@@ -160,6 +175,7 @@ if extension is not None:
     torch.library.register_fake("fused_rnn::layer_backward_samples", _fake_layer_backward_samples)
     torch.library.register_fake("fused_rnn::layer_backward_gates", _fake_layer_backward_gates)
     torch.library.register_fake("fused_rnn::layer_second_order", _fake_layer_second_order)
+    torch.library.register_fake("fused_rnn::layer_jvp", _fake_layer_jvp)
     torch.library.register_fake("fused_rnn::flags", _fake_flags)
     _library = torch.library.Library("fused_rnn", "IMPL")
     _derivatives.register(_library)

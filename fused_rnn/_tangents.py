@@ -1,5 +1,7 @@
 """Tangents of a layer's results (forward-mode AD) by torch's ops, which are differentiable themselves.
 
+For a GPU, and for tangents of tangents; those of a layer on a CPU are a scan of the kernels (fused_rnn::layer_jvp).
+
     a'_t = v's share of the products + W_hh h'_{t-1}, then h'_t and c'_t by the cell's derivative
 
 Products of x and of h_{t-1} are batched over T; a step has one product and a few operations on [B, H]. The derivatives of
@@ -34,19 +36,41 @@ class Call(NamedTuple):
     v_params: list[Maybe]
 
 
-DEVICES = ("cpu", "cuda")  # whose kernels give c after every step
+KERNEL_DEVICE = "cpu"  # whose kernels have tangents
+DEVICES = (KERNEL_DEVICE, "cuda")  # whose kernels give c after every step
 SERVED = (
-    "expected an RNN, LSTM or GRU in float32 or float64 on a CPU or a GPU, no lengths, packed rows, projection, reset "
-    "states, all states, nor zoneout, recurrent_dropout or state_clip"
+    "expected an RNN, LSTM or GRU in float32 or float64 without zoneout, recurrent_dropout and state_clip; and on a GPU, or for "
+    "a jvp of a jvp, without lengths, packed rows, projection, reset states and all states"
 )
 
 
 def serves(x: Tensor, per_direction: int, rows: Rows, recipe: Recipe) -> bool:
-    """Whether this file has the tangents of such a layer. per_direction: number of parameters of one direction."""
+    """Whether the ops have the tangents of such a layer. per_direction: number of parameters of one direction."""
+    return by_kernels(x, rows, recipe) or by_scan(x, per_direction, rows, recipe)
+
+
+def by_kernels(x: Tensor, rows: Rows, recipe: Recipe) -> bool:
+    """Whether fused_rnn::layer_jvp has them (csrc/torch/second_order.cpp). It has no tangents itself."""
+    return x.device.type == KERNEL_DEVICE and _is_known(x, rows, recipe) and not _in_two_levels()
+
+
+def _in_two_levels() -> bool:
+    """Whether a torch.func.jvp runs inside of another: tangents may have tangents."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1
+
+
+def by_scan(x: Tensor, per_direction: int, rows: Rows, recipe: Recipe) -> bool:
+    """Whether this file has them."""
     projected = per_direction > 2 * (1 + recipe.has_biases)
-    plain = rows.lengths is None and rows.offsets is None and not rows.reset_states and not rows.options.any()
-    plain = plain and not (projected or recipe.all_states) and recipe.cell in _TANGENTS
-    return plain and x.device.type in DEVICES and x.dtype in (torch.float32, torch.float64) and x.numel() > 0
+    plain = rows.lengths is None and rows.offsets is None and not rows.reset_states
+    plain = plain and not (projected or recipe.all_states)
+    return plain and x.device.type in DEVICES and _is_known(x, rows, recipe)
+
+
+def _is_known(x: Tensor, rows: Rows, recipe: Recipe) -> bool:
+    known = recipe.cell in _TANGENTS and x.dtype in (torch.float32, torch.float64)
+    return known and x.numel() > 0 and not rows.options.any()
 
 
 def tangents(call: Call, y: Tensor) -> list[Tensor]:
@@ -197,7 +221,7 @@ _TANGENTS: dict[int, Callable[[_Direction, Tensor, Tensor], None]] = {
 
 
 def call_of(given: dict[str, Any], tangents: Sequence[Tensor]) -> Call:
-    """given: x, states, params, rows and recipe of the op; tangents: of x, states and params, [0] for none."""
+    """given: x, states, params, rows and recipe of the op; tangents: of x, states and params, [0] for none; no reset states."""
     count = len(given["states"])
     v = [None if t.shape == (0,) else t for t in tangents]
     return Call(**given, v_x=v[0], v_states=v[1 : 1 + count], v_params=v[1 + count :])

@@ -87,12 +87,16 @@ def _folded_rows(fold: _Fold, given: Sequence[Tensor], dims: Sequence[Dim], reci
         offsets = offsets * fold.count
     if resets is not None:
         resets = fold.rows(resets, of.resets, resets.dim() - (of.resets is not None) - 1)
-    states = []
-    for state, dim in zip(rows.reset_states, of.reset_states, strict=True):
-        own = state if dim is None else state.movedim(dim, 0)
-        own = own.expand(*own.shape[:-2], batch, own.shape[-1])
-        states.append(fold.rows(own, None if dim is None else 0, own.dim() - (dim is not None) - 2))
+    states = [
+        _folded_reset_state(fold, state, dim, batch) for state, dim in zip(rows.reset_states, of.reset_states, strict=True)
+    ]
     return Rows(lengths, offsets, resets, tuple(states)).given()
+
+
+def _folded_reset_state(fold: _Fold, state: Tensor, dim: Dim, batch: int) -> Tensor:
+    own = state if dim is None else state.movedim(dim, 0)
+    own = own.expand(*own.shape[:-2], batch, own.shape[-1])
+    return fold.rows(own, None if dim is None else 0, own.dim() - (dim is not None) - 2)
 
 
 def _is_looped(x: Tensor, params: Sequence[Dim], rows: Sequence[Dim], recipe: int) -> bool:
@@ -191,15 +195,11 @@ def _backward(count: int, in_dims: Sequence[Any], args: Sequence[Any]) -> tuple[
     if most >= count:
         return _folded_backward(count, in_dims, args)
 
-    def part(arg: Any, dim: Any, first: int) -> Any:
-        if isinstance(arg, (list, tuple)) and isinstance(dim, (list, tuple)):
-            return [part(a, d, first) for a, d in zip(arg, dim, strict=True)]
-        return arg.narrow(dim, first, min(most, count - first)) if isinstance(dim, int) else arg
-
     results = []
     for first in range(0, count, most):
-        given = [part(arg, dim, first) for arg, dim in zip(args, in_dims, strict=True)]
-        found, dims = _folded_backward(min(most, count - first), in_dims, given)
+        size = min(most, count - first)
+        given = [_part(arg, dim, first, size) for arg, dim in zip(args, in_dims, strict=True)]
+        found, dims = _folded_backward(size, in_dims, given)
         results.append(found)
 
     def joined(parts: Sequence[Tensor], dim: Dim) -> Tensor:
@@ -270,6 +270,78 @@ def layer_second_order(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple
     op = torch.ops.fused_rnn.layer_second_order.default
     (found,), (dims,) = _looped(lambda *of_sample: (op(*of_sample),), info.batch_size, in_dims, args)
     return found, dims
+
+
+def layer_jvp(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    """fused_rnn::layer_jvp, whose tangents of the weights become those of each sample; in parts, as backward."""
+    x, params, rows, (recipe, _) = args[1], args[3], args[4], args[6]
+    count = info.batch_size
+    if recipe & OPTIONS or any(dim is not None for dim in in_dims[3]):
+        op = torch.ops.fused_rnn.layer_jvp.default
+        (found,), (dims,) = _looped(lambda *of_sample: (op(*of_sample),), count, in_dims, args)
+        return found, dims
+    rows_of_sample = x.numel() // max(x.shape[-1], 1) // (1 if in_dims[1] is None else count)
+    layer = unpacked(recipe)
+    elements = rows_of_sample * layer.directions * layer.kind.slots * params[1].shape[0] // layer.kind.gates
+    most = max(1, _ELEMENTS // max(1, elements))
+    if most >= count:
+        return _folded_jvp(count, in_dims, args)
+    results, dims = [], None
+    for first in range(0, count, most):
+        size = min(most, count - first)
+        given = [_part(arg, dim, first, size) for arg, dim in zip(args, in_dims, strict=True)]
+        found, dims = _folded_jvp(size, in_dims, given)
+        results.append(found)
+    assert dims is not None
+    return [torch.cat(parts, dim) for parts, dim in zip(zip(*results, strict=True), dims, strict=True)], dims
+
+
+def _part(arg: Any, dim: Any, first: int, size: int) -> Any:
+    """Of an argument the samples from ``first`` on."""
+    if isinstance(arg, (list, tuple)) and isinstance(dim, (list, tuple)):
+        return [_part(a, d, first, size) for a, d in zip(arg, dim, strict=True)]
+    return arg.narrow(dim, first, size) if isinstance(dim, int) else arg
+
+
+def _folded_jvp(count: int, in_dims: Sequence[Any], args: Sequence[Any]) -> tuple[list[Tensor], list[Dim]]:
+    tangents, x, states, params, rows, saved, (recipe, samples) = args
+    dims, x_dim, state_dims, _, row_dims, saved_dims, _ = in_dims
+    fold = _Fold(count)
+    batch = _batch_of(x, x_dim, states, state_dims)
+    before = 1 + len(states)  # tangents of reset states follow
+    first = len(tangents) - len(params)
+    by_rows = [
+        tensor if _is_none(tensor, dim) and dim is None else fold.rows(tensor, dim, tensor.dim() - (dim is not None) - 2)
+        for tensor, dim in zip(tangents[:before], dims[:before], strict=True)
+    ]
+    by_rows += [
+        tensor if _is_none(tensor, dim) else _folded_reset_state(fold, tensor, dim, batch)
+        for tensor, dim in zip(tangents[before:first], dims[before:first], strict=True)
+    ]
+    of_params, own = tangents[first:], dims[first:]
+    if samples or any(dim is not None for dim in own):
+        of_params = [_of_samples(t, dim, count, samples) for t, dim in zip(of_params, own, strict=True)]
+        samples = max(samples, 1) * count
+    found = torch.ops.fused_rnn.layer_jvp(
+        [*by_rows, *of_params],
+        *fold.each([x], [x_dim], _second_last),
+        fold.each(states, state_dims, _second_last),
+        params,
+        _folded_rows(fold, rows, row_dims, recipe, batch),
+        fold.each(saved, saved_dims, _of_saved),
+        [recipe, samples],
+    )
+    return _pairs([fold.unfolded(t, _second_last(t.dim())) for t in found])
+
+
+def _of_samples(tensor: Tensor, dim: Dim, count: int, samples: int) -> Tensor:
+    """Tangents of a parameter for each sample of the folded batch, [samples * V, ...]; samples: that there were, or 0."""
+    if _is_none(tensor, dim):
+        return tensor
+    if not samples:
+        tensor, dim = tensor.unsqueeze(0), None if dim is None else dim + 1
+    tensor = tensor.unsqueeze(1).expand(-1, count, *tensor.shape[1:]) if dim is None else tensor.movedim(dim, 1)
+    return tensor.flatten(0, 1)
 
 
 def flags(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -376,7 +448,7 @@ def _kernel(op: Any, rule: Callable[..., tuple[Any, Any]]) -> Callable[..., Any]
 
 def register(library: Any) -> None:
     """Makes torch.func.vmap know the ops; once."""
-    own = (layer, layer_backward, layer_backward_samples, layer_backward_gates, layer_second_order)
+    own = (layer, layer_backward, layer_backward_samples, layer_backward_gates, layer_second_order, layer_jvp)
     for rule in (*own, flags, formula, formula_backward):
         op = getattr(torch.ops.fused_rnn, rule.__name__).default
         # These two begin in csrc/torch/ops_vmap.cpp, which comes here with what it leaves.

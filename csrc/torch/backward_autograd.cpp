@@ -6,11 +6,11 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
 #include "torch/layer.h"
 #include "torch/ops.h"
+#include "torch/saved_variables.h"
 #include "torch/second_order.h"
 #include "torch/tangents.h"
 
@@ -123,19 +123,6 @@ class LayerBackwardNode final : public torch::autograd::Node {
   std::string name() const override { return "FusedRnnLayerDoubleBackward"; }
 
  private:
-  static std::vector<SavedVariable> saved_variables(at::TensorList tensors) {
-    std::vector<SavedVariable> result;
-    result.reserve(tensors.size());
-    for (const Tensor& t : tensors) result.emplace_back(t, false);
-    return result;
-  }
-  static std::vector<Tensor> unpacked(const std::vector<SavedVariable>& saved) {
-    std::vector<Tensor> result;
-    result.reserve(saved.size());
-    for (const SavedVariable& t : saved) result.push_back(t.unpack());
-    return result;
-  }
-
   // Whether this pass, which nobody differentiates, runs the layer's own node later, and that node leads to our arguments.
   bool hands_over(ForwardNode& forward, const variable_list& grads) const {
     return !at::GradMode::is_enabled() && forward.runs_later() && leads_where(forward.next_edges()) &&

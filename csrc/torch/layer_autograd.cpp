@@ -9,13 +9,13 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
-#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
 #include <memory>
 #include <unordered_map>
 
 #include "torch/ops.h"
+#include "torch/saved_variables.h"
 #include "torch/second_order.h"
 #include "torch/tangents.h"
 
@@ -29,20 +29,6 @@ using torch::autograd::variable_list;
 Tensor unchecked(const SavedVariable& saved) {
   const auto raw = saved.get_raw_data();
   return raw && raw->defined() ? *raw : saved.unpack();  // raises after backward has freed it
-}
-
-std::vector<SavedVariable> saved_variables(at::TensorList tensors) {
-  std::vector<SavedVariable> result;
-  result.reserve(tensors.size());
-  for (const Tensor& t : tensors) result.emplace_back(t, false);
-  return result;
-}
-
-std::vector<Tensor> unpacked(const std::vector<SavedVariable>& saved) {
-  std::vector<Tensor> result;
-  result.reserve(saved.size());
-  for (const SavedVariable& t : saved) result.push_back(t.unpack());
-  return result;
 }
 
 class LayerNode final : public ForwardNode {
@@ -304,17 +290,23 @@ bool has_tangents(const Call& call) {
                               any_has_tangent(call.rows.reset_states));
 }
 
-// Gives the results of a call their tangents.
+// Gives the results of a call their tangents. saved: of forward, or none.
 void set_tangents(const Call& call, const LayerOutputs& out) {
   static const auto op = find_op<LayerTangentsSignature>("fused_rnn::layer_tangents");
   std::vector<Tensor> tangents;
-  append_tangents(call.x, tangents);
-  append_tangents(call.states, tangents);
-  append_tangents(call.params, tangents);
-  const RowList rows = list_of(call.rows);
-  const auto& [y, last, saved] = out;
+  for (const at::TensorList& tensors :
+       {at::TensorList(call.x), call.states, at::TensorList(call.rows.reset_states), call.params}) {
+    append_tangents(tensors, tangents);
+  }
+  Rows primals = call.rows;
+  primals.reset_states = primals_of(call.rows.reset_states);
+  const RowList rows = list_of(primals);
+  const auto& [y, last, of_forward] = out;
+  std::vector<Tensor> saved = of_forward;
+  const size_t states = state_count(call.recipe.cell);
+  if (last.size() > states && !saved.empty()) saved.push_back(last[states]);
   const std::vector<Tensor> made = op.call(tangents, y, primal_of(call.x), primals_of(call.states), primals_of(call.params),
-                                           rows.tensors, pack(call.recipe) | rows.bits);
+                                           rows.tensors, saved, pack(call.recipe) | rows.bits);
   set_tangent(y, made[0]);
   for (size_t i = 0; i < last.size(); ++i) set_tangent(last[i], made[1 + i]);
 }
@@ -328,17 +320,15 @@ LayerOutputs layer_autograd(const Tensor& x, at::TensorList states, at::TensorLi
   const auto node = differentiate ? make_node<LayerNode>(call) : nullptr;
   LayerOutputs out = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return call_layer(call, save || differentiate);
+    return call_layer(call, save || differentiate || (dual && x.is_cpu()));  // what the tangents are made of
   }();
-  if (!node) {
-    if (dual) set_tangents(call, out);
-    return out;
+  if (node) {
+    static_cast<LayerNode*>(node.get())->keep(out, any_requires_grad(params));
+    torch::autograd::set_history(std::get<0>(out), node);
+    for (Tensor& t : std::get<1>(out)) torch::autograd::set_history(t, node);
   }
-  static_cast<LayerNode*>(node.get())->keep(out, any_requires_grad(params));
-  torch::autograd::set_history(std::get<0>(out), node);
-  for (Tensor& t : std::get<1>(out)) torch::autograd::set_history(t, node);
-  if (!save) std::get<2>(out).clear();
   if (dual) set_tangents(call, out);
+  if (!save) std::get<2>(out).clear();
   return out;
 }
 

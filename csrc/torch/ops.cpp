@@ -228,9 +228,15 @@ TORCH_LIBRARY(fused_rnn, m) {
   m.def(
       "layer_second_order(Tensor[] grads, Tensor? dy, Tensor[] dlast, Tensor x, Tensor[] states, Tensor[] params, "
       "Tensor[] rows, Tensor[] saved, int[] wanted) -> Tensor[]");
-  // Tangents of results, from those of arguments (torch/tangents.h).
+  // Tangents of y and the last states, from those of x, states, reset states and params (torch/tangents.h): by the kernels
+  // where they have them, else by torch's ops. saved: of forward with its c after each step, where it has been kept.
   m.def(
-      "layer_tangents(Tensor[] tangents, Tensor y, Tensor x, Tensor[] states, Tensor[] params, Tensor[] rows, int recipe) "
+      "layer_tangents(Tensor[] tangents, Tensor y, Tensor x, Tensor[] states, Tensor[] params, Tensor[] rows, "
+      "Tensor[] saved, int recipe) -> Tensor[]");
+  // The same by the kernels (torch/second_order.cpp), for float32 and float64 on a CPU. saved ends with y. call: recipe and
+  // samples; with samples the tangents of params are [samples, ...], and row b of a step belongs to sample b % samples.
+  m.def(
+      "layer_jvp(Tensor[] tangents, Tensor x, Tensor[] states, Tensor[] params, Tensor[] rows, Tensor[] saved, int[] call) "
       "-> Tensor[]");
   m.def(
       "layer_backward_tangents(Tensor[] tangents, Tensor? dy, Tensor[] dlast, Tensor x, Tensor[] states, Tensor[] params, "

@@ -1,4 +1,5 @@
-// layer_backward on batched gradients: torch.autograd.grad(is_grads_batched=True) and jacobian(vectorize=True), which use
+// layer_backward and layer_jvp on a batch of gradients or tangents: torch.autograd.grad(is_grads_batched=True) and
+// jacobian(vectorize=True), which use
 // torch's first vmap (dispatch key Batched). Each sample is a call of its own: the gradients of weights are sums over the
 // rows of one sample. torch.func.vmap has its rules in fused_rnn/_transforms.py and torch/ops_vmap.cpp.
 
@@ -12,6 +13,7 @@
 #include <torch/library.h>
 
 #include "torch/ops.h"
+#include "torch/tangents.h"
 
 namespace fused_rnn {
 namespace {
@@ -90,7 +92,26 @@ LayerGradients layer_backward_batched(const OptionalTensor& dy, at::TensorList d
   return {samples.joined(dx), samples.joined(dstates), samples.joined(dparams)};
 }
 
+// What forward-mode AD makes of them: torch.autograd.functional.jacobian(strategy="forward-mode", vectorize=True).
+std::vector<Tensor> layer_jvp_batched(at::TensorList tangents, const Tensor& x, at::TensorList states, at::TensorList params,
+                                      at::TensorList rows, at::TensorList saved, at::IntArrayRef call) {
+  static const auto op = find_op<LayerJvpSignature>("fused_rnn::layer_jvp");
+  Samples samples;
+  samples.include(x);
+  for (const at::TensorList& tensors : {tangents, states, params, rows, saved}) samples.include(tensors);
+  TORCH_CHECK_VALUE(samples.count() > 0, "fused_rnn::layer_jvp: expected at least one tangent in the batch, got 0");
+  std::vector<std::vector<Tensor>> found;
+  for (int64_t i = 0; i < samples.count(); ++i) {
+    found.push_back(op.call(samples.at(tangents, i), samples.at(x, i), samples.at(states, i), samples.at(params, i),
+                            samples.at(rows, i), samples.at(saved, i), call));
+  }
+  return samples.joined(found);
+}
+
 }  // namespace
 }  // namespace fused_rnn
 
-TORCH_LIBRARY_IMPL(fused_rnn, Batched, m) { m.impl("layer_backward", fused_rnn::layer_backward_batched); }
+TORCH_LIBRARY_IMPL(fused_rnn, Batched, m) {
+  m.impl("layer_backward", fused_rnn::layer_backward_batched);
+  m.impl("layer_jvp", fused_rnn::layer_jvp_batched);
+}

@@ -15,6 +15,7 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/bmm.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/tanh.h>
 #include <ATen/ops/where.h>
@@ -74,6 +75,7 @@ class SecondOrder::Scans {
         dh_(record_.dh),
         v_x_(record_.v[0]),
         v_params_(at::TensorList(record_.v).slice(record_.v.size() - call_.params.size())),
+        samples_(record_.samples),
         states_(or_zeros(at::TensorList(record_.v).slice(1), call_.states)),
         rows_(call_.rows),
         d_(shapes_.D) {
@@ -130,6 +132,37 @@ class SecondOrder::Scans {
     });
   }
 
+  // The same of samples, with what V_b adds.
+  void add_source_of_samples(const Tensor& source, int64_t d) const {
+    const LayerShapes& s = shapes_;
+    const Parameters v = v_of(d);
+    const int64_t G = gate_count(call_.recipe.cell), H = s.H;
+    const Tensor to = source.view({s.N / samples_, samples_, -1});
+    if (is_given(v.ih)) to.narrow(2, 0, G * H).add_(product_of_samples(call_.x.reshape({s.N, s.I}), v.ih));
+    const bool has_b_ih = call_.recipe.has_biases && is_given(v.b_ih),
+               has_b_hh = call_.recipe.has_biases && is_given(v.b_hh);
+    if (has_b_ih) to.narrow(2, 0, G * H).add_(v.b_ih);
+    Tensor of_h;
+    if (is_given(v.hh)) {
+      of_h = product_of_samples(previous_states(call_, s, output_of_direction(*given_.saved.y, s, d), d), v.hh);
+      if (has_b_hh) of_h.add_(v.b_hh);
+    } else if (has_b_hh) {
+      of_h = v.b_hh.expand({s.N / samples_, samples_, G * H});
+    }
+    if (!of_h.defined()) return;
+    dispatch_cell(call_.recipe.cell, [&](auto tag) {
+      using C = Cell<decltype(tag)::value>;
+      for (int gate = 0; gate < C::kGates; ++gate) {
+        to.narrow(2, C::recurrent_slot(gate) * H, H).add_(of_h.narrow(2, gate * H, H));
+      }
+    });
+  }
+  // rows [N, K], of [samples, M, K] -> [N / samples, samples, M]
+  Tensor product_of_samples(const Tensor& rows, const Tensor& of) const {
+    const Tensor by_samples = rows.reshape({rows.size(0) / samples_, samples_, rows.size(1)}).transpose(0, 1);
+    return at::bmm(by_samples, of.transpose(1, 2)).transpose(0, 1);
+  }
+
   // The scan of tangents.
   void tangents() {
     const LayerShapes& s = shapes_;
@@ -140,7 +173,9 @@ class SecondOrder::Scans {
     x_ = has_x ? v_x_ : at::zeros(narrow, like.options());
     Recipe recipe = call_.recipe;
     recipe.has_biases = false;
-    for (const Tensor& t : v_params_) recipe.has_biases = recipe.has_biases || (t.dim() == 1 && is_given(t));
+    for (const Tensor& t : v_params_) {
+      recipe.has_biases = recipe.has_biases || (!samples_ && t.dim() == 1 && is_given(t));
+    }
     bool has_source = false, has_source_y = false;
     for (int64_t d = 0; d < d_; ++d) {
       const Parameters w = Parameters::of(call_.params, call_, d), v = v_of(d);
@@ -149,6 +184,7 @@ class SecondOrder::Scans {
       if (recipe.has_biases) params_.push_back(or_zeros(v.b_ih, w.b_ih)), params_.push_back(or_zeros(v.b_hh, w.b_hh));
       if (s.projection) params_.push_back(w.hr);
       has_source = has_source || is_given(v.ih) || is_given(v.hh);
+      if (samples_) has_source = has_source || (call_.recipe.has_biases && (is_given(v.b_ih) || is_given(v.b_hh)));
       has_source_y = has_source_y || (s.projection && is_given(v.hr));
     }
     tangent_call_.emplace(Call{x_, states_, params_, rows_, recipe});
@@ -165,7 +201,9 @@ class SecondOrder::Scans {
     Tensor source, source_y;
     if (has_source) {
       source = at::zeros({s.D, s.N, slot_count(recipe.cell) * s.H}, like.options());
-      for (int64_t d = 0; d < d_; ++d) add_source(source.select(0, d), d);
+      for (int64_t d = 0; d < d_; ++d) {
+        samples_ ? add_source_of_samples(source.select(0, d), d) : add_source(source.select(0, d), d);
+      }
       primal.source = source.const_data_ptr();
     }
     if (has_source_y) {
@@ -173,6 +211,12 @@ class SecondOrder::Scans {
       for (int64_t d = 0; d < d_; ++d) {
         const Tensor v_hr = v_of(d).hr;
         if (!is_given(v_hr)) continue;
+        if (samples_) {
+          source_y.select(0, d)
+              .view({s.N / samples_, samples_, s.P})
+              .copy_(product_of_samples(unprojected(given_.saved, d), v_hr));
+          continue;
+        }
         multiply_into(source_y.select(0, d), unprojected(given_.saved, d), /*transposed=*/false, v_hr.t().contiguous(),
                       /*add=*/false);
       }
@@ -266,6 +310,7 @@ class SecondOrder::Scans {
   const Tensor dh_;
   const Tensor v_x_;
   const at::TensorList v_params_;
+  const int64_t samples_;
   // The layer whose forward is the scan of tangents, and whose backward makes the sums.
   Tensor x_;
   std::vector<Tensor> states_, params_;
@@ -335,6 +380,43 @@ std::vector<Tensor> layer_second_order(at::TensorList grads, const OptionalTenso
   return found;
 }
 
+void check_saved(const Call& call, const LayerShapes& s, const Saved& saved) {
+  const auto dtype = call.x.scalar_type();
+  check_optional("y", saved.y, s.output(call), call.x, dtype);
+  check_optional("gates", optional_of(saved.gates), {s.D, s.N, slot_count(call.recipe.cell), s.H}, call.x, dtype);
+  check_optional("cs", optional_of(saved.cs), {s.D, s.N, s.H}, call.x, dtype);
+}
+
+// Of what is given; tangents of params are those of each sample where there are samples.
+void check_tangents(const BackwardRecord& record) {
+  std::vector<Tensor> of{record.x};
+  for (const std::vector<Tensor>* several : {&record.states, &record.rows.reset_states, &record.params}) {
+    of.insert(of.end(), several->begin(), several->end());
+  }
+  for (size_t i = 0; i < of.size(); ++i) {
+    if (!is_given(record.v[i])) continue;
+    at::DimVector shape(of[i].sizes());
+    if (record.samples && i >= of.size() - record.params.size()) shape.insert(shape.begin(), record.samples);
+    check_tensor("tangents", record.v[i], shape, record.x, record.x.scalar_type());
+  }
+}
+
+std::vector<Tensor> layer_jvp(at::TensorList tangents, const Tensor& x, at::TensorList states, at::TensorList params,
+                              at::TensorList rows, at::TensorList saved, at::IntArrayRef call) {
+  TORCH_CHECK_VALUE(call.size() == 2, "call: expected a recipe and samples, got ", call.size(), " numbers");
+  const auto dtype = x.scalar_type();
+  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kDouble, "x: expected float32 or float64, got ", dtype);
+  BackwardRecord record = record_of(tangents, std::nullopt, {}, x, states, params, rows, saved, call[0]);
+  TORCH_CHECK_VALUE(!record.rows.options.any(), "rows: expected no options of steps");
+  const LayerShapes s = check_layer(record.call());
+  record.samples = call[1];
+  TORCH_CHECK_VALUE(record.samples >= 0 && (record.samples == 0 || s.B % record.samples == 0),
+                    "call: expected samples that divide the batch of ", s.B, ", got ", record.samples);
+  check_tangents(record);
+  check_saved(record.call(), s, record.given.saved);
+  return SecondOrder(std::move(record)).of_results();
+}
+
 }  // namespace
 
 std::pair<LayerGradients, Tensor> backward_keeping_dh(const Call& call, const ResultGradients& given, GradientMask mask) {
@@ -351,4 +433,7 @@ std::pair<LayerGradients, Tensor> backward_keeping_dh(const Call& call, const Re
 
 }  // namespace fused_rnn
 
-TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) { m.impl("layer_second_order", fused_rnn::layer_second_order); }
+TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
+  m.impl("layer_second_order", fused_rnn::layer_second_order);
+  m.impl("layer_jvp", fused_rnn::layer_jvp);
+}

@@ -17,6 +17,9 @@ struct BackwardRecord {
   ResultGradients given;
   Tensor dh;  // total gradients of h [D, N, H] if the backward kept them (backward_keeping_dh)
   std::vector<Tensor> v;
+  // 0, or of samples whose v differ: v of params are [samples, ...], and row b of a step belongs to sample b % samples. For
+  // of_results alone.
+  int64_t samples = 0;
 
   Call call() const { return {x, states, params, rows, recipe}; }
 };

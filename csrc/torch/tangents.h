@@ -1,5 +1,5 @@
-// Forward-mode AD of the ops: tangents of dual tensors taken, and given to results. What computes them is Python's
-// (fused_rnn/_tangents.py), on ops that are differentiable themselves.
+// Forward-mode AD of the ops: tangents of dual tensors taken, and given to results. Of a layer on a CPU a scan of the kernels
+// makes them (second_order.cpp), elsewhere torch's ops (fused_rnn/_tangents.py).
 #pragma once
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/forward_grad.h>
@@ -32,10 +32,13 @@ inline void set_tangent(const Tensor& t, const Tensor& tangent) {
   if (t.numel() > 0) t._set_fw_grad(tangent, /*level=*/0, /*is_inplace_op=*/false);  // [0]: nobody asked for it
 }
 
-// Tangents of (y, last), from those of x, states and params.
+// Tangents of (y, last), from those of x, states, reset states and params.
 using LayerTangentsSignature = std::vector<Tensor>(at::TensorList tangents, const Tensor& y, const Tensor& x,
                                                    at::TensorList states, at::TensorList params, at::TensorList rows,
-                                                   int64_t recipe);
+                                                   at::TensorList saved, int64_t recipe);
+using LayerJvpSignature = std::vector<Tensor>(at::TensorList tangents, const Tensor& x, at::TensorList states,
+                                              at::TensorList params, at::TensorList rows, at::TensorList saved,
+                                              at::IntArrayRef call);
 // Tangents of (dx, dstates, dparams), from those of dy, dlast, x, states, reset states and params.
 using BackwardTangentsSignature = std::vector<Tensor>(at::TensorList tangents, const OptionalTensor& dy,
                                                       at::TensorList dlast, const Tensor& x, at::TensorList states,
