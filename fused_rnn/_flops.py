@@ -1,9 +1,9 @@
 """How many floating point operations the ops take, for torch.utils.flop_counter.FlopCounterMode.
 
 As in torch, matrix products count 2*m*n*k each and element-wise operations nothing. A dispatch mode sees ``layer``,
-``layer_backward`` and its forms, ``layer_second_order`` and ``layer_jvp`` alone: ``rnn``, ``cell`` and other tangents consist
-of these or of torch's ops. The numbers equal those that torch counts for torch.nn's GRU, RNN and cells, and for torch.nn.LSTM where it
-runs as separate ops; an LSTM that is one op of a library counts 0 in torch.
+``layer_backward`` and its forms, ``layer_second_order`` and ``layer_jvp`` alone: ``rnn``, ``cell`` and other tangents
+consist of these or of torch's ops. The numbers equal those that torch counts for torch.nn's GRU, RNN and cells, and for
+torch.nn.LSTM where it runs as separate ops; an LSTM that is one op of a library counts 0 in torch.
 
 Symbols: N rows of input (T*B, or a packed input's), D directions, G gates, I, H, P sizes of input, hidden state and output.
 """

@@ -39,8 +39,8 @@ class Call(NamedTuple):
 KERNEL_DEVICE = "cpu"  # whose kernels have tangents
 DEVICES = (KERNEL_DEVICE, "cuda")  # whose kernels give c after every step
 SERVED = (
-    "expected an RNN, LSTM or GRU in float32 or float64 without zoneout, recurrent_dropout and state_clip; and on a GPU, or for "
-    "a jvp of a jvp, without lengths, packed rows, projection, reset states and all states"
+    "expected an RNN, LSTM or GRU in float32 or float64 without zoneout, recurrent_dropout and state_clip; and on a GPU, or "
+    "for a jvp of a jvp, without lengths, packed rows, projection, reset states and all states"
 )
 
 
@@ -221,7 +221,8 @@ _TANGENTS: dict[int, Callable[[_Direction, Tensor, Tensor], None]] = {
 
 
 def call_of(given: dict[str, Any], tangents: Sequence[Tensor]) -> Call:
-    """given: x, states, params, rows and recipe of the op; tangents: of x, states and params, [0] for none; no reset states."""
+    """given: x, states, params, rows and recipe of the op, without reset states; tangents: of x, states and params, [0] for
+    none."""
     count = len(given["states"])
     v = [None if t.shape == (0,) else t for t in tangents]
     return Call(**given, v_x=v[0], v_states=v[1 : 1 + count], v_params=v[1 + count :])

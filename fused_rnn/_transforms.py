@@ -274,7 +274,7 @@ def layer_second_order(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple
 
 def layer_jvp(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     """fused_rnn::layer_jvp, whose tangents of the weights become those of each sample; in parts, as backward."""
-    x, params, rows, (recipe, _) = args[1], args[3], args[4], args[6]
+    x, params, (recipe, _) = args[1], args[3], args[6]
     count = info.batch_size
     if recipe & OPTIONS or any(dim is not None for dim in in_dims[3]):
         op = torch.ops.fused_rnn.layer_jvp.default

@@ -230,11 +230,24 @@ def test_forward_mode_asks_the_backends_as_without(kind: str, monkeypatch: pytes
 @needs_kernels
 def test_forward_mode_that_no_kernel_serves() -> None:
     """As without checkpoint: the reference with its warning, an error where a backend is forced."""
-    for layer in layers("LSTM", 2):
+    for layer in layers("LSTM", 2, state_clip=2.0):
         with forward_ad.dual_level():
             x = forward_ad.make_dual(torch.randn(T, B, I), torch.randn(T, B, I))
             with use_backend("cpu"), pytest.raises(RuntimeError, match="'cpu' is forced but forward-mode AD does not"):
-                layer(x, lengths=torch.tensor([4, 11, 0, 7, 1]))
+                layer(x)
+
+
+@needs_kernels
+def test_forward_mode_with_lengths() -> None:
+    """By the kernels, the same bits as without checkpoint."""
+    made = []
+    for layer in layers("LSTM", 2):
+        with forward_ad.dual_level(), use_backend("cpu"):
+            generator = torch.Generator().manual_seed(1)
+            x = forward_ad.make_dual(*torch.randn(2, T, B, I, generator=generator).unbind())
+            made.append(forward_ad.unpack_dual(layer(x, lengths=torch.tensor([4, 11, 0, 7, 1]))[0]).tangent)
+            assert made[-1] is not None
+    assert torch.equal(*made)
 
 
 def test_inference_keeps_nothing_and_is_the_same(backend: str) -> None:

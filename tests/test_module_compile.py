@@ -14,7 +14,7 @@ import fused_rnn
 from fused_rnn import _backend
 from fused_rnn._backend import has_cpu_kernels
 from fused_rnn._kinds import NUMBER_OF_MODE
-from fused_rnn._recipe import Recipe, Rows
+from fused_rnn._recipe import Recipe, Rows, StepOptions
 
 
 def example(module: nn.Module, *sizes: int) -> tuple[torch.Tensor, Any]:
@@ -96,7 +96,7 @@ def test_per_sample_gradients(name: str) -> None:
 @pytest.mark.parametrize("gradients", (False, True))
 @pytest.mark.parametrize("kind", ("LSTM", "GRU", "RNN"))
 def test_forward_mode_ad(kind: str, gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tangents of dual tensors, against central differences in fp64; of a projection by the reference."""
+    """Tangents of dual tensors, against central differences in fp64; with options of steps by the reference."""
     monkeypatch.setattr(_backend, "_warned", set())
     module = getattr(fused_rnn, kind)(3, 4).double()
     x, tangent = torch.randn(2, 5, 2, 3, dtype=torch.float64).unbind()
@@ -104,12 +104,12 @@ def test_forward_mode_ad(kind: str, gradients: bool, monkeypatch: pytest.MonkeyP
         dual = torch.autograd.forward_ad.make_dual(x, tangent)
         found = torch.autograd.forward_ad.unpack_dual(module(dual)[0]).tangent
         weights, cell = list(module.parameters()), NUMBER_OF_MODE["RNN_TANH" if kind == "RNN" else kind]
-        lengths = Rows(torch.tensor([5, 3]))
-        with pytest.raises(NotImplementedError, match="no jvp of such a call: expected .* no lengths"):
-            torch.ops.fused_rnn.layer(dual, [], weights, lengths.given(), Recipe(cell).packed | lengths.bits, False)
-        projected = fused_rnn.LSTM(3, 4, proj_size=2).double()
+        rows = Rows(options=StepOptions(zoneout_h=0.1))
+        with pytest.raises(NotImplementedError, match="no jvp of such a call: expected .* without zoneout"):
+            torch.ops.fused_rnn.layer(dual, [], weights, rows.given(), Recipe(cell).packed | rows.bits, False)
+        clipped = fused_rnn.LSTM(3, 4, state_clip=2.0).double()
         with pytest.warns(RuntimeWarning, match="forward-mode AD"):
-            assert torch.autograd.forward_ad.unpack_dual(projected(dual)[0]).tangent is not None
+            assert torch.autograd.forward_ad.unpack_dual(clipped(dual)[0]).tangent is not None
     with torch.no_grad():
         step = 1e-6
         expected = (module(x + step * tangent)[0] - module(x - step * tangent)[0]) / (2 * step)

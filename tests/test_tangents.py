@@ -14,9 +14,10 @@ import torch
 from cases import GRADIENT_TOLERANCE
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 import fused_rnn
-from fused_rnn import _backend, _kinds, _tangents, functional, reference, use_backend
+from fused_rnn import _backend, _kinds, _tangents, _transforms, functional, reference, use_backend
 from fused_rnn._backend import has_cpu_kernels
 from fused_rnn._recipe import Recipe, Rows
 
@@ -191,8 +192,6 @@ def scalar(layer: Layer) -> Callable[[dict[str, list[Tensor]]], Tensor]:
 @pytest.mark.parametrize("kind", ("RNN", "GRU", "LSTM"))
 def test_jacfwd(kind: str, name: str, of: str, kernels_only: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """All directions are rows of few calls; by one bias of each direction and layer where they are weights."""
-    from fused_rnn import _transforms
-
     layer = Layer(kind, name)
     if of not in layer.tensors:
         pytest.skip("the call has no such argument")
@@ -318,7 +317,9 @@ def test_odd_sizes_and_threads(kind: str, size: int, kernels_only: Callable[[], 
     x = torch.randn(3, 5, size, dtype=torch.float64)
 
     def run() -> Any:
-        call = lambda w, x: torch.func.functional_call(module, w, (x,))  # noqa: E731
+        def call(w: Any, x: Tensor) -> Any:
+            return torch.func.functional_call(module, w, (x,))
+
         return torch.func.jvp(call, (weights, x), ({key: w.sin() for key, w in weights.items()}, x.cos()))
 
     with use_backend("reference"):
@@ -334,7 +335,9 @@ def test_cells(kind: str, kernels_only: Callable[[], None]) -> None:
     x = torch.randn(B, INPUTS, dtype=torch.float64)
 
     def run() -> Any:
-        call = lambda w, x: torch.func.functional_call(cell, w, (x,))  # noqa: E731
+        def call(w: Any, x: Tensor) -> Any:
+            return torch.func.functional_call(cell, w, (x,))
+
         return torch.func.jvp(call, (weights, x), ({key: w.sin() for key, w in weights.items()}, x.cos()))
 
     with use_backend("reference"):
@@ -355,6 +358,22 @@ def test_an_output_that_was_written_in_place() -> None:
             y.mul_(2)
         with pytest.raises(RuntimeError, match="written in place"):
             torch.autograd.grad(tangent.sum(), weights)
+
+
+def test_floating_point_operations() -> None:
+    """The scan has a forward's products, and those of each weight's tangent."""
+    args = op_arguments("GRU")
+    rows, weights = T * B, [w for w in args[3] if w.dim() == 2]
+    forward = 2 * rows * sum(w.numel() for w in weights)
+    none = torch.empty(0, dtype=torch.float64)
+    for tangents, expected in (
+        (args[0], 2 * forward),
+        ([args[0][0], *[none] * (len(args[0]) - 1)], forward),
+        ([none, args[0][1], *[none] * (len(args[0]) - 2)], 2 * rows * sum(w.numel() for w in weights[1::2])),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            torch.ops.fused_rnn.layer_jvp(tangents, *args[1:])
+        assert counter.get_total_flops() == expected
 
 
 def op_arguments(kind: str = "LSTM") -> list[Any]:

@@ -285,6 +285,22 @@ def test_rules_in_cpp_are_those_in_python(kind: str, dim: int | None, states: st
         assert rules_in_python == ["_backward"]
 
 
+@pytest.mark.parametrize("name", ["plain", "lengths"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_per_sample_gradients(kind: str, name: str) -> None:
+    """torch.func.grad through vmap(grad), whose derivative the reference makes."""
+    options = {"lengths": torch.tensor([4, 1])} if name == "lengths" else {}
+    weights, x = weights_of(kind), randn(B, T, 2, INPUTS)
+    each = torch.func.vmap(torch.func.grad(loss_of(kind, **options)), (None, 0))
+
+    def penalty(weights: list[Tensor]) -> Tensor:
+        return torch.stack([g.square().sum() for g in each(weights, x)]).sum()
+
+    found = torch.func.grad(penalty)(weights)
+    with use_backend("reference"):
+        close(found, torch.func.grad(penalty)(weights))
+
+
 # --- every transform of whole modules ---
 
 

@@ -1,7 +1,7 @@
 // layer_backward and layer_jvp on a batch of gradients or tangents: torch.autograd.grad(is_grads_batched=True) and
-// jacobian(vectorize=True), which use
-// torch's first vmap (dispatch key Batched). Each sample is a call of its own: the gradients of weights are sums over the
-// rows of one sample. torch.func.vmap has its rules in fused_rnn/_transforms.py and torch/ops_vmap.cpp.
+// jacobian(vectorize=True), which use torch's first vmap (dispatch key Batched). Each sample is a call of its own: the
+// gradients of weights are sums over the rows of one sample. torch.func.vmap has its rules in fused_rnn/_transforms.py and
+// torch/ops_vmap.cpp.
 
 // Of functorch first, also where files are compiled together (ops_vmap.cpp): its functions call others by names that the
 // legacy header has too.
