@@ -209,7 +209,7 @@ def test_jacfwd(kind: str, name: str, of: str, kernels_only: Callable[[], None],
         expected = torch.func.jacfwd(f)(chosen)
     kernels_only()
     close(torch.func.jacfwd(f)(chosen), expected)
-    monkeypatch.setattr(_transforms, "_ELEMENTS", 2000)
+    monkeypatch.setattr(_transforms, "_DIRECTIONS", 2000)
     close(torch.func.jacfwd(f)(chosen), expected)
 
 
