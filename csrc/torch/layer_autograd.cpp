@@ -290,7 +290,7 @@ bool has_tangents(const Call& call) {
                               any_has_tangent(call.rows.reset_states));
 }
 
-// Gives the results of a call their tangents. saved: of forward, or none.
+// Gives the results of a call their tangents.
 void set_tangents(const Call& call, const LayerOutputs& out) {
   static const auto op = find_op<LayerTangentsSignature>("fused_rnn::layer_tangents");
   std::vector<Tensor> tangents;

@@ -1,5 +1,5 @@
-// Autograd of a layer's tangents, J v. Both its derivatives are ops that exist: by v it is the layer's backward, J^T u, and by
-// the layer's arguments that of <u, J v> = <v, J^T u>, which is the derivative of the backward.
+// Autograd of a layer's tangents, J v. Both its derivatives are ops that exist: by v it is the layer's backward, J^T u, and
+// by the layer's arguments that of <u, J v> = <v, J^T u>, which is the derivative of the backward.
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
