@@ -87,6 +87,6 @@ def replacement(mutant: Mutant | None) -> dict[str, list[tuple[Path, Path]]]:
         (folder / source_of(mutant.file).relative_to(ROOT / "csrc")).write_text(mutant.text)
         if mutant.file == "block_launch.cu":
             stems = ["block_launch"]
-        elif mutant.file != "block_math.cuh":
+        elif mutant.file not in ("block_math.cuh", "block_product.cuh"):  # of which fp32 has parts of its own
             stems = ["block_fp16"]
     return {stem: [(folder / source_of(f"{stem}.cu").relative_to(CUDA.parent), folder)] for stem in stems}
