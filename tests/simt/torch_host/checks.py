@@ -505,10 +505,10 @@ def test_a_formula(ragged: str, family: str, more: str, monkeypatch: pytest.Monk
     before = library.torch_host_formula_launches()
     results = run(layer, torch.float32)
     # 2 layers, 2 forwards of 5 steps and a backward with the gradients of the initial states, 4 launches a step.
-    # Family cluster leaves to it what has reset states, and backward with gradients of states of every step.
-    step, cluster = 5 * 4, 1
-    forward = cluster if family == "cluster" and not puts else step
-    backward = cluster if family == "cluster" and not more else step + 1
+    # A persistent family leaves to it what has reset states, and backward with gradients of states of every step.
+    step, persistent = 5 * 4, family in ("cluster", "grid")
+    forward = 1 if persistent and not puts else step
+    backward = 1 if persistent and not more else step + 1
     launches = 2 * (2 * forward + backward)
     assert library.torch_host_formula_launches() - before == launches
     for index, (actual, want) in enumerate(zip(results, expected, strict=True)):

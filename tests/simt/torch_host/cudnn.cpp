@@ -144,7 +144,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
   std::vector<Tensor> leaves;
   for (const Tensor& p : params_of(buffer, params)) leaves.push_back(leaf(p));
   const auto results = run(inputs[0], leaves, per_layer, inputs[1], c, s, batch_sizes);
-  TORCH_CHECK(at::allclose(results[0].detach(), y), "output: not that of this forward");
+  // Of the same numbers: a forward with gradients and one without round differently.
+  TORCH_CHECK(at::allclose(results[0].detach(), y, 1e-5, 1e-6), "output: not that of this forward");
   std::vector<Tensor> outputs, gradients;
   const OptionalTensor given[] = {dy, dh, dc};
   for (int i = 0; i < 3; ++i) {
