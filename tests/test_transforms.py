@@ -5,8 +5,10 @@ Expected is the same function of the reference, which is plain torch, or a loop 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -233,6 +235,15 @@ def rules_in_python(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     count("_forward")
     count("_backward")
     return calls
+
+
+def test_cpp_and_python_part_backward_alike() -> None:
+    """The rule in C++ leaves to the rule in Python what that makes in parts."""
+    from fused_rnn import _transforms
+
+    source = (Path(__file__).parents[1] / "csrc" / "torch" / "ops_vmap.cpp").read_text()
+    (shift,) = re.findall(r"kMostElements = int64_t\{1\} << (\d+);", source)
+    assert _transforms._ELEMENTS == 1 << int(shift)
 
 
 @pytest.mark.parametrize("states", ("none", "of each sample", "of all samples"))

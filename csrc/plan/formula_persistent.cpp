@@ -211,9 +211,11 @@ double step_us(const FormulaStepProblem& problem, const DeviceInfo& device, cons
 // Blocks of a team at most, and the reason where the family cannot serve at all.
 int most_blocks(const FormulaStepProblem& problem, const DeviceInfo& device, Family family, int exchanges) {
   if (family == Family::kCluster) {
-    return device.compiled_for < 90 ? 1 : std::min(device.max_cluster, cuda::kMaxClusterBlocks);
+    return device.compiled_for < kFormulaClusterCapability ? 1 : std::min(device.max_cluster, cuda::kMaxClusterBlocks);
   }
-  if (device.compiled_for < 80) throw std::invalid_argument("needs compute capability 8.0");
+  if (device.compiled_for < kFormulaGridCapability) {
+    throw std::invalid_argument("needs compute capability " + capability_text(kFormulaGridCapability));
+  }
   if (problem.T > (int64_t{1} << 31) / (exchanges + 1)) throw std::invalid_argument("numbers all exchanges with 32 bits");
   const int resident = device.resident_blocks == 0 ? device.sm_count : device.resident_blocks;
   if (resident < 1) throw std::invalid_argument("the device runs no block of its kernels");

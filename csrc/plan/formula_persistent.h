@@ -9,6 +9,9 @@
 
 namespace fused_rnn {
 
+// The compute capability from which on teams have several blocks; `grid` has no kernels below.
+constexpr int kFormulaClusterCapability = 90, kFormulaGridCapability = 80;
+
 struct FormulaPersistentPlan {
   Family family;
   cuda::MathKind math;

@@ -9,6 +9,10 @@ namespace fused_rnn {
 
 using cuda::MathKind;
 
+std::string capability_text(int capability) {
+  return std::to_string(capability / 10) + "." + std::to_string(capability % 10);
+}
+
 double math_rate(MathKind math, const DeviceInfo& device) {
   const int capability = device.compute_capability;
   const bool server = capability == 80 || capability == 90 || capability == 100;

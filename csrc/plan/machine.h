@@ -2,6 +2,8 @@
 // measurement of these kernels. Most are published figures for an H100; benchmarks/micro has a program for each that can be
 // measured alone. fused_rnn/bench/floor.py reads them through machine_constants() of csrc/torch/plan_bindings.cpp.
 #pragma once
+#include <string>
+
 #include "plan/device_info.h"
 #include "plan/math_kind.h"
 
@@ -56,6 +58,9 @@ constexpr double kCudnnPersistentForwardUs = 1.96, kCudnnPersistentBackwardUs = 
 // since these stay on one SM.
 constexpr double kCudnnSmallestUs = 0.45, kCudnnLargestUs = 2.3;
 constexpr double kCudnnSmallBackward = 1.5;  // backward to forward
+
+// "9.0" of 90.
+std::string capability_text(int capability);
 
 // Multiply-adds per clock and SM of the step kernels and of matrix products.
 double math_rate(cuda::MathKind math, const DeviceInfo& device);

@@ -97,10 +97,6 @@ std::string rejection(const Plan& plan, const Plan* chosen, const FamilyChoice& 
 
 }  // namespace
 
-std::string capability_text(int capability) {
-  return std::to_string(capability / 10) + "." + std::to_string(capability % 10);
-}
-
 FamilyChoice parse_choice(const std::string& name) {
   if (name == "cheapest") return {std::nullopt, true};
   std::string known;

@@ -99,9 +99,6 @@ Plan make_plan(const Problem& problem, const DeviceInfo& device, const FamilyCho
 
 std::string to_string(const Plan& plan);
 
-// "9.0" of 90.
-std::string capability_text(int capability);
-
 // The arithmetic of a problem. TF32 needs code for sm_80; older code computes in fp32, whatever torch allows.
 inline cuda::MathKind math_of(const Problem& problem, const DeviceInfo& device) {
   return cuda::math_kind(problem.dtype, problem.allow_tf32 && device.compiled_for >= 80);

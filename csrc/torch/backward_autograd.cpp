@@ -3,7 +3,6 @@
 // differentiates them does fused_rnn::layer_double_backward (fused_rnn/_derivatives.py) run. Where the same pass
 // differentiates the layer too, as a gradient penalty beside a loss does, the node leaves half of the work to the layer's
 // (second_order.h).
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
@@ -94,13 +93,7 @@ class LayerBackwardNode final : public torch::autograd::Node {
     std::vector<int64_t> numbers = numbers_.list();
     const size_t first = numbers.size();
     for (size_t i = 0; i < num_outputs(); ++i) numbers.push_back(task_should_compute_output(i));
-    // The function itself where a transform of torch.func is at work: an op would run as a part of that transform, where
-    // torch lets nobody begin another one, as the derivative does.
-    const bool transformed = c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
-    constexpr c10::DispatchKeySet composite{c10::DispatchKey::AutogradCPU};  // the same function for every device
-    const std::vector<Tensor> made =
-        transformed ? op.redispatch(composite, grads, dy, dlast, x, states, params, rows, saved, numbers)
-                    : op.call(grads, dy, dlast, x, states, params, rows, saved, numbers);
+    const std::vector<Tensor> made = op.call(grads, dy, dlast, x, states, params, rows, saved, numbers);
     TORCH_INTERNAL_ASSERT(made.size() == result.size());
     for (size_t i = 0; i < result.size(); ++i) {
       if (numbers[first + i]) result[i] = made[i];

@@ -150,9 +150,7 @@ PyObject* rnn(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const pybind11::gil_scoped_release no_gil;
     if (!fused_rnn::only_transforms()) return op.call(input, states, weights, rows, recipe, dropout);
     // Each level of torch.func would take the op apart: this is what it consists of.
-    const fused_rnn::Rows given = fused_rnn::rows_of(rows, recipe);
-    auto made = fused_rnn::run_composite({input, states, weights, given, fused_rnn::recipe_of(recipe, dropout)});
-    return std::tuple(std::move(made.y), std::vector<Tensor>(made.last.begin(), made.last.end()));
+    return fused_rnn::rnn_op(input, states, weights, rows, recipe, dropout);
   }();
   PyObject* result = PyTuple_New(2);
   PyTuple_SET_ITEM(result, 0, THPVariable_Wrap(std::move(y)));
@@ -246,8 +244,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_formula_family", &fused_rnn::set_formula_family, pybind11::arg("formula"), pybind11::arg("dtype"),
         pybind11::arg("capability"), pybind11::arg("family"), pybind11::arg("state"), pybind11::arg("ranks") = 0,
         "Whether the formula's kernels of family single, cluster or grid serve: 0: not yet, 1: wherever they can, with so "
-        "many "
-        "blocks of a team, 2: as FUSED_RNN_PLAN says (csrc/torch/formula_device.h).");
+        "many blocks of a team, 2: as FUSED_RNN_PLAN says (csrc/torch/formula_device.h).");
   m.def("formula_plan_on_device", &fused_rnn::formula_plan_on_device, pybind11::arg("formula"), pybind11::arg("dtype"),
         pybind11::arg("device"), pybind11::arg("T"), pybind11::arg("B"), pybind11::arg("H"), pybind11::arg("D"),
         pybind11::arg("heads"), pybind11::arg("backward"), "Family, launches, tiles and memory of a layer, as a sentence.");

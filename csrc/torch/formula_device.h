@@ -29,7 +29,7 @@ const FormulaTraits* formula_traits_on_device(const std::string& formula, DType 
 void formula_forward_on_device(const std::string& formula, const cpu::FormulaForward& p, const at::Tensor& x,
                                const std::function<at::Tensor()>& input_products);
 void formula_backward_on_device(const std::string& formula, const cpu::FormulaBackward& p, const at::Tensor& x);
-// What the planner says of a layer on this device: family, launches, tiles, memory.
+// What the planner says of a layer on this device whose input has H columns: family, launches, tiles, memory.
 std::string formula_plan_on_device(const std::string& formula, int dtype, int device, int64_t T, int64_t B, int64_t H, int D,
                                    int heads, bool backward);
 

@@ -108,7 +108,7 @@ void run_formula_planned(const std::string& formula, const Params& p, const at::
   const FormulaStepProblem problem = problem_of(module->traits(), p);
   const cuda::FormulaLauncher launch = module->launcher(device, c10::cuda::getCurrentCUDAStream().stream());
   for (;;) {
-    const FormulaPlan plan = plan_of(*module, problem, device);  // a copy: calls inside of it may ask for others
+    const FormulaPlan& plan = plan_of(*module, problem, device);
     const auto bytes = x.options().dtype(at::kByte);
     const at::Tensor workspace =
         plan.persistent ? at::zeros({plan.workspace_bytes}, bytes) : at::empty({plan.workspace_bytes}, bytes);
@@ -216,7 +216,7 @@ std::string formula_plan_on_device(const std::string& formula, int dtype, int de
   const cuda::FormulaModule* const module = find(formula, static_cast<DType>(dtype), device);
   TORCH_CHECK_VALUE(module, "formula: expected one with kernels for device ", device, " in this process, got ", formula);
   FormulaStepProblem problem{&module->traits(), static_cast<DType>(dtype), T, B, H, D, heads, backward};
-  problem.I = backward ? 0 : 1;  // any number of columns
+  problem.I = backward ? 0 : H;
   return to_string(plan_of(*module, problem, device));
 }
 

@@ -7,6 +7,7 @@
 #include <unordered_map>
 
 #include "cpu/isa/kernels.h"
+#include "plan/formula_persistent.h"
 #include "torch/device.h"
 #include "torch/formula_ops.h"
 #include "torch/ids.h"
@@ -207,6 +208,9 @@ std::map<std::string, int64_t> formula_constants() {
           {"GRAD_PARAMS", kFormulaGradParams},
           {"MOST_STATES", cpu::kMostFormulaStates},
           {"MOST_PHASES", cpu::kMostFormulaPhases},
+          {"MOST_MEDIUM_SLOTS", kMostMediumSlots},
+          {"CLUSTER_CAPABILITY", kFormulaClusterCapability},
+          {"GRID_CAPABILITY", kFormulaGridCapability},
           {"product", static_cast<int64_t>(FormulaPhase::kProduct)},
           {"layer_norm", static_cast<int64_t>(FormulaPhase::kLayerNorm)},
           {"rms_norm", static_cast<int64_t>(FormulaPhase::kRmsNorm)}};

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fused_rnn.formula.cuda_build import PERSISTENT
 from fused_rnn.formula.ops import dtype_number
 from fused_rnn.formula.plan import Plan
 from fused_rnn.formula.writer import PHASE_KINDS, source_of_plan, struct_name
@@ -30,9 +31,8 @@ ROLES = (
     "grid_backward",
     "single_forward",
 )  # csrc/cuda/formula/formula_params.h's FormulaRole
-PERSISTENT = ("cluster", "grid")  # families with a kernel for forward and one for backward
 FAMILIES = ("step", "single", *PERSISTENT)
-_MOST_MEDIUM_SLOTS = 6  # csrc/core/formula.h's kMostMediumSlots
+MOST_MEDIUM_SLOTS = 6  # csrc/core/formula.h's kMostMediumSlots
 TILES = ("kSmall", "kMedium")  # csrc/plan/step_geometry.h's TileSize
 
 
@@ -81,7 +81,7 @@ def kernels_of(plan: Plan, families: Sequence[str] = FAMILIES) -> list[Kernel]:
     ]
     kernels += [Kernel(role, 0, 0) for role, name in enumerate(ROLES) if name.split("_")[0] in PERSISTENT]
     if not plan.cell.declaration.given_gates:
-        tiles = 1 + (len(plan.accumulators) <= _MOST_MEDIUM_SLOTS)
+        tiles = 1 + (len(plan.accumulators) <= MOST_MEDIUM_SLOTS)
         kernels += [Kernel(ROLES.index("single_forward"), 0, tile) for tile in range(tiles)]
     return [kernel for kernel in kernels if kernel.family in families]
 

@@ -18,6 +18,10 @@ from fused_rnn.formula.cuda_compiler import Nvcc, Nvrtc, find_compiler
 from fused_rnn.formula.language import Cell
 
 SUFFIX = ".kernels"
+# Families with a kernel for forward and one for backward, which make all steps in one launch.
+PERSISTENT = ("cluster", "grid")
+# csrc/plan/formula_persistent.h: from which compute capability on their teams have several blocks.
+CLUSTER_CAPABILITY, GRID_CAPABILITY = 90, 80
 _persistent: set[tuple[tuple[str, int, int], str]] = set()  # formula, dtype and capability; family that has been prepared
 _loaded: set[tuple[tuple[str, int, int], str]] = set()  # and of which the kernels are loaded
 FOLDERS = ("core", "plan", "cuda/device", "cuda/step", "cuda/formula", "cuda/formula/rtc")  # of headers
@@ -107,7 +111,7 @@ def prepare(formula: str, dtype: torch.dtype) -> None:
 def persistent_families() -> tuple[str, ...]:
     """Those that FUSED_RNN_PLAN lets serve. They have not run on a GPU yet and wait to be asked for."""
     setting = _settings.value("FUSED_RNN_PLAN")
-    return tuple(family for family in ("cluster", "grid") if setting in (family, "cheapest"))
+    return tuple(family for family in PERSISTENT if setting in (family, "cheapest"))
 
 
 def prepare_on(formula: str, dtype: torch.dtype, capability: int, device: torch.device) -> None:
@@ -175,7 +179,7 @@ def _prepare_steps(formula: str, dtype: torch.dtype, capability: int, device: to
     if extension.has_formula_on_device(*key):
         return
     for prepared in (_persistent, _loaded):
-        prepared.difference_update({(key, family) for family in ("cluster", "grid")})
+        prepared.difference_update({(key, family) for family in PERSISTENT})
     has_single = not cell.declaration.given_gates
 
     def use(kernels: Path, kept: bool) -> bool:
@@ -241,5 +245,5 @@ def _compare_persistent(key: Key, family: str, dtype: torch.dtype, device: torch
             if verify.plans(cell, key[0], dtype, device, family):
                 verify.check_kernels(cell, key[0], dtype, device, units=verify.UNITS_OF_TEAMS)
                 teams += ranks > 1
-        if teams == 0 and key[2] >= {"cluster": 90, "grid": 80}[family]:
+        if teams == 0 and key[2] >= {"cluster": CLUSTER_CAPABILITY, "grid": GRID_CAPABILITY}[family]:
             raise RuntimeError(f"{type(cell).__name__}: {device} runs no team of several blocks, which could be compared")

@@ -146,7 +146,8 @@ size_t FormulaModule::place_of(const FormulaLaunch& launch) const {
 
 FormulaLauncher FormulaModule::launcher(int device, void* stream) {
   ensure_context(device);
-  return [this, device, stream](const FormulaLaunch& launch, const void* arguments, size_t) {
+  const Functions& own = functions_of(device);  // of most launches
+  return [this, &own, device, stream](const FormulaLaunch& launch, const void* arguments, size_t) {
     FormulaModule* of = this;
     size_t place = of->place_of(launch);
     while (place == of->kernels_.size()) {
@@ -154,7 +155,7 @@ FormulaLauncher FormulaModule::launcher(int device, void* stream) {
       if (!of) throw std::logic_error("the formula has no such kernel");
       place = of->place_of(launch);
     }
-    const Functions& functions = of->functions_of(device);
+    const Functions& functions = of == this ? own : of->functions_of(device);
     LaunchAttribute attributes[3]{};
     LaunchConfig config{};
     config.attributes = attributes;
