@@ -239,8 +239,6 @@ def rules_in_python(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_cpp_and_python_part_backward_alike() -> None:
     """The rule in C++ leaves to the rule in Python what that makes in parts."""
-    from fused_rnn import _transforms
-
     source = (Path(__file__).parents[1] / "csrc" / "torch" / "ops_vmap.cpp").read_text()
     (shift,) = re.findall(r"kMostElements = int64_t\{1\} << (\d+);", source)
     assert _transforms._ELEMENTS == 1 << int(shift)
