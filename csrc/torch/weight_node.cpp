@@ -21,6 +21,7 @@ using torch::autograd::variable_list;
 // Rows are copied until there are so many. Then one product adds them to the sums: with 256 rows a product takes longer than
 // reading and writing the sums does.
 constexpr int64_t kRows = 256;
+constexpr int64_t kElementsOfCall = 16 * 1024;  // that can be copied in the time of calling a product
 
 // The sums of one backward pass, and rows that are not in them yet.
 class WeightSums {
@@ -30,7 +31,7 @@ class WeightSums {
   void add(const WeightGradientRows& rows) {
     const int64_t count = rows.x.size(0);
     if (used_ + count > kRows) add_waiting();
-    if (2 * count > kRows || count == 0) {
+    if (count == 0 || !gains_from_waiting(rows)) {
       add_to_sums(rows.x, rows.h, rows.d_gates);
       return;
     }
@@ -55,6 +56,14 @@ class WeightSums {
   }
 
  private:
+  // Whether copying rows is less memory traffic than a product of their own, which reads and writes the sums. Together
+  // kRows rows need one product: the share of these rows in it is theirs either way.
+  bool gains_from_waiting(const WeightGradientRows& rows) const {
+    const int64_t count = rows.x.size(0), inputs = rows.x.size(1) + H_, sums = gate_count(cell_) * H_ * inputs;
+    const int64_t copied = count * (inputs + rows.d_gates.size(1));
+    return 2 * count <= kRows && copied <= sums * (kRows - count) / kRows + kElementsOfCall;
+  }
+
   void add_waiting() {
     if (used_ == 0) return;
     add_to_sums(part(x_, 0, 0, used_), part(h_, 0, 0, used_), part(d_gates_, 0, 0, used_));

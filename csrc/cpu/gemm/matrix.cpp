@@ -52,14 +52,15 @@ void pack_transposed(const Kernels<A>& kernels, const Matrix<A>& m, int64_t firs
   A converted[kMaxVectorBytes / sizeof(A) * kDeep];
   for (int64_t p = first; p < last; ++p) {
     const int vectors = s.vectors_of(p);
-    const int64_t first_vector = s.columns_before(p) / s.width, step = int64_t{vectors} * s.width;
+    const int64_t first_vector = s.columns_before(p) / s.width, step = panel_columns(kernels, s, vectors);
     for (int64_t k = 0; k < s.depth; k += kDeep) {
       const int64_t deep = std::min(kDeep, s.depth - k);
       A* const panel = m.packed + s.columns_before(p) * s.depth + k * step;
       for (int v = 0; v < vectors; ++v) {
         const auto [gate, unit, lanes] = vector_of(s, first_vector + v);
         const void* const rows = stored_at(m.source.data, (gate * s.units + unit) * s.depth + k, element_size);
-        A* const to = panel + v * s.width;
+        const int64_t column = v * s.width;
+        A* const to = panel + column / step * step * s.depth + column % step;
         if (converts) {
           for (int lane = 0; lane < lanes; ++lane)
             load(stored_at(rows, lane * s.depth, element_size), converted + lane * kDeep, deep);
@@ -84,12 +85,14 @@ void pack_straight(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first,
   for (int64_t begin = 0; begin < s.depth; begin += kDeep) {
     const int64_t end = std::min(begin + kDeep, s.depth);
     for (int64_t p = first; p < last; ++p) {
-      const int64_t step = int64_t{s.vectors_of(p)} * s.width, start = s.columns_before(p);
-      const int64_t columns = std::min(step, s.units - start);
-      A* const panel = m.packed + start * s.depth;
-      for (int64_t k = begin; k < end; ++k) {
-        load(stored_at(m.source.data, k * s.units + start, element_size), panel + k * step, columns);
-        for (int64_t i = columns; i < step; ++i) panel[k * step + i] = 0;
+      const int64_t step = panel_columns(kernels, s, s.vectors_of(p)), panel_end = s.columns_before(p + 1);
+      for (int64_t start = s.columns_before(p); start < panel_end; start += step) {
+        const int64_t columns = std::clamp<int64_t>(s.units - start, 0, step);
+        A* const to = m.packed + start * s.depth;
+        for (int64_t k = begin; k < end; ++k) {
+          load(stored_at(m.source.data, k * s.units + start, element_size), to + k * step, columns);
+          for (int64_t i = columns; i < step; ++i) to[k * step + i] = 0;
+        }
       }
     }
   }
@@ -141,29 +144,12 @@ void pack_panels(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first, i
   }
 }
 
-// What a panel of a transposed matrix is packed from: `units` neighbouring rows of each gate.
-struct PanelSource {
-  int64_t unit, units, row_bytes;
-  int64_t bytes_of_gate() const { return units * row_bytes; }
-};
-template <class A>
-PanelSource source_of(const Matrix<A>& m, int64_t panel) {
-  const Shape& s = m.shape;
-  const int64_t unit = s.unit_vector(panel) * s.width;
-  const int64_t vectors = s.vectors_of(panel) / s.gates;
-  return {unit, std::min(vectors * s.width, s.units - unit), s.depth * dtype_size(m.source.storage)};
-}
-template <class A>
-const char* rows_of_gate(const Matrix<A>& m, const PanelSource& source, int gate) {
-  return static_cast<const char*>(m.source.data) + (gate * m.shape.units + source.unit) * source.row_bytes;
-}
-
 template <class A>
 uint64_t source_hash(const Kernels<A>& kernels, const Matrix<A>& m, int64_t panel) {
   const PanelSource source = source_of(m, panel);
   uint64_t hash = 0;
   for (int gate = 0; gate < m.shape.gates; ++gate)
-    hash = kernels.hash(hash_keys(), rows_of_gate(m, source, gate), source.bytes_of_gate(), hash);
+    hash = kernels.hash(hash_keys(), source.of_gate(gate), source.bytes_of_gate, hash);
   return hash;
 }
 
@@ -181,14 +167,14 @@ class CachedPanelPacker {
     Matrix<A> one = m_;
     one.infinite = &infinite;
     const PanelSource source = source_of(m_, panel);
-    const int64_t gate_bytes = source.bytes_of_gate(), bytes = m_.shape.gates * gate_bytes;
+    const int64_t gate_bytes = source.bytes_of_gate, bytes = m_.shape.gates * gate_bytes;
     if (!reserve(bytes)) {  // packed from the source itself, for this call alone
       pack_panels(kernels_, one, panel, panel + 1);
       cached.infinite = infinite.load();
       return;
     }
     for (int gate = 0; gate < m_.shape.gates; ++gate)
-      std::memcpy(copy_.get() + gate * gate_bytes, rows_of_gate(m_, source, gate), static_cast<size_t>(gate_bytes));
+      std::memcpy(copy_.get() + gate * gate_bytes, source.of_gate(gate), static_cast<size_t>(gate_bytes));
     const int64_t columns = m_.shape.columns_before(panel);
     one.shape = Shape(m_.shape.depth, source.units, m_.shape.gates, m_.shape.width);
     one.source.data = copy_.get();

@@ -23,6 +23,8 @@ struct Matrix {
   Parts parts;
   std::atomic<bool>* infinite = nullptr;  // Form::kParts: set where an element has no parts
   CachedMatrix* cached = nullptr;         // what owns `packed` or `tiles`; null: the workspace of the call
+  bool far = false;                       // `packed` or `tiles` come from beyond L2: products ask for panels ahead
+  bool packs_late = false;                // products pack each panel before they read it; pack_share leaves that to them
 
   int64_t packed_elements() const { return form == Form::kPacked ? shape.elements() : 0; }
   // Of one vector of columns, of the whole matrix, and of a block of 16 rows that it is multiplied with.
@@ -40,6 +42,29 @@ struct Matrix {
   int part_pairs() const { return form == Form::kParts || form == Form::kDirectParts ? pairs_of_parts(parts) : 0; }
 };
 
+// The columns of a packed panel that lie together for each k: all, or half of them.
+template <class A>
+int64_t panel_columns(const Kernels<A>& kernels, const Shape& shape, int vectors) {
+  return int64_t{kernels.halves && vectors == 4 ? 2 : vectors} * shape.width;
+}
+
+// What a panel of a transposed matrix is packed from: for each gate neighbouring rows of the source.
+struct PanelSource {
+  const char* rows;       // of the first gate
+  int64_t gate_stride;    // bytes from gate to gate
+  int64_t bytes_of_gate;  // that belong to the panel
+  int64_t units;
+  const char* of_gate(int gate) const { return rows + gate * gate_stride; }
+};
+template <class A>
+PanelSource source_of(const Matrix<A>& m, int64_t panel) {
+  const Shape& s = m.shape;
+  const int64_t row_bytes = s.depth * dtype_size(m.source.storage);
+  const int64_t unit = s.unit_vector(panel) * s.width, vectors = s.vectors_of(panel) / s.gates;
+  const int64_t units = std::min(vectors * s.width, s.units - unit);
+  return {static_cast<const char*>(m.source.data) + unit * row_bytes, s.units * row_bytes, units * row_bytes, units};
+}
+
 // Fills panels [first, last) of a packed matrix, or of one in parts, from its source. Of a cached matrix only the panels
 // whose source has changed.
 template <class A>
@@ -49,9 +74,6 @@ void pack(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first, int64_t 
 // value without parts (infinite, NaN, or rounded to infinity).
 template <class A>
 void multiply_infinite(const Kernels<A>& kernels, const Matrix<A>& m, const A* init, const A* row, int64_t panel, A* out);
-
-// Matrices of fewer bytes stay in L2 by themselves.
-constexpr int64_t kPrefetchBytes = 1280 * 1024;
 
 // n rows with some panels of a matrix: init[c] + sum_k rows[r][k] m[k][c]
 template <class A>

@@ -107,7 +107,7 @@ class PartsProduct {
   };
   Fetch fetch_after(int64_t panel) const {
     const auto [next, end] = product_.panels.after(panel, panel + 1);
-    if (next >= end || m_.tile_elements() * 2 <= kPrefetchBytes) return {};
+    if (next >= end || !m_.far) return {};
     return {m_.tiles_of(next), m_.shape.vectors_of(next) * m_.vector_elements() * 2};
   }
 

@@ -32,29 +32,41 @@ void multiply_tile(const Product<A>& product, const Tile<A>& tile, const Prefetc
   const int64_t columns = int64_t{call.vectors} * m.shape.width;
   if (m.form == Form::kPacked) {
     call.panels = m.packed + start * m.shape.depth;
-    call.k_stride = columns;
+    call.k_stride = panel_columns(kernels, m.shape, call.vectors);
+    call.half_stride = call.k_stride * m.shape.depth;
     call.panel_stride = columns * m.shape.depth;
     call.prefetch = prefetch;
   } else {
     call.panels = static_cast<const A*>(m.source.data) + start;
     call.k_stride = m.shape.units;
+    call.half_stride = 2 * m.shape.width;
     call.panel_stride = columns;
   }
   kernels.gemm(call);
 }
 
-// What the kernel fetches while row block `block` of `blocks` meets panels [p, end): the panels after them. With a single
-// block memory alone holds the product back, and the processor's own prefetching is faster than instructions (1.2 times for
-// one row, 1.1 times for two and for eight rows of a GRU with H=512).
+// What the kernel fetches while row block `block` of `blocks` meets panels [p, end): the panels after them, and what their
+// hash reads. With a single block memory alone holds the product back, and the processor's own prefetching is faster than
+// instructions (1.2 times for one row, 1.1 times for two and for eight rows of a GRU with H=512).
 template <class A>
 Prefetch prefetch_after(const Product<A>& product, int64_t p, int64_t end, int64_t blocks, int64_t block) {
   const Matrix<A>& m = product.matrix;
-  const bool far = m.packed_elements() * static_cast<int64_t>(sizeof(A)) >= kPrefetchBytes;
   const auto [next, next_end] = product.panels.after(p, end);
-  if (blocks == 1 || next >= next_end || !far) return {};
-  const int64_t start = m.shape.columns_before(next);
-  const int64_t bytes = (m.shape.columns_before(next_end) - start) * m.shape.depth * static_cast<int64_t>(sizeof(A));
-  return prefetch_share(m.packed + start * m.shape.depth, bytes, blocks, block, m.shape.depth);
+  if (blocks == 1 || next >= next_end || !m.far) return {};
+  // The blocks are shared out to the ranges of memory, the panel's own first.
+  const int64_t ranges = m.packs_late ? std::min<int64_t>(1 + m.shape.gates, blocks) : 1;
+  int64_t range = ranges - 1;
+  while (share_begin(blocks, ranges, range) > block) --range;
+  const Range own = share_of(blocks, ranges, range);
+  const auto share = [&](const void* from, int64_t bytes) {
+    return prefetch_share(from, bytes, own.size(), block - own.first, m.shape.depth);
+  };
+  if (range > 0) {
+    const PanelSource source = source_of(m, next);
+    return share(source.of_gate(static_cast<int>(range - 1)), source.bytes_of_gate);
+  }
+  const int64_t start = m.shape.columns_before(next), columns = m.shape.columns_before(next_end) - start;
+  return share(m.packed + start * m.shape.depth, columns * m.shape.depth * static_cast<int64_t>(sizeof(A)));
 }
 
 // The tiles of a product with a direct or packed matrix: groups of at most `most` panels, block by block of rows. `place`
@@ -66,6 +78,7 @@ void for_vector_tiles(const Product<A>& product, int most, const Place& place, c
   for_panel_groups(product.matrix.shape, product.panels, group, [&](int64_t p, int64_t end, int vectors) {
     const int64_t blocks = ceil_div(product.n, max_rows[vectors]);
     int64_t block = 0;
+    if (product.matrix.packs_late) pack(product.kernels, product.matrix, p, end);
     for_row_blocks(product.n, max_rows[vectors], [&](int64_t row, int rows) {
       Tile<A> tile{row, rows, p, end, nullptr, 0};
       place(tile);

@@ -15,6 +15,7 @@ Kernels<typename V::Scalar> make_kernels() {
   table.width = V::kWidth;
   for (int v = 0; v <= kMaxTileVectors; ++v) table.max_rows[v] = V::kMaxRows[v];
   for (int n = 0; n <= 2; ++n) table.max_panels[n] = V::kMaxPanels[n];
+  table.halves = V::kHalves;
   table.gemm = gemm<V>;
   table.hash = content_hash<V>;
   table.flags = random_flags<V>;

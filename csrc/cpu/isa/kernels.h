@@ -37,8 +37,9 @@ struct GemmCall {
   int n_rows;            // at most Kernels::max_rows[vectors]
   int n_panels;          // at most Kernels::max_panels_of(n_rows)
   int vectors;           // of every panel here
-  const A* panels;       // [n_panels][K][vectors][W], or columns of a row-major matrix
+  const A* panels;       // [n_panels][K][vectors][W] or by halves, or columns of a row-major matrix
   int64_t k_stride;      // from k to k + 1
+  int64_t half_stride;   // from the first two vectors of a panel of four to the other two, where Kernels::halves
   int64_t panel_stride;  // from panel to panel
   const A* init;         // [n_panels][vectors][W] or null (zeros)
   A* out;                // [n_rows][n_panels][vectors][W]
@@ -193,6 +194,7 @@ struct Kernels {
   int width;                          // W
   int max_rows[kMaxTileVectors + 1];  // rows of a tile by vectors of its panel
   int max_panels[3];                  // of one gemm call, by its rows, where there are one or two
+  bool halves;                        // a packed panel of four vectors is [2][K][2][W]: tiles take two at a time
   void (*gemm)(const GemmCall<A>&);
   void (*direct[kStorages])(const DirectCall<A>&);
   void (*forward[kCellCount][kStorages])(const ForwardCall<A>&);

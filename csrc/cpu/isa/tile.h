@@ -29,7 +29,12 @@ void gemm_tile(const GemmCall<typename V::Scalar>& call) {
   const A* rows[kRows];
   for (int r = 0; r < kRows; ++r) rows[r] = call.rows[r];
   const A* panel = call.panels;
-  const int64_t stride = call.panel_stride, k_stride = call.k_stride;
+  const int64_t stride = call.panel_stride, k_stride = call.k_stride, half_stride = call.half_stride;
+  // Where vector v of panel p begins, from `panel` on.
+  const auto place_of = [&](int p, int v) {
+    const bool second_half = V::kHalves && kVectors == 4 && v >= 2;
+    return p * stride + (second_half ? half_stride + (v - 2) * kWidth : v * kWidth);
+  };
   // The lines of 8 or 16 k are asked for at once. A test in every round of the inner loop would be a tenth of the
   // instructions of a small tile; dozens of requests in a row fill the queue of lines on their way (LSTM 64x8x1024x1024,
   // with 128 bytes for each k: 1.05 times as fast with the lines of 8 k at once as with those of 16).
@@ -44,7 +49,7 @@ void gemm_tile(const GemmCall<typename V::Scalar>& call) {
       if constexpr (kRows > kPanels * kVectors) {
         V w[kPanels][kVectors];
         for (int p = 0; p < kPanels; ++p) {
-          for (int v = 0; v < kVectors; ++v) w[p][v] = V::load_pinned(panel + p * stride + v * kWidth);
+          for (int v = 0; v < kVectors; ++v) w[p][v] = V::load_pinned(panel + place_of(p, v));
         }
         for (int r = 0; r < kRows; ++r) {
           const V a = V::broadcast(rows[r] + k);
@@ -57,7 +62,7 @@ void gemm_tile(const GemmCall<typename V::Scalar>& call) {
         for (int r = 0; r < kRows; ++r) a[r] = V::broadcast(rows[r] + k);
         for (int p = 0; p < kPanels; ++p) {
           for (int v = 0; v < kVectors; ++v) {
-            const V w = V::load_pinned(panel + p * stride + v * kWidth);
+            const V w = V::load_pinned(panel + place_of(p, v));
             for (int r = 0; r < kRows; ++r) sum[p][r][v] = multiply_add(a[r], w, sum[p][r][v]);
           }
         }
@@ -77,7 +82,7 @@ void gemm_halves(const GemmCall<typename V::Scalar>& call) {
   GemmCall<typename V::Scalar> half = call;
   half.vectors = 2;
   gemm_tile<V, kRows, 2, 1>(half);
-  half.panels += 2 * V::kWidth;
+  half.panels += call.half_stride;
   half.out += 2 * V::kWidth;
   if (half.init) half.init += 2 * V::kWidth;
   half.prefetch = {};
@@ -86,7 +91,7 @@ void gemm_halves(const GemmCall<typename V::Scalar>& call) {
 // kRows rows with one panel.
 template <class V, int kRows, int kVectors>
 void gemm_rows(const GemmCall<typename V::Scalar>& call) {
-  if constexpr (kVectors == 4 && kRows * kVectors > V::kMostSums) {
+  if constexpr (V::kHalves && kVectors == 4 && kRows * kVectors > V::kMostSums) {
     gemm_halves<V, kRows>(call);
   } else {
     gemm_tile<V, kRows, kVectors, 1>(call);

@@ -58,6 +58,7 @@ struct VecF : simd::VectorBase {
   using Hash = VectorHash;
   static constexpr int kWidth = 8;
   static constexpr int kMostSums = 12;  // of a tile in registers: they leave 4 of 16
+  static constexpr bool kHalves = true;
   static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 6, 4, 6};
   static constexpr int kMaxPanels[3] = {0, 2, 1};
   static constexpr int kDirectRows = 3;
@@ -147,6 +148,7 @@ struct VecD : simd::VectorBase {
   using Hash = VectorHash;
   static constexpr int kWidth = 4;
   static constexpr int kMostSums = 12;
+  static constexpr bool kHalves = true;
   static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 6, 4, 6};
   static constexpr int kMaxPanels[3] = {0, 2, 1};
   static constexpr int kDirectRows = 3;

@@ -48,6 +48,7 @@ struct VecF : simd::VectorBase {
   using Hash = VectorHash;
   static constexpr int kWidth = 16;
   static constexpr int kMostSums = 24;
+  static constexpr bool kHalves = false;
   static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 8, 8, 6};
   static constexpr int kMaxPanels[3] = {0, 4, 2};
   static constexpr int kDirectRows = 4;
@@ -145,6 +146,7 @@ struct VecD : simd::VectorBase {
   using Hash = VectorHash;
   static constexpr int kWidth = 8;
   static constexpr int kMostSums = 24;
+  static constexpr bool kHalves = false;
   static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 8, 8, 6};
   static constexpr int kMaxPanels[3] = {0, 4, 2};
   static constexpr int kDirectRows = 4;

@@ -32,6 +32,7 @@ struct Vec : simd::VectorBase {
   using Bits = typename N::Bits;
   static constexpr int kWidth = 16 / sizeof(A);
   static constexpr int kMostSums = 12;  // of x86; other processors have more registers
+  static constexpr bool kHalves = true;
   static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 6, 4, 3};
   static constexpr int kMaxPanels[3] = {0, 2, 1};
   static constexpr int kDirectRows = 2;

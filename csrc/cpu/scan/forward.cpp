@@ -53,6 +53,7 @@ class ForwardScan final : public Scan<A> {
   void project(Worker& w, int64_t begin, int64_t end) const;
   void load_columns(Worker& w, int64_t begin, int64_t end) const;
   int64_t gather(Worker& w, int64_t t) const;
+  void read_given_states(ForwardRow<A>& out, int64_t state) const;
   int64_t step(Worker& w, int64_t step, int64_t first_xg) const;
   void project_output(Worker& w, int64_t step, int64_t active) const;
   void zero_inactive(const Worker& w, int64_t row) const;
@@ -69,6 +70,7 @@ class ForwardScan final : public Scan<A> {
   const SavedRows saved_;
   const int c_storage_;  // of c0 and c_n
   const int64_t c_size_;
+  const bool reads_given_states_;  // a single step of all rows reads h0 and c0 where they lie
   int64_t chunk_steps_;
   int64_t max_columns_;  // of the panels of a thread
   CachedLayerWeights<A> cache_;
@@ -97,7 +99,9 @@ ForwardScan<A>::ForwardScan(const ForwardParams& p, const Kernels<A>& kernels, i
       end_(part.again ? part.end : p.seq.T),
       saved_(part.again ? part.saved : SavedRows{p.seq.N, {0, 0}}),
       c_storage_(p.wide_c ? storage_index(DType::kFloat32) : storage_),
-      c_size_(p.wide_c ? dtype_size(DType::kFloat32) : size_) {
+      c_size_(p.wide_c ? dtype_size(DType::kFloat32) : size_),
+      reads_given_states_(p.seq.T == 1 && !p.seq.lengths && !p.seq.offsets && !part.again && size_ == sizeof(A) &&
+                          c_size_ == sizeof(A) && p.P == p_padded_ && p.H == h_padded_) {
   const Shape &x = plan_.x.shape, &h = plan_.h.shape;
   const int split = plan_.threads.split;
   max_columns_ = ceil_div(h.panels, split) * h.vectors * h.width;
@@ -105,7 +109,7 @@ ForwardScan<A>::ForwardScan(const ForwardParams& p, const Kernels<A>& kernels, i
   const int64_t weight_bytes = x.elements() / split * plan_.x.element_size();
   chunk_steps_ = steps_of_chunk(step_bytes, weight_bytes, p.seq.T);
   this->parts_room_.include(plan_.x, chunk_rows());
-  if (!p.training || p.seq.T == 1 || part.again) cache_.lease(plan_, p.weights, D_);
+  if (!p.training || p.seq.T == 1 || part.again) cache_.lease(plan_, p.weights, D_, p.seq.T == 1);
 }
 
 template <class A>
@@ -161,17 +165,20 @@ void ForwardScan<A>::pack_share(int share, int shares) const {
 // The rank's share of the rows gets its initial state.
 template <class A>
 void ForwardScan<A>::start(Worker& w) const {
+  if (reads_given_states_) return;
   const auto [begin, end] = this->rows_of(w);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t state = w.d * seq_.B + w.team->rows[i].b;
-    for (A* h : w.h) std::fill_n(h + i * p_padded_, p_padded_, A(0));
-    std::fill_n(w.c + i * h_padded_, h_padded_, A(0));
+    A *const h = w.h[0] + i * p_padded_, *const c = w.c + i * h_padded_;
+    std::fill(h + (p_.h0 ? p_.P : 0), h + p_padded_, A(0));
+    std::fill_n(w.h[1] + i * p_padded_ + p_.P, p_padded_ - p_.P, A(0));
+    std::fill(c + (p_.c0 ? p_.H : 0), c + h_padded_, A(0));
     if (first_ > 0 && steps_done(seq_.T, w.team->rows[i].length, w.d, first_) > 0) {
       start_again(w, i);
       continue;
     }
-    if (p_.h0) kernels_.load[storage_](stored_at(p_.h0, state * p_.P, size_), w.h[0] + i * p_padded_, p_.P);
-    if (p_.c0) kernels_.load[c_storage_](stored_at(p_.c0, state * p_.H, c_size_), w.c + i * h_padded_, p_.H);
+    if (p_.h0) kernels_.load[storage_](stored_at(p_.h0, state * p_.P, size_), h, p_.P);
+    if (p_.c0) kernels_.load[c_storage_](stored_at(p_.c0, state * p_.H, c_size_), c, p_.H);
   }
 }
 
@@ -291,6 +298,12 @@ void ForwardScan<A>::set_primal(Worker& w, int64_t i, int64_t t, int64_t active)
   if (p.source_y) w.store_rows[active].add_stored = stored_at(p.source_y, place * p_.P, size_);
 }
 
+template <class A>
+void ForwardScan<A>::read_given_states(ForwardRow<A>& out, int64_t state) const {
+  out.h_prev = p_.h0 ? static_cast<const A*>(p_.h0) + state * p_.P : zeros_;
+  out.c_prev = p_.c0 ? static_cast<const A*>(p_.c0) + state * p_.H : zeros_;
+}
+
 // The active rows of step t: their places in w.rows and w.store_rows, their h in w.pointers. Returns their number.
 template <class A>
 int64_t ForwardScan<A>::gather(Worker& w, int64_t t) const {
@@ -312,6 +325,7 @@ int64_t ForwardScan<A>::gather(Worker& w, int64_t t) const {
     } else {
       out.h_prev = w.h[copy] + i * p_padded_;
       out.c_prev = w.c + i * h_padded_;
+      if (reads_given_states_) read_given_states(out, w.d * seq_.B + team_row.b);
     }
     out.h = projects_ ? w.u + i * h_padded_ : h;
     out.c = w.c + i * h_padded_;
@@ -382,7 +396,8 @@ void ForwardScan<A>::finish(Worker& w) const {
   for (int64_t i = begin; i < end; ++i) {
     const TeamRow& row = w.team->rows[i];
     const int64_t state = w.d * seq_.B + row.b;
-    kernels_.save[storage_](w.h[row.length & 1] + i * p_padded_, stored_at(p_.h_n, state * p_.P, size_), p_.P);
+    if (p_.h_n != p_.y || seq_.lengths)  // a single step of all rows has one result
+      kernels_.save[storage_](w.h[row.length & 1] + i * p_padded_, stored_at(p_.h_n, state * p_.P, size_), p_.P);
     if (p_.c_n) kernels_.save[c_storage_](w.c + i * h_padded_, stored_at(p_.c_n, state * p_.H, c_size_), p_.H);
   }
 }

@@ -15,9 +15,9 @@ int recurrent_slot_of(CellKind cell, int gate) {
 template <class A>
 void LayerWeights<A>::pack_share(const Kernels<A>& kernels, const LayerSource& source, int share, int shares) const {
   const Range panels = share_of(h.shape.panels, shares, share), r_panels = share_of(r.shape.panels, shares, share);
-  pack(kernels, x, panels.first, panels.last);
-  pack(kernels, h, panels.first, panels.last);
-  pack(kernels, r, r_panels.first, r_panels.last);
+  if (!x.packs_late) pack(kernels, x, panels.first, panels.last);
+  if (!h.packs_late) pack(kernels, h, panels.first, panels.last);
+  if (!r.packs_late) pack(kernels, r, r_panels.first, r_panels.last);
   const int width = h.shape.width;
   pack_biases(kernels, source, {h.shape.columns_before(panels.first) / width, h.shape.columns_before(panels.last) / width});
 }
@@ -48,7 +48,9 @@ void LayerWeights<A>::pack_biases(const Kernels<A>& kernels, const LayerSource& 
 }
 
 template <class A>
-void CachedLayerWeights<A>::lease(const ScanPlan<A>& plan, const Weights* weights, int directions) {
+void CachedLayerWeights<A>::lease(const ScanPlan<A>& plan, const Weights* weights, int directions, bool one_step) {
+  // Then one thread alone reads a panel, once, and its hash can wait until what it reads has come into L2.
+  packs_late_ = one_step && plan.threads.batch_teams == 1;
   const Matrix<A>* const matrices[] = {&plan.x, &plan.h, &plan.r};
   for (int d = 0; d < directions; ++d) {
     const WeightMatrix sources[] = {weights[d].w_ih, weights[d].w_hh, weights[d].w_hr};
@@ -70,6 +72,7 @@ LayerWeights<A> CachedLayerWeights<A>::layout(Arena& arena, const ScanPlan<A>& p
     m->source = sources[i];
     m->infinite = &infinite_[d][i];
     m->cached = leases_[d][i].matrix();
+    m->packs_late = packs_late_ && m->cached && m->form == Form::kPacked;
     if (m->cached) {
       m->packed = static_cast<A*>(m->cached->aligned);
       m->tiles = static_cast<uint16_t*>(m->cached->aligned);

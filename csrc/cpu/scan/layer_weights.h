@@ -32,13 +32,14 @@ struct LayerWeights {
 template <class A>
 class CachedLayerWeights {
  public:
-  // Before the workspace is laid out, which has room for what is not cached.
-  void lease(const ScanPlan<A>& plan, const Weights* weights, int directions);
+  // Before the workspace is laid out, which has room for what is not cached. one_step: each product is made once.
+  void lease(const ScanPlan<A>& plan, const Weights* weights, int directions, bool one_step);
   LayerWeights<A> layout(Arena& arena, const ScanPlan<A>& plan, const Weights& weights, int d);
 
  private:
   static constexpr int kMatrices = 3;  // x, h, r
   CacheLease leases_[2][kMatrices];
+  bool packs_late_ = false;
   std::atomic<bool> infinite_[2][kMatrices] = {};  // Matrix::infinite
 };
 

@@ -23,6 +23,9 @@ Teams::Teams(const ThreadPlan& plan, const Sequence& seq, int D) : teams(new Tea
 
 namespace {
 
+// Matrices of fewer bytes stay in L2 by themselves.
+constexpr int64_t kNearBytes = 1280 * 1024;
+
 template <class A>
 class Planner {
  public:
@@ -39,6 +42,7 @@ class Planner {
       plan.h = matrix(Shape(p_.P, p_.H, gates, width), p_.B, /*rounded_rows=*/true);
       plan.r = matrix(p_.projects ? Shape(p_.H, p_.P, 1, width) : Shape(), p_.B, /*rounded_rows=*/false);
     }
+    set_far(plan);
     plan.threads = thread_plan(plan, max_threads, /*heads=*/1, /*barriers=*/p_.projects ? 2 : 1);
     return plan;
   }
@@ -55,6 +59,7 @@ class Planner {
       plan.h = matrix(recurs ? Shape(units, columns, 1, kernels_.width) : Shape(), p_.B, /*rounded_rows=*/true);
       plan.r = matrix(problem.products ? Shape(p_.H, p_.H, 1, kernels_.width) : Shape(), p_.B, /*rounded_rows=*/false);
     }
+    set_far(plan);
     plan.threads = thread_plan(plan, max_threads, problem.heads, /*barriers=*/2 + 2 * problem.phases);
     return plan;
   }
@@ -80,6 +85,17 @@ class Planner {
     in.vector_bytes = kernels_.width * static_cast<int>(sizeof(A));
     m.form = choose_form(in);
     return m;
+  }
+
+  // A scan reads a matrix at every step. A single step reads each once, after the hash of what it was packed from, or after
+  // the packing: whether it is in L2 then depends on all bytes that are read between two calls.
+  void set_far(ScanPlan<A>& plan) const {
+    Matrix<A>* const matrices[] = {&plan.x, &plan.h, &plan.r};
+    int64_t of_call = 0;
+    for (const Matrix<A>* m : matrices) {
+      if (m->bytes() > 0) of_call += m->bytes() + m->shape.depth * m->shape.units * m->shape.gates * dtype_size(p_.weights);
+    }
+    for (Matrix<A>* m : matrices) m->far = (p_.T == 1 ? of_call : m->bytes()) >= kNearBytes;
   }
 
   // Such a matrix can be used as it lies where its rows are whole vectors of the arithmetic type.
