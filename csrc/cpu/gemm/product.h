@@ -53,20 +53,20 @@ Prefetch prefetch_after(const Product<A>& product, int64_t p, int64_t end, int64
   const Matrix<A>& m = product.matrix;
   const auto [next, next_end] = product.panels.after(p, end);
   if (blocks == 1 || next >= next_end || !m.far) return {};
-  // The blocks are shared out to the ranges of memory, the panel's own first.
-  const int64_t ranges = m.packs_late ? std::min<int64_t>(1 + m.shape.gates, blocks) : 1;
-  int64_t range = ranges - 1;
-  while (share_begin(blocks, ranges, range) > block) --range;
-  const Range own = share_of(blocks, ranges, range);
-  const auto share = [&](const void* from, int64_t bytes) {
-    return prefetch_share(from, bytes, own.size(), block - own.first, m.shape.depth);
-  };
-  if (range > 0) {
-    const PanelSource source = source_of(m, next);
-    return share(source.of_gate(static_cast<int>(range - 1)), source.bytes_of_gate);
-  }
   const int64_t start = m.shape.columns_before(next), columns = m.shape.columns_before(next_end) - start;
-  return share(m.packed + start * m.shape.depth, columns * m.shape.depth * static_cast<int64_t>(sizeof(A)));
+  const char* from = reinterpret_cast<const char*>(m.packed + start * m.shape.depth);
+  int64_t bytes = columns * m.shape.depth * static_cast<int64_t>(sizeof(A));
+  if (!m.packs_late) return prefetch_share(from, bytes, blocks, block, m.shape.depth);
+  // One range of memory after the other, each for its share of the blocks.
+  const PanelSource source = source_of(m, next);
+  const int64_t all = bytes + m.shape.gates * source.bytes_of_gate, share = all / blocks;
+  int64_t skip = share * block;
+  for (int gate = 0; skip >= bytes && gate < m.shape.gates; ++gate) {
+    skip -= bytes;
+    from = source.of_gate(gate);
+    bytes = source.bytes_of_gate;
+  }
+  return {from + skip, std::min(share, bytes - skip) / m.shape.depth};
 }
 
 // The tiles of a product with a direct or packed matrix: groups of at most `most` panels, block by block of rows. `place`
