@@ -236,6 +236,25 @@ def test_a_training_loop_of_a_cell_packs_once(kind: str, instruction_set: str) -
     assert torch.equal(result, run(copy.deepcopy(module)))
 
 
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_one_step_on_one_and_two_threads(kind: str, instruction_set: str) -> None:
+    """A single step packs, or checks, each panel right before its product; threads that share the rows do so before."""
+    torch.manual_seed(next(SEEDS))
+    module = getattr(fused_rnn, kind)(200, 264).eval()
+    x = torch.randn(70, 200)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 1):
+            torch.set_num_threads(count)
+            module.weight_hh.data[count, -1] += 1
+            result, _, packed = counted(lambda: infer(module, x))
+            if instruction_set != "amx":  # whose products read up to 64 of the rows with weights as they lie
+                assert packed > 0
+            torch.testing.assert_close(result, infer(copy.deepcopy(module), x), rtol=0, atol=0)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_several_python_threads() -> None:
     """Calls at the same time each have their own; weights change between them."""
     modules = [layer()[0] for _ in range(3)]
