@@ -45,7 +45,7 @@ def extension(torch, cuda):
         "fused_rnn._C",
         # ninja starts them in this order: the persistent kernels take longest.
         sources("csrc/cuda/persistent/*.cu", "csrc/cuda/block/*.cu")
-        + sources("csrc/cuda/*.cu", "csrc/cuda/step/*.cu", "csrc/torch/*_cuda.cpp")
+        + sources("csrc/cuda/*.cu", "csrc/cuda/step/*.cu", "csrc/cuda/gemm/*.cu", "csrc/torch/*_cuda.cpp")
         + files,
         include_dirs=include_dirs,
         define_macros=[("FUSED_RNN_WITH_CUDA", None)],

@@ -103,7 +103,8 @@ def reason(able: list[Expected], unable: dict[str, str]) -> str:
         kept = "registers and shared memory" if held[-1].weight_bytes_in_smem else "registers"
         texts.append(f"weights in the {kept} of {groups} x {blocks} block{'s' * (groups * blocks > 1)}")
     elif held:
-        texts.append(f"a launch of {held[-1].blocks} blocks a step")
+        product = "a product by cuBLAS and " * (first.family == "gemm")
+        texts.append(f"{product}a launch of {held[-1].blocks} blocks a step")
     texts += [f"{one.family} {one.us:.0f}" for one in others]
     texts += [f"no {family}: {why}" for family, why in unable.items() if family != "single"]
     return "; ".join(texts)

@@ -189,7 +189,7 @@ run_1() {
   local builder=$! family
   trap "kill -- -$builder 2>/dev/null" EXIT
   stage pdl 20 bash -c 'first pdl'
-  for family in single step block cluster grid; do
+  for family in single step block cluster grid gemm; do
     if [ -n "$rehearsal" ]; then # on the simulated device
       stage "check-$family" 300 "$python" -m pytest -q -p no:cacheprovider tests/simt/test_torch_free.py -k "$family"
     else

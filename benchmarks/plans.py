@@ -20,7 +20,7 @@ from fused_rnn._explain import DEVICES
 from fused_rnn.bench.cases import CELLS, DTYPES, GPU_SIZES
 from fused_rnn.bench.sides import forced_plan
 
-FAMILIES = ("block", "cluster", "grid", "step")
+FAMILIES = ("block", "cluster", "grid", "step", "gemm")
 
 
 def planned(cell: str, dtype: str, batch: int, hidden: int, device: str, family: str) -> tuple[str, float | None]:
@@ -35,7 +35,7 @@ def planned(cell: str, dtype: str, batch: int, hidden: int, device: str, family:
     plans = [plan for plan in (layer.forward, layer.backward) if plan is not None]
     us = " / ".join(f"{plan.us_per_step:.2f}" for plan in plans)
     total = sum(plan.us or 0.0 for plan in plans)
-    if family == "step":
+    if family in ("step", "gemm"):
         return us, total
     held = [plan.kernels[-1] for plan in plans]
     blocks = " / ".join(f"{kernel.grid[0]}x{kernel.grid[1]}" for kernel in held)

@@ -38,7 +38,7 @@ def pass_on_cuda(plan: Mapping[str, Any], sizes: Mapping[str, int], backward: bo
         candidates=tuple(Candidate(name, one["us"], one["us_per_step"]) for name, one in plan["candidates"].items()),
         cheapest=plan["cheapest"],
         kernels=kernels,
-        launches=sum(kernel.launches for kernel in kernels) if kernels else None,
+        launches=sum(kernel.launches for kernel in kernels) + sizes["T"] * plan["products"] if kernels else None,
         overlapped_launches=plan["overlapped_launches"],
         workspace_bytes=plan["workspace_bytes"],
         us=plan["us"],

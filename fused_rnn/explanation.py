@@ -20,7 +20,7 @@ __all__ = ["Candidate", "Explanation", "Kernel", "LayerPlan", "Overlap", "PassPl
 class Rejection:
     """A backend or a kernel family that does not serve the call."""
 
-    name: str  # "cuda", "cpu"; "single", "step", "grid", "cluster", "block", "cudnn"
+    name: str  # "cuda", "cpu"; "single", "step", "grid", "cluster", "block", "gemm", "cudnn"
     reason: str  # a clause
 
 
@@ -72,7 +72,7 @@ class Shares:
 class PassPlan:
     """How forward or backward of one layer, all its directions, is carried out."""
 
-    family: str | None = None  # CUDA: "single", "step", "grid", "cluster", "block" or "cudnn"
+    family: str | None = None  # CUDA: "single", "step", "grid", "cluster", "block", "gemm" or "cudnn"
     reason: str | None = None  # CUDA: why this family
     rejected: tuple[Rejection, ...] = ()  # CUDA: every other family
     candidates: tuple[Candidate, ...] = ()  # CUDA: the families that could serve it

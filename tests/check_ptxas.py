@@ -34,7 +34,7 @@ ROLES = ("forward", "forward_input", "project", "backward", "state_grad", "forwa
 KINDS = runpy.run_path(str(ROOT / "fused_rnn" / "_kinds.py"))["KINDS"]
 CELLS = tuple("rnn" if kind.name == "rnn_tanh" else kind.name for kind in KINDS)
 MATHS = ("fp64", "fp32", "tf32", "fp16", "bf16")
-TILES = ("small", "medium", "large")
+TILES = ("small", "medium", "large", "pointwise")
 Table = dict[str, dict[str, tuple[int, ...]]]  # kernel -> architecture -> registers, barriers, static smem, stack, spills
 
 
@@ -60,6 +60,8 @@ def kernel_name(mangled: str) -> str:
     for name in ("zero_fill", "write_integers", "write_flags", "query"):
         if f"{name}_kernel" in mangled:
             return name
+    if found := re.search(r"first_states_kernel.*?MathKindE(\d)", mangled):
+        return f"first_states any {MATHS[int(found[1])]} pointwise"
     if found := re.search(r"previous_rows_kernelILi(\d+)E", mangled):
         return f"previous_rows {found[1]} bytes"
     found = re.search(r"KernelRoleE(\d).*?CellKindE(\d).*?MathKindE(\d).*?TileSizeE(\d)", mangled)

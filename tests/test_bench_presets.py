@@ -74,7 +74,7 @@ def test_plans_of_the_first_cases(first_plans: Any, gpu: str) -> None:
     for case in PRESETS["first"].cases():
         able, unable = first_plans.expected(case, gpu)
         us = {one.family: one.us for one in able}
-        assert {*us, *unable} == {"single", "step", "grid", "cluster", "block", "cudnn"}
+        assert {*us, *unable} == {"single", "step", "grid", "cluster", "block", "gemm", "cudnn"}
         assert us[able[0].family] <= us["cudnn"] and ("cluster" in unable) >= (gpu in ("A100", "RTX 4090"))
         families.add(able[0].family)
         cells = [cell.strip() for cell in first_plans.row(case, gpu).strip("| ").split(" | ")]

@@ -19,7 +19,7 @@ from fused_rnn._explain import DEVICES
 from fused_rnn.explanation import Explanation, PassPlan, Rejection
 
 needs_extension = pytest.mark.skipif(not _backend.has_cpu_kernels(), reason="needs the compiled extension")
-FAMILIES = {"single", "step", "grid", "cluster", "block"}
+FAMILIES = {"single", "step", "grid", "cluster", "block", "gemm"}
 
 
 def explain(module: torch.nn.Module, input: Any, **kwargs: Any) -> Explanation:

@@ -20,7 +20,7 @@ from fused_rnn._explain import DEVICES
 
 C = pytest.importorskip("fused_rnn._C", reason="the extension is not built")
 pytestmark = pytest.mark.gpu
-FAMILIES = ("step", "grid", "cluster", "block")
+FAMILIES = ("step", "grid", "cluster", "block", "gemm")
 CELLS = ("RNN_TANH", "GRU", "LSTM")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -65,6 +65,9 @@ def kernels(plan: dict[str, Any]) -> list[tuple[Any, ...]]:
     if held := plan.get("persistent"):
         units = 0 if plan["family"] == "block" else held["units"]
         return [(held["math"], units, held["row_tiles"] > 1, held["weight_bytes_in_smem"] > 0, held["launches"] > 1)]
+    if plan["products"]:  # cuBLAS takes kernels by sizes and by how rows are aligned
+        sizes = [(k["grid"][0] > 1, min(k["grid"][1] // 4, 2)) for k in plan["kernels"]]
+        return [(k["name"], k["math"], *size) for k, size in zip(plan["kernels"], sizes, strict=True)]
     return [(k["name"], k["math"], k["tile"]) for k in plan["kernels"]]
 
 

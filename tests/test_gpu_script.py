@@ -72,7 +72,7 @@ def stages(lines: list[str]) -> list[str]:
     return [found[1] for line in lines if (found := re.match(r"\[\d+ s\] (\S+): ok, \d+ s$", line))]
 
 
-FAMILY_CHECKS = [f"check-{family}" for family in ("single", "step", "block", "cluster", "grid")]
+FAMILY_CHECKS = [f"check-{family}" for family in ("single", "step", "block", "cluster", "grid", "gemm")]
 LARGE_CHECKS = [f"check-{family}-large" for family in ("cluster", "grid", "step")]
 
 

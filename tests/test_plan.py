@@ -76,13 +76,14 @@ def test_modified_steps(steps: int, backward: bool) -> None:
 
 def test_forced_family() -> None:
     assert plan(T=1, forced="step")["family"] == "step"
-    assert plan(T=1, forced="step")["rejected"] == dict.fromkeys(["single", "grid", "cluster", "block"], "step is forced")
+    assert plan(T=1, forced="step")["rejected"] == dict.fromkeys(
+        ["single", "grid", "cluster", "block", "gemm"], "step is forced"
+    )
     with pytest.raises(ValueError, match="kernel family single cannot serve this layer: single serves one time step, not 9"):
         plan(T=9, forced="single")
     for unknown in ("fast", "cell", ""):  # "cell" is the former name of "single"
-        text = (
-            f"unknown kernel family '{unknown}'; known are: single, step, grid, cluster, block, cudnn, and cheapest of them"
-        )
+        families = "single, step, grid, cluster, block, gemm, cudnn, and cheapest of them"
+        text = f"unknown kernel family '{unknown}'; known are: {families}"
         with pytest.raises(ValueError, match=text):
             plan(forced=unknown)
 
@@ -203,16 +204,16 @@ def test_old_device() -> None:
 @pytest.mark.parametrize(
     ("name", "compiled_for", "families"),
     [
-        ("H100", 90, {"step", "grid", "cluster", "block"}),  # 9.0a, or 9.0
-        ("H100", 80, {"step", "grid", "block"}),  # PTX of 8.0
-        ("H100", 75, {"step"}),
-        ("B200", 100, {"step", "grid", "cluster", "block"}),
-        ("B200", 90, {"step", "grid", "cluster", "block"}),  # PTX of 9.0
-        ("B200", 80, {"step", "grid", "block"}),  # 8.0+PTX and 9.0a, which does not run there
-        ("RTX 5090", 80, {"step", "grid", "block"}),
-        ("RTX 4090", 80, {"step", "grid", "block"}),  # the binary of 8.0
-        ("A100", 75, {"step"}),
-        ("T4", 75, {"step"}),
+        ("H100", 90, {"step", "grid", "cluster", "block", "gemm"}),  # 9.0a, or 9.0
+        ("H100", 80, {"step", "grid", "block", "gemm"}),  # PTX of 8.0
+        ("H100", 75, {"step", "gemm"}),
+        ("B200", 100, {"step", "grid", "cluster", "block", "gemm"}),
+        ("B200", 90, {"step", "grid", "cluster", "block", "gemm"}),  # PTX of 9.0
+        ("B200", 80, {"step", "grid", "block", "gemm"}),  # 8.0+PTX and 9.0a, which does not run there
+        ("RTX 5090", 80, {"step", "grid", "block", "gemm"}),
+        ("RTX 4090", 80, {"step", "grid", "block", "gemm"}),  # the binary of 8.0
+        ("A100", 75, {"step", "gemm"}),
+        ("T4", 75, {"step", "gemm"}),
         ("T4", 0, set()),  # 8.0+PTX and 9.0a
         ("B200", 0, set()),  # 9.0a alone
     ],
@@ -224,7 +225,7 @@ def test_code_for_the_device(name: str, compiled_for: int, families: set[str]) -
     capability = device["compute_capability"] / 10
     if not families:
         text = rf"not compiled for compute capability {capability}, .* add it to TORCH_CUDA_ARCH_LIST and build again"
-        for forced in (None, "single", "step", "grid", "cluster", "block"):
+        for forced in (None, "single", "step", "grid", "cluster", "block", "gemm"):
             with pytest.raises(ValueError, match=text):
                 C.plan(**problem, forced=forced)
         return

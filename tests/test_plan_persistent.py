@@ -58,7 +58,7 @@ def test_gpu_tests_run_every_kernel() -> None:
     """The cases of test_families.test_every_kernel on an H100: all that are compiled, most also on several row tiles."""
     one_tile, several = set(), set()
     for case, family, tf32 in every_kernel():
-        if family != "step":
+        if family not in ("step", "gemm"):
             for backward, made in enumerate(plans(case, family, DEVICES["H100"], tf32)):
                 [(math, units, has_several, *_)] = kernels(made)
                 (several if has_several else one_tile).add((family, case.cell, math, units, backward))
@@ -236,36 +236,36 @@ def test_weights_of_cudnns_persistent_box() -> None:
 
 # device, cell, dtype, batch, hidden, backward: family -> us per step that the model expects; None: cannot serve it
 EXPECTED = [
-    ("A100", "lstm", F16, 8, 256, False, {"step": 3.2, "grid": 1.34}, "grid"),
-    ("A100", "lstm", F16, 8, 256, True, {"step": 3.4, "grid": 1.9}, "grid"),
-    ("A100", "lstm", F16, 16, 768, True, {"step": 5.61, "grid": 3.41}, "grid"),
-    ("A100", "lstm", F32, 64, 512, False, {"step": 5.28, "grid": 4.21}, "grid"),
-    ("A100", "lstm", F32, 64, 512, True, {"step": 9.0, "grid": 10.99}, "step"),
-    ("A100", "gru", BF16, 64, 1024, False, {"step": 7.06, "grid": 9.97}, "step"),
-    ("H100", "lstm", F16, 8, 256, False, {"step": 2.4, "grid": 1.34, "cluster": 0.82}, "cluster"),
-    ("H100", "lstm", F16, 8, 256, True, {"step": 2.4, "grid": 1.9, "cluster": 0.79}, "cluster"),
-    ("H100", "lstm", F16, 16, 768, True, {"step": 4.26, "grid": 3.41, "cluster": 1.85}, "cluster"),
-    ("H100", "lstm", F32, 64, 512, False, {"step": 3.99, "grid": 3.06, "cluster": 3.67}, "grid"),
-    ("H100", "lstm", F32, 64, 512, True, {"step": 6.62, "grid": 7.57, "cluster": 3.06}, "cluster"),
-    ("H100", "gru", BF16, 64, 1024, False, {"step": 5.41, "grid": 5.36}, "step"),
-    ("H200", "lstm", F16, 8, 256, False, {"step": 2.4, "grid": 1.34, "cluster": 0.82}, "cluster"),
-    ("H200", "lstm", F16, 8, 256, True, {"step": 2.4, "grid": 1.9, "cluster": 0.79}, "cluster"),
-    ("H200", "lstm", F16, 16, 768, True, {"step": 4.26, "grid": 3.41, "cluster": 1.85}, "cluster"),
-    ("H200", "lstm", F32, 64, 512, False, {"step": 3.99, "grid": 3.06, "cluster": 3.67}, "grid"),
-    ("H200", "lstm", F32, 64, 512, True, {"step": 6.62, "grid": 7.57, "cluster": 3.06}, "cluster"),
-    ("H200", "gru", BF16, 64, 1024, False, {"step": 5.41, "grid": 5.36}, "step"),
-    ("RTX 4090", "lstm", F16, 8, 256, False, {"step": 3.2, "grid": 1.34}, "grid"),
-    ("RTX 4090", "lstm", F16, 8, 256, True, {"step": 3.8, "grid": 1.9}, "grid"),
-    ("RTX 4090", "lstm", F16, 16, 768, True, {"step": 6.2, "grid": 3.41}, "grid"),
-    ("RTX 4090", "lstm", F32, 64, 512, False, {"step": 5.01, "grid": 3.06}, "grid"),
-    ("RTX 4090", "lstm", F32, 64, 512, True, {"step": 11.64, "grid": 7.57}, "grid"),
-    ("RTX 4090", "gru", BF16, 64, 1024, False, {"step": 6.36, "grid": 5.36}, "grid"),
-    ("B200", "lstm", F16, 8, 256, False, {"step": 2.4, "grid": 1.34, "cluster": 0.82}, "cluster"),
-    ("B200", "lstm", F16, 8, 256, True, {"step": 2.4, "grid": 1.9, "cluster": 0.79}, "cluster"),
-    ("B200", "lstm", F16, 16, 768, True, {"step": 4.0, "grid": 3.41, "cluster": 1.85}, "cluster"),
-    ("B200", "lstm", F32, 64, 512, False, {"step": 3.75, "grid": 3.06, "cluster": 1.84}, "cluster"),
-    ("B200", "lstm", F32, 64, 512, True, {"step": 6.62, "grid": 7.57, "cluster": 1.74}, "cluster"),
-    ("B200", "gru", BF16, 64, 1024, False, {"step": 5.06, "grid": 5.36}, "step"),
+    ("A100", "lstm", F16, 8, 256, False, {"step": 3.2, "grid": 1.34, "gemm": 5.92}, "grid"),
+    ("A100", "lstm", F16, 8, 256, True, {"step": 3.4, "grid": 1.9, "gemm": 5.93}, "grid"),
+    ("A100", "lstm", F16, 16, 768, True, {"step": 5.61, "grid": 3.41, "gemm": 6.04}, "grid"),
+    ("A100", "lstm", F32, 64, 512, False, {"step": 5.28, "grid": 4.21, "gemm": 7.75}, "grid"),
+    ("A100", "lstm", F32, 64, 512, True, {"step": 9.0, "grid": 10.99, "gemm": 7.82}, "gemm"),
+    ("A100", "gru", BF16, 64, 1024, False, {"step": 7.06, "grid": 9.97, "gemm": 6.75}, "gemm"),
+    ("H100", "lstm", F16, 8, 256, False, {"step": 2.4, "grid": 1.34, "cluster": 0.82, "gemm": 5.92}, "cluster"),
+    ("H100", "lstm", F16, 8, 256, True, {"step": 2.4, "grid": 1.9, "cluster": 0.79, "gemm": 5.92}, "cluster"),
+    ("H100", "lstm", F16, 16, 768, True, {"step": 4.26, "grid": 3.41, "cluster": 1.85, "gemm": 5.99}, "cluster"),
+    ("H100", "lstm", F32, 64, 512, False, {"step": 3.99, "grid": 3.06, "cluster": 3.67, "gemm": 7.5}, "grid"),
+    ("H100", "lstm", F32, 64, 512, True, {"step": 6.62, "grid": 7.57, "cluster": 3.06, "gemm": 7.54}, "cluster"),
+    ("H100", "gru", BF16, 64, 1024, False, {"step": 5.41, "grid": 5.36, "gemm": 6.3}, "step"),
+    ("H200", "lstm", F16, 8, 256, False, {"step": 2.4, "grid": 1.34, "cluster": 0.82, "gemm": 5.92}, "cluster"),
+    ("H200", "lstm", F16, 8, 256, True, {"step": 2.4, "grid": 1.9, "cluster": 0.79, "gemm": 5.92}, "cluster"),
+    ("H200", "lstm", F16, 16, 768, True, {"step": 4.26, "grid": 3.41, "cluster": 1.85, "gemm": 5.98}, "cluster"),
+    ("H200", "lstm", F32, 64, 512, False, {"step": 3.99, "grid": 3.06, "cluster": 3.67, "gemm": 7.47}, "grid"),
+    ("H200", "lstm", F32, 64, 512, True, {"step": 6.62, "grid": 7.57, "cluster": 3.06, "gemm": 7.43}, "cluster"),
+    ("H200", "gru", BF16, 64, 1024, False, {"step": 5.41, "grid": 5.36, "gemm": 6.3}, "step"),
+    ("RTX 4090", "lstm", F16, 8, 256, False, {"step": 3.2, "grid": 1.34, "gemm": 7.15}, "grid"),
+    ("RTX 4090", "lstm", F16, 8, 256, True, {"step": 3.8, "grid": 1.9, "gemm": 7.15}, "grid"),
+    ("RTX 4090", "lstm", F16, 16, 768, True, {"step": 6.2, "grid": 3.41, "gemm": 7.38}, "grid"),
+    ("RTX 4090", "lstm", F32, 64, 512, False, {"step": 5.01, "grid": 3.06, "gemm": 10.82}, "grid"),
+    ("RTX 4090", "lstm", F32, 64, 512, True, {"step": 11.64, "grid": 7.57, "gemm": 10.95}, "grid"),
+    ("RTX 4090", "gru", BF16, 64, 1024, False, {"step": 6.36, "grid": 5.36, "gemm": 8.15}, "grid"),
+    ("B200", "lstm", F16, 8, 256, False, {"step": 2.4, "grid": 1.34, "cluster": 0.82, "gemm": 5.92}, "cluster"),
+    ("B200", "lstm", F16, 8, 256, True, {"step": 2.4, "grid": 1.9, "cluster": 0.79, "gemm": 5.92}, "cluster"),
+    ("B200", "lstm", F16, 16, 768, True, {"step": 4.0, "grid": 3.41, "cluster": 1.85, "gemm": 5.97}, "cluster"),
+    ("B200", "lstm", F32, 64, 512, False, {"step": 3.75, "grid": 3.06, "cluster": 1.84, "gemm": 7.44}, "cluster"),
+    ("B200", "lstm", F32, 64, 512, True, {"step": 6.62, "grid": 7.57, "cluster": 1.74, "gemm": 7.39}, "cluster"),
+    ("B200", "gru", BF16, 64, 1024, False, {"step": 5.06, "grid": 5.36, "gemm": 6.21}, "step"),
 ]
 
 
@@ -326,6 +326,7 @@ def test_cheapest_says_why() -> None:
         "step": f"{us['step']} us expected for the layer, cluster takes {us['cluster']}",
         "grid": f"{us['grid']} us expected for the layer, cluster takes {us['cluster']}",
         "block": "has up to 128 hidden units in a block",
+        "gemm": f"{us['gemm']} us expected for the layer, cluster takes {us['cluster']}",
     }
     assert plan("T4", H=256, forced="cheapest")["reason"].startswith(
         "step is the cheapest by the cost model; forward (units x"
@@ -340,7 +341,7 @@ def test_cheapest_serves_what_some_family_can(name: str) -> None:
     served = 0
     for cell, dtype, (steps, batch, hidden), more, limits in itertools.product(
         ("rnn_tanh", "gru", "lstm"),
-        (F16, F32, F64),
+        (F16, F32, F64, BF16),
         ((1, 1, 33), (1, 64, 512), (90, 8, 64), (2, 8, 256), (40, 8, 768), (1000, 600, 2048)),
         ({}, {"P": 20}, {"backward": True, "D": 2}),
         (device, tiny),
@@ -349,7 +350,7 @@ def test_cheapest_serves_what_some_family_can(name: str) -> None:
             continue
         problem = {"cell": cell, "dtype": dtype, "T": steps, "B": batch, "I": 77, "H": hidden, "training": True, **more}
         made = {}
-        for family in ("single", "step", "grid", "cluster", "block"):
+        for family in ("single", "step", "grid", "cluster", "block", "gemm"):
             with contextlib.suppress(ValueError):
                 made[family] = C.plan(**problem, device=limits, forced=family)
         if not made:

@@ -23,7 +23,7 @@ from check_ptxas import digest, find_nvcc  # noqa: E402
 def sources() -> list[Path]:
     """The largest kernels first, so that none of them is compiled alone at the end."""
     kernels = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"), key=lambda path: (path.parent.name != "persistent", path))
-    return [*kernels, FOLDER / "main.cu", *sorted((ROOT / "csrc" / "plan").glob("*.cpp"))]
+    return [*kernels, FOLDER / "main.cu", FOLDER / "plain_product.cu", *sorted((ROOT / "csrc" / "plan").glob("*.cpp"))]
 
 
 def compile_one(nvcc: str, includes: list[str], archs: list[str], source: Path, folder: Path) -> tuple[Path, float]:

@@ -4,7 +4,8 @@
 //                                               REPEATS (20) further runs that must have the same bits
 //   first time FAMILY [T]                       us of a step, in a stream and as a replayed CUDA graph
 //   first pdl | coop | meet                     what the kernels rely on (runtime.cuh)
-// FAMILY: single, step, grid, cluster, block or cheapest. Exit status: 0 all right, 1 wrong, 2 an error, 3 a hang of 20 s.
+// FAMILY: single, step, grid, cluster, block, gemm (with products by plain_product.cu, which is slow: its times say nothing)
+// or cheapest. Exit status: 0 all right, 1 wrong, 2 an error, 3 a hang of 20 s.
 #include <csignal>
 
 #include "runtime.cuh"

@@ -20,6 +20,9 @@ Launcher<BackwardParams> grid_backward, cluster_backward;
 // block_launch.cu
 Launcher<ForwardParams> block_forward;
 Launcher<BackwardParams> block_backward;
+// gemm_launch.cu
+Launcher<ForwardParams> gemm_forward;
+Launcher<BackwardParams> gemm_backward;
 
 // Of families that serve whole stacks, which csrc/torch calls.
 template <class Params>
@@ -34,9 +37,13 @@ struct FamilyLaunchers {
 };
 
 constexpr FamilyLaunchers kLaunchers[] = {
-    {Family::kSingle, step_forward, step_backward},  {Family::kStep, step_forward, step_backward},
-    {Family::kGrid, grid_forward, grid_backward},    {Family::kCluster, cluster_forward, cluster_backward},
-    {Family::kBlock, block_forward, block_backward}, {Family::kCudnn, no_launch<ForwardParams>, no_launch<BackwardParams>},
+    {Family::kSingle, step_forward, step_backward},
+    {Family::kStep, step_forward, step_backward},
+    {Family::kGrid, grid_forward, grid_backward},
+    {Family::kCluster, cluster_forward, cluster_backward},
+    {Family::kBlock, block_forward, block_backward},
+    {Family::kGemm, gemm_forward, gemm_backward},
+    {Family::kCudnn, no_launch<ForwardParams>, no_launch<BackwardParams>},
 };
 
 constexpr bool has_row(Family family) {

@@ -1,23 +1,15 @@
 // Host side of the families `single` and `step`: one or two launches per time step, back to back on the caller's stream.
 #include <launch.cuh>
 #include <optional>
-#include <stdexcept>
-#include <string>
 
 #include "cuda/copy_width.h"
 #include "cuda/family.h"
+#include "cuda/step/arguments.h"
 #include "cuda/step/kernels.h"
 #include "plan/step.h"
 
 namespace fused_rnn::cuda {
 namespace {
-
-const KernelPlan& kernel_of(const Plan& plan, KernelRole role) {
-  for (const KernelPlan& kernel : plan.kernels) {
-    if (kernel.role == role) return kernel;
-  }
-  throw std::invalid_argument(std::string("the plan has no kernel ") + to_string(role));
-}
 
 // A kernel of the plan, ready to be launched once per step.
 template <class Step>
@@ -28,16 +20,7 @@ struct StepKernel {
   bool may_overlap;
 
   StepKernel(void (*kernel_address)(Step), const KernelPlan& plan, bool pdl)
-      : kernel(kernel_address), stages(plan.stages), may_overlap(pdl) {
-    config = {to_string(plan.role),
-              static_cast<int>(plan.grid_x),
-              static_cast<int>(plan.grid_y),
-              static_cast<int>(plan.grid_z),
-              plan.threads,
-              plan.smem_bytes,
-              1,
-              false,
-              false};
+      : kernel(kernel_address), config(config_of(plan)), stages(plan.stages), may_overlap(pdl) {
     simt::prepare(kernel, config.name, plan.smem_bytes);
   }
 
@@ -65,12 +48,7 @@ StepKernel<BackwardStep> backward_kernel_of(const Plan& plan, KernelRole role, C
 void step_forward(const ForwardParams& p, const Plan& plan, const StepRange&, void* stream) {
   const bool projected = p.weights[0].w_hr.data != nullptr, input = traits_of(plan.family).reads_x;
   const int bytes = static_cast<int>(dtype_size(p.dtype));
-  const WorkspaceLayout layout = workspace_layout(problem_of(p));
-  auto* workspace = static_cast<unsigned char*>(p.workspace);
-
-  ForwardStep step{p, 0, 0, 0, 0, nullptr, nullptr};
-  if (layout.carry_bytes) step.c = workspace + layout.carry;
-  if (projected) step.hidden = workspace + layout.hidden;
+  ForwardStep step = arguments_of(p, workspace_layout(problem_of(p)));
   const Weights &w0 = p.weights[0], &w1 = p.weights[p.D - 1];
   const ResetState& put = p.modifier.h;
   step.copy_state = copy_width({w0.w_hh.data, w1.w_hh.data, p.y, p.h0, put.data, p.modifier.product},
@@ -91,19 +69,8 @@ void step_forward(const ForwardParams& p, const Plan& plan, const StepRange&, vo
 
 void step_backward(const BackwardParams& p, const Plan& plan, const StepRange&, void* stream) {
   const bool projected = p.weights[0].w_hr.data != nullptr;
-  if (projected && !p.d_h) throw std::invalid_argument("backward of a projected LSTM needs d_h");
   const int bytes = static_cast<int>(dtype_size(p.dtype));
-  const WorkspaceLayout layout = workspace_layout(problem_of(p));
-
-  BackwardStep step{p, 0, 0, 0, nullptr, nullptr};
-  if (!projected) step.p.d_h = nullptr;
-  auto* workspace = static_cast<unsigned char*>(p.workspace);
-  if (layout.carry_bytes) step.carry = workspace + layout.carry;
-  if (traits_of(p.cell).reads_h) {
-    step.carry_h = step.carry;
-  } else if (layout.carry_h_bytes && is_zoneout(p.modifier.zoneout_h)) {
-    step.carry_h = workspace + layout.carry_h;
-  }
+  BackwardStep step = arguments_of(p, workspace_layout(problem_of(p)));
   // A product with W_hh copies rows of W_hh and of d_gates; one with W_hr rows of W_hr and of d_h.
   const Weights &w0 = p.weights[0], &w1 = p.weights[p.D - 1];
   const int recurrent_width = copy_width({w0.w_hh.data, w1.w_hh.data, p.d_gates}, (p.P | p.H) * bytes, bytes);

@@ -26,7 +26,8 @@ constexpr const char* kNoModifiedKernels =
 //               reason if the device turns out to lack the room
 // kSingle: one step, both products in one kernel. kStep: one or two launches a step. kGrid and kCluster: one launch a layer,
 // whose blocks exchange states through L2 or inside clusters. kBlock: the same with all units in one block, which has
-// nothing to exchange. These three have never run on a GPU, only in the simulator.
+// nothing to exchange. kGemm: products of all rows by a library's matrix product, then a pointwise kernel. These four have
+// never run on a GPU, only in the simulator.
 // kCudnn: NVIDIA's library, through torch.
 #define FUSED_RNN_FAMILIES(X)                                                        \
   X(kSingle, "single", false, true, true, false, single_obstacle, plan_step_kernels) \
@@ -34,6 +35,7 @@ constexpr const char* kNoModifiedKernels =
   X(kGrid, "grid", true, false, false, false, grid_obstacle, plan_grid)              \
   X(kCluster, "cluster", true, false, false, false, cluster_obstacle, plan_cluster)  \
   X(kBlock, "block", true, false, false, false, block_obstacle, plan_block)          \
+  X(kGemm, "gemm", false, false, false, false, gemm_obstacle, plan_gemm)             \
   X(kCudnn, "cudnn", false, true, false, true, cudnn_obstacle, plan_cudnn)
 
 enum class Family : int {

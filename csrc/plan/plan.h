@@ -82,6 +82,7 @@ struct Plan {
   Family family;
   std::vector<KernelPlan> kernels;           // of the families with launches for every step
   std::optional<PersistentPlan> persistent;  // of the persistent families
+  int products;                              // of a step by a library (family kGemm), of all directions
   bool pdl;                                  // launches may overlap (code for sm_90 and newer)
   int64_t workspace_bytes;
   double us_per_step;  // sum over kernels

@@ -139,11 +139,12 @@ std::string to_string(const std::vector<KernelPlan>& kernels) {
   for (const KernelPlan& k : kernels) {
     const TileShape tile = cuda::tile_shape(k.role, k.math, k.tile);
     char line[256];
-    std::snprintf(
-        line, sizeof line,
-        "  %s: %s, tile %d units x %d rows, grid %lld x %lld x %lld, %d threads, %d stages, %d bytes of shared memory\n",
-        to_string(k.role), to_string(k.math), tile.units, tile.batch, static_cast<long long>(k.grid_x),
-        static_cast<long long>(k.grid_y), static_cast<long long>(k.grid_z), k.threads, k.stages, k.smem_bytes);
+    const std::string stages = k.stages ? std::to_string(k.stages) + " stages, " : "";
+    std::snprintf(line, sizeof line,
+                  "  %s: %s, tile %d units x %d rows, grid %lld x %lld x %lld, %d threads, %s%d bytes of shared memory\n",
+                  to_string(k.role), to_string(k.math), tile.units, tile.batch, static_cast<long long>(k.grid_x),
+                  static_cast<long long>(k.grid_y), static_cast<long long>(k.grid_z), k.threads, stages.c_str(),
+                  k.smem_bytes);
     text += line;
   }
   return text;

@@ -24,7 +24,8 @@ enum class KernelRole : int {
   kForwardModified,
   kBackwardModified
 };
-enum class TileSize : int { kSmall, kMedium, kLarge };
+// kPointwise: of family `gemm`, whose kernels make no product.
+enum class TileSize : int { kSmall, kMedium, kLarge, kPointwise };
 
 constexpr const char* to_string(KernelRole role) {
   switch (role) {
@@ -43,6 +44,7 @@ constexpr const char* to_string(TileSize size) {
     case TileSize::kSmall: return "small";
     case TileSize::kMedium: return "medium";
     case TileSize::kLarge: return "large";
+    case TileSize::kPointwise: return "pointwise";
   }
   return "?";
 }
@@ -75,17 +77,21 @@ struct TileShape {
 };
 
 constexpr TileShape tile_shape(KernelRole role, MathKind math, TileSize size) {
+  // A warp has one row, so that it branches as one; a thread has one element.
+  if (size == TileSize::kPointwise) return {32, 8, 2, 1, 4};
   if (is_gated(role)) {
     switch (size) {
       case TileSize::kSmall: return {16, 8, 1, 1, 4};
       case TileSize::kMedium: return {16, math == MathKind::kFp64 ? 16 : 32, 1, 1, 4};
       case TileSize::kLarge: return {32, 64, 2, 2, 2};
+      case TileSize::kPointwise: break;
     }
   }
   switch (size) {
     case TileSize::kSmall: return {16, 8, 1, 1, 8};
     case TileSize::kMedium: return {32, math == MathKind::kFp64 ? 16 : 32, 1, 1, 4};
     case TileSize::kLarge: return {64, 64, 2, 2, 2};
+    case TileSize::kPointwise: break;
   }
   return {};
 }

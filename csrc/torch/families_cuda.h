@@ -37,7 +37,10 @@ void run_planned(const Problem& problem, int device, const Recipe& recipe, const
   for (;;) {
     FamilyChoice choice = family_choice(device, recipe);
     // A forced family without modified kernels may have served forward; the gradients of c then fall to family step.
-    if (problem.backward && problem.modified) choice.forced.reset();
+    if (problem.backward && problem.modified && choice.forced &&
+        !traits_of(*choice.forced).obstacle(problem, cuda::device_info(device)).empty()) {
+      choice.forced.reset();
+    }
     const Plan& plan = cuda::plan_for(problem, device, has_x ? choice : without_x(choice));
     const Family family = plan.family;
     try {

@@ -53,7 +53,8 @@ py::dict to_dict(const Problem& problem, const KernelPlan& kernel) {
   result["threads"] = kernel.threads;
   result["stages"] = kernel.stages;
   result["smem_bytes"] = kernel.smem_bytes;
-  result["least_smem_bytes"] = cuda::smem_bytes(kernel.role, problem.cell, kernel.math, tile, cuda::kMinStages);
+  result["least_smem_bytes"] =
+      kernel.stages ? cuda::smem_bytes(kernel.role, problem.cell, kernel.math, tile, cuda::kMinStages) : kernel.smem_bytes;
   result["us"] = kernel.us;
   return result;
 }
@@ -192,6 +193,7 @@ py::dict plan(const py::kwargs& given) {
   result["kernels"] = kernels;
   if (made.persistent) result["persistent"] = to_dict(*made.persistent);
   result["overlapped_launches"] = made.pdl;
+  result["products"] = made.products;
   result["workspace_bytes"] = made.workspace_bytes;
   result["us_per_step"] = made.us_per_step;
   result["us"] = made.us;

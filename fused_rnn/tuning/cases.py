@@ -62,6 +62,9 @@ def kernels(plan: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     if held := plan.get("persistent"):
         units = 0 if plan["family"] == "block" else held["units"]  # a block of that family takes any number
         return [(held["math"], units, held["row_tiles"] > 1, held["weight_bytes_in_smem"] > 0, held["launches"] > 1)]
+    if plan["products"]:  # cuBLAS takes kernels by sizes and by how rows are aligned
+        sizes = [(k["grid"][0] > 1, min(k["grid"][1] // 4, 2)) for k in plan["kernels"]]
+        return [(k["name"], k["math"], *size) for k, size in zip(plan["kernels"], sizes, strict=True)]
     return [(k["name"], k["math"], k["tile"]) for k in plan["kernels"]]
 
 

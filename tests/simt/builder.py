@@ -157,7 +157,8 @@ def build(
     runtime = sorted(internal.glob("*.cpp"))
     backend = kernels is None
     if kernels is None:
-        kernels = sorted((csrc / "cuda").rglob("*.cu"))
+        # The products of family gemm by a plain kernel, where csrc/torch has cuBLAS.
+        kernels = [*sorted((csrc / "cuda").rglob("*.cu")), ROOT / "benchmarks" / "torch_free" / "plain_product.cu"]
     kernels = [*kernels, *more]
     units = []
     for source in kernels:

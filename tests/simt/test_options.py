@@ -31,10 +31,11 @@ class Optional:
     tile: tuple[int, int] | None = None
     device: DeviceInfo = H100
     exact: bool = False  # rounding does not decide on which side of a bound any state of the case is
+    family: str | None = None
 
     def __str__(self) -> str:
         tile = "" if self.tile is None else f"tile{self.tile[0]}x{self.tile[1]}"
-        return "-".join(filter(None, [str(self.case), "+".join(self.names), "tf32" * self.tf32, tile]))
+        return "-".join(filter(None, [str(self.case), "+".join(self.names), self.family, "tf32" * self.tf32, tile]))
 
 
 def rounds(dtype: torch.dtype, tf32: bool) -> bool:
@@ -54,7 +55,7 @@ def run(sim: Simulator, s: Optional) -> None:
     growth = max(1.0, math.sqrt(max(case.hidden, case.input_size) / 32))
     first: dict[str, Tensor] = {}
     for seed in range(s.seeds):
-        options = {"seed": seed, "tf32": s.tf32, "tile": s.tile, "device": s.device}
+        options = {"seed": seed, "tf32": s.tf32, "tile": s.tile, "device": s.device, "family": s.family}
         trainer = OptionRun(sim, layer, **options)
         saved = trainer.forward()
         if seed == 0:

@@ -20,12 +20,12 @@ from cases import CELLS, Case
 from simulator import Simulator
 from test_kernels import ARITHMETIC, DEVICES, Simulated, run
 
-FAMILIES = ("single", "step", "grid", "cluster", "block")
+FAMILIES = ("single", "step", "grid", "cluster", "block", "gemm")
 
 
 def cases(family: str) -> Iterator[Simulated]:
     """Each cell in two kinds of arithmetic, both directions in one, ragged, with resets."""
-    kinds = [a for a in ARITHMETIC if family in ("single", "step") or a[0] != torch.float64]
+    kinds = [a for a in ARITHMETIC if family in ("single", "step", "gemm") or a[0] != torch.float64]
     take = itertools.cycle(kinds)
     for cell in CELLS:
         for _ in range(2):
@@ -44,7 +44,7 @@ def cases(family: str) -> Iterator[Simulated]:
             )
             yield Simulated(case, 1, family, tf32=tf32)
     for dtype, tf32 in kinds:
-        if family == "step":
+        if family in ("step", "gemm"):
             case = Case("LSTM", 2, 9, 5, 37, proj=18, bidirectional=True, ragged="packed", dtype=dtype)
             yield Simulated(case, 1, family, tf32=tf32)
         if family == "grid":

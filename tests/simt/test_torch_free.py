@@ -11,7 +11,7 @@ import builder
 import pytest
 
 PROGRAM = builder.ROOT / "benchmarks" / "torch_free"
-FAMILIES = ("single", "step", "grid", "cluster", "block")
+FAMILIES = ("single", "step", "grid", "cluster", "block", "gemm")
 
 
 @pytest.fixture(scope="module")

@@ -161,7 +161,10 @@ struct BackwardElements {
     return Acc(0);
   }
 
-  __device__ __forceinline__ void finish(int e, const Element& x, Acc carry) const {
+  // product: element e of the product. keep(e, d) takes the gradients of the pre-activations of a row that takes part.
+  template <class Product, class Keep>
+  __device__ __forceinline__ void finish(int e, const Element& x, Acc carry, const Product& product,
+                                         const Keep& keep) const {
     if (!exists(e)) return;
     const RowInfo& info = table[batch_of(e)];
     if constexpr (C::kHasC) {
@@ -170,7 +173,7 @@ struct BackwardElements {
     if (!(info.flags & kActive) && s.p.seq.offsets) return;
     Acc d[C::kSlots] = {};
     if (info.flags & kActive) {
-      Acc sum = Matmul<G>::sum(0, unit_of(e), batch_of(e));
+      Acc sum = product(e);
       if constexpr (G::kModified) {
         if (!s.p.d_h) sum *= factor_of_product(e);
         if (!C::kReadsH && s.carry_h && info.flags & kHasNext) sum += static_cast<const Acc*>(s.carry_h)[state_index(e)];
@@ -189,6 +192,7 @@ struct BackwardElements {
           if (C::kHasC && !(info.flags & kHasPrevious)) store_d_c0(e, out);
         }
       }
+      keep(e, d);
     }
     auto* d_gates = static_cast<Storage*>(s.p.d_gates) + gate_index(e, info.row);
 #pragma unroll
@@ -255,14 +259,42 @@ __global__ void __launch_bounds__(G::kThreads, 1) backward_kernel(const Backward
   typename G::Accumulators acc;
   matmul.run(nonzero, acc);
   matmul.store_sums(acc);
+  using Elements = BackwardElements<G>;
+  const auto product = [](int e) { return Matmul<G>::sum(0, Elements::unit_of(e), Elements::batch_of(e)); };
+  const auto keep = [](int, const auto&) {};
 #pragma unroll
   for (int e = 0; e < G::kElements; ++e) {
     if constexpr (kAhead) {
-      elements.finish(e, ahead[e], carry[e]);
+      elements.finish(e, ahead[e], carry[e], product, keep);
     } else {
-      elements.finish(e, elements.load(e), elements.load_carry(e));
+      elements.finish(e, elements.load(e), elements.load_carry(e), product, keep);
     }
   }
+}
+
+// The total gradient of h of one unit of row b, from the product's part of it: to d_h, or at step -1 to d_h0.
+template <class Storage, class Acc>
+__device__ __forceinline__ Acc finish_state_gradient(const BackwardStep& s, int dir, int64_t b, int64_t unit,
+                                                     const RowInfo& info, Acc dh) {
+  const int64_t state = (dir * s.p.seq.B + b) * s.p.P + unit;
+  if (s.p.modifier.product) dh *= simt::to_float(static_cast<const Storage*>(s.p.modifier.product)[state]);
+  if (!(info.flags & kHasNext)) {
+    if (s.p.dh_n) dh += simt::to_float(static_cast<const Storage*>(s.p.dh_n)[state]);
+  } else if (s.carry_h) {
+    dh += static_cast<const Acc*>(s.carry_h)[state];
+  }
+  if (s.step < 0) {
+    static_cast<Storage*>(s.p.d_h0)[state] = simt::from_float<Storage>(dh);
+    return dh;
+  }
+  const int64_t row = (info.row * s.p.D + dir) * s.p.P + unit;
+  const bool active = info.flags & kActive;
+  if (active && s.p.dy) dh += simt::to_float(static_cast<const Storage*>(s.p.dy)[row]);
+  if (active || !s.p.seq.offsets) {
+    static_cast<Storage*>(s.p.d_h)[(dir * s.p.seq.N + info.row) * s.p.P + unit] =
+        simt::from_float<Storage>(active ? dh : Acc(0));
+  }
+  return dh;
 }
 
 // The code does not depend on the cell of G: gates are counted at run time.
@@ -300,26 +332,7 @@ __global__ void __launch_bounds__(G::kThreads, 1) state_grad_kernel(const Backwa
   for (int e = 0; e < G::kElements; ++e) {
     const int index = simt::thread_x() + e * G::kThreads, unit = index % G::kUnits, batch = index / G::kUnits;
     if (batch >= G::kBatch || first_unit + unit >= s.p.P || !(table[batch].flags & kExists)) continue;
-    const RowInfo& info = table[batch];
-    const int64_t state = (dir * s.p.seq.B + first_row + batch) * s.p.P + first_unit + unit;
-    Acc dh = matmul.sum(0, unit, batch);
-    if (s.p.modifier.product) dh *= simt::to_float(static_cast<const Storage*>(s.p.modifier.product)[state]);
-    if (!(info.flags & kHasNext)) {
-      if (s.p.dh_n) dh += simt::to_float(static_cast<const Storage*>(s.p.dh_n)[state]);
-    } else if (s.carry_h) {
-      dh += static_cast<const Acc*>(s.carry_h)[state];
-    }
-    if (s.step < 0) {
-      static_cast<Storage*>(s.p.d_h0)[state] = simt::from_float<Storage>(dh);
-      continue;
-    }
-    const int64_t row = (info.row * s.p.D + dir) * s.p.P + first_unit + unit;
-    const bool active = info.flags & kActive;
-    if (active && s.p.dy) dh += simt::to_float(static_cast<const Storage*>(s.p.dy)[row]);
-    if (active || !s.p.seq.offsets) {
-      static_cast<Storage*>(s.p.d_h)[(dir * s.p.seq.N + info.row) * s.p.P + first_unit + unit] =
-          simt::from_float<Storage>(active ? dh : Acc(0));
-    }
+    finish_state_gradient<Storage>(s, dir, first_row + batch, first_unit + unit, table[batch], matmul.sum(0, unit, batch));
   }
 }
 

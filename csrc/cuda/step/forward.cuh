@@ -124,8 +124,10 @@ struct ForwardElements {
     }
   }
 
-  // Adds the products, applies the cell, stores.
-  __device__ __forceinline__ void finish() {
+  // Adds the products, applies the cell, stores. sum(slot, unit, batch): of the product; output(batch, unit, info, h) takes
+  // the new h of a layer without projection.
+  template <class Sum, class Output>
+  __device__ __forceinline__ void finish(const Sum& sum, const Output& output) {
 #pragma unroll
     for (int e = 0; e < G::kElements; ++e) {
       if (!exists(e)) continue;
@@ -133,7 +135,7 @@ struct ForwardElements {
       const RowInfo& info = table[batch];
 #pragma unroll
       for (int slot = 0; slot < G::kSlots; ++slot) {
-        a[e][kInput ? slot : C::recurrent_slot(slot)] += Matmul<G>::sum(slot, unit, batch);
+        a[e][kInput ? slot : C::recurrent_slot(slot)] += sum(slot, unit, batch);
       }
       Acc h, c;
       if constexpr (G::kModified) {
@@ -144,7 +146,7 @@ struct ForwardElements {
       if (s.hidden) {
         static_cast<Storage*>(s.hidden)[state_index(e)] = simt::from_float<Storage>(h);
       } else {
-        store_output<Storage>(s.p, dir, first_row + batch, first_unit + unit, info, h);
+        output(first_row + batch, first_unit + unit, info, h);
       }
       if constexpr (C::kHasC) store_c(e, info, c);
       if constexpr (kSaved > 0) {
@@ -246,7 +248,10 @@ __global__ void __launch_bounds__(G::kThreads, 1) forward_kernel(const ForwardSt
   typename G::Accumulators acc;
   matmul.run(nonzero, acc);
   matmul.store_sums(acc);
-  elements.finish();
+  elements.finish([](int slot, int unit, int batch) { return Matmul<G>::sum(slot, unit, batch); },
+                  [&](int64_t b, int64_t unit, const RowInfo& info, typename G::Acc h) {
+                    store_output<Storage>(s.p, dir, b, unit, info, h);
+                  });
 }
 
 // h[t] = hidden W_hr^T, for an LSTM with proj_size. A block owns kUnits outputs of kBatch batch rows.

@@ -22,8 +22,9 @@ auto dispatch_tile(TileSize size, F&& f) {
         return f(std::integral_constant<TileSize, TileSize::kLarge>{});
       }
       break;
+    case TileSize::kPointwise: break;  // of another family
   }
-  throw std::invalid_argument("no kernel of this arithmetic has the large tile");
+  throw std::invalid_argument("no kernel of this arithmetic has such a tile");
 }
 
 template <MathKind kMath>

@@ -25,6 +25,8 @@ NO_NVCC = "no nvcc on PATH, in NVCC, CUDA_HOME or the wheels of this Python"
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90a")
 
 
+PLAIN_PRODUCT = builder.ROOT / "benchmarks" / "torch_free" / "plain_product.cu"
+
 _CHECK = runpy.run_path(str(builder.ROOT / "tests" / "check_ptxas.py"))
 
 
@@ -44,9 +46,11 @@ def sources(arch: str) -> list[Path]:
 
 def homes(symbol: str, arch: str) -> list[Path]:
     """The .cu files that may have a kernel, by the arithmetic and the family in its name."""
-    families = ("grid", "cluster", "block", "kernels")
+    families = ("grid", "cluster", "block", "gemm", "kernels")
+    if "plain_product" in symbol:
+        return [PLAIN_PRODUCT]
     if math := re.search(r"MathKindE(\d)", symbol):
-        parts = {"GridExchange": "grid", "ClusterExchange": "cluster", "BlockGeometry": "block"}
+        parts = {"GridExchange": "grid", "ClusterExchange": "cluster", "BlockGeometry": "block", "TileSizeE3": "gemm"}
         family = next((family for part, family in parts.items() if part in symbol), "kernels")
         return [s for s in sources(arch) if s.stem == f"{family}_{_CHECK['MATHS'][int(math[1])]}"]
     return [s for s in sources(arch) if s.stem.split("_")[0] not in families]

@@ -32,7 +32,7 @@ def device_of(name: str, arch: str) -> str:
 
 
 def families(arch: str) -> tuple[str, ...]:
-    needed = {"single": 75, "step": 75, "grid": 80, "cluster": 90, "block": 80}
+    needed = {"single": 75, "step": 75, "grid": 80, "cluster": 90, "block": 80, "gemm": 75}
     return tuple(family for family, capability in needed.items() if CAPABILITY[arch] >= capability)
 
 
@@ -52,6 +52,7 @@ _SHORT = {
     **{("grid", math): arch for math, arch in zip(range(1, 5), ("sm_80", "sm_90a", "sm_90a", "sm_80"), strict=True)},
     **{("cluster", math): "sm_90a" for math in range(1, 5)},
     **{("block", math): arch for math, arch in zip(range(1, 5), ("sm_90a", "sm_80", "sm_80", "sm_90a"), strict=True)},
+    **{("gemm", math): arch for math, arch in zip(range(5), ("sm_75", "sm_90a", "sm_80", "sm_75", "sm_80"), strict=True)},
 }
 
 
@@ -63,8 +64,10 @@ def representative(short: bool) -> Iterator[tuple[str, Simulated]]:
     arithmetic = [(F64, False), (F32, False), (F32, True), (F16, False), (BF16, False)]
     for arch, (math, (dtype, tf32)) in itertools.product(CAPABILITY, enumerate(arithmetic)):
         for number, family in enumerate(families(arch)):
-            file = family if family in ("grid", "cluster", "block") else "kernels"
+            file = family if family in ("grid", "cluster", "block", "gemm") else "kernels"
             if (file, math) not in _SHORT or (_SHORT[file, math] == arch) != short:
+                continue
+            if family == "gemm" and dtype == BF16 and CAPABILITY[arch] < 80:
                 continue
             cell = ("LSTM", "GRU", "RNN_TANH")[(math + number) % 3]
             ragged = ("lengths", "packed")[number % 2]

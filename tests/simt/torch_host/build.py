@@ -17,7 +17,8 @@ sys.path.insert(0, str(builder.ROOT / "build_support"))
 from unity import united  # noqa: E402
 
 # Files of csrc that have another of their name here: the ops for CUDA tensors are then those for CPU tensors.
-REPLACED = ("torch/device.h", "torch/ops_cpu.cpp", "torch/tf32_cuda.cpp", "cuda/formula/driver.cpp")
+# gemm_cuda.cpp has none: the simulator has a product of its own (benchmarks/torch_free/plain_product.cu).
+REPLACED = ("torch/device.h", "torch/gemm_cuda.cpp", "torch/ops_cpu.cpp", "torch/tf32_cuda.cpp", "cuda/formula/driver.cpp")
 # Files of this folder that include torch's headers: compiled together with those of csrc/torch.
 WITH_TORCH = ("cudnn.cpp", "ops_cpu.cpp", "tf32_cuda.cpp")
 

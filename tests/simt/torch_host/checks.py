@@ -75,12 +75,12 @@ def persistent(case: Case, choice: str) -> tuple[bool, bool]:
 
 
 @pytest.mark.parametrize("overlap", ["0", "3"])
-@pytest.mark.parametrize("family", ["", "step", "grid", "cluster", "cheapest"])
+@pytest.mark.parametrize("family", ["", "step", "grid", "cluster", "gemm", "cheapest"])
 @pytest.mark.parametrize("case", list(cases()), ids=str)
 def test_against_fp64(case: Case, family: str, overlap: str, setting: Setting) -> None:
     if family in ("grid", "cluster") and (case.proj or case.dtype == torch.float64):
         pytest.skip("needs a family that has such a layer")
-    if overlap != "0" and family in ("", "step"):
+    if overlap != "0" and family in ("", "step", "gemm"):
         pytest.skip("needs a family whose layers overlap")
     setting("FUSED_RNN_PLAN", family)
     setting("FUSED_RNN_OVERLAP", overlap)
@@ -284,7 +284,7 @@ def test_products_follow_the_recurrent_switch(
             assert_near(f"{precision}, tensor {index}", actual, want, allowed * growth)
 
 
-FAMILIES = ("single", "step", "grid", "cluster", "block")
+FAMILIES = ("single", "step", "grid", "cluster", "block", "gemm")
 IN_PROCESS_OF_ITS_OWN = """
 import ctypes, importlib.util, os, sys, warnings
 import torch
@@ -379,7 +379,7 @@ with _settings.use("FUSED_RNN_PLAN", "grid"):
         assert "too many blocks in cooperative launch" in str(error)
     else:
         raise AssertionError("expected an error")
-library.torch_host_device(0b11111, False)
+library.torch_host_device(0b111111, False)
 try:
     check(lstm)
 except RuntimeError as error:

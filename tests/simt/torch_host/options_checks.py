@@ -3,7 +3,9 @@ functions on, against loops of torch ops in float64."""
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import os
 import sys
 import types
 import warnings
@@ -106,7 +108,26 @@ def test_reset_states_and_every_state(cell: str, kind: str, form: str) -> None:
     test_extras.assert_close(*pairs, EXACT_GRADIENTS, "gradients")
 
 
-@pytest.mark.parametrize("family", ["step", "grid", "cluster", "single"])
+def products() -> int:
+    """How many matrix products family `gemm` has asked for."""
+    return ctypes.CDLL(os.environ["FUSED_RNN_SIMT_LIBRARY"]).torch_free_products()
+
+
+@pytest.mark.parametrize(("cell", "option"), PAIRS)
+def test_options_by_family_gemm(cell: str, option: str, setting: Setting) -> None:
+    """Forward and backward: a product for each step and direction of both, and the gradient of h0 is the last one."""
+    setting("FUSED_RNN_PLAN", "gemm")
+    case = test_regularisation.Case(
+        cell=cell, form=("dense", "lengths", "packed")[len(option) % 3], resets="state", bidirectional=True, layers=2,
+        all_states=True, options=OPTIONS[option],
+    )  # fmt: skip
+    before = products()
+    case.check(EXACT_GRADIENTS)
+    steps, made = case.config["steps"], products() - before
+    assert made == 2 * 2 * 2 * steps, (made, steps)
+
+
+@pytest.mark.parametrize("family", ["step", "grid", "cluster", "gemm", "single"])
 @pytest.mark.parametrize("dtype", [torch.float32, F16], ids=str)
 def test_every_c_by_every_family(family: str, dtype: torch.dtype, setting: Setting) -> None:
     """Of inference, whose kernels give it as those of training do. Its gradients are the family step's."""

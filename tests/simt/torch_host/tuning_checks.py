@@ -35,11 +35,11 @@ from fused_rnn.tuning.record import Choice, Record, Scope, Verdict
 from fused_rnn.tuning.verification import State, Verifier
 
 SCOPE = Scope("simulated", "1", "a")
-OURS = ("step", "grid", "cluster")  # of an odd number of units: family block takes even ones
+OURS = ("step", "grid", "cluster", "gemm")  # of an odd number of units: family block takes even ones
 # Microseconds of a call's forward and backward.
 US = {
     "cudnn": (10.0, 20.0), "single": (70.0, 90.0), "step": (40.0, 50.0), "grid": (8.0, 15.0), "cluster": (6.0, 12.0),
-    "block": (4.0, 8.0),
+    "block": (4.0, 8.0), "gemm": (30.0, 40.0),
 }  # fmt: skip
 Fault = Callable[[str, Sequence[Tensor], bool], Sequence[Tensor]]  # family, tensors, whether they are gradients
 
@@ -576,7 +576,7 @@ def test_explained(bench: Bench, setting: Setting) -> None:
     bench.settle(lambda: step_of(rnn, x))
     family, line = explained()
     assert family == "cluster" and line is not None
-    assert line.startswith(f"{problem}: cluster (us a step: cluster 3.6, grid 4.6, cudnn 6, step 18)")
+    assert line.startswith(f"{problem}: cluster (us a step: cluster 3.6, grid 4.6, cudnn 6, gemm 14, step 18)")
     assert line.endswith(f"({bench.path})")
     setting("FUSED_RNN_TUNE", "off")
     assert explained() == ("cudnn", "FUSED_RNN_TUNE=off: no record is read")

@@ -1,0 +1,59 @@
+// PointwiseKernels<kMath> for one kind of arithmetic. Included by gemm_*.cu only.
+#pragma once
+#include <stdexcept>
+
+#include "cuda/device/kernel_cell.h"
+#include "cuda/gemm/pointwise_backward.cuh"
+#include "cuda/gemm/pointwise_forward.cuh"
+
+namespace fused_rnn::cuda {
+
+template <KernelRole kRole, CellKind kCell, MathKind kMath>
+using PointwiseGeometry = Geometry<kRole, kCell, kMath, TileSize::kPointwise>;
+// Kernels whose code does not depend on the cell are compiled once, under the first of the list.
+constexpr CellKind kFirstCell = CellKind{0};
+
+template <MathKind kMath>
+PointwiseForwardKernel PointwiseKernels<kMath>::forward(KernelRole role, CellKind cell) {
+  return dispatch_kernel_cell(cell, [&](auto kind) -> PointwiseForwardKernel {
+    constexpr CellKind kCell = decltype(kind)::value;
+    switch (role) {
+      case KernelRole::kForward: return &pointwise_forward_kernel<PointwiseGeometry<KernelRole::kForward, kCell, kMath>>;
+      case KernelRole::kForwardModified:
+        return &pointwise_forward_kernel<PointwiseGeometry<KernelRole::kForwardModified, kCell, kMath>>;
+      case KernelRole::kProject:
+        return &pointwise_project_kernel<PointwiseGeometry<KernelRole::kProject, kFirstCell, kMath>>;
+      case KernelRole::kForwardInput:
+      case KernelRole::kBackward:
+      case KernelRole::kBackwardModified:
+      case KernelRole::kStateGrad: break;
+    }
+    throw std::invalid_argument("not a kernel of forward");
+  });
+}
+
+template <MathKind kMath>
+PointwiseForwardKernel PointwiseKernels<kMath>::first_states() {
+  return &first_states_kernel<PointwiseGeometry<KernelRole::kProject, kFirstCell, kMath>>;
+}
+
+template <MathKind kMath>
+PointwiseBackwardKernel PointwiseKernels<kMath>::backward(KernelRole role, CellKind cell) {
+  return dispatch_kernel_cell(cell, [&](auto kind) -> PointwiseBackwardKernel {
+    constexpr CellKind kCell = decltype(kind)::value;
+    switch (role) {
+      case KernelRole::kBackward: return &pointwise_backward_kernel<PointwiseGeometry<KernelRole::kBackward, kCell, kMath>>;
+      case KernelRole::kBackwardModified:
+        return &pointwise_backward_kernel<PointwiseGeometry<KernelRole::kBackwardModified, kCell, kMath>>;
+      case KernelRole::kStateGrad:
+        return &pointwise_state_grad_kernel<PointwiseGeometry<KernelRole::kStateGrad, kFirstCell, kMath>>;
+      case KernelRole::kForward:
+      case KernelRole::kForwardInput:
+      case KernelRole::kForwardModified:
+      case KernelRole::kProject: break;
+    }
+    throw std::invalid_argument("not a kernel of backward");
+  });
+}
+
+}  // namespace fused_rnn::cuda
