@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator
 
+import test_gemm
 import test_kernels
 import test_persistent
 import torch
@@ -41,7 +42,7 @@ def on(arch: str, cases: Iterable[Simulated], seeds: int | None = None) -> Itera
     for s in cases:
         if s.family is not None and s.family not in families(arch):
             continue
-        if s.tf32 and CAPABILITY[arch] < 80:
+        if (s.tf32 or (s.family == "gemm" and s.case.dtype == BF16)) and CAPABILITY[arch] < 80:
             continue
         yield dataclasses.replace(s, device=device_of(s.device, arch), seeds=seeds or s.seeds)
 
@@ -67,8 +68,6 @@ def representative(short: bool) -> Iterator[tuple[str, Simulated]]:
             file = family if family in ("grid", "cluster", "block", "gemm") else "kernels"
             if (file, math) not in _SHORT or (_SHORT[file, math] == arch) != short:
                 continue
-            if family == "gemm" and dtype == BF16 and CAPABILITY[arch] < 80:
-                continue
             cell = ("LSTM", "GRU", "RNN_TANH")[(math + number) % 3]
             ragged = ("lengths", "packed")[number % 2]
             steps = 1 if family == "single" else 3
@@ -83,6 +82,7 @@ def everything(arch: str) -> Iterator[Simulated]:
     yield from on(arch, test_kernels.many_seeds())
     yield from on(arch, test_kernels.tiles())
     yield from on(arch, (s for s in test_kernels.DEFAULT if s.tile is None and s.seeds < 20))
+    yield from on(arch, [*test_gemm.CASES, *test_gemm.PROJECTED])
     yield from on(arch, test_persistent.many_seeds())
     persistent = [*test_persistent.DEFAULT, *(s for s, _ in test_persistent.EVERY_KERNEL)]
     persistent += [s for s, _ in test_persistent.SHARED_WEIGHTS if s.case.hidden < 300]

@@ -168,6 +168,11 @@ def step_of(rnn: torch.nn.Module, x: Tensor) -> list[Tensor]:
     return [y, *states, *torch.autograd.grad(loss, inputs)]
 
 
+def products() -> int:
+    """How many matrix products family `gemm` has asked for."""
+    return ctypes.CDLL(os.environ["FUSED_RNN_SIMT_LIBRARY"]).torch_free_products()
+
+
 def counted(call: Callable[[], object]) -> tuple[int, int]:
     """How often cuDNN, and kernels of ours, ran in a call."""
     before = cudnn_calls()[:2], calls()
@@ -214,12 +219,31 @@ def test_family_block_has_its_turns(bench: Bench) -> None:
     assert counted(call) == (0, 2)
 
 
+def test_family_gemm_has_its_turns(bench: Bench) -> None:
+    bench.clock.us_of["gemm"] = (1.0, 2.0)
+    rnn, x = fused_rnn.LSTM(4, 21, num_layers=2), torch.randn(5, 3, 4, requires_grad=True)
+    with use_backend("reference"):
+        expected = step_of(rnn, x)
+
+    def call() -> None:
+        for actual, want in zip(step_of(rnn, x), expected, strict=True):
+            assert_near("tensor", actual, want, GRADIENT_TOLERANCE[torch.float32])
+
+    bench.settle(call)
+    (choice,) = [entry for entry in bench.record.entries() if isinstance(entry, Choice)]
+    assert choice.family == "gemm" and set(choice.us) == {"cudnn", *OURS}
+    before = products()
+    assert counted(call) == (0, 4)
+    assert products() - before == 2 * (4 + 4), "of five steps: none before the first one, whose state is zeros"
+
+
 def test_cudnn_serves_until_a_family_is_verified(bench: Bench) -> None:
     bench.verifier.states.update(dict.fromkeys(OURS, State.RUNNING))
     rnn, x = fused_rnn.GRU(4, 21), torch.randn(5, 3, 4, requires_grad=True)
     for _ in range(10):
         assert counted(lambda: step_of(rnn, x)) == (2, 0)
-    bench.verifier.states.update(grid=State.VERIFIED, step=State.EXCLUDED, cluster=State.IMPOSSIBLE)
+    others = {"cluster": State.IMPOSSIBLE, "gemm": State.IMPOSSIBLE}
+    bench.verifier.states.update(grid=State.VERIFIED, step=State.EXCLUDED, **others)
     bench.settle(lambda: step_of(rnn, x))
     assert counted(lambda: step_of(rnn, x)) == (0, 2)
     choice = bench.record.choice("gru float32 T8 B3 I4 H21 P21 L1 D1 dense training")
