@@ -155,6 +155,8 @@ def parse_build(log: str, arch: str) -> list[tuple[str, int, int, int, int, int]
     for family in ("forward", "backward", *(f"{name} {role}" for name in families for role in ("forward", "backward"))):
         if not any(name.startswith(family) for name, *_ in rows):
             sys.exit(f"the log has no kernel {family!r}: was it built with -Xptxas -v, and wholly?")
+    if not any(name.endswith("pointwise") for name, *_ in rows):
+        sys.exit("the log has no kernel of family gemm: was it built with -Xptxas -v, and wholly?")
     return rows
 
 

@@ -156,7 +156,7 @@ def test_rehearsal(place: Path) -> None:
         assert status == 0 and lines[-1].endswith("all stages passed"), lines
         assert not any("-m gpu" in call for call in calls) and any("--device cpu" in call for call in calls)
         simulated = [call.split()[-1] for call in calls if "tests/simt/test_torch_free.py" in call]
-        assert simulated == (["single", "step", "block", "cluster", "grid"] if number == 1 else [])
+        assert simulated == (["single", "step", "block", "cluster", "grid", "gemm"] if number == 1 else [])
     (place / "programs" / "first").write_text("#!/usr/bin/env bash\necho ok\n")
     status, lines, _ = run(place, 1, REHEARSAL="1", STAGES="pdl")
     assert status == 1 and "expected: ERROR" in "\n".join(lines)
