@@ -1,7 +1,7 @@
 """Derivatives of the ops that are not kernels by themselves: of backward, once more, and tangents (forward-mode AD).
 
 Composites: they consist of torch's ops and of ours. csrc/torch/second_order.cpp has the second derivatives that kernels
-serve and the tangents on a CPU, fused_rnn/_tangents.py those by torch's ops.
+serve and the tangents, fused_rnn/_tangents.py those by torch's ops.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from torch import Tensor
 
 from fused_rnn import _tangents, reference
 from fused_rnn._recipe import HAS_RESET_STATES, Rows, rows_of, unpacked
-
-SECOND_ORDER_DEVICE = "cpu"  # whose kernels give second derivatives
 
 
 def layer_backward_differentiable(
@@ -192,7 +190,7 @@ def _is_differentiated() -> bool:
 
 def _has_second_order(x: Tensor, rows: Rows) -> bool:
     """Whether fused_rnn::layer_second_order serves a layer."""
-    known = x.device.type == SECOND_ORDER_DEVICE and x.dtype in (torch.float32, torch.float64)
+    known = x.device.type in _tangents.DEVICES and x.dtype in (torch.float32, torch.float64)
     return known and x.numel() > 0 and not rows.options.any()
 
 

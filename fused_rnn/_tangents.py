@@ -1,6 +1,6 @@
 """Tangents of a layer's results (forward-mode AD) by torch's ops, which are differentiable themselves.
 
-For a GPU, and for tangents of tangents; those of a layer on a CPU are a scan of the kernels (fused_rnn::layer_jvp).
+For tangents of tangents; those of a layer alone are a scan of the kernels (fused_rnn::layer_jvp).
 
     a'_t = v's share of the products + W_hh h'_{t-1}, then h'_t and c'_t by the cell's derivative
 
@@ -36,11 +36,10 @@ class Call(NamedTuple):
     v_params: list[Maybe]
 
 
-KERNEL_DEVICE = "cpu"  # whose kernels have tangents
-DEVICES = (KERNEL_DEVICE, "cuda")  # whose kernels give c after every step
+DEVICES = ("cpu", "cuda")  # whose kernels have tangents, and second derivatives
 SERVED = (
-    "expected an RNN, LSTM or GRU in float32 or float64 without zoneout, recurrent_dropout and state_clip; and on a GPU, or "
-    "for a jvp of a jvp, without lengths, packed rows, projection, reset states and all states"
+    "expected an RNN, LSTM or GRU in float32 or float64 without zoneout, recurrent_dropout and state_clip; and for a jvp of "
+    "a jvp, without lengths, packed rows, projection, reset states and all states"
 )
 
 
@@ -51,7 +50,7 @@ def serves(x: Tensor, per_direction: int, rows: Rows, recipe: Recipe) -> bool:
 
 def by_kernels(x: Tensor, rows: Rows, recipe: Recipe) -> bool:
     """Whether fused_rnn::layer_jvp has them (csrc/torch/second_order.cpp). It has no tangents itself."""
-    return x.device.type == KERNEL_DEVICE and _is_known(x, rows, recipe) and not _in_two_levels()
+    return x.device.type in DEVICES and _is_known(x, rows, recipe) and not _in_two_levels()
 
 
 def _in_two_levels() -> bool:

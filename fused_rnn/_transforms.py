@@ -22,8 +22,8 @@ from fused_rnn._recipe import OPTIONS, Rows, rows_of, unpacked
 Dim = int | None
 # Of tensors that backward makes (the gradients of the gates) up to this many elements at once: jacobians have many samples.
 _ELEMENTS = 1 << 24
-# The same of tangents, whose directions cost nothing to part: jacfwd by the weights of an LSTM 16x1x8x32 takes 207 ms, with
-# 1 << 24 elements 380, with 1 << 16 254 (float32, one thread of a Xeon, 2026-11).
+# The same of tangents on a CPU, whose directions cost nothing to part: jacfwd by the weights of an LSTM 16x1x8x32 takes
+# 207 ms, with 1 << 24 elements 380, with 1 << 16 254 (float32, one thread of a Xeon, 2026-11).
 _DIRECTIONS = 1 << 19
 
 
@@ -286,7 +286,7 @@ def layer_jvp(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any
     rows_of_sample = x.numel() // max(x.shape[-1], 1) // (1 if in_dims[1] is None else count)
     layer = unpacked(recipe)
     elements = rows_of_sample * layer.directions * layer.kind.slots * params[1].shape[0] // layer.kind.gates
-    most = max(1, _DIRECTIONS // max(1, elements))
+    most = max(1, (_DIRECTIONS if x.device.type == "cpu" else _ELEMENTS) // max(1, elements))
     if most >= count:
         return _folded_jvp(count, in_dims, args)
     results, dims = [], None

@@ -29,7 +29,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ROLES = ("forward", "forward_input", "project", "backward", "state_grad", "forward_modified", "backward_modified")
+ROLES = (
+    *("forward", "forward_input", "project", "backward", "state_grad", "forward_modified", "backward_modified"),
+    *("tangents", "project_tangents", "dual_backward", "dual_state_grad"),
+)
 # By number; without the package, which imports torch. The kernels of the three RNNs are one, compiled as the first of them.
 KINDS = runpy.run_path(str(ROOT / "fused_rnn" / "_kinds.py"))["KINDS"]
 CELLS = tuple("rnn" if kind.name == "rnn_tanh" else kind.name for kind in KINDS)
@@ -64,11 +67,12 @@ def kernel_name(mangled: str) -> str:
         return f"first_states any {MATHS[int(found[1])]} pointwise"
     if found := re.search(r"previous_rows_kernelILi(\d+)E", mangled):
         return f"previous_rows {found[1]} bytes"
-    found = re.search(r"KernelRoleE(\d).*?CellKindE(\d).*?MathKindE(\d).*?TileSizeE(\d)", mangled)
+    found = re.search(r"KernelRoleE(\d+).*?CellKindE(\d).*?MathKindE(\d).*?TileSizeE(\d)", mangled)
     if not found:
         return persistent_kernel_name(mangled)
     role, cell, math, tile = (int(digit) for digit in found.groups())
-    shown = "any" if ROLES[role] in ("project", "state_grad") else CELLS[cell]
+    any_cell = ("project", "state_grad", "project_tangents", "dual_state_grad")
+    shown = "any" if ROLES[role] in any_cell else CELLS[cell]
     return f"{ROLES[role]} {shown} {MATHS[math]} {TILES[tile]}"
 
 

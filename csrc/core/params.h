@@ -131,7 +131,7 @@ struct ForwardParams {
   bool training;    // gates (of cells that save slots, and of modified steps) and cs (of cells that have c) are written
   void* workspace;  // CUDA: Plan::workspace_bytes, 256-byte aligned; CPU: set by the call
   // If set, the call computes tangents: x, h0, c0 and the modifier's states hold tangents of this forward's arguments, the
-  // results are tangents of its results, and training is true. CPU, float32 and float64 only.
+  // results are tangents of its results, and training is true. float32 and float64 only.
   const Primal* primal;
 };
 
@@ -170,7 +170,7 @@ struct BackwardParams {
 };
 
 // Backward on dual numbers: `tangent` has the tangents of all that `value` has, gradients and weights included; its w_hh and
-// w_hr may be null (zeros). CPU, float32 and float64 only; of modifiers, resets only.
+// w_hr may be null (zeros). float32 and float64 only; of modifiers, resets only.
 // Writes the values' d_gates (and d_h with a projection) and every output of the tangents that is not null. Without a
 // projection, a value.d_h that is given is read, and its product is skipped.
 struct DualBackwardParams {

@@ -61,14 +61,21 @@ bool conditional_graphs_take_cooperative_launches() { return simt::driver_versio
 
 Problem problem_of(const ForwardParams& p) {
   const bool modified = modifies_steps(p.modifier) || puts_states(p.modifier);
-  return {p.cell,     p.dtype, p.allow_tf32, p.seq.T, p.seq.B, p.I, p.H, p.P, p.D, p.seq.lengths || p.seq.offsets,
-          p.training, false,   modified};
+  return {
+      p.cell, p.dtype,  p.allow_tf32,       p.seq.T, p.seq.B, p.I, p.H, p.P, p.D, p.seq.lengths || p.seq.offsets, p.training,
+      false,  modified, p.primal != nullptr};
 }
 
 Problem problem_of(const BackwardParams& p) {
   const bool modified = modifies_steps(p.modifier) || puts_states(p.modifier) || p.d_cs;
   return {p.cell, p.dtype, p.allow_tf32, p.seq.T, p.seq.B, 0, p.H, p.P, p.D, p.seq.lengths || p.seq.offsets,
           true,   true,    modified};
+}
+
+Problem problem_of(const DualBackwardParams& p) {
+  Problem problem = problem_of(p.value);
+  problem.dual = true;
+  return problem;
 }
 
 const Plan& plan_for(const Problem& problem, int device, const FamilyChoice& choice) {
@@ -89,6 +96,11 @@ void forward(const ForwardParams& p, const Plan& plan, void* stream) {
 void backward(const BackwardParams& p, const Plan& plan, void* stream) {
   check_params(p);
   if (p.seq.B > 0) launchers_of(plan.family).backward(p, plan, {0, p.seq.T, nullptr}, stream);
+}
+
+void dual_backward(const DualBackwardParams& p, const Plan& plan, void* stream) {
+  check_params(p.value);
+  if (p.value.seq.B > 0) step_dual_backward(p, plan, stream);
 }
 
 void forward_steps(const ForwardParams& p, const Plan& plan, const StepRange& range, void* stream) {

@@ -19,6 +19,7 @@ const DeviceInfo& device_info(int device);
 // The problem that params describe. Backward does not know I: it passes 0.
 Problem problem_of(const ForwardParams& params);
 Problem problem_of(const BackwardParams& params);
+Problem problem_of(const DualBackwardParams& params);
 
 // make_plan for a device. The calling thread remembers its latest plans. A remembered plan may have been made for a layer
 // with another number of steps beyond the first, which no family asks for: `us` and `cheapest` are then that layer's.
@@ -29,6 +30,8 @@ const Plan& plan_for(const Problem& problem, int device, const FamilyChoice& cho
 // the first G slots of gates and does not read params.x.
 void forward(const ForwardParams& params, const Plan& plan, void* stream);
 void backward(const BackwardParams& params, const Plan& plan, void* stream);
+// Of params.value and params.tangent alike: cell, sizes, rows, resets and allow_tf32.
+void dual_backward(const DualBackwardParams& params, const Plan& plan, void* stream);
 
 // Some of the steps, by a plan of a persistent family: [first, end) in the order of the scan, which for backward begins at
 // the end of the sequence. Calls for consecutive ranges that make up the sequence give, bit by bit, the results of one call.

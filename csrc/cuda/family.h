@@ -14,6 +14,9 @@ using Launcher = void(const Params& params, const Plan& plan, const StepRange& r
 // step_launch.cu
 Launcher<ForwardParams> step_forward;
 Launcher<BackwardParams> step_backward;
+// second_order_launch.cu: what step_forward does where p.primal is given, and the backward of dual numbers.
+void step_tangents(const ForwardParams& p, const Plan& plan, void* stream);
+void step_dual_backward(const DualBackwardParams& p, const Plan& plan, void* stream);
 // persistent_launch.cu
 Launcher<ForwardParams> grid_forward, cluster_forward;
 Launcher<BackwardParams> grid_backward, cluster_backward;

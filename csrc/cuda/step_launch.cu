@@ -6,31 +6,11 @@
 #include "cuda/family.h"
 #include "cuda/step/arguments.h"
 #include "cuda/step/kernels.h"
+#include "cuda/step/step_kernel.h"
 #include "plan/step.h"
 
 namespace fused_rnn::cuda {
 namespace {
-
-// A kernel of the plan, ready to be launched once per step.
-template <class Step>
-struct StepKernel {
-  void (*kernel)(Step);
-  simt::LaunchConfig config;
-  int stages;
-  bool may_overlap;
-
-  StepKernel(void (*kernel_address)(Step), const KernelPlan& plan, bool pdl)
-      : kernel(kernel_address), config(config_of(plan)), stages(plan.stages), may_overlap(pdl) {
-    simt::prepare(kernel, config.name, plan.smem_bytes);
-  }
-
-  // The first launch of a layer waits for all earlier work of the stream. Later launches may then read weights early.
-  void operator()(Step& step, bool first, void* stream) {
-    config.pdl = may_overlap && !first;
-    step.stages = stages;
-    simt::launch(kernel, config, stream, step);
-  }
-};
 
 StepKernel<ForwardStep> forward_kernel_of(const Plan& plan, KernelRole role, CellKind cell) {
   const KernelPlan& kernel = kernel_of(plan, role);
@@ -46,6 +26,7 @@ StepKernel<BackwardStep> backward_kernel_of(const Plan& plan, KernelRole role, C
 }  // namespace
 
 void step_forward(const ForwardParams& p, const Plan& plan, const StepRange&, void* stream) {
+  if (p.primal) return step_tangents(p, plan, stream);
   const bool projected = p.weights[0].w_hr.data != nullptr, input = traits_of(plan.family).reads_x;
   const int bytes = static_cast<int>(dtype_size(p.dtype));
   ForwardStep step = arguments_of(p, workspace_layout(problem_of(p)));

@@ -80,6 +80,7 @@ std::string cudnn_lacks(const CudnnCall& call) {
 }
 
 std::string cudnn_obstacle(const Problem& problem, const DeviceInfo&) {
+  if (problem.dual) return kNoDualKernels;
   CudnnCall call{problem.cell, problem.T};
   call.modified = problem.modified;
   call.empty = problem.I == 0;

@@ -12,6 +12,8 @@ struct Plan;  // plan.h
 // The obstacle of families without kernels for a problem that is `modified`.
 constexpr const char* kNoModifiedKernels =
     "has no kernels with zoneout, recurrent dropout, clipped states, reset states or gradients of every c";
+// The same where it is `dual`.
+constexpr const char* kNoDualKernels = "has no kernels of tangents";
 
 // Every family, once, in the order in which plans prefer them. The enum, the names and the planner's loop are made of this
 // list.

@@ -103,6 +103,7 @@ KernelPlan plan_pointwise(const Problem& p, const DeviceInfo& device, KernelRole
 }  // namespace
 
 std::string gemm_obstacle(const Problem& problem, const DeviceInfo& device) {
+  if (problem.dual) return kNoDualKernels;
   if (problem.dtype == DType::kBFloat16 && device.compute_capability < 80) {
     return "has no products of bfloat16 below compute capability 8.0";
   }

@@ -178,6 +178,7 @@ std::string general_obstacle(const Problem& problem, const DeviceInfo& device, i
            capability_text(device.compiled_for) + ": add " + capability_text(device.compute_capability) +
            " to TORCH_CUDA_ARCH_LIST and build again";
   }
+  if (problem.dual) return kNoDualKernels;
   if (problem.modified) return kNoModifiedKernels;
   if (problem.dtype == DType::kFloat64) return "has no fp64 kernels";
   if (problem.P != problem.H) return "has no projection";

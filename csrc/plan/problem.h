@@ -14,13 +14,14 @@ struct Problem {
   bool ragged;    // lengths or offsets are given
   bool training;  // forward keeps what backward needs
   bool backward;
-  bool modified;  // by what kernels of single steps alone have: options of steps, reset states, gradients of every c
+  bool modified;      // by what kernels of single steps alone have: options of steps, reset states, gradients of every c
+  bool dual = false;  // forward of tangents, backward of dual numbers; then `modified` says nothing
 };
 
 inline bool operator==(const Problem& a, const Problem& b) {
   return a.cell == b.cell && a.dtype == b.dtype && a.allow_tf32 == b.allow_tf32 && a.T == b.T && a.B == b.B && a.I == b.I &&
          a.H == b.H && a.P == b.P && a.D == b.D && a.ragged == b.ragged && a.training == b.training &&
-         a.backward == b.backward && a.modified == b.modified;
+         a.backward == b.backward && a.modified == b.modified && a.dual == b.dual;
 }
 
 }  // namespace fused_rnn

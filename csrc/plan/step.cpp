@@ -31,12 +31,20 @@ Product product_of(const Problem& problem, KernelRole role) {
   const int64_t gates = gate_count(problem.cell);
   switch (role) {
     case KernelRole::kForward:
-    case KernelRole::kForwardModified: return {problem.H, {problem.P, 0}};
+    case KernelRole::kForwardModified:
+    case KernelRole::kTangents: return {problem.H, {problem.P, 0}};
     case KernelRole::kForwardInput: return {problem.H, {problem.P, problem.I}};
-    case KernelRole::kProject: return {problem.P, {problem.H, 0}};
+    case KernelRole::kProject:
+    case KernelRole::kProjectTangents: return {problem.P, {problem.H, 0}};
     case KernelRole::kBackward:
     case KernelRole::kBackwardModified: return {problem.H, {projected ? problem.P : gates * problem.H, 0}};
     case KernelRole::kStateGrad: return {problem.P, {gates * problem.H, 0}};
+    // With the tangents of the weights, and with the weights.
+    case KernelRole::kDualBackward: {
+      const int64_t k = projected ? problem.P : gates * problem.H;
+      return {problem.H, {k, k}};
+    }
+    case KernelRole::kDualStateGrad: return {problem.P, {gates * problem.H, gates * problem.H}};
   }
   return {};
 }
@@ -73,7 +81,7 @@ KernelPlan plan_kernel(const Problem& problem, const DeviceInfo& device, MathKin
       tried += text;
       continue;
     }
-    plan.grid_x = ceil_div(problem.B, tile.batch);
+    plan.grid_x = ceil_div(cuda::tile_rows(role, problem.B), tile.batch);
     plan.grid_y = ceil_div(product.units, tile.units);
     plan.grid_z = problem.D;
     plan.threads = cuda::tile_threads(tile);
@@ -92,6 +100,11 @@ KernelPlan plan_kernel(const Problem& problem, const DeviceInfo& device, MathKin
 }
 
 std::vector<KernelRole> roles_of(const Problem& problem, Family family) {
+  if (problem.dual) {
+    if (problem.backward) return {KernelRole::kDualStateGrad, KernelRole::kDualBackward};
+    if (problem.P != problem.H) return {KernelRole::kTangents, KernelRole::kProjectTangents};
+    return {KernelRole::kTangents};
+  }
   if (problem.backward) return {KernelRole::kStateGrad, cuda::backward_role(problem.modified)};
   std::vector<KernelRole> roles{cuda::forward_role(traits_of(family).reads_x, problem.modified)};
   if (problem.P != problem.H) roles.push_back(KernelRole::kProject);
@@ -101,6 +114,7 @@ std::vector<KernelRole> roles_of(const Problem& problem, Family family) {
 }  // namespace
 
 std::string single_obstacle(const Problem& problem, const DeviceInfo&) {
+  if (problem.dual) return kNoDualKernels;
   if (problem.modified) return kNoModifiedKernels;
   return problem.T == 1 ? "" : "serves one time step, not " + std::to_string(problem.T);
 }
@@ -114,12 +128,14 @@ void plan_step_kernels(const Problem& problem, const DeviceInfo& device, Plan& p
   for (KernelRole role : roles_of(problem, plan.family)) {
     plan.kernels.push_back(plan_kernel(problem, device, math_of(problem, device), role, plan.reason));
     // Without a projection the gradient of a state is needed once, for h0.
-    if (role != KernelRole::kStateGrad || projected) plan.us_per_step += plan.kernels.back().us;
+    const bool of_state = role == KernelRole::kStateGrad || role == KernelRole::kDualStateGrad;
+    if (!of_state || projected) plan.us_per_step += plan.kernels.back().us;
   }
 }
 
 WorkspaceLayout workspace_layout(const Problem& p) {
-  const int64_t units = p.D * p.B * p.H;
+  const bool dual = p.dual && p.backward;  // running values and tangents
+  const int64_t units = (dual ? 2 : 1) * p.D * p.B * p.H;
   const auto aligned = [](int64_t bytes) { return ceil_div(bytes, 256) * 256; };
   WorkspaceLayout layout{};
   const CellTraits cell = traits_of(p.cell);
@@ -127,7 +143,8 @@ WorkspaceLayout workspace_layout(const Problem& p) {
     layout.carry_bytes = units * (p.dtype == DType::kFloat64 ? 8 : 4);
   }
   layout.carry_h = aligned(layout.carry_bytes);
-  if (p.modified && p.backward && !cell.reads_h) layout.carry_h_bytes = units * (p.dtype == DType::kFloat64 ? 8 : 4);
+  if (p.modified && p.backward && !p.dual && !cell.reads_h)
+    layout.carry_h_bytes = units * (p.dtype == DType::kFloat64 ? 8 : 4);
   layout.hidden = layout.carry_h + aligned(layout.carry_h_bytes);
   if (p.P != p.H && !p.backward) layout.hidden_bytes = units * dtype_size(p.dtype);
   layout.bytes = layout.hidden + aligned(layout.hidden_bytes);

@@ -15,6 +15,8 @@ namespace fused_rnn::cuda {
 // h.
 // kForwardModified, kBackwardModified: kForward and kBackward with what Modifier has beside resets to zeros
 // (core/modifier.h), and the gradients of every c.
+// kTangents, kProjectTangents: kForward and kProject of tangents. kDualBackward, kDualStateGrad: kBackward and kStateGrad of
+// dual numbers, whose values and tangents are rows of their own in the product.
 enum class KernelRole : int {
   kForward,
   kForwardInput,
@@ -22,7 +24,11 @@ enum class KernelRole : int {
   kBackward,
   kStateGrad,
   kForwardModified,
-  kBackwardModified
+  kBackwardModified,
+  kTangents,
+  kProjectTangents,
+  kDualBackward,
+  kDualStateGrad
 };
 // kPointwise: of family `gemm`, whose kernels make no product.
 enum class TileSize : int { kSmall, kMedium, kLarge, kPointwise };
@@ -36,6 +42,10 @@ constexpr const char* to_string(KernelRole role) {
     case KernelRole::kStateGrad: return "state_grad";
     case KernelRole::kForwardModified: return "forward_modified";
     case KernelRole::kBackwardModified: return "backward_modified";
+    case KernelRole::kTangents: return "tangents";
+    case KernelRole::kProjectTangents: return "project_tangents";
+    case KernelRole::kDualBackward: return "dual_backward";
+    case KernelRole::kDualStateGrad: return "dual_state_grad";
   }
   return "?";
 }
@@ -60,11 +70,17 @@ constexpr KernelRole backward_role(bool modified) {
 }
 
 constexpr bool is_gated(KernelRole role) {
-  return role == KernelRole::kForward || role == KernelRole::kForwardInput || role == KernelRole::kForwardModified;
+  return role == KernelRole::kForward || role == KernelRole::kForwardInput || role == KernelRole::kForwardModified ||
+         role == KernelRole::kTangents;
 }
+// Whether the batch rows of a tile are values, half of them, and the tangents of the same rows.
+constexpr bool is_dual(KernelRole role) { return role == KernelRole::kDualBackward || role == KernelRole::kDualStateGrad; }
+// Rows of a layer of B batch rows that the tiles of a kernel hold.
+constexpr int64_t tile_rows(KernelRole role, int64_t B) { return is_dual(role) ? 2 * B : B; }
 // Whether the weight operand is stored [units][K] (K contiguous) or [K][units].
 constexpr bool is_unit_major(KernelRole role) {
-  return role == KernelRole::kBackward || role == KernelRole::kStateGrad || role == KernelRole::kBackwardModified;
+  return role == KernelRole::kBackward || role == KernelRole::kStateGrad || role == KernelRole::kBackwardModified ||
+         is_dual(role);
 }
 
 // The largest tile is compiled for tensor cores only.
@@ -108,7 +124,7 @@ constexpr int weight_groups(KernelRole role, CellKind cell) { return is_gated(ro
 constexpr int accumulator_slots(KernelRole role, CellKind cell) {
   return role == KernelRole::kForwardInput ? slot_count(cell) : weight_groups(role, cell);
 }
-constexpr int operand_count(KernelRole role) { return role == KernelRole::kForwardInput ? 2 : 1; }
+constexpr int operand_count(KernelRole role) { return role == KernelRole::kForwardInput || is_dual(role) ? 2 : 1; }
 
 // Row pitch of a unit-major weight stage [chunk][units], padded so that the fragment loads of a warp meet no bank twice.
 constexpr int unit_pitch_bytes(const TileShape& tile, MathKind math) {

@@ -83,7 +83,7 @@ class LayerBackwardNode final : public torch::autograd::Node {
     if (ForwardNode* forward = static_cast<ForwardNode*>(kept.get()); forward && hands_over(*forward, grads)) {
       const BackwardRecord record = record_of(grads, dy, dlast, x, states, params, rows, saved, numbers_.recipe);
       const Call call = record.call();
-      if (has_second_order(call) && runs_plainly_on_cpu(call)) {
+      if (has_second_order(call) && runs_plainly(call)) {
         // Without their graph: it may lead to the node that is to keep them.
         const OptionalTensor dy_alone = dy ? OptionalTensor(dy->variable_data()) : std::nullopt;
         return handed_over(*forward, record_of(alone(grads), dy_alone, alone(dlast), x.variable_data(), alone(states),
@@ -119,7 +119,7 @@ class LayerBackwardNode final : public torch::autograd::Node {
   // Whether this pass, which nobody differentiates, runs the layer's own node later, and that node leads to our arguments.
   bool hands_over(ForwardNode& forward, const variable_list& grads) const {
     return !at::GradMode::is_enabled() && forward.runs_later() && leads_where(forward.next_edges()) &&
-           std::all_of(grads.begin(), grads.end(), is_plain_on_cpu);
+           std::all_of(grads.begin(), grads.end(), is_plain_for_kernels);
   }
 
   // Whether the layer's edges lead on for the same arguments as ours: requires_grad may have been set in between. Ours are
@@ -157,8 +157,28 @@ class LayerBackwardNode final : public torch::autograd::Node {
     }
     if (result[0].defined())
       result[0] = result[0].clone();  // the second half reads it, and a hook may write into a gradient
-    forward.add(std::move(second));
+    if (!forward.add(second)) add_arguments(*second, result);
     return result;
+  }
+
+  // The gradients of the arguments, by this node after all.
+  void add_arguments(SecondOrder& second, variable_list& result) const {
+    const size_t first = 1 + dlast_.size(), first_param = num_outputs() - params_.size();
+    const auto wanted = [&](size_t begin, size_t end) {
+      for (size_t i = begin; i < end; ++i) {
+        if (task_should_compute_output(i)) return true;
+      }
+      return false;
+    };
+    const GradientMask mask{wanted(first, first + 1), wanted(first + 1, first_param), wanted(first_param, num_outputs())};
+    const auto [dx, dstates, dparams] = second.of_arguments(std::nullopt, {}, mask);
+    std::vector<Tensor> made{dx};
+    made.insert(made.end(), dstates.begin(), dstates.end());
+    made.insert(made.end(), dparams.begin(), dparams.end());
+    TORCH_INTERNAL_ASSERT(first + made.size() == num_outputs());
+    for (size_t i = first; i < num_outputs(); ++i) {
+      if (task_should_compute_output(i)) result[i] = made[i - first];
+    }
   }
 
   std::optional<WeakNodePointer> forward_;

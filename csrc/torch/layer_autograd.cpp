@@ -110,9 +110,12 @@ class LayerNode final : public ForwardNode {
     return passes_.is_new(torch::autograd::get_current_graph_task_id());
   }
 
-  void add(std::unique_ptr<SecondOrder> second) override {
+  bool add(std::unique_ptr<SecondOrder>& second) override {
     std::lock_guard<std::mutex> lock(mutex_);
-    seconds_[torch::autograd::get_current_graph_task_id()].push_back(std::move(second));
+    const int pass = torch::autograd::get_current_graph_task_id();
+    if (!passes_.is_new(pass)) return false;
+    seconds_[pass].push_back(std::move(second));
+    return true;
   }
 
   void release_variables() override {
@@ -179,13 +182,13 @@ class LayerNode final : public ForwardNode {
       if (!t.defined()) t = at::empty({0}, call.like().options());
     }
     const OptionalTensor dy = optional_of(grads[0]);
-    const bool plainly = are_plain(grads) && runs_plainly_on_cpu(call);
+    const bool plainly = are_plain(grads) && runs_plainly(call);
     if (plainly && at::GradMode::is_enabled()) {
       return in_order(layer_backward_of(getptr(), call, dy, dlast, saved, mask), mask);
     }
     // Called outside of a backward pass (grad_fn(...) from Python), nobody would run the other node.
     const bool in_pass = torch::autograd::get_current_graph_task_id() >= 0;
-    if (plainly && mask.weights && weights_ && in_pass) {
+    if (plainly && mask.weights && weights_ && in_pass && runs_plainly_on_cpu(call)) {
       const ResultGradients given{dy, gradients_of_last(recipe_, dlast), saved_of(recipe_.cell, rows, saved)};
       return in_order(step_backward_on_cpu(call, given, mask, *weights_), {mask.x, mask.states, /*weights=*/false});
     }
@@ -251,7 +254,7 @@ class LayerNode final : public ForwardNode {
   }
 
   static bool are_plain(const variable_list& grads) {
-    return std::all_of(grads.begin(), grads.end(), [](const Tensor& t) { return !t.defined() || is_plain_on_cpu(t); });
+    return std::all_of(grads.begin(), grads.end(), [](const Tensor& t) { return !t.defined() || is_plain_for_kernels(t); });
   }
 
   // Whether y was written since forward.

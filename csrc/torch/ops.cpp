@@ -5,6 +5,7 @@
 
 #include <ATen/ops/cat.h>
 #include <ATen/ops/dropout.h>
+#include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/forward_grad.h>
@@ -149,6 +150,19 @@ bool is_plain(const Tensor& t) {
 }
 
 bool is_plain_on_cpu(const Tensor& t) { return t.is_cpu() && is_plain(t); }
+
+bool is_plain_for_kernels(const Tensor& t) {
+#ifdef FUSED_RNN_WITH_CUDA
+  if (is_on_device(t)) return is_plain(t);
+#endif
+  return is_plain_on_cpu(t);
+}
+
+bool runs_plainly(const Call& call) {
+  if (!nothing_intercepts() || at::hasCallbacks()) return false;
+  return is_plain_for_kernels(call.x) && std::all_of(call.states.begin(), call.states.end(), is_plain_for_kernels) &&
+         std::all_of(call.params.begin(), call.params.end(), is_plain_for_kernels);
+}
 
 States take_all_states(const Call& layer, Results& made) {
   const int64_t D = layer.recipe.directions();

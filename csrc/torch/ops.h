@@ -130,6 +130,10 @@ bool only_transforms();
 // No subclass, no wrapper of a transform, no view that is to be resolved.
 bool is_plain(const Tensor& t);
 bool is_plain_on_cpu(const Tensor& t);
+// The same where kernels of this build may serve the tensor, on a CPU or a GPU.
+bool is_plain_for_kernels(const Tensor& t);
+// Whether a call, of such tensors, concerns the kernels and autograd alone.
+bool runs_plainly(const Call& call);
 
 #ifdef FUSED_RNN_WITH_CUDA
 // fused_rnn::rnn as a wavefront of chunks (plan/overlap.h), or none where the layers are to be called in turn.

@@ -7,6 +7,8 @@
 #include "torch/backward_ops.h"
 #include "torch/ids.h"
 #include "torch/ops.h"
+#include "torch/second_order.h"
+#include "torch/second_order_ops.h"
 #include "torch/weight_node.h"
 #include "torch/workspace.h"
 
@@ -39,6 +41,16 @@ BackwardCall run_backward(const Call& call, const ResultGradients& given, Gradie
   return made;
 }
 
+// The scans of second_order.cpp.
+void run_tangents(const Call&, ForwardCall& made) {
+  Workspace workspace;
+  cpu::forward(made.params, [&](int64_t bytes) { return workspace.take(bytes); });
+}
+void run_dual_backward(const Call&, DualBackwardParams& params) {
+  Workspace workspace;
+  cpu::dual_backward(params, [&](int64_t bytes) { return workspace.take(bytes); });
+}
+
 struct OnCpu {
   template <class F>
   static auto run_backward(const Call& call, const ResultGradients& given, GradientMask wanted, const F& f) {
@@ -65,6 +77,24 @@ LayerGradients step_backward_on_cpu(const Call& call, const ResultGradients& giv
   return gradients_of_layer(call, given, made, mask);
 }
 
+const SecondOrderScans& second_order_on_cpu() {
+  static constexpr SecondOrderScans scans{[](const Tensor&, c10::function_ref<void()> f) { f(); }, run_tangents,
+                                          run_dual_backward};
+  return scans;
+}
+
+std::pair<LayerGradients, Tensor> backward_keeping_dh(const Call& call, const ResultGradients& given, GradientMask mask) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  BackwardCall made = prepare_backward(call, given, mask);
+  const LayerShapes& s = made.shapes;
+  const Tensor dh = empty_inside(call.x, {s.D, s.N, s.H});
+  made.params.d_h = data_or_null(dh);
+  if (!(mask.states && call.h0())) made.params.d_h0 = nullptr;  // one product less
+  Workspace workspace;
+  if (s.B > 0) cpu::backward(made.params, [&](int64_t bytes) { return workspace.take(bytes); });
+  return {gradients_of_layer(call, given, made, mask), dh};
+}
+
 Results run_on_cpu(const Call& call) {
   if (differentiates(call)) return run_composite(call);
   const at::AutoDispatchBelowADInplaceOrView guard;
@@ -84,4 +114,6 @@ TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
   m.impl("layer_backward", fused_rnn::BackwardOps<fused_rnn::OnCpu>::layer);
   m.impl("layer_backward_samples", fused_rnn::BackwardOps<fused_rnn::OnCpu>::samples);
   m.impl("layer_backward_gates", fused_rnn::BackwardOps<fused_rnn::OnCpu>::gates);
+  m.impl("layer_second_order", fused_rnn::layer_second_order);
+  m.impl("layer_jvp", fused_rnn::layer_jvp);
 }

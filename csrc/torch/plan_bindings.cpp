@@ -133,6 +133,7 @@ Problem problem_of(Keywords& k) {
   problem.training = k.take<bool>("training", false);
   problem.backward = k.take<bool>("backward", false);
   problem.modified = k.take<bool>("modified", false);
+  problem.dual = k.take<bool>("dual", false);
   return problem;
 }
 

@@ -1,4 +1,4 @@
-// The derivative of a layer's backward on a CPU: what gradient penalties and Hessian-vector products need.
+// The derivative of a layer's backward: what gradient penalties and Hessian-vector products need.
 //
 // The gradients (dx, dh0, dc0, dW) are linear in (dy, dh_n, dc_n), and gradients of one function of the other arguments. So
 // with v, gradients of these gradients, <v, gradients> has the derivatives
@@ -25,15 +25,20 @@
 
 #include "core/cells.h"
 #include "core/dispatch.h"
-#include "cpu/cpu.h"
+#include "torch/device.h"
 #include "torch/ops.h"
 #include "torch/products.h"
-#include "torch/workspace.h"
 
 namespace fused_rnn {
 namespace {
 
-bool is_given(const Tensor& v) { return !(v.dim() == 1 && v.size(0) == 0); }
+const SecondOrderScans& scans_for([[maybe_unused]] const Tensor& t) {
+#ifdef FUSED_RNN_WITH_CUDA
+  if (is_on_device(t)) return second_order_on_device();
+#endif
+  return second_order_on_cpu();
+}
+
 Tensor or_zeros(const Tensor& v, const Tensor& like) { return is_given(v) ? v : at::zeros_like(like); }
 std::vector<Tensor> or_zeros(at::TensorList v, at::TensorList like) {
   std::vector<Tensor> all;
@@ -70,6 +75,7 @@ class SecondOrder::Scans {
   explicit Scans(BackwardRecord record)
       : record_(std::move(record)),
         call_(record_.call()),
+        device_(scans_for(call_.x)),
         shapes_(check_layer(call_)),
         given_(std::move(record_.given)),
         dh_(record_.dh),
@@ -86,16 +92,22 @@ class SecondOrder::Scans {
   Scans& operator=(const Scans&) = delete;
 
   std::vector<Tensor> of_results() {
-    if (!given_.saved.y) make_output();
-    tangents();
+    device_.within(call_.x, [this] {
+      if (!given_.saved.y) make_output();
+      tangents();
+    });
     std::vector<Tensor> found{forward_.y};
     for (const Tensor& t : forward_.last()) found.push_back(t);
     return found;
   }
   LayerGradients of_arguments(const OptionalTensor& dy, std::vector<OptionalTensor> of_last, GradientMask wanted) {
     tangent_given_ = {dy, std::move(of_last), {forward_.gates, forward_.cs, forward_.y}};
-    gradients();
-    return products(wanted);
+    LayerGradients made;
+    device_.within(call_.x, [&] {
+      gradients();
+      made = products(wanted);
+    });
+    return made;
   }
 
  private:
@@ -103,10 +115,8 @@ class SecondOrder::Scans {
   Tensor none() const { return empty_like(call_.like(), {0}); }
 
   void make_output() {
-    ForwardCall again = prepare_forward(call_, /*save=*/false);
-    Workspace workspace;
-    cpu::forward(again.params, [&](int64_t bytes) { return workspace.take(bytes); });
-    given_.saved.y = again.y;
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    given_.saved.y = std::get<0>(call_layer(call_, /*save=*/false));
   }
 
   // Of one direction, what the tangents of the accumulators have of V_ih and V_hh, added to zeros [N, S * H].
@@ -223,8 +233,7 @@ class SecondOrder::Scans {
       primal.source_y = source_y.const_data_ptr();
     }
     forward_.params.primal = &primal;
-    Workspace workspace;
-    if (s.B > 0) cpu::forward(forward_.params, [&](int64_t bytes) { return workspace.take(bytes); });
+    if (s.B > 0) device_.tangents(*tangent_call_, forward_);
     forward_.params.primal = nullptr;
   }
 
@@ -244,8 +253,7 @@ class SecondOrder::Scans {
     }
     if (!call_.h0()) tangent_.params.d_h0 = nullptr;
     DualBackwardParams p{value_.params, tangent_.params, value_.params.dtype, nullptr};
-    Workspace workspace;
-    if (shapes_.B > 0) cpu::dual_backward(p, [&](int64_t bytes) { return workspace.take(bytes); });
+    if (shapes_.B > 0) device_.dual_backward(call_, p);
     tangent_.shapes = shapes_;
   }
 
@@ -304,6 +312,7 @@ class SecondOrder::Scans {
 
   BackwardRecord record_;
   const Call call_;  // of record_
+  const SecondOrderScans& device_;
   const LayerShapes shapes_;
   ResultGradients given_;
   ResultGradients tangent_given_;  // its dy, dh_n, dc_n: what the layer's own gradients are made of
@@ -356,84 +365,4 @@ BackwardRecord record_of(at::TensorList v, const OptionalTensor& dy, at::TensorL
   return record;
 }
 
-namespace {
-
-std::vector<Tensor> layer_second_order(at::TensorList grads, const OptionalTensor& dy, at::TensorList dlast, const Tensor& x,
-                                       at::TensorList states, at::TensorList params, at::TensorList rows,
-                                       at::TensorList saved, at::IntArrayRef wanted) {
-  TORCH_CHECK_VALUE(wanted.size() == 4, "wanted: expected a recipe and 3 flags, got ", wanted.size(), " numbers");
-  const auto dtype = x.scalar_type();
-  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kDouble, "x: expected float32 or float64, got ", dtype);
-  BackwardRecord record = record_of(grads, dy, dlast, x, states, params, rows, saved, wanted[0]);
-  TORCH_CHECK_VALUE(!record.rows.options.any(), "rows: expected no options of steps");
-  if (const Tensor& dh = record.dh; dh.defined()) {
-    const LayerShapes s = check_layer(record.call());
-    TORCH_CHECK_VALUE(!s.projection && dh.is_contiguous(), "saved: expected no dh of a layer with a projection");
-    check_tensor("dh", dh, {s.D, s.N, s.H}, x, dtype);
-  }
-  SecondOrder second(std::move(record));
-  std::vector<Tensor> found = second.of_results();
-  auto [dx, dstates, dparams] = second.of_arguments(std::nullopt, {}, {wanted[1] != 0, wanted[2] != 0, wanted[3] != 0});
-  found.push_back(dx);
-  found.insert(found.end(), dstates.begin(), dstates.end());
-  found.insert(found.end(), dparams.begin(), dparams.end());
-  return found;
-}
-
-void check_saved(const Call& call, const LayerShapes& s, const Saved& saved) {
-  const auto dtype = call.x.scalar_type();
-  check_optional("y", saved.y, s.output(call), call.x, dtype);
-  check_optional("gates", optional_of(saved.gates), {s.D, s.N, slot_count(call.recipe.cell), s.H}, call.x, dtype);
-  check_optional("cs", optional_of(saved.cs), {s.D, s.N, s.H}, call.x, dtype);
-}
-
-// Of what is given; tangents of params are those of each sample where there are samples.
-void check_tangents(const BackwardRecord& record) {
-  std::vector<Tensor> of{record.x};
-  for (const std::vector<Tensor>* several : {&record.states, &record.rows.reset_states, &record.params}) {
-    of.insert(of.end(), several->begin(), several->end());
-  }
-  for (size_t i = 0; i < of.size(); ++i) {
-    if (!is_given(record.v[i])) continue;
-    at::DimVector shape(of[i].sizes());
-    if (record.samples && i >= of.size() - record.params.size()) shape.insert(shape.begin(), record.samples);
-    check_tensor("tangents", record.v[i], shape, record.x, record.x.scalar_type());
-  }
-}
-
-std::vector<Tensor> layer_jvp(at::TensorList tangents, const Tensor& x, at::TensorList states, at::TensorList params,
-                              at::TensorList rows, at::TensorList saved, at::IntArrayRef call) {
-  TORCH_CHECK_VALUE(call.size() == 2, "call: expected a recipe and samples, got ", call.size(), " numbers");
-  const auto dtype = x.scalar_type();
-  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kDouble, "x: expected float32 or float64, got ", dtype);
-  BackwardRecord record = record_of(tangents, std::nullopt, {}, x, states, params, rows, saved, call[0]);
-  TORCH_CHECK_VALUE(!record.rows.options.any(), "rows: expected no options of steps");
-  const LayerShapes s = check_layer(record.call());
-  record.samples = call[1];
-  TORCH_CHECK_VALUE(record.samples >= 0 && (record.samples == 0 || s.B % record.samples == 0),
-                    "call: expected samples that divide the batch of ", s.B, ", got ", record.samples);
-  check_tangents(record);
-  check_saved(record.call(), s, record.given.saved);
-  return SecondOrder(std::move(record)).of_results();
-}
-
-}  // namespace
-
-std::pair<LayerGradients, Tensor> backward_keeping_dh(const Call& call, const ResultGradients& given, GradientMask mask) {
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  BackwardCall made = prepare_backward(call, given, mask);
-  const LayerShapes& s = made.shapes;
-  const Tensor dh = empty_inside(call.x, {s.D, s.N, s.H});
-  made.params.d_h = data_or_null(dh);
-  if (!(mask.states && call.h0())) made.params.d_h0 = nullptr;  // one product less
-  Workspace workspace;
-  if (s.B > 0) cpu::backward(made.params, [&](int64_t bytes) { return workspace.take(bytes); });
-  return {gradients_of_layer(call, given, made, mask), dh};
-}
-
 }  // namespace fused_rnn
-
-TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
-  m.impl("layer_second_order", fused_rnn::layer_second_order);
-  m.impl("layer_jvp", fused_rnn::layer_jvp);
-}

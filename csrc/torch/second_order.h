@@ -2,6 +2,8 @@
 // it gives to the layer's arguments. A pass that also differentiates the layer itself makes the second half together with
 // the layer's own gradients: both are sums over the same recurrence, so that one scan and one set of products serves both.
 #pragma once
+#include <c10/util/FunctionRef.h>
+
 #include <memory>
 
 #include "torch/weight_node.h"
@@ -31,7 +33,24 @@ BackwardRecord record_of(at::TensorList v, const OptionalTensor& dy, at::TensorL
 // Whether kernels have the derivative of such a call.
 bool has_second_order(const Call& call);
 
-// On a CPU, below autograd.
+// Whether an entry of BackwardRecord::v is there.
+inline bool is_given(const Tensor& v) { return !(v.dim() == 1 && v.size(0) == 0); }
+
+// What a device does for second_order.cpp.
+struct SecondOrderScans {
+  // Calls f with what products of tensors like x need, such as the device and its precision.
+  void (*within)(const Tensor& x, c10::function_ref<void()> f);
+  // The scan of tangents of a prepared call, whose params.primal is set.
+  void (*tangents)(const Call& call, ForwardCall& made);
+  // The scan of dual numbers; call: of the values.
+  void (*dual_backward)(const Call& call, DualBackwardParams& params);
+};
+const SecondOrderScans& second_order_on_cpu();  // ops_cpu.cpp
+#ifdef FUSED_RNN_WITH_CUDA
+const SecondOrderScans& second_order_on_device();  // second_order_cuda.cpp
+#endif
+
+// Below autograd.
 class SecondOrder {
  public:
   explicit SecondOrder(BackwardRecord record);
@@ -52,8 +71,9 @@ class ForwardNode : public torch::autograd::Node {
  public:
   // Whether the current backward pass is to run this node, and has not done so yet.
   virtual bool runs_later() = 0;
-  // For such a node: it makes the gradients of the arguments.
-  virtual void add(std::unique_ptr<SecondOrder> second) = 0;
+  // For such a node: it makes the gradients of the arguments. Where it has run since on another thread, it takes nothing, and
+  // the result is false.
+  virtual bool add(std::unique_ptr<SecondOrder>& second) = 0;
 };
 
 // fused_rnn::layer_backward of a call that runs plainly, whose node is a ForwardNode.

@@ -45,7 +45,7 @@ def structure(name: str, header: str, **known: type[ctypes.Structure]) -> type[c
         assert match, declaration
         kind: Any = c_void_p if match[2] else types[match[1]]
         for field in match[3].split(","):
-            parts = re.fullmatch(r"\s*(\w+)(?:\[(\d+)\])?\s*(?:=.*)?", field, re.DOTALL)
+            parts = re.fullmatch(r"\s*\*?(\w+)(?:\[(\d+)\])?\s*(?:=.*)?", field, re.DOTALL)
             assert parts, declaration
             fields.append((parts[1], kind * int(parts[2]) if parts[2] else kind))
     return type(name, (ctypes.Structure,), {"_fields_": fields})
@@ -60,6 +60,7 @@ Weights = structure("Weights", "core/params.h", WeightMatrix=WeightMatrix)
 _PARTS = {"Sequence": Sequence, "Modifier": Modifier, "Weights": Weights}
 ForwardParams = structure("ForwardParams", "core/params.h", **_PARTS)
 BackwardParams = structure("BackwardParams", "core/params.h", **_PARTS)
+DualBackwardParams = structure("DualBackwardParams", "core/params.h", BackwardParams=BackwardParams)
 Problem = structure("Problem", "plan/problem.h")
 
 
@@ -158,9 +159,9 @@ class LayerRun:
         self.cuts: list[int] = []  # steps at which a new launch takes over, for persistent families
         self.plan_text = ""
         self.finite = True  # whether the results have to be
-        sizes = (c_int * 4)()
+        sizes = (c_int * 5)()
         lib.simt_sizes(sizes)
-        here = [ctypes.sizeof(t) for t in (ForwardParams, BackwardParams, Problem, DeviceInfo)]
+        here = [ctypes.sizeof(t) for t in (ForwardParams, BackwardParams, Problem, DeviceInfo, DualBackwardParams)]
         assert list(sizes) == here, "the structures here differ from those of csrc"
 
     @property

@@ -61,9 +61,13 @@ struct ModifiedKind {
   const M& m;
 };
 
-// m: cells.h's modifier of the step.
+// m: cells.h's modifier of the step. D: dual numbers (core/dual.h), which backward takes too.
 template <CellKind kCell>
 struct DeviceCell : Cell<kCell> {
+  template <class D>
+  static FUSED_RNN_HD void tangents(CellKind, D (&a)[Cell<kCell>::kSlots]) {
+    Cell<kCell>::tangents(a);
+  }
   template <class M = Unmodified>
   static __device__ __forceinline__ void forward(CellKind cell, float (&a)[Cell<kCell>::kSlots], float h_prev, float c_prev,
                                                  float& h, float& c, const M& m = M()) {
@@ -104,6 +108,10 @@ struct DeviceCell : Cell<kCell> {
 
 template <>
 struct DeviceCell<CellKind::kRnnTanh> : Cell<CellKind::kRnnTanh> {
+  template <class D>
+  static FUSED_RNN_HD void tangents(CellKind kind, D (&a)[1]) {
+    with_rnn(kind, [&](auto tag) { Cell<decltype(tag)::value>::tangents(a); });
+  }
   template <class V, class M = Unmodified>
   static FUSED_RNN_HD void forward(CellKind kind, V (&a)[1], const V& h_prev, const V& c_prev, V& h, V& c,
                                    const M& m = M()) {

@@ -254,9 +254,10 @@ __global__ void __launch_bounds__(G::kThreads, 1) forward_kernel(const ForwardSt
                   });
 }
 
-// h[t] = hidden W_hr^T, for an LSTM with proj_size. A block owns kUnits outputs of kBatch batch rows.
-template <class G>
-__global__ void __launch_bounds__(G::kThreads, 1) project_kernel(const ForwardStep s) {
+// h[t] = of(hidden W_hr^T), for an LSTM with proj_size. A block owns kUnits outputs of kBatch batch rows.
+// of(sum, row, unit): what is stored; row: in memory, of an active row.
+template <class G, class Of>
+__device__ __forceinline__ void project(const ForwardStep& s, const Of& of) {
   using Storage = typename G::Storage;
   const int dir = simt::block_z();
   const int64_t first_row = static_cast<int64_t>(simt::block_x()) * G::kBatch;
@@ -287,8 +288,16 @@ __global__ void __launch_bounds__(G::kThreads, 1) project_kernel(const ForwardSt
   for (int e = 0; e < G::kElements; ++e) {
     const int index = simt::thread_x() + e * G::kThreads, unit = index % G::kUnits, batch = index / G::kUnits;
     if (batch >= G::kBatch || first_unit + unit >= s.p.P || !(table[batch].flags & kExists)) continue;
-    store_output<Storage>(s.p, dir, first_row + batch, first_unit + unit, table[batch], matmul.sum(0, unit, batch));
+    const RowInfo& info = table[batch];
+    typename G::Acc h = matmul.sum(0, unit, batch);
+    if (info.flags & kActive) h = of(h, info.row, first_unit + unit);
+    store_output<Storage>(s.p, dir, first_row + batch, first_unit + unit, info, h);
   }
+}
+
+template <class G>
+__global__ void __launch_bounds__(G::kThreads, 1) project_kernel(const ForwardStep s) {
+  project<G>(s, [](typename G::Acc sum, int64_t, int64_t) { return sum; });
 }
 
 }  // namespace fused_rnn::cuda

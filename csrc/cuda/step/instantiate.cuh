@@ -1,31 +1,10 @@
 // Kernels<kMath> for one kind of arithmetic: which kernel serves a role, cell and tile. Included by kernels_*.cu only.
 #pragma once
-#include <stdexcept>
-
-#include "cuda/device/kernel_cell.h"
 #include "cuda/step/backward.cuh"
+#include "cuda/step/dispatch_tile.cuh"
 #include "cuda/step/forward.cuh"
 
 namespace fused_rnn::cuda {
-
-// Kernels whose code does not depend on the cell are compiled once, under the first of the list.
-constexpr CellKind kAnyCell = CellKind{0};
-
-// Calls f with the tile size as a compile-time constant.
-template <MathKind kMath, class F>
-auto dispatch_tile(TileSize size, F&& f) {
-  switch (size) {
-    case TileSize::kSmall: return f(std::integral_constant<TileSize, TileSize::kSmall>{});
-    case TileSize::kMedium: return f(std::integral_constant<TileSize, TileSize::kMedium>{});
-    case TileSize::kLarge:
-      if constexpr (has_tile(kMath, TileSize::kLarge)) {
-        return f(std::integral_constant<TileSize, TileSize::kLarge>{});
-      }
-      break;
-    case TileSize::kPointwise: break;  // of another family
-  }
-  throw std::invalid_argument("no kernel of this arithmetic has such a tile");
-}
 
 template <MathKind kMath>
 ForwardKernel Kernels<kMath>::forward(KernelRole role, CellKind cell, TileSize size) {
@@ -41,7 +20,11 @@ ForwardKernel Kernels<kMath>::forward(KernelRole role, CellKind cell, TileSize s
         case KernelRole::kProject: return &project_kernel<Geometry<KernelRole::kProject, kAnyCell, kMath, kSize>>;
         case KernelRole::kBackward:
         case KernelRole::kBackwardModified:
-        case KernelRole::kStateGrad: break;
+        case KernelRole::kStateGrad:
+        case KernelRole::kTangents:
+        case KernelRole::kProjectTangents:
+        case KernelRole::kDualBackward:
+        case KernelRole::kDualStateGrad: break;
       }
       throw std::invalid_argument("not a kernel of forward");
     });
@@ -62,7 +45,11 @@ BackwardKernel Kernels<kMath>::backward(KernelRole role, CellKind cell, TileSize
         case KernelRole::kForward:
         case KernelRole::kForwardInput:
         case KernelRole::kForwardModified:
-        case KernelRole::kProject: break;
+        case KernelRole::kProject:
+        case KernelRole::kTangents:
+        case KernelRole::kProjectTangents:
+        case KernelRole::kDualBackward:
+        case KernelRole::kDualStateGrad: break;
       }
       throw std::invalid_argument("not a kernel of backward");
     });

@@ -34,9 +34,10 @@ extern "C" bool simt_force_tile(Plan* plan, const Problem* problem, int tile_siz
   for (KernelPlan& k : plan->kernels) {
     if (!cuda::has_tile(k.math, size)) return false;
     const cuda::TileShape tile = cuda::tile_shape(k.role, k.math, size);
-    const bool outputs = k.role == cuda::KernelRole::kProject || k.role == cuda::KernelRole::kStateGrad;
+    const bool outputs = k.role == cuda::KernelRole::kProject || k.role == cuda::KernelRole::kStateGrad ||
+                         k.role == cuda::KernelRole::kProjectTangents || k.role == cuda::KernelRole::kDualStateGrad;
     k.tile = size;
-    k.grid_x = (problem->B + tile.batch - 1) / tile.batch;
+    k.grid_x = (cuda::tile_rows(k.role, problem->B) + tile.batch - 1) / tile.batch;
     k.grid_y = ((outputs ? problem->P : problem->H) + tile.units - 1) / tile.units;
     k.threads = cuda::tile_threads(tile);
     k.stages = stages;
@@ -53,6 +54,7 @@ extern "C" void simt_sizes(int* sizes) {
   sizes[1] = sizeof(BackwardParams);
   sizes[2] = sizeof(Problem);
   sizes[3] = sizeof(DeviceInfo);
+  sizes[4] = sizeof(DualBackwardParams);
 }
 // What the backend finds out about the device; kept for each number. Returns whether there is such a device.
 extern "C" bool simt_device_info(int number, DeviceInfo* info) {
@@ -76,13 +78,19 @@ extern "C" void simt_problem_forward(const ForwardParams* params, Problem* probl
 extern "C" void simt_problem_backward(const BackwardParams* params, Problem* problem) {
   *problem = cuda::problem_of(*params);
 }
+extern "C" void simt_problem_dual_backward(const DualBackwardParams* params, Problem* problem) {
+  *problem = cuda::problem_of(*params);
+}
 extern "C" int simt_forward(const ForwardParams* params, const Plan* plan) {
   return simt_host::run_guarded([&] { cuda::forward(*params, *plan, nullptr); });
 }
 extern "C" int simt_backward(const BackwardParams* params, const Plan* plan) {
   return simt_host::run_guarded([&] { cuda::backward(*params, *plan, nullptr); });
 }
-// The same by a call for each range of steps [bounds[i], bounds[i + 1]).
+extern "C" int simt_dual_backward(const DualBackwardParams* params, const Plan* plan) {
+  return simt_host::run_guarded([&] { cuda::dual_backward(*params, *plan, nullptr); });
+}
+// The same of forward and backward by a call for each range of steps [bounds[i], bounds[i + 1]).
 extern "C" int simt_forward_steps(const ForwardParams* params, const Plan* plan, const int64_t* bounds, int ranges,
                                   float* carry) {
   return simt_host::run_guarded([&] {

@@ -67,7 +67,7 @@ class Memory : public c10::Allocator {
 Memory& memory = *new Memory;  // outlives all tensors
 void Memory::put_back(void* address) { memory.free_[memory.sizes_.at(address)].push_back(address); }
 
-int calls = 0, calls_for_steps = 0;
+int calls = 0, calls_for_steps = 0, tangent_calls = 0, dual_calls = 0;
 int flag_writes = 0;
 unsigned refused = 0;  // a bit for each family whose launches the device refuses
 bool old_driver = false;
@@ -96,6 +96,11 @@ Problem problem_of(const BackwardParams& params) {
   simulator<void(const BackwardParams*, Problem*)>("simt_problem_backward")(&params, &problem);
   return problem;
 }
+Problem problem_of(const DualBackwardParams& params) {
+  Problem problem;
+  simulator<void(const DualBackwardParams*, Problem*)>("simt_problem_dual_backward")(&params, &problem);
+  return problem;
+}
 const Plan& plan_for(const Problem& problem, int device, const FamilyChoice& choice) {
   static Recent<std::tuple<Problem, int, FamilyChoice>, Plan, 16> kept;
   return kept.get({problem, device, choice}, [&] { return make_plan(problem, kDevice, choice); });
@@ -117,12 +122,18 @@ void previous_rows(const PreviousParams& params, void*) {
 void forward(const ForwardParams& params, const Plan& plan, void*) {
   launch(plan);
   ++calls;
+  if (params.primal) ++tangent_calls;
   check(simulator<int(const ForwardParams*, const Plan*)>("simt_forward")(&params, &plan));
 }
 void backward(const BackwardParams& params, const Plan& plan, void*) {
   launch(plan);
   ++calls;
   check(simulator<int(const BackwardParams*, const Plan*)>("simt_backward")(&params, &plan));
+}
+void dual_backward(const DualBackwardParams& params, const Plan& plan, void*) {
+  launch(plan);
+  ++calls, ++dual_calls;
+  check(simulator<int(const DualBackwardParams*, const Plan*)>("simt_dual_backward")(&params, &plan));
 }
 void forward_steps(const ForwardParams& params, const Plan& plan, const StepRange& range, void*) {
   launch(plan);
@@ -147,6 +158,12 @@ extern "C" __attribute__((visibility("default"))) void torch_host_device(unsigne
 
 // How many times flags of the host have become the device's.
 extern "C" __attribute__((visibility("default"))) int torch_host_flag_writes() { return fused_rnn::cuda::flag_writes; }
+
+// How many of the calls for layers have been scans of tangents and of dual numbers.
+extern "C" __attribute__((visibility("default"))) void torch_host_second_order_calls(int* counts) {
+  counts[0] = fused_rnn::cuda::tangent_calls;
+  counts[1] = fused_rnn::cuda::dual_calls;
+}
 
 // How many calls there have been, for layers as a whole and for some of their steps.
 extern "C" __attribute__((visibility("default"))) void torch_host_calls(int* counts) {

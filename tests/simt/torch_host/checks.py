@@ -30,7 +30,7 @@ from settings import setting as setting  # noqa: E402
 from test_layers import assert_near, results_and_gradients  # noqa: E402
 
 import fused_rnn  # noqa: E402
-from fused_rnn import _derivatives, use_backend  # noqa: E402
+from fused_rnn import use_backend  # noqa: E402
 from fused_rnn._explain import DEVICES  # noqa: E402
 from fused_rnn.tuning import cases as verification_cases  # noqa: E402
 from fused_rnn.tuning.verification import Finding, judge  # noqa: E402
@@ -38,7 +38,6 @@ from fused_rnn.tuning.verification import Finding, judge  # noqa: E402
 F16 = torch.float16
 torch.backends.cudnn.allow_tf32 = False
 torch.backends.cudnn.enabled = False  # families of ours; cudnn_checks.py has the other one
-_derivatives.SECOND_ORDER_DEVICE = "none"  # CPU tensors are the device's here
 EXTENSION.set_chooser(None)  # the planner chooses; tuning_checks.py has the other way
 
 
