@@ -74,6 +74,23 @@ def test_modified_steps(steps: int, backward: bool) -> None:
         plan(T=steps, backward=backward, modified=True, forced="cluster")
 
 
+@pytest.mark.parametrize("proj", [None, 16])
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("steps", [1, 10])
+def test_plans_of_tangents_and_dual_numbers(steps: int, backward: bool, proj: int | None) -> None:
+    """The family step alone has kernels of them; a tile holds the values and the tangents of half as many batch rows."""
+    result = plan(dtype="float32", T=steps, B=9, P=proj, backward=backward, training=True, dual=True, modified=True)
+    assert result["family"] == "step"
+    names = ["dual_state_grad", "dual_backward"] if backward else ["tangents", "project_tangents"][: 1 + (proj is not None)]
+    assert [k["name"] for k in result["kernels"]] == names
+    for k in result["kernels"]:
+        assert k["grid"][0] == -(-9 * (1 + backward) // k["batch"])
+    for family in ("single", "grid", "cluster", "block"):
+        assert result["rejected"][family] == "has no kernels of tangents"
+    carry, hidden = 4 * 9 * 64, 4 * 9 * 64
+    assert result["workspace_bytes"] == (2 * carry if backward else carry + (hidden if proj else 0))
+
+
 def test_forced_family() -> None:
     assert plan(T=1, forced="step")["family"] == "step"
     assert plan(T=1, forced="step")["rejected"] == dict.fromkeys(

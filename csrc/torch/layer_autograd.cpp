@@ -96,8 +96,8 @@ class LayerNode final : public ForwardNode {
     return result;
   }
 
-  // The engine runs the node created last first, on a thread for all nodes of the CPU: nodes of a layer's backward, and what
-  // is made of their results, run before the layer's own. It may be otherwise where several threads make a graph.
+  // The engine runs the node created last first, on one thread for all nodes of a device: nodes of a layer's backward, and
+  // what is made of their results, run before the layer's own. It may be otherwise where several threads make a graph.
   bool runs_later() override {
     const auto* nodes = torch::autograd::get_current_graph_task_nodes_in_graph();
     if (!nodes || nodes->count(this) == 0) return false;

@@ -1,7 +1,7 @@
 """The scans of tangents and of dual numbers on the simulated device, and what they compute by torch.func in float64.
 
-The oracle is a loop over rows whose accumulators get `delta`, projected outputs `eps`, and the states that a step reads beside
-its product `rho`: all that the kernels give is a derivative by these and by the arguments.
+The oracle is a loop over rows whose accumulators get `delta`, projected outputs `eps`, and the states that a step reads
+beside its product `rho`: all that the kernels give is a derivative by these and by the arguments.
 """
 
 from __future__ import annotations
@@ -149,14 +149,15 @@ class Oracle:
         return torch.where(resets.flatten()[rows][:, None], value, before)
 
     def gradients(self, given: Tensors, outer: Tensors) -> Tensors:
-        """By all arguments, from gradients of y, h_n and c_n ("dy", "dh_n", "dc_n")."""
+        """By all arguments, from gradients of y, h_n, c_n and cs ("dy", "dh_n", "dc_n", "d_cs")."""
+
+        names = {"y": "dy", "h_n": "dh_n", "c_n": "dc_n", "cs": "d_cs"}
 
         def results(args: Tensors) -> Tensors:
             made = self(args)
-            return {name: made[name] for name in ("y", "h_n", "c_n")}
+            return {name: made[name] for name in names}
 
         made, pull = torch.func.vjp(results, given)
-        names = {"y": "dy", "h_n": "dh_n", "c_n": "dc_n"}
         return pull({name: outer.get(names[name], torch.zeros_like(t)) for name, t in made.items()})[0]
 
 
@@ -218,8 +219,10 @@ class Problems:
         oracle, data = Oracle(layer), layer.data.to(torch.float64)
         given = oracle.arguments()
         outer = {"dy": data.dy.reshape(layer.rows, -1), "dh_n": data.dh_n}
+        every_c = (second.case.directions, layer.rows, second.case.hidden)
         if second.case.cell == "LSTM":
             outer["dc_n"] = data.dc_n
+            outer["d_cs"] = torch.randn(every_c, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
         outer = {name: torch.zeros_like(t) if name in second.nulls else t for name, t in outer.items()}
         v = random_tangents(given, outer)
         v["rho"].zero_()
@@ -353,6 +356,8 @@ def run_dual(run: SecondRun, p: Problems, second: Second) -> Tensors:
         cast = {name: t.to(dtype) for name, t in names.items()}
         if "dy" in cast:
             cast["dy"] = cast["dy"].masked_fill(~layer.active[:, None], math.nan)
+        if "d_cs" in cast:
+            cast["d_cs"][:, ~layer.active] = math.nan
         run.put_all(half, cast)
     shapes: dict[str, tuple[int, ...]] = {"d_gates": (d, n, layer.slots, h), "d_gates'": (d, n, layer.slots, h)}
     if "d_h0" not in second.nulls:

@@ -139,6 +139,7 @@ struct DualElements {
                        c_before<Storage>(tangent, value.seq, s.step, value.H, info, dir, b), unit);
       c = both(value.cs, tangent.cs, row * value.H + unit);
       dc = info.flags & kHasNext ? both(s.carry[kValue], s.carry[kTangent], state) : both(value.dc_n, tangent.dc_n, state);
+      dc = dc + both(value.d_cs, tangent.d_cs, row * value.H + unit);
     }
     const Dual<Acc> bypass = C::backward(value.cell, a, h_prev, c_prev, c, h, dh, dc, d);
     if constexpr (kHasCarry) hand_on(info, row * value.H + unit, state, C::kHasC ? dc : bypass);

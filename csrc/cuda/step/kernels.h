@@ -62,8 +62,5 @@ struct SecondOrderKernels {
   static TangentKernel tangents(KernelRole role, CellKind cell, TileSize size);
   static DualKernel dual_backward(KernelRole role, CellKind cell, TileSize size);
 };
-constexpr bool has_second_order(MathKind math) {
-  return math == MathKind::kFp32 || math == MathKind::kTf32 || math == MathKind::kFp64;
-}
 
 }  // namespace fused_rnn::cuda

@@ -12,6 +12,7 @@ import torch
 from checks import EXTENSION, in_process_of_its_own, recurrent_switch, tf32_products
 from settings import Setting
 from settings import setting as setting
+from test_second_derivatives import hessian_vector_products, near, penalty
 from test_tangents import GATES, LENGTHS, OPTIONS, B, Layer, T, kernels_only, scalar
 from torch import Tensor
 
@@ -27,15 +28,6 @@ def scans() -> tuple[int, int]:
     counts = (ctypes.c_int * 2)()
     ctypes.CDLL(EXTENSION.__file__).torch_host_second_order_calls(counts)
     return counts[0], counts[1]
-
-
-def near(found: Any, expected: Any, tolerance: float = 1e-10) -> None:
-    """Each within that share of its largest number."""
-    flat, wanted = (torch.utils._pytree.tree_leaves(results) for results in (found, expected))
-    for a, b in zip(flat, wanted, strict=True):
-        assert a.shape == b.shape
-        scale = max(1.0, b.abs().max().item()) if b.numel() else 1.0
-        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=tolerance * scale)
 
 
 def with_padding(layer: Layer, *more: dict[str, list[Tensor]]) -> None:
@@ -62,20 +54,6 @@ def test_jvp(kind: str, name: str, of: str, kernels_only: Callable[[], None]) ->
     assert scans()[0] > before[0]
 
 
-def penalty(layer: Layer, with_loss: bool) -> Callable[[list[Tensor]], list[Tensor | None]]:
-    """Gradients of all tensors of a gradient penalty, or of one beside a loss."""
-    spec = torch.utils._pytree.tree_structure(layer.tensors)
-
-    def of(leaves: list[Tensor]) -> list[Tensor | None]:
-        leaves = [t.detach().requires_grad_() for t in leaves]
-        loss = scalar(layer)(torch.utils._pytree.tree_unflatten(leaves, spec))
-        first = torch.autograd.grad(loss, leaves, create_graph=True)
-        total = torch.stack([(i + 1) * g.nan_to_num().square().sum() for i, g in enumerate(first)]).sum()
-        return list(torch.autograd.grad(total + loss if with_loss else total, leaves, allow_unused=True))
-
-    return of
-
-
 @pytest.mark.parametrize("with_loss", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("kind", CELLS)
@@ -98,19 +76,12 @@ def test_gradient_penalty(kind: str, name: str, with_loss: bool, kernels_only: C
 def test_hessian_vector_product(kind: str, name: str, kernels_only: Callable[[], None]) -> None:
     """Forward over reverse, and reverse over reverse, by all tensors."""
     layer = Layer(kind, name)
-    v, f = layer.directions(), scalar(layer)
-
-    def forward_over_reverse() -> Any:
-        return torch.func.jvp(torch.func.grad(f), (layer.tensors,), (v,))
-
-    def reverse_over_reverse() -> Any:
-        return torch.func.vjp(torch.func.grad(f), layer.tensors)[1](v)[0]
-
+    v = layer.directions()
     with use_backend("reference"):
-        expected = forward_over_reverse(), reverse_over_reverse()
+        expected = hessian_vector_products(layer, v)
     kernels_only()
     before = scans()
-    near((forward_over_reverse(), reverse_over_reverse()), expected)
+    near(hessian_vector_products(layer, v), expected)
     assert scans()[1] > before[1]
 
 
@@ -198,7 +169,7 @@ def test_a_written_output_is_made_again() -> None:
 
     def run(write: bool) -> Any:
         y, h = layer(torch.utils._pytree.tree_unflatten(leaves, spec))
-        first = torch.autograd.grad(y.sin().sum() + h.sum(), leaves, create_graph=True)
+        first = torch.autograd.grad((y * y.detach().cos()).sum() + h.sum(), leaves, create_graph=True)
         if write:
             with torch.no_grad():
                 y.mul_(2)
