@@ -71,8 +71,8 @@ class ForwardNode : public torch::autograd::Node {
  public:
   // Whether the current backward pass is to run this node, and has not done so yet.
   virtual bool runs_later() = 0;
-  // For such a node: it makes the gradients of the arguments. Where it has run since on another thread, it takes nothing, and
-  // the result is false.
+  // For such a node: it makes the gradients of the arguments. Where it has run since, on another thread, it takes nothing,
+  // and the result is false.
   virtual bool add(std::unique_ptr<SecondOrder>& second) = 0;
 };
 
