@@ -68,7 +68,11 @@ ElementBytes bytes_of(const Problem& p, KernelRole role) {
     case KernelRole::kBackwardModified:  // gates, c twice, y or h before, dy; d_gates
       return {size * (saved + 2 * cell.has_c + !cell.has_c + 1 + cell.slots), wide + carries};
     case KernelRole::kStateGrad: return {2 * size, wide};
-    case KernelRole::kForwardInput: break;
+    case KernelRole::kForwardInput:
+    case KernelRole::kTangents:
+    case KernelRole::kProjectTangents:
+    case KernelRole::kDualBackward:
+    case KernelRole::kDualStateGrad: break;  // of other families
   }
   return {};
 }
