@@ -43,6 +43,7 @@ class Feature(NamedTuple):
     arguments: dict[str, Any] = {}
     share: float = 1.0  # of the plain layer's rows and steps, those that take part
     modes: tuple[str, ...] = MODES
+    against: torch.nn.Module | None = None  # in place of the plain layer
 
 
 def features(kind: str, sizes: Sizes) -> Iterator[Feature]:
@@ -79,7 +80,9 @@ def features(kind: str, sizes: Sizes) -> Iterator[Feature]:
     yield Feature("weight_dropout", layer(weight_dropout=0.1), x)
     yield Feature("state_clip", layer(state_clip=3.0), x)
     yield Feature("checkpoint=8", layer(checkpoint=8), x, modes=MODES[1:])
-    yield Feature(f"as a formula, zoo.{kind}", fused_rnn.Layer(getattr(zoo, kind)(), hidden, hidden), x)
+    formula, kept = (fused_rnn.Layer(getattr(zoo, kind)(), hidden, hidden, checkpoint=k) for k in (0, 8))
+    yield Feature(f"as a formula, zoo.{kind}", formula, x)
+    yield Feature("checkpoint=8 of the formula, against the formula", kept, x, modes=MODES[1:], against=formula)
 
 
 def call_of(mode: str, layer: torch.nn.Module, input: Any, arguments: dict[str, Any]) -> Callable[[], None]:
@@ -188,7 +191,7 @@ def main() -> None:
         for feature in features(kind, sizes):
             if feature.name.startswith(tuple(options.features)):
                 for mode in feature.modes:
-                    print(row(kind, feature, mode, plain, x, options.rounds), flush=True)
+                    print(row(kind, feature, mode, feature.against or plain, x, options.rounds), flush=True)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from torch import Tensor
 from fused_rnn._recipe import ALL_STATES, OPTIONS
 
 FORMULA_ALL_STATES = 1 << 6  # of an own cell's flags: csrc/torch/formula_ops.h
-_OPS = ("layer", "layer_checkpointed", "formula")
+_OPS = ("layer", "layer_checkpointed", "formula", "formula_checkpointed")
 _registered = False
 
 
@@ -130,15 +130,17 @@ def _of_call(x: Any, states: Sequence[Any], params: Sequence[Any]) -> _Mesh:
 
 
 def _asks_for_all_states(first: Any, *others: Any) -> bool:
-    """By the arguments after rows: a recipe, [a recipe, k], or an own cell's name and flags."""
-    if isinstance(first, str):
-        return bool(others[0] & FORMULA_ALL_STATES)
-    return bool((first if isinstance(first, int) else first[0]) & ALL_STATES)
+    return bool(_bits(first, *others) & (FORMULA_ALL_STATES if isinstance(first, str) else ALL_STATES))
 
 
-def _asks_for_options(first: Any, *others: Any) -> bool:
-    flags = others[0] if isinstance(first, str) else first
-    return isinstance(flags, int) and bool(flags & OPTIONS)
+def _asks_for_options(*rest: Any) -> bool:
+    return bool(_bits(*rest) & OPTIONS)
+
+
+def _bits(first: Any, *others: Any) -> int:
+    """Of the arguments after rows: a recipe, or an own cell's name and flags; of checkpointed ops with k, in a list."""
+    bits = others[0] if isinstance(first, str) else first
+    return int(bits if isinstance(bits, int) else bits[0])
 
 
 @torch.no_grad()

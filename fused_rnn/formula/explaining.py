@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import _backend, _settings
+from fused_rnn import _backend, _checkpoint, _settings
 from fused_rnn.explanation import Candidate, Explanation, LayerPlan, PassPlan, Rejection
 from fused_rnn.formula import ops, serve
 from fused_rnn.formula.language import Cell
@@ -66,13 +66,26 @@ def _layer(
     if backend == "reference":
         return LayerPlan(**size, N=rows, forward=PassPlan(), backward=PassPlan() if training else None, saved_bytes=None)
     cell = ops.cell_of(module.formula)  # with the module's options
+    every, keeps = getattr(module, "checkpoint", 0), _checkpoint.keeps_states(backend)
     forward, backward, saved = _passes(cell, rows)
+    if every:
+        kept = f"the states of every {every}th step are kept, and steps" if keeps else "nothing is kept, and all steps"
+        backward = PassPlan(text=f"the scan backwards; {kept} run again")
     if backend == "cuda":
         forward = _on_gpu(cell, dtype, size, device or {}, forward.text, backward=False)
         if training:
             backward = _on_gpu(cell, dtype, size, device or {}, backward.text, backward=True)
-    saved_bytes = saved * rows * size["H"] * size["D"] * dtype.itemsize * training
+    saved_bytes = saved * rows * size["H"] * size["D"] * dtype.itemsize
+    if every:
+        saved_bytes = _kept(cell, every, size, dtype) if keeps else 0
+    saved_bytes *= training
     return LayerPlan(**size, N=rows, forward=forward, backward=backward if training else None, saved_bytes=saved_bytes)
+
+
+def _kept(cell: Cell, every: int, size: dict[str, int], dtype: torch.dtype) -> int:
+    """Bytes of the states that checkpoint=k keeps on a CPU."""
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    return size["D"] * ((size["T"] - 1) // every) * len(cell.declaration.states) * size["B"] * size["H"] * wide
 
 
 def _on_gpu(

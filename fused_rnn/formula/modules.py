@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import _checks, _extras, _ids, functional, reference
+from fused_rnn import _checkpoint, _checks, _extras, _ids, functional, reference
 from fused_rnn._extras import Extras
 from fused_rnn._recipe import Recipe, Rows, StepOptions
 from fused_rnn._regularisation import HasOptions, Sizes, Target, options_of, taken_from
-from fused_rnn.formula import ops, serve
+from fused_rnn.formula import checkpoint, ops, serve
 from fused_rnn.formula.language import Cell
-from fused_rnn.formula.options import Masks, change_of, changed, masks_of, rows_with, target_of
+from fused_rnn.formula.options import Masks, change_of, changed, masks_of, rows_with, rows_with_values, target_of
 from fused_rnn.formula.parameters import OWN_KIND, as_declared, empty, outputs_first, specs_of, step_function
 
 
@@ -72,9 +72,9 @@ class _Formula(HasOptions, nn.Module):
         of = options_of(self)
         return weights if of is None else of.dropped(weights, len(weights) // groups, self.training)
 
-    def _masks(self, like: Tensor, sizes: Sizes, index: Tensor | None = None) -> Masks:
+    def _masks(self, like: Tensor, sizes: Sizes) -> Masks:
         of = options_of(self)
-        return Masks() if of is None or not self.training else masks_of(of, like, sizes, index)
+        return Masks() if of is None or not self.training else masks_of(of, like, sizes)
 
     def _shown_options(self) -> str:
         of = options_of(self)
@@ -139,11 +139,15 @@ class Layer(_Formula):
             weight_dropout: probability of zeroing an element of weight_hh for a call (Merity et al. 2017), in training.
             state_clip: bound of the states' absolute values, applied where a step makes the state: of all states, or a tuple
                 with a number or None for each.
+            checkpoint: k: states are kept every k steps, and backward makes what lies between them again, with the same
+                bits; 0 keeps everything.
 
     Parameters, for layer k and, of the reverse direction, with the suffix _reverse (rows: of the gates with such a product):
     weight_ih_l{k} [G*H, I or D*H], weight_hh_l{k} [G*H, H] (of n heads [n, G*H/n, H/n]), bias_ih_l{k}, bias_hh_l{k} [G*H],
     <name>_l{k} of the cell's own vectors [H] and numbers [], weight_<name>_l{k} of its products [H, H] and norms [H].
     """
+
+    checkpoint: int = 0
 
     def __init__(
         self,
@@ -159,6 +163,10 @@ class Layer(_Formula):
     ) -> None:
         super().__init__(cell, input_size, hidden_size, bias)
         options = taken_from(factory)
+        every = factory.pop("checkpoint", 0)
+        _checkpoint.check(every)
+        if every:
+            self.checkpoint = every
         _check_factory("Layer", factory)
         self.num_layers = num_layers
         self.batch_first = batch_first
@@ -308,7 +316,7 @@ class Layer(_Formula):
         like = input
         if input.dtype is torch.int64:
             input, like = input.squeeze(-1), weights[0]
-        masks = self._masks(like, *_sizes_of_masks(input, rows, (groups, batch, self.hidden_size)))
+        masks = self._masks(like, _sizes_of_masks(input, rows, (groups, batch, self.hidden_size)))
         rows = rows_with(rows, masks, self.cell.declaration.recurrent)
         own, count = len(self.cell.declaration.states), len(cell.declaration.states)
         if states and masks.factors is not None:  # what the recurrent product reads is a state too
@@ -316,8 +324,11 @@ class Layer(_Formula):
         compiled = serve.has_kernels(formula, device_type, like.dtype)
         if not states and (not compiled or rows.offsets is not None):  # packed rows do not say the batch size
             states = [like.new_zeros(groups, batch, self.hidden_size) for _ in cell.declaration.states]
+        keeps = compiled and self.checkpoint and checkpoint.applies(input, states, weights, rows)
+        if not keeps:
+            rows = rows_with_values(rows, input.transpose(0, 1) if recipe.batch_first else input, like.dtype)
         if compiled:
-            layer: reference.LayerFunction = functools.partial(ops.layer, formula)
+            layer: reference.LayerFunction = functools.partial(ops.layer, formula, every=self.checkpoint if keeps else 0)
             y, last = reference.rnn(input, states, weights, rows, recipe, layer)
             every = last[count:]
             return y, last[:own], as_declared(cell, every)[:own] if every else []
@@ -342,7 +353,7 @@ class Layer(_Formula):
         ):
             if getattr(self, name) != usual:
                 parts.append(f"{name}={getattr(self, name)}")
-        return ", ".join(parts) + self._shown_options()
+        return ", ".join(parts) + self._shown_options() + (f", checkpoint={self.checkpoint}" if self.checkpoint else "")
 
 
 class Step(_Formula):
@@ -427,7 +438,8 @@ class Step(_Formula):
             input, like = input.squeeze(-1), weights[0]
         recipe = Recipe(OWN_KIND, has_biases=self.bias)
         batch = shape[0] if len(shape) > 1 else 1
-        options = StepOptions(values=self._masks(like, Sizes(1, batch, batch, self.hidden_size, self.hidden_size)).values)
+        masks = self._masks(like, Sizes(1, batch, batch, self.hidden_size, self.hidden_size))
+        options = StepOptions(values=None if masks.kept is None else masks.kept.to(like.dtype))
         if serve.has_kernels(formula, input.device.type, like.dtype):
             return self._form_of(self._run(input, states, weights, recipe, options))
         states = states or [like.new_zeros(shape) for _ in self.cell.declaration.states]
@@ -454,15 +466,11 @@ class Step(_Formula):
         return f"{self.cell!r}, {self.input_size}, {self.hidden_size}{bias}{self._shown_options()}"
 
 
-def _sizes_of_masks(input: Tensor, rows: Rows, sizes: tuple[int, int, int]) -> tuple[Sizes, Tensor | None]:
-    """Of a call of input [., ., I] or packed [N, I], or of ids without the last dimension, and of packed rows the row of the
-    batch of each. sizes: L*D, B and H."""
+def _sizes_of_masks(input: Tensor, rows: Rows, sizes: tuple[int, int, int]) -> Sizes:
+    """Of a call of input [., ., I] or packed [N, I], or of ids without the last dimension. sizes: L*D, B and H."""
     groups, batch, hidden = sizes
-    if rows.offsets is None:
-        return Sizes(groups, input.shape[0] * input.shape[1], batch, hidden, hidden), None
-    count = input.shape[0]
-    starts = torch.repeat_interleave(rows.offsets[:-1], rows.offsets.diff(), output_size=count)
-    return Sizes(groups, count, batch, hidden, hidden), torch.arange(count, device=starts.device) - starts
+    count = input.shape[0] if rows.offsets is not None else input.shape[0] * input.shape[1]
+    return Sizes(groups, count, batch, hidden, hidden)
 
 
 def _check_count(name: str, value: Any) -> None:

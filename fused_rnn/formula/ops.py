@@ -13,8 +13,9 @@ from fused_rnn import _dtensor, reference
 from fused_rnn._backend import extension, is_transformed
 from fused_rnn._derivatives import above_transforms, differentiated
 from fused_rnn._ops import check_places, fake_gradients
-from fused_rnn._recipe import Recipe, Rows, rows_of
+from fused_rnn._recipe import ROWS, Recipe, Rows, rows_of
 from fused_rnn.formula.language import Cell
+from fused_rnn.formula.options import rows_with_values
 from fused_rnn.formula.parameters import OWN_KIND, as_declared, outputs_first, step_function
 
 # csrc/torch/formula_ops.h's bits of `flags`.
@@ -52,12 +53,19 @@ def remember(cell: Cell) -> str:
 
 
 def layer(
-    formula: str, x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], rows: Rows, recipe: Recipe
+    formula: str,
+    x: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    rows: Rows,
+    recipe: Recipe,
+    every: int = 0,
 ) -> tuple[Tensor, list[Tensor]]:
     """One layer on the kernels of a formula: x [T, B, I] or packed [N, I] -> y, last states [D, B, H] in the cell's order.
 
     With ``recipe.all_states`` the last states are followed by all states but the output after every step, [D, N, H] each.
-    states: of each [D, B, H], or none for zeros.
+    states: of each [D, B, H], or none for zeros. every: k of ``checkpoint=k`` where it applies (checkpoint.py), and the
+    masks in ``rows`` are then options.Masks.compact's; else 0.
     """
     if type(x) is not Tensor or type(params[0]) not in (torch.nn.Parameter, Tensor):
         _dtensor.prepare()
@@ -65,7 +73,10 @@ def layer(
     flags = BIASES * recipe.has_biases | BIDIRECTIONAL * recipe.bidirectional | SAVE * differentiates | rows.bits
     flags |= ALL_STATES * recipe.all_states
     given = rows.given()
-    if differentiates and is_transformed():
+    if every:
+        op = torch.ops.fused_rnn.formula_checkpointed.default
+        y, last, _ = op(x, list(states), list(params), given, formula, [flags & ~SAVE, every])
+    elif differentiates and is_transformed():
         call = (formula, flags, len(states), len(params), len(given))
         y, *last = _Transformed.apply(call, x, *states, *params, *given)[: 1 + last_count(formula, flags)]
     elif differentiates or torch.compiler.is_compiling() or is_transformed():
@@ -79,7 +90,7 @@ def layer(
     return y, last
 
 
-def _fake_formula(
+def fake_formula(
     x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], rows: Sequence[Tensor], cell: str, flags: int
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Shapes of fused_rnn::formula's results."""
@@ -108,7 +119,7 @@ def _fake_formula(
     return x.new_empty(*of_rows, directions * hidden), last, kept if flags & SAVE else []
 
 
-def _fake_formula_backward(
+def fake_formula_backward(
     dy: Tensor | None,
     dlast: Sequence[Tensor],
     x: Tensor,
@@ -139,7 +150,7 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
 def _backward(ctx: _Context, dy: Tensor | None, dlast: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """Gradients of x, states, params and rows."""
     x, *others = ctx.saved_tensors
-    states, params, rows, others = _parts(others, *ctx.counts)
+    states, params, rows, others = parts_of(others, *ctx.counts)
     masks = len(rows) - len(rows_of(rows, ctx.flags).reset_states)
     none = (params[0] if x.dtype is torch.int64 else x).new_empty(0)
     given = [none if grad is None else grad for grad in dlast or []]
@@ -147,12 +158,12 @@ def _backward(ctx: _Context, dy: Tensor | None, dlast: Sequence[Tensor | None]) 
     asked = (bool(needs_x), _any(needs_states) or _any(needs_rows), _any(needs_params))
     flags = ctx.flags | GRAD_X * asked[0] | GRAD_STATES * asked[1] | GRAD_PARAMS * asked[2]
     if torch.is_grad_enabled() or is_transformed():  # the gradients may be differentiated
-        call = _BackwardCall(ctx.cell, flags, dy is not None, len(given), len(states), len(params), len(rows))
+        call = _BackwardCall(ctx.cell, flags, ctx.every, dy is not None, len(given), len(states), len(params), len(rows))
         dx, *made = _Backward.apply(call, *([] if dy is None else [dy]), *given, x, *states, *params, *rows, *others)
-        dstates, dparams, _ = _parts(made, len(made) - len(params), len(params))
+        dstates, dparams, _ = parts_of(made, len(made) - len(params), len(params))
     else:
-        op = torch.ops.fused_rnn.formula_backward.default
-        dx, dstates, dparams = op(dy, given, x, states, params, rows, others, ctx.cell, flags)
+        of_call = (ctx.cell, flags, ctx.every)
+        dx, dstates, dparams = _run_backward(of_call, dy, given, x, states, params, rows, others)
     return (
         dx if asked[0] else None,
         dstates[: len(states)] if asked[1] else [None] * len(states),
@@ -161,7 +172,36 @@ def _backward(ctx: _Context, dy: Tensor | None, dlast: Sequence[Tensor | None]) 
     )
 
 
-def _parts(tensors: Sequence[Tensor], *counts: int) -> list[list[Tensor]]:
+def _run_backward(
+    call: tuple[str, int, int],
+    dy: Tensor | None,
+    dlast: Sequence[Tensor],
+    x: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    saved: Sequence[Tensor],
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The op of the call: cell, flags and, of a checkpointed layer, k."""
+    cell, flags, every = call
+    result: tuple[Tensor, list[Tensor], list[Tensor]]
+    if every:
+        rows, flags = full_rows(x, params, rows, flags)
+        op = torch.ops.fused_rnn.formula_checkpointed_backward.default
+        result = op(dy, dlast, x, states, params, rows, saved, cell, [flags, every])
+    else:
+        whole = torch.ops.fused_rnn.formula_backward.default
+        result = whole(dy, dlast, x, states, params, rows, saved, cell, flags)
+    return result
+
+
+def full_rows(x: Tensor, params: Sequence[Tensor], rows: Sequence[Tensor], flags: int) -> tuple[list[Tensor], int]:
+    """rows and flags as the kernels take them, of those of a checkpointed layer, whose masks are compact."""
+    made = rows_with_values(rows_of(rows, flags), x, params[0].dtype)
+    return made.given(), flags & ~ROWS | made.bits
+
+
+def parts_of(tensors: Sequence[Tensor], *counts: int) -> list[list[Tensor]]:
     """The first of so many tensors each, and what remains."""
     parts = []
     for count in counts:
@@ -170,10 +210,11 @@ def _parts(tensors: Sequence[Tensor], *counts: int) -> list[list[Tensor]]:
     return [*parts, list(tensors)]
 
 
-def _flat_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+def flat_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     """Backward of the functions whose arguments are (call, x, *states, *params, *rows) and whose results y, last, saved."""
     needs = ctx.needs_input_grad[1:]
-    flat = _Context(ctx.saved_tensors, ctx.counts, ctx.cell, ctx.flags, (needs[0], *_parts(needs[1:], *ctx.counts)[:3]))
+    of_inputs = (needs[0], *parts_of(needs[1:], *ctx.counts)[:3])
+    flat = _Context(ctx.saved_tensors, ctx.counts, ctx.cell, ctx.flags, of_inputs, getattr(ctx, "every", 0))
     dx, dstates, dparams, drows = _backward(flat, grads[0], grads[1 : 1 + ctx.lasts])
     return (None, dx, *dstates, *dparams, *drows)
 
@@ -189,13 +230,13 @@ class _Differentiable(torch.autograd.Function):
     def forward(ctx: Any, call: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
         """call: the dispatch keys of the call, cell, flags, numbers of states, params and rows; tensors: x and these."""
         keys, cell, flags, *counts = call
-        states, params, rows, _ = _parts(tensors[1:], *counts)
+        states, params, rows, _ = parts_of(tensors[1:], *counts)
         y, last, saved = _below_autograd(keys, tensors[0], states, params, rows, cell, flags)
         ctx.lasts = len(last)
         _set_up(ctx, (tensors[0], states, params, rows, cell, flags), (y, last, saved))
         return (y, *last, *saved)
 
-    backward = staticmethod(_flat_backward)
+    backward = staticmethod(flat_backward)
 
 
 def _below_autograd(keys: Any, *args: Any) -> Any:
@@ -231,18 +272,18 @@ class _Transformed(torch.autograd.Function):
     def forward(call: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
         """call: cell, flags, numbers of states, params and rows; tensors: x and these. Gives y, last, saved."""
         cell, flags, *counts = call
-        states, params, rows, _ = _parts(tensors[1:], *counts)
+        states, params, rows, _ = parts_of(tensors[1:], *counts)
         y, last, saved = torch.ops.fused_rnn.formula.default(tensors[0], states, params, rows, cell, flags)
         return (y, *last, *saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         (cell, flags, *counts), x, *tensors = inputs
-        states, params, rows, _ = _parts(tensors, *counts)
+        states, params, rows, _ = parts_of(tensors, *counts)
         ctx.lasts = last_count(cell, flags)
         _set_up(ctx, (x, states, params, rows, cell, flags), (output[0], output[1 : 1 + ctx.lasts], output[1 + ctx.lasts :]))
 
-    backward = staticmethod(_flat_backward)
+    backward = staticmethod(flat_backward)
 
 
 class _Context(NamedTuple):
@@ -253,6 +294,7 @@ class _Context(NamedTuple):
     cell: str
     flags: int
     needs_input_grad: tuple[Any, ...]
+    every: int = 0  # k of a checkpointed layer
 
 
 def last_count(formula: str, flags: int) -> int:
@@ -266,6 +308,7 @@ class _BackwardCall(NamedTuple):
 
     cell: str
     flags: int
+    every: int  # k of a checkpointed layer, or 0
     has_dy: bool
     lasts: int
     states: int
@@ -281,15 +324,14 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(call: _BackwardCall, *tensors: Tensor) -> tuple[Tensor, ...]:
         """tensors: dy where it is there, dlast, x, states, params, rows, saved. Gives dx, dstates, dparams."""
-        dy, dlast, x, states, params, rows, saved = _parts(tensors, *call[2:4], 1, *call[4:])
-        op = torch.ops.fused_rnn.formula_backward.default
-        dx, dstates, dparams = op(dy[0] if dy else None, dlast, x[0], states, params, rows, saved, call.cell, call.flags)
+        dy, dlast, x, states, params, rows, saved = parts_of(tensors, *call[3:5], 1, *call[5:])
+        dx, dstates, dparams = _run_backward(call[:3], dy[0] if dy else None, dlast, x[0], states, params, rows, saved)
         return (dx, *dstates, *dparams)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         call, *tensors = inputs
-        ctx.call, ctx.saved = call, len(tensors) - sum(call[2:]) - 1
+        ctx.call, ctx.saved = call, len(tensors) - sum(call[3:]) - 1
         ctx.save_for_backward(*tensors[: len(tensors) - ctx.saved])
 
     @staticmethod
@@ -302,7 +344,7 @@ class _Backward(torch.autograd.Function):
         given = [*tensors[:first], *tensors[len(tensors) - resets :]]
 
         def results(given: Sequence[Tensor]) -> list[Tensor]:
-            dy, dlast, x, states, params, own = _parts(given, *call[2:4], 1, *call[4:6])
+            dy, dlast, x, states, params, own = parts_of(given, *call[3:5], 1, *call[5:7])
             dx, dstates, dparams = _differentiable(
                 call, dy[0] if dy else None, dlast, (x[0], states, params, [*masks, *own])
             )
@@ -326,7 +368,7 @@ def _differentiable(
     """The gradients as a differentiable function of everything they depend on: ``step`` in a loop, differentiated."""
     x, states, params, rows = arguments
     asked = [bool(call.flags & bit) for bit in (GRAD_X, GRAD_STATES, GRAD_PARAMS)]
-    cell, of_call = cell_of(call.cell), rows_of(rows, call.flags)
+    cell, of_call = cell_of(call.cell), rows_with_values(rows_of(rows, call.flags), x, params[0].dtype)
     given = [*states, *of_call.reset_states]
     own, first = 1 + len(states), 1 + len(given)
     recipe = Recipe(OWN_KIND, has_biases=bool(call.flags & BIASES), bidirectional=bool(call.flags & BIDIRECTIONAL))
@@ -352,7 +394,7 @@ def _hidden(cell: Cell, params: Sequence[Tensor]) -> int:
 
 
 if extension is not None:
-    torch.library.register_fake("fused_rnn::formula", _fake_formula)
-    torch.library.register_fake("fused_rnn::formula_backward", _fake_formula_backward)
+    torch.library.register_fake("fused_rnn::formula", fake_formula)
+    torch.library.register_fake("fused_rnn::formula_backward", fake_formula_backward)
     _library = torch.library.Library("fused_rnn", "IMPL")
     _library.impl("formula", _formula_autograd, "Autograd", with_keyset=True)

@@ -131,28 +131,47 @@ def _unused(name: str, taken: set[str]) -> str:
 
 
 class Masks(NamedTuple):
-    """The masks of a call in training."""
+    """The masks of a call in training, as they are drawn."""
 
-    values: Tensor | None = None  # [L*D, N, K, H], StepOptions.values
+    kept: Tensor | None = None  # bool [L*D, N, K, H]: which units keep their value, of the K states with zoneout
     factors: Tensor | None = None  # [L*D, B, H] of recurrent_dropout
 
+    def compact(self) -> StepOptions:
+        """In a form of their own, for a checkpointed layer: rows_with_values makes values of it, once for each pass."""
+        return StepOptions(values=self.kept, product=self.factors)
 
-def masks_of(of: Regularisation, like: Tensor, sizes: Sizes, index: Tensor | None) -> Masks:
-    """Draws a training call's masks. like: of the call's dtype; index [N]: of packed rows the row of the batch."""
+
+def masks_of(of: Regularisation, like: Tensor, sizes: Sizes) -> Masks:
+    """Draws a training call's masks. like: of the call's dtype."""
     flags, factors = of.masks(like, sizes)
-    blocks = [flag.to(like.dtype) for flag in flags if isinstance(flag, Tensor)]
-    if factors is not None:
-        steps = sizes.rows // max(sizes.batch, 1)
-        of_rows = factors.repeat(1, steps, 1) if index is None else factors.index_select(1, index)
-        blocks.append(of_rows)
-    return Masks(torch.stack(blocks, 2) if blocks else None, factors)
+    kept = [flag for flag in flags if isinstance(flag, Tensor)]
+    return Masks(torch.stack(kept, 2) if kept else None, factors)
 
 
 def rows_with(rows: Rows, masks: Masks, recurrent: int) -> Rows:
-    """The rows of a call with its masks; what resets put into the state ``recurrent`` is dropped too."""
+    """The rows of a call with its masks, compact; what resets put into the state ``recurrent`` is dropped too."""
     if masks.factors is not None and rows.reset_states:
         rows = rows._replace(reset_states=(*rows.reset_states, masks.factors * rows.reset_states[recurrent]))
-    return rows if masks.values is None else rows._replace(options=StepOptions(values=masks.values))
+    return rows if masks.kept is None and masks.factors is None else rows._replace(options=masks.compact())
+
+
+def rows_with_values(rows: Rows, x: Tensor, dtype: torch.dtype) -> Rows:
+    """The rows with StepOptions.values [., N, K, H] in place of compact masks, where there are some.
+
+    x: [T, B, I], packed [N, I], or ids without the last dimension.
+    """
+    kept, factors = rows.options.values, rows.options.product
+    if factors is None and (kept is None or kept.dtype is not torch.bool):
+        return rows
+    blocks = [] if kept is None else [kept.to(dtype)]
+    if factors is not None:
+        if rows.offsets is None:
+            of_rows = factors.repeat(1, x.shape[0], 1)
+        else:
+            starts = torch.repeat_interleave(rows.offsets[:-1], rows.offsets.diff(), output_size=x.shape[0])
+            of_rows = factors.index_select(1, torch.arange(x.shape[0], device=starts.device) - starts)
+        blocks.append(of_rows.unsqueeze(2))
+    return rows._replace(options=StepOptions(values=torch.cat(blocks, 2)))
 
 
 def target_of(name: str, cell: Cell, bias: bool, is_cell: bool = False) -> Target:

@@ -18,7 +18,7 @@ namespace {
 template <class A>
 class FormulaBackwardScan final : public FormulaScan<A> {
  public:
-  FormulaBackwardScan(const FormulaBackward& p, const Kernels<A>& kernels, int max_threads);
+  FormulaBackwardScan(const FormulaBackward& p, const Kernels<A>& kernels, int max_threads, const BackwardPart& part = {});
   bool run();
 
  private:
@@ -64,6 +64,10 @@ class FormulaBackwardScan final : public FormulaScan<A> {
   void finish(Worker& w) const;
 
   const FormulaBackward& p_;
+  const BackwardPart part_;
+  int64_t first_ = 0, end_;  // the steps that threads do now; between their runs the workspace keeps what it holds
+  SavedRows saved_;
+  const int copies_;         // of a thread's state: 2 where it alternates between directions, else 1
   const bool moves_resets_;  // somebody asks for gradients of what resets put into the states
   const bool adds_series_;   // there are gradients of states after each step
   const bool keeps_rec_;
@@ -75,12 +79,18 @@ class FormulaBackwardScan final : public FormulaScan<A> {
   int64_t zeros_size_;
   A* team_arrays_;
   int64_t team_elements_;
+  int64_t worker_bytes_;
 };
 
 template <class A>
-FormulaBackwardScan<A>::FormulaBackwardScan(const FormulaBackward& p, const Kernels<A>& kernels, int max_threads)
+FormulaBackwardScan<A>::FormulaBackwardScan(const FormulaBackward& p, const Kernels<A>& kernels, int max_threads,
+                                            const BackwardPart& part)
     : Base(p, formula_problem(p, /*backward=*/true, /*training=*/true), kernels, max_threads),
       p_(p),
+      part_(part),
+      end_(p.seq.T),
+      saved_{p.seq.N, {0, 0}},
+      copies_(part.again ? p.D : 1),
       moves_resets_(p.d_reset[0] != nullptr),
       adds_series_(std::any_of(p.d_series, p.d_series + traits_.states, [](const void* d) { return d != nullptr; })),
       keeps_rec_(recurs_ && (this->converts_ || heads_ > 1)),
@@ -105,11 +115,12 @@ void FormulaBackwardScan<A>::layout_shared(Arena& arena) {
   const int64_t of_recs = keeps_rec_ ? 2 * team_rows_ * d_rec_elements() : 0;
   team_elements_ =
       round_up(traits_.states * team_rows_ * room_ + this->rec_elements() + of_recs + 2 * this->phase_elements(), 16);
-  team_arrays_ = arena.take<A>(team_elements_ * plan_.threads.direction_teams * plan_.threads.batch_teams);
+  team_arrays_ = arena.take<A>(copies_ * team_elements_ * plan_.threads.direction_teams * plan_.threads.batch_teams);
   Arena thread(nullptr);
   Worker counted;
   take_arrays(thread, counted);
-  this->thread_bytes_ = thread.used();
+  worker_bytes_ = round_up(thread.used(), 64);
+  this->thread_bytes_ = copies_ * worker_bytes_;
 }
 
 template <class A>
@@ -128,19 +139,21 @@ template <class A>
 typename FormulaBackwardScan<A>::Worker FormulaBackwardScan<A>::make_worker(int thread, int d, Teams& teams) const {
   Worker w;
   this->set_place(thread, d, teams, directions_[d], w);
-  w.d_states = team_arrays_ + thread / plan_.threads.split * team_elements_;
+  const int copy = d % copies_;
+  w.d_states = team_arrays_ + (thread / plan_.threads.split * copies_ + copy) * team_elements_;
   w.rec = w.d_states + traits_.states * team_rows_ * room_;
   w.d_rec = w.rec + this->rec_elements();
   w.d_ph = w.d_rec + (keeps_rec_ ? 2 * team_rows_ * d_rec_elements() : 0);
   w.dv = w.d_ph + this->phase_elements();
   w.units = this->units_of(w.items);
-  Arena arena = this->arena_of_thread(thread);
+  Arena arena(this->threads_ + thread * this->thread_bytes_ + copy * worker_bytes_);
   take_arrays(arena, w);
   return w;
 }
 
 template <class A>
 void FormulaBackwardScan<A>::pack_share(int share, int shares) const {
+  if (end_ < seq_.T) return;
   for (int d = 0; d < D_; ++d) {
     if (multiplies_) this->pack_all(directions_[d].heads, share, shares);
     this->pack_all(directions_[d].phases, share, shares);
@@ -197,7 +210,7 @@ void FormulaBackwardScan<A>::gather_row(Worker& w, int64_t i, int64_t t, int64_t
     out.d_ph[k] = w.d_ph + (k * team_rows_ + active) * room_;
     out.dv[k] = w.dv + (k * team_rows_ + active) * room_;
   }
-  out.saved = stored_at(p_.saved, place * traits_.saved * H_, size_);
+  out.saved = stored_at(p_.saved, saved_.at(w.d, row) * traits_.saved * H_, size_);
   out.dy = p_.dy ? stored_at(p_.dy, (row * D_ + w.d) * H_, size_) : zeros_;
   out.rec = w.rec + active * heads_ * rec_columns_;
   out.d = stored_at(p_.d, place * blocks() * H_, size_);
@@ -311,10 +324,10 @@ void FormulaBackwardScan<A>::finish(Worker& w) const {
 template <class A>
 void FormulaBackwardScan<A>::scan(int thread, int d, Teams& teams) const {
   Worker w = make_worker(thread, d, teams);
-  start(w);
+  if (end_ == seq_.T) start(w);
   w.team->barrier.wait();
-  for (int64_t s = seq_.T - 1; s >= 0; --s) step(w, s);
-  finish(w);
+  for (int64_t s = end_ - 1; s >= first_; --s) step(w, s);
+  if (first_ == 0) finish(w);
   w.team->barrier.wait();
 }
 
@@ -323,11 +336,21 @@ bool FormulaBackwardScan<A>::run() {
   prefer_huge_pages(p_.workspace, this->layout(p_.workspace));
   prefer_huge_pages(p_.d, D_ * seq_.N * blocks() * H_ * size_);
   std::fill_n(zeros_, zeros_size_, A(0));
-  return this->run_on_threads();
+  if (!part_.again) return this->run_on_threads();
+  for (end_ = seq_.T; end_ > 0; end_ = first_) {
+    first_ = (end_ - 1) / part_.every * part_.every;
+    saved_ = part_.again(first_, end_);
+    if (!this->run_on_threads()) return false;
+  }
+  return true;
 }
 
 }  // namespace
 
 void backward(FormulaBackward& p, const Allocate& allocate) { run_scan<FormulaBackwardScan>(p, allocate); }
+
+void backward_in_parts(FormulaBackward& p, const BackwardPart& part, const Allocate& allocate) {
+  run_scan<FormulaBackwardScan>(p, allocate, part);
+}
 
 }  // namespace fused_rnn::cpu

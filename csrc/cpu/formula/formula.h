@@ -5,6 +5,7 @@
 #include "core/params.h"
 #include "cpu/cpu.h"
 #include "cpu/isa/formula.h"
+#include "cpu/scan/checkpoint.h"
 
 namespace fused_rnn::cpu {
 
@@ -70,6 +71,21 @@ struct FormulaBackward : FormulaParams {
 
 void forward(FormulaForward& p, const Allocate& allocate);
 void backward(FormulaBackward& p, const Allocate& allocate);
+
+// Which steps forward runs, and where it keeps states for checkpointing (cpu/scan/checkpoint.h).
+struct FormulaPart {
+  int64_t every = 0;  // k
+  // [D, (T - 1) / k, states, B, H] of the arithmetic type: the first run writes it, a later one reads it.
+  void* kept = nullptr;
+  // A later run: steps [first, end) only. It leaves y, series and v of these steps where a whole run does, and before them
+  // the states that backward reads.
+  bool again = false;
+  int64_t first = 0, end = 0;
+  SavedRows saved{};  // of params.saved
+};
+void forward_part(FormulaForward& p, const FormulaPart& part, const Allocate& allocate);
+// Backward with p.saved as part.again leaves it for a range of steps, the last range first; part.c_before: unused.
+void backward_in_parts(FormulaBackward& p, const BackwardPart& part, const Allocate& allocate);
 
 // The library of a compiled formula at this path, which stays loaded. Throws std::runtime_error if it cannot be loaded, or
 // was not made for this build of the kernels.

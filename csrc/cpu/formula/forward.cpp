@@ -1,4 +1,5 @@
-// Forward of one layer of a formula: the input products of a chunk of steps, then those steps.
+// Forward of one layer of a formula: the input products of a chunk of steps, then those steps. Of a part of a call
+// (FormulaPart): the steps of a range.
 #include <cstring>
 #include <memory>
 
@@ -6,36 +7,12 @@
 
 namespace fused_rnn::cpu {
 
-FormulaProblem formula_problem(const FormulaParams& p, bool backward, bool training) {
-  FormulaProblem problem{};
-  ScanProblem& scan = problem.scan;
-  scan.dtype = p.dtype;
-  scan.T = p.seq.T;
-  scan.B = p.seq.B;
-  scan.I = p.I;
-  scan.H = scan.P = p.H;
-  scan.D = p.D;
-  scan.ragged = p.seq.lengths || p.seq.offsets;
-  scan.training = training;
-  scan.backward = backward;
-  scan.N = p.seq.N;
-  scan.weights = p.dtype;
-  problem.input_gates = p.cell->traits.input_gates - p.given_gates;
-  problem.recurrent_gates = p.cell->traits.recurrent_gates;
-  problem.heads = p.heads;
-  problem.phases = p.cell->traits.phases;
-  for (int k = 0; k < problem.phases; ++k) {
-    problem.products |= static_cast<FormulaPhase>(p.cell->traits.phase_kinds[k]) == FormulaPhase::kProduct;
-  }
-  return problem;
-}
-
 namespace {
 
 template <class A>
 class FormulaForwardScan final : public FormulaScan<A> {
  public:
-  FormulaForwardScan(const FormulaForward& p, const Kernels<A>& kernels, int max_threads);
+  FormulaForwardScan(const FormulaForward& p, const Kernels<A>& kernels, int max_threads, const FormulaPart& part = {});
   bool run();
 
  private:
@@ -76,6 +53,10 @@ class FormulaForwardScan final : public FormulaScan<A> {
   void take_arrays(Arena& arena, Worker& w) const;
   Worker make_worker(int thread, int d, Teams& teams) const;
   void start(Worker& w) const;
+  template <class F>
+  void for_kept(const Worker& w, int64_t step, F&& f) const;
+  void start_again(Worker& w) const;
+  void keep(const Worker& w, int64_t step) const;
   void project(Worker& w, int64_t begin, int64_t end) const;
   void load_columns(Worker& w, int64_t begin, int64_t end) const;
   void load_given(Worker& w, int64_t begin, int64_t end) const;
@@ -89,6 +70,9 @@ class FormulaForwardScan final : public FormulaScan<A> {
   void finish(Worker& w) const;
 
   const FormulaForward& p_;
+  const FormulaPart part_;
+  const int64_t first_, end_;  // steps
+  const SavedRows saved_;
   int64_t own_columns_;  // of a row of input products
   int64_t x_columns_;    // of a row of xg: products, then given values
   int64_t chunk_steps_;
@@ -102,8 +86,14 @@ class FormulaForwardScan final : public FormulaScan<A> {
 };
 
 template <class A>
-FormulaForwardScan<A>::FormulaForwardScan(const FormulaForward& p, const Kernels<A>& kernels, int max_threads)
-    : Base(p, formula_problem(p, /*backward=*/false, p.training), kernels, max_threads), p_(p) {
+FormulaForwardScan<A>::FormulaForwardScan(const FormulaForward& p, const Kernels<A>& kernels, int max_threads,
+                                          const FormulaPart& part)
+    : Base(p, formula_problem(p, /*backward=*/false, p.training), kernels, max_threads),
+      p_(p),
+      part_(part),
+      first_(part.again ? part.first : 0),
+      end_(part.again ? part.end : p.seq.T),
+      saved_(part.again ? part.saved : SavedRows{p.seq.N, {0, 0}}) {
   // A load of a whole vector may start at any unit of the last gate.
   own_columns_ = (traits_.input_gates - p.given_gates) * H_;
   x_columns_ = std::max(plan_.x.shape.columns(), traits_.input_gates * H_) + kernels.width;
@@ -121,10 +111,10 @@ FormulaForwardScan<A>::FormulaForwardScan(const FormulaForward& p, const Kernels
     directions_[d].heads = this->head_matrices(p.weights[d].w_hh, infinite + 1);
     directions_[d].phases = this->phase_matrices(p.weights[d], infinite + 1 + heads_);
   }
-  if (!p.training || p.seq.T == 1) lease_weights();
+  if (!p.training || p.seq.T == 1 || part.again) lease_weights();
 }
 
-// What an inference, or a step of a training loop, finds in the cache of packed weights, or leaves there.
+// What an inference, a step of a training loop, or a range of steps that runs again finds in the cache of packed weights, or leaves there.
 template <class A>
 void FormulaForwardScan<A>::lease_weights() {
   const auto lease = [](CacheLease& lease, Matrix<A>& m) {
@@ -235,6 +225,45 @@ void FormulaForwardScan<A>::start(Worker& w) const {
   }
 }
 
+// f(i, s, state, kept) for the rank's share of the rows and all states: the state after the steps before step `step`, which
+// is a multiple of `every`, and its place among the kept ones.
+template <class A>
+template <class F>
+void FormulaForwardScan<A>::for_kept(const Worker& w, int64_t step, F&& f) const {
+  const int64_t count = (seq_.T - 1) / part_.every, place = w.d * count + step / part_.every - 1;
+  const auto [begin, end] = this->rows_of(w);
+  for (int64_t i = begin; i < end; ++i) {
+    const TeamRow& row = w.team->rows[i];
+    const int64_t done = steps_done(seq_.T, row.length, w.d, step);
+    for (int s = 0; s < traits_.states; ++s) {
+      const int64_t kept = ((place * traits_.states + s) * seq_.B + row.b) * H_;
+      f(i, s, state(w, s, done & 1, i), static_cast<A*>(part_.kept) + kept);
+    }
+  }
+}
+
+// The states after a step, if the next one is where they are kept.
+template <class A>
+void FormulaForwardScan<A>::keep(const Worker& w, int64_t step) const {
+  if ((step + 1) % part_.every != 0 || step + 1 == seq_.T) return;
+  for_kept(w, step + 1, [&](int64_t, int, const A* state, A* kept) { std::copy_n(state, H_, kept); });
+}
+
+// The rank's share of the rows gets the states before the range. Backward reads them where the step before would have
+// stored them.
+template <class A>
+void FormulaForwardScan<A>::start_again(Worker& w) const {
+  for_kept(w, first_, [&](int64_t i, int s, A* state, const A* kept) {
+    std::copy_n(kept, H_, state);
+    const TeamRow& row = w.team->rows[i];
+    const int64_t done = steps_done(seq_.T, row.length, w.d, first_);
+    void* const series = s == traits_.output ? p_.y : p_.series[s];
+    if (done == 0 || !series) return;
+    const int64_t last = row_of(seq_, time_of_last(row.length, w.d, done), row.b);
+    kernels_.save[storage_](state, stored_at(series, (last * D_ + w.d) * H_, size_), H_);
+  });
+}
+
 // The same where the products are there, in p_.columns: copies this rank's part, and adds the biases.
 template <class A>
 void FormulaForwardScan<A>::load_columns(Worker& w, int64_t begin, int64_t end) const {
@@ -320,7 +349,7 @@ void FormulaForwardScan<A>::gather_row(Worker& w, int64_t i, int64_t t, int64_t 
     out.ph[k] = w.ph + (k * team_rows_ + active) * room_;
     out.v_series[k] = stored_at(p_.v[k], place * H_, size_);
   }
-  out.saved = stored_at(p_.saved, place * traits_.saved * H_, size_);
+  out.saved = stored_at(p_.saved, saved_.at(w.d, row) * traits_.saved * H_, size_);
   w.before[active] = out.before[traits_.recurrent];
 }
 
@@ -395,15 +424,19 @@ template <class A>
 void FormulaForwardScan<A>::scan(int thread, int d, Teams& teams) const {
   Worker w = make_worker(thread, d, teams);
   start(w);
-  for (int64_t begin = 0; begin < seq_.T; begin += chunk_steps_) {
-    const int64_t end = std::min(begin + chunk_steps_, seq_.T);
+  if (first_ > 0) start_again(w);
+  for (int64_t begin = first_; begin < end_; begin += chunk_steps_) {
+    const int64_t end = std::min(begin + chunk_steps_, end_);
     project(w, begin, end);
     load_given(w, begin, end);
     w.team->barrier.wait();
     int64_t first_xg = 0;
-    for (int64_t s = begin; s < end; ++s) first_xg += step(w, s, first_xg);
+    for (int64_t s = begin; s < end; ++s) {
+      first_xg += step(w, s, first_xg);
+      if (part_.kept && !part_.again) keep(w, s);
+    }
   }
-  finish(w);
+  if (!part_.again) finish(w);
   w.team->barrier.wait();
 }
 
@@ -411,7 +444,7 @@ template <class A>
 bool FormulaForwardScan<A>::run() {
   prefer_huge_pages(p_.workspace, this->layout(p_.workspace));
   prefer_huge_pages(p_.y, seq_.N * D_ * H_ * size_);
-  if (p_.saved) prefer_huge_pages(p_.saved, D_ * seq_.N * traits_.saved * H_ * size_);
+  if (p_.saved) prefer_huge_pages(p_.saved, D_ * saved_.count * traits_.saved * H_ * size_);
   std::fill_n(zeros_, room_, A(0));
   return this->run_on_threads();
 }
@@ -419,5 +452,9 @@ bool FormulaForwardScan<A>::run() {
 }  // namespace
 
 void forward(FormulaForward& p, const Allocate& allocate) { run_scan<FormulaForwardScan>(p, allocate); }
+
+void forward_part(FormulaForward& p, const FormulaPart& part, const Allocate& allocate) {
+  run_scan<FormulaForwardScan>(p, allocate, part);
+}
 
 }  // namespace fused_rnn::cpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -9,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -444,6 +446,20 @@ def data_of(tensor: Tensor | PackedSequence) -> Tensor:
 MODIFIES: dict[str, Any] = {"zoneout": (0.3, 0.0, 0.3), "recurrent_dropout": 0.3, "state_clip": (None, None, 0.2)}
 
 
+@contextlib.contextmanager
+def checkpoints_on_device() -> Iterator[None]:
+    """checkpoint=k of own cells by the ops for CUDA, since CPU tensors are the device's here."""
+    from fused_rnn.formula import checkpoint
+
+    library = torch.library.Library("fused_rnn", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of ops that have one already
+        library.impl("formula_checkpointed", checkpoint._on_gpu, "CPU", allow_override=True)
+        library.impl("formula_checkpointed_backward", checkpoint._backward_on_gpu, "CPU", allow_override=True)
+    yield
+    library._destroy()
+
+
 @pytest.mark.parametrize("ragged", ["", "lengths", "packed"])
 @pytest.mark.parametrize(
     ("family", "more"),
@@ -514,6 +530,11 @@ def test_a_formula(ragged: str, family: str, more: str, monkeypatch: pytest.Monk
         assert_near(f"tensor {index}", actual, want, 1e-5 * max(1.0, want.abs().max().item()))
     # The same bits again: no sum depends on an order that may change.
     assert all(torch.equal(*pair) for pair in zip(results, run(layer, torch.float32), strict=True))
+    before = library.torch_host_formula_launches()
+    with checkpoints_on_device():
+        layer.checkpoint = 2
+        assert all(torch.equal(*pair) for pair in zip(results, run(layer, torch.float32), strict=True))
+    assert library.torch_host_formula_launches() - before == launches + 2 * forward  # backward runs forward again
     text = EXTENSION.formula_plan_on_device(layer.formula, 1, -1, 5, 4, 18, 2, 2, False)
     assert ("4 launches a step" if family == "step" else "1 launch for all steps") in text
     for verified in ("cluster", "grid"):
