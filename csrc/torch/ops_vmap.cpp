@@ -35,6 +35,14 @@ void include_level(const Tensor& t, int64_t& level) {
   if (const auto* batched = functorch::maybeGetBatchedImpl(t)) level = std::max(level, batched->level());
 }
 
+// A view by one call that autograd does not see, where it has nothing to see; else by `by_torch`.
+template <class ByTorch>
+Tensor view_of(const Tensor& t, at::IntArrayRef sizes, at::IntArrayRef strides, const ByTorch& by_torch) {
+  if (t.requires_grad()) return by_torch();
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return t.as_strided(sizes, strides);
+}
+
 // One call under a level of vmap.
 class Fold {
  public:
@@ -61,7 +69,7 @@ class Fold {
   Tensor folded(const Given& given, int64_t place) const {
     const Tensor& t = given.value;
     if (given.sample_dims() == 1 && t.numel() == 0) return given.dim ? t.new_empty({0}) : t;
-    if (given.dim) return t.movedim(*given.dim, place + 1).flatten(place, place + 1);
+    if (given.dim) return merged(t, *given.dim, place);
     std::vector<int64_t> shape = t.sizes().vec();
     shape.insert(shape.begin() + place + 1, count_);
     return t.unsqueeze(place + 1).expand(shape).flatten(place, place + 1);
@@ -77,11 +85,28 @@ class Fold {
   // A result by samples; what nobody asked for, [0], is not vmapped.
   Tensor unfolded(const Tensor& t, int64_t place) const {
     if (t.dim() == 1) return t;
-    return wrapped(t.unflatten(place, {t.size(place) / count_, count_}), place + 1);
+    auto sizes = t.sizes().vec(), strides = t.strides().vec();
+    sizes[place] /= count_;
+    sizes.insert(sizes.begin() + place + 1, count_);
+    strides.insert(strides.begin() + place, strides[place] * count_);
+    const auto by_torch = [&] { return t.unflatten(place, {t.size(place) / count_, count_}); };
+    return wrapped(view_of(t, sizes, strides, by_torch), place + 1);
   }
   Tensor wrapped(const Tensor& t, int64_t dim) const { return functorch::makeBatched(t, dim, level_); }
 
  private:
+  // t.movedim(dim, place + 1).flatten(place, place + 1)
+  static Tensor merged(const Tensor& t, int64_t dim, int64_t place) {
+    const auto by_torch = [&] { return t.movedim(dim, place + 1).flatten(place, place + 1); };
+    auto sizes = t.sizes().vec(), strides = t.strides().vec();
+    const int64_t count = sizes[dim], stride = strides[dim];
+    sizes.erase(sizes.begin() + dim), strides.erase(strides.begin() + dim);
+    if (sizes[place] > 1 && count > 1 && strides[place] != count * stride) return by_torch();
+    if (count > 1) strides[place] = stride;
+    sizes[place] *= count;
+    return view_of(t, sizes, strides, by_torch);
+  }
+
   int64_t level_, count_ = 0;
   bool plain_ = true;
 };

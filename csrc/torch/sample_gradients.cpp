@@ -13,17 +13,30 @@
 namespace fused_rnn {
 namespace {
 
-// rows [N, C] as [V, N / V, C], a view.
-Tensor by_sample(const Tensor& rows, int64_t samples) {
-  return rows.unflatten(0, {rows.size(0) / samples, samples}).transpose(0, 1);
+// rows [N, C] as [V, N / V, C], or transposed as [V, C, N / V], by one view: chains of torch's take microseconds each.
+Tensor by_sample(const Tensor& rows, int64_t samples, bool transposed = false) {
+  const int64_t steps = rows.size(0) / samples, row = rows.stride(0), column = rows.stride(1);
+  return transposed ? rows.as_strided({samples, rows.size(1), steps}, {row, column, samples * row})
+                    : rows.as_strided({samples, steps, rows.size(1)}, {row, samples * row, column});
 }
 
 // a^T b for each sample: a [N, M], b [N, K], into out [V, M, K] of memory that calls in turn share: to map and clear new
 // memory for it would take as long as half of the product.
 Tensor products(const Tensor& a, const Tensor& b, int64_t samples) {
   Tensor out = empty_inside(a, {samples, a.size(1), b.size(1)});
-  at::bmm_out(out, by_sample(a, samples).transpose(1, 2), by_sample(b, samples));
+  at::bmm_out(out, by_sample(a, samples, /*transposed=*/true), by_sample(b, samples));
   return out;
+}
+
+// d_rg^T h_prev for each sample. Where every row takes part in every step from zeros on, h_prev is y moved by one step.
+Tensor recurrent_products(const Call& call, const LayerShapes& s, const Tensor& d_rg, const OptionalTensor& y, int d,
+                          int64_t samples) {
+  const Tensor of_direction = y ? output_of_direction(*y, s, d) : empty_like(call.like(), {s.N, s.P});
+  if (s.T < 2 || !call.rows.plain() || call.h0()) {
+    return products(d_rg, previous_states(call, s, of_direction, d), samples);
+  }
+  const int64_t later = d == 0 ? s.B : 0, earlier = d == 0 ? 0 : s.B, count = s.N - s.B;
+  return products(part(d_rg, 0, later, later + count), part(of_direction, 0, earlier, earlier + count), samples);
 }
 
 Tensor sums(const Tensor& rows, int64_t samples) { return at::sum(by_sample(rows, samples), {1}); }
@@ -43,8 +56,7 @@ void sample_weight_gradients(const Call& call, const ResultGradients& given, con
   for (const auto& [some, first] : input_columns(cell, H, dg)) columns.push_back(some);
   const Tensor d_ig = columns.size() == 1 ? columns[0] : at::cat(columns, 1);  // fewer elements than the gradients
   gradients.push_back(products(d_ig, x, samples));
-  const Tensor y = given.saved.y ? output_of_direction(*given.saved.y, s, d) : empty_like(call.like(), {s.N, s.P});
-  gradients.push_back(products(d_rg, previous_states(call, s, y, d), samples));
+  gradients.push_back(recurrent_products(call, s, d_rg, given.saved.y, d, samples));
   if (call.recipe.has_biases) {
     gradients.push_back(sums(d_ig, samples));
     gradients.push_back(S > G ? sums(d_rg, samples) : gradients.back().clone());
