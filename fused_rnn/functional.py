@@ -217,7 +217,8 @@ def run_rnn(
     if type(input) is not Tensor or type(weights[0]) not in _PLAIN:
         _dtensor.prepare()
     for_onnx = is_exporting() and _onnx.exporting()
-    dual = forward_mode() and _tangents.serves(input, len(weights) // recipe.num_layers // recipe.directions, rows, recipe)
+    dual = forward_mode() and not _lowered(device_type, dtype)
+    dual = dual and _tangents.serves(input, len(weights) // recipe.num_layers // recipe.directions, rows, recipe)
     by_ops = not for_onnx and uses_ops(device_type, dtype, device, dual)
     checkpointed = checkpoint and by_ops and _checkpoint.applies(input, states, weights, rows)
     if by_ops and not checkpointed:
@@ -262,7 +263,8 @@ def run_cell(recipe: Recipe, input: Tensor, states: list[Tensor], params: list[T
     device_type = device.type
     if type(input) is not Tensor or type(params[0]) not in _PLAIN:
         _dtensor.prepare()
-    dual = forward_mode() and _tangents.serves(input, len(params), _ALL_ROWS, recipe)
+    dual = forward_mode() and not _lowered(device_type, dtype)
+    dual = dual and _tangents.serves(input, len(params), _ALL_ROWS, recipe)
     if not (is_exporting() and _onnx.exporting()) and uses_ops(device_type, dtype, device, has_tangents=dual):
         seen = torch.compiler.is_compiling() or _has_torch_function_variadic(input, *states, *params)
         op = _ops.cell if seen else _ops.eager_cell
@@ -328,6 +330,13 @@ def _traced_for_reference(
 def autocast_on(device_type: str) -> bool:
     # torch.is_autocast_enabled raises for device types without autocast, such as meta.
     return device_type in ("cpu", "cuda", "mps", "xpu") and torch.is_autocast_enabled(device_type)
+
+
+def _lowered(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether autocast makes a call of this dtype one of 16 bits, of which no kernel has tangents: the reference's then."""
+    if dtype is torch.float64 or not autocast_on(device_type):
+        return False
+    return torch.get_autocast_dtype(device_type) not in (torch.float32, torch.float64)
 
 
 def autocast(

@@ -5,6 +5,7 @@ Expected is the same function of the reference, which is plain torch, in float64
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -410,3 +411,81 @@ def test_what_the_op_refuses() -> None:
     refused(6, [recipe, 2], "call: expected samples that divide")
     refused(6, [recipe, -1], "call: expected samples that divide")
     refused(6, [recipe, 3], "tangents: expected")
+
+
+# --- autocast ---
+
+
+def autocast_layer(kind: str, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    return getattr(fused_rnn, kind)(INPUTS, H, num_layers=2, bidirectional=True, dtype=dtype)
+
+
+def of_a_loop(kind: str, layer: Any, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The output and its tangent by x, by a loop of torch's ops in float64."""
+    params = [p.detach().double() for p in layer.parameters()]
+    number = _kinds.NUMBER_OF_MODE[kind if kind != "RNN" else "RNN_TANH"]
+    recipe = Recipe(number, num_layers=2, bidirectional=True)
+    made: tuple[Tensor, Tensor] = torch.func.jvp(
+        lambda x: reference.rnn(x, [], params, Rows(), recipe)[0], (x.double(),), (v.double(),)
+    )
+    return made
+
+
+@pytest.mark.filterwarnings("ignore:fused_rnn runs on its slow Python reference")
+@pytest.mark.parametrize("way", ["jvp", "dual", "jacfwd"])
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+def test_autocast(kind: str, way: str) -> None:
+    """In autocast's dtype, as torch's own ops: by the reference, since no kernel has tangents of 16 bits."""
+    layer = autocast_layer(kind)
+    x, v = torch.randn(2, T, B, INPUTS, generator=torch.Generator().manual_seed(3)).unbind()
+    with torch.autocast("cpu", torch.bfloat16):
+        if way == "jvp":
+            y, tangent = torch.func.jvp(lambda x: layer(x)[0], (x,), (v,))
+        elif way == "jacfwd":
+            y = layer(x)[0]
+            tangent = torch.tensordot(torch.func.jacfwd(lambda x: layer(x)[0])(x).float(), v, 3).to(y.dtype)
+        else:
+            with forward_ad.dual_level():
+                y, tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, v))[0])
+    assert y.dtype is tangent.dtype is torch.bfloat16
+    for found, expected in zip((y, tangent), of_a_loop(kind, layer, x, v), strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+def test_autocast_leaves_float64(kind: str) -> None:
+    """Which the kernels serve: a forced backend would raise otherwise."""
+    layer = autocast_layer(kind, torch.float64)
+    x, v = torch.randn(2, T, B, INPUTS, dtype=torch.float64).unbind()
+    with torch.autocast("cpu", torch.bfloat16), use_backend("cpu"):
+        found = torch.func.jvp(lambda x: layer(x)[0], (x,), (v,))
+    for ours, expected in zip(found, of_a_loop(kind, layer, x, v), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:fused_rnn runs on its slow Python reference")
+@pytest.mark.parametrize("kind", ["RNNCell", "GRUCell", "LSTMCell"])
+def test_autocast_of_cells(kind: str) -> None:
+    cell = getattr(fused_rnn, kind)(INPUTS, H)
+    exact = copy.deepcopy(cell).double()
+
+    def output(cell: Any, x: Tensor) -> Tensor:
+        after = cell(x)
+        return after if isinstance(after, Tensor) else after[0]
+
+    x, v = torch.randn(2, B, INPUTS).unbind()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.func.jvp(lambda x: output(cell, x), (x,), (v,))
+    with use_backend("reference"):
+        wanted = torch.func.jvp(lambda x: output(exact, x), (x.double(),), (v.double(),))
+    for ours, expected in zip(found, wanted, strict=True):
+        assert ours.dtype is torch.bfloat16
+        torch.testing.assert_close(ours.double(), expected, rtol=0.05, atol=0.05)
+
+
+def test_autocast_where_a_backend_is_forced() -> None:
+    layer, x = autocast_layer("LSTM"), torch.randn(T, B, INPUTS)
+    with torch.autocast("cpu", torch.bfloat16), use_backend("cpu"):
+        with pytest.raises(RuntimeError, match="'cpu' is forced but forward-mode AD does not"):
+            torch.func.jvp(lambda x: layer(x)[0], (x,), (x,))
