@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn._recipe import ALL_STATES, OPTIONS
+from fused_rnn._recipe import ALL_STATES, rows_of
 
 FORMULA_ALL_STATES = 1 << 6  # of an own cell's flags: csrc/torch/formula_ops.h
 _OPS = ("layer", "layer_checkpointed", "formula", "formula_checkpointed")
@@ -94,8 +94,8 @@ class _Mesh:
         return saved if type(saved) is Tensor else saved.to_local()
 
     def rows(self, rows: Sequence[Any]) -> list[Tensor]:
-        """lengths [B], resets [T, B]; of packed rows, whose batch is whole, offsets and resets as they are."""
-        return [self.local(tensor, self.along(tensor.dim() - 1)) for tensor in rows]
+        """lengths [B], resets [T, B]; of packed rows, whose batch is whole, offsets and resets as they are; numbers too."""
+        return [self.local(tensor, self.along(tensor.dim() - 1)) if tensor.dim() else tensor for tensor in rows]
 
     def whole_of(self, tensor: Tensor, batch: int) -> Any:
         """The result of all ranks of which this is the local one: its dimension 1 is the batch."""
@@ -133,10 +133,6 @@ def _asks_for_all_states(first: Any, *others: Any) -> bool:
     return bool(_bits(first, *others) & (FORMULA_ALL_STATES if isinstance(first, str) else ALL_STATES))
 
 
-def _asks_for_options(*rest: Any) -> bool:
-    return bool(_bits(*rest) & OPTIONS)
-
-
 def _bits(first: Any, *others: Any) -> int:
     """Of the arguments after rows: a recipe, or an own cell's name and flags; of checkpointed ops with k, in a list."""
     bits = others[0] if isinstance(first, str) else first
@@ -148,9 +144,11 @@ def _forward(cls: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: Any) 
     """fused_rnn::layer and formula: (x, states, params, rows, ...) -> (y, last, saved). ``saved`` stays local."""
     x, states, params, rows, *rest = args
     mesh = _of_call(x, states, params)
+    of_call = rows_of(rows, _bits(*rest))
+    masks = any(isinstance(option, Tensor) and option.dim() for option in of_call.options)  # what has none is a number
     for name, is_given in (
-        ("zoneout, recurrent_dropout or state_clip", _asks_for_options(*rest)),
-        ("reset_state", any(tensor.is_floating_point() for tensor in rows)),
+        ("a mask of zoneout or recurrent_dropout (in training)", masks),
+        ("reset_state", of_call.reset_states),
         ("return_all_states", _asks_for_all_states(*rest)),
     ):
         if is_given:

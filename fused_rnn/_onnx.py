@@ -2,7 +2,9 @@
 
 Layers become ONNX's own LSTM, GRU and RNN, one node a layer with both directions, of any T and B. Cells become the products
 and element-wise operations of their definition (fused_rnn/reference.py). What ONNX's operators lack (a projection, resets, a
-further cell) becomes ONNX's Scan over the definition of a step.
+further cell, zoneout and state_clip) becomes ONNX's Scan over the definition of a step. Options are exported as they are in
+eval mode: weight_dropout and recurrent_dropout change nothing there, and zoneout is a mean. ONNX's attribute ``clip`` is not
+state_clip: it bounds what the activations take.
 
 ONNX: X [T, B, I], W [D, G*H, I], R [D, G*H, H], B [D, 2*G*H] (those of W, then those of R), sequence_lens [B], initial_h and
 initial_c [D, B, H] -> Y [T, D, B, H], Y_h, Y_c [D, B, H]. Order of gates: LSTM i o f g, GRU z r n; torch's: i f g o, r z n.
@@ -10,7 +12,8 @@ initial_c [D, B, H] -> Y [T, D, B, H], Y_h, Y_c [D, B, H]. Order of gates: LSTM 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -69,22 +72,12 @@ def rnn(
     """Arguments and results of reference.rnn.
 
     Raises:
-        NotImplementedError: packed, ids, reset_state, return_all_states, zoneout, recurrent_dropout or state_clip.
+        NotImplementedError: packed, ids, reset_state, return_all_states, or masks of zoneout and recurrent_dropout.
     """
-    if rows.offsets is not None:
-        refuse_packed()
-    for name, asked in (
-        ("reset_state", rows.reset_states),
-        ("return_all_states", recipe.all_states),
-        ("zoneout, recurrent_dropout or state_clip", rows.options.any()),
-    ):
-        if asked:
-            raise NotImplementedError(f"torch.onnx.export: {name} has no counterpart in ONNX yet; export without it")
-    if not input.is_floating_point():
-        raise NotImplementedError("torch.onnx.export: an input of ids has no counterpart in ONNX; export with one-hot rows")
+    _refuse(input, rows, recipe)
     num_layers, directions = recipe.num_layers, recipe.directions
     per_direction = len(weights) // (num_layers * directions)
-    in_one_node = recipe.cell in OPERATORS and per_direction % 2 == 0 and rows.resets is None
+    in_one_node = recipe.cell in OPERATORS and per_direction % 2 == 0 and rows.resets is None and not rows.options.any()
     y = input.transpose(0, 1) if recipe.batch_first else input
     if rows.resets is not None and recipe.batch_first:
         rows = rows._replace(resets=rows.resets.transpose(0, 1))
@@ -101,6 +94,35 @@ def rnn(
             y = torch.dropout(y, recipe.dropout, True)
     y = y.transpose(0, 1) if recipe.batch_first else y
     return y, [torch.cat(of_layers) for of_layers in zip(*last, strict=True)]
+
+
+def own_layer(
+    x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], rows: Rows, recipe: Recipe, step: reference.StepFunction
+) -> tuple[Tensor, list[Tensor]]:
+    """Arguments and results of reference.layer, of a cell that has this step; the states are given.
+
+    Raises:
+        NotImplementedError: as rnn.
+    """
+    _refuse(x, rows, recipe)
+    per_direction = len(params) // recipe.directions
+    groups = [list(params[i : i + per_direction]) for i in range(0, len(params), per_direction)]
+    return _loops(x, list(states), groups, rows, recipe, step)
+
+
+def _refuse(input: Tensor, rows: Rows, recipe: Recipe) -> None:
+    if rows.offsets is not None:
+        refuse_packed()
+    for name, asked in (
+        ("reset_state", rows.reset_states),
+        ("return_all_states", recipe.all_states),
+        ("a mask of zoneout or recurrent_dropout", any(isinstance(option, Tensor) for option in rows.options)),
+    ):
+        if asked:
+            hint = "in eval mode" if name.startswith("a mask") else "without it"
+            raise NotImplementedError(f"torch.onnx.export: {name} has no counterpart in ONNX yet; export {hint}")
+    if not input.is_floating_point():
+        raise NotImplementedError("torch.onnx.export: an input of ids has no counterpart in ONNX; export with one-hot rows")
 
 
 def _node(
@@ -133,26 +155,31 @@ def _node(
 
 
 def _loops(
-    x: Tensor, states: list[Tensor], groups: list[list[Tensor]], rows: Rows, recipe: Recipe
+    x: Tensor,
+    states: list[Tensor],
+    groups: list[list[Tensor]],
+    rows: Rows,
+    recipe: Recipe,
+    step: reference.StepFunction = reference.step,
 ) -> tuple[Tensor, list[Tensor]]:
     """A layer as a loop for each direction: x [T, B, I] -> y [T, B, D*P], last states [D, B, .]."""
     y, last = [], []
     for direction, params in enumerate(groups):
         # Copies of given states: of views, torch.export took the batch size for a constant (torch 2.13).
         first = [s[direction].clone() for s in states] or reference.zero_states(x, x.shape[1], params, recipe)
-        outputs, after = _loop(x, first, params, rows, recipe, reverse=direction == 1)
+        outputs, after = _loop(x, first, params, rows, functools.partial(step, recipe=recipe), reverse=direction == 1)
         y.append(outputs)
         last.append(after)
     return torch.cat(y, -1), [torch.stack(of_directions) for of_directions in zip(*last, strict=True)]
 
 
 def _loop(
-    x: Tensor, state: list[Tensor], params: list[Tensor], rows: Rows, recipe: Recipe, reverse: bool
+    x: Tensor, state: list[Tensor], params: list[Tensor], rows: Rows, cell: Callable[..., list[Tensor]], reverse: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """reference._scan as torch's scan operator: (y [T, B, P], last states)."""
     from torch._higher_order_ops.scan import scan
 
-    lengths, resets = rows.lengths, rows.resets
+    lengths, resets, options = rows.lengths, rows.resets, rows.options
     masks = []
     if lengths is not None:
         masks.append((torch.arange(x.shape[0], device=x.device).unsqueeze(1) < lengths).unsqueeze(-1))
@@ -163,7 +190,9 @@ def _loop(
     def step(old: list[Tensor], inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         x_t, *masks_t = inputs
         given = [torch.where(masks_t[-1], 0, t) for t in old] if resets is not None else old
-        new = reference.step(x_t, given, params, recipe)
+        new = cell(x_t, given, params, options=options)
+        shares = (options.zoneout_h, options.zoneout_c, *[None] * len(new))
+        new = [reference.zoneout(*state) for state in zip(given, new, shares, strict=False)]
         if lengths is None:
             return new, new[0].clone()
         kept = [torch.where(masks_t[0], a, b) for a, b in zip(new, old, strict=True)]

@@ -35,7 +35,7 @@ def step(
 
     x may be ids [B] that are in range, in place of one-hot rows, as everywhere here.
     Formulas: the documentation of torch.nn.RNNCell, LSTMCell (with W_hr of torch.nn.LSTM) and GRUCell.
-    options: of this step and direction; zoneout is _zoneout's.
+    options: of this step and direction; zoneout is zoneout's.
     """
     cell, h = recipe.cell, states[0]
     w_ih, w_hh = params[:2]
@@ -71,7 +71,7 @@ def step(
     return [clipped(nonlinearity(gi + gh))]
 
 
-def _zoneout(before: Tensor, after: Tensor, kept: Tensor | float | None) -> Tensor:
+def zoneout(before: Tensor, after: Tensor, kept: Tensor | float | None) -> Tensor:
     """A state after a step whose units keep their value where `kept` is true, or by the share that it is."""
     if kept is None:
         return after
@@ -115,7 +115,7 @@ def _scan(
             of_step = options.of_step(slice(first, first + batch), batch)
             after = step(xs[t], before, params, recipe, of_step)
             kept = (of_step.zoneout_h, of_step.zoneout_c, *[None] * len(after))  # of a formula there is none
-            after = [_zoneout(*state) for state in zip(before, after, kept, strict=False)]
+            after = [zoneout(*state) for state in zip(before, after, kept, strict=False)]
         if rows.lengths is None:
             every.append(after)
         else:

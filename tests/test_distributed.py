@@ -398,6 +398,77 @@ def test_dtensors_and_tensors_together_are_an_error(ranks: Ranks) -> None:
         assert second.startswith("weights[0]: expected a DTensor as another tensor of the call is one, got ")
 
 
+# --- options on DTensors ---
+
+NUMBERS: dict[str, Any] = {"zoneout": 0.3, "recurrent_dropout": 0.2, "state_clip": 0.2}
+
+
+def with_options(kind: str, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"num_layers": 2, "bidirectional": True, "dtype": torch.float64}
+    if kind == "own":
+        return fused_rnn.Layer(fused_rnn.zoo.LSTM(), 4, 6, **sizes, **options)
+    made: nn.Module = getattr(fused_rnn, kind)(4, 6, **sizes, **options)
+    return made
+
+
+def placed(module: nn.Module, mesh: Any, x: Tensor, placement: Any) -> Any:
+    """Its weights replicated, the input [T, B, I] in this placement."""
+
+    def distribute(name: str, module: nn.Module, mesh: Any) -> None:
+        for key, p in module.named_parameters(recurse=False):
+            module.register_parameter(key, nn.Parameter(distribute_tensor(p.data, mesh, [Replicate()])))
+
+    return distribute_module(module, mesh, distribute), distribute_tensor(x, mesh, [placement])
+
+
+def options_of_dtensors(rank: int, kind: str, placement: Any, options: dict[str, Any], training: bool) -> None:
+    """Numbers among the options, of eval mode and state_clip, are those of one process."""
+    mesh, x = (
+        init_device_mesh("cpu", (WORLD,)),
+        3 * torch.randn(5, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5)),
+    )
+    alone = with_options(kind, **options).train(training)
+    module, given = placed(with_options(kind, **options).train(training), mesh, x, placement)
+    results = []
+    for m, t in ((alone, x), (module, given)):
+        y = m(t)[0]
+        y.square().sum().backward()
+        results.append([whole(y.detach()), *(whole(p.grad) for p in m.parameters())])
+    for ours, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+
+
+@needs_kernels
+@pytest.mark.parametrize("placement", [Replicate(), Shard(1)], ids=repr)
+@pytest.mark.parametrize(
+    ("options", "training"),
+    [(NUMBERS, False), ({"state_clip": 0.2}, True), ({"checkpoint": 2}, True), ({"checkpoint": 2, "state_clip": 0.2}, True)],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "own"])
+def test_options_of_dtensors(ranks: Ranks, kind: str, options: dict[str, Any], training: bool, placement: Any) -> None:
+    ranks(options_of_dtensors, kind, placement, options, training)
+
+
+def masks_of_dtensors(rank: int, kind: str, options: dict[str, Any]) -> str:
+    module, x = placed(
+        with_options(kind, **options), init_device_mesh("cpu", (WORLD,)), torch.randn(5, 4, 4).double(), Shard(1)
+    )
+    with pytest.raises((NotImplementedError, TypeError, RuntimeError)) as caught:
+        module(x)
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+@needs_kernels
+@pytest.mark.parametrize("more", [{}, {"checkpoint": 2}], ids=["", "checkpoint"])
+@pytest.mark.parametrize("options", [{"zoneout": 0.3}, {"recurrent_dropout": 0.3}], ids=str)
+@pytest.mark.parametrize("kind", ["LSTM", "own"])
+def test_masks_of_dtensors_are_refused(ranks: Ranks, kind: str, options: dict[str, Any], more: dict[str, Any]) -> None:
+    for message in ranks(masks_of_dtensors, kind, {**options, **more}):
+        assert message.startswith("NotImplementedError: a mask of zoneout or recurrent_dropout (in training): has no rule")
+
+
 # --- checkpoints (torch.distributed.checkpoint) ---
 
 

@@ -194,3 +194,80 @@ def test_a_plain_export_keeps_our_ops() -> None:
     """ONNX's operators appear in torch.onnx's export only."""
     program = torch.export.export(fused_rnn.GRU(4, 6).eval(), (torch.randn(5, 3, 4),))
     assert "onnx" not in str(program.graph) and "fused_rnn" in str(program.graph)
+
+
+# --- options and cells of one's own, in eval mode ---
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "weight_dropout": {"weight_dropout": 0.3},
+    "recurrent_dropout": {"recurrent_dropout": 0.3},
+    "candidate": {"recurrent_dropout": 0.3, "recurrent_dropout_variant": "candidate"},
+    "zoneout": {"zoneout": 0.3},
+    "state_clip": {"state_clip": 0.2},
+    "all": {"zoneout": 0.2, "recurrent_dropout": 0.3, "weight_dropout": 0.4, "state_clip": 0.3},
+}
+DYNAMIC = ({0: Dim("T"), 1: Dim("B")},)
+
+
+class OfOptions(nn.Module):
+    def __init__(self, name: str, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.layer = getattr(fused_rnn, name)(4, 6, num_layers=2, bidirectional=True, **options)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_options(name: str, option: str, tmp_path: Path) -> None:
+    """What masks weights or states is nothing in eval mode, so one node remains; zoneout and bounds become a Scan."""
+    if name == "RNN" and option == "candidate":
+        pytest.skip("an RNN has no candidate")
+    model = OfOptions(name, OPTIONS[option])
+    session, operators = export(model, (torch.randn(5, 3, 4),), DYNAMIC, tmp_path / "m.onnx")
+    in_a_loop = option in ("zoneout", "state_clip", "all")
+    assert operators["Scan"] == (4 if in_a_loop else 0)
+    assert operators[name] == (0 if in_a_loop else 2)
+    check(session, model, (4 * torch.randn(7, 2, 4),))
+
+
+@pytest.mark.parametrize("option", ["zoneout", "state_clip", "weight_dropout"])
+@pytest.mark.parametrize("name", CELLS)
+def test_options_of_cells(name: str, option: str, tmp_path: Path) -> None:
+    model = getattr(fused_rnn, name)(4, 6, **OPTIONS[option])
+    session, _ = export(model, (torch.randn(3, 4),), ({0: Dim("B")},), tmp_path / "m.onnx")
+    check(session, model, (4 * torch.randn(2, 4),))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_masks_are_refused(name: str) -> None:
+    model = getattr(fused_rnn, name)(4, 6, zoneout=0.3)
+    with pytest.raises(Exception, match="a mask of zoneout or recurrent_dropout has no counterpart .*; export in eval mode"):
+        try:
+            torch.onnx.export(model.train(), (torch.randn(5, 3, 4),), dynamo=True, verbose=False)
+        except torch.onnx.errors.OnnxExporterError as error:  # torch's wraps ours
+            assert isinstance(error.__cause__, NotImplementedError)
+            raise error.__cause__ from None
+
+
+class Own(nn.Module):
+    def __init__(self, cell: Any, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.layer = fused_rnn.Layer(cell, 4, 6, num_layers=2, bidirectional=True, **options)
+        self.step = fused_rnn.Step(cell, 12, 6)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Any:
+        y, last = self.layer(x, lengths=lengths)
+        return y, last, self.step(y[0])
+
+
+@pytest.mark.parametrize("options", [{}, OPTIONS["all"]], ids=["plain", "all"])
+@pytest.mark.parametrize("name", ["LSTM", "LayerNormLSTM"])
+def test_cells_of_ones_own(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """A Scan for each direction of each layer, with the options in its step."""
+    model = Own(getattr(fused_rnn.zoo, name)(), options)
+    given = (torch.randn(5, 3, 4), torch.tensor([5, 0, 3]))
+    session, operators = export(model, given, (*DYNAMIC, {0: DYNAMIC[0][1]}), tmp_path / "m.onnx")
+    assert operators["Scan"] == 4
+    check(session, model, (torch.randn(7, 2, 4), torch.tensor([7, 2])))

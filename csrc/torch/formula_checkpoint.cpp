@@ -1,5 +1,6 @@
 // A layer of a formula whose backward runs forward again between states that are kept every k steps (FormulaPart): the ops
-// formula_checkpointed and its backward, on a CPU. Fake kernels, autograd and what calls them: fused_rnn/formula/checkpoint.py.
+// formula_checkpointed and its backward, on a CPU. Fake kernels, autograd and what calls them are in
+// fused_rnn/formula/checkpoint.py.
 //
 // kept: all states before every k-th step [D, K, states, B, H], float where the dtype has 16 bits, so that no state is
 // rounded on its way. What backward holds of all steps while it runs is y, the states and what phases took, made again, and

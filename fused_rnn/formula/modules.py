@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import _checkpoint, _checks, _extras, _ids, functional, reference
+from fused_rnn import _checkpoint, _checks, _extras, _ids, _onnx, functional, reference
 from fused_rnn._extras import Extras
 from fused_rnn._recipe import Recipe, Rows, StepOptions
 from fused_rnn._regularisation import HasOptions, Sizes, Target, options_of, taken_from
@@ -321,7 +321,8 @@ class Layer(_Formula):
         own, count = len(self.cell.declaration.states), len(cell.declaration.states)
         if states and masks.factors is not None:  # what the recurrent product reads is a state too
             states = [*states, masks.factors * states[self.cell.declaration.recurrent]]
-        compiled = serve.has_kernels(formula, device_type, like.dtype)
+        for_onnx = torch.compiler.is_exporting() and _onnx.exporting()
+        compiled = not for_onnx and serve.has_kernels(formula, device_type, like.dtype)
         if not states and (not compiled or rows.offsets is not None):  # packed rows do not say the batch size
             states = [like.new_zeros(groups, batch, self.hidden_size) for _ in cell.declaration.states]
         keeps = compiled and self.checkpoint and checkpoint.applies(input, states, weights, rows)
@@ -334,7 +335,7 @@ class Layer(_Formula):
             return y, last[:own], as_declared(cell, every)[:own] if every else []
         if input.dtype is torch.int64:
             input = _ids.checked(input, self.input_size, rows.lengths, rows.offsets is not None, recipe.batch_first)
-        layer = functools.partial(reference.layer, step=step_function(cell))
+        layer = functools.partial(_onnx.own_layer if for_onnx else reference.layer, step=step_function(cell))
         if rows.reset_states:
             rows = rows._replace(reset_states=tuple(outputs_first(cell, rows.reset_states)))
         y, last = reference.rnn(input, outputs_first(cell, states), weights, rows, recipe, layer)
@@ -440,7 +441,8 @@ class Step(_Formula):
         batch = shape[0] if len(shape) > 1 else 1
         masks = self._masks(like, Sizes(1, batch, batch, self.hidden_size, self.hidden_size))
         options = StepOptions(values=None if masks.kept is None else masks.kept.to(like.dtype))
-        if serve.has_kernels(formula, input.device.type, like.dtype):
+        for_onnx = torch.compiler.is_exporting() and _onnx.exporting()
+        if not for_onnx and serve.has_kernels(formula, input.device.type, like.dtype):
             return self._form_of(self._run(input, states, weights, recipe, options))
         states = states or [like.new_zeros(shape) for _ in self.cell.declaration.states]
         if input.dtype is torch.int64:

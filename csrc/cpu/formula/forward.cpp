@@ -114,7 +114,8 @@ FormulaForwardScan<A>::FormulaForwardScan(const FormulaForward& p, const Kernels
   if (!p.training || p.seq.T == 1 || part.again) lease_weights();
 }
 
-// What an inference, a step of a training loop, or a range of steps that runs again finds in the cache of packed weights, or leaves there.
+// What an inference, a step of a training loop, or a range of steps that runs again finds in the cache of packed weights,
+// or leaves there.
 template <class A>
 void FormulaForwardScan<A>::lease_weights() {
   const auto lease = [](CacheLease& lease, Matrix<A>& m) {
