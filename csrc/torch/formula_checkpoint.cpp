@@ -17,7 +17,7 @@ namespace fused_rnn {
 namespace {
 
 // k, of the ops' argument [flags, k].
-int64_t every_of(at::IntArrayRef call) {
+int64_t every_of_formula(at::IntArrayRef call) {
   TORCH_CHECK_VALUE(call.size() == 2 && call[1] >= 1, "flags_and_every: expected flags and a number of at least 1, got ",
                     call);
   return call[1];
@@ -33,7 +33,7 @@ Tensor empty_kept(const FormulaLayer& layer, int64_t every) {
 
 LayerOutputs formula_checkpointed_cpu(const Tensor& x, at::TensorList states, at::TensorList params, at::TensorList rows,
                                       std::string_view cell, at::IntArrayRef flags_and_every) {
-  const int64_t every = every_of(flags_and_every), flags = flags_and_every[0];
+  const int64_t every = every_of_formula(flags_and_every), flags = flags_and_every[0];
   const Rows given = rows_of(rows, flags);
   const Call call{x, states, params, given, formula_recipe_of(flags)};
   const FormulaLayer layer = check_formula(call, std::string(cell));
@@ -80,7 +80,7 @@ LayerGradients formula_checkpointed_backward_cpu(const OptionalTensor& dy, at::T
                                                  at::TensorList states, at::TensorList params, at::TensorList rows,
                                                  at::TensorList kept, std::string_view cell,
                                                  at::IntArrayRef flags_and_every) {
-  const int64_t every = every_of(flags_and_every), flags = flags_and_every[0];
+  const int64_t every = every_of_formula(flags_and_every), flags = flags_and_every[0];
   const Rows given = rows_of(rows, flags);
   const Call call{x, states, params, given, formula_recipe_of(flags)};
   const FormulaLayer layer = check_formula(call, std::string(cell));
