@@ -1,9 +1,10 @@
 """How many floating point operations the ops take, for torch.utils.flop_counter.FlopCounterMode.
 
 As in torch, matrix products count 2*m*n*k each and element-wise operations nothing. A dispatch mode sees ``layer``,
-``layer_backward`` and its forms, ``layer_second_order`` and ``layer_jvp`` alone: ``rnn``, ``cell`` and other tangents
-consist of these or of torch's ops. The numbers equal those that torch counts for torch.nn's GRU, RNN and cells, and for
-torch.nn.LSTM where it runs as separate ops; an LSTM that is one op of a library counts 0 in torch.
+``layer_backward`` and its forms, ``layer_second_order`` and ``layer_jvp`` alone, and ``stack`` and ``stack_backward`` of a
+graph: ``rnn``, ``cell`` and other tangents consist of these or of torch's ops. The numbers equal those that torch counts for
+torch.nn's GRU, RNN and cells, and for torch.nn.LSTM where it runs as separate ops; an LSTM that is one op of a library
+counts 0 in torch.
 
 Symbols: N rows of input (T*B, or a packed input's), D directions, G gates, I, H, P sizes of input, hidden state and output.
 """
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fused_rnn._recipe import rows_of, unpacked
+from fused_rnn._recipe import ROWS, rows_of, unpacked
 
 
 def _forward_flops(call: dict[str, Any]) -> int:
@@ -26,6 +27,19 @@ def _forward_flops(call: dict[str, Any]) -> int:
     per_direction = len(params) // unpacked(call["recipe"]).directions
     products = [w for i, w in enumerate(params) if w.dim() == 2 and not (_has_ids(x) and i % per_direction == 0)]
     return 2 * _rows(x) * sum(w.numel() for w in products)
+
+
+def _stack_backward_flops(call: dict[str, Any]) -> int:
+    """Those of its layers: all but the first make the gradient of their input in any case."""
+    params, recipe, mask = call["params"], unpacked(call["recipe"]), call["mask"]
+    layer, count = recipe.of_layer().packed | call["recipe"] & ROWS, len(params) // recipe.num_layers
+    layers = [params[place : place + count] for place in range(0, len(params), count)]
+    own = {**call, "rows": call["rows"][:1], "recipe": layer}  # not the host's offsets
+    of_mask = [[mask[0] or number > 0, *mask[1:]] for number in range(len(layers))]
+    return sum(
+        _backward_flops({**own, "params": of_layer, "mask": wanted})
+        for of_layer, wanted in zip(layers, of_mask, strict=True)
+    )
 
 
 def _sample_backward_flops(call: dict[str, Any]) -> int:
@@ -112,6 +126,8 @@ def register() -> None:
     """Makes FlopCounterMode know the ops; once."""
     _register("layer", _forward_flops)
     _register("layer_backward", _backward_flops)
+    _register("stack", _forward_flops)
+    _register("stack_backward", _stack_backward_flops)
     _register("layer_backward_samples", _sample_backward_flops)
     _register("layer_second_order", _second_order_flops)
     _register("layer_jvp", _jvp_flops)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_rnn import _derivatives, _flops, _transforms
 from fused_rnn._backend import extension
-from fused_rnn._recipe import rows_of, unpacked
+from fused_rnn._recipe import ROWS, rows_of, unpacked
 
 
 def check_places(x: Tensor, **others: Sequence[Tensor | None]) -> None:
@@ -84,6 +84,39 @@ def fake_layer_backward(
     check_places(like, input=[x], dy=[dy], dlast=dlast, states=states, params=params, rows=rows, saved=saved)
     unpacked(recipe)  # raises for a number that is no recipe
     return fake_gradients(x, [*states, *rows_of(rows, recipe).reset_states], params, mask)
+
+
+def _fake_stack(
+    x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], rows: Sequence[Tensor], recipe: int
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Shapes of fused_rnn::stack's results; what it saves is memory alone, in tensors of no elements."""
+    check_places(x, input=[x], states=states, params=params)
+    stack = unpacked(recipe)
+    kind, w_hh, packed = stack.kind, params[1], bool(recipe & ROWS)
+    groups, hidden, out = stack.num_layers * stack.directions, w_hh.shape[0] // kind.gates, w_hh.shape[1]
+    batch = states[0].shape[1] if packed else x.shape[1]
+    last = [x.new_empty(groups, batch, out)]
+    if kind.has_c:
+        last.append((states[1] if states else x).new_empty(groups, batch, hidden))
+    of_layer = bool(kind.saved) + kind.has_c
+    saved = [x.new_empty(0, dtype=torch.uint8) for _ in range(stack.num_layers * (of_layer + 1))]
+    return x.new_empty(*x.shape[:-1], stack.directions * out), last, saved
+
+
+def _fake_stack_backward(
+    dy: Tensor | None,
+    dlast: Sequence[Tensor],
+    x: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    recipe: int,
+    mask: Sequence[bool],
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Shapes of fused_rnn::stack_backward's results."""
+    check_places(x, input=[x], dy=[dy], dlast=dlast, states=states, params=params)
+    return fake_gradients(x, states, params, mask)
 
 
 def _fake_layer_backward_samples(
@@ -176,6 +209,8 @@ if extension is not None:
     torch.library.register_fake("fused_rnn::layer_backward_gates", _fake_layer_backward_gates)
     torch.library.register_fake("fused_rnn::layer_second_order", _fake_layer_second_order)
     torch.library.register_fake("fused_rnn::layer_jvp", _fake_layer_jvp)
+    torch.library.register_fake("fused_rnn::stack", _fake_stack)
+    torch.library.register_fake("fused_rnn::stack_backward", _fake_stack_backward)
     torch.library.register_fake("fused_rnn::flags", _fake_flags)
     _library = torch.library.Library("fused_rnn", "IMPL")
     _derivatives.register(_library)

@@ -15,7 +15,7 @@ HAS_RESET_STATES = 1 << 15
 _OPTIONS_SHIFT, _OPTIONS = 17, 6  # where the bits of StepOptions begin, and their number
 OPTIONS = (1 << _OPTIONS) - 1 << _OPTIONS_SHIFT
 ROWS = _HAS_LENGTHS * 15 | OPTIONS  # the bits that say which rows there are
-_ALL_STATES_SHIFT, _LAYERS_SHIFT, _FAMILY_SHIFT = 16, 24, 56
+_ALL_STATES_SHIFT, _LAYERS_SHIFT, _FAMILY_SHIFT, _IN_GRAPH_SHIFT = 16, 24, 56, 60
 ALL_STATES = 1 << _ALL_STATES_SHIFT  # the bit of ``packed``
 _FREE = (1 << _LAYERS_SHIFT) - (1 << _OPTIONS_SHIFT + _OPTIONS)  # bits that say nothing
 
@@ -32,6 +32,7 @@ class Recipe(NamedTuple):
     dropout: float = 0.0  # probability between the layers, while training
     all_states: bool = False  # the states after every step are results too
     family: int = 0  # 1 + the number of the GPU's kernel family that serves the call; 0: none is chosen
+    in_graph: bool = False  # of a stack that torch.compile records: none but backward reads what forward saves
 
     @property
     def kind(self) -> Kind:
@@ -44,7 +45,7 @@ class Recipe(NamedTuple):
     @property
     def packed(self) -> int:
         flags = self.has_biases << 8 | self.bidirectional << 9 | self.batch_first << 10 | self.training << 11
-        flags |= self.all_states << _ALL_STATES_SHIFT
+        flags |= self.all_states << _ALL_STATES_SHIFT | self.in_graph << _IN_GRAPH_SHIFT
         return self.cell | flags | self.num_layers << _LAYERS_SHIFT | self.family << _FAMILY_SHIFT
 
     def of_layer(self) -> Recipe:
@@ -58,15 +59,16 @@ def unpacked(number: int) -> Recipe:
     Raises:
         ValueError: the number is no packed recipe.
     """
-    cell, num_layers, family = number & 0xFF, number >> _LAYERS_SHIFT & 0xFFFFFFFF, number >> _FAMILY_SHIFT
-    unknown = number & _FREE or not 0 <= family < 16
+    cell, num_layers, family = number & 0xFF, number >> _LAYERS_SHIFT & 0xFFFFFFFF, number >> _FAMILY_SHIFT & 15
+    unknown = number & _FREE or not 0 <= number >> _IN_GRAPH_SHIFT <= 1
     if cell >= len(KINDS) or unknown or not 1 <= num_layers <= 2**31:
         raise ValueError(
             f"recipe: expected a number that fused_rnn._recipe makes (a cell of 0 to {len(KINDS) - 1} in its last byte), "
             f"got {number}"
         )
     flags = [bool(number >> bit & 1) for bit in (8, 9, 10, 11)]
-    return Recipe(cell, num_layers, *flags)._replace(all_states=bool(number >> _ALL_STATES_SHIFT & 1), family=family)
+    all_states, in_graph = bool(number >> _ALL_STATES_SHIFT & 1), bool(number >> _IN_GRAPH_SHIFT)
+    return Recipe(cell, num_layers, *flags)._replace(all_states=all_states, family=family, in_graph=in_graph)
 
 
 _HOST = torch.device("cpu")  # whatever the default device is: kernels take numbers as arguments

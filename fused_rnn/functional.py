@@ -223,10 +223,11 @@ def run_rnn(
     checkpointed = checkpoint and by_ops and _checkpoint.applies(input, states, weights, rows)
     if by_ops and not checkpointed:
         # Modes see the op's call, and so do subclasses, wherever in it they are.
-        seen = torch.compiler.is_compiling() or _has_torch_function_variadic(
-            input, *states, *rows[:3], *rows.reset_states, *weights
-        )
+        recorded = torch.compiler.is_compiling()
+        seen = recorded or _has_torch_function_variadic(input, *states, *rows[:3], *rows.reset_states, *weights)
         op = _ops.rnn if seen else _ops.eager_rnn
+        if recorded and type(input) is Tensor and not is_exporting() and all(type(w) in _PLAIN for w in weights):
+            recipe = recipe._replace(in_graph=True)  # DTensors have rules of the layer's op alone
         result: tuple[Tensor, list[Tensor]] = op(
             input, states, weights, rows.given(), recipe.packed | rows.bits, recipe.dropout
         )

@@ -205,10 +205,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       [](int64_t packed) {
         const fused_rnn::Recipe r = fused_rnn::recipe_of(packed, 0);
         return pybind11::make_tuple(static_cast<int>(r.cell), r.num_layers, r.has_biases, r.bidirectional, r.batch_first,
-                                    r.training, r.all_states, r.family);
+                                    r.training, r.all_states, r.family, r.in_graph);
       },
-      "(cell, num_layers, has_biases, bidirectional, batch_first, training, all_states, family) of an op's argument "
-      "`recipe`.");
+      "(cell, num_layers, has_biases, bidirectional, batch_first, training, all_states, family, in_graph) of an op's "
+      "argument `recipe`.");
   m.def("weight_cache", &weight_cache,
         "Packed weights that are kept from one inference to the next on a CPU: limit and bytes, matrices that no call has "
         "in use, and "

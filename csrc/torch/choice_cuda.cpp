@@ -212,9 +212,10 @@ Answer ask(const Call& s, Question& q) {
 }
 
 // By cuDNN; none, after a warning, if it turns out not to support the call: the planner's own family serves such calls then.
-std::optional<Results> try_cudnn(const Call& s, const Question& q) {
+template <class F>
+auto try_cudnn(const Call& s, const Question& q, const F& by_cudnn) -> std::optional<decltype(by_cudnn())> {
   try {
-    return rnn_by_cudnn(s);
+    return by_cudnn();
   } catch (const c10::Error& error) {
     const std::vector<Family> ours = offered(q);
     if (!std::strstr(error.what_without_backtrace(), "cuDNN error") || ours.empty()) throw;
@@ -260,7 +261,7 @@ Results run_chosen(const Call& s, const std::function<Results(const Call&)>& res
   if (answer.results) return *std::move(answer.results);
   if (!answer.family && q.cudnn) answer.family = Family::kCudnn;
   if (answer.family == Family::kCudnn) {
-    if (auto results = try_cudnn(s, q)) return *std::move(results);
+    if (auto results = try_cudnn(s, q, [&] { return rnn_by_cudnn(s); })) return *std::move(results);
     answer.family = choices().family(key_of(s, q));
   }
   return by_family(s, answer.family, rest);
@@ -270,7 +271,7 @@ bool is_plain_call(const Call& call) {
   return !call.recipe.all_states && call.rows.reset_states.empty() && !call.rows.options.any() && !call.has_ids();
 }
 
-// What cuDNN keeps for backward has a size that a graph cannot know, so it serves no training call here.
+// What cuDNN keeps for backward is none of what a layer's op saves, so it serves no training call here.
 LayerChoice chosen_for_layer(const Call& layer, bool training) {
   LayerChoice choice{layer.recipe, std::nullopt};
   const FamilyChoice setting = family_setting();
@@ -282,11 +283,35 @@ LayerChoice chosen_for_layer(const Call& layer, bool training) {
   if (!family && q.cudnn) family = Family::kCudnn;
   if (family == Family::kCudnn) {
     const at::AutoGradMode without_grad(false);
-    choice.results = try_cudnn(layer, q);
+    choice.results = try_cudnn(layer, q, [&] { return rnn_by_cudnn(layer); });
     if (!choice.results) family = choices().family(key_of(layer, q));
   }
   if (family && !choice.results) choice.recipe.family = number_of(*family);
   return choice;
+}
+
+LayerOutputs run_chosen_part(const Call& s, const std::function<LayerOutputs()>& by_cudnn,
+                             const std::function<LayerOutputs(const Recipe&)>& rest) {
+  Recipe recipe = s.recipe;
+  recipe.family = 0;
+  const FamilyChoice setting = family_setting();
+  if (setting.forced == Family::kCudnn) {
+    const std::string lacking = cudnn_lacks(s);
+    TORCH_CHECK_VALUE(lacking.empty(), "kernel family cudnn cannot serve this call: cuDNN ", lacking);
+    return cudnn_fits(s) ? by_cudnn() : rest(recipe);
+  }
+  Question q{};
+  if (setting.forced || setting.cheapest || !measure(s, q)) return rest(recipe);
+  q.training = true;
+  q.cudnn = cudnn_lacks(s).empty() && cudnn_fits(s);
+  std::optional<Family> family = ask(s, q).family;
+  if (!family && q.cudnn) family = Family::kCudnn;
+  if (family == Family::kCudnn) {
+    if (auto made = try_cudnn(s, q, by_cudnn)) return *std::move(made);
+    family = choices().family(key_of(s, q));
+  }
+  if (family) recipe.family = number_of(*family);
+  return rest(recipe);
 }
 
 }  // namespace fused_rnn

@@ -53,4 +53,9 @@ struct LayerChoice {
 };
 LayerChoice chosen_for_layer(const Call& layer, bool training);
 
+// Forward for training of a part of a stack that a recorded graph runs (graph_stack_cuda.h): by cuDNN, or by `rest`, whose
+// recipe has the family if one was chosen.
+LayerOutputs run_chosen_part(const Call& part, const std::function<LayerOutputs()>& by_cudnn,
+                             const std::function<LayerOutputs(const Recipe&)>& rest);
+
 }  // namespace fused_rnn

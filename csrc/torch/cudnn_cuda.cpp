@@ -68,20 +68,27 @@ struct Arguments {
   }
 };
 
-// (y, h_n, c_n, what backward needs)
-using Made = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
 // With `save` cuDNN runs as for training, whether the module trains or not: it has no dropout to make here.
-Made forward_of(const Call& s, const Arguments& a, bool save) {
+CudnnOutputs forward_of(const Call& s, const Arguments& a, bool save) {
   const CudnnStack& n = a.numbers;
   auto [y, h_n, c_n, reserve, weights] =
       at::_cudnn_rnn(s.x, s.params, n.per_layer, a.weights, a.h0, a.c0, n.mode, n.hidden_size, n.proj_size, n.num_layers,
                      /*batch_first=*/false, /*dropout=*/0, save, n.bidirectional, a.batch_sizes, /*dropout_state=*/{});
-  return {y, h_n, c_n, reserve};
+  return {y, state_count(s.recipe.cell) == 2 ? States{h_n, c_n} : States{h_n}, reserve};
 }
 
-Results results_of(const Call& s, const Tensor& y, const Tensor& h_n, const Tensor& c_n) {
-  return {y, state_count(s.recipe.cell) == 2 ? States{h_n, c_n} : States{h_n}};
+// `reserve` is written.
+LayerGradients backward_of(const Call& s, const Arguments& a, const CudnnOutputs& made, const OptionalTensor& dy,
+                           const std::vector<OptionalTensor>& dlast, GradientMask mask) {
+  const CudnnStack& n = a.numbers;
+  const auto of_last = [&](size_t i) { return i < dlast.size() ? dlast[i] : std::nullopt; };
+  auto [dx, dh0, dc0, dparams] = at::_cudnn_rnn_backward(
+      s.x, s.params, n.per_layer, a.weights, a.h0, a.c0, made.y, dy, of_last(0), of_last(1), n.mode, n.hidden_size,
+      n.proj_size, n.num_layers, /*batch_first=*/false, /*dropout=*/0, /*train=*/true, n.bidirectional, a.batch_sizes,
+      /*dropout_state=*/{}, made.reserve, {mask.x, mask.states, mask.states && a.c0, mask.weights});
+  std::vector<Tensor> dstates;
+  for (size_t i = 0; i < s.states.size(); ++i) dstates.push_back(i == 0 ? dh0 : dc0);
+  return {dx, dstates, dparams};
 }
 
 Results rnn_by_layers(Call s) {
@@ -110,7 +117,7 @@ class CudnnFunction : public torch::autograd::Function<CudnnFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, at::TensorList states, at::TensorList params,
                                const Call* s) {
     const Arguments a(*s);
-    const auto [y, h_n, c_n, reserve] = forward_of(*s, a, /*save=*/true);
+    const auto [y, last, reserve] = forward_of(*s, a, /*save=*/true);
     variable_list saved{x,        tensor_of(s->rows.offsets), tensor_of(s->rows.host_offsets), y.variable_data(), reserve,
                         a.weights};
     saved.insert(saved.end(), states.begin(), states.end());
@@ -124,8 +131,8 @@ class CudnnFunction : public torch::autograd::Function<CudnnFunction> {
     ctx->saved_data["need_states"] = any_requires_grad(states);
     ctx->saved_data["need_params"] = any_requires_grad(params);
     ctx->set_materialize_grads(false);
-    variable_list results{y, h_n};
-    if (state_count(s->recipe.cell) == 2) results.push_back(c_n);
+    variable_list results{y};
+    results.insert(results.end(), last.begin(), last.end());
     return results;
   }
 
@@ -139,61 +146,29 @@ class CudnnFunction : public torch::autograd::Function<CudnnFunction> {
       return variable_list(2 + states.size() + params.size());
     }
     // Gradients in a batch (vmap) too: each run of cuDNN's backward writes into what forward reserved.
-    if (at::GradMode::is_enabled() || !nothing_intercepts()) return by_layers(s, grads);
+    if (at::GradMode::is_enabled() || !nothing_intercepts()) {
+      variable_list result = gradients_by_layers(s, grads);
+      result.emplace_back();  // of forward's last argument
+      return result;
+    }
 
-    Arguments a(s, saved[5]);
-    Tensor y = saved[3], reserve = saved[4];
+    const Arguments a(s, saved[5]);
+    CudnnOutputs made{saved[3], {}, saved[4]};
     const bool written =
         ctx->saved_data["output_version"].toTensor()._version() != ctx->saved_data["output_version_then"].toInt();
     if (written) {
-      Tensor h_n, c_n;
-      std::tie(y, h_n, c_n, reserve) = forward_of(s, a, /*save=*/true);
+      made = forward_of(s, a, /*save=*/true);
     } else if (torch::autograd::get_current_graph_task_keep_graph()) {
-      reserve = reserve.clone();  // cuDNN writes into it
+      made.reserve = made.reserve.clone();  // cuDNN writes into it
     }
-    const bool need_states = ctx->saved_data["need_states"].toBool(), need_params = ctx->saved_data["need_params"].toBool();
-    const CudnnStack& n = a.numbers;
-    const OptionalTensor dc_n = grads.size() > 2 ? optional_of(grads[2]) : std::nullopt;
-    auto [dx, dh0, dc0, dparams] = at::_cudnn_rnn_backward(
-        s.x, params, n.per_layer, a.weights, a.h0, a.c0, y, optional_of(grads[0]), optional_of(grads[1]), dc_n, n.mode,
-        n.hidden_size, n.proj_size, n.num_layers, /*batch_first=*/false, /*dropout=*/0, /*train=*/true, n.bidirectional,
-        a.batch_sizes, /*dropout_state=*/{}, reserve,
-        {ctx->saved_data["need_x"].toBool(), need_states, need_states && a.c0, need_params});
-    variable_list result{ctx->saved_data["need_x"].toBool() ? dx : Tensor()};
-    for (size_t i = 0; i < states.size(); ++i) result.push_back(need_states ? (i == 0 ? dh0 : dc0) : Tensor());
-    for (size_t i = 0; i < params.size(); ++i) result.push_back(need_params ? dparams[i] : Tensor());
+    const GradientMask mask{ctx->saved_data["need_x"].toBool(), ctx->saved_data["need_states"].toBool(),
+                            ctx->saved_data["need_params"].toBool()};
+    const std::vector<OptionalTensor> dlast{optional_of(grads[1]), grads.size() > 2 ? optional_of(grads[2]) : std::nullopt};
+    const auto [dx, dstates, dparams] = backward_of(s, a, made, optional_of(grads[0]), dlast, mask);
+    variable_list result{mask.x ? dx : Tensor()};
+    for (size_t i = 0; i < states.size(); ++i) result.push_back(mask.states ? dstates[i] : Tensor());
+    for (size_t i = 0; i < params.size(); ++i) result.push_back(mask.weights ? dparams[i] : Tensor());
     result.emplace_back();  // of forward's last argument
-    return result;
-  }
-
- private:
-  // The gradients of the layers' results, which can be differentiated again where autograd asks for that.
-  static variable_list by_layers(const Call& s, const variable_list& grads) {
-    const bool differentiable = at::GradMode::is_enabled();
-    const at::AutoGradMode with_grad(true);
-    const Results again = rnn_by_layers(s);
-    variable_list outputs, given, inputs, result;
-    const variable_list results = [&] {
-      variable_list list{again.y};
-      list.insert(list.end(), again.last.begin(), again.last.end());
-      return list;
-    }();
-    for (size_t i = 0; i < results.size(); ++i) {
-      if (!grads[i].defined()) continue;
-      outputs.push_back(results[i]);
-      given.push_back(grads[i]);
-    }
-    variable_list all{s.x};
-    all.insert(all.end(), s.states.begin(), s.states.end());
-    all.insert(all.end(), s.params.begin(), s.params.end());
-    for (const Tensor& t : all) {
-      if (t.requires_grad()) inputs.push_back(t);
-    }
-    const variable_list made = torch::autograd::grad(outputs, inputs, given, /*retain_graph=*/true, differentiable,
-                                                     /*allow_unused=*/true);
-    auto next = made.begin();
-    for (const Tensor& t : all) result.push_back(t.requires_grad() ? *next++ : Tensor());
-    result.emplace_back();
     return result;
   }
 };
@@ -202,15 +177,43 @@ class CudnnFunction : public torch::autograd::Function<CudnnFunction> {
 Results whole_stack(const Call& s) {
   if (differentiates(s)) {
     const variable_list made = CudnnFunction::apply(s.x, s.states, s.params, &s);
-    return results_of(s, made[0], made[1], made.size() > 2 ? made[2] : Tensor());
+    return {made[0], States(made.begin() + 1, made.end())};
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const Arguments a(s);
-  const auto [y, h_n, c_n, reserve] = forward_of(s, a, /*save=*/false);
-  return results_of(s, y, h_n, c_n);
+  CudnnOutputs made = forward_of(s, a, /*save=*/false);
+  return {std::move(made.y), std::move(made.last)};
 }
 
 }  // namespace
+
+variable_list gradients_by_layers(const Call& s, const variable_list& grads) {
+  const bool differentiable = at::GradMode::is_enabled();
+  const at::AutoGradMode with_grad(true);
+  const Results again = rnn_by_layers(s);
+  variable_list outputs, given, inputs, result;
+  const variable_list results = [&] {
+    variable_list list{again.y};
+    list.insert(list.end(), again.last.begin(), again.last.end());
+    return list;
+  }();
+  for (size_t i = 0; i < results.size(); ++i) {
+    if (!grads[i].defined()) continue;
+    outputs.push_back(results[i]);
+    given.push_back(grads[i]);
+  }
+  variable_list all{s.x};
+  all.insert(all.end(), s.states.begin(), s.states.end());
+  all.insert(all.end(), s.params.begin(), s.params.end());
+  for (const Tensor& t : all) {
+    if (t.requires_grad()) inputs.push_back(t);
+  }
+  const variable_list made = torch::autograd::grad(outputs, inputs, given, /*retain_graph=*/true, differentiable,
+                                                   /*allow_unused=*/true);
+  auto next = made.begin();
+  for (const Tensor& t : all) result.push_back(t.requires_grad() ? *next++ : Tensor());
+  return result;
+}
 
 std::string cudnn_lacks(const Call& s) {
   const auto plain = [](const Tensor& t) { return is_on_device(t) && is_plain(t); };
@@ -241,17 +244,27 @@ bool cudnn_fits(const Call& given) {
   return !given.rows.offsets || fits_packed(given);
 }
 
-Results rnn_by_cudnn(const Call& given) {
+Results time_major_stacks(const Call& given, Results (*whole)(const Call&)) {
   const Recipe& recipe = given.recipe;
   TimeMajor time_major(given);
-  const Tensor& x = time_major.x;
   Call& call = time_major.call;
-  const c10::cuda::CUDAGuard device_guard(x.device());
   const bool masks = recipe.training && recipe.dropout > 0 && recipe.num_layers > 1;
   call.recipe.dropout = masks ? recipe.dropout : 0;
-  Results made = masks ? run_stack(call, whole_stack) : whole_stack(call);
+  Results made = masks ? run_stack(call, whole) : whole(call);
   if (recipe.batch_first) made.y = made.y.transpose(0, 1);
   return made;
+}
+
+Results rnn_by_cudnn(const Call& given) {
+  const c10::cuda::CUDAGuard device_guard(given.x.device());
+  return time_major_stacks(given, whole_stack);
+}
+
+CudnnOutputs cudnn_forward(const Call& s) { return forward_of(s, Arguments(s), /*save=*/true); }
+
+LayerGradients cudnn_backward(const Call& s, const CudnnOutputs& made, const OptionalTensor& dy,
+                              const std::vector<OptionalTensor>& dlast, GradientMask mask) {
+  return backward_of(s, Arguments(s), made, dy, dlast, mask);
 }
 
 }  // namespace fused_rnn

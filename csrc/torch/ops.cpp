@@ -14,6 +14,7 @@
 #include "torch/device.h"
 #ifdef FUSED_RNN_WITH_CUDA
 #include "torch/choice_cuda.h"
+#include "torch/graph_stack_cuda.h"
 #endif
 
 namespace fused_rnn {
@@ -80,7 +81,9 @@ Results run_composite(const Call& call) {
   if (offsets && offsets->is_cpu()) rows.host_offsets = offsets;
   const Call here{call.x, call.states, call.params, rows, call.recipe};
 #ifdef FUSED_RNN_WITH_CUDA
-  if (is_on_device(here.x) && is_plain_call(here)) return run_chosen(here, run_layers);
+  if (is_on_device(here.x) && is_plain_call(here)) {
+    return serves_in_graph(here) ? rnn_in_graph(here) : run_chosen(here, run_layers);
+  }
 #endif
   return run_layers(here);
 }
@@ -258,6 +261,15 @@ TORCH_LIBRARY(fused_rnn, m) {
   m.def(
       "rnn(Tensor input, Tensor[] states, Tensor[] weights, Tensor[] rows, int recipe, float dropout) "
       "-> (Tensor output, Tensor[] last)");
+  // A stack's training call in a recorded graph, on a GPU: x is [T, B, I] or packed, nothing is dropped. rows may end with
+  // the host's offsets. saved: memory whose sizes the graph is not told (torch/graph_stack_cuda.h).
+  m.def(
+      "stack(Tensor x, Tensor[] states, Tensor[] params, Tensor[] rows, int recipe) "
+      "-> (Tensor y, Tensor[] last, Tensor[] saved)");
+  // saved begins with y.
+  m.def(
+      "stack_backward(Tensor? dy, Tensor[] dlast, Tensor x, Tensor[] states, Tensor[] params, Tensor[] rows, "
+      "Tensor[] saved, int recipe, bool[3] mask) -> (Tensor dx, Tensor[] dstates, Tensor[] dparams)");
   m.def("cell(Tensor input, Tensor[] states, Tensor[] params, int recipe) -> Tensor[]");
   m.impl("rnn", c10::DispatchKey::CompositeImplicitAutograd, fused_rnn::rnn_op);
   m.impl("cell", c10::DispatchKey::CompositeImplicitAutograd, fused_rnn::cell_op);

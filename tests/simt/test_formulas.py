@@ -139,12 +139,16 @@ def test_launches_of_a_step() -> None:
 ODD = Case(bidirectional=True, lengths=(4, 1, 3))  # a row that begins backwards at an odd step of the scan
 # What takes away a wait, a mask or a copy, each with a case that shows it.
 FORWARD, BACKWARD, GEOMETRY, NORM = (f"formula_{name}.cuh" for name in ("forward", "backward", "geometry", "norm"))
+MATMUL = "../step/matmul.cuh"
 MUTANTS = [
     (FORWARD, "s.input_copy_bytes, s.p.H}", "s.input_copy_bytes, tile.units}", Everything, SINGLE),
     (FORWARD, " = a[slot] - stored[slot];", " = a[slot];", zoo.MGU, SINGLE),
     (FORWARD, "(weights.w_ih) + head * s.p.I", "(weights.w_ih)", Everything, SINGLE),
     (FORWARD, "      if (weights.b_ih) a[C::input_slot(g)]", "      if (false) a[C::input_slot(g)]", Everything, SINGLE),
     (GEOMETRY, "return phase == 0 ? C::kInputGates : C::kRecurrentGates;", "return 2;", Levels, SINGLE),
+    # Of a product's two phases: rows of all groups in both, and groups one after the other.
+    (MATMUL, "if (group >= G::groups(phase)) return false;", "", Levels, SINGLE),
+    (MATMUL, "G::kStrided ? operand.stride : operand.units", "operand.units", Everything, SINGLE),
     (GEOMETRY, "    simt::pdl_wait();\n", "", Everything, RAGGED),
     (NORM, "    simt::sync_block();\n", "", Everything, USUAL),
     (GEOMETRY, "if constexpr (!kFirst) simt::sync_block();", "", Levels, TILES),

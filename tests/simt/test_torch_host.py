@@ -16,7 +16,14 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent / "torch_host"
-CHECKS = ("checks.py", "cudnn_checks.py", "options_checks.py", "second_order_checks.py", "tuning_checks.py")
+CHECKS = (
+    "checks.py",
+    "cudnn_checks.py",
+    "graph_checks.py",
+    "options_checks.py",
+    "second_order_checks.py",
+    "tuning_checks.py",
+)
 
 
 def run(*options: str, checks: Sequence[str] = CHECKS, formula: str = "with options") -> int:

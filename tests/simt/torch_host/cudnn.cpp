@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, at::
   const Stack s{mode, hidden_size, proj_size, num_layers, bidirectional};
   const at::NoGradGuard no_grad;
   auto [y, h, c] = run(x, params_of(*buffer, params), per_layer, h0, c0, s, batch_sizes);
-  const Tensor reserve = train ? at::ones({1}, x.options()) : at::empty({0}, x.options());
+  const Tensor reserve = at::ones({train ? y.numel() + 3 : 0}, x.options().dtype(at::kByte));
   return {y.contiguous(), h, c.defined() ? c : at::empty({0}, x.options()), reserve, *buffer};
 }
 
@@ -132,8 +132,9 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
     std::array<bool, 4> mask) {
   ++backwards;
   demand(h0, c0, batch_first, dropout);
-  TORCH_CHECK(train && reserve.numel() == 1, "cudnn RNN backward can only be called in training mode");
-  TORCH_CHECK(reserve.item<double>() == 1, "a second backward from the same reserve");
+  const bool reserved = reserve.scalar_type() == at::kByte && reserve.numel() == y.numel() + 3;
+  TORCH_CHECK(train && reserved, "cudnn RNN backward can only be called in training mode");
+  TORCH_CHECK(reserve.eq(1).all().item<bool>(), "a second backward from the same reserve");
   const Stack s{mode, hidden_size, proj_size, num_layers, bidirectional};
   const c10::impl::ForceDispatchKeyGuard with_autograd(c10::default_included_set, c10::default_excluded_set);
   const at::AutoGradMode grad_mode(true);

@@ -532,7 +532,7 @@ def test_compiled_calls_are_answered_once(bench: Bench) -> None:
 
 
 def test_compiled_training_waits_for_a_verified_family(bench: Bench) -> None:
-    """A graph cannot know the size of what cuDNN keeps: a layer's op that trains is served by a family of ours alone."""
+    """A layer's op that trains is served by a family of ours alone: what cuDNN keeps is none of what the op saves."""
     rnn, x = fused_rnn.LSTM(4, 21), torch.randn(5, 3, 4, requires_grad=True)
     recipe = fused_rnn._recipe.Recipe(fused_rnn._kinds.NUMBER_OF_MODE["LSTM"]).packed
     bench.verifier.states.update(dict.fromkeys(OURS, State.UNKNOWN))
@@ -541,6 +541,26 @@ def test_compiled_training_waits_for_a_verified_family(bench: Bench) -> None:
     assert bench.verifier.states["step"] is State.EXCLUDED and State.VERIFIED in bench.verifier.states.values()
     with use_backend("reference"):
         assert_near("y", y, rnn(x)[0], OUTPUT_TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("module", [fused_rnn.LSTM, fused_rnn.GRU, fused_rnn.RNN])
+def test_compiled_training_is_served_by_what_is_recorded(bench: Bench, module: type) -> None:
+    """By cuDNN, since nothing is timed inside of a graph; where a choice is on record, by the family chosen."""
+    rnn, x = module(4, 20, 2), torch.randn(5, 3, 4, requires_grad=True)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(allow_rnn=True):
+        graph = torch.compile(rnn, backend="aot_eager", fullgraph=True)
+        for state in (State.RUNNING, State.VERIFIED):
+            bench.restart()
+            bench.verifier.states.update(dict.fromkeys(OURS, state))
+            step_of(graph, x)
+            before = bench.asked
+            assert counted(lambda: step_of(graph, x)) == (2, 0) and bench.asked == before
+        bench.settle(lambda: step_of(rnn, x))
+        bench.restart()
+        cudnn, ours = counted(lambda: step_of(graph, x))
+        assert cudnn == 0 and ours > 0
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("module", [fused_rnn.LSTM, fused_rnn.GRU, fused_rnn.RNN])
