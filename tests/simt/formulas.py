@@ -149,9 +149,15 @@ class Kernels:
     """The compiled kernels of a cell for one dtype."""
 
     def __init__(
-        self, cell: Cell, dtype: torch.dtype, replaced: tuple[str, str, str] | None = None, folder: Path | None = None
+        self,
+        cell: Cell,
+        dtype: torch.dtype,
+        replaced: tuple[str, str, str] | None = None,
+        folder: Path | None = None,
+        simulator: Callable[[Path], Simulator] = Simulator,
     ) -> None:
-        """replaced: (file of csrc/cuda/formula, text, what to put in its place), in a copy of csrc in the folder."""
+        """replaced: (file of csrc/cuda/formula, text, what to put in its place), in a copy of csrc in the folder.
+        simulator: of the library of the kernels."""
         self.cell, self.dtype, self.plan = cell, dtype, make_plan(cell)
         source = write_source(self.plan, dtype)
         csrc = builder.ROOT / "csrc"
@@ -161,7 +167,7 @@ class Kernels:
         if replaced is not None and folder is not None:
             copy = _copy_with(folder / "csrc", *replaced)
             copies = {source.stem: [(source, copy)]}
-        self.sim = Simulator(builder.build([source], replace=copies, host=host))
+        self.sim = simulator(builder.build([source], replace=copies, host=host))
         lib = self.sim.lib
         pointers = (c_void_p, c_void_p, c_int)
         lib.simt_formula_workspace.restype = c_int64

@@ -6,13 +6,16 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator
 
+import test_block
 import test_gemm
 import test_kernels
+import test_options
 import test_persistent
 import torch
 from cases import Case
 from simulator import DeviceInfo
 from test_kernels import Simulated
+from test_options import Optional
 
 CAPABILITY = {"sm_75": 75, "sm_80": 80, "sm_90a": 90}
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -77,8 +80,9 @@ def representative(short: bool) -> Iterator[tuple[str, Simulated]]:
 
 
 def everything(arch: str) -> Iterator[Simulated]:
-    """Every kernel: each cell, arithmetic and tile of `step` and `single`, each width of the blocks of `grid` and `cluster`
-    with groups of one tile of rows and of several and with weights in shared memory; and small cases under 20 seeds."""
+    """Every kernel of plain steps: each cell, arithmetic and tile of `step` and `single`, each width of the blocks of `grid`
+    and `cluster` with groups of one tile of rows and of several and with weights in shared memory, each cell and arithmetic
+    of `block` with small and with the largest layers; and small cases under 20 seeds."""
     yield from on(arch, test_kernels.many_seeds())
     yield from on(arch, test_kernels.tiles())
     yield from on(arch, (s for s in test_kernels.DEFAULT if s.tile is None and s.seeds < 20))
@@ -87,3 +91,20 @@ def everything(arch: str) -> Iterator[Simulated]:
     persistent = [*test_persistent.DEFAULT, *(s for s, _ in test_persistent.EVERY_KERNEL)]
     persistent += [s for s, _ in test_persistent.SHARED_WEIGHTS if s.case.hidden < 300]
     yield from on(arch, (s for s in persistent if s.seeds < 20))
+    of_block = [dataclasses.replace(s, seeds=20) for s in test_block.OPTIONS if s.case.hidden < 50]
+    yield from on(arch, [*of_block, *(s for s in test_block.OPTIONS if s.case.hidden >= 50), *test_block.LARGEST])
+
+
+def modified(arch: str) -> Iterator[Optional]:
+    """Every kernel of modified steps: each cell, arithmetic and tile with all options at once, the small tile under 20
+    seeds; each option alone."""
+    device = test_kernels.DEVICES[device_of("H100", arch)]
+    for s in (*test_options.together(), *test_options.one_at_a_time(), *test_options.projected()):
+        if s.tf32 and CAPABILITY[arch] < 80:
+            continue
+        yield dataclasses.replace(s, device=device, seeds=20 if s.tile is not None and s.tile[0] == 0 else s.seeds)
+
+
+def cut(arch: str) -> Iterator[Simulated]:
+    """Launches of some steps each, of the families that have them."""
+    yield from on(arch, (*test_persistent.cut(), *test_block.CUT))

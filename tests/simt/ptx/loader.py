@@ -91,6 +91,22 @@ class PtxSimulator(Simulator):
         return [pc]
 
 
+class Recorder(Simulator):
+    """Runs the sources as g++ compiles them, and keeps the symbols of the kernels that were launched."""
+
+    def __init__(self, library: Path) -> None:
+        super().__init__(library)
+        self.launched: set[str] = set()
+        symbols = build.symbols(library)
+
+        def record(offset: int, code: ctypes._Pointer[KernelCode]) -> bool:
+            self.launched.add(build.canonical(symbols[offset]))
+            return True  # without code in its place
+
+        self._callback = LOADER(record)
+        self.loader = ctypes.cast(self._callback, c_void_p)
+
+
 def finder(arch: str) -> Callable[[str], Kernel]:
     """Looks a kernel up in the PTX of csrc/cuda for an architecture."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
+import re
 from collections.abc import Callable
 from ctypes import c_int64, c_void_p
 from functools import cache
@@ -15,9 +17,12 @@ import torch
 from cases import Case
 from simulator import Simulator
 from test_kernels import Simulated, run
+from test_options import Optional
+from test_options import run as run_modified
+from test_persistent import run_cut
 
 from . import build, cases, primitives
-from .loader import PtxSimulator, finder
+from .loader import PtxSimulator, Recorder, finder
 from .source import Kernel
 from .translate import function
 
@@ -119,10 +124,45 @@ def test_previous_rows(cpu: ctypes.CDLL, arch: str, case: Case, shift: int) -> N
 
 
 SWEEP = [(arch, s) for arch in build.ARCHITECTURES for s in cases.everything(arch)]
+MODIFIED = [(arch, s) for arch in build.ARCHITECTURES for s in cases.modified(arch)]
+CUT = [(arch, s) for arch in build.ARCHITECTURES for s in cases.cut(arch)]
+asked_for = pytest.mark.skipif(not os.environ.get("FUSED_RNN_PTX_SWEEP"), reason="hours: FUSED_RNN_PTX_SWEEP=1 asks for it")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("FUSED_RNN_PTX_SWEEP"), reason="hours: FUSED_RNN_PTX_SWEEP=1 asks for it")
+@asked_for
 @pytest.mark.parametrize(("arch", "simulated"), SWEEP, ids=str)
 def test_sweep(arch: str, simulated: Simulated) -> None:
     check_case(arch, simulated)
+
+
+@pytest.mark.slow
+@asked_for
+@pytest.mark.parametrize(("arch", "optional"), MODIFIED, ids=str)
+def test_sweep_of_modified_steps(arch: str, optional: Optional) -> None:
+    sim = simulator(arch)
+    before = sim.launched.total()
+    run_modified(sim, optional)
+    assert sim.launched.total() > before
+
+
+@pytest.mark.slow
+@asked_for
+@pytest.mark.parametrize(("arch", "simulated"), CUT, ids=str)
+def test_sweep_of_cut_launches(arch: str, simulated: Simulated) -> None:
+    run_cut(simulator(arch), simulated)
+
+
+@pytest.mark.slow
+@asked_for
+@pytest.mark.parametrize("arch", build.ARCHITECTURES)
+def test_sweep_launches_every_kernel(arch: str) -> None:
+    """Nothing that nvcc makes of csrc/cuda is left out by the tests above: what they launch, found with g++'s kernels."""
+    sim = Recorder(builder.build())
+    for simulated in cases.everything(arch):
+        run(sim, dataclasses.replace(simulated, seeds=1))
+    for optional in cases.modified(arch):
+        run_modified(sim, dataclasses.replace(optional, seeds=1))
+    every = {build.canonical(name) for source in build.sources(arch) for name in build.file_of(source, arch).names}
+    of_others = re.compile("previous_rows|write_integers|write_flags|query")  # tests above, and what asks a device
+    assert not {name for name in every - sim.launched if not of_others.search(name)}

@@ -131,7 +131,7 @@ def test_refuses_other_parameters() -> None:
         PtxFile(".entry k(.param .u64 a) { .reg .b32 %x; .reg .f32 %x; ret; }").kernel("k")
 
 
-ONE, MINUS_THREE, NAN = word(1.0), word(-3.0), 0x7FC00000
+ONE, MINUS_THREE, NAN, INFINITY = word(1.0), word(-3.0), 0x7FC00000, 0x7F800000
 # PTX from %r5 to %r6; input and output words.
 ANSWERS: list[tuple[str, list[tuple[int, int]]]] = [
     ("sub.s32 %r6, 7, %r5;", [(3, 4), (-1, 8)]),
@@ -166,6 +166,19 @@ ANSWERS: list[tuple[str, list[tuple[int, int]]]] = [
     ("mov.b32 %f1, %r5; setp.neu.f32 %p1, %f1, %f1; selp.b32 %r6, 1, 2, %p1;", [(NAN, 1), (ONE, 2)]),
     ("mov.b32 %f1, %r5; setp.nan.f32 %p1, %f1, %f1; selp.b32 %r6, 1, 2, %p1;", [(NAN, 1), (ONE, 2)]),
     ("mov.b32 %f1, %r5; fma.rn.f32 %f1, %f1, %f1, 0fBF800000; mov.b32 %r6, %f1;", [(MINUS_THREE, word(8.0))]),
+    (  # of 1 + 2^-11 + 2^-24, and of the same below 0
+        "mov.b32 %f1, %r5; fma.rm.f32 %f1, %f1, 0f3F800800, 0f00000000; mov.b32 %r6, %f1;",
+        [(0x3F800800, 0x3F801000), (0xBF800800, 0xBF801001 - 2**32), (ONE, 0x3F800800), (INFINITY, INFINITY)],
+    ),
+    (
+        "mov.b32 %f1, %r5; fma.rm.f32 %f1, %f1, 0f3F800000, 0f4B400001; mov.b32 %r6, %f1;",
+        [(word(0.75), 0x4B400001), (word(-0.25), 0x4B400000), (MINUS_THREE, 0x4B3FFFFE)],
+    ),
+    ("mov.b32 %f1, %r5; fma.rm.f32 %f1, %f1, %f1, 0fBF800000; mov.b32 %r6, %f1;", [(ONE, -(2**31)), (INFINITY, INFINITY)]),
+    (
+        "mov.b32 %f1, %r5; cvt.sat.f32.f32 %f1, %f1; mov.b32 %r6, %f1;",
+        [(word(0.25), word(0.25)), (word(2.0), ONE), (MINUS_THREE, 0), (NAN, 0), (INFINITY, ONE)],
+    ),
     (
         "mov.b32 %f1, %r5; copysign.f32 %f1, %f1, 0f40000000; mov.b32 %r6, %f1;",
         [(MINUS_THREE, word(-2.0)), (ONE, word(2.0))],

@@ -204,6 +204,14 @@ uint32_t funnel_shift(bool left, bool wrap, uint32_t low, uint32_t high, uint32_
 
 float exp2(float x) { return fused_rnn::simt::exp2(x); }
 float reciprocal(float x) { return fused_rnn::simt::reciprocal(x); }
+float fma_down(float a, float b, float c) {
+  const float nearest = std::fma(a, b, c);
+  const double product = double(a) * b;  // exact
+  const double sum = product + c, part = sum - product;
+  const double lost = (product - (sum - part)) + (c - part);  // the exact value is sum + lost
+  if (sum == 0 && lost == 0) return std::signbit(product) || std::signbit(c) ? -0.0f : 0.0f;
+  return (sum - nearest) + lost < 0 ? std::nextafter(nearest, -std::numeric_limits<float>::infinity()) : nearest;
+}
 double reciprocal(double x) {
   constexpr uint64_t kUpper = ~uint64_t{0xffffffff};
   constexpr double kSmallest = 0x1p-1022;

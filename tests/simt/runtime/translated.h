@@ -126,6 +126,10 @@ float exp2(float x);
 float reciprocal(float x);
 // rcp.approx.ftz.f64: of the upper half of x, to the upper half of a double.
 double reciprocal(double x);
+// cvt.sat: into [0, 1]; NaN becomes 0.
+inline float saturate(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f; }
+// fma.rm: the largest float that is not above a * b + c.
+float fma_down(float a, float b, float c);
 // Conversions to integers clamp, and NaN becomes 0.
 template <class To, class From>
 inline To to_integer(From value) {
