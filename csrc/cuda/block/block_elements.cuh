@@ -9,7 +9,7 @@
 namespace fused_rnn::cuda {
 
 // Where a pair, or an element, lies in a tensor whose rows of memory have a constant size: one instruction finds it in a
-// row.
+// row. The row may be none of the tensor's, where nothing is read: addresses are numbers, which may go around.
 template <class T>
 class Column {
  public:
@@ -18,7 +18,8 @@ class Column {
   __device__ __forceinline__ Column(const void* tensor, uint64_t first, int row_size)
       : first_(static_cast<const T*>(tensor) + first), row_size_(row_size) {}
   __device__ __forceinline__ T* at(int row) const {
-    return const_cast<T*>(first_) + static_cast<uint64_t>(static_cast<unsigned>(row)) * static_cast<unsigned>(row_size_);
+    const uint64_t elements = static_cast<uint64_t>(static_cast<unsigned>(row)) * static_cast<unsigned>(row_size_);
+    return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(first_) + elements * sizeof(T));
   }
 
  private:
@@ -44,9 +45,10 @@ struct BlockRows {
     t += direction;
     coming += distance_;
     const int time = t + 2 * direction;
-    const auto* low_words = reinterpret_cast<const int*>(seq.offsets);  // 64 bits each
+    // The low word, at an address that may be no offset's: then nothing is read there.
+    const auto address = reinterpret_cast<uintptr_t>(seq.offsets) + static_cast<uintptr_t>(int64_t{time} * sizeof(int64_t));
     coming = simt::load_if(seq.offsets && static_cast<unsigned>(time) < static_cast<unsigned>(seq.T),
-                           low_words + 2 * int64_t{time}, coming);
+                           reinterpret_cast<const int*>(address), coming);
   }
 
  private:
@@ -82,8 +84,9 @@ struct LanePair {
   // Whether zeros replace the state before time t, whose first row is `row`; 0 for no, and if the launch does not make the
   // step.
   __device__ __forceinline__ unsigned char reset(bool made, int t, int row) const {
-    const auto* resets = reinterpret_cast<const unsigned char*>(modifier.resets);
-    return simt::load_if<unsigned char>(made && modifier.resets && active(length, t), resets + (row + row_of_batch), 0);
+    const auto address = reinterpret_cast<uintptr_t>(modifier.resets) + static_cast<uintptr_t>(int64_t{row + row_of_batch});
+    return simt::load_if<unsigned char>(made && modifier.resets && active(length, t),
+                                        reinterpret_cast<const unsigned char*>(address), 0);
   }
   // Whether to hint that the row at `row` will be read at time t. Of a packed batch the row is guessed (StepRows::ahead).
   __device__ __forceinline__ bool hint(int t, int row) const {
