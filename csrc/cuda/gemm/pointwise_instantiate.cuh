@@ -17,17 +17,12 @@ template <MathKind kMath>
 PointwiseForwardKernel PointwiseKernels<kMath>::forward(KernelRole role, CellKind cell) {
   return dispatch_kernel_cell(cell, [&](auto kind) -> PointwiseForwardKernel {
     constexpr CellKind kCell = decltype(kind)::value;
-    switch (role) {
-      case KernelRole::kForward: return &pointwise_forward_kernel<PointwiseGeometry<KernelRole::kForward, kCell, kMath>>;
-      case KernelRole::kForwardModified:
-        return &pointwise_forward_kernel<PointwiseGeometry<KernelRole::kForwardModified, kCell, kMath>>;
-      case KernelRole::kProject:
-        return &pointwise_project_kernel<PointwiseGeometry<KernelRole::kProject, kFirstCell, kMath>>;
-      case KernelRole::kForwardInput:
-      case KernelRole::kBackward:
-      case KernelRole::kBackwardModified:
-      case KernelRole::kStateGrad: break;
-    }
+    if (role == KernelRole::kForward)
+      return &pointwise_forward_kernel<PointwiseGeometry<KernelRole::kForward, kCell, kMath>>;
+    if (role == KernelRole::kForwardModified)
+      return &pointwise_forward_kernel<PointwiseGeometry<KernelRole::kForwardModified, kCell, kMath>>;
+    if (role == KernelRole::kProject)
+      return &pointwise_project_kernel<PointwiseGeometry<KernelRole::kProject, kFirstCell, kMath>>;
     throw std::invalid_argument("not a kernel of forward");
   });
 }
@@ -41,17 +36,12 @@ template <MathKind kMath>
 PointwiseBackwardKernel PointwiseKernels<kMath>::backward(KernelRole role, CellKind cell) {
   return dispatch_kernel_cell(cell, [&](auto kind) -> PointwiseBackwardKernel {
     constexpr CellKind kCell = decltype(kind)::value;
-    switch (role) {
-      case KernelRole::kBackward: return &pointwise_backward_kernel<PointwiseGeometry<KernelRole::kBackward, kCell, kMath>>;
-      case KernelRole::kBackwardModified:
-        return &pointwise_backward_kernel<PointwiseGeometry<KernelRole::kBackwardModified, kCell, kMath>>;
-      case KernelRole::kStateGrad:
-        return &pointwise_state_grad_kernel<PointwiseGeometry<KernelRole::kStateGrad, kFirstCell, kMath>>;
-      case KernelRole::kForward:
-      case KernelRole::kForwardInput:
-      case KernelRole::kForwardModified:
-      case KernelRole::kProject: break;
-    }
+    if (role == KernelRole::kBackward)
+      return &pointwise_backward_kernel<PointwiseGeometry<KernelRole::kBackward, kCell, kMath>>;
+    if (role == KernelRole::kBackwardModified)
+      return &pointwise_backward_kernel<PointwiseGeometry<KernelRole::kBackwardModified, kCell, kMath>>;
+    if (role == KernelRole::kStateGrad)
+      return &pointwise_state_grad_kernel<PointwiseGeometry<KernelRole::kStateGrad, kFirstCell, kMath>>;
     throw std::invalid_argument("not a kernel of backward");
   });
 }

@@ -301,7 +301,6 @@ __device__ __forceinline__ Acc finish_state_gradient(const BackwardStep& s, int 
 template <class G>
 __global__ void __launch_bounds__(G::kThreads, 1) state_grad_kernel(const BackwardStep s) {
   using Storage = typename G::Storage;
-  using Acc = typename G::Acc;
   const int dir = simt::block_z();
   const int64_t first_row = static_cast<int64_t>(simt::block_x()) * G::kBatch;
   const int64_t first_unit = static_cast<int64_t>(simt::block_y()) * G::kUnits;
