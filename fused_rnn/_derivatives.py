@@ -191,7 +191,7 @@ def _is_differentiated() -> bool:
 def _has_second_order(x: Tensor, rows: Rows) -> bool:
     """Whether fused_rnn::layer_second_order serves a layer."""
     known = x.device.type in _tangents.DEVICES and x.dtype in (torch.float32, torch.float64)
-    return known and x.numel() > 0 and not rows.options.any()
+    return known and x.numel() > 0 and not rows.options.any() and _tangents.kernels_serve(x)
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ class Recipe(NamedTuple):
     dropout: float = 0.0  # probability between the layers, while training
     all_states: bool = False  # the states after every step are results too
     family: int = 0  # 1 + the number of the GPU's kernel family that serves the call; 0: none is chosen
-    in_graph: bool = False  # of a stack that torch.compile records: none but backward reads what forward saves
+    in_graph: bool = False  # of a stack that torch.compile records: only backward reads what forward saves
 
     @property
     def kind(self) -> Kind:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_rnn import _settings
 from fused_rnn._kinds import GRU, LSTM, RNN_IDENTITY, RNN_RELU, RNN_TANH
 from fused_rnn._recipe import Recipe, Rows
 
@@ -50,7 +51,19 @@ def serves(x: Tensor, per_direction: int, rows: Rows, recipe: Recipe) -> bool:
 
 def by_kernels(x: Tensor, rows: Rows, recipe: Recipe) -> bool:
     """Whether fused_rnn::layer_jvp has them (csrc/torch/second_order.cpp). It has no tangents itself."""
-    return x.device.type in DEVICES and _is_known(x, rows, recipe) and not _in_two_levels()
+    return x.device.type in DEVICES and _is_known(x, rows, recipe) and not _in_two_levels() and kernels_serve(x)
+
+
+def kernels_serve(x: Tensor) -> bool:
+    """Whether the scans of csrc/torch/second_order.cpp may serve x's device: on a GPU once family step is verified there."""
+    extension: Any = _settings.extension
+    if extension is None or extension.second_order_serves(x):
+        return extension is not None
+    if x.device.type != "cuda":
+        return False
+    from .tuning.serve import prove_second_order  # which needs the ops
+
+    return prove_second_order(x.get_device())
 
 
 def _in_two_levels() -> bool:

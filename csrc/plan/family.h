@@ -28,8 +28,8 @@ constexpr const char* kNoDualKernels = "has no kernels of tangents";
 //               reason if the device turns out to lack the room
 // kSingle: one step, both products in one kernel. kStep: one or two launches a step. kGrid and kCluster: one launch a layer,
 // whose blocks exchange states through L2 or inside clusters. kBlock: the same with all units in one block, which has
-// nothing to exchange. kGemm: products of all rows by a library's matrix product, then a pointwise kernel. These four have
-// never run on a GPU, only in the simulator.
+// nothing to exchange. kGemm: products of all rows by a library's matrix product, then a pointwise kernel. None of these has
+// run on a GPU yet, only in the simulator.
 // kCudnn: NVIDIA's library, through torch.
 #define FUSED_RNN_FAMILIES(X)                                                        \
   X(kSingle, "single", false, true, true, false, single_obstacle, plan_step_kernels) \

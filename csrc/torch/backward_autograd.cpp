@@ -117,10 +117,13 @@ class LayerBackwardNode final : public torch::autograd::Node {
 
  private:
   // Whether this pass, which nobody differentiates, runs the layer's own node later, and that node leads to our arguments.
-  bool hands_over(ForwardNode& forward, const variable_list& grads) const {
-    return !at::GradMode::is_enabled() && forward.runs_later() && leads_where(forward.next_edges()) &&
+  bool hands_over(ForwardNode& forward, const variable_list& grads) {
+    return !at::GradMode::is_enabled() && forward.runs_later() && same_stream(forward) && leads_where(forward.next_edges()) &&
            std::all_of(grads.begin(), grads.end(), is_plain_for_kernels);
   }
+
+  // The engine makes streams wait for each other along the edges of the graph, and there is none between these two.
+  bool same_stream(ForwardNode& forward) { return forward.stream() == stream(); }
 
   // Whether the layer's edges lead on for the same arguments as ours: requires_grad may have been set in between. Ours are
   // of x, states, reset states, params; the layer's of x, states, params, reset states.

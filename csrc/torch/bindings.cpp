@@ -21,6 +21,7 @@
 #include "torch/memory.h"
 #include "torch/module_call.h"
 #include "torch/ops.h"
+#include "torch/second_order.h"
 #include "torch/settings.h"
 
 namespace fused_rnn {
@@ -223,6 +224,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "content_hash", [](pybind11::handle tensor) { return content_hash(THPVariable_Unpack(tensor.ptr())); },
       "Of a CPU tensor's memory, as panels of weights are recognised by it (csrc/cpu/isa/content_hash.h).");
+  m.def(
+      "second_order_serves",
+      [](const pybind11::handle& x) {
+        if (!THPVariable_Check(x.ptr())) throw pybind11::type_error("x: expected a Tensor");
+        return fused_rnn::second_order_serves(THPVariable_Unpack(x.ptr()));
+      },
+      pybind11::arg("x"), "Whether the kernels' second derivatives and tangents may serve tensors of x's device now.");
   m.def("processors", &fused_rnn::cpu::processors, "How many processors the calling thread may use.");
   m.def("processors_of_groups", &fused_rnn::cpu::processors_of_groups, pybind11::arg("groups"), pybind11::arg("mount"),
         "Processors' worth of time that control groups allow, 0 for no limit (csrc/cpu/processors.h).");

@@ -8,6 +8,7 @@
 
 #include "torch/choice_cuda.h"
 #include "torch/families_cuda.h"
+#include "torch/second_order.h"
 #endif
 
 namespace fused_rnn {
@@ -90,6 +91,8 @@ void bind_choice(py::module_& m) {
         exclude_families(families, device);
       },
       py::arg("families"), py::arg("device"), "Those that do not serve on the device, having failed their verification.");
+  m.def("second_order_is_proven", &second_order_is_proven, py::arg("device"),
+        "From now on the kernels' second derivatives and tangents serve on the device.");
 #endif
   std::vector<std::string> names;
   for (Family family : kFamilies) names.emplace_back(to_string(family));

@@ -94,7 +94,7 @@ int64_t next_power(int64_t number) {
 }
 
 // Sizes of a call whose layout is not checked yet: false where they are no call's, or where there is nothing to choose, as
-// one family alone has kernels of modified steps.
+// nothing compares families on modified steps.
 bool measure(const Call& s, Question& q) {
   Problem& p = q.problem;
   const bool packed = s.rows.offsets.has_value();
@@ -159,10 +159,11 @@ std::string rows_text(const Call& s) {
   return text;
 }
 
-// Whether a family can serve all layers of a call, forward and backward.
-bool serves(const Question& q, Family family, const FamilyChoice& now) {
-  if (*now.obstacle(family)) return false;
+// The planned microseconds of a call by a family, if it can serve all layers, forward and backward.
+std::optional<double> planned_us(const Question& q, Family family, const FamilyChoice& now) {
+  if (*now.obstacle(family)) return std::nullopt;
   Problem p = q.problem;
+  double us = 0;
   for (int64_t layer = 0; layer < std::min<int64_t>(q.layers, 2); ++layer) {
     p.I = layer == 0 ? q.problem.I : p.D * p.P;
     for (bool backward : {false, true}) {
@@ -170,26 +171,37 @@ bool serves(const Question& q, Family family, const FamilyChoice& now) {
       p.training = q.training;
       p.backward = backward;
       try {
-        make_plan(p, cuda::device_info(q.device), {family, false});
+        us += make_plan(p, cuda::device_info(q.device), {family, false}).us;
       } catch (const std::invalid_argument&) {  // says why not
-        return false;
+        return std::nullopt;
       }
     }
   }
-  return true;
+  return us;
 }
+
+// A family without prospects is not worth its verification and turns: one that plans do not take by themselves, where the
+// model, which no GPU has corrected yet, has a family of ours that is so many times as fast.
+constexpr double kHopeless = 4;
 
 // The planner's own choice is the first.
 std::vector<Family> offered(const Question& q) {
   std::vector<Family> all;
+  std::vector<double> us;
   const FamilyChoice now = family_choice(q.device, Recipe{});
   for (bool automatic : {true, false}) {
     for (Family family : kFamilies) {
       const FamilyTraits traits = traits_of(family);
-      if (!traits.stacks && traits.automatic == automatic && serves(q, family, now)) all.push_back(family);
+      if (traits.stacks || traits.automatic != automatic) continue;
+      if (const auto planned = planned_us(q, family, now)) all.push_back(family), us.push_back(*planned);
     }
   }
-  return all;
+  std::vector<Family> promising;
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (traits_of(all[i]).automatic || us[i] <= kHopeless * *std::min_element(us.begin(), us.end()))
+      promising.push_back(all[i]);
+  }
+  return promising;
 }
 
 bool is_captured() { return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None; }
@@ -241,6 +253,7 @@ bool is_seen(const Call& s) {
 }  // namespace
 
 void set_chooser(Chooser chooser) { choices().set_chooser(std::move(chooser)); }
+bool has_chooser() { return choices().chooser() != nullptr; }
 void forget_choices() { choices().clear(); }
 
 Results run_chosen(const Call& s, const std::function<Results(const Call&)>& rest) {
@@ -271,7 +284,7 @@ bool is_plain_call(const Call& call) {
   return !call.recipe.all_states && call.rows.reset_states.empty() && !call.rows.options.any() && !call.has_ids();
 }
 
-// What cuDNN keeps for backward is none of what a layer's op saves, so it serves no training call here.
+// A layer's op does not save what cuDNN keeps for backward, so cuDNN serves no training call here.
 LayerChoice chosen_for_layer(const Call& layer, bool training) {
   LayerChoice choice{layer.recipe, std::nullopt};
   const FamilyChoice setting = family_setting();

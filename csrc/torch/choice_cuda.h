@@ -35,6 +35,7 @@ struct Answer {
 // The chooser of this process, or none. Calls ask it until an answer lasts.
 using Chooser = std::function<Answer(const Question&)>;
 void set_chooser(Chooser chooser);
+bool has_chooser();
 // Forgets the answers that last.
 void forget_choices();
 

@@ -41,7 +41,7 @@ void run_planned(const Problem& problem, int device, const Recipe& recipe, const
         !traits_of(*choice.forced).obstacle(problem, cuda::device_info(device)).empty()) {
       choice.forced.reset();
     }
-    if (problem.dual) choice.forced.reset();  // the same of every family but step
+    if (problem.dual) choice.forced.reset();  // no family but step has these kernels
     const Plan& plan = cuda::plan_for(problem, device, has_x ? choice : without_x(choice));
     const Family family = plan.family;
     try {

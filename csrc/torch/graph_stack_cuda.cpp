@@ -96,7 +96,7 @@ class ReserveSizes {
 
  private:
   using Key = std::vector<int64_t>;
-  static constexpr size_t kMost = 4096;
+  static constexpr size_t kMost = 256;  // keys may hold the offsets of every step
 
   static Key key_of(const Call& s) {
     Key key{pack(s.recipe), static_cast<int64_t>(s.x.scalar_type()), s.x.get_device()};
@@ -228,13 +228,17 @@ LayerGradients backward_of_layers(const Call& s, const std::vector<LayerOutputs>
 
 bool is_captured() { return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None; }
 
-// As the fake kernel has it: [0] for what nobody asked for.
+// As the fake kernel has it: [0] for what nobody asked for, and tensors with memory of their own, which cuDNN's gradients of
+// weights are not: a compiled graph counts on their alignment.
 LayerGradients in_full(const Call& s, LayerGradients made, GradientMask mask) {
   const auto none = [&] { return at::empty({0}, s.x.options()); };
   auto& [dx, dstates, dparams] = made;
   if (!mask.x) dx = none();
   if (!mask.states) dstates.assign(s.states.size(), none());
   if (!mask.weights) dparams.assign(s.params.size(), none());
+  for (Tensor& t : dparams) {
+    if (t.defined() && t.storage().nbytes() != t.nbytes()) t = t.clone();
+  }
   return made;
 }
 
@@ -377,7 +381,7 @@ bool is_transformed(const Call& s) {
 
 bool serves_in_graph(const Call& s) {
   const bool recorded = !nothing_intercepts() || !is_plain(s.x);
-  return s.recipe.in_graph && recorded && differentiates(s) && cudnn_mode(s.recipe.cell) >= 0 && !s.rows.lengths &&
+  return s.recipe.in_graph && !s.recipe.family && recorded && differentiates(s) && cudnn_mode(s.recipe.cell) >= 0 && !s.rows.lengths &&
          !s.rows.resets && (!s.rows.offsets || s.rows.host_offsets) && !is_transformed(s);
 }
 

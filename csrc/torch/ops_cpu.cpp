@@ -79,7 +79,7 @@ LayerGradients step_backward_on_cpu(const Call& call, const ResultGradients& giv
 
 const SecondOrderScans& second_order_on_cpu() {
   static constexpr SecondOrderScans scans{[](const Tensor&, c10::function_ref<void()> f) { f(); }, run_tangents,
-                                          run_dual_backward};
+                                          run_dual_backward, [](const Tensor&) { return true; }};
   return scans;
 }
 

@@ -340,8 +340,10 @@ LayerGradients SecondOrder::of_arguments(const OptionalTensor& dy, std::vector<O
 
 bool has_second_order(const Call& call) {
   const auto type = call.x.scalar_type();
-  return (type == at::kFloat || type == at::kDouble) && call.x.numel() > 0 && !call.rows.options.any();
+  return (type == at::kFloat || type == at::kDouble) && call.x.numel() > 0 && !call.rows.options.any() &&
+         second_order_serves(call.x);
 }
+bool second_order_serves(const Tensor& x) { return scans_for(x).serve(x); }
 
 BackwardRecord record_of(at::TensorList v, const OptionalTensor& dy, at::TensorList dlast, const Tensor& x,
                          at::TensorList states, at::TensorList params, at::TensorList rows, at::TensorList saved,

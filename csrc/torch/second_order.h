@@ -30,8 +30,9 @@ BackwardRecord record_of(at::TensorList v, const OptionalTensor& dy, at::TensorL
                          at::TensorList states, at::TensorList params, at::TensorList rows, at::TensorList saved,
                          int64_t recipe);
 
-// Whether kernels have the derivative of such a call.
+// Whether kernels have the derivative of such a call, and serve its device now.
 bool has_second_order(const Call& call);
+bool second_order_serves(const Tensor& x);
 
 // Whether an entry of BackwardRecord::v is there.
 inline bool is_given(const Tensor& v) { return !(v.dim() == 1 && v.size(0) == 0); }
@@ -44,10 +45,13 @@ struct SecondOrderScans {
   void (*tangents)(const Call& call, ForwardCall& made);
   // The scan of dual numbers; call: of the values.
   void (*dual_backward)(const Call& call, DualBackwardParams& params);
+  // Whether they may serve tensors like x: on a GPU family step, once it is proven there.
+  bool (*serve)(const Tensor& x);
 };
 const SecondOrderScans& second_order_on_cpu();  // ops_cpu.cpp
 #ifdef FUSED_RNN_WITH_CUDA
 const SecondOrderScans& second_order_on_device();  // second_order_cuda.cpp
+void second_order_is_proven(int device);           // from now on
 #endif
 
 // Below autograd.

@@ -5,7 +5,11 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <array>
+#include <atomic>
+
 #include "cuda/backend.h"
+#include "torch/choice_cuda.h"
 #include "torch/device.h"
 #include "torch/families_cuda.h"
 #include "torch/ops.h"
@@ -46,12 +50,23 @@ void run_dual_backward(const Call& call, DualBackwardParams& params) {
   });
 }
 
+std::array<std::atomic<bool>, 128> proven{};  // by device
+
+// Where nobody proves families, or the user has named some, step serves what nothing has refused.
+bool serve(const Tensor& x) {
+  const int device = static_cast<int>(x.get_device());
+  const FamilyChoice choice = family_choice(device, Recipe{});
+  if (*choice.obstacle(Family::kStep)) return false;
+  return choice.forced || choice.cheapest || !has_chooser() || proven.at(device < 0 ? 0 : device);
+}
+
 }  // namespace
 
 const SecondOrderScans& second_order_on_device() {
-  static constexpr SecondOrderScans scans{within, run_tangents, run_dual_backward};
+  static constexpr SecondOrderScans scans{within, run_tangents, run_dual_backward, serve};
   return scans;
 }
+void second_order_is_proven(int device) { proven.at(device) = true; }
 
 }  // namespace fused_rnn
 

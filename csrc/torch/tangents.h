@@ -1,5 +1,5 @@
 // Forward-mode AD of the ops: tangents of dual tensors taken, and given to results. Of a layer a scan of the
-// kernels makes them (second_order.cpp), tangents of tangents torch's ops (fused_rnn/_tangents.py).
+// kernels makes them (second_order.cpp); torch's ops make tangents of tangents (fused_rnn/_tangents.py).
 #pragma once
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/forward_grad.h>

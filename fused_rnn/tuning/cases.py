@@ -33,6 +33,9 @@ ALLOWED = {
 }  # fmt: skip
 
 
+SECOND_ORDER = (torch.float32, torch.float64)  # whose second derivatives are kernels of family step
+
+
 class Case(NamedTuple):
     """One layer, with lengths and resets but for `single`."""
 
@@ -85,8 +88,12 @@ def cases(family: str, device: Mapping[str, int]) -> Iterator[Case]:
                 yield case
 
 
-def error_of(case: Case, device: str) -> float:
-    """The largest error over the allowed one, of outputs, final states and all gradients, against float64."""
+def error_of(case: Case, device: str, second: bool = False) -> float:
+    """The largest error over the allowed one, of outputs, final states and all gradients, against float64.
+
+    second: of the gradients' own derivatives too, whose products with the gradients' grads are scans of tangents and of dual
+    numbers.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def uniform(*shape: int) -> Tensor:
@@ -117,8 +124,14 @@ def error_of(case: Case, device: str) -> float:
         else:
             y, h_n = functional.rnn(x, w, states[0], nonlinearity=case.kind.nonlinearity, **options)
             last = (h_n,)
-        results = [y, *last]
-        return [*(t.detach() for t in results), *torch.autograd.grad(results, leaves, [g.to(dtype) for g in gradients])]
+        results, given = [y, *last], [g.to(dtype).requires_grad_(second) for g in gradients]
+        grads = torch.autograd.grad(results, leaves, given, create_graph=second)
+        found = [t.detach() for t in (*results, *grads)]
+        if not second:
+            return found
+        v = [t.to(dtype) for t in tensors]
+        again = torch.autograd.grad(grads, (*leaves, *given), v, materialize_grads=True)
+        return [*found, *again]
 
     with use_backend("reference"):
         expected = run(torch.float64)
@@ -148,7 +161,7 @@ def run_cases(family: str, device: str, described: Mapping[str, int]) -> None:
         _print({"case": str(case)})
         try:
             with _settings.use("FUSED_RNN_PLAN", family), _tf32(case.tf32):
-                error = error_of(case, device)
+                error = error_of(case, device, second=family == "step" and case.dtype in SECOND_ORDER)
         except torch.OutOfMemoryError as error:
             return _print({"cannot": f"no memory for {case}: {error}"})
         except RuntimeError as error:

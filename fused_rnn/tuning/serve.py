@@ -187,6 +187,20 @@ def answer(question: Mapping[str, Any], arguments: tuple[Any, ...] | None) -> tu
         return answer(question, arguments)
 
 
+def prove_second_order(device: int) -> bool:
+    """Whether the kernels' second derivatives serve on a GPU: family step has to be verified, which is waited for once."""
+    site = site_of(device)
+    state, mode = site.verifier.state("step"), site.tuner.mode
+    if mode == "first" and state in (State.UNKNOWN, State.RUNNING):
+        state = site.verifier.verify("step")
+    site.exclude(device)
+    proven = state is State.VERIFIED or (mode == "off" and state is not State.EXCLUDED)
+    if proven:
+        extension: Any = _settings.extension
+        extension.second_order_is_proven(device)
+    return proven
+
+
 def explained(question: Mapping[str, Any]) -> tuple[str, str]:
     """What would serve a call: the family, and what is recorded of such calls, as a line. Nothing is begun.
 

@@ -5,13 +5,12 @@
 #include "cuda/device/kernel_cell.h"
 #include "cuda/gemm/pointwise_backward.cuh"
 #include "cuda/gemm/pointwise_forward.cuh"
+#include "cuda/step/dispatch_tile.cuh"
 
 namespace fused_rnn::cuda {
 
 template <KernelRole kRole, CellKind kCell, MathKind kMath>
 using PointwiseGeometry = Geometry<kRole, kCell, kMath, TileSize::kPointwise>;
-// Kernels whose code does not depend on the cell are compiled once, under the first of the list.
-constexpr CellKind kFirstCell = CellKind{0};
 
 template <MathKind kMath>
 PointwiseForwardKernel PointwiseKernels<kMath>::forward(KernelRole role, CellKind cell) {
@@ -22,14 +21,14 @@ PointwiseForwardKernel PointwiseKernels<kMath>::forward(KernelRole role, CellKin
     if (role == KernelRole::kForwardModified)
       return &pointwise_forward_kernel<PointwiseGeometry<KernelRole::kForwardModified, kCell, kMath>>;
     if (role == KernelRole::kProject)
-      return &pointwise_project_kernel<PointwiseGeometry<KernelRole::kProject, kFirstCell, kMath>>;
+      return &pointwise_project_kernel<PointwiseGeometry<KernelRole::kProject, kAnyCell, kMath>>;
     throw std::invalid_argument("not a kernel of forward");
   });
 }
 
 template <MathKind kMath>
 PointwiseForwardKernel PointwiseKernels<kMath>::first_states() {
-  return &first_states_kernel<PointwiseGeometry<KernelRole::kProject, kFirstCell, kMath>>;
+  return &first_states_kernel<PointwiseGeometry<KernelRole::kProject, kAnyCell, kMath>>;
 }
 
 template <MathKind kMath>
@@ -41,7 +40,7 @@ PointwiseBackwardKernel PointwiseKernels<kMath>::backward(KernelRole role, CellK
     if (role == KernelRole::kBackwardModified)
       return &pointwise_backward_kernel<PointwiseGeometry<KernelRole::kBackwardModified, kCell, kMath>>;
     if (role == KernelRole::kStateGrad)
-      return &pointwise_state_grad_kernel<PointwiseGeometry<KernelRole::kStateGrad, kFirstCell, kMath>>;
+      return &pointwise_state_grad_kernel<PointwiseGeometry<KernelRole::kStateGrad, kAnyCell, kMath>>;
     throw std::invalid_argument("not a kernel of backward");
   });
 }

@@ -17,6 +17,7 @@ struct Vec : simd::VectorBase {
   using Scalar = A;
   static constexpr int kWidth = 64 / sizeof(A);
   static constexpr int kMostSums = 24, kDirectRows = 4;
+  static constexpr bool kHalves = false;
   static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 8, 8, 6};
   static constexpr int kMaxPanels[3] = {0, 4, 2};
   static constexpr int kInStep = 4;
