@@ -175,10 +175,17 @@ def _double_backward(
     if by_kernels and (torch._C._functorch.peek_interpreter_stack() is not None or (kernels and _is_differentiated())):
         with above_transforms():
             found = _SecondOrder.apply(call, kernels, *masks, *saved, *grads, *given)
-    elif kernels:
-        found = call.by_kernels(masks, saved, grads, given)
     else:
-        found = call.derivatives(masks, grads, given, needed)
+        found = None
+        if kernels:
+            try:
+                found = call.by_kernels(masks, saved, grads, given)
+            except (RuntimeError, ValueError):
+                if _tangents.kernels_serve(x):
+                    raise
+                # The device has just refused the kernels.
+        if found is None:
+            found = call.derivatives(masks, grads, given, needed)
     return [t if asked else none for t, asked in zip(found, needed, strict=True)]
 
 

@@ -44,13 +44,18 @@ def prepare() -> None:
 prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo calls it while it compiles
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a DTensor on every rank, which is a collective call; a Tensor as it is. Imports nothing."""
+def is_dtensor(tensor: Tensor) -> bool:
+    """Imports nothing."""
     if type(tensor) is Tensor or "torch.distributed.tensor" not in sys.modules:
-        return tensor
+        return False
     from torch.distributed.tensor import DTensor
 
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return isinstance(tensor, DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a DTensor on every rank, which is a collective call; a Tensor as it is."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 class _Mesh:

@@ -110,17 +110,23 @@ def own_layer(
     return _loops(x, list(states), groups, rows, recipe, step)
 
 
+def refuse_masks() -> None:
+    raise NotImplementedError(
+        "torch.onnx.export: a mask of zoneout or recurrent_dropout has no counterpart in ONNX yet; export in eval mode"
+    )
+
+
 def _refuse(input: Tensor, rows: Rows, recipe: Recipe) -> None:
     if rows.offsets is not None:
         refuse_packed()
     for name, asked in (
         ("reset_state", rows.reset_states),
         ("return_all_states", recipe.all_states),
-        ("a mask of zoneout or recurrent_dropout", any(isinstance(option, Tensor) for option in rows.options)),
     ):
         if asked:
-            hint = "in eval mode" if name.startswith("a mask") else "without it"
-            raise NotImplementedError(f"torch.onnx.export: {name} has no counterpart in ONNX yet; export {hint}")
+            raise NotImplementedError(f"torch.onnx.export: {name} has no counterpart in ONNX yet; export without it")
+    if any(isinstance(option, Tensor) for option in rows.options):
+        refuse_masks()
     if not input.is_floating_point():
         raise NotImplementedError("torch.onnx.export: an input of ids has no counterpart in ONNX; export with one-hot rows")
 

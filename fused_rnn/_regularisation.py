@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fused_rnn._backend import extension
+from fused_rnn._dtensor import is_dtensor
 from fused_rnn._kinds import Kind
 from fused_rnn._recipe import StepOptions
 
@@ -56,6 +57,11 @@ class Regularisation(NamedTuple):
         """The weights with every w_hh, the second of each group, under a mask of this call."""
         if not self.weight_dropout or not training:
             return list(weights)
+        if any(is_dtensor(w) for w in weights):
+            raise NotImplementedError(
+                "weight_dropout in training: the masks of DTensors would differ between ranks; expected "
+                "local tensors (to_local)"
+            )
         p = self.weight_dropout
         return [functional.dropout(w, p, True) if i % per_group == 1 else w for i, w in enumerate(weights)]
 

@@ -469,6 +469,13 @@ def test_masks_of_dtensors_are_refused(ranks: Ranks, kind: str, options: dict[st
         assert message.startswith("NotImplementedError: a mask of zoneout or recurrent_dropout (in training): has no rule")
 
 
+@needs_kernels
+@pytest.mark.parametrize("kind", ["LSTM", "own"])
+def test_masked_weights_of_dtensors_are_refused(ranks: Ranks, kind: str) -> None:
+    for message in ranks(masks_of_dtensors, kind, {"weight_dropout": 0.3}):
+        assert message.startswith("NotImplementedError: weight_dropout in training")
+
+
 # --- checkpoints (torch.distributed.checkpoint) ---
 
 

@@ -251,6 +251,15 @@ def test_masks_are_refused(name: str) -> None:
             raise error.__cause__ from None
 
 
+def test_masks_of_an_own_step_are_refused() -> None:
+    model = fused_rnn.Step(fused_rnn.zoo.LSTM(), 4, 6, zoneout=0.3)
+    with pytest.raises(Exception, match="a mask of zoneout or recurrent_dropout has no counterpart .*; export in eval mode"):
+        try:
+            torch.onnx.export(model.train(), (torch.randn(3, 4),), dynamo=True, verbose=False)
+        except torch.onnx.errors.OnnxExporterError as error:  # torch's wraps ours
+            raise error.__cause__ or error from None
+
+
 class Own(nn.Module):
     def __init__(self, cell: Any, options: dict[str, Any]) -> None:
         super().__init__()

@@ -77,7 +77,7 @@ double tile_rate(const Kernels<A>& kernels) {
   call.n_panels = 1;
   call.vectors = vectors;
   call.panels = panel;
-  call.k_stride = kernels.halves && vectors == kMaxTileVectors ? columns / 2 : columns;
+  call.k_stride = kernels.together(vectors) * kernels.width;
   call.half_stride = call.k_stride * kDepth;
   call.out = out;
   call.out_stride = columns;
@@ -193,7 +193,7 @@ double read_rate(int64_t bytes) {
   call.n_rows = 1;
   call.n_panels = n_panels;
   call.vectors = vectors;
-  call.k_stride = (kernels.halves ? 2 : vectors) * kernels.width;
+  call.k_stride = kernels.together(vectors) * kernels.width;
   call.half_stride = call.k_stride * kDepth;
   call.panel_stride = panel;
   call.out = out;

@@ -118,8 +118,8 @@ class LayerBackwardNode final : public torch::autograd::Node {
  private:
   // Whether this pass, which nobody differentiates, runs the layer's own node later, and that node leads to our arguments.
   bool hands_over(ForwardNode& forward, const variable_list& grads) {
-    return !at::GradMode::is_enabled() && forward.runs_later() && same_stream(forward) && leads_where(forward.next_edges()) &&
-           std::all_of(grads.begin(), grads.end(), is_plain_for_kernels);
+    return !at::GradMode::is_enabled() && forward.runs_later() && same_stream(forward) &&
+           leads_where(forward.next_edges()) && std::all_of(grads.begin(), grads.end(), is_plain_for_kernels);
   }
 
   // The engine makes streams wait for each other along the edges of the graph, and there is none between these two.

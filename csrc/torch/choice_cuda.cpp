@@ -1,7 +1,6 @@
 #include "torch/choice_cuda.h"
 
 #include <ATen/Context.h>
-#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -203,8 +202,6 @@ std::vector<Family> offered(const Question& q) {
   }
   return promising;
 }
-
-bool is_captured() { return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None; }
 
 // The chooser's answer, or none where nobody is to be asked.
 Answer ask(const Call& s, Question& q) {

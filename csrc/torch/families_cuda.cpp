@@ -22,9 +22,9 @@ constexpr unsigned bit_of(Family family) { return 1u << static_cast<int>(family)
 
 }  // namespace
 
+bool is_captured() { return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None; }
 bool captures_without_cooperative_launches() {
-  return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None &&
-         !cuda::conditional_graphs_take_cooperative_launches();
+  return is_captured() && !cuda::conditional_graphs_take_cooperative_launches();
 }
 
 FamilyChoice family_choice(int device, const Recipe& recipe) {

@@ -7,6 +7,8 @@
 
 namespace fused_rnn {
 
+bool is_captured();  // by a CUDA graph, the current stream
+
 // Whether a graph is being captured that, if it is a conditional body, could not hold a cooperative launch. Nothing tells a
 // conditional body from another graph.
 bool captures_without_cooperative_launches();

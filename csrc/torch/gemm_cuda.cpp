@@ -39,10 +39,10 @@ void product_by_cublas(const cuda::LibraryProduct& p, void* stream) {
   const void* const one = is_double ? static_cast<const void*>(&one_double) : &one_float;
   const void* const zero = is_double ? static_cast<const void*>(&zero_double) : &zero_float;
   // cuBLAS counts rows first: out^T = b^T a^T
-  const cublasStatus_t status = cublasGemmEx_64(
-      handle, p.b_transposed ? CUBLAS_OP_T : CUBLAS_OP_N, CUBLAS_OP_N, p.columns, p.rows, p.inner, one, p.b, types.storage,
-      p.b_transposed ? p.inner : p.columns, p.a, types.storage, p.a_stride, zero, p.out, types.sums, p.columns,
-      types.compute, CUBLAS_GEMM_DEFAULT);
+  const cublasStatus_t status =
+      cublasGemmEx_64(handle, p.b_transposed ? CUBLAS_OP_T : CUBLAS_OP_N, CUBLAS_OP_N, p.columns, p.rows, p.inner, one, p.b,
+                      types.storage, p.b_transposed ? p.inner : p.columns, p.a, types.storage, p.a_stride, zero, p.out,
+                      types.sums, p.columns, types.compute, CUBLAS_GEMM_DEFAULT);
   if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_ARCH_MISMATCH) {
     throw LaunchRefused("cuBLAS has no such product for the device");  // the next family writes all results anew
   }

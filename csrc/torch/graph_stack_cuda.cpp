@@ -2,7 +2,6 @@
 
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/forward_grad.h>
@@ -16,6 +15,7 @@
 #include "torch/choice_cuda.h"
 #include "torch/cudnn_cuda.h"
 #include "torch/device.h"
+#include "torch/families_cuda.h"
 #include "torch/version.h"
 
 namespace fused_rnn {
@@ -226,8 +226,6 @@ LayerGradients backward_of_layers(const Call& s, const std::vector<LayerOutputs>
   return {dy, joined_states, dparams};
 }
 
-bool is_captured() { return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None; }
-
 // As the fake kernel has it: [0] for what nobody asked for, and tensors with memory of their own, which cuDNN's gradients of
 // weights are not: a compiled graph counts on their alignment.
 LayerGradients in_full(const Call& s, LayerGradients made, GradientMask mask) {
@@ -381,8 +379,8 @@ bool is_transformed(const Call& s) {
 
 bool serves_in_graph(const Call& s) {
   const bool recorded = !nothing_intercepts() || !is_plain(s.x);
-  return s.recipe.in_graph && !s.recipe.family && recorded && differentiates(s) && cudnn_mode(s.recipe.cell) >= 0 && !s.rows.lengths &&
-         !s.rows.resets && (!s.rows.offsets || s.rows.host_offsets) && !is_transformed(s);
+  return s.recipe.in_graph && !s.recipe.family && recorded && differentiates(s) && cudnn_mode(s.recipe.cell) >= 0 &&
+         !s.rows.lengths && !s.rows.resets && (!s.rows.offsets || s.rows.host_offsets) && !is_transformed(s);
 }
 
 Results rnn_in_graph(const Call& s) { return time_major_stacks(s, part_in_graph); }

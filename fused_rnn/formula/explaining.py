@@ -69,8 +69,10 @@ def _layer(
     every, keeps = getattr(module, "checkpoint", 0), _checkpoint.keeps_states(backend)
     forward, backward, saved = _passes(cell, rows)
     if every:
-        kept = f"the states of every {every}th step are kept, and steps" if keeps else "nothing is kept, and all steps"
-        backward = PassPlan(text=f"the scan backwards; {kept} run again")
+        some = f"states are kept every {every} steps, and the steps between them run again"
+        backward = PassPlan(
+            text=f"the scan backwards; {some if keeps else 'nothing is kept, and forward runs again before it'}"
+        )
     if backend == "cuda":
         forward = _on_gpu(cell, dtype, size, device or {}, forward.text, backward=False)
         if training:
@@ -83,7 +85,7 @@ def _layer(
 
 
 def _kept(cell: Cell, every: int, size: dict[str, int], dtype: torch.dtype) -> int:
-    """Bytes of the states that checkpoint=k keeps on a CPU."""
+    """Bytes of the states that checkpoint=k keeps on a CPU; masks of options come on top."""
     wide = torch.promote_types(dtype, torch.float32).itemsize
     return size["D"] * ((size["T"] - 1) // every) * len(cell.declaration.states) * size["B"] * size["H"] * wide
 

@@ -442,6 +442,8 @@ class Step(_Formula):
         masks = self._masks(like, Sizes(1, batch, batch, self.hidden_size, self.hidden_size))
         options = StepOptions(values=None if masks.kept is None else masks.kept.to(like.dtype))
         for_onnx = torch.compiler.is_exporting() and _onnx.exporting()
+        if for_onnx and masks.kept is not None:
+            _onnx.refuse_masks()
         if not for_onnx and serve.has_kernels(formula, input.device.type, like.dtype):
             return self._form_of(self._run(input, states, weights, recipe, options))
         states = states or [like.new_zeros(shape) for _ in self.cell.declaration.states]

@@ -137,7 +137,7 @@ class Masks(NamedTuple):
     factors: Tensor | None = None  # [L*D, B, H] of recurrent_dropout
 
     def compact(self) -> StepOptions:
-        """In a form of their own, for a checkpointed layer: rows_with_values makes values of it, once for each pass."""
+        """As they are drawn. rows_with_values makes values of it, for a checkpointed layer once in each pass."""
         return StepOptions(values=self.kept, product=self.factors)
 
 

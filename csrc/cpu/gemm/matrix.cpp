@@ -52,7 +52,7 @@ void pack_transposed(const Kernels<A>& kernels, const Matrix<A>& m, int64_t firs
   A converted[kMaxVectorBytes / sizeof(A) * kDeep];
   for (int64_t p = first; p < last; ++p) {
     const int vectors = s.vectors_of(p);
-    const int64_t first_vector = s.columns_before(p) / s.width, step = panel_columns(kernels, s, vectors);
+    const int64_t first_vector = s.columns_before(p) / s.width, step = kernels.together(vectors) * s.width;
     for (int64_t k = 0; k < s.depth; k += kDeep) {
       const int64_t deep = std::min(kDeep, s.depth - k);
       A* const panel = m.packed + s.columns_before(p) * s.depth + k * step;
@@ -85,7 +85,7 @@ void pack_straight(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first,
   for (int64_t begin = 0; begin < s.depth; begin += kDeep) {
     const int64_t end = std::min(begin + kDeep, s.depth);
     for (int64_t p = first; p < last; ++p) {
-      const int64_t step = panel_columns(kernels, s, s.vectors_of(p)), panel_end = s.columns_before(p + 1);
+      const int64_t step = kernels.together(s.vectors_of(p)) * s.width, panel_end = s.columns_before(p + 1);
       for (int64_t start = s.columns_before(p); start < panel_end; start += step) {
         const int64_t columns = std::clamp<int64_t>(s.units - start, 0, step);
         A* const to = m.packed + start * s.depth;

@@ -42,12 +42,6 @@ struct Matrix {
   int part_pairs() const { return form == Form::kParts || form == Form::kDirectParts ? pairs_of_parts(parts) : 0; }
 };
 
-// The columns of a packed panel that lie together for each k: all, or half of them.
-template <class A>
-int64_t panel_columns(const Kernels<A>& kernels, const Shape& shape, int vectors) {
-  return int64_t{kernels.halves && vectors == 4 ? 2 : vectors} * shape.width;
-}
-
 // What a panel of a transposed matrix is packed from: for each gate neighbouring rows of the source.
 struct PanelSource {
   const char* rows;       // of the first gate

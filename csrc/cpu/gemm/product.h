@@ -32,7 +32,7 @@ void multiply_tile(const Product<A>& product, const Tile<A>& tile, const Prefetc
   const int64_t columns = int64_t{call.vectors} * m.shape.width;
   if (m.form == Form::kPacked) {
     call.panels = m.packed + start * m.shape.depth;
-    call.k_stride = panel_columns(kernels, m.shape, call.vectors);
+    call.k_stride = kernels.together(call.vectors) * m.shape.width;
     call.half_stride = call.k_stride * m.shape.depth;
     call.panel_stride = columns * m.shape.depth;
     call.prefetch = prefetch;

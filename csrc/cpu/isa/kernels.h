@@ -1,9 +1,9 @@
 // What an instruction set provides: a table of functions for one arithmetic type A (float or double). The scans
 // (forward.cpp, backward.cpp) are written once on top of it.
 //
-// W is the number of A in a vector. A packed matrix [K, columns] is a row of panels. A panel is [K][vectors][W], so narrow
-// that the sums of kMaxTileRows rows with it stay in registers. The columns of a gate matrix have the order
-// [unit / W][gate][unit % W]: the gates of W units are neighbours.
+// W is the number of A in a vector. A packed matrix [K, columns] is a row of panels. A panel is [K][vectors][W], or two
+// halves of that (Kernels::halves), so narrow that the sums of kMaxTileRows rows with it stay in registers. The columns of a
+// gate matrix have the order [unit / W][gate][unit % W]: the gates of W units are neighbours.
 #pragma once
 #include <cstdint>
 
@@ -211,6 +211,8 @@ struct Kernels {
   uint64_t (*hash)(const HashKeys& keys, const void* data, int64_t bytes, uint64_t before);  // content_hash.h
   void (*flags)(const FlagsCall&);
 
+  // Vectors of a packed panel that lie together for each k: all, or half of them.
+  int together(int vectors) const { return halves && vectors == kMaxTileVectors ? vectors / 2 : vectors; }
   // The most panels that one gemm call takes. Few rows need several panels at a time, to hide the latency of the FMA.
   int max_panels_of(int64_t n_rows) const { return n_rows <= 2 ? max_panels[n_rows] : 1; }
 };

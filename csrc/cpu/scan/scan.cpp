@@ -88,14 +88,14 @@ class Planner {
   }
 
   // A scan reads a matrix at every step. A single step reads each once, after the hash of what it was packed from, or after
-  // the packing: whether it is in L2 then depends on all bytes that are read between two calls.
+  // the packing: whether it is in L2 then depends on what all such matrices of a call read.
   void set_far(ScanPlan<A>& plan) const {
     Matrix<A>* const matrices[] = {&plan.x, &plan.h, &plan.r};
     int64_t of_call = 0;
     for (const Matrix<A>* m : matrices) {
       if (m->bytes() > 0) of_call += m->bytes() + m->shape.depth * m->shape.units * m->shape.gates * dtype_size(p_.weights);
     }
-    for (Matrix<A>* m : matrices) m->far = (p_.T == 1 ? of_call : m->bytes()) >= kNearBytes;
+    for (Matrix<A>* m : matrices) m->far = m->bytes() > 0 && (p_.T == 1 ? of_call : m->bytes()) >= kNearBytes;
   }
 
   // Such a matrix can be used as it lies where its rows are whole vectors of the arithmetic type.

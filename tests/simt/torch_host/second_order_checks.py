@@ -179,19 +179,16 @@ def test_a_written_output_is_made_again() -> None:
 
 
 def test_refused_launches() -> None:
-    """There is no other family: the error says so."""
+    """There is no other family: the reference serves, from then on too."""
     in_process_of_its_own("""
 x = torch.randn(6, 3, 4, requires_grad=True)
-y = lstm(x)[0]
-(grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+lstm = fused_rnn.LSTM(4, 5)  # of one layer: nothing needs a layer's own backward below
+grads = [torch.autograd.grad(lstm(x)[0].sum(), x, create_graph=True)[0] for _ in range(3)]
+(expected,) = torch.autograd.grad(grads[0].square().sum(), x)
 library.torch_host_device(1 << 1, False)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    try:
-        grad.square().sum().backward()
-    except RuntimeError as error:
-        assert "no kernel family can serve this layer" in str(error) and "step the device does not take" in str(error)
-    else:
-        raise AssertionError("expected an error")
-assert any("kernel family step does not serve on device" in str(one.message) for one in caught)
+    for grad in grads[1:]:
+        torch.testing.assert_close(torch.autograd.grad(grad.square().sum(), x)[0], expected)
+assert sum("kernel family step does not serve on device" in str(one.message) for one in caught) == 1
 """)
