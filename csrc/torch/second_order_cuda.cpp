@@ -5,6 +5,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 
@@ -50,14 +51,14 @@ void run_dual_backward(const Call& call, DualBackwardParams& params) {
   });
 }
 
-std::array<std::atomic<bool>, 128> proven{};  // by device
+std::array<std::atomic<bool>, 128> proven{};  // by device; the simulated one has number -1
 
 // Where nobody proves families, or the user has named some, step serves what nothing has refused.
 bool serve(const Tensor& x) {
   const int device = static_cast<int>(x.get_device());
   const FamilyChoice choice = family_choice(device, Recipe{});
   if (*choice.obstacle(Family::kStep)) return false;
-  return choice.forced || choice.cheapest || !has_chooser() || proven.at(device < 0 ? 0 : device);
+  return choice.forced || choice.cheapest || !has_chooser() || proven.at(std::max(device, 0));
 }
 
 }  // namespace
@@ -66,7 +67,7 @@ const SecondOrderScans& second_order_on_device() {
   static constexpr SecondOrderScans scans{within, run_tangents, run_dual_backward, serve};
   return scans;
 }
-void second_order_is_proven(int device) { proven.at(device) = true; }
+void second_order_is_proven(int device) { proven.at(std::max(device, 0)) = true; }
 
 }  // namespace fused_rnn
 
