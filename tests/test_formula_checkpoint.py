@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_rnn
-from fused_rnn import Cell, Layer, use_backend
+from fused_rnn import Cell, Layer, _backend, use_backend
 from fused_rnn._backend import has_cpu_kernels
 
 needs_kernels = pytest.mark.skipif(not has_cpu_kernels(), reason="needs the compiled extension")
@@ -199,7 +199,8 @@ def test_inference_is_the_same(backend: str) -> None:
 
 
 @needs_kernels
-def test_forward_mode() -> None:
+def test_forward_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "_warned", set())
     kept, plain = layers(Lstm, 2)
     x, v = torch.randn(2, T, B, I).unbind()
     with pytest.warns(RuntimeWarning, match="forward-mode"):

@@ -24,7 +24,7 @@ WRONG = [
     (
         "FUSED_RNN_PLAN",
         "fast",
-        "FUSED_RNN_PLAN: unknown kernel family 'fast'; known are: single, step, grid, cluster, block, cudnn, and ",
+        "FUSED_RNN_PLAN: unknown kernel family 'fast'; known are: single, step, grid, cluster, block, gemm, cudnn, and ",
     ),
     ("FUSED_RNN_OVERLAP", "-1", "FUSED_RNN_OVERLAP: expected 0 to 1024, got '-1'"),
     ("FUSED_RNN_OVERLAP", "many", "FUSED_RNN_OVERLAP: expected 0 to 1024, got 'many'"),
