@@ -93,7 +93,9 @@ class PartsProduct {
       const int64_t left = group.rows - row;
       const int rows =
           static_cast<int>(pairs && left >= 2 * kPartsRows ? 2 * kPartsRows : std::min<int64_t>(left, kPartsRows));
-      multiply_blocks(group, row, rows, panel, {fetch, calls, std::min(call, calls - 1)});
+      const Prefetch prefetch =
+          prefetch_share(fetch.from, fetch.bytes, calls, std::min(call, calls - 1), depth_blocks(m_.shape.depth));
+      multiply_blocks(group, row, rows, panel, prefetch);
       row += rows;
     }
   }
@@ -109,13 +111,8 @@ class PartsProduct {
     return {m_.tiles_of(next), m_.shape.vectors_of(next) * m_.vector_elements() * 2};
   }
 
-  struct FetchShare {
-    const Fetch& of;
-    int64_t calls, call;
-  };
-
   // One call of the kernel: rows [row, row + rows) of the group, with a panel.
-  void multiply_blocks(const Group& group, int64_t row, int rows, int64_t panel, const FetchShare& fetch) {
+  void multiply_blocks(const Group& group, int64_t row, int rows, int64_t panel, const Prefetch& prefetch) {
     const int64_t block = row / kPartsRows;
     Tile<float> tile{group.first + row, rows, panel, panel + 1, nullptr, 0};
     sink_.place(tile);
@@ -130,12 +127,11 @@ class PartsProduct {
     call.add = false;
     call.out = tile.sums;
     call.out_stride = tile.stride;
-    call.prefetch = prefetch_share(fetch.of.from, fetch.of.bytes, fetch.calls, fetch.call, depth_blocks(m_.shape.depth));
+    call.prefetch = prefetch;
     call.background = sink_.background();
     kernels_.gemm(call);
     replace_infinite(tile, block);
-    // Anew from registers: a copy of `tile`, whose fields have just been stored, waits for all stores before it.
-    sink_.done({group.first + row, rows, panel, panel + 1, call.out, call.out_stride});
+    sink_.done(tile);
   }
 
   // Sums of rows that have a value without parts are made again, from the source.
