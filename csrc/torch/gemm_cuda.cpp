@@ -6,7 +6,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <cublas_v2.h>
 
-#include "cuda/device/refused.h"
+#include "cuda/backend.h"
 #include "cuda/library_product.h"
 
 namespace fused_rnn {
