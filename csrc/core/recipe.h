@@ -14,7 +14,7 @@ struct Recipe {
   double dropout = 0;
   // 1 + the number of the GPU's kernel family (plan/family.h) that serves the call, forward and backward; 0: none is chosen.
   int family = 0;
-  // Of a stack alone: a graph is recorded, and none but backward reads what forward saves (torch/graph_stack_cuda.h).
+  // Of a stack alone: a graph is recorded, and only backward reads what forward saves (torch/graph_stack_cuda.h).
   bool in_graph = false;
 
   int64_t directions() const { return bidirectional ? 2 : 1; }

@@ -59,8 +59,8 @@ void gemm_tile(const GemmCall<typename V::Scalar>& call) {
     }
     panel += k_stride;
   };
-  // Two requests for each k, as even as the products: many in a row fill the queue of lines on their way, and more than
-  // 128 bytes for each k would not come in time.
+  // Two requests for each k, as even as the products: many in a row fill the queue of lines on their way. Where the next
+  // panel has more than 128 bytes for each k, the lines between are left to the processor's own prefetching.
   if (const int64_t fetch = call.prefetch.step; fetch > 0) {
     const char* next = call.prefetch.from;
     const int64_t second = fetch / 2;
