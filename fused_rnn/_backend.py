@@ -155,13 +155,12 @@ def why_not(backend: str, demand: Demand) -> Reason | None:
     if dtype.is_complex:
         return Reason("complex", f"there are no kernels for {dtype}")
     if transformed:
-        lowered = dtype in (torch.float16, torch.bfloat16)
-        which = (
-            f"no kernel has tangents of {dtype}"
-            if lowered
-            else "forward-mode AD does not reach the compiled kernels of such a call"
-        )
-        return Reason("torch.func", which)
+        in_autocast = dtype == torch.float32 and torch.is_autocast_enabled(device_type)
+        if in_autocast or dtype in (torch.float16, torch.bfloat16):
+            return Reason(
+                "torch.func", f"forward-mode AD{' under autocast' * in_autocast}: no kernel has tangents of 16 bits"
+            )
+        return Reason("torch.func", "forward-mode AD does not reach the compiled kernels of such a call")
     missing = why_not_native(device_type)
     lacking = None if missing or demand.gpu is None else (_gpus_without_code or {}).get(demand.gpu)
     if lacking:
