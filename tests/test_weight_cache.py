@@ -255,6 +255,31 @@ def test_one_step_on_one_and_two_threads(kind: str, instruction_set: str) -> Non
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [("LSTMCell", (1021, 1003)), ("GRUCell", (970, 1229)), ("RNNCell", (3000, 1501))]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_step_with_large_weights(kind: str, sizes: tuple[int, int], dtype: torch.dtype, instruction_set: str) -> None:
+    """Its panels are packed on the way, for the call alone: memory holds such a step back, and a hash would read more."""
+    torch.manual_seed(next(SEEDS))
+    module = getattr(fused_rnn, kind)(*sizes, dtype=dtype).eval()
+    reference = getattr(nn, kind)(*sizes, dtype=torch.float64)
+    x = torch.randn(41, sizes[0], dtype=dtype)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            module.weight_hh.data[count, -1] += 1
+            reference.load_state_dict(module.state_dict())
+            result, found, packed = counted(lambda: infer(module, x))
+            if instruction_set != "amx" or dtype == torch.float64:  # else bfloat16 parts, with a cache
+                assert found == packed == 0
+            expected = infer(reference, x.double())
+            torch.testing.assert_close(result.double(), expected, rtol=0, atol=6e-6 if dtype == torch.float32 else 2e-14)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_several_python_threads() -> None:
     """Calls at the same time each have their own; weights change between them."""
     modules = [layer()[0] for _ in range(3)]

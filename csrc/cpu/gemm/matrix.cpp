@@ -3,45 +3,11 @@
 #include <cstring>
 #include <memory>
 #include <new>
-#ifdef __SSE2__
-#include <xmmintrin.h>
-#endif
 
 namespace fused_rnn::cpu {
 namespace {
 
 constexpr int64_t kDeep = 16;  // k that are packed at a time: a cache line of floats, so that both sides stay in L1
-
-// to[k * step + lane] = from[lane * stride + k] of so many lanes and k.
-template <class A>
-void transpose(const A* from, int64_t stride, const Range& lanes, const Range& depth, A* to, int64_t step) {
-  for (int64_t lane = lanes.first; lane < lanes.last; ++lane) {
-    for (int64_t k = depth.first; k < depth.last; ++k) to[k * step + lane] = from[lane * stride + k];
-  }
-}
-
-#ifdef __SSE2__
-// Floats four by four: rows are read, and columns written, in pieces of 16 bytes.
-template <>
-void transpose(const float* from, int64_t stride, const Range& lanes, const Range& depth, float* to, int64_t step) {
-  int64_t lane = lanes.first;
-  for (; lane + 4 <= lanes.last; lane += 4) {
-    int64_t k = depth.first;
-    for (; k + 4 <= depth.last; k += 4) {
-      __m128 rows[4];
-      for (int i = 0; i < 4; ++i) rows[i] = _mm_loadu_ps(from + (lane + i) * stride + k);
-      _MM_TRANSPOSE4_PS(rows[0], rows[1], rows[2], rows[3]);
-      for (int i = 0; i < 4; ++i) _mm_storeu_ps(to + (k + i) * step + lane, rows[i]);
-    }
-    for (; k < depth.last; ++k) {
-      for (int i = 0; i < 4; ++i) to[k * step + lane + i] = from[(lane + i) * stride + k];
-    }
-  }
-  for (; lane < lanes.last; ++lane) {
-    for (int64_t k = depth.first; k < depth.last; ++k) to[k * step + lane] = from[lane * stride + k];
-  }
-}
-#endif
 
 template <class A>
 void pack_transposed(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first, int64_t last) {
@@ -55,7 +21,7 @@ void pack_transposed(const Kernels<A>& kernels, const Matrix<A>& m, int64_t firs
     const int64_t first_vector = s.columns_before(p) / s.width, step = kernels.together(vectors) * s.width;
     for (int64_t k = 0; k < s.depth; k += kDeep) {
       const int64_t deep = std::min(kDeep, s.depth - k);
-      A* const panel = m.packed + s.columns_before(p) * s.depth + k * step;
+      A* const panel = m.packed_panel(p) + k * step;
       for (int v = 0; v < vectors; ++v) {
         const auto [gate, unit, lanes] = vector_of(s, first_vector + v);
         const void* const rows = stored_at(m.source.data, (gate * s.units + unit) * s.depth + k, element_size);
@@ -64,9 +30,9 @@ void pack_transposed(const Kernels<A>& kernels, const Matrix<A>& m, int64_t firs
         if (converts) {
           for (int lane = 0; lane < lanes; ++lane)
             load(stored_at(rows, lane * s.depth, element_size), converted + lane * kDeep, deep);
-          transpose(converted, kDeep, {0, lanes}, {0, deep}, to, step);
+          kernels.transpose({converted, kDeep, lanes, deep, to, step});
         } else {
-          transpose(static_cast<const A*>(rows), s.depth, {0, lanes}, {0, deep}, to, step);
+          kernels.transpose({static_cast<const A*>(rows), s.depth, lanes, deep, to, step});
         }
         for (int lane = lanes; lane < s.width; ++lane) {
           for (int64_t i = 0; i < deep; ++i) to[i * step + lane] = 0;
@@ -221,6 +187,13 @@ void pack(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first, int64_t 
 }
 
 template <class A>
+void pack_passing(const Kernels<A>& kernels, const Matrix<A>& m, int64_t panel, A* room) {
+  Matrix<A> in_room = m;
+  in_room.packed = room;
+  pack_panels(kernels, in_room, panel, panel + 1);
+}
+
+template <class A>
 void multiply_infinite(const Kernels<A>& kernels, const Matrix<A>& m, const A* init, const A* row, int64_t panel, A* out) {
   const Shape& s = m.shape;
   const int64_t start = s.columns_before(panel), columns = s.columns_before(panel + 1) - start;
@@ -240,6 +213,8 @@ void multiply_infinite(const Kernels<A>& kernels, const Matrix<A>& m, const A* i
 
 template void pack(const Kernels<float>&, const Matrix<float>&, int64_t, int64_t);
 template void pack(const Kernels<double>&, const Matrix<double>&, int64_t, int64_t);
+template void pack_passing(const Kernels<float>&, const Matrix<float>&, int64_t, float*);
+template void pack_passing(const Kernels<double>&, const Matrix<double>&, int64_t, double*);
 template void multiply_infinite(const Kernels<float>&, const Matrix<float>&, const float*, const float*, int64_t, float*);
 template void multiply_infinite(const Kernels<double>&, const Matrix<double>&, const double*, const double*, int64_t,
                                 double*);

@@ -10,6 +10,13 @@
 
 namespace fused_rnn::cpu {
 
+// When the panels of a packed matrix are packed.
+enum class Packing {
+  kBefore,   // before the call's products, by pack_share
+  kLate,     // each before the products that read it
+  kPassing,  // likewise, into a room of the thread that multiplies, for this call alone
+};
+
 // The rows of a product have `depth` elements. `source` is torch's matrix: [gates, units, K] (its rows become columns of the
 // panels), or, where the matrix is `straight`, [K, units].
 template <class A>
@@ -24,9 +31,12 @@ struct Matrix {
   std::atomic<bool>* infinite = nullptr;  // Form::kParts: set where an element has no parts
   CachedMatrix* cached = nullptr;         // what owns `packed` or `tiles`; null: the workspace of the call
   bool far = false;                       // `packed` or `tiles` come from beyond L2: products ask for panels ahead
-  bool packs_late = false;                // products pack each panel before they read it; pack_share leaves that to them
+  Packing packing = Packing::kBefore;
 
-  int64_t packed_elements() const { return form == Form::kPacked ? shape.elements() : 0; }
+  bool passes() const { return packing == Packing::kPassing; }
+  int64_t packed_elements() const { return form == Form::kPacked && !passes() ? shape.elements() : 0; }
+  int64_t room_elements() const { return passes() ? shape.vectors * shape.width * shape.depth : 0; }
+  A* packed_panel(int64_t panel) const { return passes() ? packed : packed + shape.columns_before(panel) * shape.depth; }
   // Of one vector of columns, of the whole matrix, and of a block of 16 rows that it is multiplied with.
   int64_t vector_elements() const { return depth_blocks(shape.depth) * parts.panels * kPartsTile; }
   int64_t tile_elements() const { return form == Form::kParts ? shape.columns() / shape.width * vector_elements() : 0; }
@@ -63,6 +73,10 @@ PanelSource source_of(const Matrix<A>& m, int64_t panel) {
 // whose source has changed.
 template <class A>
 void pack(const Kernels<A>& kernels, const Matrix<A>& m, int64_t first, int64_t last);
+
+// A panel of a matrix that passes, from its source, to `room` (room_elements()).
+template <class A>
+void pack_passing(const Kernels<A>& kernels, const Matrix<A>& m, int64_t panel, A* room);
 
 // Columns of a panel for one row, from the source: what a matrix in parts falls back to where the row or the matrix has a
 // value without parts (infinite, NaN, or rounded to infinity).

@@ -8,13 +8,14 @@
 
 namespace fused_rnn::cpu {
 
-// A thread's room for the rows of a product in parts.
+// A thread's room for a product: for rows in parts, and for a panel.
 struct PartsScratch {
   uint16_t* packed = nullptr;
   int64_t elements = 0;          // of packed
   uint32_t* infinite = nullptr;  // [blocks], of each block of 16 rows a bit for every row that has a value without parts
   int64_t blocks = 0;
   float* rows = nullptr;  // a row as float; of weights as they lie 16 rows, one after the other
+  void* room = nullptr;   // for a panel of a matrix that passes (matrix.h)
 };
 
 // Whether a value has parts.
@@ -322,19 +323,21 @@ int64_t row_blocks_of_group(const Matrix<A>& m, int64_t rows) {
 
 // The size of a scratch that serves several matrices in turn.
 struct PartsRoom {
-  int64_t blocks = 0, elements = 0, floats = 0;
+  int64_t blocks = 0, elements = 0, floats = 0, room_bytes = 0;
 
   template <class A>
   void include(const Matrix<A>& m, int64_t rows) {
     const int64_t needed = row_blocks_of_group(m, rows);
     blocks = std::max(blocks, needed);
     elements = std::max(elements, needed * m.row_block_elements());
+    room_bytes = std::max(room_bytes, m.room_elements() * static_cast<int64_t>(sizeof(A)));
     if (needed > 0) floats = std::max(floats, (m.form == Form::kDirectParts ? kPartsRows : 1) * m.shape.depth);
   }
   PartsScratch take(Arena& arena) const {
     uint16_t* packed = arena.take<uint16_t>(elements);
     uint32_t* infinite = arena.take<uint32_t>(blocks);
-    return {packed, elements, infinite, blocks, arena.take<float>(floats)};
+    float* const rows = arena.take<float>(floats);
+    return {packed, elements, infinite, blocks, rows, arena.take<char>(room_bytes)};
   }
 };
 

@@ -13,10 +13,11 @@ Prefetch prefetch_after(const Product<A>& product, int64_t p, int64_t end, int64
   const Matrix<A>& m = product.matrix;
   const auto [next, next_end] = product.panels.after(p, end);
   if (blocks == 1 || next >= next_end || !m.far) return {};
-  const int64_t start = m.shape.columns_before(next), columns = m.shape.columns_before(next_end) - start;
-  const char* from = reinterpret_cast<const char*>(m.packed + start * m.shape.depth);
-  int64_t bytes = columns * m.shape.depth * static_cast<int64_t>(sizeof(A));
-  if (!m.packs_late) return prefetch_share(from, bytes, blocks, block, m.shape.depth);
+  const int64_t columns = m.shape.columns_before(next_end) - m.shape.columns_before(next);
+  // Of a matrix that passes, what it is packed from alone.
+  const char* from = m.passes() ? nullptr : reinterpret_cast<const char*>(m.packed_panel(next));
+  int64_t bytes = m.passes() ? 0 : columns * m.shape.depth * static_cast<int64_t>(sizeof(A));
+  if (m.packing == Packing::kBefore) return prefetch_share(from, bytes, blocks, block, m.shape.depth);
   // One range of memory after the other, each for its share of the blocks.
   const PanelSource source = source_of(m, next);
   const int64_t all = bytes + m.shape.gates * source.bytes_of_gate, share = all / blocks;
@@ -29,9 +30,10 @@ Prefetch prefetch_after(const Product<A>& product, int64_t p, int64_t end, int64
   return {from + skip, std::min(share, bytes - skip) / m.shape.depth};
 }
 
-// Sums of a tile, row block `block` of `blocks`, by the vector kernels; the matrix is direct or packed.
+// Sums of a tile, row block `block` of `blocks`, by the vector kernels; the matrix is direct or packed, in `room` where it
+// passes.
 template <class A>
-void multiply_tile(const Product<A>& product, const Tile<A>& tile, int64_t blocks, int64_t block) {
+void multiply_tile(const Product<A>& product, const Tile<A>& tile, const A* room, int64_t blocks, int64_t block) {
   const Kernels<A>& kernels = product.kernels;
   const Matrix<A>& m = product.matrix;
   const A* const* rows = product.rows + tile.row;
@@ -55,7 +57,7 @@ void multiply_tile(const Product<A>& product, const Tile<A>& tile, int64_t block
   call.out_stride = tile.stride;
   const int64_t columns = int64_t{call.vectors} * m.shape.width;
   if (m.form == Form::kPacked) {
-    call.panels = m.packed + start * m.shape.depth;
+    call.panels = m.passes() ? room : m.packed_panel(tile.first);
     call.k_stride = kernels.together(call.vectors) * m.shape.width;
     call.half_stride = call.k_stride * m.shape.depth;
     call.panel_stride = columns * m.shape.depth;
@@ -73,17 +75,18 @@ void multiply_tile(const Product<A>& product, const Tile<A>& tile, int64_t block
 // The tiles of a product with a direct or packed matrix: groups of at most `most` panels, block by block of rows. `place`
 // fills in where a tile's sums go, done(tile) is called when they are there.
 template <class A, class Place, class Done>
-void for_vector_tiles(const Product<A>& product, int most, const Place& place, const Done& done) {
+void for_vector_tiles(const Product<A>& product, A* room, int most, const Place& place, const Done& done) {
   const auto& max_rows = product.kernels.max_rows;
-  const int group = std::min(product.kernels.max_panels_of(product.n), most);
+  const int group = product.matrix.passes() ? 1 : std::min(product.kernels.max_panels_of(product.n), most);
   for_panel_groups(product.matrix.shape, product.panels, group, [&](int64_t p, int64_t end, int vectors) {
     const int64_t blocks = ceil_div(product.n, max_rows[vectors]);
     int64_t block = 0;
-    if (product.matrix.packs_late) pack(product.kernels, product.matrix, p, end);
+    if (product.matrix.packing == Packing::kLate) pack(product.kernels, product.matrix, p, end);
+    if (product.matrix.passes()) pack_passing(product.kernels, product.matrix, p, room);
     for_row_blocks(product.n, max_rows[vectors], [&](int64_t row, int rows) {
       Tile<A> tile{row, rows, p, end, nullptr, 0};
       place(tile);
-      multiply_tile(product, tile, blocks, block++);
+      multiply_tile(product, tile, room, blocks, block++);
       done(tile);
     });
   });
@@ -116,7 +119,7 @@ void for_tiles(const Product<A>& product, A* tiles, const PartsScratch& scratch,
     tile.sums = tiles;
     tile.stride = shape.columns_before(tile.last) - shape.columns_before(tile.first);
   };
-  for_vector_tiles(product, kMaxTilePanels, place, f);
+  for_vector_tiles(product, static_cast<A*>(scratch.room), kMaxTilePanels, place, f);
 }
 
 // Products of many rows in memory, either [rows][panels], or [panels][rows], where what is used together lies together. Only
@@ -150,7 +153,8 @@ void multiply(const Product<A>& product, const PartsScratch& scratch, const Prod
       return;
     }
   }
-  for_vector_tiles(product, out.rows_first ? kMaxTilePanels : 1, place, [](const Tile<A>&) {});
+  const int most = out.rows_first ? kMaxTilePanels : 1;
+  for_vector_tiles(product, static_cast<A*>(scratch.room), most, place, [](const Tile<A>&) {});
 }
 
 // Weights of this size are larger than L2, and so little larger that what stays in it counts.

@@ -6,6 +6,7 @@
 #include "cpu/isa/pointwise_modified.h"
 #include "cpu/isa/random_flags.h"
 #include "cpu/isa/tile.h"
+#include "cpu/isa/transpose.h"
 
 namespace fused_rnn::cpu {
 
@@ -18,6 +19,7 @@ Kernels<typename V::Scalar> make_kernels() {
   table.halves = V::kHalves;
   table.gemm = gemm<V>;
   table.hash = content_hash<V>;
+  table.transpose = transpose<V>;
   table.flags = random_flags<V>;
   fill_dual<V>(table);
   if constexpr (sizeof(typename V::Scalar) == 8) {

@@ -181,6 +181,16 @@ struct HashKeys {
 };
 const HashKeys& hash_keys();
 
+// to[k * step + lane] = from[lane * stride + k] (transpose.h)
+template <class A>
+struct TransposeCall {
+  const A* from;
+  int64_t stride;
+  int64_t lanes, depth;
+  A* to;
+  int64_t step;
+};
+
 // Random bools (random_flags.h).
 struct FlagsCall {
   uint64_t seed;
@@ -207,6 +217,7 @@ struct Kernels {
   void (*store[kStorages])(const StoreCall<A>&);
   void (*load[kStorages])(const void* from, A* to, int64_t n);  // storage to arithmetic
   void (*save[kStorages])(const A* from, void* to, int64_t n);  // arithmetic to storage
+  void (*transpose)(const TransposeCall<A>&);
   const PartsKernels* parts;                                    // products of bfloat16 parts, or null
   uint64_t (*hash)(const HashKeys& keys, const void* data, int64_t bytes, uint64_t before);  // content_hash.h
   void (*flags)(const FlagsCall&);

@@ -8,9 +8,13 @@
 // the others one after the other. 4 rows times 3 vectors (a GRU) with the rows' elements kept need 17 registers of AVX2's
 // 16: one sum then lies in memory, and its chain of load, multiply-add and store takes twice as long as the whole round.
 #pragma once
+#include <type_traits>
+
 #include "cpu/isa/kernels.h"
 
 namespace fused_rnn::cpu {
+
+constexpr int64_t kLine = 64;  // bytes of a cache line
 
 template <class V, int kRows, int kVectors, int kPanels>
 void gemm_tile(const GemmCall<typename V::Scalar>& call) {
@@ -59,20 +63,35 @@ void gemm_tile(const GemmCall<typename V::Scalar>& call) {
     }
     panel += k_stride;
   };
-  // Two requests for each k, as even as the products: many in a row fill the queue of lines on their way. Where the next
-  // panel has more than 128 bytes for each k, the lines between are left to the processor's own prefetching.
+  // Lines to be prefetched are asked for one by one between the products: many requests in a row fill the queue of lines on
+  // their way, and each request costs a place among the loads (two for each k cost 5% of a product on AVX2). Beyond two
+  // lines for each k, lines between are left to the processor's own prefetching.
+  int64_t k = 0;
   if (const int64_t fetch = call.prefetch.step; fetch > 0) {
     const char* next = call.prefetch.from;
-    const int64_t second = fetch / 2;
-    for (int64_t k = 0; k < call.depth; ++k) {
-      __builtin_prefetch(next, 0, 2);
-      __builtin_prefetch(next + second, 0, 2);
-      next += fetch;
-      multiply(k);
+    const auto rounds = [&](auto count) {
+      constexpr int kRounds = decltype(count)::value;
+      for (; k + kRounds <= call.depth; k += kRounds) {
+        __builtin_prefetch(next, 0, 2);
+        next += fetch * kRounds;
+        for (int i = 0; i < kRounds; ++i) multiply(k + i);
+      }
+    };
+    if (fetch * 8 <= kLine) {
+      rounds(std::integral_constant<int, 8>{});
+    } else if (fetch * 2 <= kLine) {
+      rounds(std::integral_constant<int, 2>{});
+    } else {
+      const int64_t second = fetch / 2;
+      for (; k < call.depth; ++k) {
+        __builtin_prefetch(next, 0, 2);
+        __builtin_prefetch(next + second, 0, 2);
+        next += fetch;
+        multiply(k);
+      }
     }
-  } else {
-    for (int64_t k = 0; k < call.depth; ++k) multiply(k);
   }
+  for (; k < call.depth; ++k) multiply(k);
   for (int p = 0; p < kPanels; ++p) {
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVectors; ++v) sum[p][r][v].store(call.out + r * call.out_stride + p * kStep + v * kWidth);

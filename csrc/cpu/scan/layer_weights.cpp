@@ -15,9 +15,9 @@ int recurrent_slot_of(CellKind cell, int gate) {
 template <class A>
 void LayerWeights<A>::pack_share(const Kernels<A>& kernels, const LayerSource& source, int share, int shares) const {
   const Range panels = share_of(h.shape.panels, shares, share), r_panels = share_of(r.shape.panels, shares, share);
-  if (!x.packs_late) pack(kernels, x, panels.first, panels.last);
-  if (!h.packs_late) pack(kernels, h, panels.first, panels.last);
-  if (!r.packs_late) pack(kernels, r, r_panels.first, r_panels.last);
+  if (x.packing == Packing::kBefore) pack(kernels, x, panels.first, panels.last);
+  if (h.packing == Packing::kBefore) pack(kernels, h, panels.first, panels.last);
+  if (r.packing == Packing::kBefore) pack(kernels, r, r_panels.first, r_panels.last);
   const int width = h.shape.width;
   pack_biases(kernels, source, {h.shape.columns_before(panels.first) / width, h.shape.columns_before(panels.last) / width});
 }
@@ -72,7 +72,7 @@ LayerWeights<A> CachedLayerWeights<A>::layout(Arena& arena, const ScanPlan<A>& p
     m->source = sources[i];
     m->infinite = &infinite_[d][i];
     m->cached = leases_[d][i].matrix();
-    m->packs_late = packs_late_ && m->cached && m->form == Form::kPacked;
+    if (packs_late_ && m->cached && m->form == Form::kPacked) m->packing = Packing::kLate;
     if (m->cached) {
       m->packed = static_cast<A*>(m->cached->aligned);
       m->tiles = static_cast<uint16_t*>(m->cached->aligned);
