@@ -218,7 +218,7 @@ struct Kernels {
   void (*load[kStorages])(const void* from, A* to, int64_t n);  // storage to arithmetic
   void (*save[kStorages])(const A* from, void* to, int64_t n);  // arithmetic to storage
   void (*transpose)(const TransposeCall<A>&);
-  const PartsKernels* parts;                                    // products of bfloat16 parts, or null
+  const PartsKernels* parts;  // products of bfloat16 parts, or null
   uint64_t (*hash)(const HashKeys& keys, const void* data, int64_t bytes, uint64_t before);  // content_hash.h
   void (*flags)(const FlagsCall&);
 
