@@ -187,6 +187,20 @@ def test_accuracy_of_sigmoid_and_tanh(dtype: torch.dtype, instruction_set: str) 
         assert worst <= 2, f"{name}: {worst:.2f} ulp at {x[error.argmax()].item()}"
 
 
+def test_accuracy_of_sigmoid_and_tanh_in_bfloat16(instruction_set: str) -> None:
+    """What is stored is the exact value rounded, or, next to the middle between two numbers, the other one of them."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = every[every.abs() < 86]  # beyond it sigmoid(-x) nears the smallest normal number
+    x = x[(x == 0) | (x.abs() > 1e-30)]
+    sigmoid, tanh = gate_values(x)
+    for name, actual, exact in (("sigmoid", sigmoid, x.double().sigmoid()), ("tanh", tanh, x.double().tanh())):
+        ulp = 2.0 ** (exact.abs().clamp_min(1e-300).log2().floor() - 7)
+        error = ((actual.double() - exact).abs() / ulp)[x != 0]
+        worst = error.max().item()
+        assert worst <= 0.5 + 1 / 16, f"{name}: {worst:.4f} ulp at {x[x != 0][error.argmax()].item()}"
+    assert tanh[x == 0].eq(0).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_saturation_and_nan(dtype: torch.dtype, instruction_set: str) -> None:
     x = torch.tensor([math.inf, -math.inf, 6e4, -6e4, math.nan, 0.0], dtype=dtype).repeat(3)

@@ -1,5 +1,6 @@
 // The pointwise half of a step, on the sums of a tile: cells.h on vectors of units. Loads and stores convert the storage.
 #pragma once
+#include <type_traits>
 #include <utility>
 
 #include "core/cells.h"
@@ -61,7 +62,7 @@ inline void for_items(int n_rows, int64_t first, int64_t last, F&& f) {
 template <class V, class C, class Storage, bool kSave, int kItems>
 inline void forward_items(const ForwardCall<typename V::Scalar>& call, const Item (&items)[kItems]) {
   using A = typename V::Scalar;
-  using Units = simd::Several<V, kItems>;
+  using Units = simd::Several<V, kItems, V::kShort && std::is_same_v<Storage, BFloat16>>;
   constexpr int kWidth = V::kWidth;
   Units a[C::kSlots], h, c = Units(0), c_prev = Units(0), h_prev = Units(0);
   for (int i = 0; i < kItems; ++i) {

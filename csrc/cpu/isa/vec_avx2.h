@@ -64,6 +64,7 @@ struct VecF : simd::VectorBase {
   static constexpr int kDirectRows = 3;
   static constexpr int kInStep = 1;
   static constexpr int kSquare = 8;
+  static constexpr bool kShort = false;
   __m256 v;
   FUSED_RNN_INLINE VecF() {}
   FUSED_RNN_INLINE VecF(__m256 value) : v(value) {}
@@ -179,6 +180,7 @@ struct VecD : simd::VectorBase {
   static constexpr int kDirectRows = 3;
   static constexpr int kInStep = 1;
   static constexpr int kSquare = 4;
+  static constexpr bool kShort = false;
   __m256d v;
   FUSED_RNN_INLINE VecD() {}
   FUSED_RNN_INLINE VecD(__m256d value) : v(value) {}

@@ -38,6 +38,7 @@ struct Vec : simd::VectorBase {
   static constexpr int kDirectRows = 2;
   static constexpr int kInStep = 1;
   static constexpr int kSquare = 0;
+  static constexpr bool kShort = false;
   Vector v;
   Vec() {}
   Vec(Vector value) : v(value) {}
