@@ -23,6 +23,18 @@ void fill_gradients_of_series(cpu::FormulaBackward& p, const FormulaLayer& layer
 
 }  // namespace
 
+void add_gradients_of_products(FormulaBackwardCall& made, const FormulaLayer& layer, const Tensor& added) {
+  const LayerShapes& s = layer.shapes;
+  const Tensor& x = layer.call.like();
+  TORCH_CHECK_VALUE(x.is_cpu(), "flags: expected no gradients of products from elsewhere on ", x.device());
+  TORCH_CHECK_VALUE(added.dim() == 4 && added.size(2) >= layer.traits().gradients,
+                    "dlast: expected gradients of products [D, N, S, H] with S at least ", layer.traits().gradients,
+                    ", got ", added.sizes());
+  check_tensor("dlast", added, {s.D, s.N, added.size(2), s.H}, x, x.scalar_type());
+  made.params.d_added = made.copies.contiguous(added);
+  made.params.added_blocks = added.size(2);
+}
+
 Recipe formula_recipe_of(int64_t flags) {
   Recipe recipe;
   recipe.has_biases = flags & kFormulaBiases;
@@ -130,6 +142,7 @@ LayerGradients gradients_of_formula(const FormulaLayer& layer, FormulaGradients&
   } else {
     for (size_t i = 0; i < call.rows.reset_states.size(); ++i) d_states.push_back(none());
   }
+  if (flags & kFormulaGradValues) d_states.push_back(values_gradient(layer, made));
   const RowChoice chosen(call, layer.shapes);
   made.d = chosen.of(made.d, 1);
   for (Tensor& v : made.v) v = chosen.of(v, 1);

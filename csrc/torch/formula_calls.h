@@ -30,6 +30,8 @@ struct FormulaBackwardCall {
 };
 FormulaBackwardCall prepare_formula_backward(const FormulaLayer& layer, const OptionalTensor& dy, at::TensorList dlast,
                                              bool wants_states);
+// Gradients of the products from elsewhere, [D, N, S or more, H], come to those that the scan makes.
+void add_gradients_of_products(FormulaBackwardCall& made, const FormulaLayer& layer, const Tensor& added);
 // What follows the scan: the gradients that flags ask for.
 LayerGradients gradients_of_formula(const FormulaLayer& layer, FormulaGradients& made, int64_t flags);
 

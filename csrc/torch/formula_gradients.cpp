@@ -181,6 +181,14 @@ Tensor input_gradient(const FormulaLayer& layer, const FormulaGradients& made, c
   return rows.spread(dx, s).view(layer.call.x.sizes());
 }
 
+Tensor values_gradient(const FormulaLayer& layer, const FormulaGradients& made) {
+  const cpu::FormulaTraits& traits = layer.traits();
+  TORCH_CHECK_VALUE(layer.given > 0, "flags: expected no gradient of values, of which the call has none");
+  // Gates without weights are the last input gates, and no recurrent ones: their gradients are neighbours.
+  const int first = traits.input_gradients[traits.input_gates - layer.given];
+  return made.d.slice(2, first, first + layer.given).clone();
+}
+
 void reset_state_gradients(const FormulaLayer& layer, const FormulaGradients& made, std::vector<Tensor>& gradients) {
   const LayerShapes& s = layer.shapes;
   const std::vector<Tensor>& given = layer.call.rows.reset_states;

@@ -206,6 +206,8 @@ std::map<std::string, int64_t> formula_constants() {
           {"GRAD_X", kFormulaGradX},
           {"GRAD_STATES", kFormulaGradStates},
           {"GRAD_PARAMS", kFormulaGradParams},
+          {"GRAD_VALUES", kFormulaGradValues},
+          {"ADDS_PRODUCTS", kFormulaAddsProducts},
           {"MOST_STATES", cpu::kMostFormulaStates},
           {"MOST_PHASES", cpu::kMostFormulaPhases},
           {"MOST_MEDIUM_SLOTS", kMostMediumSlots},

@@ -69,6 +69,8 @@ struct FormulaGradients {
 void direction_gradients(const FormulaLayer& layer, const FormulaGradients& made, const RowChoice& rows, const Tensor& given,
                          int k, std::vector<Tensor>& gradients);
 Tensor input_gradient(const FormulaLayer& layer, const FormulaGradients& made, const RowChoice& rows);
+// Of StepOptions.values [D, N, K, H], in memory of its own; 0 at inactive rows.
+Tensor values_gradient(const FormulaLayer& layer, const FormulaGradients& made);
 // Of what resets put into the states, appended.
 void reset_state_gradients(const FormulaLayer& layer, const FormulaGradients& made, std::vector<Tensor>& gradients);
 

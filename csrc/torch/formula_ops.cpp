@@ -1,5 +1,5 @@
 // One layer of a cell that is a formula (fused_rnn/formula), on a CPU or a GPU: the ops formula and formula_backward. Fake
-// kernels, autograd and the double backward are in fused_rnn/formula/ops.py.
+// kernels and autograd are in fused_rnn/formula/ops.py, its derivatives in double_backward.py.
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
 #include <c10/core/DeviceGuard.h>
@@ -130,7 +130,11 @@ LayerGradients formula_backward_on(const OptionalTensor& dy, at::TensorList dlas
   const Rows given = rows_of(rows, flags);
   const Call call{x, states, params, given, formula_recipe_of(flags)};
   const FormulaLayer layer = check_formula(call, std::string(cell));
-  FormulaBackwardCall made = prepare_formula_backward(layer, dy, dlast, flags & kFormulaGradStates);
+  const bool adds = flags & kFormulaAddsProducts;
+  TORCH_CHECK_VALUE(!adds || !dlast.empty(), "dlast: expected gradients of products as its last, got none");
+  FormulaBackwardCall made =
+      prepare_formula_backward(layer, dy, dlast.slice(0, dlast.size() - adds), flags & kFormulaGradStates);
+  if (adds) add_gradients_of_products(made, layer, dlast.back());
   take_saved(made, layer, saved);
   if (layer.shapes.B > 0) {
 #ifdef FUSED_RNN_WITH_CUDA

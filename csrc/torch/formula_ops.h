@@ -10,10 +10,14 @@
 namespace fused_rnn {
 
 // Bits of the ops' argument `flags`, beside those of recipe.h's kHasRows, which say what `rows` has. With kFormulaAllStates
-// the results `last` go on with all states but the output after every step, [N, D * H] each.
+// the results `last` go on with all states but the output after every step, [N, D * H] each. With kFormulaGradValues the
+// gradients of the states, and of what resets put there, are followed by that of StepOptions.values, [D, N, K, H]. With
+// kFormulaAddsProducts the last of `dlast` is [D, N, S or more, H]: gradients of the products from elsewhere, in the order
+// of BackwardParams::d_gates; on a CPU only.
 // fused_rnn/formula/ops.py is the twin in Python.
 constexpr int64_t kFormulaBiases = 1, kFormulaBidirectional = 2, kFormulaSave = 4, kFormulaAllStates = 64;
-constexpr int64_t kFormulaGradX = 8, kFormulaGradStates = 16, kFormulaGradParams = 32;
+constexpr int64_t kFormulaGradX = 8, kFormulaGradStates = 16, kFormulaGradParams = 32, kFormulaGradValues = 128;
+constexpr int64_t kFormulaAddsProducts = 256;
 
 // From now on the library at this path serves the formula, on the instruction set in use.
 void register_formula(const std::string& formula, const std::string& path);

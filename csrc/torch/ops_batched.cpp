@@ -1,7 +1,7 @@
-// layer_backward and layer_jvp on a batch of gradients or tangents: torch.autograd.grad(is_grads_batched=True) and
-// jacobian(vectorize=True), which use torch's first vmap (dispatch key Batched). Each sample is a call of its own: the
-// gradients of weights are sums over the rows of one sample. torch.func.vmap has its rules in fused_rnn/_transforms.py and
-// torch/ops_vmap.cpp.
+// layer_backward, layer_jvp, formula and formula_backward on a batch of gradients or tangents:
+// torch.autograd.grad(is_grads_batched=True) and jacobian(vectorize=True), which use torch's first vmap (dispatch key
+// Batched). Each sample is a call of its own: the gradients of weights are sums over the rows of one sample. torch.func.vmap
+// has its rules in fused_rnn/_transforms.py and torch/ops_vmap.cpp.
 
 // Of functorch first, also where files are compiled together (ops_vmap.cpp): its functions call others by names that the
 // legacy header has too.
@@ -108,10 +108,59 @@ std::vector<Tensor> layer_jvp_batched(at::TensorList tangents, const Tensor& x, 
   return samples.joined(found);
 }
 
+using FormulaResults = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>;
+using FormulaSignature = FormulaResults(const Tensor&, at::TensorList, at::TensorList, at::TensorList, std::string_view,
+                                        int64_t);
+using FormulaBackwardSignature = FormulaResults(const OptionalTensor&, at::TensorList, const Tensor&, at::TensorList,
+                                                at::TensorList, at::TensorList, at::TensorList, std::string_view, int64_t);
+
+// call(index) for each sample.
+template <class Call>
+FormulaResults formula_of_samples(const Samples& samples, const Call& call) {
+  TORCH_CHECK_VALUE(samples.count() > 0, "fused_rnn::formula: expected at least one sample in the batch, got 0");
+  std::vector<Tensor> first;
+  std::vector<std::vector<Tensor>> second, third;
+  for (int64_t i = 0; i < samples.count(); ++i) {
+    FormulaResults made = call(i);
+    first.push_back(std::move(std::get<0>(made)));
+    second.push_back(std::move(std::get<1>(made)));
+    third.push_back(std::move(std::get<2>(made)));
+  }
+  return {samples.joined(first), samples.joined(second), samples.joined(third)};
+}
+
+// The tangents of a layer of a formula are such a layer too, and their gradients its backward.
+FormulaResults formula_batched(const Tensor& x, at::TensorList states, at::TensorList params, at::TensorList rows,
+                               std::string_view cell, int64_t flags) {
+  static const auto op = find_op<FormulaSignature>("fused_rnn::formula");
+  Samples samples;
+  samples.include(x);
+  for (const at::TensorList& tensors : {states, params, rows}) samples.include(tensors);
+  return formula_of_samples(samples, [&](int64_t i) {
+    return op.call(samples.at(x, i), samples.at(states, i), samples.at(params, i), samples.at(rows, i), cell, flags);
+  });
+}
+
+FormulaResults formula_backward_batched(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x,
+                                        at::TensorList states, at::TensorList params, at::TensorList rows,
+                                        at::TensorList saved, std::string_view cell, int64_t flags) {
+  static const auto op = find_op<FormulaBackwardSignature>("fused_rnn::formula_backward");
+  Samples samples;
+  samples.include(dy);
+  samples.include(x);
+  for (const at::TensorList& tensors : {dlast, states, params, rows, saved}) samples.include(tensors);
+  return formula_of_samples(samples, [&](int64_t i) {
+    return op.call(samples.at(dy, i), samples.at(dlast, i), samples.at(x, i), samples.at(states, i), samples.at(params, i),
+                   samples.at(rows, i), samples.at(saved, i), cell, flags);
+  });
+}
+
 }  // namespace
 }  // namespace fused_rnn
 
 TORCH_LIBRARY_IMPL(fused_rnn, Batched, m) {
   m.impl("layer_backward", fused_rnn::layer_backward_batched);
   m.impl("layer_jvp", fused_rnn::layer_jvp_batched);
+  m.impl("formula", fused_rnn::formula_batched);
+  m.impl("formula_backward", fused_rnn::formula_backward_batched);
 }

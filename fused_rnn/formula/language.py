@@ -38,10 +38,15 @@ class Gate:
 
 @dataclasses.dataclass(frozen=True)
 class GivenGate(Gate):
-    """A gate without weights: ``x.<name>`` is what the call gives (StepOptions.values). For cells that options make of
-    others (options.py), behind all other gates."""
+    """A gate without weights: ``x.<name>`` is what the call gives (StepOptions.values). For cells that are made of others
+    (options.py, tangents.py), behind all other gates.
+
+    Attributes:
+        differentiates: whether the values have gradients; those that have come first.
+    """
 
     recurrent: bool = False
+    differentiates: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,16 +91,19 @@ class Declaration:
     def recurrent_gates(self) -> tuple[str, ...]:
         return tuple(gate.name for gate in self.gates if gate.recurrent)
 
+    @property
+    def values_differentiate(self) -> bool:
+        """Whether the values of a given gate have gradients."""
+        return any(isinstance(gate, GivenGate) and gate.differentiates for gate in self.gates)
+
 
 class _CellType(type):
     """Checks a cell once its constructor has run; from then on the cell cannot be changed."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        from fused_rnn.formula.check import check_step  # it needs this module
-
         cell = super().__call__(*args, **kwargs)
         cell.__dict__["_declaration"] = declaration_of(cell)
-        cell.__dict__["_phases"], cell.__dict__["_text"] = check_step(cell)
+        cell.__dict__["_phases"], cell.__dict__["_text"] = cell._checked()
         return cell
 
 
@@ -164,6 +172,12 @@ class Cell(metaclass=_CellType):
     def rms_norm(self, value: Any, name: str) -> Any:
         """In ``step``: torch.nn.RMSNorm (eps 1e-5) over the units of a row, with the layer's weight_<name>."""
         return self._run_phase(Phase("rms_norm", name), value)
+
+    def _checked(self) -> tuple[tuple[Phase, ...], str]:
+        """The products and norms inside of the step, and its text: the same for cells that compute the same."""
+        from fused_rnn.formula.check import check_step  # it needs this module
+
+        return check_step(self)
 
     @property
     def _written_step(self) -> Any:

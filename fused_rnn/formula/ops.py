@@ -1,5 +1,5 @@
-"""The ops of compiled formulas: what csrc/torch/formula_ops.cpp leaves to Python (fake kernels, autograd, double backward),
-and a layer on them."""
+"""The ops of compiled formulas: what csrc/torch/formula_ops.cpp leaves to Python (fake kernels, autograd), and a layer on
+them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_rnn import _dtensor, reference
-from fused_rnn._backend import extension, is_transformed
-from fused_rnn._derivatives import above_transforms, differentiated
+from fused_rnn import _dtensor
+from fused_rnn._backend import extension, forward_mode, is_transformed
+from fused_rnn._derivatives import above_transforms
 from fused_rnn._ops import check_places, fake_gradients
 from fused_rnn._recipe import ROWS, Recipe, Rows, rows_of
 from fused_rnn.formula.language import Cell
 from fused_rnn.formula.options import rows_with_values
-from fused_rnn.formula.parameters import OWN_KIND, as_declared, outputs_first, step_function
 
 # csrc/torch/formula_ops.h's bits of `flags`.
 BIASES, BIDIRECTIONAL, SAVE, GRAD_X, GRAD_STATES, GRAD_PARAMS = (1 << bit for bit in range(6))
-ALL_STATES = _dtensor.FORMULA_ALL_STATES
+ALL_STATES, GRAD_VALUES, ADDS_PRODUCTS = _dtensor.FORMULA_ALL_STATES, 1 << 7, 1 << 8
 
 # csrc/core/params.h's DType.
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -76,8 +75,10 @@ def layer(
     if every:
         op = torch.ops.fused_rnn.formula_checkpointed.default
         y, last, _ = op(x, list(states), list(params), given, formula, [flags & ~SAVE, every])
-    elif differentiates and is_transformed():
-        call = (formula, flags, len(states), len(params), len(given))
+    elif forward_mode() or (differentiates and is_transformed()):
+        # Tangents are made of the states after every step; of a tensor of jvp's nothing tells whether there is a backward.
+        own = flags | ALL_STATES | SAVE * torch.is_grad_enabled() if forward_mode() else flags
+        call = Facts((formula, own, len(states), len(params), len(given)))
         y, *last = _Transformed.apply(call, x, *states, *params, *given)[: 1 + last_count(formula, flags)]
     elif differentiates or torch.compiler.is_compiling() or is_transformed():
         y, last, _ = torch.ops.fused_rnn.formula.default(x, list(states), list(params), given, formula, flags)
@@ -133,7 +134,9 @@ def fake_formula_backward(
     """Shapes of fused_rnn::formula_backward's results."""
     like = params[0] if x.dtype is torch.int64 else x
     check_places(like, dy=[dy], dlast=dlast, states=states, params=params, rows=rows, saved=saved)
-    given = [*states, *rows_of(rows, flags).reset_states]
+    of_call = rows_of(rows, flags)
+    values = of_call.options.values
+    given = [*states, *of_call.reset_states, *([values] if flags & GRAD_VALUES and values is not None else [])]
     return fake_gradients(x, given, params, [flags & GRAD_X, flags & GRAD_STATES, flags & GRAD_PARAMS])
 
 
@@ -149,26 +152,34 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
 
 def _backward(ctx: _Context, dy: Tensor | None, dlast: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """Gradients of x, states, params and rows."""
+    if dy is None and all(grad is None for grad in dlast or []):
+        # Backward of a backward comes here for what forward has saved, which has no gradient.
+        return None, *([None] * count for count in ctx.counts)
     x, *others = ctx.saved_tensors
     states, params, rows, others = parts_of(others, *ctx.counts)
-    masks = len(rows) - len(rows_of(rows, ctx.flags).reset_states)
+    resets = len(rows_of(rows, ctx.flags).reset_states)
+    masks = len(rows) - resets
     none = (params[0] if x.dtype is torch.int64 else x).new_empty(0)
     given = [none if grad is None else grad for grad in dlast or []]
     needs_x, needs_states, needs_params, needs_rows = ctx.needs_input_grad[:4]
-    asked = (bool(needs_x), _any(needs_states) or _any(needs_rows), _any(needs_params))
-    flags = ctx.flags | GRAD_X * asked[0] | GRAD_STATES * asked[1] | GRAD_PARAMS * asked[2]
+    needs_values = masks > 0 and bool(
+        needs_rows[masks - 1]
+    )  # values are the last of the masks, and the only ones of numbers
+    asked = (bool(needs_x), _any(needs_states) or _any(needs_rows[masks:]), _any(needs_params))
+    flags = ctx.flags | GRAD_X * asked[0] | GRAD_STATES * asked[1] | GRAD_PARAMS * asked[2] | GRAD_VALUES * needs_values
     if torch.is_grad_enabled() or is_transformed():  # the gradients may be differentiated
-        call = _BackwardCall(ctx.cell, flags, ctx.every, dy is not None, len(given), len(states), len(params), len(rows))
-        dx, *made = _Backward.apply(call, *([] if dy is None else [dy]), *given, x, *states, *params, *rows, *others)
+        call = BackwardCall(ctx.cell, flags, ctx.every, dy is not None, len(given), len(states), len(params), len(rows))
+        dx, *made = Backward.apply(Facts(call), *([] if dy is None else [dy]), *given, x, *states, *params, *rows, *others)
         dstates, dparams, _ = parts_of(made, len(made) - len(params), len(params))
     else:
         of_call = (ctx.cell, flags, ctx.every)
         dx, dstates, dparams = _run_backward(of_call, dy, given, x, states, params, rows, others)
+    of_masks = [*[None] * (masks - 1), dstates[-1]] if needs_values else [None] * masks
     return (
         dx if asked[0] else None,
         dstates[: len(states)] if asked[1] else [None] * len(states),
         dparams if asked[2] else [None] * len(params),
-        [*[None] * masks, *dstates[len(states) :]] if asked[1] else [None] * len(rows),
+        [*of_masks, *(dstates[len(states) : len(states) + resets] if asked[1] else [None] * resets)],
     )
 
 
@@ -249,18 +260,31 @@ def _formula_autograd(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """fused_rnn::formula where torch's dispatcher comes to autograd. keys: of the call."""
     tensors = (x, *states, *params, *rows)
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)) and not _has_tangents(tensors):
         result: tuple[Tensor, list[Tensor], list[Tensor]] = _below_autograd(keys, x, states, params, rows, cell, flags)
         return result
     # The caller may not have known: of a tensor that a transform has wrapped, autograd outside of it tells nothing.
     call = (cell, flags | SAVE, len(states), len(params), len(rows))
     if is_transformed():
         with above_transforms():
-            y, *others = _Transformed.apply(call, *tensors)
+            y, *others = _Transformed.apply(Facts(call), *tensors)
     else:
         y, *others = _Differentiable.apply((keys, *call), *tensors)
     count = last_count(cell, flags)
     return y, others[:count], others[count:]
+
+
+def _has_tangents(tensors: Sequence[Tensor]) -> bool:
+    """Whether one of them is a dual number, and forward-mode AD looks at it now."""
+    unpack = torch.autograd.forward_ad.unpack_dual
+    return forward_mode() and any(t.is_floating_point() and unpack(t).tangent is not None for t in tensors)
+
+
+class Facts:
+    """What a function is called with beside its tensors: one value to torch.func, which would take a tuple apart."""
+
+    def __init__(self, call: Any) -> None:
+        self.call = call
 
 
 class _Transformed(torch.autograd.Function):
@@ -269,21 +293,34 @@ class _Transformed(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(call: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
-        """call: cell, flags, numbers of states, params and rows; tensors: x and these. Gives y, last, saved."""
-        cell, flags, *counts = call
+    def forward(facts: Facts, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """facts: cell, flags, numbers of states, params and rows; tensors: x and these. Gives y, last, saved."""
+        cell, flags, *counts = facts.call
         states, params, rows, _ = parts_of(tensors[1:], *counts)
         y, last, saved = torch.ops.fused_rnn.formula.default(tensors[0], states, params, rows, cell, flags)
         return (y, *last, *saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        (cell, flags, *counts), x, *tensors = inputs
+        facts, x, *tensors = inputs
+        cell, flags, *counts = facts.call
         states, params, rows, _ = parts_of(tensors, *counts)
         ctx.lasts = last_count(cell, flags)
-        _set_up(ctx, (x, states, params, rows, cell, flags), (output[0], output[1 : 1 + ctx.lasts], output[1 + ctx.lasts :]))
+        y, last, saved = output[0], output[1 : 1 + ctx.lasts], output[1 + ctx.lasts :]
+        _set_up(ctx, (x, states, params, rows, cell, flags), (y, last, saved))
+        ctx.mark_non_differentiable(*saved)
+        every = last[(len(last) + 1) // 2 :] if flags & ALL_STATES else ()
+        ctx.save_for_forward(x, *states, *params, *rows, y, *every)
+        ctx.results = len(output)
 
     backward = staticmethod(flat_backward)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *given: Any) -> tuple[Any, ...]:
+        from fused_rnn.formula import double_backward  # which needs this module
+
+        found = double_backward.tangents_of_results(ctx.cell, ctx.flags, ctx.counts, ctx.saved_tensors, given)
+        return (*found, *[None] * (ctx.results - len(found)))
 
 
 class _Context(NamedTuple):
@@ -303,7 +340,7 @@ def last_count(formula: str, flags: int) -> int:
     return 2 * states - 1 if flags & ALL_STATES else states
 
 
-class _BackwardCall(NamedTuple):
+class BackwardCall(NamedTuple):
     """A call of fused_rnn::formula_backward beside its tensors, with their numbers."""
 
     cell: str
@@ -316,77 +353,48 @@ class _BackwardCall(NamedTuple):
     rows: int
 
 
-class _Backward(torch.autograd.Function):
-    """fused_rnn::formula_backward as a differentiable function: its own backward runs ``step`` in a loop."""
+class Backward(torch.autograd.Function):
+    """fused_rnn::formula_backward as a differentiable function.
+
+    Its own derivatives are those of tangents, by the kernels (double_backward.py); where there are none ``step`` runs in a
+    loop.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(call: _BackwardCall, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(facts: Facts, *tensors: Tensor) -> tuple[Tensor, ...]:
         """tensors: dy where it is there, dlast, x, states, params, rows, saved. Gives dx, dstates, dparams."""
+        call: BackwardCall = facts.call
         dy, dlast, x, states, params, rows, saved = parts_of(tensors, *call[3:5], 1, *call[5:])
         dx, dstates, dparams = _run_backward(call[:3], dy[0] if dy else None, dlast, x[0], states, params, rows, saved)
         return (dx, *dstates, *dparams)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        call, *tensors = inputs
+        facts, *tensors = inputs
+        call = facts.call
         ctx.call, ctx.saved = call, len(tensors) - sum(call[3:]) - 1
-        ctx.save_for_backward(*tensors[: len(tensors) - ctx.saved])
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        call, tensors = ctx.call, ctx.saved_tensors
-        # Reset states are the last of rows; what comes before them has no gradient.
-        resets = len(rows_of(tensors[len(tensors) - call.rows :], call.flags).reset_states)
-        masks = tensors[len(tensors) - call.rows : len(tensors) - resets]
-        first = len(tensors) - call.rows
-        given = [*tensors[:first], *tensors[len(tensors) - resets :]]
+        from fused_rnn.formula import double_backward  # which needs this module
 
-        def results(given: Sequence[Tensor]) -> list[Tensor]:
-            dy, dlast, x, states, params, own = parts_of(given, *call[3:5], 1, *call[5:7])
-            dx, dstates, dparams = _differentiable(
-                call, dy[0] if dy else None, dlast, (x[0], states, params, [*masks, *own])
-            )
-            return [dx, *dstates, *dparams]
+        found = double_backward.gradients(ctx.call, ctx.saved_tensors, grads, ctx.needs_input_grad[1:])
+        return (None, *found, *[None] * ctx.saved)
 
-        needs = ctx.needs_input_grad[1:]
-        asked = [*needs[:first], *needs[len(tensors) - resets : len(tensors)]]
-        asked = [wanted and t.is_floating_point() and t.shape != (0,) for wanted, t in zip(asked, given, strict=True)]
-        found = differentiated(results, given, asked, grads)
-        flat = [t if wanted else None for t, wanted in zip(found, asked, strict=True)]
-        return (None, *flat[:first], *[None] * len(masks), *flat[first:], *[None] * ctx.saved)
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Any) -> tuple[Any, ...]:
+        from fused_rnn.formula import double_backward
+
+        return double_backward.tangents(ctx.call, ctx.saved_tensors, tangents)
 
 
 def _any(needs: Any) -> bool:
     return any(needs) if isinstance(needs, (list, tuple)) else bool(needs)
-
-
-def _differentiable(
-    call: _BackwardCall, dy: Tensor | None, dlast: Sequence[Tensor], arguments: tuple[Any, ...]
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The gradients as a differentiable function of everything they depend on: ``step`` in a loop, differentiated."""
-    x, states, params, rows = arguments
-    asked = [bool(call.flags & bit) for bit in (GRAD_X, GRAD_STATES, GRAD_PARAMS)]
-    cell, of_call = cell_of(call.cell), rows_with_values(rows_of(rows, call.flags), x, params[0].dtype)
-    given = [*states, *of_call.reset_states]
-    own, first = 1 + len(states), 1 + len(given)
-    recipe = Recipe(OWN_KIND, has_biases=bool(call.flags & BIASES), bidirectional=bool(call.flags & BIDIRECTIONAL))
-    recipe = recipe._replace(all_states=bool(call.flags & ALL_STATES))
-
-    def run(args: Sequence[Tensor]) -> list[Tensor]:
-        begin = list(args[1:own]) or [params[0].new_zeros(recipe.directions, x.shape[1], _hidden(cell, params))] * len(
-            cell.declaration.states
-        )
-        put = list(args[own:first])
-        given_rows = of_call._replace(reset_states=tuple(outputs_first(cell, put) if put else ()))
-        y, last = reference.layer(args[0], outputs_first(cell, begin), args[first:], given_rows, recipe, step_function(cell))
-        every = [state.transpose(0, 1).flatten(1) for state in last[len(begin) :]]  # [N, D*H], as the op gives them
-        return [y, *as_declared(cell, last[: len(begin)]), *every]
-
-    wanted = [asked[0], *[asked[1]] * len(given), *[asked[2]] * len(params)]
-    grads = differentiated(run, [x, *given, *params], wanted, [dy, *dlast])
-    return grads[0], grads[1:first], grads[first:]
 
 
 def _hidden(cell: Cell, params: Sequence[Tensor]) -> int:

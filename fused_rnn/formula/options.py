@@ -66,16 +66,16 @@ class Changed(Cell):
         taken = {*says.states, *(gate.name for gate in says.gates)}
         self._base, self._change = base, change
         self._zoned = tuple(
-            _unused(f"zoneout_{state}", taken) if flag else None
+            unused_name(f"zoneout_{state}", taken) if flag else None
             for state, flag in zip(says.states, change.flags or [False] * len(says.states), strict=True)
         )
-        self._factors = _unused("factors", taken) if change.drops else None
+        self._factors = unused_name("factors", taken) if change.drops else None
         given = [*filter(None, self._zoned), *filter(None, [self._factors])]
         self.gates = (*says.gates, *map(GivenGate, given))
         self.states = says.states
         self.output, self.recurrent = says.states[says.output], says.states[says.recurrent]
         if change.drops:
-            self.recurrent = _unused(f"dropped_{self.recurrent}", taken)
+            self.recurrent = unused_name(f"dropped_{self.recurrent}", taken)
             self.states = (*says.states, self.recurrent)
         self.unit_parameters, self.scalar_parameters, self.heads = dict(says.units), dict(says.scalars), says.heads
         self._tape: Tape | None = record(base) if any(clip is not None for clip in change.clips) else None
@@ -118,7 +118,7 @@ def _clamped(clips: Sequence[float | None], state: int, value: Any) -> Any:
     return value if clip is None else value.clamp(-clip, clip)
 
 
-def _unused(name: str, taken: set[str]) -> str:
+def unused_name(name: str, taken: set[str]) -> str:
     """The name, or one like it that nothing has; taken from now on."""
     found, number = name, 2
     while found in taken:

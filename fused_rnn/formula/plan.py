@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import networkx  # type: ignore[import-untyped]
 
 from fused_rnn.formula.graph import Graph, Value, leaves_of, ordered, users_of
-from fused_rnn.formula.language import Cell, Declaration
+from fused_rnn.formula.language import Cell, Declaration, GivenGate
 from fused_rnn.formula.trace import Traced, trace
 
 _SLOT = 100  # the price of a saved value; others relative to it, in integers
@@ -100,9 +100,10 @@ def make_plan(cell: Cell) -> Plan:
     """Traces the cell and plans its struct."""
     traced = trace(cell)
     says = cell.declaration
-    for gate in says.given_gates:  # nobody asks for their gradients
-        traced.gradients[f"x.{gate}"] = traced.graph.const(0)
-    merged = {gate.name for gate in says.gates if gate.input and gate.recurrent and _is_sum(traced, gate.name)}
+    for gate in says.gates:
+        if isinstance(gate, GivenGate) and not gate.differentiates:  # nobody asks for its gradient
+            traced.gradients[f"x.{gate.name}"] = traced.graph.const(0)
+    merged = sums_of(traced, says)
     traced = _with_sums(traced, merged)
     accumulators, slots = _accumulators(traced.graph, says, merged)
     gradients, input_gradients = _gradients(traced, says, merged)
@@ -141,6 +142,11 @@ def _levels(roots: Sequence[Value], prefix: str) -> tuple[int, ...]:
 
 
 # --- accumulators ---
+
+
+def sums_of(traced: Traced, says: Declaration) -> set[str]:
+    """The gates of which the step reads only the sum of both products."""
+    return {gate.name for gate in says.gates if gate.input and gate.recurrent and _is_sum(traced, gate.name)}
 
 
 def _is_sum(traced: Traced, gate: str) -> bool:

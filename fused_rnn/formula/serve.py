@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from fused_rnn import _backend, _settings
 from fused_rnn.formula import build, cuda_build, ops
+from fused_rnn.formula.alone import alone
+from fused_rnn.formula.language import Cell
 
 MOST_STATES, MOST_PHASES = 8, 12  # csrc/core/formula.h's kMostFormulaStates, kMostFormulaPhases
 
@@ -25,8 +26,10 @@ def why_not(formula: str, device_type: str, dtype: torch.dtype) -> _backend.Reas
         return _backend.Reason("forced", "backend 'reference' is forced")
     if device_type not in ("cpu", "cuda"):
         return _backend.Reason("formula:device", f"cells written as formulas have no kernels for {device_type!r} tensors")
-    demand = _backend.Demand(device_type, dtype, transformed=_backend.forward_mode())
-    reason = _backend.why_not(_backend.forced or device_type, demand)
+    refused = _why_no_tangents(cell, device_type, dtype) if _backend.forward_mode() else None
+    if refused is not None:
+        return refused
+    reason = _backend.why_not(_backend.forced or device_type, _backend.Demand(device_type, dtype))
     if reason is not None:
         return reason
     if len(cell.declaration.states) > MOST_STATES:
@@ -34,6 +37,22 @@ def why_not(formula: str, device_type: str, dtype: torch.dtype) -> _backend.Reas
     if len(cell.phases) > MOST_PHASES:
         return _backend.Reason(f"formula:{formula}", f"{name} has more than {MOST_PHASES} products and norms in its step")
     return _reasons.get((formula, dtype, device_type)) or _why_not_now(formula, device_type, dtype)
+
+
+def _why_no_tangents(cell: Cell, device_type: str, dtype: torch.dtype) -> _backend.Reason | None:
+    """None if forward-mode AD of a call that begins now can run on the kernels, else the reason."""
+    from fused_rnn.formula import second_order  # which needs this module
+
+    name, levels = type(cell).__name__, torch._C._functorch.get_interpreter_stack() or []
+    kinds = [level.key() for level in levels]
+    for kind, what in ((torch._C._functorch.TransformType.Jvp, "jvp"), (torch._C._functorch.TransformType.Grad, "grad")):
+        if kinds.count(kind) > 1:
+            text = f"forward-mode AD of {name} inside of two levels of torch.func.{what}: third derivatives are not compiled"
+            return _backend.Reason(f"formula:{name}:forward-mode:{what}", text)
+    why = second_order.why_not(cell, dtype)
+    if why is None and dtype == torch.float32 and torch.is_autocast_enabled(device_type):
+        why = "there are no tangents under autocast"
+    return None if why is None else _backend.Reason(f"formula:{name}:forward-mode", f"forward-mode AD of {name}: {why}")
 
 
 def _why_not_now(formula: str, device_type: str, dtype: torch.dtype) -> _backend.Reason | None:
@@ -65,7 +84,7 @@ def has_kernels(formula: str, device_type: str, dtype: torch.dtype) -> bool:
     reason = why_not(formula, device_type, dtype)
     if reason is None:
         try:
-            _prepare(formula, device_type, dtype)
+            prepare(formula, device_type, dtype)
             return True
         except build.BuildError as error:
             name = type(ops.cell_of(formula)).__name__
@@ -88,29 +107,22 @@ def _setting_of(device_type: str) -> str:
     return ", ".join((device_type, *cuda_build.persistent_families()))
 
 
-def _reaches_other_calls() -> bool:
-    """Whether what the thread has on (transforms, hooks of saved tensors, which activation checkpointing sets, modes and
-    tracers) would reach what traces and compares here. A thread of its own has nothing on."""
-    return (
-        _backend.is_transformed()
-        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )
+def prepare(formula: str, device_type: str, dtype: torch.dtype) -> None:
+    """Makes the kernels of a cell ready.
+
+    Raises:
+        BuildError: they cannot be made.
+        RuntimeError: they are there, but disagree with ``step``.
+    """
+    key = (formula, dtype, _setting_of(device_type))
+    if key not in _ready:
+        alone(_prepare, formula, device_type, dtype)
+        _ready.add(key)
 
 
 def _prepare(formula: str, device_type: str, dtype: torch.dtype) -> None:
-    key = (formula, dtype, _setting_of(device_type))
-    if key in _ready:
-        return
-    if _reaches_other_calls():
-        with ThreadPoolExecutor(1) as thread:
-            thread.submit(_prepare, formula, device_type, dtype).result()
-    else:
-        with _lock:
-            if device_type == "cpu":
-                build.prepare(formula, dtype)
-            else:
-                cuda_build.prepare(formula, dtype)
-        _ready.add(key)
+    with _lock:
+        if device_type == "cpu":
+            build.prepare(formula, dtype)
+        else:
+            cuda_build.prepare(formula, dtype)

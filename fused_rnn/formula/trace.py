@@ -169,7 +169,17 @@ _SAME = {
 }
 _SIXTH = 0.1666666716337204  # float32's, which torch's derivative of hardsigmoid has in float64 too
 _PASS_ON = frozenset({"detach", "alias", "clone", "_to_copy", "lift_fresh_copy", "expand", "view_of", "to"})
-_NUMBERS = {"zeros_like": 0.0, "ones_like": 1.0, "new_zeros": 0.0, "new_ones": 1.0, "zeros": 0.0, "ones": 1.0}
+# Empty memory is written before it is read: by copy_, in second derivatives.
+_NUMBERS = {
+    "empty_permuted": 0.0,
+    "_efficientzerotensor": 0.0,
+    "zeros_like": 0.0,
+    "ones_like": 1.0,
+    "new_zeros": 0.0,
+    "new_ones": 1.0,
+    "zeros": 0.0,
+    "ones": 1.0,
+}
 
 
 class _Reader:
@@ -210,6 +220,8 @@ class _Reader:
 
     def operation(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> Value:
         make, const = self.graph.make, self.graph.const
+        if name.removesuffix("_") in ("add", "sub", "rsub", "mul", "div", "neg"):  # second derivatives count with masks
+            args = [self.as_number(arg) for arg in args]
         if name in _SAME:
             return make(_SAME[name], *args)
         if name in _PASS_ON:
@@ -218,10 +230,18 @@ class _Reader:
         if name in _NUMBERS:
             return const(_NUMBERS[name])
         match name, args:
+            case (("add_" | "sub_" | "mul_" | "div_"), _):  # what is read later is the result: make_fx has made sure
+                return self.operation(name.removesuffix("_"), args, kwargs)
             case (("add" | "sub" | "rsub"), [a, b, *alpha]):
                 factor = alpha[0] if alpha else const(kwargs.get("alpha", 1))
                 scaled = make("mul", b, factor)
                 return make("sub", b, make("mul", a, factor)) if name == "rsub" else make(name, a, scaled)
+            case "copy_", [_, a]:
+                value = a
+                return value
+            case "cosh", [a]:
+                grows = make("exp", a)
+                return make("mul", make("add", grows, make("div", const(1), grows)), const(0.5))
             case "reciprocal", [a]:
                 return make("div", const(1), a)
             case "pow", [a, Value(op="const", number=number)]:
@@ -252,6 +272,12 @@ class _Reader:
                 inside = make("and", make("gt", a, const(-3)), make("lt", a, const(3)))
                 return make("where", inside, make("mul", d, const(_SIXTH)), const(0))
         raise NotImplementedError(f"no C++ for torch's operation aten.{name} with {len(args)} arguments")
+
+    def as_number(self, arg: Any) -> Any:
+        """A mask as 1 or 0; anything else as it is."""
+        if not (isinstance(arg, Value) and arg.is_mask):
+            return arg
+        return self.graph.make("where", arg, self.graph.const(1), self.graph.const(0))
 
     def power(self, a: Value, exponent: float) -> Value:
         """a to an exponent that torch's derivatives and decompositions have."""

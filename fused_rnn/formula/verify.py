@@ -11,7 +11,7 @@ from fused_rnn import reference
 from fused_rnn._backend import extension
 from fused_rnn._recipe import Recipe, Rows, StepOptions
 from fused_rnn.formula import ops
-from fused_rnn.formula.language import Cell
+from fused_rnn.formula.language import Cell, GivenGate
 from fused_rnn.formula.parameters import OWN_KIND, as_declared, outputs_first, specs_of, step_function
 
 # What a result may differ by, relative to the largest number of its tensor and at least to _LEAST. The worst of the zoo and
@@ -63,24 +63,31 @@ def check_kernels(
         states = [made(2, batch, hidden) for _ in cell.declaration.states]
         given = made(2, steps * batch, len(cell.declaration.given_gates), hidden)
         inputs = [made(steps, batch, _I), *states, *(made(*spec.shape) for _ in range(2) for spec in specs)]
+        parameters = len(inputs)
+        numbers = sum(isinstance(gate, GivenGate) and gate.differentiates for gate in cell.declaration.gates)
+        if numbers:
+            inputs.append(given[:, :, :numbers])
         weights = [made(steps, batch, 2 * hidden), *(made(2, batch, hidden) for _ in states)]
         names = ["input", *cell.declaration.states, *(spec.name + suffix for suffix in ("", "_reverse") for spec in specs)]
+        names += ["values"] * bool(numbers)
         recipe = Recipe(OWN_KIND, bidirectional=True)
         count = len(states)
 
-        def rows(like: Tensor) -> Rows:
-            """With flags for gates that are given."""
-            flags = (given > 0).to(like.dtype).to(like.device)
-            return Rows(options=StepOptions(values=flags)) if flags.numel() else Rows()
+        def rows(leaves: Sequence[Tensor]) -> Rows:
+            """With numbers for gates that are given and have gradients, which are leaves, and flags for the others."""
+            flags = (given[:, :, numbers:] > 0).to(leaves[0].dtype).to(leaves[0].device)
+            values = torch.cat([leaves[parameters], flags], 2) if numbers else flags
+            return Rows(options=StepOptions(values=values)) if values.numel() else Rows()
 
         def ours(leaves: Sequence[Tensor]) -> list[Tensor]:
-            y, last = ops.layer(formula, leaves[0], leaves[1 : 1 + count], leaves[1 + count :], rows(leaves[0]), recipe)
+            own = leaves[1 + count : parameters]
+            y, last = ops.layer(formula, leaves[0], leaves[1 : 1 + count], own, rows(leaves), recipe)
             return [y, *last]
 
         def theirs(leaves: Sequence[Tensor]) -> list[Tensor]:
             first = outputs_first(cell, leaves[1 : 1 + count])
-            of_call = rows(leaves[0])
-            y, last = reference.layer(leaves[0], first, leaves[1 + count :], of_call, recipe, step_function(cell))
+            own = leaves[1 + count : parameters]
+            y, last = reference.layer(leaves[0], first, own, rows(leaves), recipe, step_function(cell))
             return [y, *as_declared(cell, last)]
 
         place = torch.device("cpu") if device is None else device

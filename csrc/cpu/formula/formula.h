@@ -62,6 +62,9 @@ struct FormulaBackward : FormulaParams {
   const void* d_last[kMostFormulaStates];  // [D, B, H] or null (zeros)
   // [N, D * H] or null (zeros): gradients of states after each step beside what passes through the steps; of the output: dy.
   const void* d_series[kMostFormulaStates];
+  // [D, N, added_blocks, H] or null (zeros): gradients of the products from elsewhere, in the order of d's first S blocks.
+  const void* d_added;
+  int64_t added_blocks;
   void* d;                             // [D, N, S + U + Q, H] out; 0 at inactive rows
   void* d_states[kMostFormulaStates];  // [D, B, H] out, or null where nobody asks
   // [D, N, H] out at rows that are reset: gradients of the states that their step begins from, of the recurrent one less

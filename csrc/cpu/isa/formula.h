@@ -34,6 +34,7 @@ struct FormulaBackwardRow {
   const void* v[kMostFormulaPhases];       // [H] storage
   const void* saved;                       // [K, H] storage
   const void* dy;                          // [H] storage
+  const void* d_added;                     // [S, H] storage, or null: gradients of products from elsewhere
   const A* rec;                            // [heads][..] gradient of the recurrent state through the weights
   A* d_states[kMostFormulaStates];         // [H] gradients of the states after the step in, before the step out
   A* d_ph[kMostFormulaPhases];             // [H] gradient of a phase's result
@@ -81,7 +82,7 @@ struct FormulaKernels {
 };
 
 // Set anew with every change of the types above.
-constexpr int kFormulaVersion = 4;
+constexpr int kFormulaVersion = 5;
 
 struct FormulaLibrary {
   int version;  // kFormulaVersion

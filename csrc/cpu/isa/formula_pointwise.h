@@ -198,6 +198,9 @@ struct FormulaStep {
     Backward in = load_backward(call, row, item, C::kBackwardLevels);
     V d[C::kSlots], d_parameters[kParameters];
     call_backward<C>(in, d, d_parameters);
+    for (int s = 0; row.d_added && s < C::kSlots; ++s) {
+      d[s] = d[s] + load_stored<V, Storage>(row.d_added, s * call.H + unit, item.lanes);
+    }
     for (int s = 0; s < C::kSlots; ++s) store_stored<V, Storage>(d[s], row.d, s * call.H + unit, item.lanes);
     for (int i = 0; i < C::kParameters; ++i) {
       store_stored<V, Storage>(d_parameters[i], row.d, (C::kSlots + i) * call.H + unit, item.lanes);
