@@ -26,12 +26,17 @@ def outcome(library: Path, work: Callable[[Simulator], None], limit: int = LIMIT
 
     limit: seconds of processor time.
     """
+    return outcome_of(lambda: work(Simulator(library)), limit)
+
+
+def outcome_of(run: Callable[[], None], limit: int = LIMIT) -> str:
+    """What a run raises, in a process of its own; "" when all is well."""
     receive, send = multiprocessing.Pipe(duplex=False)
 
     def child() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
         try:
-            work(Simulator(library))
+            run()
             send.send("")
         except (AssertionError, RuntimeError) as error:
             send.send(f"{type(error).__name__}: {error}".splitlines()[0][:200])

@@ -6,6 +6,7 @@
 
 #include "capi.h"
 #include "cuda/backend.h"
+#include "cuda/library_product.h"
 #include "device.h"
 #include "plan/overlap.h"
 
@@ -73,6 +74,8 @@ extern "C" int simt_plan_for(const Problem* problem, int number, const char* cho
   last = &plan;
   return static_cast<int>(plan.family);
 }
+// Who makes the products of family `gemm`, in place of benchmarks/torch_free/plain_product.cu.
+extern "C" void simt_set_library_product(cuda::LibraryProductFunction function) { cuda::set_library_product(function); }
 extern "C" void simt_free_plan(Plan* plan) { delete plan; }
 extern "C" void simt_problem_forward(const ForwardParams* params, Problem* problem) { *problem = cuda::problem_of(*params); }
 extern "C" void simt_problem_backward(const BackwardParams* params, Problem* problem) {

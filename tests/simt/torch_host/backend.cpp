@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "core/recent.h"
+#include "cublas.h"
 
 namespace fused_rnn::cuda {
 namespace {
@@ -78,6 +79,7 @@ void launch(const Plan& plan) {
 
 void check(int status) {
   if (status == 0) return;
+  rethrow_of_product();
   const auto text = [](const char* name) { return std::string(simulator<const char*()>(name)()); };
   throw std::runtime_error(text("simt_kind") + ": " + text("simt_message"));
 }

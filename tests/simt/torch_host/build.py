@@ -17,10 +17,10 @@ sys.path.insert(0, str(builder.ROOT / "build_support"))
 from unity import united  # noqa: E402
 
 # Files of csrc that have another of their name here: the ops for CUDA tensors are then those for CPU tensors.
-# gemm_cuda.cpp has none: the simulator has a product of its own (benchmarks/torch_free/plain_product.cu).
-REPLACED = ("torch/device.h", "torch/gemm_cuda.cpp", "torch/ops_cpu.cpp", "torch/tf32_cuda.cpp", "cuda/formula/driver.cpp")
+REPLACED = ("torch/device.h", "torch/ops_cpu.cpp", "cuda/formula/driver.cpp")
+CUBLAS = HERE.parent / "kernels" / "cublas.cu"  # the products of cublas.cpp
 # Files of this folder that include torch's headers: compiled together with those of csrc/torch.
-WITH_TORCH = ("cudnn.cpp", "ops_cpu.cpp", "tf32_cuda.cpp")
+WITH_TORCH = ("cublas.cpp", "cudnn.cpp", "ops_cpu.cpp")
 
 
 def formula_source() -> Path:
@@ -54,7 +54,7 @@ def load() -> ModuleType:
         left.unlink()  # of sources that were there when the copy was made before
     formula = formula_source()
     scan = builder.ROOT / "csrc" / "cuda" / "formula" / "scan.cpp"
-    os.environ["FUSED_RNN_SIMT_LIBRARY"] = str(builder.build(more=[formula], host=[scan]))
+    os.environ["FUSED_RNN_SIMT_LIBRARY"] = str(builder.build(more=[formula, CUBLAS], host=[scan]))
     # Torch's headers of these names, which want CUDA's, come later on the include path.
     shutil.copytree(HERE / "include", folder / "include", dirs_exist_ok=True, copy_function=_copy_if_changed)
     from torch.utils import cpp_extension

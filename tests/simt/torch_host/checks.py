@@ -255,7 +255,7 @@ def tf32_products() -> int:
 
 
 @pytest.mark.parametrize("overlap", ["0", "3"])
-@pytest.mark.parametrize("family", ["step", "grid", "cluster"])
+@pytest.mark.parametrize("family", ["step", "grid", "cluster", "gemm"])
 @pytest.mark.parametrize("case", [c for c in cases() if c.dtype == torch.float32 and c.cell != "RNN_RELU"], ids=str)
 def test_products_follow_the_recurrent_switch(
     case: Case, family: str, overlap: str, setting: Setting, recurrent_switch: Callable[[str], None]
@@ -264,8 +264,10 @@ def test_products_follow_the_recurrent_switch(
 
     Not for a relu, whose derivative jumps where TF32 changes the sign of an argument.
     """
-    if case.proj and family != "step":
+    if case.proj and family not in ("step", "gemm"):
         pytest.skip("needs a family that has such a layer")
+    if overlap != "0" and family == "gemm":
+        pytest.skip("needs a family whose layers overlap")
     setting("FUSED_RNN_PLAN", family)
     setting("FUSED_RNN_OVERLAP", overlap)
     data = make_data(case)
@@ -387,6 +389,29 @@ except RuntimeError as error:
     assert "no kernel family can serve this layer" in str(error) and "step the device does not take" in str(error)
 else:
     raise AssertionError("expected an error")
+""")
+
+
+@pytest.mark.parametrize("status", [15, 8, 13])  # of cuBLAS: not supported, architecture mismatch, execution failed
+def test_products_that_cublas_refuses(status: int) -> None:
+    """The next family serves what the device's cuBLAS lacks, unless gemm is forced; another failure is an error."""
+    in_process_of_its_own(f"""
+import pytest
+library.torch_host_cublas({status}, 9)
+text = "CUDA error: cuBLAS status 13" if {status} == 13 else "cuBLAS has no such product for the device"
+with _settings.use("FUSED_RNN_PLAN", "gemm"), pytest.raises(RuntimeError, match=text):
+    check(lstm)
+number = 1 + list(EXTENSION.families).index("gemm")
+recipe = fused_rnn._recipe.Recipe(fused_rnn._kinds.NUMBER_OF_MODE["LSTM"], num_layers=2, family=number).packed
+x, weights = torch.randn(6, 3, 4), [p.detach() for p in lstm.parameters()]
+if {status} == 13:
+    with pytest.raises(RuntimeError, match=text):
+        EXTENSION.rnn(x, [], weights, [], recipe, 0.0)
+else:
+    with pytest.warns(UserWarning, match="kernel family gemm does not serve on device .* any more, .*no such product"):
+        y = EXTENSION.rnn(x, [], weights, [], recipe, 0.0)[0]
+    with use_backend("reference"):
+        assert (y - lstm(x)[0]).abs().max() < 1e-5
 """)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import os
 import sys
 import types
 import warnings
@@ -110,7 +109,7 @@ def test_reset_states_and_every_state(cell: str, kind: str, form: str) -> None:
 
 def products() -> int:
     """How many matrix products family `gemm` has asked for."""
-    return ctypes.CDLL(os.environ["FUSED_RNN_SIMT_LIBRARY"]).torch_free_products()
+    return ctypes.CDLL(EXTENSION.__file__).torch_host_library_products()
 
 
 @pytest.mark.parametrize(("cell", "option"), PAIRS)
