@@ -1,4 +1,4 @@
-// The products of the stand-in for cuBLAS on the simulated device, which checks each access: that it lies inside of a buffer,
+// The products of the stand-in for cuBLAS on the simulated device, which checks that each access lies inside of a buffer,
 // is aligned, and is ordered with those of other kernels.
 //
 // A thread makes one element of C in double; nothing is shared between threads.

@@ -1,5 +1,5 @@
-// The products by cuBLAS of csrc/torch, alone, for ctypes: gemm_cuda.cpp's and tf32_cuda.cpp's, against torch_host's stand-in
-// for cuBLAS. Memory is the simulated device's.
+// The products by cuBLAS of csrc/torch, alone, for ctypes: those of gemm_cuda.cpp and tf32_cuda.cpp, against the stand-in
+// for cuBLAS of torch_host. Memory is the simulated device's.
 #include <ATen/ops/from_blob.h>
 
 #include <string>

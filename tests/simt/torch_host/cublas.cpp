@@ -1,6 +1,6 @@
 // Stand-in for cuBLAS: csrc/torch/gemm_cuda.cpp and tf32_cuda.cpp run unchanged against it. It follows the contract of
-// cublasGemmEx in NVIDIA's documentation: what it refuses and with which status, matrices column by column, alpha and beta in
-// the type that the computation scales by, C not read where beta is 0. The product itself runs on the simulated device
+// cublasGemmEx in NVIDIA's documentation: what it refuses and with which status, matrices column by column, alpha and beta
+// in the type that the computation scales by, C not read where beta is 0. The product itself runs on the simulated device
 // (../kernels/cublas.cu), in double, behind what was launched before. What cuBLAS itself does is left to a GPU.
 #include "cublas.h"
 

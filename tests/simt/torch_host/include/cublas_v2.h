@@ -1,5 +1,5 @@
-// Stand-in for cuBLAS's header: what csrc/torch uses of it, and what ../cublas.cpp tells apart. Names and contract are those of
-// NVIDIA's documentation of cuBLAS.
+// Stand-in for cuBLAS's header: what csrc/torch uses of it, and what ../cublas.cpp tells apart. Names and contract are
+// those of NVIDIA's documentation of cuBLAS.
 #pragma once
 #include <cstdint>
 
