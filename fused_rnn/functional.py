@@ -220,7 +220,7 @@ def run_rnn(
     dual = forward_mode() and not _lowered(device_type, dtype)
     dual = dual and _tangents.serves(input, len(weights) // recipe.num_layers // recipe.directions, rows, recipe)
     by_ops = not for_onnx and uses_ops(device_type, dtype, device, dual)
-    if _proofs.NEEDED and by_ops and not torch.compiler.is_compiling():
+    if _proofs.NEEDED and by_ops and (rows is not _ALL_ROWS or recipe.all_states) and not torch.compiler.is_compiling():
         by_ops = _proofs.serve(input, rows, recipe)
     checkpointed = checkpoint and by_ops and _checkpoint.applies(input, states, weights, rows)
     if by_ops and not checkpointed:

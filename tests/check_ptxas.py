@@ -164,8 +164,14 @@ def parse_build(log: str, arch: str) -> list[tuple[str, int, int, int, int, int]
     return rows
 
 
+def group_of(kernel: str) -> str:
+    """Its family or role, and its cell: what comes before the arithmetic, the tile and the like."""
+    words = kernel.split()
+    return " ".join(words[: next((i for i, word in enumerate(words) if word in MATHS or word.isdigit()), len(words))])
+
+
 def markdown(table: Table, archs: list[str], nvcc: str) -> str:
-    """The table of registers for a file of results."""
+    """A table for a file of results: of the kernels of each role and cell the most registers."""
     release = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout.split("release ")[1]
     source = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False)
     dirty = subprocess.run(["git", "status", "--porcelain", "csrc"], capture_output=True, text=True, cwd=ROOT, check=False)
@@ -173,21 +179,27 @@ def markdown(table: Table, archs: list[str], nvcc: str) -> str:
     spilled = sum(numbers[-1] for columns in table.values() for numbers in columns.values())
     count = sum(len(columns) for columns in table.values())
     lines = [
-        "# Registers of every CUDA kernel, as ptxas reports them\n",
+        "# Registers of the CUDA kernels, as ptxas reports them\n",
         f"`tests/check_ptxas.py --table`, {datetime.date.today().isoformat()}, nvcc {release.split(',')[0]}, commit "
         f"{commit}: {len(table)} kernels, {count} compilations, {spilled} bytes spilled, "
-        f"{max((n[0] for c in table.values() for n in c.values()), default=0)} registers at most. [bytes] is a stack, `s` "
-        "static shared memory, where there is any; dynamic shared memory is the plan's. `-`: there is no such family.\n",
-        "| kernel | " + " | ".join(archs) + " |",
-        "|---" * (len(archs) + 1) + "|",
+        f"{max((n[0] for c in table.values() for n in c.values()), default=0)} registers at most. A row has the kernels of "
+        "a role and a cell, or of a family, a pass and a cell, over all kinds of arithmetic and tiles: the most registers "
+        "of any. [bytes] is the largest stack, `s` static shared memory, where there is any; dynamic shared memory is the "
+        "plan's. `-`: there is no such family. The program prints every kernel.\n",
+        "| kernels | number | " + " | ".join(archs) + " |",
+        "|---" * (len(archs) + 2) + "|",
     ]
+    groups: dict[str, list[dict[str, tuple[int, ...]]]] = {}
     for name, columns in sorted(table.items()):
+        groups.setdefault(group_of(name), []).append(columns)
+    for name, kernels in groups.items():
         cells = []
         for arch in archs:
-            registers, _, static, stack, spills = columns.get(arch, (0, 0, 0, 0, 0))
+            here = [columns[arch] for columns in kernels if arch in columns]
+            registers, _, static, stack, spills = (max(numbers) for numbers in zip(*here, strict=True)) if here else [0] * 5
             text = f"{registers}" + f" [{stack}]" * (stack > 0) + f" s{static}" * (static > 0)
-            cells.append(text + f" **spills {spills}**" * (spills > 0) if arch in columns else "-")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            cells.append(text + f" **spills {spills}**" * (spills > 0) if here else "-")
+        lines.append(f"| {name} | {len(kernels)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -312,7 +312,8 @@ LayerChoice chosen_for_layer(const Call& layer, bool training) {
   const FamilyChoice setting = family_setting();
   Question q{};
   if (layer.recipe.family || setting.forced || setting.cheapest) return choice;
-  const unsigned features = features_of(layer);
+  unsigned features = features_of(layer);
+  if (!training) features &= ~kEveryC;  // which other kernels give
   if (features & ~kProjection) prove(features, static_cast<int>(layer.x.get_device()));
   if (!measure(layer, q)) return choice;
   q.training = training;

@@ -200,8 +200,8 @@ def _data(case: Case, device: str) -> _Data:
         leaves += [uniform(directions, 1, size) for size in of_states]
     options = StepOptions()
     if "zoneout" in case.options:
-        kept: list[Any] = [flags(directions, count, case.H, share=0.3) if not case.P else None, 0.25 if kind.has_c else None]
-        options = options._replace(zoneout_h=kept[0], zoneout_c=kept[1])
+        of_c = 0.25 if kind.has_c else None  # a share of the unit's value, where h keeps it or not
+        options = options._replace(zoneout_h=flags(directions, count, case.H, share=0.3), zoneout_c=of_c)
     if "recurrent_dropout" in case.options:
         factors = [2.0 * flags(directions, case.B, size, share=0.5) for size in (out, case.H)]
         of_candidate = factors[1].to(case.dtype) if kind.has_gates else None
