@@ -74,6 +74,7 @@ void gemm_tile(const GemmCall<typename V::Scalar>& call) {
       for (; k + kRounds <= call.depth; k += kRounds) {
         __builtin_prefetch(next, 0, 2);
         next += fetch * kRounds;
+#pragma GCC unroll 1
         for (int i = 0; i < kRounds; ++i) multiply(k + i);
       }
     };
