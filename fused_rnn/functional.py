@@ -17,7 +17,7 @@ from torch._C import _get_tracing_state, _has_torch_function_variadic
 from torch.compiler import is_exporting
 from torch.nn import Parameter
 
-from fused_rnn import _checkpoint, _checks, _dtensor, _extras, _ids, _onnx, _ops, _proofs, _tangents, reference
+from fused_rnn import _checkpoint, _checks, _dtensor, _extras, _ids, _onnx, _ops, _tangents, reference
 from fused_rnn._backend import forward_mode, uses_ops
 from fused_rnn._extras import Extras
 from fused_rnn._kinds import GRU, LSTM
@@ -220,8 +220,6 @@ def run_rnn(
     dual = forward_mode() and not _lowered(device_type, dtype)
     dual = dual and _tangents.serves(input, len(weights) // recipe.num_layers // recipe.directions, rows, recipe)
     by_ops = not for_onnx and uses_ops(device_type, dtype, device, dual)
-    if _proofs.NEEDED and by_ops and (rows is not _ALL_ROWS or recipe.all_states) and not torch.compiler.is_compiling():
-        by_ops = _proofs.serve(input, rows, recipe)
     checkpointed = checkpoint and by_ops and _checkpoint.applies(input, states, weights, rows)
     if by_ops and not checkpointed:
         # Modes see the op's call, and so do subclasses, wherever in it they are.

@@ -6,7 +6,7 @@ import itertools
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,13 +31,11 @@ class Verified:
         """outcome: of a verification that is waited for."""
         self.states = {name: states.get(name, State.VERIFIED) for name in NAMES}
         self.outcomes = dict.fromkeys(NAMES, outcome)
-        self.lacks: dict[str, list[str]] = {name: [] for name in NAMES}  # features that they have failed
         self.requested: list[str] = []
         self.awaited: list[str] = []
 
-    def state(self, family: str, features: Sequence[str] = ()) -> State:
-        state = self.states[family]
-        return State.EXCLUDED if state is State.VERIFIED and {*self.lacks[family]} & {*features} else state
+    def state(self, family: str) -> State:
+        return self.states[family]
 
     def request(self, family: str) -> State:
         if self.states[family] is State.UNKNOWN:

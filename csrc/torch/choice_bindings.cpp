@@ -2,18 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <iterator>
-#include <map>
-
 #include "plan/family.h"
-#include "plan/features.h"
 #ifdef FUSED_RNN_WITH_CUDA
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "torch/choice_cuda.h"
-#include "torch/device.h"
 #include "torch/families_cuda.h"
+#include "torch/second_order.h"
 #endif
 
 namespace fused_rnn {
@@ -22,24 +17,6 @@ namespace {
 namespace py = pybind11;
 
 #ifdef FUSED_RNN_WITH_CUDA
-
-std::vector<std::string> names_of(unsigned features) {
-  std::vector<std::string> names;
-  for (int i = 0; i < kFeatures; ++i) {
-    if (features >> i & 1) names.emplace_back(kFeatureNames[i]);
-  }
-  return names;
-}
-
-unsigned features_named(const std::vector<std::string>& names) {
-  unsigned features = 0;
-  for (const std::string& name : names) {
-    const auto* const found = std::find(std::begin(kFeatureNames), std::end(kFeatureNames), name);
-    if (found == std::end(kFeatureNames)) throw py::value_error("features: expected names of features, got " + name);
-    features |= 1u << (found - std::begin(kFeatureNames));
-  }
-  return features;
-}
 
 py::object wrap(const Tensor& t) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(t)); }
 
@@ -58,8 +35,7 @@ py::dict to_dict(const Question& q) {
                   arg("tf32") = p.allow_tf32, arg("T") = p.T, arg("B") = p.B, arg("I") = p.I, arg("H") = p.H, arg("P") = p.P,
                   arg("layers") = q.layers, arg("directions") = p.D, arg("training") = q.training, arg("rows") = q.rows,
                   arg("device") = q.device, arg("cudnn") = q.cudnn, arg("ours") = ours, arg("may_time") = q.may_time,
-                  arg("deterministic") = q.deterministic, arg("one_step") = q.one_step,
-                  arg("features") = names_of(q.features));
+                  arg("deterministic") = q.deterministic, arg("one_step") = q.one_step);
 }
 
 // The arguments of the op that the call came by.
@@ -115,27 +91,9 @@ void bind_choice(py::module_& m) {
         exclude_families(families, device);
       },
       py::arg("families"), py::arg("device"), "Those that do not serve on the device, having failed their verification.");
-  m.def(
-      "exclude_features",
-      [](const std::map<std::string, std::vector<std::string>>& given, int device) {
-        std::vector<std::pair<Family, unsigned>> features;
-        for (const auto& [name, without] : given) features.emplace_back(*parse_choice(name).forced, features_named(without));
-        exclude_features(features, device);
-      },
-      py::arg("features"), py::arg("device"), "Of each family those that it does not serve on the device.");
-  m.def(
-      "features_are_proven",
-      [](const std::vector<std::string>& names, int device) { features_are_proven(features_named(names), device); },
-      py::arg("features"), py::arg("device"), "From now on kernels of calls with these features serve on the device.");
-  m.def(
-      "features_serve",
-      [](const py::object& x, const std::vector<std::string>& names) {
-        const Tensor& tensor = THPVariable_Unpack(x.ptr());
-        return !is_on_device(tensor) || features_serve(features_named(names), static_cast<int>(tensor.get_device()));
-      },
-      py::arg("x"), py::arg("features"), "Whether they do, on the device of x.");
+  m.def("second_order_is_proven", &second_order_is_proven, py::arg("device"),
+        "From now on the kernels' second derivatives and tangents serve on the device.");
 #endif
-  m.attr("features") = std::vector<std::string>(std::begin(kFeatureNames), std::end(kFeatureNames));
   std::vector<std::string> names;
   for (Family family : kFamilies) names.emplace_back(to_string(family));
   m.attr("families") = names;

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -93,26 +92,8 @@ int64_t next_power(int64_t number) {
   return power;
 }
 
-// Which features the chooser has been asked to prove, by device.
-std::array<std::atomic<unsigned>, 128> asked{};
-void forget_asked() {
-  for (auto& features : asked) features = 0;
-}
-
-// Has kernels proven that calls with these features need, where nobody has been asked to.
-void prove(unsigned features, int device) {
-  if (features_serve(features, device)) return;
-  const unsigned before = asked.at(std::max(device, 0)).fetch_or(features);
-  const auto chooser = choices().chooser();
-  if (!chooser || !(features & ~before)) return;
-  Question q{};
-  q.device = device;
-  q.features = features;
-  (*chooser)(q);
-}
-
 // Sizes of a call whose layout is not checked yet: false where they are no call's, or where there is nothing to choose, as
-// nothing compares families on modified steps, nor on ids.
+// nothing compares families on modified steps.
 bool measure(const Call& s, Question& q) {
   Problem& p = q.problem;
   const bool packed = s.rows.offsets.has_value();
@@ -268,15 +249,9 @@ bool is_seen(const Call& s) {
 
 }  // namespace
 
-void set_chooser(Chooser chooser) {
-  forget_asked();
-  choices().set_chooser(std::move(chooser));
-}
+void set_chooser(Chooser chooser) { choices().set_chooser(std::move(chooser)); }
 bool has_chooser() { return choices().chooser() != nullptr; }
-void forget_choices() {
-  forget_asked();
-  choices().clear();
-}
+void forget_choices() { choices().clear(); }
 
 Results run_chosen(const Call& s, const std::function<Results(const Call&)>& rest) {
   const FamilyChoice setting = family_setting();
@@ -311,11 +286,7 @@ LayerChoice chosen_for_layer(const Call& layer, bool training) {
   LayerChoice choice{layer.recipe, std::nullopt};
   const FamilyChoice setting = family_setting();
   Question q{};
-  if (layer.recipe.family || setting.forced || setting.cheapest) return choice;
-  unsigned features = features_of(layer);
-  if (!training) features &= ~kEveryC;  // which other kernels give
-  if (features & ~kProjection) prove(features, static_cast<int>(layer.x.get_device()));
-  if (!measure(layer, q)) return choice;
+  if (layer.recipe.family || setting.forced || setting.cheapest || !measure(layer, q)) return choice;
   q.training = training;
   q.cudnn = !training && is_plain_call(layer) && cudnn_lacks(layer).empty() && cudnn_fits(layer);
   std::optional<Family> family = ask(layer, q).family;

@@ -23,8 +23,6 @@ struct Question {
   bool may_time;             // neither captured, nor seen by modes and tracing
   bool deterministic;        // torch.use_deterministic_algorithms
 
-  unsigned features;  // if not 0 nothing is asked but that they be proven on the device (families_cuda.h)
-
   const Call* call;  // null: an answer for one layer of a call that others see, without results
 };
 

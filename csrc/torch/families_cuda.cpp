@@ -6,7 +6,6 @@
 #include <array>
 #include <atomic>
 
-#include "torch/choice_cuda.h"
 #include "torch/settings.h"
 
 namespace fused_rnn {
@@ -15,8 +14,6 @@ namespace {
 // By device: a bit for each family.
 using Families = std::array<std::atomic<unsigned>, 128>;
 Families refused{}, excluded{};
-std::array<Families, kFeatures> excluded_with{};  // by feature
-std::array<std::atomic<unsigned>, 128> proven{};  // by device: a bit for each feature
 
 // -1: the simulated device's tensors are those of a CPU.
 std::atomic<unsigned>& of_device(Families& families, int device) { return families.at(device < 0 ? 0 : device); }
@@ -30,7 +27,7 @@ bool captures_without_cooperative_launches() {
   return is_captured() && !cuda::conditional_graphs_take_cooperative_launches();
 }
 
-FamilyChoice family_choice(int device, const Recipe& recipe, unsigned features) {
+FamilyChoice family_choice(int device, const Recipe& recipe) {
   FamilyChoice choice = family_setting();
   choice.preferred = family_of(recipe);
   for (std::optional<Family>* one : {&choice.forced, &choice.preferred}) {
@@ -38,9 +35,6 @@ FamilyChoice family_choice(int device, const Recipe& recipe, unsigned features) 
   }
   choice.refused = of_device(refused, device);
   choice.excluded = of_device(excluded, device);
-  for (int i = 0; i < kFeatures; ++i) {
-    if (features >> i & 1) choice.excluded |= of_device(excluded_with[i], device);
-  }
   if (captures_without_cooperative_launches()) choice.refused |= bit_of(Family::kGrid);
   return choice;
 }
@@ -59,36 +53,6 @@ void exclude_families(const std::vector<Family>& families, int device) {
   unsigned bits = 0;
   for (Family family : families) bits |= bit_of(family);
   of_device(excluded, device) = bits;
-}
-
-void exclude_features(const std::vector<std::pair<Family, unsigned>>& features, int device) {
-  for (int i = 0; i < kFeatures; ++i) {
-    unsigned bits = 0;
-    for (const auto& [family, without] : features) bits |= (without >> i & 1) ? bit_of(family) : 0;
-    of_device(excluded_with[i], device) = bits;
-  }
-}
-
-unsigned features_of(const Call& call) {
-  const StepOptions& o = call.rows.options;
-  const CellTraits cell = traits_of(call.recipe.cell);
-  const size_t groups = call.recipe.num_layers * call.recipe.directions();
-  unsigned features = 0;
-  if (cell.may_project && call.params.size() == groups * (call.recipe.has_biases ? 5 : 3)) features |= kProjection;
-  if (o.zoneout_h || o.zoneout_c) features |= kZoneout;
-  if (o.product || o.candidate) features |= kRecurrentDropout;
-  if (o.clip) features |= kStateClip;
-  if (!call.rows.reset_states.empty()) features |= kResetState;
-  if (call.recipe.all_states && cell.has_c) features |= kEveryC;
-  return features;
-}
-
-void features_are_proven(unsigned features, int device) { of_device(proven, device) |= features; }
-bool features_serve(unsigned features, int device) {
-  const FamilyChoice choice = family_choice(device, Recipe{}, features);
-  if (choice.forced && !(features & kSecondOrder)) return true;  // or the planner says why not
-  if (*choice.obstacle(Family::kStep)) return false;
-  return choice.forced || choice.cheapest || !has_chooser() || !(features & ~of_device(proven, device));
 }
 
 void family_was_refused(Family family, int device, const LaunchRefused& caught) {

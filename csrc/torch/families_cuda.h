@@ -1,12 +1,9 @@
 // Which families may serve on a device now, and the next one where it refuses a launch.
 #pragma once
-#include <utility>
 #include <vector>
 
 #include "core/recipe.h"
 #include "cuda/backend.h"
-#include "plan/features.h"
-#include "torch/call.h"
 
 namespace fused_rnn {
 
@@ -19,12 +16,7 @@ bool captures_without_cooperative_launches();
 // FUSED_RNN_PLAN's choice for a layer, else the family of its recipe where that can serve, without the families that the
 // device has refused or that have failed their verification. While a graph is captured whose conditional body could not hold
 // cooperative launches, they are left out too.
-//
-// features: bits of what the layer has, for which a family has to be proven too.
-FamilyChoice family_choice(int device, const Recipe& recipe, unsigned features = 0);
-
-// Of a call; all but second derivatives.
-unsigned features_of(const Call& call);
+FamilyChoice family_choice(int device, const Recipe& recipe);
 
 // The family of a recipe; none: nothing is chosen.
 inline std::optional<Family> family_of(const Recipe& recipe) {
@@ -34,13 +26,6 @@ constexpr int number_of(Family family) { return 1 + static_cast<int>(family); } 
 
 // The families that do not serve on the device, since they have failed their verification.
 void exclude_families(const std::vector<Family>& families, int device);
-// The same for calls with some features: the bits of each family.
-void exclude_features(const std::vector<std::pair<Family, unsigned>>& features, int device);
-
-// Families of ours serve calls with these features on the device from now on: one that plans take by themselves is proven.
-void features_are_proven(unsigned features, int device);
-// Whether they do. Where nobody proves families, or the user has named some, what nothing has refused serves.
-bool features_serve(unsigned features, int device);
 
 // From now on the family does not serve on the device; warns. Raises what was caught if FUSED_RNN_PLAN forces the family.
 void family_was_refused(Family family, int device, const LaunchRefused& caught);
@@ -50,11 +35,9 @@ FamilyChoice without_x(FamilyChoice choice);
 
 // run(plan) with the plan for a problem on the device; where that refuses the launch, with the plan of the next family.
 template <class Run>
-void run_planned(const Problem& problem, int device, const Recipe& recipe, unsigned features, const Run& run,
-                 bool has_x = true) {
-  if (!problem.modified && !problem.dual) features &= kProjection;  // kernels without what the others name
+void run_planned(const Problem& problem, int device, const Recipe& recipe, const Run& run, bool has_x = true) {
   for (;;) {
-    FamilyChoice choice = family_choice(device, recipe, features);
+    FamilyChoice choice = family_choice(device, recipe);
     // A forced family without modified kernels may have served forward; the gradients of c then fall to family step.
     if (problem.backward && problem.modified && choice.forced &&
         !traits_of(*choice.forced).obstacle(problem, cuda::device_info(device)).empty()) {

@@ -90,7 +90,7 @@ LayerOutputs layer_cuda(const Tensor& x, at::TensorList states, at::TensorList p
       p.workspace = workspace.data_ptr();
       cuda::forward(p, plan, c10::cuda::getCurrentCUDAStream().stream());
     };
-    run_planned(cuda::problem_of(p), x.get_device(), chosen.recipe, features_of(call), run, /*has_x=*/!call.has_ids());
+    run_planned(cuda::problem_of(p), x.get_device(), chosen.recipe, run, /*has_x=*/!call.has_ids());
   }
   return forward_outputs(made, save);
 }
@@ -107,7 +107,7 @@ struct OnCuda {
     if (p.seq.B > 0) {
       const Recipe chosen = chosen_for_layer(call, /*training=*/true).recipe;
       if (!(wanted.states && call.h0())) p.d_h0 = nullptr;  // one launch less
-      run_planned(cuda::problem_of(p), x.get_device(), chosen, features_of(call), [&](const Plan& plan) {
+      run_planned(cuda::problem_of(p), x.get_device(), chosen, [&](const Plan& plan) {
         const Tensor workspace = workspace_of(plan, x);
         p.workspace = workspace.data_ptr();
         cuda::backward(p, plan, c10::cuda::getCurrentCUDAStream().stream());

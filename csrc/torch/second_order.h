@@ -51,6 +51,7 @@ struct SecondOrderScans {
 const SecondOrderScans& second_order_on_cpu();  // ops_cpu.cpp
 #ifdef FUSED_RNN_WITH_CUDA
 const SecondOrderScans& second_order_on_device();  // second_order_cuda.cpp
+void second_order_is_proven(int device);           // from now on
 #endif
 
 // Below autograd.

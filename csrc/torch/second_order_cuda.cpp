@@ -5,7 +5,12 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <array>
+#include <atomic>
+
 #include "cuda/backend.h"
+#include "torch/choice_cuda.h"
 #include "torch/device.h"
 #include "torch/families_cuda.h"
 #include "torch/ops.h"
@@ -30,7 +35,7 @@ void run_tangents(const Call& call, ForwardCall& made) {
   allocate_gates(made);
   const Tensor rows = call.x.reshape({p.seq.N, p.I});
   for (int d = 0; d < p.D; ++d) project_rows(call, made, rows, d, 0, p.seq.N);
-  run_planned(cuda::problem_of(p), call.x.get_device(), call.recipe, kSecondOrder, [&](const Plan& plan) {
+  run_planned(cuda::problem_of(p), call.x.get_device(), call.recipe, [&](const Plan& plan) {
     const Tensor workspace = workspace_of(plan, call.x);
     p.workspace = workspace.data_ptr();
     cuda::forward(p, plan, current_stream());
@@ -39,14 +44,22 @@ void run_tangents(const Call& call, ForwardCall& made) {
 
 void run_dual_backward(const Call& call, DualBackwardParams& params) {
   params.value.allow_tf32 = params.tangent.allow_tf32 = allows_tf32(call.x);
-  run_planned(cuda::problem_of(params), call.x.get_device(), call.recipe, kSecondOrder, [&](const Plan& plan) {
+  run_planned(cuda::problem_of(params), call.x.get_device(), call.recipe, [&](const Plan& plan) {
     const Tensor workspace = workspace_of(plan, call.x);
     params.workspace = workspace.data_ptr();
     cuda::dual_backward(params, plan, current_stream());
   });
 }
 
-bool serve(const Tensor& x) { return features_serve(kSecondOrder, static_cast<int>(x.get_device())); }
+std::array<std::atomic<bool>, 128> proven{};  // by device; the simulated one has number -1
+
+// Where nobody proves families, or the user has named some, step serves what nothing has refused.
+bool serve(const Tensor& x) {
+  const int device = static_cast<int>(x.get_device());
+  const FamilyChoice choice = family_choice(device, Recipe{});
+  if (*choice.obstacle(Family::kStep)) return false;
+  return choice.forced || choice.cheapest || !has_chooser() || proven.at(std::max(device, 0));
+}
 
 }  // namespace
 
@@ -54,6 +67,7 @@ const SecondOrderScans& second_order_on_device() {
   static constexpr SecondOrderScans scans{within, run_tangents, run_dual_backward, serve};
   return scans;
 }
+void second_order_is_proven(int device) { proven.at(std::max(device, 0)) = true; }
 
 }  // namespace fused_rnn
 

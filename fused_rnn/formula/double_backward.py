@@ -58,12 +58,12 @@ class _Split:
 def _by_kernels(formula: str, like: Tensor, weights: bool) -> bool:
     """Whether the kernels of the cell's tangents serve; they are made if need be. Else a warning says why, once."""
     cell = ops.cell_of(formula)
-    why = second_order.why_not(cell, like.dtype)
+    why = second_order.why_not(cell, like.device.type, like.dtype)
     if why is None:
         try:
             serve.prepare(ops.remember(tangent_of(cell, weights)), like.device.type, like.dtype)
-        except build.BuildError as error:
-            why = f"its tangents could not be compiled: {error}"
+        except (build.BuildError, RuntimeError) as error:  # they cannot be compiled, or differ from ``step``
+            why = f"its tangents cannot be used: {error}"
             _backend.warn_once(f"formula:{formula}:second", f"second derivatives of {type(cell).__name__}: {why}")
     return why is None
 
@@ -158,7 +158,7 @@ def tangents_of_results(
     x, *others = [without_tangents(t) for t in saved]
     states, params, rows, result = ops.parts_of(others, *counts)
     cell = ops.cell_of(formula)
-    why = second_order.why_not(cell, params[0].dtype)
+    why = second_order.why_not(cell, params[0].device.type, params[0].dtype)
     if why is not None:
         raise NotImplementedError(f"fused_rnn::formula has no jvp of {type(cell).__name__}: {why}")
     resets = len(rows_of(rows, flags).reset_states)

@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.float64)
 
 
 class NotCompiled(RuntimeError):
-    """The kernels of a cell's tangents cannot be made."""
+    """The kernels of a cell's tangents cannot be made, or differ from ``step``."""
 
 
 class Arguments(NamedTuple):
@@ -40,8 +40,12 @@ class Arguments(NamedTuple):
     resets: list[Any]  # reset states
 
 
-def why_not(cell: Cell, dtype: torch.dtype) -> str | None:
+def why_not(cell: Cell, device_type: str, dtype: torch.dtype) -> str | None:
     """None if the kernels of the cell's tangents could serve a layer, else why not, as a clause; compiles nothing."""
+    # They would be compiled and compared inside of a node of autograd. On a GPU such a node runs in a thread of its own, for
+    # which the comparison's own backward would wait.
+    if device_type != "cpu":
+        return "tangents have no CUDA kernels"
     if dtype not in DTYPES:
         return f"there are no tangents in {str(dtype).removeprefix('torch.')}"
     if _settings.extension is None:
@@ -309,15 +313,15 @@ def _prepared(cell: Tangent, like: Tensor) -> str:
     """The name of the cell, whose kernels are there.
 
     Raises:
-        NotCompiled: they cannot be made.
+        NotCompiled: they cannot be made, or differ from ``step``.
     """
     from fused_rnn.formula import build, serve
 
     formula = ops.remember(cell)
     try:
         serve.prepare(formula, like.device.type, like.dtype)
-    except build.BuildError as error:
-        raise NotCompiled(f"{cell!r} could not be compiled: {error}") from error
+    except (build.BuildError, RuntimeError) as error:  # they cannot be compiled, or differ from ``step``
+        raise NotCompiled(f"{cell!r} cannot be used: {error}") from error
     return formula
 
 

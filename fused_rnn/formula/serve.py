@@ -49,7 +49,7 @@ def _why_no_tangents(cell: Cell, device_type: str, dtype: torch.dtype) -> _backe
         if kinds.count(kind) > 1:
             text = f"forward-mode AD of {name} inside of two levels of torch.func.{what}: third derivatives are not compiled"
             return _backend.Reason(f"formula:{name}:forward-mode:{what}", text)
-    why = second_order.why_not(cell, dtype)
+    why = second_order.why_not(cell, device_type, dtype)
     if why is None and dtype == torch.float32 and torch.is_autocast_enabled(device_type):
         why = "there are no tangents under autocast"
     return None if why is None else _backend.Reason(f"formula:{name}:forward-mode", f"forward-mode AD of {name}: {why}")

@@ -52,11 +52,6 @@ class Problem:
         mode = "training" if self.training else "inference"
         return f"{self.cell} {self.dtype}{' tf32' * self.tf32} {sizes} {self.rows} {mode}"
 
-    @property
-    def features(self) -> tuple[str, ...]:
-        """Of verification.FEATURES, what a family has to be verified with."""
-        return ("projection",) if self.P != self.H else ()
-
 
 @dataclasses.dataclass(frozen=True)
 class Offer:
@@ -153,9 +148,9 @@ class Tuner:
             raise ValueError("offer: expected at least one family, got none")
         key = problem.key
         if self.mode == "off":
-            return Turn(self._rule(problem, offer, now, recorded=False), lasting=True)
+            return Turn(self._rule(key, offer, now, recorded=False), lasting=True)
         if self.mode == "first" and (offer.reference is None or now.deterministic):
-            self._prove(problem, offer)
+            self._prove(offer)
         with self._lock:
             decided = self._decided.get((key, offer))
             if decided is not None and not now.deterministic:
@@ -163,7 +158,7 @@ class Tuner:
             if self.mode == "use" or not now.may_time or now.deterministic:
                 lasting = self.mode == "use" or now.deterministic
                 self._record.reload()
-                return Turn(self._rule(problem, offer, now, recorded=True), lasting=lasting)
+                return Turn(self._rule(key, offer, now, recorded=True), lasting=lasting)
             return self._next(key, problem, offer)
 
     def family_now(self, problem: Problem, offer: Offer, now: Circumstances = Circumstances()) -> str:
@@ -172,27 +167,26 @@ class Tuner:
             decided = self._decided.get((problem.key, offer))
             if decided is not None and not now.deterministic:
                 return decided
-            return self._rule(problem, offer, now, recorded=self.mode != "off")
+            return self._rule(problem.key, offer, now, recorded=self.mode != "off")
 
-    def _prove(self, problem: Problem, offer: Offer) -> None:
+    def _prove(self, offer: Offer) -> None:
         """Where nothing trusted can serve: waits until one family is verified, once for each driver and build."""
         for family in offer.ours:
             state = self._verifier.state(family)
             if state in (State.UNKNOWN, State.RUNNING):
-                self._verifier.verify(family)
-            if self._verifier.state(family, problem.features) is State.VERIFIED:
+                state = self._verifier.verify(family)
+            if state is State.VERIFIED:
                 return
 
     def is_settled(self, offer: Offer) -> bool:
         """Whether no verification of a family is still to come."""
         return all(self._verifier.state(family) not in (State.UNKNOWN, State.RUNNING) for family in offer.ours)
 
-    def _rule(self, problem: Problem, offer: Offer, now: Circumstances, recorded: bool) -> str:
+    def _rule(self, key: str, offer: Offer, now: Circumstances, recorded: bool) -> str:
         """A family without timing: the recorded one, the trusted one, a verified one, the last resort."""
-        choice = self._record.choice(problem.key) if recorded else None
+        choice = self._record.choice(key) if recorded else None
         wrong = choice.excluded if choice else {}
-        states = {f: self._verifier.state(f, problem.features) for f in offer.ours}
-        good = [f for f in offer.ours if f not in wrong and states[f] is State.VERIFIED]
+        good = [f for f in offer.ours if f not in wrong and self._verifier.state(f) is State.VERIFIED]
         if choice is not None and not now.deterministic and choice.family in (*good, offer.reference):
             assert choice.family is not None
             return choice.family
@@ -203,7 +197,7 @@ class Tuner:
         if good and recorded:
             return good[0]
         for family in offer.ours:
-            if family not in wrong and states[family] is not State.EXCLUDED:
+            if family not in wrong and self._verifier.state(family) is not State.EXCLUDED:
                 return family
         return EXACT
 
@@ -216,8 +210,9 @@ class Tuner:
         waiting = False  # for a verification
         candidates = [] if offer.reference is None else [offer.reference]
         for family in (f for f in offer.ours if f not in trial.wrong):
-            waiting = waiting or self._verifier.request(family) is State.RUNNING
-            if self._verifier.state(family, problem.features) is State.VERIFIED:
+            state = self._verifier.request(family)
+            waiting = waiting or state is State.RUNNING
+            if state is State.VERIFIED:
                 candidates.append(family)
         to_compare = [f for f in candidates if f != offer.reference and f not in trial.correct]
         if trial.comparing is None and to_compare and trial.given_up < PATIENCE:
@@ -225,13 +220,13 @@ class Tuner:
             return trial.comparing
         ready = [f for f in candidates if f not in to_compare]
         if trial.comparing is None and not waiting and all(self._is_timed(trial, ready, f) for f in ready):
-            return Turn(self._decide(problem, trial, ready), lasting=True)
+            return Turn(self._decide(key, trial, ready), lasting=True)
         if trial.given_up >= PATIENCE:
-            family = self._rule(problem, offer, Circumstances(), recorded=True)
+            family = self._rule(key, offer, Circumstances(), recorded=True)
             self._decided[key, offer] = family
             _warn(f"{PATIENCE} calls had no backward, so {family} serves {key} untimed in this process")
             return Turn(family, lasting=True)
-        return self._timed_turn(problem, trial, ready)
+        return self._timed_turn(key, trial, ready, problem.T)
 
     def _begin(self, key: str, problem: Problem, offer: Offer) -> _Trial:
         """A trial that goes on from what is recorded."""
@@ -245,15 +240,15 @@ class Tuner:
             trial.correct = [f for f in trial.times if f != offer.reference]
         return trial
 
-    def _timed_turn(self, problem: Problem, trial: _Trial, ready: Sequence[str]) -> Turn:
+    def _timed_turn(self, key: str, trial: _Trial, ready: Sequence[str], steps: int) -> Turn:
         """The next call of the family that has had the fewest."""
         turns = {f: len(trial.times.get(f, [])) + sum(turn.family == f for turn in trial.open) for f in ready}
         wanted = [f for f in ready if not self._is_timed(trial, ready, f) and turns[f] <= ROUNDS]
         if not wanted:  # calls that go on until a time, a comparison or a verification has come
             timed = [f for f in ready if f in trial.times]
-            untimed = self._rule(problem, trial.offer, Circumstances(), recorded=True)
+            untimed = self._rule(key, trial.offer, Circumstances(), recorded=True)
             return Turn(min(timed, key=lambda f: self._us(trial, f), default=untimed))
-        turn = Turn(min(wanted, key=lambda f: turns[f]), timed=True, steps=problem.T, number=trial.calls)
+        turn = Turn(min(wanted, key=lambda f: turns[f]), timed=True, steps=steps, number=trial.calls)
         trial.open.append(turn)
         return turn
 
@@ -301,9 +296,8 @@ class Tuner:
         samples = trial.times.get(family, [])[1:]
         return statistics.median(samples) if samples else float("inf")
 
-    def _decide(self, problem: Problem, trial: _Trial, ready: Sequence[str]) -> str:
-        key = problem.key
-        preferred = ready[0] if ready else self._rule(problem, trial.offer, Circumstances(), recorded=True)
+    def _decide(self, key: str, trial: _Trial, ready: Sequence[str]) -> str:
+        preferred = ready[0] if ready else self._rule(key, trial.offer, Circumstances(), recorded=True)
         family = min(ready, key=lambda f: self._us(trial, f), default=preferred)
         if not self._us(trial, family) < MARGIN * self._us(trial, preferred):
             family = preferred

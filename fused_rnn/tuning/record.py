@@ -2,8 +2,7 @@
 
 One JSON object a line. Each line holds for one device, driver and build of the kernels; a process ignores the others.
 
-    {"device": ..., "driver": ..., "build": ..., "family": "step", "verified": true, "reason": "",   of a family as a whole
-     "features": {"zoneout": "", "projection": "case ..."}}                                          and of some of its calls
+    {"device": ..., "driver": ..., "build": ..., "family": "grid", "verified": true, "reason": ""}   of a family as a whole
     {"device": ..., "driver": ..., "build": ..., "problem": "lstm float16 ...", "family": "grid", "us": {...},
      "excluded": {...}}
 
@@ -47,12 +46,6 @@ class Verdict:
     family: str
     verified: bool
     reason: str = ""  # of a family that failed: the case and what was wrong
-    # Of each feature that cases of the family have: "" where they passed, else likewise. One that is not here is unproven.
-    features: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    def serves(self, features: Sequence[str]) -> bool:
-        """Whether calls that have these features may be served by the family."""
-        return self.verified and all(self.features.get(feature) == "" for feature in features)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +93,7 @@ def entries_of(path: Path) -> list[tuple[Scope, Entry]]:
 def lines_of_entry(entry: Entry) -> list[str]:
     """An entry as text."""
     if not isinstance(entry, Choice):
-        lines = [f"{entry.family} {'verified' if entry.verified else f'excluded: {entry.reason}'}"]
-        return lines + [f"  not with {feature}: {reason}" for feature, reason in entry.features.items() if reason]
+        return [f"{entry.family} {'verified' if entry.verified else f'excluded: {entry.reason}'}"]
     times = ", ".join(f"{family} {us:g}" for family, us in sorted(entry.us.items(), key=lambda item: item[1]))
     lines = [f"{entry.problem}: {entry.family or 'not chosen yet'}" + (f" (us a step: {times})" if times else "")]
     return lines + [f"  not {family}: {reason}" for family, reason in entry.excluded.items()]
@@ -283,10 +275,7 @@ def _key(entry: Entry) -> tuple[type, str]:
 def _merged(old: Any, new: Any) -> Any:
     """Of two processes' entries of one thing. A failure that either has seen stays."""
     if isinstance(new, Verdict):
-        if not (old.verified and new.verified):
-            return old if new.verified else new
-        failed = {feature: reason for feature, reason in old.features.items() if reason}
-        return dataclasses.replace(new, features={**old.features, **new.features, **failed})
+        return new if old.verified else old
     excluded = {**old.excluded, **new.excluded}
     family = next((f for f in (new.family, old.family) if f is not None and f not in excluded), None)
     us = {name: time for name, time in {**old.us, **new.us}.items() if name not in excluded}
@@ -304,12 +293,9 @@ def _entry(fields: Mapping[str, Any]) -> Entry:
             raise ValueError("damaged")
         return Choice(fields["problem"], family, us, excluded)
     family, verified, reason = fields.get("family"), fields.get("verified"), fields.get("reason")
-    features = fields.get("features", {})
     if not (isinstance(family, str) and isinstance(verified, bool) and isinstance(reason, str)):
         raise ValueError("damaged")
-    if not (isinstance(features, dict) and all(isinstance(value, str) for value in features.values())):
-        raise ValueError("damaged")
-    return Verdict(family, verified, reason, features)
+    return Verdict(family, verified, reason)
 
 
 def _is_time(value: Any) -> bool:

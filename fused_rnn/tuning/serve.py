@@ -77,17 +77,15 @@ class Site:
         self.record, self.verifier, self.clock = record, verifier, clock
         self.tuner = Tuner(record, verifier, lambda handle: clock.us(*handle), clock.read, mode)
         self.without_cudnn: set[str] = set()  # keys of problems whose calls cuDNN has refused
-        self._excluded: dict[str, list[str]] = {}
+        self._excluded: list[str] = []
 
     def exclude(self, device: int) -> None:
-        """Tells the planner which families have failed, and with what."""
-        ours = [family for family in here.FAMILIES if family != "cudnn"]
-        failed = {family: self.verifier.lacking(family) for family in ours}
+        """Tells the planner which families have failed."""
+        failed = [f for f in here.FAMILIES if f != "cudnn" and self.verifier.state(f) is State.EXCLUDED]
         if failed != self._excluded:
             self._excluded = failed
             extension: Any = _settings.extension
-            extension.exclude_families([f for f in ours if self.verifier.state(f) is State.EXCLUDED], device)
-            extension.exclude_features(failed, device)
+            extension.exclude_families(failed, device)
 
 
 _sites: dict[tuple[int, str, str], Site] = {}
@@ -164,9 +162,6 @@ def answer(question: Mapping[str, Any], arguments: tuple[Any, ...] | None) -> tu
     """
     site = site_of(question["device"])
     site.exclude(question["device"])
-    if question["features"]:
-        prove_features(question["device"], question["features"])
-        return None, None, False
     problem = _problem(question)
     offer = _offer(site, question, problem)
     if offer.reference is None and not offer.ours:
@@ -192,25 +187,17 @@ def answer(question: Mapping[str, Any], arguments: tuple[Any, ...] | None) -> tu
         return answer(question, arguments)
 
 
-def prove_features(device: int, features: Sequence[str]) -> bool:
-    """Whether kernels of calls with these features serve on a GPU: family step, which has them all, has to be verified.
-
-    The first call waits for that.
-
-    Args:
-        device: its number.
-        features: of verification.FEATURES.
-    """
+def prove_second_order(device: int) -> bool:
+    """Whether the kernels' second derivatives serve on a GPU: family step has to be verified, which is waited for once."""
     site = site_of(device)
-    mode = site.tuner.mode
-    if mode == "first" and site.verifier.state("step") in (State.UNKNOWN, State.RUNNING):
-        site.verifier.verify("step")
+    state, mode = site.verifier.state("step"), site.tuner.mode
+    if mode == "first" and state in (State.UNKNOWN, State.RUNNING):
+        state = site.verifier.verify("step")
     site.exclude(device)
-    state = site.verifier.state("step", features)
     proven = state is State.VERIFIED or (mode == "off" and state is not State.EXCLUDED)
     if proven:
         extension: Any = _settings.extension
-        extension.features_are_proven(list(features), device)
+        extension.second_order_is_proven(device)
     return proven
 
 

@@ -2,15 +2,13 @@
 
 The child prints one JSON object a line:
 
-    {"case": NAME, "features": [...]}                  the case begins; without features in what every call may be
+    {"case": NAME}                                     the case begins
     {"case": NAME, "error": E}                         it has ended: its error against float64, over the allowed one
     {"case": NAME, "raised": TEXT}                     it raised
     {"cannot": REASON}                                 this says nothing of the family: no GPU, no memory
     {"end": COUNT}                                     all cases have had their turn
 
-A line has to follow the one before it within the time limit. Cases with features come last: one that fails excludes the
-family from calls with its features alone. A child that does not survive such a case has a successor, which is told the
-features that are left.
+A line has to follow the one before it within the time limit.
 """
 
 from __future__ import annotations
@@ -31,10 +29,7 @@ from typing import Any, NamedTuple
 
 from .record import Record, Verdict, take_lock
 
-# What some calls have, and kernels have code of their own for: csrc/plan/features.h.
-FEATURES = ("projection", "zoneout", "recurrent_dropout", "state_clip", "reset_state", "every_c", "second_order")
 CASE_SECONDS = 20.0  # a case takes milliseconds, its process some seconds to start
-NO_CASE = "no case of it can run here"
 END_SECONDS = 5.0  # how long a killed child is waited for: one inside of a kernel may outlive its signal
 
 
@@ -53,8 +48,6 @@ class Finding(NamedTuple):
 
     verified: bool | None
     reason: str
-    features: Mapping[str, str] = {}  # as of Verdict
-    ended: bool = True  # else some cases with features have not run
 
 
 class Verifier:
@@ -80,19 +73,13 @@ class Verifier:
         self._states: dict[str, State] = {}
         self._threads: dict[str, threading.Thread] = {}
 
-    def state(self, family: str, features: Sequence[str] = ()) -> State:
-        """What is known now of calls with these features; starts nothing."""
+    def state(self, family: str) -> State:
+        """What is known now; starts nothing."""
         with self._lock:
             verdict = self._record.verdict(family)
             if verdict is not None:
-                return State.VERIFIED if verdict.serves(features) else State.EXCLUDED
+                return State.VERIFIED if verdict.verified else State.EXCLUDED
             return self._states.get(family, State.UNKNOWN)
-
-    def lacking(self, family: str) -> list[str]:
-        """The features whose calls the family does not serve, as far as is known."""
-        if self._record.verdict(family) is None:
-            return []
-        return [feature for feature in FEATURES if self.state(family, (feature,)) is State.EXCLUDED]
 
     def request(self, family: str) -> State:
         """Verifies a family in the background if that was not begun yet; returns its state now."""
@@ -124,27 +111,14 @@ class Verifier:
             with self._alone():
                 self._record.reload()  # another process may have been faster
                 if self._record.verdict(family) is None:
-                    self._take(family, self._find(family))
+                    finding = run_child(self._command(family), self._seconds, self._environment)
+                    self._take(family, finding)
         except OSError as error:
             self._take(family, Finding(None, f"its child process could not be started: {error}"))
         finally:
             with self._lock:
                 if self._states[family] is State.RUNNING:
                     del self._states[family]  # the record has it
-
-    def _find(self, family: str) -> Finding:
-        """What a child shows of a family, and those that take over from it."""
-        command = self._command(family)
-        first = finding = run_child(command, self._seconds, self._environment)
-        known = dict(first.features)
-        while finding.verified and not finding.ended and (left := [f for f in FEATURES if f not in known]):
-            finding = run_child([*command, *left], self._seconds, self._environment)
-            if finding.verified is None and finding.reason != NO_CASE:
-                _warn(f"kernel family {family} cannot be verified here for calls with {', '.join(left)}: {finding.reason}")
-            if not set(finding.features) & set(left):
-                break  # what is left stays unproven
-            known.update((feature, finding.features[feature]) for feature in left if feature in finding.features)
-        return first._replace(features=known)
 
     def _take(self, family: str, finding: Finding) -> None:
         if finding.verified is None:
@@ -154,12 +128,9 @@ class Verifier:
                 f"kernel family {family} cannot be verified here, so it serves only where nothing else can: {finding.reason}"
             )
             return
-        self._record.add(Verdict(family, finding.verified, finding.reason, finding.features))
+        self._record.add(Verdict(family, finding.verified, finding.reason))
         if not finding.verified:
             _warn(f"kernel family {family} is excluded on this device: {finding.reason}")
-        for reason in dict.fromkeys(filter(None, finding.features.values())):
-            features = ", ".join(feature for feature, text in finding.features.items() if text == reason)
-            _warn(f"kernel family {family} is excluded on this device for calls with {features}: {reason}")
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -215,41 +186,27 @@ def judge(output: str, status: int | None, seconds: float, errors: str = "") -> 
         errors: what it printed as errors.
     """
     running, compared = "", 0
-    features: Sequence[str] = ()  # of the case that runs
-    found: dict[str, str] = {}
-
-    def failed(reason: str) -> Finding:
-        """In the case that runs; none has run after it."""
-        if not features:
-            return Finding(False, reason)
-        failures = {feature: text for feature, text in found.items() if text}
-        return Finding(True, "", {**failures, **dict.fromkeys(features, reason)}, ended=False)
-
     for fields in _lines(output):
         if "cannot" in fields:
             return Finding(None, str(fields["cannot"]))
         if "end" in fields and status == 0:
-            return Finding(True, "", found) if compared else Finding(None, NO_CASE)
+            return Finding(True, "") if compared else Finding(None, "no case of it can run here")
         case = str(fields.get("case", ""))
         if "raised" in fields:
-            return failed(f"case {case} raised {fields['raised']}")
+            return Finding(False, f"case {case} raised {fields['raised']}")
         if "error" in fields:
             running, compared = "", compared + 1
-            wrong = not fields["error"] <= 1  # NaN too
-            reason = f"case {case} is wrong: its error is {fields['error']:.3g} times the allowed one" if wrong else ""
-            if wrong and not features:
-                return Finding(False, reason)
-            for feature in features:
-                found[feature] = found.get(feature) or reason
+            if not fields["error"] <= 1:  # NaN too
+                return Finding(False, f"case {case} is wrong: its error is {fields['error']:.3g} times the allowed one")
         else:
-            running, features = case, tuple(map(str, fields.get("features", ())))
+            running = case
     where = f"case {running}" if running else "no case"
     if status is None:
         text = f"hangs: no answer within {seconds:g} s in {where}"
-        return failed(text) if running else Finding(None, text)
+        return Finding(False, text) if running else Finding(None, text)
     ended = f"signal {-status}" if status < 0 else f"exit status {status}"
     text = f"its process ended with {ended} in {where}" + (f": {errors.strip()[-300:]}" if errors.strip() else "")
-    return failed(text) if running else Finding(None, text)
+    return Finding(False, text) if running else Finding(None, text)
 
 
 def _lines(output: str) -> Iterator[dict[str, Any]]:

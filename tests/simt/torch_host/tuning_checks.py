@@ -32,7 +32,7 @@ from fused_rnn import _explain, _settings, use_backend
 from fused_rnn.tuning import choice as choice_module
 from fused_rnn.tuning import here, serve
 from fused_rnn.tuning.record import Choice, Record, Scope, Verdict
-from fused_rnn.tuning.verification import FEATURES, State, Verifier
+from fused_rnn.tuning.verification import State, Verifier
 
 SCOPE = Scope("simulated", "1", "a")
 OURS = ("step", "grid", "cluster")  # of an odd number of units, as block takes even ones; gemm is hopeless at such sizes
@@ -50,16 +50,11 @@ class Verified:
     def __init__(self) -> None:
         self.states = dict.fromkeys(here.FAMILIES, State.VERIFIED)
         self.outcomes = dict(self.states)  # of verifications that are waited for
-        self.lacks: dict[str, list[str]] = {name: [] for name in here.FAMILIES}  # features that they have failed
 
-    def state(self, family: str, features: Sequence[str] = ()) -> State:
-        state = self.states[family]
-        return State.EXCLUDED if state is State.VERIFIED and {*self.lacks[family]} & {*features} else state
+    def state(self, family: str) -> State:
+        return self.states[family]
 
     request = state
-
-    def lacking(self, family: str) -> list[str]:
-        return [*FEATURES] if self.states[family] is State.EXCLUDED else self.lacks[family]
 
     def verify(self, family: str) -> State:
         self.states[family] = self.outcomes[family]
@@ -131,7 +126,6 @@ class Bench:
         serve._sites.clear()
         EXTENSION.forget_choices()
         EXTENSION.exclude_families([], -1)
-        EXTENSION.exclude_features({}, -1)
 
     @property
     def record(self) -> Record:
@@ -156,7 +150,6 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
         yield made
     EXTENSION.set_chooser(None)
     EXTENSION.exclude_families([], -1)
-    EXTENSION.exclude_features({}, -1)
     serve._sites.clear()
 
 
@@ -248,78 +241,18 @@ def test_family_gemm_has_its_turns(bench: Bench) -> None:
     assert products() - before == 2 * (4 + 4), "of five steps: none before the first one, whose state is zeros"
 
 
-SECOND_ORDER = ("second_order",)
-
-
 def test_second_derivatives_wait_for_the_proof(bench: Bench) -> None:
     x = torch.zeros(1)
     for state in (State.EXCLUDED, State.IMPOSSIBLE):
         bench.verifier.states["step"] = state
-        assert not serve.prove_features(-1, SECOND_ORDER)
+        assert not serve.prove_second_order(-1)
         assert not EXTENSION.second_order_serves(x)
     bench.verifier.states["step"] = State.UNKNOWN  # and VERIFIED once it is waited for
-    assert serve.prove_features(-1, SECOND_ORDER)
+    assert serve.prove_second_order(-1)
     assert EXTENSION.second_order_serves(x)
     bench.verifier.states["step"] = State.EXCLUDED  # by what came later
     serve.site_of(-1).exclude(-1)
     assert not EXTENSION.second_order_serves(x)
-
-
-def test_options_are_served_by_what_is_verified_with_them(bench: Bench, setting: Setting) -> None:
-    """What step has failed with runs on the reference, or is an error inside of a graph; the rest by step, once proven."""
-    bench.verifier.states["step"] = State.UNKNOWN  # and VERIFIED once it is waited for
-    bench.verifier.lacks["step"] = ["zoneout", "every_c"]
-    fused_rnn._backend._warned.clear()
-    x, resets, put = torch.randn(5, 3, 4), torch.rand(5, 3) < 0.5, torch.randn(1, 1, 20, requires_grad=True)
-    gru, lstm = fused_rnn.GRU(4, 20, zoneout=0.2), fused_rnn.LSTM(4, 20)
-    text = "runs on its slow Python reference: no kernel family is verified on this device for calls with zoneout"
-    with pytest.warns(RuntimeWarning, match=text):
-        assert counted(lambda: gru(x)[0].sum().backward()) == (0, 0)
-    assert bench.verifier.states["step"] is State.VERIFIED
-    assert counted(lambda: gru(x)) == (0, 0), "and no second warning"
-
-    def with_every_c() -> None:
-        lstm(x, return_all_states=True)[2][1].sum().backward()
-
-    with pytest.warns(RuntimeWarning, match="for calls with every_c"):
-        assert counted(with_every_c) == (0, 0)
-    clipped = fused_rnn.GRU(4, 20, state_clip=0.5)
-    assert counted(lambda: clipped(x)[0].sum().backward()) == (0, 2)
-    assert counted(lambda: fused_rnn.GRU(4, 20)(x, resets=resets, reset_state=put)[0].sum().backward()) == (0, 2)
-    rows = fused_rnn._recipe.Rows(options=fused_rnn._recipe.StepOptions(zoneout_h=0.2))
-    recipe = fused_rnn._recipe.Recipe(fused_rnn._kinds.GRU)
-    arguments = (x, [], [p.detach() for p in gru.parameters()], rows.given(), recipe.packed | rows.bits, 0.0)
-    with pytest.raises(ValueError, match="no kernel family can serve this layer: .*: step it has failed its verification"):
-        torch.ops.fused_rnn.rnn(*arguments)
-    setting("FUSED_RNN_PLAN", "step")
-    with pytest.raises(RuntimeError, match="family step cannot serve this layer: step it has failed its verification"):
-        gru(x)
-    setting("FUSED_RNN_PLAN", "")
-    bench.verifier.lacks["step"] = []
-    bench.restart()
-    assert counted(lambda: torch.ops.fused_rnn.rnn(*arguments)) == (0, 1)
-    assert counted(lambda: gru(x)) == (0, 1)
-    bench.verifier.states["step"] = State.EXCLUDED
-    bench.restart()
-    fused_rnn._backend._warned.clear()
-    with pytest.warns(RuntimeWarning, match=text):
-        serve.site_of(-1).exclude(-1)
-        assert counted(lambda: gru(x)) == (0, 0)
-
-
-def test_a_projection_is_served_by_what_is_verified_with_it(bench: Bench) -> None:
-    bench.verifier.lacks.update(step=["projection"], gemm=["projection"])
-    rnn, x = fused_rnn.LSTM(4, 21, proj_size=7), torch.randn(5, 3, 4)
-    lengths, weights = torch.tensor([5, 3, 1]), [p.detach() for p in rnn.parameters()]
-    with use_backend("reference"):
-        expected = fused_rnn.functional.lstm(x, weights, lengths=lengths)[0]
-    for _ in range(3):
-        assert_near("y", fused_rnn.functional.lstm(x, weights, lengths=lengths)[0], expected, 1e-5)
-        assert bench.served == "exact"
-    with torch.no_grad():
-        bench.settle(lambda: rnn(x))
-    (choice,) = [entry for entry in bench.record.entries() if isinstance(entry, Choice)]
-    assert choice.family == "cudnn" and set(choice.us) == {"cudnn"}
 
 
 def test_cudnn_serves_until_a_family_is_verified(bench: Bench) -> None:
