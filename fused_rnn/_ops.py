@@ -87,12 +87,7 @@ def fake_layer_backward(
 
 
 def _fake_stack(
-    x: Tensor,
-    states: Sequence[Tensor],
-    params: Sequence[Tensor],
-    rows: Sequence[Tensor],
-    recipe: int,
-    of: Sequence[int] = (),
+    x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], rows: Sequence[Tensor], recipe: int
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Shapes of fused_rnn::stack's results; what it saves is memory alone, in tensors of no elements."""
     check_places(x, input=[x], states=states, params=params)
@@ -118,7 +113,6 @@ def _fake_stack_backward(
     saved: Sequence[Tensor],
     recipe: int,
     mask: Sequence[bool],
-    of: Sequence[int] = (),
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Shapes of fused_rnn::stack_backward's results."""
     check_places(x, input=[x], dy=[dy], dlast=dlast, states=states, params=params)

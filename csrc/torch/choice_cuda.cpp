@@ -300,34 +300,7 @@ LayerChoice chosen_for_layer(const Call& layer, bool training) {
   return choice;
 }
 
-namespace {
-
-// The call that is asked about for a part: it has the part's tensors and the recipe of the whole stack.
-Call asked_for(const Call& s, const Whole& of) {
-  Call call{s.x, s.states, s.params, s.rows, s.recipe};
-  if (of.layers) call.recipe.num_layers = of.layers, call.recipe.training = true, call.recipe.dropout = 0.5;  // any
-  return call;
-}
-
-bool measure_part(const Call& s, const Whole& of, Question& q) {
-  if (!measure(s, q)) return false;
-  if (of.layers) q.layers = of.layers, q.problem.I = of.I;
-  q.training = true;
-  q.cudnn = cudnn_lacks(s).empty() && cudnn_fits(s);
-  return true;
-}
-
-}  // namespace
-
-std::optional<Family> family_of_part(const Call& s, const Whole& of) {
-  const FamilyChoice setting = family_setting();
-  Question q{};
-  if (setting.forced || setting.cheapest || !measure_part(s, of, q)) return std::nullopt;
-  const std::optional<Family> family = ask(asked_for(s, of), q).family;
-  return family == Family::kCudnn ? std::nullopt : family;
-}
-
-LayerOutputs run_chosen_part(const Call& s, const Whole& of, const std::function<LayerOutputs()>& by_cudnn,
+LayerOutputs run_chosen_part(const Call& s, const std::function<LayerOutputs()>& by_cudnn,
                              const std::function<LayerOutputs(const Recipe&)>& rest) {
   Recipe recipe = s.recipe;
   recipe.family = 0;
@@ -338,13 +311,14 @@ LayerOutputs run_chosen_part(const Call& s, const Whole& of, const std::function
     return cudnn_fits(s) ? by_cudnn() : rest(recipe);
   }
   Question q{};
-  if (setting.forced || setting.cheapest || !measure_part(s, of, q)) return rest(recipe);
-  const Call asked = asked_for(s, of);
-  std::optional<Family> family = ask(asked, q).family;
+  if (setting.forced || setting.cheapest || !measure(s, q)) return rest(recipe);
+  q.training = true;
+  q.cudnn = cudnn_lacks(s).empty() && cudnn_fits(s);
+  std::optional<Family> family = ask(s, q).family;
   if (!family && q.cudnn) family = Family::kCudnn;
   if (family == Family::kCudnn) {
-    if (auto made = try_cudnn(asked, q, by_cudnn)) return *std::move(made);
-    family = choices().family(key_of(asked, q));
+    if (auto made = try_cudnn(s, q, by_cudnn)) return *std::move(made);
+    family = choices().family(key_of(s, q));
   }
   if (family) recipe.family = number_of(*family);
   return rest(recipe);

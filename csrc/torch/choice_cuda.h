@@ -54,17 +54,9 @@ struct LayerChoice {
 };
 LayerChoice chosen_for_layer(const Call& layer, bool training);
 
-// Of a part that is one layer of a stack with dropout between its layers: what is on record is the stack's.
-struct Whole {
-  int64_t layers = 0;  // 0: the part is all of its stack
-  int64_t I = 0;       // of the first layer
-};
-
 // Forward for training of a part of a stack that a recorded graph runs (graph_stack_cuda.h): by cuDNN, or by `rest`, whose
 // recipe has the family if one was chosen.
-LayerOutputs run_chosen_part(const Call& part, const Whole& of, const std::function<LayerOutputs()>& by_cudnn,
+LayerOutputs run_chosen_part(const Call& part, const std::function<LayerOutputs()>& by_cudnn,
                              const std::function<LayerOutputs(const Recipe&)>& rest);
-// The family that serves its layers, once forward has asked; none: the planner's.
-std::optional<Family> family_of_part(const Call& part, const Whole& of);
 
 }  // namespace fused_rnn

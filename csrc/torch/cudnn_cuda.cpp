@@ -244,7 +244,7 @@ bool cudnn_fits(const Call& given) {
   return !given.rows.offsets || fits_packed(given);
 }
 
-Results time_major_stacks(const Call& given, const std::function<Results(const Call&)>& whole) {
+Results time_major_stacks(const Call& given, Results (*whole)(const Call&)) {
   const Recipe& recipe = given.recipe;
   TimeMajor time_major(given);
   Call& call = time_major.call;

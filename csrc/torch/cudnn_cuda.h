@@ -2,7 +2,6 @@
 #pragma once
 #include <torch/csrc/autograd/variable.h>
 
-#include <functional>
 #include <string>
 
 #include "torch/ops.h"
@@ -20,7 +19,7 @@ bool cudnn_fits(const Call& stack);
 Results rnn_by_cudnn(const Call& stack);
 
 // A stack's call by `whole`, in parts whose x is [T, B, I] or packed and which drop nothing.
-Results time_major_stacks(const Call& stack, const std::function<Results(const Call&)>& whole);
+Results time_major_stacks(const Call& stack, Results (*whole)(const Call&));
 
 // What cuDNN's forward for training makes of such a part; backward reads and writes the reserve.
 struct CudnnOutputs {

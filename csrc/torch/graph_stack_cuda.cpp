@@ -24,18 +24,14 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using PartSignature = LayerOutputs(const Tensor& x, at::TensorList states, at::TensorList params, at::TensorList rows,
-                                   int64_t recipe, at::IntArrayRef of);
-using PartBackwardSignature = LayerGradients(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x,
-                                             at::TensorList states, at::TensorList params, at::TensorList rows,
-                                             at::TensorList saved, int64_t recipe, std::array<bool, 3> mask,
-                                             at::IntArrayRef of);
+                                   int64_t recipe);
 
 const c10::TypedOperatorHandle<PartSignature>& part_op() {
   static const auto op = find_op<PartSignature>("fused_rnn::stack");
   return op;
 }
-const c10::TypedOperatorHandle<PartBackwardSignature>& part_backward_op() {
-  static const auto op = find_op<PartBackwardSignature>("fused_rnn::stack_backward");
+const c10::TypedOperatorHandle<LayerBackwardSignature>& part_backward_op() {
+  static const auto op = find_op<LayerBackwardSignature>("fused_rnn::stack_backward");
   return op;
 }
 
@@ -57,16 +53,10 @@ Rows rows_of_part(at::TensorList list, int64_t recipe) {
 struct Part {
   const Rows rows;
   const Call call;
-  const Whole of;
 
-  Part(const Tensor& x, at::TensorList states, at::TensorList params, at::TensorList list, int64_t recipe,
-       at::IntArrayRef whole)
-      : rows(rows_of_part(list, recipe)),
-        call{x, states, params, rows, recipe_of(recipe, /*dropout=*/0)},
-        of{whole.size() == 2 ? Whole{whole[0], whole[1]} : Whole{}} {
+  Part(const Tensor& x, at::TensorList states, at::TensorList params, at::TensorList list, int64_t recipe)
+      : rows(rows_of_part(list, recipe)), call{x, states, params, rows, recipe_of(recipe, /*dropout=*/0)} {
     const Recipe& r = call.recipe;
-    TORCH_CHECK_VALUE(whole.empty() || (whole.size() == 2 && whole[0] > 1 && r.num_layers == 1),
-                      "of: expected [], or of one layer the stack's number of layers and input size");
     TORCH_CHECK_VALUE(
         !r.all_states && !r.batch_first && !r.family && x.is_floating_point() && params.size() % r.num_layers == 0,
         "fused_rnn::stack: expected input [T, B, I] or packed, and a recipe without return_all_states, "
@@ -168,18 +158,16 @@ LayerOutputs part_by_layers(const Call& s) {
   return {y, {all.begin(), all.end()}, saved};
 }
 
-LayerOutputs forward_of(const Call& s, const Whole& of) {
+LayerOutputs forward_of(const Call& s) {
   return run_chosen_part(
-      s, of, [&] { return part_by_cudnn(s); },
+      s, [&] { return part_by_cudnn(s); },
       [&](const Recipe& recipe) { return part_by_layers({s.x, s.states, s.params, s.rows, recipe}); });
 }
 
-LayerOutputs stack_cuda(const Tensor& x, at::TensorList states, at::TensorList params, at::TensorList rows, int64_t recipe,
-                        at::IntArrayRef of) {
+LayerOutputs stack_cuda(const Tensor& x, at::TensorList states, at::TensorList params, at::TensorList rows, int64_t recipe) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const c10::cuda::CUDAGuard device_guard(x.device());
-  const Part part(x, states, params, rows, recipe, of);
-  return forward_of(part.call, part.of);
+  return forward_of(Part(x, states, params, rows, recipe).call);
 }
 
 // What the layers have saved, and their outputs; none if memory of it is lost.
@@ -254,10 +242,10 @@ LayerGradients in_full(const Call& s, LayerGradients made, GradientMask mask) {
 
 LayerGradients stack_backward_cuda(const OptionalTensor& dy, at::TensorList dlast, const Tensor& x, at::TensorList states,
                                    at::TensorList params, at::TensorList rows, at::TensorList saved, int64_t recipe,
-                                   std::array<bool, 3> wanted, at::IntArrayRef of) {
+                                   std::array<bool, 3> wanted) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const c10::cuda::CUDAGuard device_guard(x.device());
-  const Part part(x, states, params, rows, recipe, of);
+  const Part part(x, states, params, rows, recipe);
   const Call& s = part.call;
   const GradientMask mask{wanted[0], wanted[1], wanted[2]};
   const std::vector<OptionalTensor> of_last = gradients_of_last(s.recipe, dlast);
@@ -279,13 +267,11 @@ LayerGradients stack_backward_cuda(const OptionalTensor& dy, at::TensorList dlas
   for (;;) {
     if (auto made = by_cudnn()) return in_full(s, *std::move(made), mask);
     if (const auto layers = outputs_of_layers(s, y, kept)) {
-      Call by_family{s.x, s.states, s.params, s.rows, s.recipe};
-      if (const auto family = family_of_part(s, part.of)) by_family.recipe.family = number_of(*family);
-      return in_full(s, backward_of_layers(by_family, *layers, dy, of_last, mask), mask);
+      return in_full(s, backward_of_layers(s, *layers, dy, of_last, mask), mask);
     }
     TORCH_INTERNAL_ASSERT(!made_again, "forward has left nothing for backward");
     made_again = true;
-    std::tie(y, std::ignore, kept) = forward_of(s, part.of);
+    std::tie(y, std::ignore, kept) = forward_of(s);
   }
 }
 
@@ -294,9 +280,9 @@ LayerGradients stack_backward_cuda(const OptionalTensor& dy, at::TensorList dlas
 class PartFunction : public torch::autograd::Function<PartFunction> {
  public:
   static variable_list forward(AutogradContext* ctx, const Tensor& x, at::TensorList states, at::TensorList params,
-                               at::TensorList rows, int64_t recipe, const std::vector<int64_t>& of) {
+                               at::TensorList rows, int64_t recipe) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const auto [y, last, handles] = part_op().call(x, states, params, rows, recipe, of);
+    const auto [y, last, handles] = part_op().call(x, states, params, rows, recipe);
     variable_list saved{x, y.variable_data()};
     for (at::TensorList list : {at::TensorList(handles), states, params, rows}) {
       saved.insert(saved.end(), list.begin(), list.end());
@@ -305,7 +291,6 @@ class PartFunction : public torch::autograd::Function<PartFunction> {
     ctx->saved_data["lengths"] = std::vector<int64_t>{
         static_cast<int64_t>(handles.size()), static_cast<int64_t>(states.size()), static_cast<int64_t>(params.size())};
     ctx->saved_data["recipe"] = recipe;
-    ctx->saved_data["of"] = of;
     ctx->saved_data["output_version"] = version_of(y);
     ctx->saved_data["output_version_then"] = static_cast<int64_t>(y._version());
     ctx->saved_data["need"] = std::vector<bool>{x.requires_grad(), any_requires_grad(states), any_requires_grad(params)};
@@ -324,10 +309,9 @@ class PartFunction : public torch::autograd::Function<PartFunction> {
     const at::TensorList all(saved), kept = all.slice(1, 1 + lengths[0]), states = all.slice(2 + lengths[0], lengths[1]),
                                      params = all.slice(2 + lengths[0] + lengths[1], lengths[2]),
                                      rows = all.slice(2 + lengths[0] + lengths[1] + lengths[2]);
-    const auto of = ctx->saved_data["of"].toIntVector();
-    const Part part(saved[0], states, params, rows, recipe, of);
+    const Part part(saved[0], states, params, rows, recipe);
     const Call& s = part.call;
-    const size_t results = 1 + last_count(s.recipe), others = rows.size() + 2;  // gradients of rows, recipe and of: none
+    const size_t results = 1 + last_count(s.recipe), others = rows.size() + 1;  // gradients of rows and recipe: none
     grads.resize(results);
     if (std::none_of(grads.begin(), grads.end(), [](const Tensor& t) { return t.defined(); })) {
       return variable_list(1 + states.size() + params.size() + others);
@@ -341,7 +325,7 @@ class PartFunction : public torch::autograd::Function<PartFunction> {
     const bool written =
         ctx->saved_data["output_version"].toTensor()._version() != ctx->saved_data["output_version_then"].toInt();
     if (written) {
-      auto [y, last, handles] = part_op().call(s.x, states, params, rows, recipe, of);
+      auto [y, last, handles] = part_op().call(s.x, states, params, rows, recipe);
       given.assign(1, y);
       given.insert(given.end(), handles.begin(), handles.end());
     }
@@ -352,7 +336,7 @@ class PartFunction : public torch::autograd::Function<PartFunction> {
     const auto need = ctx->saved_data["need"].toBoolList();
     const GradientMask mask{need[0], need[1], need[2]};
     const auto [dx, dstates, dparams] = part_backward_op().call(optional_of(grads[0]), dlast, s.x, states, params, rows,
-                                                                given, recipe, {mask.x, mask.states, mask.weights}, of);
+                                                                given, recipe, {mask.x, mask.states, mask.weights});
     variable_list made{mask.x ? dx : Tensor()};
     for (const Tensor& t : dstates) made.push_back(mask.states ? t : Tensor());
     for (const Tensor& t : dparams) made.push_back(mask.weights ? t : Tensor());
@@ -362,18 +346,18 @@ class PartFunction : public torch::autograd::Function<PartFunction> {
 };
 
 LayerOutputs stack_autograd(const Tensor& x, at::TensorList states, at::TensorList params, at::TensorList rows,
-                            int64_t recipe, at::IntArrayRef of) {
-  const Part part(x, states, params, rows, recipe, of);
-  const variable_list made = PartFunction::apply(x, states, params, rows, recipe, of.vec());
+                            int64_t recipe) {
+  const Part part(x, states, params, rows, recipe);
+  const variable_list made = PartFunction::apply(x, states, params, rows, recipe);
   const auto last = made.begin() + 1, saved = last + last_count(part.call.recipe);
   return {made[0], {last, saved}, {saved, made.end()}};
 }
 
-Results part_in_graph(const Call& s, at::IntArrayRef of) {
+Results part_in_graph(const Call& s) {
   Recipe recipe = s.recipe;
   recipe.in_graph = recipe.training = false;  // no mask is drawn here
   const RowList rows = part_rows(s.rows);
-  const auto [y, last, saved] = part_op().call(s.x, s.states, s.params, rows.tensors, pack(recipe) | rows.bits, of);
+  const auto [y, last, saved] = part_op().call(s.x, s.states, s.params, rows.tensors, pack(recipe) | rows.bits);
   return {y, {last.begin(), last.end()}};
 }
 
@@ -399,13 +383,7 @@ bool serves_in_graph(const Call& s) {
          !s.rows.lengths && !s.rows.resets && (!s.rows.offsets || s.rows.host_offsets) && !is_transformed(s);
 }
 
-Results rnn_in_graph(const Call& s) {
-  std::vector<int64_t> of;
-  if (s.recipe.training && s.recipe.dropout > 0 && s.recipe.num_layers > 1) {
-    of = {s.recipe.num_layers, s.params[0].size(1)};  // each layer is a part of its own
-  }
-  return time_major_stacks(s, [&](const Call& part) { return part_in_graph(part, of); });
-}
+Results rnn_in_graph(const Call& s) { return time_major_stacks(s, part_in_graph); }
 
 }  // namespace fused_rnn
 

@@ -262,15 +262,14 @@ TORCH_LIBRARY(fused_rnn, m) {
       "rnn(Tensor input, Tensor[] states, Tensor[] weights, Tensor[] rows, int recipe, float dropout) "
       "-> (Tensor output, Tensor[] last)");
   // A stack's training call in a recorded graph, on a GPU: x is [T, B, I] or packed, nothing is dropped. rows may end with
-  // the host's offsets. saved: memory whose sizes the graph is not told (torch/graph_stack_cuda.h). of: of a layer of a
-  // stack with dropout the number of layers and the first one's input size, else [].
+  // the host's offsets. saved: memory whose sizes the graph is not told (torch/graph_stack_cuda.h).
   m.def(
-      "stack(Tensor x, Tensor[] states, Tensor[] params, Tensor[] rows, int recipe, int[] of=[]) "
+      "stack(Tensor x, Tensor[] states, Tensor[] params, Tensor[] rows, int recipe) "
       "-> (Tensor y, Tensor[] last, Tensor[] saved)");
   // saved begins with y.
   m.def(
       "stack_backward(Tensor? dy, Tensor[] dlast, Tensor x, Tensor[] states, Tensor[] params, Tensor[] rows, "
-      "Tensor[] saved, int recipe, bool[3] mask, int[] of=[]) -> (Tensor dx, Tensor[] dstates, Tensor[] dparams)");
+      "Tensor[] saved, int recipe, bool[3] mask) -> (Tensor dx, Tensor[] dstates, Tensor[] dparams)");
   m.def("cell(Tensor input, Tensor[] states, Tensor[] params, int recipe) -> Tensor[]");
   m.impl("rnn", c10::DispatchKey::CompositeImplicitAutograd, fused_rnn::rnn_op);
   m.impl("cell", c10::DispatchKey::CompositeImplicitAutograd, fused_rnn::cell_op);

@@ -351,20 +351,6 @@ def test_ops(module: type, family: str, setting: Setting) -> None:
         assert_near("y", y, rnn(args[0])[0], OUTPUT_TOLERANCE[torch.float32])
 
 
-def test_a_layer_of_a_stack_with_dropout() -> None:
-    gru = fused_rnn.GRU(4, 20)
-    recipe = Recipe(_kinds.NUMBER_OF_MODE["GRU"]).packed
-    args = (torch.randn(7, 3, 4, requires_grad=True), [], list(gru.parameters()), [], recipe, [3, 9])
-    torch.library.opcheck(STACK.default, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
-    assert torch.equal(STACK(*args)[0], STACK(*args[:-1])[0])
-    for of in ([3], [1, 9], [3, 9, 1]):
-        with pytest.raises(ValueError, match="of: expected"):
-            STACK(*args[:-1], of)
-    with pytest.raises(ValueError, match="of: expected"):
-        two = Recipe(_kinds.NUMBER_OF_MODE["GRU"], 2).packed
-        STACK(args[0], [], list(fused_rnn.GRU(4, 20, 2).parameters()), [], two, [2, 4])
-
-
 def test_numbers_that_are_no_part() -> None:
     gru = fused_rnn.GRU(4, 20)
     args = torch.randn(7, 3, 4), [], list(gru.parameters()), []
