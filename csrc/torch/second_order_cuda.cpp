@@ -29,7 +29,7 @@ void within(const Tensor& x, c10::function_ref<void()> f) {
   f();
 }
 
-void run_tangents(const Call& call, ForwardCall& made) {
+void run_tangents_cuda(const Call& call, ForwardCall& made) {
   ForwardParams& p = made.params;
   p.allow_tf32 = allows_tf32(call.x);
   allocate_gates(made);
@@ -42,7 +42,7 @@ void run_tangents(const Call& call, ForwardCall& made) {
   });
 }
 
-void run_dual_backward(const Call& call, DualBackwardParams& params) {
+void run_dual_backward_cuda(const Call& call, DualBackwardParams& params) {
   params.value.allow_tf32 = params.tangent.allow_tf32 = allows_tf32(call.x);
   run_planned(cuda::problem_of(params), call.x.get_device(), call.recipe, [&](const Plan& plan) {
     const Tensor workspace = workspace_of(plan, call.x);
@@ -64,7 +64,7 @@ bool serve(const Tensor& x) {
 }  // namespace
 
 const SecondOrderScans& second_order_on_device() {
-  static constexpr SecondOrderScans scans{within, run_tangents, run_dual_backward, serve};
+  static constexpr SecondOrderScans scans{within, run_tangents_cuda, run_dual_backward_cuda, serve};
   return scans;
 }
 void second_order_is_proven(int device) { proven.at(std::max(device, 0)) = true; }

@@ -32,7 +32,7 @@ using simt_host::GemmEx;
 using simt_host::GemmType;
 
 template <class F>
-F* find(const char* name) {
+F* symbol(const char* name) {
   static void* const library = dlopen(std::getenv("FUSED_RNN_SIMT_LIBRARY"), RTLD_NOW);
   return reinterpret_cast<F*>(library ? dlsym(library, name) : nullptr);
 }
@@ -142,11 +142,11 @@ cublasStatus_t cublasGemmEx_64(cublasHandle_t handle, cublasOperation_t transa, 
   }
   if (handle->stream) throw std::logic_error("cublasGemmEx: the simulated device has one stream");
   if (is_inside) {
-    find<void(const GemmEx*)>("simt_gemm_ex")(&call);
+    symbol<void(const GemmEx*)>("simt_gemm_ex")(&call);
     return CUBLAS_STATUS_SUCCESS;
   }
-  if (find<int(const GemmEx*)>("simt_gemm_ex_alone")(&call)) {
-    const auto text = [](const char* name) { return std::string(find<const char*()>(name)()); };
+  if (symbol<int(const GemmEx*)>("simt_gemm_ex_alone")(&call)) {
+    const auto text = [](const char* name) { return std::string(symbol<const char*()>(name)()); };
     throw std::runtime_error(text("simt_kind") + ": " + text("simt_message"));
   }
   return CUBLAS_STATUS_SUCCESS;
@@ -170,7 +170,7 @@ namespace fused_rnn::cuda {
 
 void set_library_product(LibraryProductFunction function) {
   installed = function;
-  if (auto* const set = find<void(LibraryProductFunction)>("simt_set_library_product")) set(product_inside);
+  if (auto* const set = symbol<void(LibraryProductFunction)>("simt_set_library_product")) set(product_inside);
 }
 
 LibraryProductFunction library_product() { return installed; }
