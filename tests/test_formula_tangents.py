@@ -416,6 +416,28 @@ def test_tangents_that_cannot_be_compiled(of: str, transform: bool, monkeypatch:
     close(found, expected)
 
 
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_transforms_that_the_loop_serves(warm: bool) -> None:
+    """torch's first vmap over second derivatives, and reverse mode over a vmap of forward mode."""
+    torch.manual_seed(0)
+    layer = Layer(cells.Mgu() if warm else cells.PeepholeLstm(), IN, H, dtype=torch.float64)
+    x = torch.randn(T, B, IN, dtype=torch.float64)
+
+    def loss(t: Tensor) -> Tensor:
+        return layer(t)[0].sin().sum()
+
+    if warm:
+        leaf = x.clone().requires_grad_()
+        penalty(list(torch.autograd.grad(loss(leaf), leaf, create_graph=True))).backward()
+    with use_backend("reference"):
+        expected = torch.autograd.functional.hessian(loss, x)
+    close(torch.autograd.functional.hessian(loss, x, vectorize=True), expected)
+    close(torch.func.jacrev(torch.func.jacfwd(loss))(x), expected)
+    close(torch.func.hessian(loss)(x), expected)
+    assert second_order.why_not(layer.cell, "cpu", torch.float64) is None, "what ran before it leaves the kernels"
+
+
 @pytest.mark.parametrize("name", ["plain", "both directions, no bias", "lengths"])
 def test_no_rows(name: str) -> None:
     """A batch without rows has tangents and second derivatives without rows, and zeros for the weights."""

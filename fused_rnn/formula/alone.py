@@ -28,4 +28,10 @@ def _reaches_other_calls() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._get_tracing_state() is not None
+        or in_first_vmap()
     )
+
+
+def in_first_vmap() -> bool:
+    """Whether torch's first vmap is on, as in torch.autograd.grad(is_grads_batched=True) and jacobian(vectorize=True)."""
+    return "VmapMode" in str(torch._C._dispatch_tls_local_include_set())

@@ -12,6 +12,7 @@ from fused_rnn import _backend, reference
 from fused_rnn._derivatives import differentiated
 from fused_rnn._recipe import Recipe, Rows, StepOptions, rows_of
 from fused_rnn.formula import build, direct, ops, second_order, serve
+from fused_rnn.formula.alone import in_first_vmap
 from fused_rnn.formula.options import rows_with_values
 from fused_rnn.formula.parameters import OWN_KIND, as_declared, outputs_first, step_function
 from fused_rnn.formula.second_order import Arguments, Given, parts_by
@@ -86,7 +87,8 @@ def gradients(
     split = _Split(call, tensors)
     kept, tensors = split.kept, tensors[: len(tensors) - len(split.kept)]
     weights = any(t is not None for t in by.params)
-    if of_values is not None or not _by_kernels(call.cell, split.params[0], weights):
+    # The gradients of tangents are made by autograd.grad, which torch's first vmap does not take.
+    if of_values is not None or in_first_vmap() or not _by_kernels(call.cell, split.params[0], weights):
         return _by_reference(call, tensors, grads, needs)
     first = int(call.has_dy) + call.lasts  # of what was given for gradients
     before = first + 1 + call.states + call.params

@@ -49,6 +49,11 @@ def _why_no_tangents(cell: Cell, device_type: str, dtype: torch.dtype) -> _backe
         if kinds.count(kind) > 1:
             text = f"forward-mode AD of {name} inside of two levels of torch.func.{what}: third derivatives are not compiled"
             return _backend.Reason(f"formula:{name}:forward-mode:{what}", text)
+    kinds_of = torch._C._functorch.TransformType
+    if kinds_of.Jvp in kinds and kinds_of.Grad in kinds and kinds_of.Vmap in kinds[kinds.index(kinds_of.Grad) :]:
+        if kinds_of.Jvp in kinds[kinds.index(kinds_of.Grad) :]:
+            text = f"forward-mode AD of {name} under vmap inside of torch.func.grad: its gradients have no rule of vmap"
+            return _backend.Reason(f"formula:{name}:forward-mode:vmap", text)
     why = second_order.why_not(cell, device_type, dtype)
     if why is None and dtype == torch.float32 and torch.is_autocast_enabled(device_type):
         why = "there are no tangents under autocast"
