@@ -212,7 +212,7 @@ void FormulaBackwardScan<A>::gather_row(Worker& w, int64_t i, int64_t t, int64_t
   }
   out.saved = stored_at(p_.saved, saved_.at(w.d, row) * traits_.saved * H_, size_);
   out.dy = p_.dy ? stored_at(p_.dy, (row * D_ + w.d) * H_, size_) : zeros_;
-  out.d_added = stored_at(p_.d_added, place * p_.added_blocks * H_, size_);
+  out.d_added = p_.d_added ? stored_at(p_.d_added, place * p_.added_blocks * H_, size_) : nullptr;
   out.rec = w.rec + active * heads_ * rec_columns_;
   out.d = stored_at(p_.d, place * blocks() * H_, size_);
   const int64_t parity = team_row.steps_before(t, w.d) & 1;
