@@ -6,6 +6,8 @@ namespace fused_rnn::cpu::avx2 {
 
 #define FUSED_RNN_INLINE [[gnu::always_inline]] inline
 
+#include "cpu/isa/squares_avx2.h"
+
 // The state of the hash in content_hash.h: that of AVX-512, in two halves.
 struct VectorHash {
   static constexpr int kStripe = 64;
@@ -63,7 +65,7 @@ struct VecF : simd::VectorBase {
   static constexpr int kMaxPanels[3] = {0, 2, 1};
   static constexpr int kDirectRows = 3;
   static constexpr int kInStep = 1;
-  static constexpr int kSquare = 8;
+  using Square = SquareF;
   static constexpr bool kShort = false;
   __m256 v;
   FUSED_RNN_INLINE VecF() {}
@@ -113,30 +115,6 @@ struct VecF : simd::VectorBase {
     for (int i = 0; i < n; ++i) p[i] = lanes[i];
   }
 
-  // transpose.h. Elements of a row of the upper half join those of the lower half as they are loaded: that takes no shuffle.
-  FUSED_RNN_INLINE static void transpose_square(const float* from, int64_t stride, float* to, int64_t step) {
-    __m256 rows[8], pairs[8];
-    for (int half = 0; half < 2; ++half) {
-      for (int i = 0; i < 4; ++i) {
-        const float* const row = from + i * stride + 4 * half;
-        rows[4 * half + i] =
-            _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row)), _mm_loadu_ps(row + 4 * stride), 1);
-      }
-    }
-    for (int i = 0; i < 4; ++i) {
-      pairs[2 * i] = _mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
-      pairs[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
-    }
-    for (int half = 0; half < 2; ++half) {
-      const __m256* const p = pairs + 4 * half;
-      float* const out = to + 4 * half * step;
-      _mm256_storeu_ps(out, _mm256_shuffle_ps(p[0], p[2], 0x44));
-      _mm256_storeu_ps(out + step, _mm256_shuffle_ps(p[0], p[2], 0xee));
-      _mm256_storeu_ps(out + 2 * step, _mm256_shuffle_ps(p[1], p[3], 0x44));
-      _mm256_storeu_ps(out + 3 * step, _mm256_shuffle_ps(p[1], p[3], 0xee));
-    }
-  }
-
   FUSED_RNN_INLINE friend VecF operator+(VecF a, VecF b) { return _mm256_add_ps(a.v, b.v); }
   FUSED_RNN_INLINE friend VecF operator-(VecF a, VecF b) { return _mm256_sub_ps(a.v, b.v); }
   FUSED_RNN_INLINE friend VecF operator*(VecF a, VecF b) { return _mm256_mul_ps(a.v, b.v); }
@@ -179,7 +157,7 @@ struct VecD : simd::VectorBase {
   static constexpr int kMaxPanels[3] = {0, 2, 1};
   static constexpr int kDirectRows = 3;
   static constexpr int kInStep = 1;
-  static constexpr int kSquare = 4;
+  using Square = SquareD;
   static constexpr bool kShort = false;
   __m256d v;
   FUSED_RNN_INLINE VecD() {}
@@ -202,18 +180,6 @@ struct VecD : simd::VectorBase {
     double lanes[kWidth];
     store(lanes);
     for (int i = 0; i < n; ++i) p[i] = lanes[i];
-  }
-
-  FUSED_RNN_INLINE static void transpose_square(const double* from, int64_t stride, double* to, int64_t step) {
-    for (int half = 0; half < 4; half += 2) {
-      __m256d rows[2];
-      for (int i = 0; i < 2; ++i) {
-        const double* const row = from + i * stride + half;
-        rows[i] = _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(row)), _mm_loadu_pd(row + 2 * stride), 1);
-      }
-      _mm256_storeu_pd(to + half * step, _mm256_unpacklo_pd(rows[0], rows[1]));
-      _mm256_storeu_pd(to + (half + 1) * step, _mm256_unpackhi_pd(rows[0], rows[1]));
-    }
   }
 
   FUSED_RNN_INLINE friend VecD operator+(VecD a, VecD b) { return _mm256_add_pd(a.v, b.v); }

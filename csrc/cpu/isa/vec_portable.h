@@ -37,7 +37,7 @@ struct Vec : simd::VectorBase {
   static constexpr int kMaxPanels[3] = {0, 2, 1};
   static constexpr int kDirectRows = 2;
   static constexpr int kInStep = 1;
-  static constexpr int kSquare = 0;
+  using Square = void;
   static constexpr bool kShort = false;
   Vector v;
   Vec() {}

@@ -21,7 +21,7 @@ struct Vec : simd::VectorBase {
   static constexpr int kMaxRows[kMaxTileVectors + 1] = {0, 8, 8, 8, 6};
   static constexpr int kMaxPanels[3] = {0, 4, 2};
   static constexpr int kInStep = 4;
-  static constexpr int kSquare = 0;
+  using Square = void;
   static constexpr bool kShort = false;
   A lanes[kWidth];
 
