@@ -44,16 +44,15 @@ def _why_no_tangents(cell: Cell, device_type: str, dtype: torch.dtype) -> _backe
     from fused_rnn.formula import second_order  # which needs this module
 
     name, levels = type(cell).__name__, torch._C._functorch.get_interpreter_stack() or []
-    kinds = [level.key() for level in levels]
-    for kind, what in ((torch._C._functorch.TransformType.Jvp, "jvp"), (torch._C._functorch.TransformType.Grad, "grad")):
-        if kinds.count(kind) > 1:
+    kind, kinds = torch._C._functorch.TransformType, [level.key() for level in levels]  # the outermost first
+    for repeated, what in ((kind.Jvp, "jvp"), (kind.Grad, "grad")):
+        if kinds.count(repeated) > 1:
             text = f"forward-mode AD of {name} inside of two levels of torch.func.{what}: third derivatives are not compiled"
             return _backend.Reason(f"formula:{name}:forward-mode:{what}", text)
-    kinds_of = torch._C._functorch.TransformType
-    if kinds_of.Jvp in kinds and kinds_of.Grad in kinds and kinds_of.Vmap in kinds[kinds.index(kinds_of.Grad) :]:
-        if kinds_of.Jvp in kinds[kinds.index(kinds_of.Grad) :]:
-            text = f"forward-mode AD of {name} under vmap inside of torch.func.grad: its gradients have no rule of vmap"
-            return _backend.Reason(f"formula:{name}:forward-mode:vmap", text)
+    inside_grad = kinds[kinds.index(kind.Grad) :] if kind.Grad in kinds else []
+    if kind.Vmap in inside_grad and kind.Jvp in inside_grad:
+        text = f"forward-mode AD of {name} under vmap inside of torch.func.grad: its gradients have no rule of vmap"
+        return _backend.Reason(f"formula:{name}:forward-mode:vmap", text)
     why = second_order.why_not(cell, device_type, dtype)
     if why is None and dtype == torch.float32 and torch.is_autocast_enabled(device_type):
         why = "there are no tangents under autocast"
