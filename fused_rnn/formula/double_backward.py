@@ -57,7 +57,7 @@ class _Split:
 
 
 def _by_kernels(formula: str, like: Tensor, weights: bool) -> bool:
-    """Whether the kernels of the cell's tangents serve; they are made if need be. If they cannot be, a warning says so once."""
+    """Whether the kernels of the cell's tangents serve. They are made if need be; where that fails, a warning says so."""
     cell = ops.cell_of(formula)
     why = second_order.why_not(cell, like.device.type, like.dtype)
     if why is None:
